@@ -1,0 +1,123 @@
+// The one place that asks what the processor can do, and the serial frame of every verb.
+#include <cpuid.h>
+
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "../muon_kernels.h"
+#include "kernels.h"
+#include "parallel.h"
+
+namespace muon_kernels::cpu {
+namespace {
+
+const Kernels* kernels_for(Isa isa) {
+    switch (isa) {
+#ifdef MUON_KERNELS_X86
+        case Isa::avx512bf16: return &kAvx512Bf16Kernels;
+        case Isa::avx2: return &kAvx2Kernels;
+#endif
+        default: return nullptr;
+    }
+}
+
+const Kernels* supported_kernels(Isa isa) { return isa_supported(isa) ? kernels_for(isa) : nullptr; }
+
+// One aligned block per thread, kept between calls: a product a few microseconds long cannot afford an allocation.
+void* thread_scratch(int64_t bytes) {
+    struct Free {
+        void operator()(void* p) const { std::free(p); }
+    };
+    thread_local std::unique_ptr<void, Free> block;
+    thread_local int64_t size = 0;
+    if (size < bytes) {
+        block.reset(std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64)));
+        size = block ? bytes : 0;
+    }
+    return block.get();
+}
+
+bool same_shape(const Stack& s, int64_t batch, int64_t rows, int64_t cols) {
+    return !s.data || (s.batch == batch && s.rows == rows && s.cols == cols && s.row_stride >= s.cols);
+}
+
+bool valid(const Product& p) {
+    const int64_t batch = p.out.batch, m = p.out.rows, n = p.out.cols, k = p.a.cols;
+    return same_shape(p.a, batch, m, k) && same_shape(p.a_low, batch, m, k) && same_shape(p.c, batch, m, n) &&
+           same_shape(p.c_low, batch, m, n) && same_shape(p.out, batch, m, n) && same_shape(p.out_low, batch, m, n) &&
+           (p.b_transposed ? same_shape(p.b, batch, n, k) : same_shape(p.b, batch, k, n)) && (!p.symmetric || m == n);
+}
+
+}  // namespace
+
+bool isa_compiled(Isa isa) { return kernels_for(isa) != nullptr; }
+
+bool isa_supported(Isa isa) {
+    if (!isa_compiled(isa)) return false;
+#ifdef MUON_KERNELS_X86
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (isa == Isa::avx2) return avx2;
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512bf16");
+#else
+    return false;
+#endif
+}
+
+bool has_amx_bf16() {
+#ifdef MUON_KERNELS_X86
+    unsigned eax, ebx, ecx, edx;
+    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & (1u << 22)) && (edx & (1u << 24));
+#else
+    return false;
+#endif
+}
+
+Status product(Isa isa, const Product& args, int threads) {
+    const Kernels* kernels = supported_kernels(isa);
+    if (!kernels) return Status::unsupported_isa;
+    if (!valid(args)) return Status::invalid_argument;
+    const int64_t bytes = kernels->product_scratch_bytes(args);
+    parallel_for(threads, kernels->product_tasks(args), [&](int64_t task, int) {
+        kernels->product_task(args, task, thread_scratch(bytes));
+    });
+    return Status::ok;
+}
+
+Status momentum_update(Isa isa, const MomentumUpdate& args, int threads) {
+    const Kernels* kernels = supported_kernels(isa);
+    if (!kernels) return Status::unsupported_isa;
+    const int64_t batch = args.x.batch, blocks = kernels->momentum_blocks(args);
+    std::vector<double> partial(static_cast<size_t>(batch * blocks), 0.0);
+    parallel_for(threads, batch * blocks, [&](int64_t task, int) {
+        kernels->momentum_block(args, task / blocks, task % blocks, &partial[static_cast<size_t>(task)]);
+    });
+    for (int64_t i = 0; i < batch; ++i) {
+        double sum = 0;
+        for (int64_t block = 0; block < blocks; ++block) sum += partial[static_cast<size_t>(i * blocks + block)];
+        if (std::isfinite(sum) && sum != 0 && (sum < 0x1p-60 || sum > 0x1p60)) {
+            int exponent;
+            std::frexp(std::sqrt(sum), &exponent);
+            kernels->rescale(args.x, i, 1 - exponent);
+            sum = std::ldexp(sum, 2 * (1 - exponent));
+        }
+        args.sum_of_squares[i] = sum;
+    }
+    return Status::ok;
+}
+
+Status apply_update(Isa isa, const ApplyUpdate& args, int threads) {
+    const Kernels* kernels = supported_kernels(isa);
+    if (!kernels) return Status::unsupported_isa;
+    const int64_t blocks = kernels->apply_blocks(args);
+    parallel_for(threads, args.x.batch * blocks, [&](int64_t task, int) {
+        kernels->apply_block(args, task / blocks, task % blocks);
+    });
+    return Status::ok;
+}
+
+}  // namespace muon_kernels::cpu

@@ -1,0 +1,229 @@
+// The memory-bound verbs: one pass over gradient, momentum and workspace, one over workspace and parameter.
+//
+// A matrix is walked along the direction in which the parameter is contiguous. Where that is the direction of the rows of
+// x, a line goes straight to x; otherwise sixteen lines are collected and transposed, so that memory is only ever read and
+// written in whole cache lines.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "bf16.h"
+#include "kernels.h"
+#include "transpose.h"
+
+namespace muon_kernels::cpu {
+namespace {
+
+constexpr int64_t kRun = 256;            // elements handled at once; they stay in the first-level cache
+constexpr int64_t kBlockElements = 1 << 16;
+constexpr int kLines = 16;               // lines of a transposed block
+
+struct Walk {
+    bool along_rows;     // lines are the rows of x
+    int64_t lines;       // in the matrix
+    int64_t length;      // of a line
+    int64_t block_lines; // handled by one task
+};
+
+inline Walk walk(const Stack& x, const MatrixRef* refs) {
+    // All matrices of a bucket could differ in layout, but results must not depend on how work is cut: the cut is by
+    // elements, the same for both directions up to the rounding to whole lines.
+    const bool along_rows = refs->col_stride == 1 || refs->row_stride != 1;
+    const int64_t lines = along_rows ? x.rows : x.cols, length = along_rows ? x.cols : x.rows;
+    const int64_t wanted = std::max<int64_t>(1, kBlockElements / std::max<int64_t>(length, 1));
+    return {along_rows, lines, length, (wanted + kLines - 1) / kLines * kLines};
+}
+
+inline int64_t most_blocks(const Stack& x) {
+    const auto blocks = [](int64_t lines, int64_t length) {
+        int64_t wanted = std::max<int64_t>(1, kBlockElements / std::max<int64_t>(length, 1));
+        int64_t per_block = (wanted + kLines - 1) / kLines * kLines;
+        return (lines + per_block - 1) / per_block;
+    };
+    return std::max(blocks(x.rows, x.cols), blocks(x.cols, x.rows));
+}
+
+inline void load_run(const void* base, DType dtype, int64_t offset, int64_t stride, int64_t n, float* out) {
+    if (dtype == DType::f32) {
+        const float* from = static_cast<const float*>(base) + offset;
+        if (stride == 1) {
+            for (int64_t i = 0; i < n; ++i) out[i] = from[i];
+        } else {
+            for (int64_t i = 0; i < n; ++i) out[i] = from[i * stride];
+        }
+    } else {
+        const uint16_t* from = static_cast<const uint16_t*>(base) + offset;
+        if (stride == 1) {
+            for (int64_t i = 0; i < n; ++i) out[i] = to_float(from[i]);
+        } else {
+            for (int64_t i = 0; i < n; ++i) out[i] = to_float(from[i * stride]);
+        }
+    }
+}
+
+inline void store_run(void* base, DType dtype, int64_t offset, int64_t stride, int64_t n, const float* in) {
+    if (dtype == DType::f32) {
+        float* to = static_cast<float*>(base) + offset;
+        if (stride == 1) {
+            for (int64_t i = 0; i < n; ++i) to[i] = in[i];
+        } else {
+            for (int64_t i = 0; i < n; ++i) to[i * stride] = in[i];
+        }
+    } else {
+        uint16_t* to = static_cast<uint16_t*>(base) + offset;
+        if (stride == 1) {
+            for (int64_t i = 0; i < n; ++i) to[i] = to_bf16(in[i]);
+        } else {
+            for (int64_t i = 0; i < n; ++i) to[i * stride] = to_bf16(in[i]);
+        }
+    }
+}
+
+// Sixteen running sums in double: wide enough to vectorize, always added in the same order.
+struct SumOfSquares {
+    double lane[16] = {};
+
+    void add(const float* value, int64_t n) {
+        int64_t i = 0;
+        for (; i + 16 <= n; i += 16) {
+            for (int l = 0; l < 16; ++l) lane[l] += static_cast<double>(value[i + l]) * value[i + l];
+        }
+        for (int l = 0; i + l < n; ++l) lane[l] += static_cast<double>(value[i + l]) * value[i + l];
+    }
+
+    double total() const {
+        double sum = 0;
+        for (int l = 0; l < 16; ++l) sum += lane[l];
+        return sum;
+    }
+};
+
+inline void* pointer(const MatrixRef& ref) { return reinterpret_cast<void*>(ref.address); }
+
+// One run of `n` elements: updates the momentum and leaves the direction in `direction`.
+inline void momentum_run(
+    const MomentumUpdate& u, int64_t matrix, int64_t row, int64_t col, bool along_rows, int64_t n, float* direction
+) {
+    const MatrixRef& g = u.grad[matrix];
+    load_run(
+        pointer(g), u.grad_dtype, row * g.row_stride + col * g.col_stride, along_rows ? g.col_stride : g.row_stride, n, direction
+    );
+    const float grad_scale = u.grad_scale;
+    if (grad_scale != 1.0f) {
+        for (int64_t i = 0; i < n; ++i) direction[i] *= grad_scale;
+    }
+    if (!u.momentum) return;
+
+    const MatrixRef& b = u.momentum[matrix];
+    const int64_t offset = row * b.row_stride + col * b.col_stride, stride = along_rows ? b.col_stride : b.row_stride;
+    alignas(64) float buffer[kRun];
+    load_run(pointer(b), u.momentum_dtype, offset, stride, n, buffer);
+    const float mu = static_cast<float>(u.mu), rest = static_cast<float>(1.0 - u.mu);
+    if (u.dampened) {
+        // torch.lerp's two branches, so that a momentum buffer equals torch.optim.Muon's to the bit
+        if (rest < 0.5f) {
+            for (int64_t i = 0; i < n; ++i) buffer[i] = __builtin_fmaf(rest, direction[i] - buffer[i], buffer[i]);
+        } else {
+            for (int64_t i = 0; i < n; ++i) buffer[i] = __builtin_fmaf(rest - 1.0f, direction[i] - buffer[i], direction[i]);
+        }
+    } else {
+        for (int64_t i = 0; i < n; ++i) buffer[i] = __builtin_fmaf(mu, buffer[i], direction[i]);
+    }
+    store_run(pointer(b), u.momentum_dtype, offset, stride, n, buffer);
+    if (!u.nesterov) {
+        for (int64_t i = 0; i < n; ++i) direction[i] = buffer[i];
+    } else if (!u.dampened) {
+        for (int64_t i = 0; i < n; ++i) direction[i] = __builtin_fmaf(mu, buffer[i], direction[i]);
+    } else if (mu < 0.5f) {
+        for (int64_t i = 0; i < n; ++i) direction[i] = __builtin_fmaf(mu, buffer[i] - direction[i], direction[i]);
+    } else {
+        for (int64_t i = 0; i < n; ++i) direction[i] = __builtin_fmaf(mu - 1.0f, buffer[i] - direction[i], buffer[i]);
+    }
+}
+
+inline int64_t momentum_blocks(const MomentumUpdate& u) { return most_blocks(u.x); }
+
+inline void momentum_block(const MomentumUpdate& u, int64_t matrix, int64_t block, double* sum_of_squares) {
+    const MatrixRef* refs = u.momentum ? u.momentum + matrix : u.grad + matrix;
+    const Walk w = walk(u.x, refs);
+    const int64_t begin = block * w.block_lines, end = std::min(begin + w.block_lines, w.lines);
+    uint16_t* x = u.x.data + matrix * u.x.batch_stride;
+    SumOfSquares sum;
+    alignas(64) float direction[kRun];
+    if (w.along_rows) {
+        for (int64_t row = begin; row < end; ++row) {
+            for (int64_t col = 0; col < w.length; col += kRun) {
+                const int64_t n = std::min(kRun, w.length - col);
+                momentum_run(u, matrix, row, col, true, n, direction);
+                sum.add(direction, n);
+                store_run(x, DType::bf16, row * u.x.row_stride + col, 1, n, direction);
+            }
+        }
+    } else {
+        alignas(64) uint16_t lines[kLines][kRun];
+        for (int64_t col = begin; col < end; col += kLines) {
+            const int64_t cols = std::min<int64_t>(kLines, end - col);
+            for (int64_t row = 0; row < w.length; row += kRun) {
+                const int64_t n = std::min(kRun, w.length - row);
+                for (int64_t c = 0; c < cols; ++c) {
+                    momentum_run(u, matrix, row, col + c, false, n, direction);
+                    sum.add(direction, n);
+                    store_run(lines[c], DType::bf16, 0, 1, n, direction);
+                }
+                transpose_u16(lines[0], kRun, cols, n, x + row * u.x.row_stride + col, u.x.row_stride);
+            }
+        }
+    }
+    *sum_of_squares = sum.total();
+}
+
+// x[matrix] *= 2^exponent, exactly unless the result leaves bf16's range.
+inline void rescale(const Stack& x, int64_t matrix, int exponent) {
+    const float half = __builtin_ldexpf(1.0f, exponent / 2), rest = __builtin_ldexpf(1.0f, exponent - exponent / 2);
+    for (int64_t row = 0; row < x.rows; ++row) {
+        uint16_t* to = x.data + matrix * x.batch_stride + row * x.row_stride;
+        for (int64_t col = 0; col < x.cols; ++col) to[col] = to_bf16(to_float(to[col]) * half * rest);
+    }
+}
+
+inline void apply_run(
+    const ApplyUpdate& u, int64_t matrix, int64_t row, int64_t col, bool along_rows, int64_t n, const uint16_t* update
+) {
+    const MatrixRef& p = u.param[matrix];
+    const int64_t offset = row * p.row_stride + col * p.col_stride, stride = along_rows ? p.col_stride : p.row_stride;
+    const float decay = u.decay, step_size = u.step_size[matrix];
+    alignas(64) float value[kRun];
+    load_run(pointer(p), u.param_dtype, offset, stride, n, value);
+    for (int64_t i = 0; i < n; ++i) value[i] = __builtin_fmaf(-step_size, to_float(update[i]), value[i] * decay);
+    store_run(pointer(p), u.param_dtype, offset, stride, n, value);
+}
+
+inline int64_t apply_blocks(const ApplyUpdate& u) { return most_blocks(u.x); }
+
+inline void apply_block(const ApplyUpdate& u, int64_t matrix, int64_t block) {
+    const Walk w = walk(u.x, u.param + matrix);
+    const int64_t begin = block * w.block_lines, end = std::min(begin + w.block_lines, w.lines);
+    const uint16_t* x = u.x.data + matrix * u.x.batch_stride;
+    if (w.along_rows) {
+        for (int64_t row = begin; row < end; ++row) {
+            for (int64_t col = 0; col < w.length; col += kRun) {
+                const int64_t n = std::min(kRun, w.length - col);
+                apply_run(u, matrix, row, col, true, n, x + row * u.x.row_stride + col);
+            }
+        }
+        return;
+    }
+    alignas(64) uint16_t lines[kLines][kRun];
+    for (int64_t col = begin; col < end; col += kLines) {
+        const int64_t cols = std::min<int64_t>(kLines, end - col);
+        for (int64_t row = 0; row < w.length; row += kRun) {
+            const int64_t n = std::min(kRun, w.length - row);
+            transpose_u16(x + row * u.x.row_stride + col, u.x.row_stride, n, cols, lines[0], kRun);
+            for (int64_t c = 0; c < cols; ++c) apply_run(u, matrix, row, col + c, false, n, lines[c]);
+        }
+    }
+}
+
+}  // namespace
+}  // namespace muon_kernels::cpu

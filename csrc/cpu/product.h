@@ -1,0 +1,257 @@
+// The batched bf16 product, written once over an instruction set `I` (see kernels_*.cpp):
+//
+//   I::kLanes, I::kRows, I::kVectors   a register tile has kRows rows of kVectors vectors of kLanes floats
+//   I::Acc                             the fp32 accumulator: zero, broadcast, load, store, multiply, subtract,
+//                                      multiply_add(a, b, c) = a b + c, widen and round from and to bf16
+//   I::PairB, I::load_pairs            kLanes pairs (k, k+1) of one row of b
+//   I::PairA, I::broadcast_pair        one pair of a, in every lane
+//   I::add_products(acc, a, b)
+//
+// A task is one block of columns of one matrix: it packs its part of b once and runs all rows of a over it, reading a in
+// place. A symmetric result starts at the block's own row and is mirrored from the finished lower triangle, so that it is
+// symmetric to the last bit.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "bf16.h"
+#include "kernels.h"
+#include "transpose.h"
+
+namespace muon_kernels::cpu {
+namespace {
+
+constexpr int64_t kBlockK = 1024;  // keeps a packed block of b in half of a 1 MiB second-level cache
+constexpr int64_t kBlockN = 192;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class I, int ROWS, int VECTORS>
+void multiply_tile(
+    const uint16_t* a, int64_t a_stride, int64_t k, const uint32_t* panel, float* tile, int64_t tile_stride, bool accumulate
+) {
+    typename I::Acc acc[ROWS][VECTORS];
+    for (int r = 0; r < ROWS; ++r) {
+        for (int v = 0; v < VECTORS; ++v) {
+            acc[r][v] = accumulate ? I::load(tile + r * tile_stride + v * I::kLanes) : I::zero();
+        }
+    }
+    // Three rows share one pointer: fourteen would not fit the general registers.
+    constexpr int kPointers = (ROWS + 2) / 3;
+    const uint16_t* row[kPointers];
+    for (int p = 0; p < kPointers; ++p) row[p] = a + 3 * p * a_stride;
+    const int64_t pairs = k / 2;
+#pragma GCC unroll 2
+    for (int64_t q = 0; q < pairs; ++q) {
+        typename I::PairB b[VECTORS];
+        for (int v = 0; v < VECTORS; ++v) b[v] = I::load_pairs(panel + v * I::kLanes);
+        panel += VECTORS * I::kLanes;
+#pragma GCC unroll 16
+        for (int r = 0; r < ROWS; ++r) {
+            typename I::PairA x = I::broadcast_pair(row[r / 3] + (r % 3) * a_stride);
+            for (int v = 0; v < VECTORS; ++v) acc[r][v] = I::add_products(acc[r][v], x, b[v]);
+        }
+        for (int p = 0; p < kPointers; ++p) row[p] += 2;
+    }
+    if (k & 1) {  // the last element of a row has no partner: what follows it in memory is not ours to read
+        for (int r = 0; r < ROWS; ++r) {
+            uint16_t last[2] = {row[r / 3][(r % 3) * a_stride], 0};
+            typename I::PairA x = I::broadcast_pair(last);
+            for (int v = 0; v < VECTORS; ++v) {
+                acc[r][v] = I::add_products(acc[r][v], x, I::load_pairs(panel + v * I::kLanes));
+            }
+        }
+    }
+    for (int r = 0; r < ROWS; ++r) {
+        for (int v = 0; v < VECTORS; ++v) I::store(tile + r * tile_stride + v * I::kLanes, acc[r][v]);
+    }
+}
+
+using MultiplyTile = void (*)(const uint16_t*, int64_t, int64_t, const uint32_t*, float*, int64_t, bool);
+
+template <class I, int VECTORS, int... ROWS>
+MultiplyTile pick_rows(int64_t rows, std::integer_sequence<int, ROWS...>) {
+    static constexpr MultiplyTile table[] = {multiply_tile<I, ROWS + 1, VECTORS>...};
+    return table[rows - 1];
+}
+
+template <class I>
+MultiplyTile pick_tile(int64_t rows, int64_t vectors) {
+    using Rows = std::make_integer_sequence<int, I::kRows>;
+    return vectors == 1 ? pick_rows<I, 1>(rows, Rows{}) : pick_rows<I, I::kVectors>(rows, Rows{});
+}
+
+template <class I>
+int64_t panel_vectors(int64_t cols) {
+    return cols <= I::kLanes ? 1 : I::kVectors;
+}
+
+// Rows k0..k0+k of columns j0..j0+cols of b as pairs: panel[q][j] = (b[k0 + 2q][j], b[k0 + 2q + 1][j]), zero outside.
+template <class I>
+void pack_panel(const Product& p, const uint16_t* b, int64_t k0, int64_t k, int64_t j0, int64_t cols, uint32_t* panel) {
+    constexpr int64_t kWidth = I::kVectors * I::kLanes;
+    const int64_t width = panel_vectors<I>(cols) * I::kLanes;
+    const int64_t pairs = ceil_div(k, 2);
+    const int64_t stride = p.b.row_stride;
+    if (p.b_transposed) {  // a pair is contiguous in a row of b: a transposition of 32-bit words
+        b += j0 * stride + k0;
+        for (int64_t j = 0; j < width; j += 8) {
+            const int64_t whole = j + 8 <= cols ? (k / 2) & ~int64_t{7} : 0;
+            for (int64_t q = 0; q < whole; q += 8) {
+                transpose_8x8_pairs(b + j * stride + 2 * q, stride, panel + q * width + j, width);
+            }
+            for (int64_t q = whole; q < pairs; ++q) {
+                for (int64_t jj = j; jj < j + 8; ++jj) {
+                    uint32_t low = 0, high = 0;
+                    if (jj < cols) {
+                        low = b[jj * stride + 2 * q];
+                        if (2 * q + 1 < k) high = b[jj * stride + 2 * q + 1];
+                    }
+                    panel[q * width + jj] = low | high << 16;
+                }
+            }
+        }
+        return;
+    }
+    b += k0 * stride + j0;
+    for (int64_t q = 0; q < pairs; ++q) {
+        const uint16_t* even = b + 2 * q * stride;
+        const uint16_t* odd = even + stride;
+        uint32_t* to = panel + q * width;
+        if (2 * q + 1 < k && cols == kWidth) {
+            for (int64_t j = 0; j < kWidth; ++j) to[j] = even[j] | static_cast<uint32_t>(odd[j]) << 16;
+        } else {
+            for (int64_t j = 0; j < width; ++j) {
+                const uint32_t low = j < cols ? even[j] : 0, high = j < cols && 2 * q + 1 < k ? odd[j] : 0;
+                to[j] = low | high << 16;
+            }
+        }
+    }
+}
+
+inline uint16_t* row_of(const Stack& s, int64_t matrix, int64_t row) {
+    return s.data + matrix * s.batch_stride + row * s.row_stride;
+}
+
+// Rows i0.. of columns j0.. of the result from their fp32 sums.
+template <class I>
+void finish_tile(
+    const Product& p, int64_t matrix, int64_t i0, int64_t rows, int64_t j0, int64_t cols, const float* tile, int64_t tile_stride
+) {
+    using Acc = typename I::Acc;
+    const float scale = p.scale ? p.scale[matrix] : 1.0f;
+    const Acc alpha = I::broadcast(p.alpha * scale), beta = I::broadcast(p.beta * scale);
+    const float gamma = p.gamma * scale;
+    for (int64_t r = 0; r < rows; ++r) {
+        const int64_t i = i0 + r, diagonal = i - j0;
+        const uint16_t* c = p.c.data ? row_of(p.c, matrix, i) + j0 : nullptr;
+        const uint16_t* c_low = p.c_low.data ? row_of(p.c_low, matrix, i) + j0 : nullptr;
+        uint16_t* out = row_of(p.out, matrix, i) + j0;
+        uint16_t* out_low = p.out_low.data ? row_of(p.out_low, matrix, i) + j0 : nullptr;
+        for (int64_t j = 0; j < cols; j += I::kLanes) {
+            // A ragged end goes through a whole vector's worth of stack: what lies beyond it is not ours to touch.
+            const int64_t count = std::min<int64_t>(I::kLanes, cols - j);
+            const bool whole = count == I::kLanes;
+            uint16_t spare[I::kLanes] = {};
+            const auto read = [&](const uint16_t* from) {
+                if (whole) return I::widen(from);
+                std::memcpy(spare, from, static_cast<size_t>(count) * sizeof(uint16_t));
+                return I::widen(spare);
+            };
+            const auto write = [&](uint16_t* to, Acc value) {
+                if (whole) return I::round(to, value);
+                I::round(spare, value);
+                std::memcpy(to, spare, static_cast<size_t>(count) * sizeof(uint16_t));
+            };
+            Acc value = I::multiply(alpha, I::load(tile + r * tile_stride + j));
+            if (c) value = I::multiply_add(beta, read(c + j), value);
+            if (c_low) value = I::multiply_add(beta, read(c_low + j), value);
+            if (gamma != 0.0f && diagonal >= j && diagonal < j + count) {
+                float lanes[I::kLanes];
+                I::store(lanes, value);
+                lanes[diagonal - j] += gamma;
+                value = I::load(lanes);
+            }
+            write(out + j, value);
+            if (out_low) write(out_low + j, I::subtract(value, read(out + j)));
+        }
+    }
+}
+
+// The upper triangle of columns j0..j0+cols from the lower one.
+inline void mirror(const Stack& s, int64_t matrix, int64_t j0, int64_t cols) {
+    uint16_t* base = s.data + matrix * s.batch_stride;
+    const int64_t end = j0 + cols, stride = s.row_stride;
+    for (int64_t i = j0; i < end; ++i) {
+        for (int64_t j = j0; j < i; ++j) base[j * stride + i] = base[i * stride + j];
+    }
+    if (end < s.rows) {
+        transpose_u16(base + end * stride + j0, stride, s.rows - end, cols, base + j0 * stride + end, stride);
+    }
+}
+
+inline int64_t column_block(const Product& p) { return std::min(p.out.cols, kBlockN); }
+
+inline int64_t column_blocks(const Product& p) { return ceil_div(p.out.cols, std::max<int64_t>(column_block(p), 1)); }
+
+inline int64_t product_tasks(const Product& p) { return p.out.batch * column_blocks(p); }
+
+inline int64_t packed_words(const Product& p) {
+    // 64 columns of slack: the last panel of a block is padded to whole vectors
+    return (column_block(p) + 64) * ceil_div(std::min(p.a.cols, kBlockK), 2);
+}
+
+inline int64_t product_scratch_bytes(const Product& p) {
+    int64_t sums = p.a.cols > kBlockK ? p.out.rows * (kBlockN + 64) : 64 * 64;
+    return 4 * (packed_words(p) + 16 + sums);
+}
+
+template <class I>
+void product_task(const Product& p, int64_t task, void* scratch) {
+    const int64_t blocks = column_blocks(p), matrix = task / blocks;
+    const int64_t j0 = task % blocks * column_block(p);
+    const int64_t cols = std::min(column_block(p), p.out.cols - j0);
+    const int64_t i_begin = p.symmetric ? j0 : 0, m = p.out.rows, k = p.a.cols;
+    constexpr int64_t kWidth = I::kVectors * I::kLanes;
+
+    uint32_t* packed = static_cast<uint32_t*>(scratch);
+    float* sums = reinterpret_cast<float*>(packed + ceil_div(packed_words(p), 16) * 16);
+    const bool chunked = k > kBlockK;
+    const int64_t sums_stride = chunked ? ceil_div(cols, kWidth) * kWidth : kWidth;
+    const uint16_t* b = p.b.data + matrix * p.b.batch_stride;
+
+    // Equal row tiles: a short last one would leave the multipliers waiting for its few accumulators.
+    const int64_t tiles = ceil_div(m - i_begin, I::kRows);
+
+    for (int64_t k0 = 0; k0 == 0 || k0 < k; k0 += kBlockK) {
+        const int64_t depth = std::min(kBlockK, k - k0);
+        const int64_t panel_words = ceil_div(depth, 2) * kWidth;
+        for (int64_t j = 0; j < cols; j += kWidth) {
+            pack_panel<I>(p, b, k0, depth, j0 + j, std::min(kWidth, cols - j), packed + j / kWidth * panel_words);
+        }
+        for (int64_t t = 0; t < tiles; ++t) {
+            const int64_t i0 = i_begin + (m - i_begin) * t / tiles, i1 = i_begin + (m - i_begin) * (t + 1) / tiles;
+            for (int64_t j = 0; j < cols; j += kWidth) {
+                if (p.symmetric && i1 <= j0 + j) break;
+                const int64_t width = std::min(kWidth, cols - j);
+                MultiplyTile multiply = pick_tile<I>(i1 - i0, panel_vectors<I>(width));
+                float* tile = chunked ? sums + (i0 - i_begin) * sums_stride + j : sums;
+                const uint32_t* panel = packed + j / kWidth * panel_words;
+                multiply(row_of(p.a, matrix, i0) + k0, p.a.row_stride, depth, panel, tile, sums_stride, k0 > 0);
+                if (p.a_low.data) {
+                    multiply(row_of(p.a_low, matrix, i0) + k0, p.a_low.row_stride, depth, panel, tile, sums_stride, true);
+                }
+                if (k0 + depth >= k) finish_tile<I>(p, matrix, i0, i1 - i0, j0 + j, width, tile, sums_stride);
+            }
+        }
+    }
+    if (p.symmetric) {
+        mirror(p.out, matrix, j0, cols);
+        if (p.out_low.data) mirror(p.out_low, matrix, j0, cols);
+    }
+}
+
+}  // namespace
+}  // namespace muon_kernels::cpu

@@ -1,0 +1,82 @@
+// Register transpositions of 16-bit and 32-bit blocks. AVX2 suffices for both instruction sets: they are a small share of
+// any kernel that uses them.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace muon_kernels::cpu {
+namespace {
+
+// dst[q][i] = (src[i][2q], src[i][2q + 1]) for a block of 8 rows x 8 pairs. The source stride may be odd.
+inline void transpose_8x8_pairs(const uint16_t* src, int64_t src_stride, uint32_t* dst, int64_t dst_stride) {
+    __m256i r[8], t[8];
+    for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + i * src_stride));
+    for (int i = 0; i < 4; ++i) {
+        t[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+    for (int i = 0; i < 2; ++i) {
+        for (int h = 0; h < 2; ++h) {
+            r[4 * i + 2 * h] = _mm256_unpacklo_epi64(t[4 * i + h], t[4 * i + 2 + h]);
+            r[4 * i + 2 * h + 1] = _mm256_unpackhi_epi64(t[4 * i + h], t[4 * i + 2 + h]);
+        }
+    }
+    for (int i = 0; i < 4; ++i) {
+        __m256i low = _mm256_permute2x128_si256(r[i], r[i + 4], 0x20);
+        __m256i high = _mm256_permute2x128_si256(r[i], r[i + 4], 0x31);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst + i * dst_stride), low);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst + (i + 4) * dst_stride), high);
+    }
+}
+
+// dst[j][i] = src[i][j] for a block of 16 x 16 16-bit words.
+inline void transpose_16x16_u16(const uint16_t* src, int64_t src_stride, uint16_t* dst, int64_t dst_stride) {
+    __m256i r[16], t[16];
+    for (int i = 0; i < 16; ++i) r[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + i * src_stride));
+    for (int i = 0; i < 8; ++i) {
+        t[2 * i] = _mm256_unpacklo_epi16(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm256_unpackhi_epi16(r[2 * i], r[2 * i + 1]);
+    }
+    for (int i = 0; i < 4; ++i) {
+        for (int h = 0; h < 2; ++h) {
+            r[4 * i + 2 * h] = _mm256_unpacklo_epi32(t[4 * i + h], t[4 * i + 2 + h]);
+            r[4 * i + 2 * h + 1] = _mm256_unpackhi_epi32(t[4 * i + h], t[4 * i + 2 + h]);
+        }
+    }
+    for (int i = 0; i < 2; ++i) {
+        for (int h = 0; h < 4; ++h) {
+            t[8 * i + 2 * h] = _mm256_unpacklo_epi64(r[8 * i + h], r[8 * i + 4 + h]);
+            t[8 * i + 2 * h + 1] = _mm256_unpackhi_epi64(r[8 * i + h], r[8 * i + 4 + h]);
+        }
+    }
+    for (int i = 0; i < 8; ++i) {
+        __m256i low = _mm256_permute2x128_si256(t[i], t[i + 8], 0x20);
+        __m256i high = _mm256_permute2x128_si256(t[i], t[i + 8], 0x31);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst + i * dst_stride), low);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst + (i + 8) * dst_stride), high);
+    }
+}
+
+// dst[j][i] = src[i][j] for any rows x cols.
+inline void transpose_u16(
+    const uint16_t* src, int64_t src_stride, int64_t rows, int64_t cols, uint16_t* dst, int64_t dst_stride
+) {
+    for (int64_t i = 0; i < rows; i += 16) {
+        for (int64_t j = 0; j < cols; j += 16) {
+            if (i + 16 <= rows && j + 16 <= cols) {
+                transpose_16x16_u16(src + i * src_stride + j, src_stride, dst + j * dst_stride + i, dst_stride);
+                continue;
+            }
+            for (int64_t ii = i; ii < rows && ii < i + 16; ++ii) {
+                for (int64_t jj = j; jj < cols && jj < j + 16; ++jj) {
+                    dst[jj * dst_stride + ii] = src[ii * src_stride + jj];
+                }
+            }
+        }
+    }
+}
+
+}  // namespace
+}  // namespace muon_kernels::cpu

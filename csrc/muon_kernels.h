@@ -1,0 +1,99 @@
+// The whole C++ interface of muon_kernels. Nothing here knows of torch, Python or pybind11: pointers, shapes, strides
+// (always in elements) and a status.
+#pragma once
+
+#include <cstdint>
+
+namespace muon_kernels {
+
+enum class DType : int32_t { f32 = 0, bf16 = 1 };
+
+enum class Status : int32_t { ok = 0, unsupported_isa = 1, invalid_argument = 2 };
+
+// Where one matrix of a bucket lies. Any strides, so a transposed or sliced parameter is just another MatrixRef.
+struct MatrixRef {
+    int64_t address;
+    int64_t row_stride;
+    int64_t col_stride;
+};
+
+// A stack of row-major bf16 matrices; the column stride is 1. `data == nullptr` means "absent".
+struct Stack {
+    uint16_t* data = nullptr;
+    int64_t batch = 0;
+    int64_t rows = 0;
+    int64_t cols = 0;
+    int64_t batch_stride = 0;
+    int64_t row_stride = 0;
+};
+
+// out = scale[i] * (alpha * (a + a_low) * b + beta * (c + c_low) + gamma * I), for every matrix i of the stacks.
+//
+// `*_low` is the part of a matrix that rounding to bf16 lost, itself rounded to bf16; with it a stack carries 16
+// significant bits. `out_low`, if present, receives that part of the result.
+struct Product {
+    Stack a;                 // [batch, m, k]
+    Stack a_low;             // [batch, m, k] or absent
+    Stack b;                 // [batch, k, n], or [batch, n, k] if b_transposed
+    bool b_transposed = false;
+    Stack c;                 // [batch, m, n] or absent
+    Stack c_low;             // [batch, m, n] or absent
+    Stack out;               // [batch, m, n], must not overlap an operand
+    Stack out_low;           // [batch, m, n] or absent
+    bool symmetric = false;  // the caller knows that the result is symmetric: compute one triangle, mirror it
+    float alpha = 1.0f;
+    float beta = 0.0f;
+    float gamma = 0.0f;
+    const float* scale = nullptr;  // [batch] or absent (1)
+};
+
+// For every matrix i: momentum[i] is updated from grad[i]; the direction goes as bf16 to x[i]; its sum of squares,
+// taken in double before the rounding, goes to sum_of_squares[i]. `momentum == nullptr`: the direction is the gradient.
+//
+//   g = grad * grad_scale
+//   dampened:    buf += (1 - mu) * (g - buf);   direction = nesterov ? buf + (1 - mu) * (g - buf) : buf
+//   un-dampened: buf  = mu * buf + g;           direction = nesterov ? g + mu * buf : buf
+//
+// A matrix whose norm is outside [2^-30, 2^30] is multiplied in x by a power of two that brings the norm to [1, 2), and
+// sum_of_squares is that of x: products of it can then neither overflow nor vanish, and no bit is lost.
+struct MomentumUpdate {
+    const MatrixRef* grad;      // [x.batch]
+    const MatrixRef* momentum;  // [x.batch] or absent
+    DType grad_dtype;
+    DType momentum_dtype;
+    Stack x;                 // [batch, m, n]
+    double* sum_of_squares;  // [batch]
+    float grad_scale;        // negative to maximize
+    double mu;
+    bool nesterov;
+    bool dampened;
+};
+
+// For every matrix i: param = decay * param - step_size[i] * x[i].
+struct ApplyUpdate {
+    const MatrixRef* param;  // [x.batch]
+    DType param_dtype;
+    Stack x;                 // [batch, m, n]
+    float decay;
+    const float* step_size;  // [batch]
+};
+
+namespace cpu {
+
+// The instruction sets that kernels exist for, best first.
+enum class Isa : int32_t { avx512bf16 = 0, avx2 = 1 };
+constexpr int kIsaCount = 2;
+
+bool isa_compiled(Isa isa);
+bool isa_supported(Isa isa);  // compiled, and this processor and operating system have it
+bool has_amx_bf16();
+
+// "openmp" when work is shared with the OpenMP threads that the process already has (torch's), else "std::thread".
+const char* thread_runtime();
+
+Status product(Isa isa, const Product& args, int threads);
+Status momentum_update(Isa isa, const MomentumUpdate& args, int threads);
+Status apply_update(Isa isa, const ApplyUpdate& args, int threads);
+
+}  // namespace cpu
+}  // namespace muon_kernels

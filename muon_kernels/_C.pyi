@@ -1,0 +1,60 @@
+"""The compiled module (python/bindings.cpp)."""
+
+import enum
+
+class DType(enum.Enum):
+    f32 = 0
+    bf16 = 1
+
+class cpu:
+    """Kernels for this processor (csrc/cpu)."""
+
+    class Isa(enum.Enum):
+        avx512bf16 = 0
+        avx2 = 1
+
+    @staticmethod
+    def isa_supported(isa: Isa) -> bool: ...
+    @staticmethod
+    def has_amx_bf16() -> bool: ...
+    @staticmethod
+    def thread_runtime() -> str: ...
+    @staticmethod
+    def product(
+        isa: Isa,
+        threads: int,
+        a: tuple[int, ...],
+        a_low: tuple[int, ...] | None,
+        b: tuple[int, ...],
+        b_transposed: bool,
+        c: tuple[int, ...] | None,
+        c_low: tuple[int, ...] | None,
+        out: tuple[int, ...],
+        out_low: tuple[int, ...] | None,
+        symmetric: bool,
+        alpha: float,
+        beta: float,
+        gamma: float,
+        scale: int,
+        /,
+    ) -> None: ...
+    @staticmethod
+    def momentum_update(
+        isa: Isa,
+        threads: int,
+        grad: int,
+        grad_dtype: DType,
+        momentum: int,
+        momentum_dtype: DType,
+        x: tuple[int, ...],
+        sum_of_squares: int,
+        grad_scale: float,
+        mu: float,
+        nesterov: bool,
+        dampened: bool,
+        /,
+    ) -> None: ...
+    @staticmethod
+    def apply_update(
+        isa: Isa, threads: int, param: int, param_dtype: DType, x: tuple[int, ...], decay: float, step_size: int, /
+    ) -> None: ...

@@ -1,0 +1,18 @@
+"""Muon, fused: `Muon` is a drop-in for torch.optim.Muon, `orthogonalize` its Newton-Schulz iteration.
+
+>>> import torch, muon_kernels
+>>> Q = muon_kernels.orthogonalize(torch.eye(2, 4))
+>>> Q.shape
+torch.Size([2, 4])
+"""
+
+from ._version import __version__
+from .coefficients import COEFFICIENTS
+from .functional import orthogonalize
+from .muon_adamw import MuonAdamW
+from .optimizer import Muon
+from .param_groups import param_groups
+from .plan import Plan
+
+
+__all__ = ["COEFFICIENTS", "Muon", "MuonAdamW", "Plan", "__version__", "orthogonalize", "param_groups"]

@@ -1,0 +1,102 @@
+"""Who can do the verbs, and who should.
+
+A backend is a module with the functions of `Backend`. It is imported when somebody asks for it, so that
+`import muon_kernels` needs neither the compiled module nor triton nor a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from ..layout import Matrices
+from ..newton_schulz import Products
+
+# In the order in which "auto" prefers them.
+BACKENDS = {"cpu": ".cpu", "eager": ".eager"}
+
+
+class Backend(Products, Protocol):
+    """The verbs (DESIGN: one name per operation in every layer) and what the plan needs to know of them."""
+
+    def unavailable(self) -> str | None:
+        """Why nothing can run here, and the mend; None if ready."""
+
+    def refuses(self, device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
+        """Why tensors of this kind cannot be taken, and what could be; None if they can."""
+
+    def describe(self) -> str:
+        """What will run, in a few words."""
+
+    def symmetric_products(self) -> bool:
+        """Whether syrk and syrkx compute one triangle only."""
+
+    def default_workspace_bytes(self) -> int:
+        """The cap on a step's workspace unless the user sets one."""
+
+    def leading_dimension(self, cols: int) -> int:
+        """Row stride, in elements, at which stacks of `cols` columns are multiplied fastest."""
+
+    def momentum_update(
+        self,
+        grads: Sequence[Matrices],
+        momenta: Sequence[Matrices] | None,
+        X: Tensor,
+        *,
+        momentum: float,
+        nesterov: bool,
+        dampened: bool,
+        grad_scale: float,
+    ) -> Tensor:
+        """Update momenta, write the directions to X; see csrc/muon_kernels.h for the formula.
+
+        Args:
+            grads: matrices in the order of X's batch; only read.
+            momenta: the same of the momentum buffers, updated in place; None: the direction is the gradient.
+            X: (batch, m, n) bf16, written. A matrix whose norm is far from 1 may be written times a power of two.
+            momentum: the factor mu.
+            nesterov: whether the direction looks one step ahead.
+            dampened: whether the gradient enters with 1 - mu (torch) or whole (Moonlight).
+            grad_scale: multiplies every gradient.
+
+        Returns:
+            (batch,) float64 on X's device: squared Frobenius norms of X as written, before rounding.
+        """
+
+    def apply_update(
+        self, params: Sequence[Matrices], X: Tensor, *, decay: float | Tensor, step_sizes: Sequence[float | Tensor]
+    ) -> None:
+        """Write decay·param - step_sizes[i]·X[matrices of param i] to every param i."""
+
+
+def get(name: str) -> Backend:
+    """The backend of that name; ValueError if there is none."""
+    if name not in BACKENDS:
+        raise ValueError(f"backend should be 'auto' or one of {', '.join(map(repr, BACKENDS))} but is: {name!r}")
+    return cast(Backend, importlib.import_module(BACKENDS[name], __name__))
+
+
+def unavailable(name: str) -> str | None:
+    """Why the backend of that name cannot run on this machine, and the mend; None if it is ready."""
+    return get(name).unavailable()
+
+
+def choose(name: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> str:
+    """The name of the backend that will run; "auto" takes the first that can.
+
+    Raises:
+        ValueError: unknown name, or a named backend that cannot take such tensors.
+        RuntimeError: a named backend that cannot run on this machine.
+    """
+    if name == "auto":
+        return next(n for n in BACKENDS if not get(n).unavailable() and not get(n).refuses(device, dtypes))
+    backend = get(name)
+    if reason := backend.unavailable():
+        raise RuntimeError(f"backend {name!r} cannot run here: {reason}")
+    if reason := backend.refuses(device, dtypes):
+        raise ValueError(f"backend {name!r} cannot take these parameters: {reason}")
+    return name

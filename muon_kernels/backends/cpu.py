@@ -1,0 +1,298 @@
+"""The verbs in native code for this processor (csrc/cpu)."""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..layout import Matrices
+from . import eager
+
+_DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True)
+class _Choice:
+    isa: str
+    products: Literal["native", "torch"]
+
+
+_forced: _Choice | None = None
+
+
+@cache
+def _native() -> ModuleType | None:
+    try:
+        from muon_kernels import _C
+    except ImportError:
+        return None
+    return _C
+
+
+def instruction_sets() -> list[str]:
+    """The instruction sets that kernels were built for and this processor has, best first."""
+    native = _native()
+    if native is None:
+        return []
+    return [name for name, isa in native.cpu.Isa.__members__.items() if native.cpu.isa_supported(isa)]
+
+
+@cache
+def _best() -> _Choice:
+    native, isas = _native(), instruction_sets()
+    assert native is not None and isas
+    # torch multiplies bf16 on AMX tiles several times faster than AVX-512 can.
+    return _Choice(os.environ.get("MUON_KERNELS_CPU_ISA", isas[0]), "torch" if native.cpu.has_amx_bf16() else "native")
+
+
+def _choice() -> _Choice:
+    return _forced or _best()
+
+
+@contextmanager
+def forced(isa: str, products: Literal["native", "torch"] = "native") -> Iterator[None]:
+    """Run with another choice than this processor's best, for tests and measurements."""
+    global _forced
+    before, _forced = _forced, _Choice(isa, products)
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def unavailable() -> str | None:
+    """See `Backend.unavailable`."""
+    if _native() is None:
+        return "the compiled module is missing; reinstall muon_kernels with a C++17 compiler (g++ or clang++) on PATH"
+    isas = instruction_sets()
+    if not isas:
+        return "this processor has neither AVX-512-BF16 nor AVX2; use backend='eager'"
+    wanted = os.environ.get("MUON_KERNELS_CPU_ISA", isas[0])
+    if wanted not in isas:
+        return f"MUON_KERNELS_CPU_ISA is {wanted!r} but this processor and build have {', '.join(isas)}; unset it"
+    return None
+
+
+def refuses(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
+    """See `Backend.refuses`."""
+    if device.type != "cpu":
+        return f"expected tensors on the CPU, got {device}; use backend='auto'"
+    bad = [d for d in dtypes if d not in _DTYPES]
+    return f"expected float32 or bfloat16 tensors, got {bad[0]}; use backend='auto'" if bad else None
+
+
+def describe() -> str:
+    """See `Backend.describe`."""
+    choice, native = _choice(), _native()
+    assert native is not None
+    products = "torch (AMX)" if choice.products == "torch" else "native"
+    return f"{choice.isa}, products {products}, threads {native.cpu.thread_runtime()}"
+
+
+def symmetric_products() -> bool:
+    """See `Backend.symmetric_products`."""
+    return _choice().products == "native"
+
+
+def split_products() -> bool:
+    """See `Products.split_products`."""
+    return _choice().products == "native"
+
+
+def default_workspace_bytes() -> int:
+    """64 MiB: a few large matrices at a time stay in the last-level cache."""
+    return 64 << 20
+
+
+def leading_dimension(cols: int) -> int:
+    """Keep rows apart that a power-of-two stride would map to the same few sets of the first-level cache."""
+    return cols + 32 if cols and cols % 512 == 0 else cols
+
+
+def _stack(t: Tensor | None) -> tuple[int, int, int, int, int, int] | None:
+    if t is None:
+        return None
+    return (t.data_ptr(), *t.shape, t.stride(0), t.stride(1))
+
+
+def _refs(matrices: Sequence[Matrices]) -> array[int]:
+    """The addresses and strides of all matrices as csrc's MatrixRef[]."""
+    refs = array("q")
+    for tensor, at in matrices:
+        size = tensor.element_size()
+        address = tensor.data_ptr() + at.offset * size
+        for _ in range(at.batch):
+            refs.extend((address, at.row_stride, at.col_stride))
+            address += at.batch_stride * size
+    return refs
+
+
+def _address(refs: array[int]) -> int:
+    return refs.buffer_info()[0]
+
+
+def _isa_and_threads() -> tuple[object, int]:
+    native = _native()
+    assert native is not None
+    return getattr(native.cpu.Isa, _choice().isa), torch.get_num_threads()
+
+
+def _dtype(matrices: Sequence[Matrices]) -> object:
+    native = _native()
+    assert native is not None
+    return getattr(native.DType, _DTYPES[matrices[0].tensor.dtype])
+
+
+def momentum_update(
+    grads: Sequence[Matrices],
+    momenta: Sequence[Matrices] | None,
+    X: Tensor,
+    *,
+    momentum: float,
+    nesterov: bool,
+    dampened: bool,
+    grad_scale: float,
+) -> Tensor:
+    """See `Backend.momentum_update`."""
+    native = _native()
+    assert native is not None
+    sum_of_squares = torch.empty(X.shape[0], dtype=torch.float64)
+    grad_refs = _refs(grads)
+    momentum_refs = _refs(momenta) if momenta is not None else None
+    native.cpu.momentum_update(
+        *_isa_and_threads(),
+        _address(grad_refs),
+        _dtype(grads),
+        _address(momentum_refs) if momentum_refs is not None else 0,
+        _dtype(momenta if momenta is not None else grads),
+        _stack(X),
+        sum_of_squares.data_ptr(),
+        grad_scale,
+        momentum,
+        nesterov,
+        dampened,
+    )
+    return sum_of_squares
+
+
+def _product(
+    A: Tensor,
+    B: Tensor,
+    out: Tensor,
+    *,
+    transposed: bool = False,
+    symmetric: bool = False,
+    A_low: Tensor | None = None,
+    C: Tensor | None = None,
+    C_low: Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    gamma: float = 0.0,
+    scale: Tensor | None = None,
+    out_low: Tensor | None = None,
+) -> None:
+    native = _native()
+    assert native is not None
+    native.cpu.product(
+        *_isa_and_threads(),
+        _stack(A),
+        _stack(A_low),
+        _stack(B),
+        transposed,
+        _stack(C),
+        _stack(C_low),
+        _stack(out),
+        _stack(out_low),
+        symmetric,
+        alpha,
+        beta,
+        gamma,
+        scale.data_ptr() if scale is not None else 0,
+    )
+
+
+def syrk(
+    A: Tensor,
+    *,
+    out: Tensor,
+    C: Tensor | None = None,
+    C_low: Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    gamma: float = 0.0,
+    scale: Tensor | None = None,
+    out_low: Tensor | None = None,
+) -> None:
+    """See `Products.syrk`."""
+    if _choice().products == "torch":
+        eager.syrk(A, out=out, C=C, alpha=alpha, beta=beta, gamma=gamma, scale=scale)
+        return
+    _product(
+        A,
+        A,
+        out,
+        transposed=True,
+        symmetric=True,
+        C=C,
+        C_low=C_low,
+        alpha=alpha,
+        beta=beta,
+        gamma=gamma,
+        scale=scale,
+        out_low=out_low,
+    )
+
+
+def syrkx(A: Tensor, B: Tensor, *, out: Tensor, A_low: Tensor | None = None) -> None:
+    """See `Products.syrkx`."""
+    if _choice().products == "torch":
+        eager.syrkx(A, B, out=out)
+        return
+    _product(A, B, out, symmetric=True, A_low=A_low)
+
+
+def gemm(
+    A: Tensor,
+    X: Tensor,
+    *,
+    out: Tensor,
+    C: Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    scale: Tensor | None = None,
+) -> None:
+    """See `Products.gemm`."""
+    if _choice().products == "torch":
+        eager.gemm(A, X, out=out, C=C, alpha=alpha, beta=beta, scale=scale)
+        return
+    _product(A, X, out, C=C, alpha=alpha, beta=beta, scale=scale)
+
+
+def apply_update(
+    params: Sequence[Matrices], X: Tensor, *, decay: float | Tensor, step_sizes: Sequence[float | Tensor]
+) -> None:
+    """See `Backend.apply_update`."""
+    native = _native()
+    assert native is not None
+    refs = _refs(params)
+    steps = array("f")
+    for (_, at), step_size in zip(params, step_sizes, strict=True):
+        steps.extend([float(step_size)] * at.batch)
+    native.cpu.apply_update(
+        *_isa_and_threads(),
+        _address(refs),
+        _dtype(params),
+        _stack(X),
+        float(decay),
+        steps.buffer_info()[0],
+    )
+    torch.autograd.graph.increment_version([p.tensor for p in params])

@@ -1,0 +1,162 @@
+"""The verbs in plain torch operations: any device, any floating-point dtype, and the twin that native kernels are read
+beside. Products run in bf16 with fp32 accumulation, as in torch.optim.Muon, but batched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..layout import Matrices
+
+
+def unavailable() -> str | None:
+    """Never: torch is there."""
+    return None
+
+
+def refuses(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
+    """Take any real floating-point dtype on any device."""
+    bad = [d for d in dtypes if not d.is_floating_point]
+    return f"expected floating-point tensors, got {bad[0]}" if bad else None
+
+
+def describe() -> str:
+    """What runs."""
+    return f"torch {torch.__version__} operations, batched"
+
+
+def symmetric_products() -> bool:
+    """No: torch has no symmetric product."""
+    return False
+
+
+def split_products() -> bool:
+    """No: torch's bf16 products round their result."""
+    return False
+
+
+def default_workspace_bytes() -> int:
+    """1 GiB."""
+    return 1 << 30
+
+
+def leading_dimension(cols: int) -> int:
+    """Contiguous."""
+    return cols
+
+
+def momentum_update(
+    grads: Sequence[Matrices],
+    momenta: Sequence[Matrices] | None,
+    X: Tensor,
+    *,
+    momentum: float,
+    nesterov: bool,
+    dampened: bool,
+    grad_scale: float,
+) -> Tensor:
+    """See `Backend.momentum_update`. Arithmetic in fp32, or in the gradient's dtype if that is wider."""
+    sum_of_squares = torch.empty(X.shape[0], dtype=torch.float64, device=X.device)
+    start = 0
+    for i, grad in enumerate(grads):
+        g = grad.view()
+        g = g.to(torch.promote_types(g.dtype, torch.float32))
+        if grad_scale != 1.0:
+            g = g * grad_scale
+        if momenta is not None:
+            buffer = momenta[i].view()
+            b = buffer.to(g.dtype)
+            b = b.lerp(g, 1 - momentum) if dampened else b.mul(momentum).add_(g)
+            buffer.copy_(b)
+            if not nesterov:
+                g = b
+            elif dampened:
+                g = g.lerp(b, momentum)
+            else:
+                g = g.add(b, alpha=momentum)
+        stop = start + grad.layout.batch
+        # A norm near 1, by an exact power of two: squares of the workspace can then neither overflow nor vanish.
+        norm = torch.linalg.vector_norm(g, dim=(-2, -1), dtype=torch.float64, keepdim=True)
+        exponent = torch.where(norm.isfinite() & (norm > 0), torch.frexp(norm).exponent, 0)
+        X[start:stop].copy_(_ldexp(g, -exponent))
+        sum_of_squares[start:stop] = torch.ldexp(norm, -exponent).square().flatten()
+        start = stop
+    return sum_of_squares
+
+
+def _ldexp(x: Tensor, exponent: Tensor) -> Tensor:
+    """x·2^exponent in two factors: 2^-exponent alone may be outside fp32's range."""
+    half = exponent // 2
+    one = torch.ones_like(exponent, dtype=x.dtype)
+    return x * torch.ldexp(one, half) * torch.ldexp(one, exponent - half)
+
+
+def _product(
+    A: Tensor,
+    B: Tensor,
+    out: Tensor,
+    C: Tensor | None,
+    alpha: float,
+    beta: float,
+    gamma: float,
+    scale: Tensor | None,
+) -> None:
+    if gamma == 0 and scale is None:
+        torch.baddbmm(out if C is None else C, A, B, beta=0 if C is None else beta, alpha=alpha, out=out)
+        return
+    # The identity and the scale must not be rounded apart from the sum: in fp32, which torch's product cannot return.
+    total = torch.bmm(A, B).float().mul_(alpha)
+    if C is not None:
+        total.add_(C, alpha=beta)
+    total.diagonal(dim1=-2, dim2=-1).add_(gamma)
+    out.copy_(total if scale is None else total.mul_(scale[:, None, None]))
+
+
+def syrk(
+    A: Tensor,
+    *,
+    out: Tensor,
+    C: Tensor | None = None,
+    C_low: Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    gamma: float = 0.0,
+    scale: Tensor | None = None,
+    out_low: Tensor | None = None,
+) -> None:
+    """See `Products.syrk`."""
+    _product(A, A.mT, out, C, alpha, beta, gamma, scale)
+
+
+def syrkx(A: Tensor, B: Tensor, *, out: Tensor, A_low: Tensor | None = None) -> None:
+    """See `Products.syrkx`."""
+    _product(A, B, out, None, 1.0, 0.0, 0.0, None)
+
+
+def gemm(
+    A: Tensor,
+    X: Tensor,
+    *,
+    out: Tensor,
+    C: Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    scale: Tensor | None = None,
+) -> None:
+    """See `Products.gemm`."""
+    _product(A, X, out, C, alpha, beta, 0.0, scale)
+
+
+def apply_update(
+    params: Sequence[Matrices], X: Tensor, *, decay: float | Tensor, step_sizes: Sequence[float | Tensor]
+) -> None:
+    """See `Backend.apply_update`."""
+    start = 0
+    for param, step_size in zip(params, step_sizes, strict=True):
+        stop = start + param.layout.batch
+        p = param.view()
+        p.mul_(decay).sub_(X[start:stop].to(torch.promote_types(p.dtype, torch.float32)) * step_size)
+        start = stop

@@ -1,0 +1,397 @@
+"""The step: sort parameters into buckets, choose for each, run.
+
+`prepare` looks at everything and raises whatever there is to raise; `execute` then only computes. So a step either happens or
+leaves parameters and state as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .coefficients import DEFAULT, Schedule, resolve
+from .layout import Matrices, column_order, flattens, layout, split_shape
+from .newton_schulz import ALGORITHMS
+from .plan import Bucket, plan_bucket
+from .scaling import lr_ratio
+
+Coefficients = str | Sequence[float] | Sequence[Sequence[float]]
+
+
+class Kind(NamedTuple):
+    """What the matrices of a bucket have in common."""
+
+    rows: int
+    cols: int
+    device: torch.device
+    grad_dtype: torch.dtype
+    momentum_dtype: torch.dtype
+    param_dtype: torch.dtype
+
+
+class Part(NamedTuple):
+    """Matrices start..stop of one parameter."""
+
+    parameter: int
+    start: int
+    stop: int
+
+
+@dataclass
+class Chunk:
+    """The operands of one pass through the workspace."""
+
+    params: list[Matrices]
+    grads: list[Matrices]
+    momenta: list[Matrices]
+    step_sizes: list[float | Tensor]
+
+
+@dataclass
+class Work:
+    """A bucket ready to run, and the scalars of its group."""
+
+    bucket: Bucket
+    chunks: list[Chunk]
+    schedule: Schedule
+    device: torch.device
+    decay: float | Tensor
+    momentum: float
+    nesterov: bool
+    dampened: bool
+    eps: float
+    grad_scale: float
+    # Tensors that no strides describe as matrices are stepped in a copy: (where it goes back to, the copy).
+    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+
+class Workspace:
+    """Memory that steps share and keep, one block a device; it grows to the largest chunk and stays."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[torch.device, Tensor] = {}
+
+    def reserve(self, device: torch.device, bytes_: int) -> None:
+        """Have at least `bytes_` on `device`."""
+        block = self._blocks.get(device)
+        if block is None or block.numel() < bytes_:
+            self._blocks.pop(device, None)
+            self._blocks[device] = torch.empty(bytes_, dtype=torch.uint8, device=device)
+
+    def stacks(self, bucket: Bucket, batch: int, device: torch.device) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """X, Y and the squares of a chunk of `batch` matrices."""
+        m, n = bucket.shape
+        pad = backends.get(bucket.backend).leading_dimension
+        block = self._blocks[device].view(torch.bfloat16)
+        offset = 0
+
+        def stack(cols: int) -> Tensor:
+            nonlocal offset
+            stride = pad(cols)
+            view = block.as_strided((batch, m, cols), (m * stride, stride, 1), offset)
+            offset += batch * m * stride
+            return view
+
+        return stack(n), stack(n), [stack(m) for _ in range(ALGORITHMS[bucket.algorithm].squares_needed)]
+
+
+def _order(t: Tensor, flatten: bool | None) -> tuple[int, ...]:
+    return column_order(t.shape, t.stride()) if flattens(t.shape, flatten) else ()
+
+
+def _matrices(
+    t: Tensor, flatten: bool | None, order: tuple[int, ...], copies: list[tuple[Tensor, Tensor]] | None
+) -> tuple[Tensor, bool | None, tuple[int, ...]]:
+    """`t`, or a copy that strides can describe, with the arguments for `layout`; a copy to write back goes to `copies`."""
+    if layout(t.shape, t.stride(), flatten, order) is not None:
+        return t, flatten, order
+    if not order:
+        copy, target = t.contiguous(), t
+    else:
+        target = t.permute(0, *order)
+        copy = target.contiguous()
+    if copies is not None:
+        copies.append((target, copy))
+    return copy, flatten, tuple(range(1, t.ndim)) if order else ()
+
+
+def _part(source: tuple[Tensor, bool | None, tuple[int, ...]], start: int, stop: int) -> Matrices:
+    tensor, flatten, order = source
+    at = layout(tensor.shape, tensor.stride(), flatten, order, start, stop)
+    assert at is not None
+    return Matrices(tensor, at)
+
+
+def _deal(counts: Sequence[tuple[int, int]], chunks: Sequence[int]) -> list[list[Part]]:
+    """Cut (parameter, number of its matrices) into chunks of the given sizes; a parameter may be cut in two."""
+    dealt: list[list[Part]] = []
+    queue = [Part(index, 0, count) for index, count in counts]
+    for room in chunks:
+        chunk: list[Part] = []
+        while room:
+            index, start, stop = queue.pop(0) if queue[0].stop - queue[0].start <= room else queue[0]
+            if stop - start > room:
+                queue[0] = Part(index, start + room, stop)
+                stop = start + room
+            chunk.append(Part(index, start, stop))
+            room -= stop - start
+        dealt.append(chunk)
+    return dealt
+
+
+def check_parameter(p: Tensor, flatten: bool | None = None) -> None:
+    """Raise ValueError or TypeError unless Muon can step such a parameter."""
+    if p.is_complex():
+        raise TypeError(
+            f"Muon does not support complex parameters: expected a real floating-point dtype, got {p.dtype}"
+        )
+    if not p.is_floating_point():
+        raise TypeError(f"Muon expects floating-point parameters, got {p.dtype} of size {tuple(p.shape)}")
+    if p.layout != torch.strided:
+        raise TypeError(f"Muon does not support sparse parameters: expected a dense tensor, got layout {p.layout}")
+    if p.ndim < 2:
+        raise ValueError(
+            "Muon only supports parameters with at least 2 dimensions whereas we found a parameter with size: "
+            f"{tuple(p.shape)}; give vectors and scalars to AdamW (muon_kernels.MuonAdamW with "
+            "muon_kernels.param_groups(model) does)"
+        )
+
+
+def _check_operands(p: Tensor, g: Tensor, buffer: Tensor) -> None:
+    if g.layout != torch.strided:
+        raise TypeError(f"Muon does not support sparse gradients: expected a dense gradient, got layout {g.layout}")
+    if not g.is_floating_point():
+        raise TypeError(f"Muon expects floating-point gradients, got {g.dtype}")
+    for name, t in (("gradient", g), ("momentum_buffer", buffer)):
+        if t.shape != p.shape:
+            raise ValueError(f"{name} should have the parameter's size {tuple(p.shape)} but has: {tuple(t.shape)}")
+        if t.device != p.device:
+            raise ValueError(f"{name} should be on the parameter's device {p.device} but is on: {t.device}")
+    for name, t in (("parameter", p), ("momentum_buffer", buffer)):
+        if any(s == 0 and n > 1 for n, s in zip(t.shape, t.stride(), strict=True)):
+            raise ValueError(
+                f"{name} of size {tuple(t.shape)} should own its memory but is expanded (strides {t.stride()}); clone it"
+            )
+
+
+def _scalar(x: float | Tensor) -> float | Tensor:
+    """A number where that costs no synchronisation."""
+    return float(x) if not isinstance(x, Tensor) or x.device.type == "cpu" else x.reshape(())
+
+
+def prepare(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_bufs: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    weight_decay: float | Tensor,
+    momentum: float,
+    nesterov: bool,
+    ns_coefficients: Coefficients,
+    eps: float,
+    ns_steps: int | None,
+    adjust_lr_fn: str | Callable[[int, int], float] | None,
+    dampened: bool = True,
+    flatten: bool | None = None,
+    ns_algorithm: str = "auto",
+    backend: str = "auto",
+    max_workspace_bytes: int | None = None,
+    grad_scale: float = 1.0,
+    maximize: bool = False,
+) -> list[Work]:
+    """Everything that a step of one group decides, before anything is written.
+
+    Args:
+        params: of any floating-point dtype and strides.
+        grads: one a parameter; only read.
+        momentum_bufs: one a parameter.
+        lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn, dampened, flatten, ns_algorithm,
+            backend, max_workspace_bytes, maximize: see `Muon`.
+        grad_scale: multiplies every gradient.
+
+    Returns:
+        A `Work` for every bucket.
+
+    Raises:
+        ValueError, TypeError: an operand or an option that cannot be used, with what was expected.
+        RuntimeError: a named backend that cannot run here.
+    """
+    schedule = resolve(ns_coefficients, ns_steps)
+    lr, weight_decay = _scalar(lr), _scalar(weight_decay)
+    decay = 1 - lr * weight_decay
+    by_kind: dict[Kind, list[tuple[int, int]]] = {}
+    ratios: list[float] = []
+    for index, (p, g, buffer) in enumerate(zip(params, grads, momentum_bufs, strict=True)):
+        _check_operands(p, g, buffer)
+        count, rows, cols = split_shape(p.shape, flatten)
+        ratios.append(lr_ratio(adjust_lr_fn, rows, cols))
+        kind = Kind(min(rows, cols), max(rows, cols), p.device, g.dtype, buffer.dtype, p.dtype)
+        by_kind.setdefault(kind, []).append((index, count))
+
+    works = []
+    for kind, counts in by_kind.items():
+        dtypes = (kind.grad_dtype, kind.momentum_dtype, kind.param_dtype)
+        bucket = plan_bucket(
+            (kind.rows, kind.cols),
+            sum(count for _, count in counts),
+            schedule,
+            ns_algorithm=ns_algorithm,
+            backend=backends.choose(backend, kind.device, dtypes),
+            max_workspace_bytes=max_workspace_bytes,
+            bytes_per_element=kind.grad_dtype.itemsize + 2 * (kind.momentum_dtype.itemsize + kind.param_dtype.itemsize),
+        )
+        copies: list[tuple[Tensor, Tensor]] = []
+        sources = {}
+        for index, _ in counts:
+            order = _order(params[index], flatten)
+            sources[index] = (
+                _matrices(params[index], flatten, order, copies),
+                _matrices(grads[index], flatten, order, None),
+                _matrices(momentum_bufs[index], flatten, order, copies),
+            )
+        chunks = []
+        for parts in _deal(counts, bucket.chunks):
+            params_, grads_, momenta = (
+                [_part(sources[index][operand], start, stop) for index, start, stop in parts] for operand in range(3)
+            )
+            chunks.append(Chunk(params_, grads_, momenta, [lr * ratios[index] for index, _, _ in parts]))
+        works.append(
+            Work(
+                bucket,
+                chunks,
+                schedule,
+                kind.device,
+                decay,
+                momentum,
+                nesterov,
+                dampened,
+                eps,
+                -grad_scale if maximize else grad_scale,
+                copies,
+            )
+        )
+    return works
+
+
+def reciprocal_norms(sum_of_squares: Tensor, eps: float) -> Tensor:
+    """1/max(‖X‖, eps) in fp32, from squared norms in float64, where eps is relative to the power of two below the norm.
+
+    torch.optim.Muon compares eps with the norm itself, so that tiny gradients give tiny updates. Here a matrix is first
+    scaled by an exact power of two to a norm in [1, 2): only an exactly zero matrix meets the guard, and the update does not
+    depend on the gradient's scale. Zero gives 0; NaN and infinity give NaN, so that nothing they touch looks sound.
+    """
+    norm = sum_of_squares.sqrt()
+    mantissa, exponent = torch.frexp(norm)
+    reciprocal = torch.ldexp(1 / (2 * mantissa).clamp(min=eps), 1 - exponent)
+    reciprocal = torch.where(norm == 0, 0.0, reciprocal)
+    return torch.where(norm.isfinite(), reciprocal, torch.nan).float()
+
+
+def _iterate(work: Work, chunk: Chunk, workspace: Workspace, momenta: list[Matrices] | None) -> Tensor:
+    """Prologue and iteration; the result lies in the workspace."""
+    ops = backends.get(work.bucket.backend)
+    batch = sum(g.layout.batch for g in chunk.grads)
+    X, Y, squares = workspace.stacks(work.bucket, batch, work.device)
+    sum_of_squares = ops.momentum_update(
+        chunk.grads,
+        momenta,
+        X,
+        momentum=work.momentum,
+        nesterov=work.nesterov,
+        dampened=work.dampened,
+        grad_scale=work.grad_scale,
+    )
+    scale = reciprocal_norms(sum_of_squares, work.eps)
+    run = ALGORITHMS[work.bucket.algorithm].run
+    return run(ops, X, Y, squares, scale, work.schedule.triples, work.schedule.margin)
+
+
+def execute(works: Iterable[Work], workspace: Workspace) -> None:
+    """Run what `prepare` decided: parameters and momentum buffers are written, gradients are not."""
+    for work in works:
+        ops = backends.get(work.bucket.backend)
+        for chunk in work.chunks:
+            result = _iterate(work, chunk, workspace, chunk.momenta)
+            ops.apply_update(chunk.params, result, decay=work.decay, step_sizes=chunk.step_sizes)
+        for target, copy in work.copies:
+            target.copy_(copy)
+
+
+def reserve(works: Iterable[Work], workspace: Workspace) -> None:
+    """Allocate what `execute` needs; the last thing that may raise."""
+    for work in works:
+        workspace.reserve(work.device, work.bucket.workspace_bytes)
+
+
+@torch.no_grad()
+def orthogonalize(
+    G: Tensor,
+    ns_coefficients: Coefficients = DEFAULT,
+    ns_steps: int | None = 5,
+    eps: float = 1e-7,
+    *,
+    ns_algorithm: str = "auto",
+    backend: str = "auto",
+    max_workspace_bytes: int | None = None,
+) -> Tensor:
+    """Approximate the orthogonal polar factor U Vᵀ of every matrix G = U Σ Vᵀ by Newton-Schulz.
+
+    Precisely: U p(Σ / (margin ‖G‖_F)) Vᵀ with p the composition of the steps' polynomials, in bf16 products with fp32
+    accumulation. Invariant to the scale of G; a zero matrix gives zero; NaN or infinity spoils its own matrix only.
+
+    Args:
+        G: (..., m, n), any m, n, strides and floating-point dtype. Only read.
+        ns_coefficients: a name of `muon_kernels.COEFFICIENTS`, one (a, b, c), or a list with one a step.
+        ns_steps: number of steps.
+        eps: see `reciprocal_norms`.
+        ns_algorithm: "standard", "gram", or "auto" for the one with fewer FLOPs.
+        backend: a name of `muon_kernels.backends.BACKENDS`, or "auto".
+        max_workspace_bytes: cap on the workspace; None for the backend's default.
+
+    Returns:
+        A new tensor of G's shape and dtype.
+
+    Raises:
+        ValueError, TypeError: an argument that cannot be used.
+        RuntimeError: a named backend that cannot run here.
+    """
+    if not isinstance(G, Tensor):
+        raise TypeError(f"G should be a Tensor but is: {type(G).__name__}")
+    check_parameter(G)
+    if G.numel() == 0:
+        resolve(ns_coefficients, ns_steps)
+        backends.choose(backend, G.device, [G.dtype])
+        return torch.empty_like(G)
+    name = backends.choose(backend, G.device, [G.dtype])
+    schedule = resolve(ns_coefficients, ns_steps)
+    count, rows, cols = split_shape(G.shape, False)
+    bucket = plan_bucket(
+        (min(rows, cols), max(rows, cols)),
+        count,
+        schedule,
+        ns_algorithm=ns_algorithm,
+        backend=name,
+        max_workspace_bytes=max_workspace_bytes,
+        bytes_per_element=2 * G.itemsize,
+    )
+    source = _matrices(G, False, (), None)
+    chunks = [
+        Chunk([], [_part(source, start, stop)], [], []) for ((_, start, stop),) in _deal([(0, count)], bucket.chunks)
+    ]
+    work = Work(bucket, chunks, schedule, G.device, 0.0, 0.0, False, True, eps, 1.0)
+    workspace = Workspace()
+    reserve([work], workspace)
+    out = torch.empty(count, rows, cols, dtype=G.dtype, device=G.device)
+    start = 0
+    for chunk in chunks:
+        result = _iterate(work, chunk, workspace, None)
+        stop = start + result.shape[0]
+        out[start:stop].copy_(result.mT if chunk.grads[0].layout.transposed else result)
+        start = stop
+    return out.reshape(G.shape)

@@ -1,0 +1,110 @@
+"""How a parameter lies in memory as a batch of wide matrices, without making a single view of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+from torch import Size, Tensor
+
+
+class Layout(NamedTuple):
+    """`batch` matrices of `rows` x `cols` (rows <= cols), in elements relative to a tensor's first one.
+
+    A matrix that is taller than wide is described transposed: NS(Xᵀ) = NS(X)ᵀ, so its orientation is only a pair of strides.
+    """
+
+    batch: int
+    rows: int
+    cols: int
+    offset: int
+    batch_stride: int
+    row_stride: int
+    col_stride: int
+    transposed: bool
+
+
+class Matrices(NamedTuple):
+    """Some or all matrices of one tensor."""
+
+    tensor: Tensor
+    layout: Layout
+
+    def view(self) -> Tensor:
+        """(batch, rows, cols), sharing the tensor's memory."""
+        t, at = self
+        return t.as_strided(
+            (at.batch, at.rows, at.cols),
+            (at.batch_stride, at.row_stride, at.col_stride),
+            t.storage_offset() + at.offset,
+        )
+
+
+def flattens(shape: Sequence[int], flatten: bool | None) -> bool:
+    """Whether a parameter is one matrix of (first dimension, all others), as convolutions want it.
+
+    `flatten` is the user's word; None flattens from four dimensions on and leaves three to be a batch of matrices.
+    """
+    return len(shape) > 2 and (len(shape) > 3 if flatten is None else flatten)
+
+
+def split_shape(shape: Sequence[int], flatten: bool | None) -> tuple[int, int, int]:
+    """(batch, rows, cols) of a parameter: leading dimensions count matrices, unless it flattens."""
+    if flattens(shape, flatten):
+        return 1, shape[0], math.prod(shape[1:])
+    return math.prod(shape[:-2]), shape[-2], shape[-1]
+
+
+def _merged(dims: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
+    """One (size, stride) that walks `dims` in order, or None if no single stride does."""
+    size, stride = 1, 1
+    for n, s in reversed([d for d in dims if d[0] != 1]):
+        if size == 1:
+            size, stride = n, s
+        elif s != size * stride:
+            return None
+        else:
+            size *= n
+    return size, stride
+
+
+@lru_cache(maxsize=65536)
+def column_order(shape: Size, stride: tuple[int, ...]) -> tuple[int, ...]:
+    """The order of dimensions 1.. of a flattened parameter in which its memory runs.
+
+    NS(XP) = NS(X)P for every permutation P, so the order of the columns is free as long as gradient, momentum and
+    parameter share it: a channels-last convolution needs no copy.
+    """
+    return tuple(sorted(range(1, len(shape)), key=lambda d: (-stride[d], d)))
+
+
+@lru_cache(maxsize=65536)
+def layout(
+    shape: Size,
+    stride: tuple[int, ...],
+    flatten: bool | None,
+    order: tuple[int, ...],
+    start: int = 0,
+    stop: int | None = None,
+) -> Layout | None:
+    """Layout of matrices start..stop of a tensor, or None if no strides describe it (the tensor must then be copied)."""
+    batch, rows, cols = split_shape(shape, flatten)
+    if flattens(shape, flatten):
+        merged = _merged([(shape[d], stride[d]) for d in order])
+        batch_stride, row_stride = 0, stride[0]
+        if merged is None:
+            return None
+        col_stride = merged[1]
+    else:
+        leading = _merged(list(zip(shape[:-2], stride[:-2], strict=True)))
+        if leading is None:
+            return None
+        batch_stride, row_stride, col_stride = leading[1], stride[-2], stride[-1]
+    if rows > cols:
+        rows, cols, row_stride, col_stride, transposed = cols, rows, col_stride, row_stride, True
+    else:
+        transposed = False
+    stop = batch if stop is None else stop
+    return Layout(stop - start, rows, cols, start * batch_stride, batch_stride, row_stride, col_stride, transposed)

@@ -1,0 +1,272 @@
+"""Muon as a torch optimizer: validation, state, groups. No arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from . import backends
+from .coefficients import COEFFICIENTS, DEFAULT, resolve
+from .functional import Coefficients, Work, Workspace, check_parameter, execute, prepare, reserve
+from .newton_schulz import ALGORITHMS
+from .plan import Plan
+from .scaling import lr_ratio
+
+_KELLER = COEFFICIENTS[DEFAULT].triples[0]
+
+
+class Muon(Optimizer):
+    r"""Momentum orthogonalized by Newton-Schulz: a drop-in for `torch.optim.Muon`, fused and batched.
+
+    For every matrix W of shape (A, B) with gradient G, momentum buffer M and its Newton-Schulz iterate NS(·):
+
+        M ← M + (1 - μ)(G - M)                       or, un-dampened, M ← μ M + G
+        D = M + (1 - μ)(G - M) if nesterov else M    or, un-dampened, G + μ M
+        W ← (1 - lr·weight_decay) W - lr·ratio(A, B)·NS(D)
+
+    Sources: Keller Jordan et al., "Muon" (2024); Liu et al., "Muon is Scalable for LLM Training" (arXiv 2502.16982) for the
+    weight decay and "match_rms_adamw". Matrices of equal shape are stepped together; `plan()` shows how. Gradients are only
+    read. If a step raises, parameters and state are as they were.
+
+    Differs from `torch.optim.Muon` where that is at fault: the momentum buffer is never overwritten by the iteration, the
+    norm is taken before rounding to bf16, and the update does not depend on the gradient's scale (see `eps`).
+
+    Args:
+        params: parameters with at least two dimensions, or groups of them. Three dimensions are a batch of matrices, four or
+            more a convolution, flattened to (first, all others); `flatten` decides otherwise.
+        lr: learning rate, a number or a one-element tensor.
+        weight_decay: decoupled, multiplied by `lr` as it is, not by the adjusted one.
+        momentum: μ.
+        nesterov: look one step ahead.
+        ns_coefficients: one (a, b, c), a name of `muon_kernels.COEFFICIENTS`, or a list with one (a, b, c) a step.
+        eps: smallest divisor of the normalisation, after an exact scaling of the norm to [1, 2); so it matters for zero only.
+        ns_steps: number of steps; None for a named set's own number.
+        adjust_lr_fn: ratio(A, B): None or "original" √max(1, A/B); "match_rms_adamw" 0.2·√max(A, B); "spectral" √(A/B);
+            "none" 1; or a function of (A, B).
+        dampened: False writes the momentum as Moonlight does, without the factor 1 - μ.
+        flatten: True flattens parameters of three dimensions too, False flattens none.
+        ns_algorithm: "standard", "gram", or "auto" for the one with fewer FLOPs.
+        backend: "cpu", "eager", or "auto" for the first that can.
+        max_workspace_bytes: cap on the memory beside parameters and state; larger buckets are stepped in several passes.
+            None: 64 MiB for "cpu", 1 GiB for "eager", or one matrix's need if that is more.
+        momentum_dtype: of new momentum buffers; None: the gradient's.
+        maximize: ascend.
+
+    Raises:
+        ValueError, TypeError: an argument that cannot be used, with what was expected.
+    """
+
+    # torch.amp.GradScaler then leaves unscaling and the skipped step to `step` (attributes grad_scale and found_inf).
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        weight_decay: float | Tensor = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: Coefficients = _KELLER,
+        eps: float = 1e-7,
+        ns_steps: int | None = 5,
+        adjust_lr_fn: str | Callable[[int, int], float] | None = None,
+        *,
+        dampened: bool = True,
+        flatten: bool | None = None,
+        ns_algorithm: str = "auto",
+        backend: str = "auto",
+        max_workspace_bytes: int | None = None,
+        momentum_dtype: torch.dtype | None = None,
+        maximize: bool = False,
+    ) -> None:
+        """Check everything and set nothing aside yet: momentum buffers come with the first gradients."""
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_coefficients": ns_coefficients,
+            "eps": eps,
+            "ns_steps": ns_steps,
+            "adjust_lr_fn": adjust_lr_fn,
+            "dampened": dampened,
+            "flatten": flatten,
+            "ns_algorithm": ns_algorithm,
+            "backend": backend,
+            "max_workspace_bytes": max_workspace_bytes,
+            "momentum_dtype": momentum_dtype,
+            "maximize": maximize,
+        }
+        _check_options(defaults)
+        self._workspace = Workspace()
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group after checking its options and parameters; on error the optimizer is unchanged."""
+        before = len(self.param_groups)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            unknown = set(group) - set(self.defaults) - {"params", "param_names", "initial_lr", "use_muon"}
+            if unknown:
+                raise ValueError(
+                    f"group options should be among {sorted(self.defaults)} but include: {sorted(unknown)}"
+                )
+            _check_options(group)
+            for p in group["params"]:
+                check_parameter(p, group["flatten"])
+                backends.choose(group["backend"], p.device, [p.dtype])
+        except Exception:
+            del self.param_groups[before:]
+            raise
+
+    def _prepare(
+        self, grads_of: Callable[[Tensor], Tensor | None], grad_scale: float
+    ) -> tuple[list[Work], dict[Tensor, Tensor]]:
+        """What a step would do, and the momentum buffers that it would add to the state."""
+        works: list[Work] = []
+        new: dict[Tensor, Tensor] = {}
+        for group in self.param_groups:
+            params, grads, buffers = [], [], []
+            for p in group["params"]:
+                grad = grads_of(p)
+                if grad is None:
+                    continue
+                buffer = self.state[p].get("momentum_buffer") if p in self.state else None
+                if buffer is None:
+                    dtype = group["momentum_dtype"] or grad.dtype
+                    buffer = new[p] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+                params.append(p)
+                grads.append(grad)
+                buffers.append(buffer)
+            options = {k: group[k] for k in _STEP_OPTIONS}
+            works += prepare(params, grads, buffers, grad_scale=grad_scale, **options)
+        return works, new
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: see `muon_kernels.functional.prepare`; nothing has been written then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        # torch.amp.GradScaler sets these for the duration of a step.
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
+            return loss
+        scale: Tensor | None = getattr(self, "grad_scale", None)
+        works, new = self._prepare(lambda p: p.grad, 1.0 if scale is None else 1.0 / float(scale))
+        reserve(works, self._workspace)
+        for p, buffer in new.items():
+            self.state[p]["momentum_buffer"] = buffer
+        execute(works, self._workspace)
+        return loss
+
+    @torch.no_grad()
+    def plan(self) -> Plan:
+        """What a step does if every parameter has a gradient of its own dtype; `print` it."""
+        works, _ = self._prepare(lambda p: p, 1.0)
+        return Plan(tuple(work.bucket for work in works))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take up a pickle or a checkpoint, torch.optim.Muon's too: what it lacks is as in the constructor."""
+        super().__setstate__(state)
+        self.__dict__.setdefault("_workspace", Workspace())
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the workspace."""
+        return super().__getstate__()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of this class or of torch.optim.Muon, momentum in the precision in which it was saved.
+
+        Raises:
+            ValueError: groups, sizes or options do not fit; nothing has been changed then.
+        """
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        own = [p for group in self.param_groups for p in group["params"]]
+        buffers = {}
+        if len(saved) == len(own):  # torch's own sentence otherwise
+            for index, p in zip(saved, own, strict=True):
+                buffer = state_dict["state"].get(index, {}).get("momentum_buffer")
+                if buffer is None:
+                    continue
+                if buffer.shape != p.shape:
+                    raise ValueError(
+                        f"momentum_buffer of parameter {index} should have size {tuple(p.shape)} but has: {tuple(buffer.shape)}"
+                    )
+                buffers[p] = buffer
+        for group in state_dict["param_groups"]:
+            _check_options({**self.defaults, **group})
+        super().load_state_dict(state_dict)
+        # torch casts state to the parameter's dtype, which would round an fp32 momentum of bf16 parameters.
+        for p, buffer in buffers.items():
+            self.state[p]["momentum_buffer"] = buffer.detach().to(p.device, copy=True)
+
+
+_STEP_OPTIONS = (
+    "lr",
+    "weight_decay",
+    "momentum",
+    "nesterov",
+    "ns_coefficients",
+    "eps",
+    "ns_steps",
+    "adjust_lr_fn",
+    "dampened",
+    "flatten",
+    "ns_algorithm",
+    "backend",
+    "max_workspace_bytes",
+    "maximize",
+)
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    lr = options["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    for name, key in (
+        ("Learning rate", "lr"),
+        ("momentum", "momentum"),
+        ("weight decay", "weight_decay"),
+        ("eps", "eps"),
+    ):
+        if not 0.0 <= options[key]:
+            raise ValueError(f"{name} should be >= 0 but is: {options[key]}")
+    resolve(options["ns_coefficients"], options["ns_steps"])
+    if not callable(options["adjust_lr_fn"]):
+        lr_ratio(options["adjust_lr_fn"], 1, 1)
+    if options["ns_algorithm"] != "auto" and options["ns_algorithm"] not in ALGORITHMS:
+        raise ValueError(
+            f"ns_algorithm should be 'auto' or one of {', '.join(map(repr, ALGORITHMS))} but is: {options['ns_algorithm']!r}"
+        )
+    if options["backend"] != "auto":
+        backends.get(options["backend"])
+    cap = options["max_workspace_bytes"]
+    if cap is not None and (not isinstance(cap, int) or cap <= 0):
+        raise ValueError(f"max_workspace_bytes should be a positive integer or None but is: {cap!r}")
+    dtype = options["momentum_dtype"]
+    if dtype not in (None, torch.float32, torch.bfloat16, torch.float64, torch.float16):
+        raise ValueError(f"momentum_dtype should be a floating-point dtype or None but is: {dtype!r}")

@@ -1,0 +1,251 @@
+"""What a step will do, decided once and shown on demand.
+
+Matrices of equal shape, dtype and device form a bucket; a bucket is cut into chunks that fit the workspace; the form of the
+iteration with the fewest FLOPs runs. FLOPs, launches and bytes are not formulas that could drift from the code: the
+iteration itself is run over a backend that only counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .coefficients import DEFAULT, Schedule, resolve
+from .newton_schulz import ALGORITHMS
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Equal matrices that are stepped together.
+
+    Attributes:
+        shape: (m, n) with m ≤ n, as the iteration sees them.
+        count: number of matrices.
+        algorithm: "standard" or "gram".
+        backend: who runs it.
+        chunks: number of matrices in each pass through the workspace.
+        launches: calls of a kernel in a step.
+        flops: FLOPs that are executed, 2 a multiply-add, all matrices.
+        bytes: traffic of prologue and epilogue: gradients, momenta and parameters read, momenta and parameters written,
+            the workspace written and read once each.
+        workspace_bytes: largest chunk's.
+    """
+
+    shape: tuple[int, int]
+    count: int
+    algorithm: str
+    backend: str
+    chunks: tuple[int, ...]
+    launches: int
+    flops: int
+    bytes: int
+    workspace_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a step does, bucket by bucket; `print` it."""
+
+    buckets: tuple[Bucket, ...]
+
+    @property
+    def launches(self) -> int:
+        """Kernel calls in a step."""
+        return sum(b.launches for b in self.buckets)
+
+    @property
+    def flops(self) -> int:
+        """FLOPs executed in a step."""
+        return sum(b.flops for b in self.buckets)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes moved by prologue and epilogue in a step."""
+        return sum(b.bytes for b in self.buckets)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Workspace that a step holds: buckets follow one another and share it."""
+        return max((b.workspace_bytes for b in self.buckets), default=0)
+
+    def __str__(self) -> str:
+        """A table with a row for every bucket."""
+        rows = [("matrices", "algorithm", "backend", "launches", "GFLOP", "MB moved", "workspace MB")]
+        for b in self.buckets:
+            name = f"{b.count} x {b.shape[0]}x{b.shape[1]}"
+            rows.append((name, b.algorithm, b.backend, *_figures(b)))
+        rows.append(("total", "", "", *_figures(self)))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = [
+            "  ".join(
+                cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in rows
+        ]
+        rule = "-" * len(lines[0])
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+
+def _figures(of: Bucket | Plan) -> tuple[str, str, str, str]:
+    return str(of.launches), f"{of.flops / 1e9:.3g}", f"{of.bytes / 1e6:.1f}", f"{of.workspace_bytes / 1e6:.1f}"
+
+
+class Counter:
+    """A backend that does nothing but count what another one would do."""
+
+    def __init__(self, symmetric: bool, split: bool) -> None:
+        self.launches = 0
+        self.flops = 0
+        self._symmetric, self._split = symmetric, split
+
+    def split_products(self) -> bool:
+        return self._split
+
+    def _count(self, A: Tensor, n: int, symmetric: bool) -> None:
+        batch, m, k = A.shape
+        self.launches += 1
+        self.flops += batch * k * (m * (m + 1) if symmetric and self._symmetric else 2 * m * n)
+
+    def syrk(self, A: Tensor, *, out: Tensor, **_: object) -> None:
+        self._count(A, A.shape[1], True)
+
+    def syrkx(self, A: Tensor, B: Tensor, *, out: Tensor, A_low: Tensor | None = None) -> None:
+        self._count(A, B.shape[2], True)
+        if A_low is not None:
+            self._count(A_low, B.shape[2], True)
+            self.launches -= 1  # the same kernel runs over both halves
+
+    def gemm(self, A: Tensor, X: Tensor, *, out: Tensor, **_: object) -> None:
+        self._count(A, X.shape[2], False)
+
+
+@lru_cache(maxsize=4096)
+def count(
+    algorithm: str,
+    m: int,
+    n: int,
+    triples: tuple[tuple[float, float, float], ...],
+    margin: float,
+    symmetric: bool,
+    split: bool,
+) -> tuple[int, int]:
+    """(launches, FLOPs) of the iteration on one m x n matrix."""
+    counter = Counter(symmetric, split)
+    run, squares = ALGORITHMS[algorithm]
+
+    def empty(cols: int) -> Tensor:
+        return torch.empty(1, m, cols, dtype=torch.bfloat16, device="meta")
+
+    run(counter, empty(n), empty(n), [empty(m) for _ in range(squares)], torch.empty(1, device="meta"), triples, margin)
+    return counter.launches, counter.flops
+
+
+def choose_algorithm(name: str, backend: str, m: int, n: int, schedule: Schedule) -> str:
+    """The form that runs: `name`, or for "auto" the one with the fewest FLOPs among those as accurate as torch's loop."""
+    if name != "auto":
+        if name not in ALGORITHMS:
+            raise ValueError(
+                f"ns_algorithm should be 'auto' or one of {', '.join(map(repr, ALGORITHMS))} but is: {name!r}"
+            )
+        return name
+    if not backends.get(backend).split_products():
+        return "standard"  # the Gram form holds the standard form's accuracy only where its first R can be split
+    return min(ALGORITHMS, key=lambda a: _count_on(backend, a, m, n, schedule)[1])
+
+
+def _count_on(backend: str, algorithm: str, m: int, n: int, schedule: Schedule) -> tuple[int, int]:
+    ops = backends.get(backend)
+    return count(algorithm, m, n, schedule.triples, schedule.margin, ops.symmetric_products(), ops.split_products())
+
+
+def workspace_bytes(backend: str, algorithm: str, m: int, n: int) -> int:
+    """Workspace of one m x n matrix."""
+    pad = backends.get(backend).leading_dimension
+    return 2 * m * (2 * pad(n) + ALGORITHMS[algorithm].squares_needed * pad(m))
+
+
+def chunk_counts(total: int, each: int, cap: int | None, backend: str) -> tuple[int, ...]:
+    """How many matrices go through the workspace at a time, as evenly as the cap allows.
+
+    Raises:
+        ValueError: the cap that the user set does not even hold one matrix.
+    """
+    if cap is not None and each > cap:
+        raise ValueError(f"max_workspace_bytes should be at least {each} to hold one matrix but is: {cap}")
+    most = max(1, (backends.get(backend).default_workspace_bytes() if cap is None else cap) // max(each, 1))
+    passes = -(-total // most)
+    return tuple(total * (i + 1) // passes - total * i // passes for i in range(passes))
+
+
+def plan_bucket(
+    shape: tuple[int, int],
+    count_: int,
+    schedule: Schedule,
+    *,
+    ns_algorithm: str,
+    backend: str,
+    max_workspace_bytes: int | None,
+    bytes_per_element: int,
+) -> Bucket:
+    """Plan `count_` matrices of one shape (m ≤ n) on a backend that was chosen.
+
+    Args:
+        shape: (m, n).
+        count_: number of matrices.
+        schedule: resolved coefficients.
+        ns_algorithm: "auto" or a name.
+        backend: a name in BACKENDS.
+        max_workspace_bytes: the user's cap, None for the backend's.
+        bytes_per_element: of gradient once, momentum and parameter twice.
+    """
+    m, n = shape
+    algorithm = choose_algorithm(ns_algorithm, backend, m, n, schedule)
+    if m == 0 or count_ == 0:
+        return Bucket(shape, count_, algorithm, backend, (), 0, 0, 0, 0)
+    each = workspace_bytes(backend, algorithm, m, n)
+    chunks = chunk_counts(count_, each, max_workspace_bytes, backend)
+    launches, flops = _count_on(backend, algorithm, m, n, schedule)
+    return Bucket(
+        shape=shape,
+        count=count_,
+        algorithm=algorithm,
+        backend=backend,
+        chunks=chunks,
+        launches=len(chunks) * (launches + 2),
+        flops=count_ * flops,
+        bytes=count_ * m * n * (bytes_per_element + 2 * 2),
+        workspace_bytes=max(chunks) * each,
+    )
+
+
+def plan_for_shapes(
+    shapes: Iterable[tuple[int, int, int]],
+    *,
+    schedule: Schedule | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+    ns_algorithm: str = "auto",
+    max_workspace_bytes: int | None = None,
+) -> Plan:
+    """The plan of a step for (rows, cols, count) of every kind of matrix, without any tensor."""
+    name = backends.choose(backend, torch.device(device), [dtype])
+    return Plan(
+        tuple(
+            plan_bucket(
+                (min(rows, cols), max(rows, cols)),
+                count_,
+                schedule or resolve(DEFAULT, None),
+                ns_algorithm=ns_algorithm,
+                backend=name,
+                max_workspace_bytes=max_workspace_bytes,
+                bytes_per_element=5 * dtype.itemsize,
+            )
+            for rows, cols, count_ in shapes
+        )
+    )

@@ -1,0 +1,95 @@
+// pybind11 over csrc, nothing else. Tensors arrive as addresses with shapes and strides: the module knows no torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "muon_kernels.h"
+
+namespace py = pybind11;
+namespace mk = muon_kernels;
+
+namespace {
+
+// (address, batch, rows, cols, batch_stride, row_stride)
+using StackTuple = std::array<int64_t, 6>;
+
+mk::Stack stack(const std::optional<StackTuple>& t) {
+    if (!t) return {};
+    const auto& [address, batch, rows, cols, batch_stride, row_stride] = *t;
+    return {reinterpret_cast<uint16_t*>(address), batch, rows, cols, batch_stride, row_stride};
+}
+
+template <class T>
+T* at(int64_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+void check(mk::Status status, const char* verb) {
+    if (status == mk::Status::ok) return;
+    const char* reason = status == mk::Status::unsupported_isa ? "this processor lacks the instruction set"
+                                                               : "operand shapes do not fit each other";
+    throw std::invalid_argument(std::string(verb) + ": " + reason);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "Native kernels of muon_kernels.";
+
+    py::enum_<mk::DType>(m, "DType").value("f32", mk::DType::f32).value("bf16", mk::DType::bf16);
+
+    py::module_ cpu = m.def_submodule("cpu", "Kernels for this processor.");
+    py::enum_<mk::cpu::Isa>(cpu, "Isa").value("avx512bf16", mk::cpu::Isa::avx512bf16).value("avx2", mk::cpu::Isa::avx2);
+    cpu.def("isa_supported", &mk::cpu::isa_supported);
+    cpu.def("has_amx_bf16", &mk::cpu::has_amx_bf16);
+    cpu.def("thread_runtime", &mk::cpu::thread_runtime);
+
+    cpu.def(
+        "product",
+        [](mk::cpu::Isa isa, int threads, const StackTuple& a, const std::optional<StackTuple>& a_low, const StackTuple& b,
+           bool b_transposed, const std::optional<StackTuple>& c, const std::optional<StackTuple>& c_low,
+           const StackTuple& out, const std::optional<StackTuple>& out_low, bool symmetric, float alpha, float beta,
+           float gamma, int64_t scale) {
+            mk::Product p;
+            p.a = stack(a);
+            p.a_low = stack(a_low);
+            p.b = stack(b);
+            p.b_transposed = b_transposed;
+            p.c = stack(c);
+            p.c_low = stack(c_low);
+            p.out = stack(out);
+            p.out_low = stack(out_low);
+            p.symmetric = symmetric;
+            p.alpha = alpha;
+            p.beta = beta;
+            p.gamma = gamma;
+            p.scale = at<const float>(scale);
+            py::gil_scoped_release release;
+            check(mk::cpu::product(isa, p, threads), "product");
+        }
+    );
+    cpu.def(
+        "momentum_update",
+        [](mk::cpu::Isa isa, int threads, int64_t grad, mk::DType grad_dtype, int64_t momentum, mk::DType momentum_dtype,
+           const StackTuple& x, int64_t sum_of_squares, float grad_scale, double mu, bool nesterov, bool dampened) {
+            const mk::MomentumUpdate u{at<const mk::MatrixRef>(grad), at<const mk::MatrixRef>(momentum), grad_dtype,
+                                       momentum_dtype, stack(x), at<double>(sum_of_squares), grad_scale, mu, nesterov,
+                                       dampened};
+            py::gil_scoped_release release;
+            check(mk::cpu::momentum_update(isa, u, threads), "momentum_update");
+        }
+    );
+    cpu.def(
+        "apply_update",
+        [](mk::cpu::Isa isa, int threads, int64_t param, mk::DType param_dtype, const StackTuple& x, float decay,
+           int64_t step_size) {
+            const mk::ApplyUpdate u{at<const mk::MatrixRef>(param), param_dtype, stack(x), decay, at<const float>(step_size)};
+            py::gil_scoped_release release;
+            check(mk::cpu::apply_update(isa, u, threads), "apply_update");
+        }
+    );
+}
