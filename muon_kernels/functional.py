@@ -16,7 +16,7 @@ from torch import Tensor
 from . import backends
 from .coefficients import DEFAULT, Schedule, resolve
 from .layout import Matrices, column_order, flattens, layout, split_shape
-from .newton_schulz import ALGORITHMS
+from .newton_schulz import ALGORITHMS, Square
 from .plan import Bucket, plan_bucket
 from .scaling import lr_ratio
 
@@ -83,21 +83,31 @@ class Workspace:
             self._blocks.pop(device, None)
             self._blocks[device] = torch.empty(bytes_, dtype=torch.uint8, device=device)
 
-    def stacks(self, bucket: Bucket, batch: int, device: torch.device) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def stacks(self, bucket: Bucket, batch: int, device: torch.device) -> tuple[Tensor, Tensor, list[Square]]:
         """X, Y and the squares of a chunk of `batch` matrices."""
         m, n = bucket.shape
-        pad = backends.get(bucket.backend).leading_dimension
-        block = self._blocks[device].view(torch.bfloat16)
+        ops = backends.get(bucket.backend)
+        block = self._blocks[device]
         offset = 0
 
-        def stack(cols: int) -> Tensor:
+        def take(rows: int, cols: int, dtype: torch.dtype) -> Tensor:
             nonlocal offset
-            stride = pad(cols)
-            view = block.as_strided((batch, m, cols), (m * stride, stride, 1), offset)
-            offset += batch * m * stride
-            return view
+            bytes_ = batch * rows * cols * dtype.itemsize
+            offset, begin = offset + bytes_, offset
+            return block[begin:offset].view(dtype).view(batch, rows, cols)
 
-        return stack(n), stack(n), [stack(m) for _ in range(ALGORITHMS[bucket.algorithm].squares_needed)]
+        lows = ALGORITHMS[bucket.algorithm].squares
+        # The diagonals first: they are fp32 and must be aligned for it.
+        diagonals = [take(1, m, torch.float32)[:, 0] for _ in lows]
+
+        def stack(cols: int) -> Tensor:
+            return take(m, ops.leading_dimension(cols), torch.bfloat16)[..., :cols]
+
+        squares = [
+            Square(stack(m), diagonal if ops.precise_squares() else None, stack(m) if low else None)
+            for diagonal, low in zip(diagonals, lows, strict=True)
+        ]
+        return stack(n), stack(n), squares
 
 
 def _order(t: Tensor, flatten: bool | None) -> tuple[int, ...]:

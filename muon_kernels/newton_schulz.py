@@ -10,6 +10,7 @@ it must start afresh from X now and then: see `segments`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple, Protocol
@@ -19,33 +20,46 @@ from torch import Tensor
 Triple = tuple[float, float, float]
 
 
+class Square(NamedTuple):
+    """A stack of symmetric matrices: high + low + diag(diagonal).
+
+    Attributes:
+        high: (batch, m, m) bf16, what is multiplied.
+        diagonal: (batch, m) fp32, what rounding took from the diagonal; None on a backend that cannot use it. Gram matrices
+            and their polynomials are near a multiple of the identity for flat spectra, and an error there is systematic.
+        low: (batch, m, m) bf16, what rounding took elsewhere; None where eight significant bits suffice.
+    """
+
+    high: Tensor
+    diagonal: Tensor | None = None
+    low: Tensor | None = None
+
+
 class Products(Protocol):
     """The verbs that the iteration is written in; every backend has them. All stacks are (batch, rows, cols) bf16."""
 
-    def split_products(self) -> bool:
-        """Whether `out_low` and `A_low` are there: 16 significant bits instead of 8 where they matter."""
+    def precise_squares(self) -> bool:
+        """Whether the verbs use and write `Square.diagonal` and `Square.low`."""
 
     def syrk(
         self,
-        A: Tensor,
+        A: Tensor | Square,
         *,
-        out: Tensor,
-        C: Tensor | None = None,
-        C_low: Tensor | None = None,
+        out: Square,
+        C: Square | None = None,
         alpha: float = 1.0,
         beta: float = 0.0,
         gamma: float = 0.0,
         scale: Tensor | None = None,
-        out_low: Tensor | None = None,
     ) -> None:
-        """Write scale·(alpha·A·Aᵀ + beta·(C + C_low) + gamma·I), exactly symmetric, and to out_low what rounding lost."""
+        """Write scale·(alpha·A·Aᵀ + beta·C + gamma·I), exactly symmetric. A.low is not multiplied."""
 
-    def syrkx(self, A: Tensor, B: Tensor, *, out: Tensor, A_low: Tensor | None = None) -> None:
-        """Write (A + A_low)·B, which the caller knows to be symmetric; exactly symmetric."""
+    def syrkx(self, A: Square, B: Square, *, out: Square) -> None:
+        """Write A·B, which the caller knows to be symmetric, exactly symmetric. B.low is not multiplied."""
 
     def gemm(
         self,
-        A: Tensor,
+        A: Square,
         X: Tensor,
         *,
         out: Tensor,
@@ -65,60 +79,70 @@ class Segment(NamedTuple):
     split: bool
 
 
-# bf16's unit roundoff, and the change of an eigenvalue of Q that rounding may cause in the worst case. Rounding errors are
-# random and seldom near the worst case: segments under this bound stay at the standard form's accuracy on every spectrum of
-# tests/matrices.py, those well above it do not (tests/test_newton_schulz.py).
-_ROUNDOFF = 2.0**-9
-_WORST_CHANGE = 0.25
-_LONGEST_SEGMENT = 3
+_ROUNDOFF = 2.0**-9  # of bf16
+# By how much rounding may change an eigenvalue of Q, in the worst case that is simulated. Real errors are random and smaller;
+# segments within these bounds stay within the accuracy rule on every spectrum of tests/matrices.py, longer ones do not. A
+# segment of three steps is judged at size 48 and its errors average out as 1/√size.
+_ALLOWED = {2: 0.22, 3: 0.08}
+_SIZE_OF_BOUND = 48
 
 
-def _change_of_q(triples: Sequence[Triple], eigenvalues: Sequence[float], split: bool) -> float:
-    """Worst relative change of Q's eigenvalues if every R loses roundoff·‖R‖ at every eigenvalue."""
-    top = max(eigenvalues)
-    loss = (8 * _ROUNDOFF * _ROUNDOFF if split else _ROUNDOFF) * top
+def _change_of_q(triples: Sequence[Triple], eigenvalues: Sequence[float], loss: float) -> float:
+    """Worst relative change of Q's eigenvalues if R starts `loss` too small and loses more with every product."""
     exact = [(r, 1.0) for r in eigenvalues]
     rounded = [(r - loss, 1.0) for r in eigenvalues]
     for a, b, c in triples:
+        largest_w = max(abs(r * (a + b * r + c * r * r)) for r, _ in exact)
         exact = [(r * s * s, q * s) for r, q in exact for s in (a + b * r + c * r * r,)]
-        loss = _ROUNDOFF * max(r for r, _ in exact)
+        loss = _ROUNDOFF * (max(r for r, _ in exact) + abs(a) * largest_w)
         rounded = [(r * s * s - loss, q * s) for r, q in rounded for s in (a + b * r + c * r * r,)]
     return max(abs(near / q - 1) for (_, q), (_, near) in zip(exact, rounded, strict=True) if q)
 
 
 @lru_cache(maxsize=256)
-def segments(triples: tuple[Triple, ...], margin: float, split_products: bool) -> tuple[Segment, ...]:
-    """Where the Gram form goes back to X, from a simulation of the scalar map on eigenvalues of R.
+def segments(triples: tuple[Triple, ...], margin: float, size: int, precise: bool) -> tuple[Segment, ...]:
+    """Where the Gram form goes back to X, from a simulation of the scalar map on the eigenvalues of R.
 
-    As few segments as keep every eigenvalue of Q within the bound above; among those, the fewest split and then the most
-    accurate. A segment of one step is the standard form's step and always allowed.
+    As few segments as the bounds allow, and of those the choice with the smallest change. A segment of one step is the
+    standard form's step and always allowed; one of three carries its first R in 16 bits.
+
+    Args:
+        triples: (a, b, c) of every step.
+        margin: of the coefficient set.
+        size: m, of which the power of two below counts.
+        precise: whether the backend has precise squares.
     """
-    spectrum = [0.0] + [10 ** (-8 + i / 50) / margin**2 for i in range(401)]
-    at_step = [spectrum]
+    at_step = [[0.0] + [10 ** (-8 + i / 50) / margin**2 for i in range(401)]]
     for a, b, c in triples:
         at_step.append([r * (a + b * r + c * r * r) ** 2 for r in at_step[-1]])
 
-    def candidates(start: int, stop: int) -> list[tuple[float, bool]]:
-        if stop - start == 1:
-            return [(0.0, False)]
-        halves = (False, True) if split_products and stop - start > 2 else (False,)
-        changes = [(_change_of_q(triples[start:stop], at_step[start], split), split) for split in halves]
-        return [(change, split) for change, split in changes if change <= _WORST_CHANGE]
+    def change(start: int, stop: int) -> float:
+        """Of this segment, relative to its bound."""
+        length = stop - start
+        if length == 1:
+            return 0.0
+        # The first R has trace 1 and so few large eigenvalues to take rounding errors from; later ones have many.
+        weight = 1 / 3 if start == 0 else 1.0
+        loss = _ROUNDOFF * max(at_step[start])
+        if length == 2:
+            return _change_of_q(triples[start:stop], at_step[start], loss * weight) / _ALLOWED[2]
+        averaged = min(1.0, math.sqrt(_SIZE_OF_BOUND / (1 << max(size, 1).bit_length() - 1)))
+        return _change_of_q(triples[start:stop], at_step[start], loss * 2**-6) * averaged * 3 * weight / _ALLOWED[3]
 
-    best: list[tuple[tuple[int, int, float], tuple[Segment, ...]]] = [((0, 0, 0.0), ())]
+    best: list[tuple[int, float, tuple[Segment, ...]]] = [(0, 0.0, ())]
     for stop in range(1, len(triples) + 1):
         options = []
-        for start in range(max(0, stop - _LONGEST_SEGMENT), stop):
-            (count, splits, worst), before = best[start]
-            for change, split in candidates(start, stop):
-                cost = (count + 1, splits + split, max(worst, change))
-                options.append((cost, (*before, Segment(start, stop, split))))
+        for length in range(1, min(stop, 3 if precise else 2) + 1):
+            count, worst, before = best[stop - length]
+            if (here := change(stop - length, stop)) <= 1.0:
+                segment = Segment(stop - length, stop, split=length > 2)
+                options.append((count + 1, max(worst, here), (*before, segment)))
         best.append(min(options))
-    return best[-1][1]
+    return best[-1][2]
 
 
 def _standard_step(
-    ops: Products, X: Tensor, out: Tensor, A: Tensor, B: Tensor, scale: Tensor | None, triple: Triple
+    ops: Products, X: Tensor, out: Tensor, A: Square, B: Square, scale: Tensor | None, triple: Triple
 ) -> None:
     a, b, c = triple
     ops.syrk(X, out=A, scale=None if scale is None else scale * scale)
@@ -133,7 +157,7 @@ def standard(
     ops: Products,
     X: Tensor,
     Y: Tensor,
-    squares: Sequence[Tensor],
+    squares: Sequence[Square],
     scale: Tensor,
     triples: tuple[Triple, ...],
     margin: float,
@@ -144,7 +168,7 @@ def standard(
         ops: the backend.
         X: (batch, m, n) bf16, m ≤ n, overwritten.
         Y: like X, overwritten.
-        squares: (batch, m, m) bf16, `squares_needed` of them, overwritten.
+        squares: as many as the algorithm's `squares`, overwritten.
         scale: (batch,) fp32, the reciprocal Frobenius norms of X.
         triples: (a, b, c) of every step.
         margin: of the coefficient set.
@@ -163,7 +187,7 @@ def gram(
     ops: Products,
     X: Tensor,
     Y: Tensor,
-    squares: Sequence[Tensor],
+    squares: Sequence[Square],
     scale: Tensor,
     triples: tuple[Triple, ...],
     margin: float,
@@ -174,23 +198,23 @@ def gram(
     before S is rounded, and no product is expanded: both would cancel. Where a segment has three steps its first R is split:
     the iteration amplifies the error of that R by a² twice, that of later ones once.
     """
-    R, R_low, W, S, Q, Q_next = squares
+    R, W, S, Q, Q_next = squares
     pending: Tensor | None = scale / margin
-    for start, stop, split in segments(triples, margin, ops.split_products()):
+    for start, stop, split in segments(triples, margin, X.shape[1], ops.precise_squares()):
         if stop - start == 1:
-            _standard_step(ops, X, Y, R, S, pending, triples[start])
+            _standard_step(ops, X, Y, W, S, pending, triples[start])
             X, Y, pending = Y, X, None
             continue
-        low = R_low if split else None
-        ops.syrk(X, out=R, out_low=low, scale=None if pending is None else pending * pending)
+        first = R if split else R._replace(low=None)
+        ops.syrk(X, out=first, scale=None if pending is None else pending * pending)
         for step in range(start, stop):
             a, b, c = triples[step]
             factor = Q if step == start else S
-            ops.syrk(R, C=R, C_low=low, alpha=c, beta=b, gamma=a, out=factor)
+            current = first if step == start else first._replace(low=None)
+            ops.syrk(current, C=current, alpha=c, beta=b, gamma=a, out=factor)
             if step + 1 < stop:
-                ops.syrkx(R, factor, A_low=low, out=W)
-                ops.syrkx(W, factor, out=R)
-                low = None
+                ops.syrkx(current, factor, out=W)
+                ops.syrkx(W, factor, out=first._replace(low=None))
             if step > start:
                 ops.syrkx(Q, S, out=Q_next)
                 Q, Q_next = Q_next, Q
@@ -200,10 +224,13 @@ def gram(
 
 
 class Algorithm(NamedTuple):
-    """A form of the iteration and the (batch, m, m) buffers it asks for."""
+    """A form of the iteration, and for each square that it needs whether that one needs a `low`."""
 
     run: Callable[..., Tensor]
-    squares_needed: int
+    squares: tuple[bool, ...]
 
 
-ALGORITHMS = {"standard": Algorithm(standard, 2), "gram": Algorithm(gram, 6)}
+ALGORITHMS = {
+    "standard": Algorithm(standard, (False, False)),
+    "gram": Algorithm(gram, (True, False, False, False, False)),
+}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import backends
 from .coefficients import DEFAULT, Schedule, resolve
-from .newton_schulz import ALGORITHMS
+from .newton_schulz import ALGORITHMS, Square
 
 
 @dataclass(frozen=True)
@@ -98,30 +98,32 @@ def _figures(of: Bucket | Plan) -> tuple[str, str, str, str]:
 class Counter:
     """A backend that does nothing but count what another one would do."""
 
-    def __init__(self, symmetric: bool, split: bool) -> None:
+    def __init__(self, symmetric: bool, precise: bool) -> None:
         self.launches = 0
         self.flops = 0
-        self._symmetric, self._split = symmetric, split
+        self._symmetric, self._precise = symmetric, precise
 
-    def split_products(self) -> bool:
-        return self._split
+    def precise_squares(self) -> bool:
+        """Whether the counted backend has them."""
+        return self._precise
 
-    def _count(self, A: Tensor, n: int, symmetric: bool) -> None:
+    def _count(self, A: Tensor, n: int, *, symmetric: bool, times: int = 1) -> None:
         batch, m, k = A.shape
         self.launches += 1
-        self.flops += batch * k * (m * (m + 1) if symmetric and self._symmetric else 2 * m * n)
+        self.flops += times * batch * k * (m * (m + 1) if symmetric and self._symmetric else 2 * m * n)
 
-    def syrk(self, A: Tensor, *, out: Tensor, **_: object) -> None:
-        self._count(A, A.shape[1], True)
+    def syrk(self, A: Tensor | Square, *, out: Square, **_: object) -> None:
+        """Count one."""
+        A = A.high if isinstance(A, Square) else A
+        self._count(A, A.shape[1], symmetric=True)
 
-    def syrkx(self, A: Tensor, B: Tensor, *, out: Tensor, A_low: Tensor | None = None) -> None:
-        self._count(A, B.shape[2], True)
-        if A_low is not None:
-            self._count(A_low, B.shape[2], True)
-            self.launches -= 1  # the same kernel runs over both halves
+    def syrkx(self, A: Square, B: Square, *, out: Square) -> None:
+        """Count one, twice as large if A has a low part."""
+        self._count(A.high, B.high.shape[2], symmetric=True, times=1 if A.low is None else 2)
 
-    def gemm(self, A: Tensor, X: Tensor, *, out: Tensor, **_: object) -> None:
-        self._count(A, X.shape[2], False)
+    def gemm(self, A: Square, X: Tensor, *, out: Tensor, **_: object) -> None:
+        """Count one."""
+        self._count(A.high, X.shape[2], symmetric=False)
 
 
 @lru_cache(maxsize=4096)
@@ -136,12 +138,13 @@ def count(
 ) -> tuple[int, int]:
     """(launches, FLOPs) of the iteration on one m x n matrix."""
     counter = Counter(symmetric, split)
-    run, squares = ALGORITHMS[algorithm]
+    run, lows = ALGORITHMS[algorithm]
 
     def empty(cols: int) -> Tensor:
         return torch.empty(1, m, cols, dtype=torch.bfloat16, device="meta")
 
-    run(counter, empty(n), empty(n), [empty(m) for _ in range(squares)], torch.empty(1, device="meta"), triples, margin)
+    squares = [Square(empty(m), None, empty(m) if low else None) for low in lows]
+    run(counter, empty(n), empty(n), squares, torch.empty(1, device="meta"), triples, margin)
     return counter.launches, counter.flops
 
 
@@ -153,20 +156,21 @@ def choose_algorithm(name: str, backend: str, m: int, n: int, schedule: Schedule
                 f"ns_algorithm should be 'auto' or one of {', '.join(map(repr, ALGORITHMS))} but is: {name!r}"
             )
         return name
-    if not backends.get(backend).split_products():
-        return "standard"  # the Gram form holds the standard form's accuracy only where its first R can be split
+    if not backends.get(backend).precise_squares():
+        return "standard"  # the Gram form holds the standard form's accuracy only where a backend has precise squares
     return min(ALGORITHMS, key=lambda a: _count_on(backend, a, m, n, schedule)[1])
 
 
 def _count_on(backend: str, algorithm: str, m: int, n: int, schedule: Schedule) -> tuple[int, int]:
     ops = backends.get(backend)
-    return count(algorithm, m, n, schedule.triples, schedule.margin, ops.symmetric_products(), ops.split_products())
+    return count(algorithm, m, n, schedule.triples, schedule.margin, ops.symmetric_products(), ops.precise_squares())
 
 
 def workspace_bytes(backend: str, algorithm: str, m: int, n: int) -> int:
     """Workspace of one m x n matrix."""
     pad = backends.get(backend).leading_dimension
-    return 2 * m * (2 * pad(n) + ALGORITHMS[algorithm].squares_needed * pad(m))
+    lows = ALGORITHMS[algorithm].squares
+    return 2 * m * (2 * pad(n) + (len(lows) + sum(lows)) * pad(m)) + 4 * m * len(lows)
 
 
 def chunk_counts(total: int, each: int, cap: int | None, backend: str) -> tuple[int, ...]:

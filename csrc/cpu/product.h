@@ -135,6 +135,31 @@ inline uint16_t* row_of(const Stack& s, int64_t matrix, int64_t row) {
     return s.data + matrix * s.batch_stride + row * s.row_stride;
 }
 
+// Up to a vector of a row. A ragged end goes through the stack: what lies beyond it is not ours to touch.
+template <class I>
+typename I::Acc read_bf16(const uint16_t* from, int64_t count) {
+    if (count >= I::kLanes) return I::widen(from);
+    uint16_t lanes[I::kLanes] = {};
+    std::memcpy(lanes, from, static_cast<size_t>(count) * sizeof(uint16_t));
+    return I::widen(lanes);
+}
+
+template <class I>
+typename I::Acc read_float(const float* from, int64_t count) {
+    if (count >= I::kLanes) return I::load(from);
+    float lanes[I::kLanes] = {};
+    std::memcpy(lanes, from, static_cast<size_t>(count) * sizeof(float));
+    return I::load(lanes);
+}
+
+template <class I>
+void write_bf16(uint16_t* to, int64_t count, typename I::Acc value) {
+    if (count >= I::kLanes) return I::round(to, value);
+    uint16_t lanes[I::kLanes];
+    I::round(lanes, value);
+    std::memcpy(to, lanes, static_cast<size_t>(count) * sizeof(uint16_t));
+}
+
 // Rows i0.. of columns j0.. of the result from their fp32 sums.
 template <class I>
 void finish_tile(
@@ -143,39 +168,48 @@ void finish_tile(
     using Acc = typename I::Acc;
     const float scale = p.scale ? p.scale[matrix] : 1.0f;
     const Acc alpha = I::broadcast(p.alpha * scale), beta = I::broadcast(p.beta * scale);
-    const float gamma = p.gamma * scale;
-    for (int64_t r = 0; r < rows; ++r) {
-        const int64_t i = i0 + r, diagonal = i - j0;
-        const uint16_t* c = p.c.data ? row_of(p.c, matrix, i) + j0 : nullptr;
-        const uint16_t* c_low = p.c_low.data ? row_of(p.c_low, matrix, i) + j0 : nullptr;
-        uint16_t* out = row_of(p.out, matrix, i) + j0;
-        uint16_t* out_low = p.out_low.data ? row_of(p.out_low, matrix, i) + j0 : nullptr;
-        for (int64_t j = 0; j < cols; j += I::kLanes) {
-            // A ragged end goes through a whole vector's worth of stack: what lies beyond it is not ours to touch.
-            const int64_t count = std::min<int64_t>(I::kLanes, cols - j);
-            const bool whole = count == I::kLanes;
-            uint16_t spare[I::kLanes] = {};
-            const auto read = [&](const uint16_t* from) {
-                if (whole) return I::widen(from);
-                std::memcpy(spare, from, static_cast<size_t>(count) * sizeof(uint16_t));
-                return I::widen(spare);
-            };
-            const auto write = [&](uint16_t* to, Acc value) {
-                if (whole) return I::round(to, value);
-                I::round(spare, value);
-                std::memcpy(to, spare, static_cast<size_t>(count) * sizeof(uint16_t));
-            };
-            Acc value = I::multiply(alpha, I::load(tile + r * tile_stride + j));
-            if (c) value = I::multiply_add(beta, read(c + j), value);
-            if (c_low) value = I::multiply_add(beta, read(c_low + j), value);
-            if (gamma != 0.0f && diagonal >= j && diagonal < j + count) {
+    const int64_t m = p.out.rows, n = p.out.cols;
+    const float* a_diagonal = p.a_diagonal ? p.a_diagonal + matrix * m : nullptr;
+    const float* b_diagonal = p.b_diagonal ? p.b_diagonal + matrix * n : nullptr;
+    for (int64_t i = i0; i < i0 + rows; ++i) {
+        const float* sums = tile + (i - i0) * tile_stride;
+        // What only the element on the diagonal gets, and its place
+        float on_diagonal = p.gamma * scale;
+        if (a_diagonal && b_diagonal) on_diagonal += p.alpha * scale * a_diagonal[i] * b_diagonal[i];
+        if (p.c_diagonal) on_diagonal += p.beta * scale * p.c_diagonal[matrix * m + i];
+        const bool touches_diagonal = (on_diagonal != 0.0f || p.out_diagonal) && i >= j0 && i < j0 + cols;
+        for (int64_t j = j0; j < j0 + cols; j += I::kLanes) {
+            const int64_t count = j0 + cols - j;
+            Acc value = I::load(sums + (j - j0));
+            if (a_diagonal) {
+                const Stack& b = p.b_transposed ? p.a : p.b;
+                value = I::multiply_add(I::broadcast(a_diagonal[i]), read_bf16<I>(row_of(b, matrix, i) + j, count), value);
+            }
+            if (b_diagonal) {
+                value = I::multiply_add(
+                    read_bf16<I>(row_of(p.a, matrix, i) + j, count), read_float<I>(b_diagonal + j, count), value
+                );
+            }
+            value = I::multiply(alpha, value);
+            if (p.c.data) value = I::multiply_add(beta, read_bf16<I>(row_of(p.c, matrix, i) + j, count), value);
+            if (p.c_low.data) value = I::multiply_add(beta, read_bf16<I>(row_of(p.c_low, matrix, i) + j, count), value);
+
+            uint16_t* out = row_of(p.out, matrix, i) + j;
+            const bool has_diagonal = touches_diagonal && i >= j && i < j + I::kLanes;
+            float diagonal = 0.0f;
+            if (has_diagonal) {
                 float lanes[I::kLanes];
                 I::store(lanes, value);
-                lanes[diagonal - j] += gamma;
+                diagonal = lanes[i - j] += on_diagonal;
                 value = I::load(lanes);
             }
-            write(out + j, value);
-            if (out_low) write(out_low + j, I::subtract(value, read(out + j)));
+            write_bf16<I>(out, count, value);
+            if (p.out_low.data) {
+                uint16_t* low = row_of(p.out_low, matrix, i) + j;
+                write_bf16<I>(low, count, I::subtract(value, read_bf16<I>(out, count)));
+                if (has_diagonal && p.out_diagonal) low[i - j] = 0;
+            }
+            if (has_diagonal && p.out_diagonal) p.out_diagonal[matrix * m + i] = diagonal - to_float(out[i - j]);
         }
     }
 }

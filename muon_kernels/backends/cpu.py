@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..layout import Matrices
+from ..newton_schulz import Square
 from . import eager
 
 _DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -103,8 +104,8 @@ def symmetric_products() -> bool:
     return _choice().products == "native"
 
 
-def split_products() -> bool:
-    """See `Products.split_products`."""
+def precise_squares() -> bool:
+    """See `Products.precise_squares`."""
     return _choice().products == "native"
 
 
@@ -122,6 +123,10 @@ def _stack(t: Tensor | None) -> tuple[int, int, int, int, int, int] | None:
     if t is None:
         return None
     return (t.data_ptr(), *t.shape, t.stride(0), t.stride(1))
+
+
+def _pointer(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
 
 
 def _refs(matrices: Sequence[Matrices]) -> array[int]:
@@ -185,83 +190,70 @@ def momentum_update(
 
 
 def _product(
-    A: Tensor,
-    B: Tensor,
-    out: Tensor,
+    A: Square,
+    B: Square,
+    out: Square,
     *,
     transposed: bool = False,
     symmetric: bool = False,
-    A_low: Tensor | None = None,
-    C: Tensor | None = None,
-    C_low: Tensor | None = None,
+    C: Square | None = None,
     alpha: float = 1.0,
     beta: float = 0.0,
     gamma: float = 0.0,
     scale: Tensor | None = None,
-    out_low: Tensor | None = None,
 ) -> None:
     native = _native()
     assert native is not None
     native.cpu.product(
         *_isa_and_threads(),
-        _stack(A),
-        _stack(A_low),
-        _stack(B),
+        _stack(A.high),
+        _stack(A.low),
+        _pointer(A.diagonal),
+        _stack(B.high),
         transposed,
-        _stack(C),
-        _stack(C_low),
-        _stack(out),
-        _stack(out_low),
+        _pointer(B.diagonal),
+        _stack(C.high) if C else None,
+        _stack(C.low) if C else None,
+        _pointer(C.diagonal) if C else 0,
+        _stack(out.high),
+        _stack(out.low),
+        _pointer(out.diagonal),
         symmetric,
         alpha,
         beta,
         gamma,
-        scale.data_ptr() if scale is not None else 0,
+        _pointer(scale),
     )
 
 
 def syrk(
-    A: Tensor,
+    A: Tensor | Square,
     *,
-    out: Tensor,
-    C: Tensor | None = None,
-    C_low: Tensor | None = None,
+    out: Square,
+    C: Square | None = None,
     alpha: float = 1.0,
     beta: float = 0.0,
     gamma: float = 0.0,
     scale: Tensor | None = None,
-    out_low: Tensor | None = None,
 ) -> None:
     """See `Products.syrk`."""
     if _choice().products == "torch":
         eager.syrk(A, out=out, C=C, alpha=alpha, beta=beta, gamma=gamma, scale=scale)
         return
-    _product(
-        A,
-        A,
-        out,
-        transposed=True,
-        symmetric=True,
-        C=C,
-        C_low=C_low,
-        alpha=alpha,
-        beta=beta,
-        gamma=gamma,
-        scale=scale,
-        out_low=out_low,
-    )
+    A = A._replace(low=None) if isinstance(A, Square) else Square(A)
+    _product(A, A, out, transposed=True, symmetric=True, C=C, alpha=alpha, beta=beta, gamma=gamma, scale=scale)
 
 
-def syrkx(A: Tensor, B: Tensor, *, out: Tensor, A_low: Tensor | None = None) -> None:
+def syrkx(A: Square, B: Square, *, out: Square) -> None:
     """See `Products.syrkx`."""
     if _choice().products == "torch":
         eager.syrkx(A, B, out=out)
         return
-    _product(A, B, out, symmetric=True, A_low=A_low)
+    _product(A, B, out, symmetric=True)
 
 
 def gemm(
-    A: Tensor,
+    A: Square,
     X: Tensor,
     *,
     out: Tensor,
@@ -274,7 +266,7 @@ def gemm(
     if _choice().products == "torch":
         eager.gemm(A, X, out=out, C=C, alpha=alpha, beta=beta, scale=scale)
         return
-    _product(A, X, out, C=C, alpha=alpha, beta=beta, scale=scale)
+    _product(A, Square(X), Square(out), C=None if C is None else Square(C), alpha=alpha, beta=beta, scale=scale)
 
 
 def apply_update(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..layout import Matrices
+from ..newton_schulz import Square
 
 
 def unavailable() -> str | None:
@@ -33,8 +34,8 @@ def symmetric_products() -> bool:
     return False
 
 
-def split_products() -> bool:
-    """No: torch's bf16 products round their result."""
+def precise_squares() -> bool:
+    """No: torch's bf16 products round their result as a whole."""
     return False
 
 
@@ -104,40 +105,41 @@ def _product(
     gamma: float,
     scale: Tensor | None,
 ) -> None:
-    if gamma == 0 and scale is None:
+    if gamma:  # the identity must not be added to a rounded sum: in fp32, which torch's product cannot return
+        total = torch.bmm(A, B).float().mul_(alpha)
+        if C is not None:
+            total.add_(C, alpha=beta)
+        total.diagonal(dim1=-2, dim2=-1).add_(gamma)
+    else:
         torch.baddbmm(out if C is None else C, A, B, beta=0 if C is None else beta, alpha=alpha, out=out)
-        return
-    # The identity and the scale must not be rounded apart from the sum: in fp32, which torch's product cannot return.
-    total = torch.bmm(A, B).float().mul_(alpha)
-    if C is not None:
-        total.add_(C, alpha=beta)
-    total.diagonal(dim1=-2, dim2=-1).add_(gamma)
+        if scale is None:
+            return
+        total = out.float()
     out.copy_(total if scale is None else total.mul_(scale[:, None, None]))
 
 
 def syrk(
-    A: Tensor,
+    A: Tensor | Square,
     *,
-    out: Tensor,
-    C: Tensor | None = None,
-    C_low: Tensor | None = None,
+    out: Square,
+    C: Square | None = None,
     alpha: float = 1.0,
     beta: float = 0.0,
     gamma: float = 0.0,
     scale: Tensor | None = None,
-    out_low: Tensor | None = None,
 ) -> None:
     """See `Products.syrk`."""
-    _product(A, A.mT, out, C, alpha, beta, gamma, scale)
+    A = A.high if isinstance(A, Square) else A
+    _product(A, A.mT, out.high, None if C is None else C.high, alpha, beta, gamma, scale)
 
 
-def syrkx(A: Tensor, B: Tensor, *, out: Tensor, A_low: Tensor | None = None) -> None:
+def syrkx(A: Square, B: Square, *, out: Square) -> None:
     """See `Products.syrkx`."""
-    _product(A, B, out, None, 1.0, 0.0, 0.0, None)
+    _product(A.high, B.high, out.high, None, 1.0, 0.0, 0.0, None)
 
 
 def gemm(
-    A: Tensor,
+    A: Square,
     X: Tensor,
     *,
     out: Tensor,
@@ -147,7 +149,7 @@ def gemm(
     scale: Tensor | None = None,
 ) -> None:
     """See `Products.gemm`."""
-    _product(A, X, out, C, alpha, beta, 0.0, scale)
+    _product(A.high, X, out, C, alpha, beta, 0.0, scale)
 
 
 def apply_update(

@@ -1,0 +1,210 @@
+"""Muon for the hidden matrices and AdamW for the rest, as one optimizer."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+from .optimizer import Muon
+from .plan import Plan
+
+__all__ = ["MuonAdamW"]
+
+_Groups = list[dict[str, Any]]
+
+
+class MuonAdamW(Optimizer):
+    """One optimizer over two kinds of param groups: `use_muon` says which steps a group.
+
+        optimizer = MuonAdamW(
+            param_groups(model), muon_options={"lr": 0.02}, adamw_options={"lr": 3e-4}
+        )
+
+    Groups with `use_muon=True` are stepped by `Muon`, those with `use_muon=False` by
+    `torch.optim.AdamW`, each with that optimizer's own options and state keys. Learning-rate
+    schedulers, `add_param_group`, `GradScaler` and one `state_dict` work as with any optimizer.
+
+    Args:
+        params: dicts with `params` and a boolean `use_muon`, as `muon_kernels.param_groups` makes
+            them. An option in a dict wins over the same one below.
+        muon_options: options of the Muon groups, any keyword of `Muon`.
+        adamw_options: options of the AdamW groups, any keyword of `torch.optim.AdamW`. With none of
+            `fused`, `foreach` and `differentiable` given, a group is `fused` if it can be: floating
+            point, on CPU or CUDA, contiguous.
+
+    Raises:
+        ValueError: a group does not say `use_muon`; whatever else `Muon` and `AdamW` raise.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        *,
+        muon_options: Mapping[str, Any] | None = None,
+        adamw_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Hand every group to its optimizer."""
+        # Either may stay without a group, but neither can be built without one.
+        self._muon = Muon([{"params": []}], **(muon_options or {}))
+        self._adamw = AdamW([{"params": []}], **(adamw_options or {}))
+        super().__init__(params, defaults={})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group for Muon (`use_muon=True`) or AdamW (`use_muon=False`).
+
+        That optimizer's defaults are written into the dict.
+        """
+        if not isinstance(param_group.get("use_muon"), bool):
+            raise ValueError(
+                "a param group should have use_muon=True or use_muon=False; "
+                "muon_kernels.param_groups(model) makes such groups"
+            )
+        self._hand_over()
+        inner = self._muon if param_group["use_muon"] else self._adamw
+        inner.add_param_group(param_group)
+        if inner is self._adamw:
+            _fuse(param_group)
+        super().add_param_group(param_group)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Step every parameter that has a gradient, writing it and its state.
+
+        A gradient that either optimizer refuses raises before anything is written.
+
+        Args:
+            closure: reevaluates the model, with gradients enabled, and returns the loss.
+
+        Returns:
+            What the closure returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._hand_over()
+        # Muon checks all it was given before it writes; checking AdamW's part here covers the rest.
+        for group in self._adamw.param_groups:
+            _check(group, self.state)
+            _unfuse(group)
+        self._muon.step()
+        self._adamw.step()
+        return loss
+
+    def plan(self) -> Plan:
+        """Return what the next step does with the Muon groups; see `Muon.plan`."""
+        self._hand_over()
+        return self._muon.plan()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned for the same kinds of groups in the same order.
+
+        Each part is loaded as its optimizer does it: `Muon` keeps the precision of the momentum.
+
+        Raises:
+            ValueError: groups do not fit, or what `Muon` raises; nothing has been changed then.
+        """
+        state_dict = state_dict.copy()
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = before(self, state_dict) or state_dict
+        saved = [group.get("use_muon") for group in state_dict["param_groups"]]
+        order = [group["use_muon"] for group in self.param_groups]
+        if saved != order:
+            raise ValueError(f"use_muon of the loaded param groups should be {order} but is: {saved}")
+        self._hand_over()
+        loaded: dict[bool, Iterator[dict[str, Any]]] = {}
+        state: defaultdict[Tensor, Any] = defaultdict(dict)
+        for inner, use_muon in ((self._muon, True), (self._adamw, False)):
+            groups = [group for group in state_dict["param_groups"] if group["use_muon"] is use_muon]
+            ids = {index for group in groups for index in group["params"]}
+            part = {index: value for index, value in state_dict["state"].items() if index in ids}
+            inner.load_state_dict({"state": part, "param_groups": groups})
+            loaded[use_muon] = iter(inner.param_groups)
+            state.update(inner.state)
+        self.state = state
+        self.param_groups = [next(loaded[use_muon]) for use_muon in order]
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what pickling and copying keep."""
+        return {**super().__getstate__(), "_muon": self._muon, "_adamw": self._adamw}
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether `GradScaler` should leave the division by the scale to `step`."""
+        _, (_, groups) = self._inner()
+        for group in groups:
+            _unfuse(group)
+        return all(group["fused"] for group in groups)
+
+    def _inner(self) -> tuple[tuple[Muon, _Groups], tuple[AdamW, _Groups]]:
+        """Return each inner optimizer with its groups."""
+        return (
+            (self._muon, [group for group in self.param_groups if group["use_muon"]]),
+            (self._adamw, [group for group in self.param_groups if not group["use_muon"]]),
+        )
+
+    def _hand_over(self) -> None:
+        """Give the inner optimizers our groups, our state and what `GradScaler` left here.
+
+        They keep nothing of their own between steps, so nothing can disagree, whoever replaces
+        `param_groups` or `state`.
+        """
+        for inner, groups in self._inner():
+            inner.param_groups = groups
+            inner.state = self.state
+            for name in ("grad_scale", "found_inf"):
+                setattr(inner, name, getattr(self, name, None))
+
+
+def _fuse(group: dict[str, Any]) -> None:
+    """Choose AdamW's fused step where the options leave it open and the parameters allow it."""
+    if group["fused"] is group["foreach"] is None and not group["differentiable"]:
+        if all(param.is_floating_point() and param.device.type in ("cpu", "cuda") for param in group["params"]):
+            group["fused"] = True
+            _unfuse(group)
+
+
+def _unfuse(group: dict[str, Any]) -> None:
+    """Take back `fused=True` where a parameter or a gradient is not contiguous.
+
+    The fused step pairs elements by their place in memory: on the CPU (torch 2.13) it silently
+    updates with the wrong ones where two layouts differ; on CUDA it raises.
+    """
+    if group["fused"] and not all(
+        tensor.is_contiguous() for param in group["params"] for tensor in (param, param.grad) if tensor is not None
+    ):
+        group["fused"] = None
+
+
+def _check(group: dict[str, Any], state: Mapping[Tensor, dict[str, Any]]) -> None:
+    """Raise RuntimeError where `AdamW.step` would, or should, refuse a gradient of `group`."""
+    for param in group["params"]:
+        grad = param.grad
+        if grad is None:
+            continue
+        if grad.is_sparse:
+            raise RuntimeError("AdamW does not support sparse gradients")
+        if grad.dtype != param.dtype:
+            raise RuntimeError(
+                f"AdamW needs gradients of the parameter's dtype, {param.dtype}, but found: {grad.dtype}"
+            )
+        for key in ("exp_avg", "exp_avg_sq"):
+            moment = state[param].get(key, param) if param in state else param
+            if moment.shape != param.shape:
+                raise RuntimeError(
+                    f"AdamW's {key} should have the parameter's shape, {tuple(param.shape)}, "
+                    f"but has: {tuple(moment.shape)}"
+                )

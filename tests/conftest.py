@@ -1,0 +1,42 @@
+"""The axes that tests run along: backends, and instruction sets of the CPU backend."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import pytest
+import torch
+from muon_kernels import backends
+from muon_kernels.backends import cpu
+
+# (backend, instruction set, who multiplies); a new backend or instruction set becomes an axis of every test by itself.
+VARIANTS = [
+    *[("cpu", isa, "native") for isa in cpu.instruction_sets()],
+    *[("cpu", isa, "torch") for isa in cpu.instruction_sets()[:1]],
+    *[(name, None, None) for name in backends.BACKENDS if name != "cpu"],
+]
+
+
+def _context(variant: tuple[str, str | None, str | None]) -> AbstractContextManager[None]:
+    name, isa, products = variant
+    return cpu.forced(isa, products) if name == "cpu" else nullcontext()
+
+
+@pytest.fixture(params=VARIANTS, ids=lambda v: "-".join(str(part) for part in v if part))
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of a backend, with the variant of it that is under test in force."""
+    name = request.param[0]
+    if reason := backends.unavailable(name):
+        pytest.fail(f"backend {name} is not ready: {reason}")
+    with _context(request.param):
+        yield name
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> Iterator[None]:
+    """Work is shared in every test, whatever the machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+

@@ -1,0 +1,115 @@
+"""The command line does what it says."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from muon_kernels import backends
+from muon_kernels.backends import BACKENDS
+from muon_kernels.cli import COMMANDS, demo, main
+
+
+@pytest.fixture(autouse=True)
+def small_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "WIDTH", 32)
+    monkeypatch.setattr(demo, "LAYERS", 1)
+
+
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image, colors = (pytest.importorskip(f"matplotlib.{name}") for name in ("image", "colors"))
+    pytest.importorskip("rich")
+    assert main(["demo", "--steps", "2", "--out", str(tmp_path / "new"), "--seed", "1"]) == 0
+    out = capsys.readouterr().out
+    for name in demo.OPTIMIZERS:
+        row = next(line for line in out.splitlines() if name in line and "%" in line)
+        losses = [float(cell) for cell in row.split() if cell.count(".") == 1 and len(cell) == 6]
+        assert len(losses) == 2 and all(2 < loss < 7 for loss in losses), row
+    assert "apart" in out
+
+    pixels = image.imread(tmp_path / "new" / "muon_demo.png")[..., :3]
+    for name, style in demo.STYLES.items():
+        distance = abs(pixels - colors.to_rgb(style["color"])).max(-1)
+        assert (distance < 0.01).sum() > 100, f"no curve of {name}"
+
+
+def test_demo_of_one_optimizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("rich")
+    assert main(["demo", "--steps", "1", "--optimizers", "AdamW", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "AdamW" in out and "torch.optim.Muon" not in out and "apart" not in out
+
+
+def test_demo_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert main(["demo"]) == 1
+    captured = capsys.readouterr()
+    assert "pip install 'muon-kernels[demo]'" in captured.err and "rich" in captured.err
+
+
+def test_demo_holds_out_whole_documents() -> None:
+    documents = list(demo._documents())
+    train, held_out = demo._corpus()
+    assert len(train) + len(held_out) == sum(map(len, documents)) > 2e6
+    assert len(set(documents)) > 100 and not set(documents[9::10]) & (set(documents) - set(documents[9::10]))
+    assert bytes(held_out[:200].tolist()) == b"".join(documents[9::10])[:200]
+    assert bytes(train[:200].tolist()) == b"".join(documents[:9])[:200]
+
+
+def test_demo_starts_every_run_alike() -> None:
+    torch.manual_seed(0)
+    model = demo.GPT()
+    text = torch.randint(256, (2, 17))
+    runs = [demo.Run(name, model, steps=3) for name in demo.OPTIMIZERS]
+    for run in runs:
+        for _ in range(2):
+            run.step(text)
+    assert len({run.losses[0] for run in runs}) == 1
+    assert all(run.losses[1] < run.losses[0] for run in runs)
+    ours, torchs, _ = runs
+    assert ours.losses[1] == pytest.approx(torchs.losses[1], rel=1e-2)
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert torch.__version__ in out
+    for name in BACKENDS:
+        assert any(line.split()[:1] == [name] and "ready: " in line for line in out.splitlines())
+
+
+def test_doctor_gives_the_reason(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(backends, "unavailable", lambda name: f"no {name} today; wait")
+    assert main(["doctor"]) == 0
+    assert "not ready: no cpu today; wait" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [[], *([name] for name in COMMANDS)])
+def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([*arguments, "--help"])
+    assert exit_.value.code == 0
+    out = capsys.readouterr().out
+    assert "python -m muon_kernels" in out
+    assert arguments or all(f"\n    {name} " in out for name in COMMANDS)
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["demo", "--steps", "0"], ["demo", "--optimizers", "SGD"]])
+def test_mistakes_end_with_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_runs_as_a_module_and_imports_lightly() -> None:
+    code = (
+        "import sys, muon_kernels.cli as cli; cli.main(['doctor']); "
+        "sys.exit(' '.join({'rich', 'matplotlib'} & set(sys.modules)) or 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    help_ = [sys.executable, "-m", "muon_kernels", "--help"]
+    assert "demo" in subprocess.run(help_, check=True, capture_output=True, text=True).stdout
