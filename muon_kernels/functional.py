@@ -316,6 +316,7 @@ def _iterate(work: Work, chunk: Chunk, workspace: Workspace, momenta: list[Matri
         nesterov=work.nesterov,
         dampened=work.dampened,
         grad_scale=work.grad_scale,
+        margin=work.schedule.margin,
     )
     scale = reciprocal_norms(sum_of_squares, work.eps)
     run = ALGORITHMS[work.bucket.algorithm].run

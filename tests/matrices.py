@@ -5,6 +5,7 @@ spectrum is what a test has to vary, not the seed, and the truth needs no iterat
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ SPECTRA: dict[str, Callable[[int], Tensor]] = {
 }
 
 
-def factors(spectrum: str, m: int, n: int, batch: Sequence[int] = (), seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def factors(spectrum: str, m: int, n: int, batch: tuple[int, ...] = (), seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """U (*batch, m, k), s (k,) and V (*batch, n, k) in float64, k = min(m, n); U, V random."""
     generator = torch.Generator().manual_seed(seed)
     k = min(m, n)
@@ -51,7 +52,7 @@ def make(
     spectrum: str,
     m: int,
     n: int,
-    batch: Sequence[int] = (),
+    batch: tuple[int, ...] = (),
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Tensor:

@@ -51,17 +51,19 @@ class Backend(Products, Protocol):
         nesterov: bool,
         dampened: bool,
         grad_scale: float,
+        margin: float,
     ) -> Tensor:
         """Update momenta, write the directions to X; see csrc/muon_kernels.h for the formula.
 
         Args:
             grads: matrices in the order of X's batch; only read.
             momenta: the same of the momentum buffers, updated in place; None: the direction is the gradient.
-            X: (batch, m, n) bf16, written. A matrix whose norm is far from 1 may be written times a power of two.
+            X: (batch, m, n) bf16, written. A matrix may be written times a factor that brings its norm nearer to 1/margin.
             momentum: the factor mu.
             nesterov: whether the direction looks one step ahead.
             dampened: whether the gradient enters with 1 - mu (torch) or whole (Moonlight).
             grad_scale: multiplies every gradient.
+            margin: of the coefficient set.
 
         Returns:
             (batch,) float64 on X's device: squared Frobenius norms of X as written, before rounding.

@@ -166,6 +166,7 @@ def momentum_update(
     nesterov: bool,
     dampened: bool,
     grad_scale: float,
+    margin: float,
 ) -> Tensor:
     """See `Backend.momentum_update`."""
     native = _native()

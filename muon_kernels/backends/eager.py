@@ -58,6 +58,7 @@ def momentum_update(
     nesterov: bool,
     dampened: bool,
     grad_scale: float,
+    margin: float,
 ) -> Tensor:
     """See `Backend.momentum_update`. Arithmetic in fp32, or in the gradient's dtype if that is wider."""
     sum_of_squares = torch.empty(X.shape[0], dtype=torch.float64, device=X.device)
@@ -79,11 +80,13 @@ def momentum_update(
             else:
                 g = g.add(b, alpha=momentum)
         stop = start + grad.layout.batch
-        # A norm near 1, by an exact power of two: squares of the workspace can then neither overflow nor vanish.
+        # Normalised before it is rounded, so that nothing below rounds otherwise than torch.optim.Muon does. The norm's
+        # power of two goes first: its reciprocal may be outside fp32's range.
         norm = torch.linalg.vector_norm(g, dim=(-2, -1), dtype=torch.float64, keepdim=True)
-        exponent = torch.where(norm.isfinite() & (norm > 0), torch.frexp(norm).exponent, 0)
-        X[start:stop].copy_(_ldexp(g, -exponent))
-        sum_of_squares[start:stop] = torch.ldexp(norm, -exponent).square().flatten()
+        mantissa, exponent = torch.frexp(norm)
+        sound = norm.isfinite() & (norm > 0)
+        X[start:stop].copy_(_ldexp(g, -exponent.where(sound, 0)) / (mantissa * margin).where(sound, 1).to(g.dtype))
+        sum_of_squares[start:stop] = (norm / norm / margin).square().where(norm != 0, 0).flatten()
         start = stop
     return sum_of_squares
 

@@ -1,0 +1,74 @@
+"""Report versions, hardware, which backends are ready, and what runs where.
+
+Paste the output into a bug report: it holds everything that decides which kernel runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from .. import backends
+from .._version import __version__
+from ..plan import plan_for_shapes
+
+# (rows, columns, how many) of the hidden matrices of known models.
+_SHAPES = {
+    "GPT-2 small, 12 layers": [(768, 768, 12), (768, 2304, 12), (768, 3072, 24)],
+    "Llama-2 7B, one layer": [(4096, 4096, 4), (4096, 11008, 3)],
+    "64 experts": [(1408, 2048, 64)],
+    "256 small matrices": [(64, 64, 256)],
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add nothing: there is nothing to choose."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report; return 0."""
+    width = max(map(len, backends.BACKENDS))
+    print("\n".join(f"{name:<14}{value}" for name, value in _facts()))
+    print("\nbackends")
+    for name in backends.BACKENDS:
+        reason = backends.unavailable(name)
+        verdict = f"not ready: {reason}" if reason else f"ready: {backends.get(name).describe()}"
+        print(f"  {name:<{width}}  {verdict}")
+    print('\nwhat backend="auto" picks')
+    for title, shapes in _SHAPES.items():
+        print(f"\n{title}\n{plan_for_shapes(shapes)}")
+    return 0
+
+
+def _facts() -> Iterator[tuple[str, str]]:
+    """Yield (name, value) of what this machine and this installation are."""
+    yield "muon_kernels", __version__
+    yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    yield "torch", torch.__version__
+    try:
+        yield "triton", version("triton")
+    except PackageNotFoundError:
+        yield "triton", "not installed"
+    # Asked for by name because older versions of torch lack it.
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    yield "processor", str(capabilities.get("cpu_name") or platform.processor() or "unknown")
+    instruction_sets = [
+        name
+        for name, present in sorted(capabilities.items())
+        if present is True and name.startswith(("avx", "amx", "neon", "sve", "bf16"))
+    ]
+    yield "", " ".join(instruction_sets)
+    yield "threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors"
+    yield "GPUs", str(torch.cuda.device_count() or "none")
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        yield (
+            f"  {index}",
+            f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB",
+        )

@@ -1,0 +1,132 @@
+"""momentum_update and apply_update of every backend, against the formulas in float64."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from muon_kernels import backends
+from muon_kernels.layout import Matrices, layout
+from torch import Tensor
+
+# How a parameter of (rows, cols) may lie in memory.
+LAYOUTS: dict[str, Callable[[int, int], Tensor]] = {
+    "contiguous": lambda m, n: torch.empty(m, n),
+    "transposed": lambda m, n: torch.empty(n, m).T,
+    "sliced": lambda m, n: torch.empty(m + 2, n + 3)[1:-1, 2:-1],
+    "every second": lambda m, n: torch.empty(2 * m, 2 * n)[::2, ::2],
+}
+SHAPES = [(1, 1), (1, 40), (40, 1), (17, 33), (33, 17), (16, 300), (300, 16), (130, 700), (700, 130)]
+
+
+def matrices(t: Tensor) -> Matrices:
+    at = layout(t.shape, t.stride(), None, ())
+    assert at is not None
+    return Matrices(t, at)
+
+
+def random(shape: tuple[int, int], kind: str, dtype: torch.dtype) -> Tensor:
+    t = LAYOUTS[kind](*shape).to(dtype)
+    return t.copy_(torch.randn(shape))
+
+
+def wide(t: Tensor) -> Tensor:
+    return t.mT if t.shape[0] > t.shape[1] else t
+
+
+@pytest.mark.parametrize("dampened", [True, False])
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_momentum_update(backend: str, kind: str, dtype: torch.dtype, nesterov: bool, dampened: bool) -> None:
+    ops = backends.get(backend)
+    for shape in SHAPES:
+        m, n = sorted(shape)
+        grads = [random(shape, k, dtype) for k in (kind, "contiguous", "transposed")]
+        buffers = [random(shape, k, torch.float32) for k in (kind, kind, "contiguous")]
+        kept, before = [g.clone() for g in grads], [b.double() for b in buffers]
+        X = torch.full((3, m, n), torch.nan, dtype=torch.bfloat16)
+        sums = ops.momentum_update(
+            [matrices(g) for g in grads],
+            [matrices(b) for b in buffers],
+            X,
+            momentum=0.9,
+            nesterov=nesterov,
+            dampened=dampened,
+            grad_scale=-0.5,
+            margin=1.0,
+        )
+        for i, (g, b, old) in enumerate(zip(grads, buffers, before, strict=True)):
+            assert torch.equal(g, kept[i]), "a gradient was written"
+            grad = -0.5 * g.double()
+            new = old + 0.1 * (grad - old) if dampened else 0.9 * old + grad
+            torch.testing.assert_close(b.double(), new, rtol=1e-6, atol=1e-6)
+            direction = new
+            if nesterov:
+                direction = grad + 0.9 * (new - grad) if dampened else grad + 0.9 * new
+            norm = direction.norm()
+            x = X[i].double() / sums[i].sqrt()
+            torch.testing.assert_close(x, wide(direction) / norm, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_apply_update(backend: str, kind: str, dtype: torch.dtype) -> None:
+    ops = backends.get(backend)
+    for shape in SHAPES:
+        m, n = sorted(shape)
+        params = [random(shape, k, dtype) for k in (kind, "contiguous", "transposed")]
+        before = [p.double() for p in params]
+        X = torch.randn(3, m, n).bfloat16()
+        versions = [p._version for p in params]
+        ops.apply_update([matrices(p) for p in params], X, decay=0.75, step_sizes=[0.5, 1.0, 2.0])
+        for i, p in enumerate(params):
+            update = (X[i].mT if shape[0] > shape[1] else X[i]).double()
+            exact = 0.75 * before[i] - [0.5, 1.0, 2.0][i] * update
+            tolerance = 2**-7 if dtype == torch.bfloat16 else 1e-6
+            torch.testing.assert_close(p.double(), exact, rtol=tolerance, atol=tolerance)
+            assert p._version > versions[i], "autograd does not know"
+
+
+def test_memory_around_a_slice_is_untouched(backend: str) -> None:
+    ops = backends.get(backend)
+    for make in (lambda: torch.full((40, 50), 77.0), lambda: torch.full((50, 40), 77.0).T):
+        block = make()
+        p = block[3:33, 5:25]
+        X = torch.randn(1, 20, 30).bfloat16()
+        ops.apply_update([matrices(p)], X, decay=1.0, step_sizes=[1.0])
+        inside = torch.zeros_like(block, dtype=torch.bool)
+        inside[3:33, 5:25] = True
+        assert (block[~inside] == 77).all()
+        assert (p != 77).all()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e-5, 1e5, 1e20, 1e30])
+def test_direction_keeps_its_digits_at_any_scale(backend: str, scale: float) -> None:
+    ops = backends.get(backend)
+    G = torch.randn(20, 30)
+    results = []
+    for g in (G, G * scale):
+        X = torch.empty(1, 20, 30, dtype=torch.bfloat16)
+        sums = ops.momentum_update(
+            [matrices(g)], None, X, momentum=0.0, nesterov=False, dampened=True, grad_scale=1.0, margin=1.0
+        )
+        assert 2.0**-60 <= float(sums) <= 2.0**60
+        results.append(X.double() / sums.sqrt())
+    torch.testing.assert_close(results[1], results[0], rtol=2**-7, atol=0)
+
+
+def test_sum_of_squares_does_not_depend_on_threads(backend: str) -> None:
+    ops = backends.get(backend)
+    G = torch.randn(300, 1000)
+    X = torch.empty(1, 300, 1000, dtype=torch.bfloat16)
+    sums = []
+    for threads in (2, 1):
+        torch.set_num_threads(threads)
+        sums.append(
+            ops.momentum_update(
+                [matrices(G)], None, X, momentum=0.0, nesterov=False, dampened=True, grad_scale=1.0, margin=1.0
+            )
+        )
+    if ops.precise_squares():
+        assert torch.equal(*sums)
+        torch.testing.assert_close(sums[0], G.double().square().sum()[None], rtol=1e-12, atol=0)

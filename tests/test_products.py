@@ -1,0 +1,178 @@
+"""syrk, syrkx and gemm of every backend: exact on small integers, bounded against float64 elsewhere."""
+
+import pytest
+import torch
+from muon_kernels import backends
+from muon_kernels.newton_schulz import Square
+from torch import Tensor
+
+SIZES = [1, 3, 16, 17, 63, 65, 129]
+SHAPES = [(1, 1), (1, 9), (3, 17), (14, 32), (16, 1030), (63, 65), (65, 129), (129, 200), (200, 2100)]
+BATCHES = [0, 1, 7]
+
+
+def integers(*shape: int, low: int = -2, high: int = 3) -> Tensor:
+    """Small integers: every partial sum is exact in fp32, so a result can only differ by its one rounding to bf16."""
+    return torch.randint(low, high, shape).bfloat16()
+
+
+def symmetric(batch: int, m: int) -> Tensor:
+    upper = integers(batch, m, m).triu()
+    return upper + upper.triu(1).mT
+
+
+def polynomial_pair(batch: int, m: int) -> tuple[Tensor, Tensor]:
+    """Two symmetric matrices whose product is symmetric: x I + y J with different x, y commute."""
+    J = torch.ones(m, m)
+    signs = torch.randint(0, 2, (batch, m, 1)).float() * 2 - 1  # D J D keeps the family closed
+    first, second = (a * torch.eye(m) + b * signs * J * signs.mT for a, b in ((2.0, 1.0), (-3.0, 2.0)))
+    return first.bfloat16(), second.bfloat16()
+
+
+def guarded(batch: int, rows: int, cols: int, pad: int = 3) -> tuple[Tensor, Tensor]:
+    """A strided view full of NaN inside a block of sentinels, and the block."""
+    block = torch.full((batch, rows + 2, cols + 2 * pad), 77.0, dtype=torch.bfloat16)
+    view = block[:, 1 : rows + 1, pad : pad + cols]
+    view.fill_(torch.nan)
+    return view, block
+
+
+def assert_untouched(block: Tensor, rows: int, cols: int, pad: int = 3) -> None:
+    inside = torch.zeros_like(block, dtype=torch.bool)
+    inside[:, 1 : rows + 1, pad : pad + cols] = True
+    assert (block[~inside] == 77).all(), "written outside the output"
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_syrk_is_exact_on_integers(backend: str, shape: tuple[int, int], batch: int) -> None:
+    m, n = shape
+    X = integers(batch, m, n)
+    out, block = guarded(batch, m, m)
+    backends.get(backend).syrk(X, out=Square(out))
+    assert torch.equal(out, (X.double() @ X.double().mT).bfloat16())
+    assert torch.equal(out, out.mT)
+    assert_untouched(block, m, m)
+
+
+@pytest.mark.parametrize("m", SIZES)
+def test_syrk_with_addends_is_exact_on_integers(backend: str, m: int) -> None:
+    A, C = symmetric(3, m), symmetric(3, m)
+    scale = torch.tensor([1.0, 0.5, 2.0])
+    out, block = guarded(3, m, m)
+    backends.get(backend).syrk(Square(A), C=Square(C), alpha=2.0, beta=-4.0, gamma=8.0, scale=scale, out=Square(out))
+    a, c = A.double(), C.double()
+    exact = (2 * a @ a.mT - 4 * c + 8 * torch.eye(m)) * scale[:, None, None]
+    tolerance = 0 if backends.get(backend).precise_squares() else 2**-8  # torch rounds before the addends
+    torch.testing.assert_close(out.double(), exact.bfloat16().double(), rtol=tolerance, atol=tolerance * m * 8)
+    assert torch.equal(out, out.mT)
+    assert_untouched(block, m, m)
+
+
+@pytest.mark.parametrize("m", SIZES)
+def test_syrkx_is_exact_on_integers(backend: str, m: int) -> None:
+    A, B = polynomial_pair(3, m)
+    out, block = guarded(3, m, m)
+    backends.get(backend).syrkx(Square(A), Square(B), out=Square(out))
+    assert torch.equal(out, (A.double() @ B.double()).bfloat16())
+    assert torch.equal(out, out.mT)
+    assert_untouched(block, m, m)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gemm_is_exact_on_integers(backend: str, shape: tuple[int, int], batch: int) -> None:
+    m, n = shape
+    A, X = integers(batch, m, m), integers(batch, m, n)
+    out, block = guarded(batch, m, n)
+    backends.get(backend).gemm(Square(A), X, C=X, alpha=2.0, beta=-4.0, out=out)
+    assert torch.equal(out, (2 * A.double() @ X.double() - 4 * X.double()).bfloat16())
+    assert_untouched(block, m, n)
+    backends.get(backend).gemm(Square(A), X, out=out, scale=torch.full((batch,), 0.5))
+    assert torch.equal(out, (0.5 * A.double() @ X.double()).bfloat16())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_operands_may_be_strided(backend: str, shape: tuple[int, int]) -> None:
+    m, n = shape
+    A, X = (integers(2, m + 1, k + 5)[:, 1:, 2 : k + 2] for k in (m, n))
+    out, block = guarded(2, m, n, pad=1)
+    backends.get(backend).gemm(Square(A), X, out=out)
+    assert torch.equal(out, (A.double() @ X.double()).bfloat16())
+    assert_untouched(block, m, n, pad=1)
+
+
+@pytest.mark.parametrize("shape", [(65, 129), (129, 1300)], ids=str)
+def test_error_is_that_of_one_rounding(backend: str, shape: tuple[int, int]) -> None:
+    """|out - exact| ≤ 2^-8 |exact| (half an ulp and slack for fp32 sums) + n 2^-24 Σ|a||x|."""
+    m, n = shape
+    A, X = torch.randn(2, m, n).bfloat16(), torch.randn(2, n, m).bfloat16()
+    out = torch.empty(2, m, m, dtype=torch.bfloat16)
+    backends.get(backend).gemm(Square(A), X, out=out)
+    exact, size = A.double() @ X.double(), A.double().abs() @ X.double().abs()
+    assert ((out.double() - exact).abs() <= exact.abs() * 2**-8 + n * 2**-24 * size).all()
+
+
+@pytest.mark.parametrize("m", [17, 65, 200])
+def test_precise_squares(backend: str, m: int) -> None:
+    """The diagonal makes up for its rounding, low for the rest; both count in products."""
+    ops = backends.get(backend)
+    if not ops.precise_squares():
+        pytest.skip("the backend says that it has none")
+    X = torch.randn(2, m, 2 * m).bfloat16()
+    R = Square(*(torch.full(s, torch.nan, dtype=d) for s, d in _square_parts(m)))
+    ops.syrk(X, out=R, alpha=1 / m, gamma=100.0)
+    exact = X.double() @ X.double().mT / m + 100 * torch.eye(m)
+    assert R.low is not None and R.diagonal is not None
+    assert not R.low.diagonal(dim1=-2, dim2=-1).any()
+    assert torch.equal(R.low, R.low.mT)
+    value = R.high.double() + R.low.double() + R.diagonal.double().diag_embed()
+    assert ((value - exact).abs() <= exact.abs().clamp(min=2**-6) * 2**-15).all()
+
+    # A square times itself and times a matrix, each against the value that the parts add up to.
+    coarse = R._replace(low=None)
+    half = coarse.high.double() + R.diagonal.double().diag_embed()
+    W = Square(torch.empty_like(R.high), torch.empty_like(R.diagonal))
+    ops.syrkx(R, coarse, out=W)
+    assert W.diagonal is not None
+    on_diagonal = W.high.double().diagonal(dim1=-2, dim2=-1) + W.diagonal.double()
+    torch.testing.assert_close(on_diagonal, (value @ half).diagonal(dim1=-2, dim2=-1), rtol=2e-5, atol=0)
+    S = Square(torch.empty_like(R.high), torch.empty_like(R.diagonal))
+    ops.syrk(coarse, C=R, alpha=0.5, beta=-2.0, gamma=3.0, out=S)
+    assert S.diagonal is not None
+    exact = 0.5 * half @ half - 2 * value + 3 * torch.eye(m)
+    on_diagonal = S.high.double().diagonal(dim1=-2, dim2=-1) + S.diagonal.double()
+    torch.testing.assert_close(on_diagonal, exact.diagonal(dim1=-2, dim2=-1), rtol=2e-5, atol=0)
+    out = torch.empty_like(X)
+    ops.gemm(coarse, X, out=out)
+    exact = half @ X.double()
+    assert ((out.double() - exact).abs() <= exact.abs() * 2**-8 + 2**-9).all()
+
+
+def _square_parts(m: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    return [((2, m, m), torch.bfloat16), ((2, m), torch.float32), ((2, m, m), torch.bfloat16)]
+
+
+def test_batched_equals_single_and_threads_do_not_matter(backend: str) -> None:
+    """Bit for bit, for native kernels; torch promises that of its own products only for one shape."""
+    ops = backends.get(backend)
+    if not ops.precise_squares():
+        pytest.skip("torch's products")
+    X = torch.randn(7, 65, 300).bfloat16()
+    out, again, single = (torch.empty(7, 65, 65, dtype=torch.bfloat16) for _ in range(3))
+    ops.syrk(X, out=Square(out))
+    torch.set_num_threads(1)
+    ops.syrk(X, out=Square(again))
+    for i in range(7):
+        ops.syrk(X[i : i + 1], out=Square(single[i : i + 1]))
+    assert torch.equal(out, again)
+    assert torch.equal(out, single)
+
+
+def test_nan_stays_in_its_matrix(backend: str) -> None:
+    X = torch.randn(3, 33, 65).bfloat16()
+    X[1, 4, 64] = torch.nan
+    out = torch.empty(3, 33, 33, dtype=torch.bfloat16)
+    backends.get(backend).syrk(X, out=Square(out))
+    assert out[1].isnan().any()
+    assert out[[0, 2]].isfinite().all()
