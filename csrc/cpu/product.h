@@ -88,44 +88,50 @@ int64_t panel_vectors(int64_t cols) {
     return cols <= I::kLanes ? 1 : I::kVectors;
 }
 
-// Rows k0..k0+k of columns j0..j0+cols of b as pairs: panel[q][j] = (b[k0 + 2q][j], b[k0 + 2q + 1][j]), zero outside.
+// Rows k0..k0+k of columns j0..j0+cols of b as pairs, one panel after another: with `width` columns to a panel,
+// panel[q][j] = (b[k0 + 2q][j], b[k0 + 2q + 1][j]), zero outside b.
 template <class I>
-void pack_panel(const Product& p, const uint16_t* b, int64_t k0, int64_t k, int64_t j0, int64_t cols, uint32_t* panel) {
+void pack_block(const Product& p, const uint16_t* b, int64_t k0, int64_t k, int64_t j0, int64_t cols, uint32_t* packed) {
     constexpr int64_t kWidth = I::kVectors * I::kLanes;
-    const int64_t width = panel_vectors<I>(cols) * I::kLanes;
-    const int64_t pairs = ceil_div(k, 2);
-    const int64_t stride = p.b.row_stride;
-    if (p.b_transposed) {  // a pair is contiguous in a row of b: a transposition of 32-bit words
-        b += j0 * stride + k0;
-        for (int64_t j = 0; j < width; j += 8) {
-            const int64_t whole = j + 8 <= cols ? (k / 2) & ~int64_t{7} : 0;
-            for (int64_t q = 0; q < whole; q += 8) {
-                transpose_8x8_pairs(b + j * stride + 2 * q, stride, panel + q * width + j, width);
-            }
-            for (int64_t q = whole; q < pairs; ++q) {
-                for (int64_t jj = j; jj < j + 8; ++jj) {
-                    uint32_t low = 0, high = 0;
-                    if (jj < cols) {
-                        low = b[jj * stride + 2 * q];
-                        if (2 * q + 1 < k) high = b[jj * stride + 2 * q + 1];
-                    }
-                    panel[q * width + jj] = low | high << 16;
+    const int64_t pairs = ceil_div(k, 2), stride = p.b.row_stride;
+    const auto pack_pair = [=](int64_t j, int64_t q) {  // of column j: any place, any edge
+        const int64_t at = j0 + j, k1 = k0 + 2 * q;
+        if (j >= cols) return uint32_t{0};
+        const auto element = [=](int64_t kk) -> uint32_t { return p.b_transposed ? b[at * stride + kk] : b[kk * stride + at]; };
+        return element(k1) | (2 * q + 1 < k ? element(k1 + 1) << 16 : 0);
+    };
+    for (int64_t j = 0; j < cols; j += kWidth) {
+        const int64_t width = panel_vectors<I>(cols - j) * I::kLanes;
+        uint32_t* panel = packed + j * pairs;
+        if (p.b_transposed) {  // a pair is contiguous in a row of b: a transposition of 32-bit words
+            for (int64_t jj = 0; jj < width; jj += 8) {
+                const int64_t whole = j + jj + 8 <= cols ? (k / 2) & ~int64_t{7} : 0;
+                const uint16_t* from = b + (j0 + j + jj) * stride + k0;
+                for (int64_t q = 0; q < whole; q += 8) {
+                    transpose_8x8_pairs(from + 2 * q, stride, panel + q * width + jj, width);
+                }
+                for (int64_t q = whole; q < pairs; ++q) {
+                    for (int64_t c = jj; c < jj + 8; ++c) panel[q * width + c] = pack_pair(j + c, q);
                 }
             }
+        } else if (cols - j < kWidth) {
+            for (int64_t q = 0; q < pairs; ++q) {
+                for (int64_t c = 0; c < width; ++c) panel[q * width + c] = pack_pair(j + c, q);
+            }
         }
-        return;
     }
-    b += k0 * stride + j0;
+    if (p.b_transposed) return;
+    // Whole panels together, along the rows of b: panel by panel every cache line would be a miss of its own.
     for (int64_t q = 0; q < pairs; ++q) {
-        const uint16_t* even = b + 2 * q * stride;
+        const uint16_t* even = b + (k0 + 2 * q) * stride + j0;
         const uint16_t* odd = even + stride;
-        uint32_t* to = panel + q * width;
-        if (2 * q + 1 < k && cols == kWidth) {
-            for (int64_t j = 0; j < kWidth; ++j) to[j] = even[j] | static_cast<uint32_t>(odd[j]) << 16;
-        } else {
-            for (int64_t j = 0; j < width; ++j) {
-                const uint32_t low = j < cols ? even[j] : 0, high = j < cols && 2 * q + 1 < k ? odd[j] : 0;
-                to[j] = low | high << 16;
+        const bool paired = 2 * q + 1 < k;
+        for (int64_t j = 0; j + kWidth <= cols; j += kWidth) {
+            uint32_t* to = packed + j * pairs + q * kWidth;
+            if (paired) {
+                for (int64_t c = 0; c < kWidth; ++c) to[c] = even[j + c] | static_cast<uint32_t>(odd[j + c]) << 16;
+            } else {
+                for (int64_t c = 0; c < kWidth; ++c) to[c] = even[j + c];
             }
         }
     }
@@ -160,56 +166,72 @@ void write_bf16(uint16_t* to, int64_t count, typename I::Acc value) {
     std::memcpy(to, lanes, static_cast<size_t>(count) * sizeof(uint16_t));
 }
 
-// Rows i0.. of columns j0.. of the result from their fp32 sums.
+// Rows i0.. of columns j0.. of the result from their fp32 sums, which are overwritten. One short loop for everything that is
+// added: the tile stays in the first-level cache, and a single loop that could do all of it would keep nothing in registers.
 template <class I>
 void finish_tile(
-    const Product& p, int64_t matrix, int64_t i0, int64_t rows, int64_t j0, int64_t cols, const float* tile, int64_t tile_stride
+    const Product& p, int64_t matrix, int64_t i0, int64_t rows, int64_t j0, int64_t cols, float* tile, int64_t tile_stride
 ) {
     using Acc = typename I::Acc;
+    const auto each_vector = [=](auto&& f) {
+        for (int64_t r = 0; r < rows; ++r) {
+            for (int64_t j = 0; j < cols; j += I::kLanes) f(tile + r * tile_stride + j, i0 + r, j0 + j, cols - j);
+        }
+    };
+    const auto add = [=](const Stack& s, float factor) {
+        const Acc factors = I::broadcast(factor);
+        each_vector([=](float* at, int64_t i, int64_t j, int64_t count) {
+            I::store(at, I::multiply_add(factors, read_bf16<I>(row_of(s, matrix, i) + j, count), I::load(at)));
+        });
+    };
     const float scale = p.scale ? p.scale[matrix] : 1.0f;
-    const Acc alpha = I::broadcast(p.alpha * scale), beta = I::broadcast(p.beta * scale);
     const int64_t m = p.out.rows, n = p.out.cols;
+    // Rows whose diagonal element is in this tile
+    const int64_t begin = std::max(i0, j0), end = std::min(i0 + rows, j0 + cols);
+    const auto at_diagonal = [=](int64_t i) -> float& { return tile[(i - i0) * tile_stride + (i - j0)]; };
+
+    const Stack a = p.a, b = p.b_transposed ? p.a : p.b;
     const float* a_diagonal = p.a_diagonal ? p.a_diagonal + matrix * m : nullptr;
     const float* b_diagonal = p.b_diagonal ? p.b_diagonal + matrix * n : nullptr;
-    for (int64_t i = i0; i < i0 + rows; ++i) {
-        const float* sums = tile + (i - i0) * tile_stride;
-        // What only the element on the diagonal gets, and its place
-        float on_diagonal = p.gamma * scale;
-        if (a_diagonal && b_diagonal) on_diagonal += p.alpha * scale * a_diagonal[i] * b_diagonal[i];
-        if (p.c_diagonal) on_diagonal += p.beta * scale * p.c_diagonal[matrix * m + i];
-        const bool touches_diagonal = (on_diagonal != 0.0f || p.out_diagonal) && i >= j0 && i < j0 + cols;
-        for (int64_t j = j0; j < j0 + cols; j += I::kLanes) {
-            const int64_t count = j0 + cols - j;
-            Acc value = I::load(sums + (j - j0));
-            if (a_diagonal) {
-                const Stack& b = p.b_transposed ? p.a : p.b;
-                value = I::multiply_add(I::broadcast(a_diagonal[i]), read_bf16<I>(row_of(b, matrix, i) + j, count), value);
-            }
-            if (b_diagonal) {
-                value = I::multiply_add(
-                    read_bf16<I>(row_of(p.a, matrix, i) + j, count), read_float<I>(b_diagonal + j, count), value
-                );
-            }
-            value = I::multiply(alpha, value);
-            if (p.c.data) value = I::multiply_add(beta, read_bf16<I>(row_of(p.c, matrix, i) + j, count), value);
-            if (p.c_low.data) value = I::multiply_add(beta, read_bf16<I>(row_of(p.c_low, matrix, i) + j, count), value);
+    if (a_diagonal) {
+        each_vector([=](float* at, int64_t i, int64_t j, int64_t count) {
+            const Acc a_ii = I::broadcast(a_diagonal[i]);
+            I::store(at, I::multiply_add(a_ii, read_bf16<I>(row_of(b, matrix, i) + j, count), I::load(at)));
+        });
+    }
+    if (b_diagonal) {
+        each_vector([=](float* at, int64_t i, int64_t j, int64_t count) {
+            const Acc a_ij = read_bf16<I>(row_of(a, matrix, i) + j, count);
+            I::store(at, I::multiply_add(a_ij, read_float<I>(b_diagonal + j, count), I::load(at)));
+        });
+        if (a_diagonal) {
+            for (int64_t i = begin; i < end; ++i) at_diagonal(i) += a_diagonal[i] * b_diagonal[i];
+        }
+    }
+    if (const float alpha = p.alpha * scale; alpha != 1.0f) {
+        const Acc factors = I::broadcast(alpha);
+        each_vector([=](float* at, int64_t, int64_t, int64_t) { I::store(at, I::multiply(factors, I::load(at))); });
+    }
+    if (p.c.data) add(p.c, p.beta * scale);
+    if (p.c_low.data) add(p.c_low, p.beta * scale);
+    for (int64_t i = begin; i < end; ++i) {
+        at_diagonal(i) += scale * (p.gamma + (p.c_diagonal ? p.beta * p.c_diagonal[matrix * m + i] : 0.0f));
+    }
 
-            uint16_t* out = row_of(p.out, matrix, i) + j;
-            const bool has_diagonal = touches_diagonal && i >= j && i < j + I::kLanes;
-            float diagonal = 0.0f;
-            if (has_diagonal) {
-                float lanes[I::kLanes];
-                I::store(lanes, value);
-                diagonal = lanes[i - j] += on_diagonal;
-                value = I::load(lanes);
-            }
-            write_bf16<I>(out, count, value);
-            if (p.out_low.data) {
-                uint16_t* low = row_of(p.out_low, matrix, i) + j;
-                write_bf16<I>(low, count, I::subtract(value, read_bf16<I>(out, count)));
-                if (has_diagonal && p.out_diagonal) low[i - j] = 0;
-            }
-            if (has_diagonal && p.out_diagonal) p.out_diagonal[matrix * m + i] = diagonal - to_float(out[i - j]);
+    const Stack out = p.out, out_low = p.out_low;
+    each_vector([=](float* at, int64_t i, int64_t j, int64_t count) {
+        write_bf16<I>(row_of(out, matrix, i) + j, count, I::load(at));
+    });
+    if (out_low.data) {
+        each_vector([=](float* at, int64_t i, int64_t j, int64_t count) {
+            const Acc rounded = read_bf16<I>(row_of(out, matrix, i) + j, count);
+            write_bf16<I>(row_of(out_low, matrix, i) + j, count, I::subtract(I::load(at), rounded));
+        });
+    }
+    if (p.out_diagonal) {
+        for (int64_t i = begin; i < end; ++i) {
+            p.out_diagonal[matrix * m + i] = at_diagonal(i) - to_float(row_of(out, matrix, i)[i]);
+            if (out_low.data) row_of(out_low, matrix, i)[i] = 0;
         }
     }
 }
@@ -217,12 +239,13 @@ void finish_tile(
 // The upper triangle of columns j0..j0+cols from the lower one.
 inline void mirror(const Stack& s, int64_t matrix, int64_t j0, int64_t cols) {
     uint16_t* base = s.data + matrix * s.batch_stride;
-    const int64_t end = j0 + cols, stride = s.row_stride;
-    for (int64_t i = j0; i < end; ++i) {
-        for (int64_t j = j0; j < i; ++j) base[j * stride + i] = base[i * stride + j];
-    }
-    if (end < s.rows) {
-        transpose_u16(base + end * stride + j0, stride, s.rows - end, cols, base + j0 * stride + end, stride);
+    const int64_t stride = s.row_stride;
+    for (int64_t j = j0; j < j0 + cols; j += 16) {
+        const int64_t end = std::min(j + 16, j0 + cols);
+        for (int64_t row = j; row < end; ++row) {
+            for (int64_t col = j; col < row; ++col) base[col * stride + row] = base[row * stride + col];
+        }
+        transpose_u16(base + end * stride + j, stride, s.rows - end, end - j, base + j * stride + end, stride);
     }
 }
 
@@ -262,9 +285,7 @@ void product_task(const Product& p, int64_t task, void* scratch) {
     for (int64_t k0 = 0; k0 == 0 || k0 < k; k0 += kBlockK) {
         const int64_t depth = std::min(kBlockK, k - k0);
         const int64_t panel_words = ceil_div(depth, 2) * kWidth;
-        for (int64_t j = 0; j < cols; j += kWidth) {
-            pack_panel<I>(p, b, k0, depth, j0 + j, std::min(kWidth, cols - j), packed + j / kWidth * panel_words);
-        }
+        pack_block<I>(p, b, k0, depth, j0, cols, packed);
         for (int64_t t = 0; t < tiles; ++t) {
             const int64_t i0 = i_begin + (m - i_begin) * t / tiles, i1 = i_begin + (m - i_begin) * (t + 1) / tiles;
             for (int64_t j = 0; j < cols; j += kWidth) {

@@ -234,7 +234,8 @@ def run(args: argparse.Namespace) -> int:
             each.evaluate(batches)
 
     console.print(_table(runs))
-    console.print(_comparison(runs), highlight=False)
+    if comparison := _comparison(runs):
+        console.print(comparison, highlight=False)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "muon_demo.png"
     _plot(runs, path)
