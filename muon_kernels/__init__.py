@@ -14,5 +14,4 @@ from .optimizer import Muon
 from .param_groups import param_groups
 from .plan import Plan
 
-
 __all__ = ["COEFFICIENTS", "Muon", "MuonAdamW", "Plan", "__version__", "orthogonalize", "param_groups"]

@@ -6,8 +6,7 @@ leaves parameters and state as they were.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from . import backends
 from .coefficients import DEFAULT, Schedule, resolve
-from .layout import Matrices, column_order, flattens, layout, split_shape
+from .layout import Bundle, Layout, Matrices, column_order, flattens, layout, split_shape
 from .newton_schulz import ALGORITHMS, Square
 from .plan import Bucket, plan_bucket
 from .scaling import lr_ratio
@@ -42,32 +41,46 @@ class Part(NamedTuple):
     stop: int
 
 
-@dataclass
-class Chunk:
+class Chunk(NamedTuple):
     """The operands of one pass through the workspace."""
 
-    params: list[Matrices]
-    grads: list[Matrices]
-    momenta: list[Matrices]
-    step_sizes: list[float | Tensor]
+    params: Bundle
+    momenta: Bundle
+    grads: list[tuple[int, Layout]]
+    ratios: list[float]
 
 
-@dataclass
-class Work:
-    """A bucket ready to run, and the scalars of its group."""
+class Work(NamedTuple):
+    """A bucket with all that is settled before a step."""
 
     bucket: Bucket
-    chunks: list[Chunk]
     schedule: Schedule
     device: torch.device
-    decay: float | Tensor
+    chunks: list[Chunk]
+
+
+class Prepared(NamedTuple):
+    """What `prepare` decided for a group; good for every step in which `signature` and options are the same.
+
+    Tensors that no strides describe as matrices are stepped in copies: `copies` has (parameter or momentum, its copy), and
+    `grad_copies` the copy of gradient i and the order of dimensions in which it is one.
+    """
+
+    works: list[Work]
+    copies: list[tuple[Tensor, Tensor]]
+    grad_copies: dict[int, tuple[tuple[int, ...], Tensor]]
+
+
+class Scalars(NamedTuple):
+    """What may change from step to step; see `Muon`. A negative grad_scale ascends."""
+
+    lr: float | Tensor
+    weight_decay: float | Tensor
     momentum: float
     nesterov: bool
     dampened: bool
     eps: float
     grad_scale: float
-    # Tensors that no strides describe as matrices are stepped in a copy: (where it goes back to, the copy).
-    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
 class Workspace:
@@ -110,31 +123,26 @@ class Workspace:
         return stack(n), stack(n), squares
 
 
-def _order(t: Tensor, flatten: bool | None) -> tuple[int, ...]:
-    return column_order(t.shape, t.stride()) if flattens(t.shape, flatten) else ()
+class _Source(NamedTuple):
+    """A tensor that strides describe, and how."""
+
+    tensor: Tensor
+    flatten: bool | None
+    order: tuple[int, ...]
+
+    def layout(self, part: Part) -> Layout:
+        at = layout(self.tensor.shape, self.tensor.stride(), self.flatten, self.order, part.start, part.stop)
+        assert at is not None
+        return at
 
 
-def _matrices(
-    t: Tensor, flatten: bool | None, order: tuple[int, ...], copies: list[tuple[Tensor, Tensor]] | None
-) -> tuple[Tensor, bool | None, tuple[int, ...]]:
-    """`t`, or a copy that strides can describe, with the arguments for `layout`; a copy to write back goes to `copies`."""
+def _source(t: Tensor, flatten: bool | None, order: tuple[int, ...]) -> tuple[_Source, Tensor | None]:
+    """How to see `t` as matrices; where no strides do, an empty copy and the view of `t` that it is to be filled from."""
     if layout(t.shape, t.stride(), flatten, order) is not None:
-        return t, flatten, order
-    if not order:
-        copy, target = t.contiguous(), t
-    else:
-        target = t.permute(0, *order)
-        copy = target.contiguous()
-    if copies is not None:
-        copies.append((target, copy))
-    return copy, flatten, tuple(range(1, t.ndim)) if order else ()
-
-
-def _part(source: tuple[Tensor, bool | None, tuple[int, ...]], start: int, stop: int) -> Matrices:
-    tensor, flatten, order = source
-    at = layout(tensor.shape, tensor.stride(), flatten, order, start, stop)
-    assert at is not None
-    return Matrices(tensor, at)
+        return _Source(t, flatten, order), None
+    view = t.permute(0, *order) if order else t
+    copy = torch.empty_like(view, memory_format=torch.contiguous_format)
+    return _Source(copy, flatten, tuple(range(1, t.ndim)) if order else ()), view
 
 
 def _deal(counts: Sequence[tuple[int, int]], chunks: Sequence[int]) -> list[list[Part]]:
@@ -194,47 +202,55 @@ def _scalar(x: float | Tensor) -> float | Tensor:
     return float(x) if not isinstance(x, Tensor) or x.device.type == "cpu" else x.reshape(())
 
 
+def signature(
+    params: Sequence[Tensor], grads: Sequence[Tensor], momentum_bufs: Sequence[Tensor]
+) -> list[tuple[object, ...]]:
+    """All of the tensors that `prepare` looks at: where they lie and what they are, but not a gradient's address."""
+    return [
+        (
+            p.data_ptr(),
+            p.shape,
+            p.stride(),
+            p.dtype,
+            b.data_ptr(),
+            b.shape,
+            b.stride(),
+            b.dtype,
+            g.shape,
+            g.stride() if g.layout == torch.strided else None,
+            g.dtype,
+            g.device,
+        )
+        for p, g, b in zip(params, grads, momentum_bufs, strict=True)
+    ]
+
+
 def prepare(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     momentum_bufs: Sequence[Tensor],
     *,
-    lr: float | Tensor,
-    weight_decay: float | Tensor,
-    momentum: float,
-    nesterov: bool,
     ns_coefficients: Coefficients,
-    eps: float,
     ns_steps: int | None,
     adjust_lr_fn: str | Callable[[int, int], float] | None,
-    dampened: bool = True,
     flatten: bool | None = None,
     ns_algorithm: str = "auto",
     backend: str = "auto",
     max_workspace_bytes: int | None = None,
-    grad_scale: float = 1.0,
-    maximize: bool = False,
-) -> list[Work]:
-    """Everything that a step of one group decides, before anything is written.
+) -> Prepared:
+    """Everything that steps of one group have in common; nothing is written.
 
     Args:
         params: of any floating-point dtype and strides.
-        grads: one a parameter; only read.
+        grads: one a parameter; only looked at.
         momentum_bufs: one a parameter.
-        lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn, dampened, flatten, ns_algorithm,
-            backend, max_workspace_bytes, maximize: see `Muon`.
-        grad_scale: multiplies every gradient.
-
-    Returns:
-        A `Work` for every bucket.
+        ns_coefficients, ns_steps, adjust_lr_fn, flatten, ns_algorithm, backend, max_workspace_bytes: see `Muon`.
 
     Raises:
         ValueError, TypeError: an operand or an option that cannot be used, with what was expected.
         RuntimeError: a named backend that cannot run here.
     """
     schedule = resolve(ns_coefficients, ns_steps)
-    lr, weight_decay = _scalar(lr), _scalar(weight_decay)
-    decay = 1 - lr * weight_decay
     by_kind: dict[Kind, list[tuple[int, int]]] = {}
     ratios: list[float] = []
     for index, (p, g, buffer) in enumerate(zip(params, grads, momentum_bufs, strict=True)):
@@ -244,7 +260,20 @@ def prepare(
         kind = Kind(min(rows, cols), max(rows, cols), p.device, g.dtype, buffer.dtype, p.dtype)
         by_kind.setdefault(kind, []).append((index, count))
 
-    works = []
+    prepared = Prepared([], [], {})
+    sources: dict[int, tuple[_Source, _Source, _Source]] = {}
+    for index, (p, g, buffer) in enumerate(zip(params, grads, momentum_bufs, strict=True)):
+        order = column_order(p.shape, p.stride()) if flattens(p.shape, flatten) else ()
+        param, param_view = _source(p, flatten, order)
+        momentum, momentum_view = _source(buffer, flatten, order)
+        grad, grad_view = _source(g, flatten, order)
+        sources[index] = (param, momentum, grad)
+        for source, view in ((param, param_view), (momentum, momentum_view)):
+            if view is not None:
+                prepared.copies.append((view, source.tensor))
+        if grad_view is not None:
+            prepared.grad_copies[index] = ((0, *order) if order else tuple(range(g.ndim)), grad.tensor)
+
     for kind, counts in by_kind.items():
         dtypes = (kind.grad_dtype, kind.momentum_dtype, kind.param_dtype)
         bucket = plan_bucket(
@@ -256,37 +285,18 @@ def prepare(
             max_workspace_bytes=max_workspace_bytes,
             bytes_per_element=kind.grad_dtype.itemsize + 2 * (kind.momentum_dtype.itemsize + kind.param_dtype.itemsize),
         )
-        copies: list[tuple[Tensor, Tensor]] = []
-        sources = {}
-        for index, _ in counts:
-            order = _order(params[index], flatten)
-            sources[index] = (
-                _matrices(params[index], flatten, order, copies),
-                _matrices(grads[index], flatten, order, None),
-                _matrices(momentum_bufs[index], flatten, order, copies),
-            )
         chunks = []
         for parts in _deal(counts, bucket.chunks):
-            params_, grads_, momenta = (
-                [_part(sources[index][operand], start, stop) for index, start, stop in parts] for operand in range(3)
-            )
-            chunks.append(Chunk(params_, grads_, momenta, [lr * ratios[index] for index, _, _ in parts]))
-        works.append(
-            Work(
-                bucket,
-                chunks,
-                schedule,
-                kind.device,
-                decay,
-                momentum,
-                nesterov,
-                dampened,
-                eps,
-                -grad_scale if maximize else grad_scale,
-                copies,
-            )
-        )
-    return works
+            chunk = Chunk(Bundle(), Bundle(), [], [])
+            for part in parts:
+                param, momentum, grad = sources[part.parameter]
+                chunk.params.append(Matrices(param.tensor, param.layout(part)))
+                chunk.momenta.append(Matrices(momentum.tensor, momentum.layout(part)))
+                chunk.grads.append((part.parameter, grad.layout(part)))
+                chunk.ratios.append(ratios[part.parameter])
+            chunks.append(chunk)
+        prepared.works.append(Work(bucket, schedule, kind.device, chunks))
+    return prepared
 
 
 def reciprocal_norms(sum_of_squares: Tensor, eps: float) -> Tensor:
@@ -303,40 +313,57 @@ def reciprocal_norms(sum_of_squares: Tensor, eps: float) -> Tensor:
     return torch.where(norm.isfinite(), reciprocal, torch.nan).float()
 
 
-def _iterate(work: Work, chunk: Chunk, workspace: Workspace, momenta: list[Matrices] | None) -> Tensor:
-    """Prologue and iteration; the result lies in the workspace."""
+def _iterate(
+    work: Work, grads: Sequence[Matrices], momenta: Sequence[Matrices] | None, workspace: Workspace, scalars: Scalars
+) -> Tensor:
+    """Prologue and iteration of a chunk; the result lies in the workspace."""
     ops = backends.get(work.bucket.backend)
-    batch = sum(g.layout.batch for g in chunk.grads)
+    batch = sum(g.layout.batch for g in grads)
     X, Y, squares = workspace.stacks(work.bucket, batch, work.device)
     sum_of_squares = ops.momentum_update(
-        chunk.grads,
+        grads,
         momenta,
         X,
-        momentum=work.momentum,
-        nesterov=work.nesterov,
-        dampened=work.dampened,
-        grad_scale=work.grad_scale,
+        momentum=scalars.momentum,
+        nesterov=scalars.nesterov,
+        dampened=scalars.dampened,
+        grad_scale=scalars.grad_scale,
         margin=work.schedule.margin,
     )
-    scale = reciprocal_norms(sum_of_squares, work.eps)
+    scale = reciprocal_norms(sum_of_squares, scalars.eps)
     run = ALGORITHMS[work.bucket.algorithm].run
     return run(ops, X, Y, squares, scale, work.schedule.triples, work.schedule.margin)
 
 
-def execute(works: Iterable[Work], workspace: Workspace) -> None:
-    """Run what `prepare` decided: parameters and momentum buffers are written, gradients are not."""
-    for work in works:
+def execute(prepared: Prepared, grads: Sequence[Tensor], scalars: Scalars, workspace: Workspace) -> None:
+    """Do a step: parameters and momentum buffers are written, gradients are not.
+
+    Args:
+        prepared: from `prepare`, for the same tensors.
+        grads: one a parameter.
+        scalars: of this step.
+        workspace: in which `reserve` has made room.
+    """
+    grads = list(grads)
+    for index, (order, copy) in prepared.grad_copies.items():
+        grads[index] = copy.copy_(grads[index].permute(order))
+    for target, copy in prepared.copies:
+        copy.copy_(target)
+    lr, weight_decay = _scalar(scalars.lr), _scalar(scalars.weight_decay)
+    for work in prepared.works:
         ops = backends.get(work.bucket.backend)
         for chunk in work.chunks:
-            result = _iterate(work, chunk, workspace, chunk.momenta)
-            ops.apply_update(chunk.params, result, decay=work.decay, step_sizes=chunk.step_sizes)
-        for target, copy in work.copies:
-            target.copy_(copy)
+            directions = [Matrices(grads[index], at) for index, at in chunk.grads]
+            result = _iterate(work, directions, chunk.momenta, workspace, scalars)
+            step_sizes = [lr * ratio for ratio in chunk.ratios]
+            ops.apply_update(chunk.params, result, decay=1 - lr * weight_decay, step_sizes=step_sizes)
+    for target, copy in prepared.copies:
+        target.copy_(copy)
 
 
-def reserve(works: Iterable[Work], workspace: Workspace) -> None:
+def reserve(prepared: Prepared, workspace: Workspace) -> None:
     """Allocate what `execute` needs; the last thing that may raise."""
-    for work in works:
+    for work in prepared.works:
         workspace.reserve(work.device, work.bucket.workspace_bytes)
 
 
@@ -391,18 +418,16 @@ def orthogonalize(
         max_workspace_bytes=max_workspace_bytes,
         bytes_per_element=2 * G.itemsize,
     )
-    source = _matrices(G, False, (), None)
-    chunks = [
-        Chunk([], [_part(source, start, stop)], [], []) for ((_, start, stop),) in _deal([(0, count)], bucket.chunks)
-    ]
-    work = Work(bucket, chunks, schedule, G.device, 0.0, 0.0, False, True, eps, 1.0)
+    source, view = _source(G, False, ())
+    if view is not None:
+        source.tensor.copy_(view)
+    work = Work(bucket, schedule, G.device, [])
     workspace = Workspace()
-    reserve([work], workspace)
+    workspace.reserve(G.device, bucket.workspace_bytes)
+    scalars = Scalars(0.0, 0.0, 0.0, False, True, eps, 1.0)
     out = torch.empty(count, rows, cols, dtype=G.dtype, device=G.device)
-    start = 0
-    for chunk in chunks:
-        result = _iterate(work, chunk, workspace, None)
-        stop = start + result.shape[0]
-        out[start:stop].copy_(result.mT if chunk.grads[0].layout.transposed else result)
-        start = stop
+    for (part,) in _deal([(0, count)], bucket.chunks):
+        at = source.layout(part)
+        result = _iterate(work, [Matrices(source.tensor, at)], None, workspace, scalars)
+        out[part.start : part.stop].copy_(result.mT if at.transposed else result)
     return out.reshape(G.shape)

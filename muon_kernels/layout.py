@@ -42,6 +42,12 @@ class Matrices(NamedTuple):
         )
 
 
+class Bundle(list[Matrices]):
+    """Matrices that stay where they are from step to step: a backend may keep what it makes of their addresses."""
+
+    derived: object = None
+
+
 def flattens(shape: Sequence[int], flatten: bool | None) -> bool:
     """Whether a parameter is one matrix of (first dimension, all others), as convolutions want it.
 

@@ -11,7 +11,17 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import backends
 from .coefficients import COEFFICIENTS, DEFAULT, resolve
-from .functional import Coefficients, Work, Workspace, check_parameter, execute, prepare, reserve
+from .functional import (
+    Coefficients,
+    Prepared,
+    Scalars,
+    Workspace,
+    check_parameter,
+    execute,
+    prepare,
+    reserve,
+    signature,
+)
 from .newton_schulz import ALGORITHMS
 from .plan import Plan
 from .scaling import lr_ratio
@@ -103,6 +113,7 @@ class Muon(Optimizer):
         }
         _check_options(defaults)
         self._workspace = Workspace()
+        self._prepared: dict[int, tuple[object, Prepared]] = {}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -125,27 +136,28 @@ class Muon(Optimizer):
             raise
 
     def _prepare(
-        self, grads_of: Callable[[Tensor], Tensor | None], grad_scale: float
-    ) -> tuple[list[Work], dict[Tensor, Tensor]]:
-        """What a step would do, and the momentum buffers that it would add to the state."""
-        works: list[Work] = []
+        self, group: dict[str, Any], grad_of: Callable[[Tensor], Tensor | None]
+    ) -> tuple[Prepared, list[Tensor], dict[Tensor, Tensor]]:
+        """What a step of this group does, with its gradients, and the momentum buffers that it would add to the state."""
+        params, grads, buffers = [], [], []
         new: dict[Tensor, Tensor] = {}
-        for group in self.param_groups:
-            params, grads, buffers = [], [], []
-            for p in group["params"]:
-                grad = grads_of(p)
-                if grad is None:
-                    continue
-                buffer = self.state[p].get("momentum_buffer") if p in self.state else None
-                if buffer is None:
-                    dtype = group["momentum_dtype"] or grad.dtype
-                    buffer = new[p] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-                params.append(p)
-                grads.append(grad)
-                buffers.append(buffer)
-            options = {k: group[k] for k in _STEP_OPTIONS}
-            works += prepare(params, grads, buffers, grad_scale=grad_scale, **options)
-        return works, new
+        for p in group["params"]:
+            grad = grad_of(p)
+            if grad is None:
+                continue
+            buffer = self.state[p].get("momentum_buffer") if p in self.state else None
+            if buffer is None:
+                dtype = group["momentum_dtype"] or grad.dtype
+                buffer = new[p] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+            params.append(p)
+            grads.append(grad)
+            buffers.append(buffer)
+        options = {key: group[key] for key in _SETTLED}
+        key = (signature(params, grads, buffers), options)
+        cached = self._prepared.get(id(group))
+        if cached is None or cached[0] != key:
+            cached = self._prepared[id(group)] = (key, prepare(params, grads, buffers, **options))
+        return cached[1], grads, new
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -173,30 +185,40 @@ class Muon(Optimizer):
         if found_inf is not None and bool(found_inf):
             return loss
         scale: Tensor | None = getattr(self, "grad_scale", None)
-        works, new = self._prepare(lambda p: p.grad, 1.0 if scale is None else 1.0 / float(scale))
-        reserve(works, self._workspace)
-        for p, buffer in new.items():
-            self.state[p]["momentum_buffer"] = buffer
-        execute(works, self._workspace)
+        grad_scale = 1.0 if scale is None else 1.0 / float(scale)
+        prepared = [self._prepare(group, lambda p: p.grad) for group in self.param_groups]
+        for group, (decided, _, _) in zip(self.param_groups, prepared, strict=True):
+            _check_options(group)
+            reserve(decided, self._workspace)
+        for group, (decided, grads, new) in zip(self.param_groups, prepared, strict=True):
+            for p, buffer in new.items():
+                self.state[p]["momentum_buffer"] = buffer
+            scalars = Scalars(
+                group["lr"],
+                group["weight_decay"],
+                group["momentum"],
+                group["nesterov"],
+                group["dampened"],
+                group["eps"],
+                -grad_scale if group["maximize"] else grad_scale,
+            )
+            execute(decided, grads, scalars, self._workspace)
         return loss
 
     @torch.no_grad()
     def plan(self) -> Plan:
         """What a step does if every parameter has a gradient of its own dtype; `print` it."""
-        works, _ = self._prepare(lambda p: p, 1.0)
-        return Plan(tuple(work.bucket for work in works))
+        prepared = [self._prepare(group, lambda p: p)[0] for group in self.param_groups]
+        return Plan(tuple(work.bucket for decided in prepared for work in decided.works))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take up a pickle or a checkpoint, torch.optim.Muon's too: what it lacks is as in the constructor."""
         super().__setstate__(state)
-        self.__dict__.setdefault("_workspace", Workspace())
+        self._workspace = Workspace()
+        self._prepared = {}
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Everything but the workspace."""
-        return super().__getstate__()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class or of torch.optim.Muon, momentum in the precision in which it was saved.
@@ -225,21 +247,15 @@ class Muon(Optimizer):
             self.state[p]["momentum_buffer"] = buffer.detach().to(p.device, copy=True)
 
 
-_STEP_OPTIONS = (
-    "lr",
-    "weight_decay",
-    "momentum",
-    "nesterov",
+# What a step may settle once, see `functional.prepare`.
+_SETTLED = (
     "ns_coefficients",
-    "eps",
     "ns_steps",
     "adjust_lr_fn",
-    "dampened",
     "flatten",
     "ns_algorithm",
     "backend",
     "max_workspace_bytes",
-    "maximize",
 )
 
 

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..layout import Matrices
+from ..layout import Bundle, Matrices
 from ..newton_schulz import Square
 from . import eager
 
@@ -131,6 +131,8 @@ def _pointer(t: Tensor | None) -> int:
 
 def _refs(matrices: Sequence[Matrices]) -> array[int]:
     """The addresses and strides of all matrices as csrc's MatrixRef[]."""
+    if isinstance(matrices, Bundle) and isinstance(matrices.derived, array):
+        return matrices.derived
     refs = array("q")
     for tensor, at in matrices:
         size = tensor.element_size()
@@ -138,6 +140,8 @@ def _refs(matrices: Sequence[Matrices]) -> array[int]:
         for _ in range(at.batch):
             refs.extend((address, at.row_stride, at.col_stride))
             address += at.batch_stride * size
+    if isinstance(matrices, Bundle):
+        matrices.derived = refs
     return refs
 
 
