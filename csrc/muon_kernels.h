@@ -96,7 +96,10 @@ bool has_amx_bf16();
 // "openmp" when work is shared with the OpenMP threads that the process already has (torch's), else "std::thread".
 const char* thread_runtime();
 
-Status product(Isa isa, const Product& args, int threads);
+// Runs `count` products in order. All have the same batch, and matrix i of an operand depends on matrices i only: with
+// enough matrices for all threads, each takes whole matrices through all products, so that a matrix stays in its cache and
+// threads meet once.
+Status products(Isa isa, const Product* list, int count, int threads);
 Status momentum_update(Isa isa, const MomentumUpdate& args, int threads);
 Status apply_update(Isa isa, const ApplyUpdate& args, int threads);
 

@@ -19,29 +19,31 @@ class cpu:
     def has_amx_bf16() -> bool: ...
     @staticmethod
     def thread_runtime() -> str: ...
+    class Product:
+        def __init__(
+            self,
+            a: tuple[int, ...],
+            a_low: tuple[int, ...] | None,
+            a_diagonal: int,
+            b: tuple[int, ...],
+            b_transposed: bool,
+            b_diagonal: int,
+            c: tuple[int, ...] | None,
+            c_low: tuple[int, ...] | None,
+            c_diagonal: int,
+            out: tuple[int, ...],
+            out_low: tuple[int, ...] | None,
+            out_diagonal: int,
+            symmetric: bool,
+            alpha: float,
+            beta: float,
+            gamma: float,
+            scale: int,
+            /,
+        ) -> None: ...
+
     @staticmethod
-    def product(
-        isa: Isa,
-        threads: int,
-        a: tuple[int, ...],
-        a_low: tuple[int, ...] | None,
-        a_diagonal: int,
-        b: tuple[int, ...],
-        b_transposed: bool,
-        b_diagonal: int,
-        c: tuple[int, ...] | None,
-        c_low: tuple[int, ...] | None,
-        c_diagonal: int,
-        out: tuple[int, ...],
-        out_low: tuple[int, ...] | None,
-        out_diagonal: int,
-        symmetric: bool,
-        alpha: float,
-        beta: float,
-        gamma: float,
-        scale: int,
-        /,
-    ) -> None: ...
+    def products(isa: Isa, threads: int, products: list[Product], /) -> None: ...
     @staticmethod
     def momentum_update(
         isa: Isa,

@@ -332,7 +332,8 @@ def _iterate(
     )
     scale = reciprocal_norms(sum_of_squares, scalars.eps)
     run = ALGORITHMS[work.bucket.algorithm].run
-    return run(ops, X, Y, squares, scale, work.schedule.triples, work.schedule.margin)
+    with ops.fused():
+        return run(ops, X, Y, squares, scale, work.schedule.triples, work.schedule.margin)
 
 
 def execute(prepared: Prepared, grads: Sequence[Tensor], scalars: Scalars, workspace: Workspace) -> None:

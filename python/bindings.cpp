@@ -6,6 +6,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "muon_kernels.h"
 
@@ -48,13 +49,12 @@ PYBIND11_MODULE(_C, m) {
     cpu.def("has_amx_bf16", &mk::cpu::has_amx_bf16);
     cpu.def("thread_runtime", &mk::cpu::thread_runtime);
 
-    cpu.def(
-        "product",
-        [](mk::cpu::Isa isa, int threads, const StackTuple& a, const std::optional<StackTuple>& a_low, int64_t a_diagonal,
-           const StackTuple& b, bool b_transposed, int64_t b_diagonal, const std::optional<StackTuple>& c,
-           const std::optional<StackTuple>& c_low, int64_t c_diagonal, const StackTuple& out,
-           const std::optional<StackTuple>& out_low, int64_t out_diagonal, bool symmetric, float alpha, float beta,
-           float gamma, int64_t scale) {
+    py::class_<mk::Product>(cpu, "Product")
+        .def(py::init([](const StackTuple& a, const std::optional<StackTuple>& a_low, int64_t a_diagonal, const StackTuple& b,
+                         bool b_transposed, int64_t b_diagonal, const std::optional<StackTuple>& c,
+                         const std::optional<StackTuple>& c_low, int64_t c_diagonal, const StackTuple& out,
+                         const std::optional<StackTuple>& out_low, int64_t out_diagonal, bool symmetric, float alpha,
+                         float beta, float gamma, int64_t scale) {
             mk::Product p;
             p.a = stack(a);
             p.a_low = stack(a_low);
@@ -73,10 +73,12 @@ PYBIND11_MODULE(_C, m) {
             p.beta = beta;
             p.gamma = gamma;
             p.scale = at<const float>(scale);
-            py::gil_scoped_release release;
-            check(mk::cpu::product(isa, p, threads), "product");
-        }
-    );
+            return p;
+        }));
+    cpu.def("products", [](mk::cpu::Isa isa, int threads, const std::vector<mk::Product>& list) {
+        py::gil_scoped_release release;
+        check(mk::cpu::products(isa, list.data(), static_cast<int>(list.size()), threads), "products");
+    });
     cpu.def(
         "momentum_update",
         [](mk::cpu::Isa isa, int threads, int64_t grad, mk::DType grad_dtype, int64_t momentum, mk::DType momentum_dtype,

@@ -1,6 +1,7 @@
 // The one place that asks what the processor can do, and the serial frame of every verb.
 #include <cpuid.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <memory>
@@ -78,14 +79,30 @@ bool has_amx_bf16() {
 #endif
 }
 
-Status product(Isa isa, const Product& args, int threads) {
+Status products(Isa isa, const Product* list, int count, int threads) {
     const Kernels* kernels = supported_kernels(isa);
     if (!kernels) return Status::unsupported_isa;
-    if (!valid(args)) return Status::invalid_argument;
-    const int64_t bytes = kernels->product_scratch_bytes(args);
-    parallel_for(threads, kernels->product_tasks(args), [&](int64_t task, int) {
-        kernels->product_task(args, task, thread_scratch(bytes));
-    });
+    int64_t bytes = 0;
+    for (int i = 0; i < count; ++i) {
+        if (!valid(list[i]) || list[i].out.batch != list[0].out.batch) return Status::invalid_argument;
+        bytes = std::max(bytes, kernels->product_scratch_bytes(list[i]));
+    }
+    const int64_t batch = count ? list[0].out.batch : 0;
+    if (batch >= 4 * threads) {
+        parallel_for(threads, batch, [&](int64_t matrix, int) {
+            void* scratch = thread_scratch(bytes);
+            for (int i = 0; i < count; ++i) {
+                const int64_t tasks = kernels->product_tasks(list[i]) / batch;
+                for (int64_t t = 0; t < tasks; ++t) kernels->product_task(list[i], matrix * tasks + t, scratch);
+            }
+        });
+        return Status::ok;
+    }
+    for (int i = 0; batch && i < count; ++i) {
+        parallel_for(threads, kernels->product_tasks(list[i]), [&](int64_t task, int) {
+            kernels->product_task(list[i], task, thread_scratch(bytes));
+        });
+    }
     return Status::ok;
 }
 

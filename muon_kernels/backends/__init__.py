@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol, cast
 
 import torch
@@ -40,6 +41,9 @@ class Backend(Products, Protocol):
 
     def leading_dimension(self, cols: int) -> int:
         """Row stride, in elements, at which stacks of `cols` columns are multiplied fastest."""
+
+    def fused(self) -> AbstractContextManager[None]:
+        """Products inside may wait for its end and then run together; their operands must not be read before."""
 
     def momentum_update(
         self,

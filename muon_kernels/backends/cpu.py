@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -209,8 +210,7 @@ def _product(
 ) -> None:
     native = _native()
     assert native is not None
-    native.cpu.product(
-        *_isa_and_threads(),
+    product = native.cpu.Product(
         _stack(A.high),
         _stack(A.low),
         _pointer(A.diagonal),
@@ -229,6 +229,34 @@ def _product(
         gamma,
         _pointer(scale),
     )
+    if _queue.products is None:
+        native.cpu.products(*_isa_and_threads(), [product])
+    else:
+        _queue.products.append(product)
+        _queue.operands.append((A, B, C, out, scale))
+
+
+class _Queue(threading.local):
+    """Products of this thread that wait for the end of `fused`, and what must live until then."""
+
+    products: list[object] | None = None
+    operands: list[object]
+
+
+_queue = _Queue()
+
+
+@contextmanager
+def fused() -> Iterator[None]:
+    """See `Backend.fused`."""
+    native = _native()
+    assert native is not None
+    _queue.products, _queue.operands = [], []
+    try:
+        yield
+        native.cpu.products(*_isa_and_threads(), _queue.products)
+    finally:
+        _queue.products, _queue.operands = None, []
 
 
 def syrk(

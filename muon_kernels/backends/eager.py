@@ -5,6 +5,7 @@ beside. Products run in bf16 with fp32 accumulation, as in torch.optim.Muon, but
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -47,6 +48,11 @@ def default_workspace_bytes() -> int:
 def leading_dimension(cols: int) -> int:
     """Contiguous."""
     return cols
+
+
+def fused() -> AbstractContextManager[None]:
+    """Nothing is delayed."""
+    return nullcontext()
 
 
 def momentum_update(
