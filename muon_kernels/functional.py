@@ -202,27 +202,21 @@ def _scalar(x: float | Tensor) -> float | Tensor:
     return float(x) if not isinstance(x, Tensor) or x.device.type == "cpu" else x.reshape(())
 
 
-def signature(
-    params: Sequence[Tensor], grads: Sequence[Tensor], momentum_bufs: Sequence[Tensor]
-) -> list[tuple[object, ...]]:
-    """All of the tensors that `prepare` looks at: where they lie and what they are, but not a gradient's address."""
-    return [
-        (
-            p.data_ptr(),
-            p.shape,
-            p.stride(),
-            p.dtype,
-            b.data_ptr(),
-            b.shape,
-            b.stride(),
-            b.dtype,
-            g.shape,
-            g.stride() if g.layout == torch.strided else None,
-            g.dtype,
-            g.device,
-        )
-        for p, g, b in zip(params, grads, momentum_bufs, strict=True)
-    ]
+def signature(p: Tensor, g: Tensor, buffer: Tensor) -> tuple[object, ...]:
+    """All of a parameter's tensors that `prepare` looks at: where they lie and what they are, but not the gradient's address."""
+    return (
+        p.data_ptr(),
+        p.shape,
+        p.stride(),
+        p.dtype,
+        buffer.data_ptr(),
+        buffer.stride(),
+        buffer.dtype,
+        g.shape,
+        g.stride() if g.layout == torch.strided else None,
+        g.dtype,
+        g.device,
+    )
 
 
 def prepare(

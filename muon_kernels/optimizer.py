@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -27,6 +27,14 @@ from .plan import Plan
 from .scaling import lr_ratio
 
 _KELLER = COEFFICIENTS[DEFAULT].triples[0]
+
+
+class _Settled(NamedTuple):
+    """What was prepared for a group, and for what."""
+
+    options: dict[str, Any]
+    signatures: list[tuple[object, ...]]
+    prepared: Prepared
 
 
 class Muon(Optimizer):
@@ -113,7 +121,7 @@ class Muon(Optimizer):
         }
         _check_options(defaults)
         self._workspace = Workspace()
-        self._prepared: dict[int, tuple[object, Prepared]] = {}
+        self._prepared: dict[int, _Settled] = {}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -153,11 +161,20 @@ class Muon(Optimizer):
             grads.append(grad)
             buffers.append(buffer)
         options = {key: group[key] for key in _SETTLED}
-        key = (signature(params, grads, buffers), options)
         cached = self._prepared.get(id(group))
-        if cached is None or cached[0] != key:
-            cached = self._prepared[id(group)] = (key, prepare(params, grads, buffers, **options))
-        return cached[1], grads, new
+        # Signatures are compared one by one: a list of them would set off the garbage collector at every step.
+        if (
+            cached is None
+            or cached.options != options
+            or len(cached.signatures) != len(params)
+            or not all(
+                signature(*of) == was for *of, was in zip(params, grads, buffers, cached.signatures, strict=True)
+            )
+        ):
+            signatures = [signature(*of) for of in zip(params, grads, buffers, strict=True)]
+            cached = _Settled(options, signatures, prepare(params, grads, buffers, **options))
+            self._prepared[id(group)] = cached
+        return cached.prepared, grads, new
 
     @overload
     def step(self, closure: None = None) -> None: ...

@@ -166,74 +166,72 @@ void write_bf16(uint16_t* to, int64_t count, typename I::Acc value) {
     std::memcpy(to, lanes, static_cast<size_t>(count) * sizeof(uint16_t));
 }
 
-// Rows i0.. of columns j0.. of the result from their fp32 sums, which are overwritten. One short loop for everything that is
-// added: the tile stays in the first-level cache, and a single loop that could do all of it would keep nothing in registers.
-template <class I>
+// What a result is made of beside the product itself. Compile-time, so that the loop over a tile keeps all that it needs in
+// registers: for small matrices it costs as much as the product.
+enum Addend : int { kADiagonal = 1, kBDiagonal = 2, kC = 4, kCLow = 8 };
+
+// Rows i0.. of columns j0.. of the result from their fp32 sums.
+template <class I, int ADDENDS>
 void finish_tile(
-    const Product& p, int64_t matrix, int64_t i0, int64_t rows, int64_t j0, int64_t cols, float* tile, int64_t tile_stride
+    const Product& p, int64_t matrix, int64_t i0, int64_t rows, int64_t j0, int64_t cols, const float* tile, int64_t tile_stride
 ) {
     using Acc = typename I::Acc;
-    const auto each_vector = [=](auto&& f) {
-        for (int64_t r = 0; r < rows; ++r) {
-            for (int64_t j = 0; j < cols; j += I::kLanes) f(tile + r * tile_stride + j, i0 + r, j0 + j, cols - j);
-        }
-    };
-    const auto add = [=](const Stack& s, float factor) {
-        const Acc factors = I::broadcast(factor);
-        each_vector([=](float* at, int64_t i, int64_t j, int64_t count) {
-            I::store(at, I::multiply_add(factors, read_bf16<I>(row_of(s, matrix, i) + j, count), I::load(at)));
-        });
-    };
     const float scale = p.scale ? p.scale[matrix] : 1.0f;
+    const float alpha = p.alpha * scale, beta = p.beta * scale;
+    const Acc alphas = I::broadcast(alpha), betas = I::broadcast(beta);
     const int64_t m = p.out.rows, n = p.out.cols;
-    // Rows whose diagonal element is in this tile
-    const int64_t begin = std::max(i0, j0), end = std::min(i0 + rows, j0 + cols);
-    const auto at_diagonal = [=](int64_t i) -> float& { return tile[(i - i0) * tile_stride + (i - j0)]; };
-
-    const Stack a = p.a, b = p.b_transposed ? p.a : p.b;
-    const float* a_diagonal = p.a_diagonal ? p.a_diagonal + matrix * m : nullptr;
-    const float* b_diagonal = p.b_diagonal ? p.b_diagonal + matrix * n : nullptr;
-    if (a_diagonal) {
-        each_vector([=](float* at, int64_t i, int64_t j, int64_t count) {
-            const Acc a_ii = I::broadcast(a_diagonal[i]);
-            I::store(at, I::multiply_add(a_ii, read_bf16<I>(row_of(b, matrix, i) + j, count), I::load(at)));
-        });
-    }
-    if (b_diagonal) {
-        each_vector([=](float* at, int64_t i, int64_t j, int64_t count) {
-            const Acc a_ij = read_bf16<I>(row_of(a, matrix, i) + j, count);
-            I::store(at, I::multiply_add(a_ij, read_float<I>(b_diagonal + j, count), I::load(at)));
-        });
-        if (a_diagonal) {
-            for (int64_t i = begin; i < end; ++i) at_diagonal(i) += a_diagonal[i] * b_diagonal[i];
+    // Locals: what is written could alias *p for all that the compiler knows.
+    const Stack a = p.a, b = p.b_transposed ? p.a : p.b, c = p.c, c_low = p.c_low, out = p.out, out_low = p.out_low;
+    const float* a_diagonal = p.a_diagonal + matrix * m;
+    const float* b_diagonal = p.b_diagonal + matrix * n;
+    for (int64_t i = i0; i < i0 + rows; ++i) {
+        const float* sums = tile + (i - i0) * tile_stride - j0;
+        const Acc a_ii = I::broadcast(ADDENDS & kADiagonal ? a_diagonal[i] : 0.0f);
+        const auto value_at = [=](int64_t j, int64_t count) {
+            Acc value = I::load(sums + j);
+            if (ADDENDS & kADiagonal) value = I::multiply_add(a_ii, read_bf16<I>(row_of(b, matrix, i) + j, count), value);
+            if (ADDENDS & kBDiagonal) {
+                const Acc b_jj = read_float<I>(b_diagonal + j, count);
+                value = I::multiply_add(read_bf16<I>(row_of(a, matrix, i) + j, count), b_jj, value);
+            }
+            value = I::multiply(alphas, value);
+            if (ADDENDS & kC) value = I::multiply_add(betas, read_bf16<I>(row_of(c, matrix, i) + j, count), value);
+            if (ADDENDS & kCLow) value = I::multiply_add(betas, read_bf16<I>(row_of(c_low, matrix, i) + j, count), value);
+            return value;
+        };
+        uint16_t* out_row = row_of(out, matrix, i);
+        for (int64_t j = j0; j < j0 + cols; j += I::kLanes) write_bf16<I>(out_row + j, j0 + cols - j, value_at(j, j0 + cols - j));
+        if (out_low.data) {
+            uint16_t* low_row = row_of(out_low, matrix, i);
+            for (int64_t j = j0; j < j0 + cols; j += I::kLanes) {
+                const int64_t count = j0 + cols - j;
+                write_bf16<I>(low_row + j, count, I::subtract(value_at(j, count), read_bf16<I>(out_row + j, count)));
+            }
         }
+        if (i < j0 || i >= j0 + cols) continue;
+        // The element on the diagonal again, with what only it gets.
+        const bool both = (ADDENDS & kADiagonal) && (ADDENDS & kBDiagonal);
+        float value = sums[i];
+        if (ADDENDS & kADiagonal) value += a_diagonal[i] * to_float(row_of(b, matrix, i)[i]);
+        if (ADDENDS & kBDiagonal) value += b_diagonal[i] * to_float(row_of(a, matrix, i)[i]);
+        value = alpha * (both ? value + a_diagonal[i] * b_diagonal[i] : value) + p.gamma * scale;
+        if (ADDENDS & kC) value += beta * to_float(row_of(c, matrix, i)[i]);
+        if (ADDENDS & kCLow) value += beta * to_float(row_of(c_low, matrix, i)[i]);
+        if (p.c_diagonal) value += beta * p.c_diagonal[matrix * m + i];
+        out_row[i] = to_bf16(value);
+        const float rest = value - to_float(out_row[i]);
+        if (p.out_diagonal) p.out_diagonal[matrix * m + i] = rest;
+        if (out_low.data) row_of(out_low, matrix, i)[i] = p.out_diagonal ? 0 : to_bf16(rest);
     }
-    if (const float alpha = p.alpha * scale; alpha != 1.0f) {
-        const Acc factors = I::broadcast(alpha);
-        each_vector([=](float* at, int64_t, int64_t, int64_t) { I::store(at, I::multiply(factors, I::load(at))); });
-    }
-    if (p.c.data) add(p.c, p.beta * scale);
-    if (p.c_low.data) add(p.c_low, p.beta * scale);
-    for (int64_t i = begin; i < end; ++i) {
-        at_diagonal(i) += scale * (p.gamma + (p.c_diagonal ? p.beta * p.c_diagonal[matrix * m + i] : 0.0f));
-    }
+}
 
-    const Stack out = p.out, out_low = p.out_low;
-    each_vector([=](float* at, int64_t i, int64_t j, int64_t count) {
-        write_bf16<I>(row_of(out, matrix, i) + j, count, I::load(at));
-    });
-    if (out_low.data) {
-        each_vector([=](float* at, int64_t i, int64_t j, int64_t count) {
-            const Acc rounded = read_bf16<I>(row_of(out, matrix, i) + j, count);
-            write_bf16<I>(row_of(out_low, matrix, i) + j, count, I::subtract(I::load(at), rounded));
-        });
-    }
-    if (p.out_diagonal) {
-        for (int64_t i = begin; i < end; ++i) {
-            p.out_diagonal[matrix * m + i] = at_diagonal(i) - to_float(row_of(out, matrix, i)[i]);
-            if (out_low.data) row_of(out_low, matrix, i)[i] = 0;
-        }
-    }
+using FinishTile = void (*)(const Product&, int64_t, int64_t, int64_t, int64_t, int64_t, const float*, int64_t);
+
+template <class I, int... ADDENDS>
+FinishTile pick_finish(const Product& p, std::integer_sequence<int, ADDENDS...>) {
+    static constexpr FinishTile table[] = {finish_tile<I, ADDENDS>...};
+    return table
+        [(p.a_diagonal ? kADiagonal : 0) | (p.b_diagonal ? kBDiagonal : 0) | (p.c.data ? kC : 0) | (p.c_low.data ? kCLow : 0)];
 }
 
 // The upper triangle of columns j0..j0+cols from the lower one.
@@ -279,6 +277,7 @@ void product_task(const Product& p, int64_t task, void* scratch) {
     const int64_t sums_stride = chunked ? ceil_div(cols, kWidth) * kWidth : kWidth;
     const uint16_t* b = p.b.data + matrix * p.b.batch_stride;
 
+    const FinishTile finish = pick_finish<I>(p, std::make_integer_sequence<int, 16>{});
     // Equal row tiles: a short last one would leave the multipliers waiting for its few accumulators.
     const int64_t tiles = ceil_div(m - i_begin, I::kRows);
 
@@ -298,7 +297,7 @@ void product_task(const Product& p, int64_t task, void* scratch) {
                 if (p.a_low.data) {
                     multiply(row_of(p.a_low, matrix, i0) + k0, p.a_low.row_stride, depth, panel, tile, sums_stride, true);
                 }
-                if (k0 + depth >= k) finish_tile<I>(p, matrix, i0, i1 - i0, j0 + j, width, tile, sums_stride);
+                if (k0 + depth >= k) finish(p, matrix, i0, i1 - i0, j0 + j, width, tile, sums_stride);
             }
         }
     }
