@@ -47,8 +47,8 @@ class CMakeBuild(build_ext):
             self.extensions = []
             print(
                 f"\nmuon_kernels: no C++ compiler was found ({error}).\n"
-                "The package installs without its native CPU kernels: backend='cpu' will be unavailable and 'auto' will use\n"
-                "torch's operations, several times slower. Install g++ or clang++ and reinstall to get them.\n",
+                "The package installs without its native CPU kernels: backend='cpu' will be unavailable and 'auto'\n"
+                "will use torch's operations, several times slower. Install g++ or clang++ and reinstall.\n",
                 file=sys.stderr,
             )
 

@@ -27,6 +27,13 @@ DEFAULT = "keller"
 DEFAULT_STEPS = 5
 
 
+class _NotGiven(int):
+    """torch.optim.Muon's default number of steps, which gives way to a set that has its own number."""
+
+
+NS_STEPS = _NotGiven(DEFAULT_STEPS)
+
+
 @dataclass(frozen=True)
 class CoefficientSet:
     """One published list of (a, b, c).
@@ -178,14 +185,16 @@ def resolve(
     Args:
         ns_coefficients: a name in COEFFICIENTS; one (a, b, c), used in every step with margin 1; or
             one (a, b, c) for each step, with margin 1.
-        ns_steps: the number of steps. None means the length of the list or of the named set, and 5
-            for one (a, b, c) or a set that may be of any length.
+        ns_steps: the number of steps. None, or NS_STEPS for "not given", means the length of the list or of the named
+            set, and 5 for one (a, b, c) or a set that may be of any length.
 
     Raises:
         ValueError: an unknown name, a list of another length than ns_steps, not three numbers, a
             number that is not finite, or ns_steps outside 1 .. 99.
         TypeError: coefficients that are not numbers, or ns_steps that is not an int.
     """
+    if isinstance(ns_steps, _NotGiven):
+        ns_steps = None
     if ns_steps is not None:
         if not isinstance(ns_steps, int) or isinstance(ns_steps, bool):
             raise TypeError(f"ns_steps should be an int or None but is: {ns_steps!r}")

@@ -1,7 +1,7 @@
 """The step: sort parameters into buckets, choose for each, run.
 
-`prepare` looks at everything and raises whatever there is to raise; `execute` then only computes. So a step either happens or
-leaves parameters and state as they were.
+`prepare` looks at everything and raises whatever there is to raise; `execute` then only computes. So a step either
+happens or leaves parameters and state as they were.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .coefficients import DEFAULT, Schedule, resolve
+from .coefficients import DEFAULT, NS_STEPS, Schedule, resolve
 from .layout import Bundle, Layout, Matrices, column_order, flattens, layout, split_shape
 from .newton_schulz import ALGORITHMS, Square
 from .plan import Bucket, plan_bucket
@@ -62,8 +62,8 @@ class Work(NamedTuple):
 class Prepared(NamedTuple):
     """What `prepare` decided for a group; good for every step in which `signature` and options are the same.
 
-    Tensors that no strides describe as matrices are stepped in copies: `copies` has (parameter or momentum, its copy), and
-    `grad_copies` the copy of gradient i and the order of dimensions in which it is one.
+    Tensors that no strides describe as matrices are stepped in copies: `copies` has (parameter or momentum, its
+    copy), and `grad_copies` the copy of gradient i and the order of dimensions in which it is one.
     """
 
     works: list[Work]
@@ -137,7 +137,7 @@ class _Source(NamedTuple):
 
 
 def _source(t: Tensor, flatten: bool | None, order: tuple[int, ...]) -> tuple[_Source, Tensor | None]:
-    """How to see `t` as matrices; where no strides do, an empty copy and the view of `t` that it is to be filled from."""
+    """How to see `t` as matrices; where no strides do, an empty copy, and the view of `t` to fill it from."""
     if layout(t.shape, t.stride(), flatten, order) is not None:
         return _Source(t, flatten, order), None
     view = t.permute(0, *order) if order else t
@@ -193,7 +193,8 @@ def _check_operands(p: Tensor, g: Tensor, buffer: Tensor) -> None:
     for name, t in (("parameter", p), ("momentum_buffer", buffer)):
         if any(s == 0 and n > 1 for n, s in zip(t.shape, t.stride(), strict=True)):
             raise ValueError(
-                f"{name} of size {tuple(t.shape)} should own its memory but is expanded (strides {t.stride()}); clone it"
+                f"{name} of size {tuple(t.shape)} should own its memory but is expanded "
+                f"(strides {t.stride()}); clone it"
             )
 
 
@@ -203,7 +204,7 @@ def _scalar(x: float | Tensor) -> float | Tensor:
 
 
 def signature(p: Tensor, g: Tensor, buffer: Tensor) -> tuple[object, ...]:
-    """All of a parameter's tensors that `prepare` looks at: where they lie and what they are, but not the gradient's address."""
+    """All that `prepare` looks at: where a parameter's tensors lie and what they are, not the gradient's address."""
     return (
         p.data_ptr(),
         p.shape,
@@ -296,9 +297,10 @@ def prepare(
 def reciprocal_norms(sum_of_squares: Tensor, eps: float) -> Tensor:
     """1/max(‖X‖, eps) in fp32, from squared norms in float64, where eps is relative to the power of two below the norm.
 
-    torch.optim.Muon compares eps with the norm itself, so that tiny gradients give tiny updates. Here a matrix is first
-    scaled by an exact power of two to a norm in [1, 2): only an exactly zero matrix meets the guard, and the update does not
-    depend on the gradient's scale. Zero gives 0; NaN and infinity give NaN, so that nothing they touch looks sound.
+    torch.optim.Muon compares eps with the norm itself, so that tiny gradients give tiny updates. Here a matrix is
+    first scaled by an exact power of two to a norm in [1, 2): only an exactly zero matrix meets the guard, and the
+    update does not depend on the gradient's scale. Zero gives 0; NaN and infinity give NaN, so that nothing they
+    touch looks sound.
     """
     norm = sum_of_squares.sqrt()
     mantissa, exponent = torch.frexp(norm)
@@ -366,7 +368,7 @@ def reserve(prepared: Prepared, workspace: Workspace) -> None:
 def orthogonalize(
     G: Tensor,
     ns_coefficients: Coefficients = DEFAULT,
-    ns_steps: int | None = 5,
+    ns_steps: int | None = NS_STEPS,
     eps: float = 1e-7,
     *,
     ns_algorithm: str = "auto",
@@ -381,7 +383,7 @@ def orthogonalize(
     Args:
         G: (..., m, n), any m, n, strides and floating-point dtype. Only read.
         ns_coefficients: a name of `muon_kernels.COEFFICIENTS`, one (a, b, c), or a list with one a step.
-        ns_steps: number of steps.
+        ns_steps: number of steps; if not given, 5 or a named set's own number.
         eps: see `reciprocal_norms`.
         ns_algorithm: "standard", "gram", or "auto" for the one with fewer FLOPs.
         backend: a name of `muon_kernels.backends.BACKENDS`, or "auto".

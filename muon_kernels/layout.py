@@ -13,7 +13,8 @@ from torch import Size, Tensor
 class Layout(NamedTuple):
     """`batch` matrices of `rows` x `cols` (rows <= cols), in elements relative to a tensor's first one.
 
-    A matrix that is taller than wide is described transposed: NS(Xᵀ) = NS(X)ᵀ, so its orientation is only a pair of strides.
+    A matrix that is taller than wide is described transposed: NS(Xᵀ) = NS(X)ᵀ, so its orientation is only a pair of
+    strides.
     """
 
     batch: int
@@ -95,7 +96,7 @@ def layout(
     start: int = 0,
     stop: int | None = None,
 ) -> Layout | None:
-    """Layout of matrices start..stop of a tensor, or None if no strides describe it (the tensor must then be copied)."""
+    """Layout of matrices start..stop of a tensor, or None if no strides describe it and it must be copied."""
     batch, rows, cols = split_shape(shape, flatten)
     if flattens(shape, flatten):
         merged = _merged([(shape[d], stride[d]) for d in order])

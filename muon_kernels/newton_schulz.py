@@ -2,10 +2,10 @@
 
 With p(x) = a x + b x³ + c x⁵ a step is X ← a X + (b A + c A²) X, A = X Xᵀ, for X of m rows and n ≥ m columns.
 
-The standard form does that literally. The Gram form (Dao-AILab, "Gram Newton-Schulz", 2026) notices that X only ever gets
-multiplied from the left by polynomials in its first Gram matrix: it iterates on m x m matrices and multiplies X once at the
-end. In bf16 the rounding error of the Gram matrix makes small eigenvalues negative, which the iteration then amplifies, so
-it must start afresh from X now and then: see `segments`.
+The standard form does that literally. The Gram form (Dao-AILab, "Gram Newton-Schulz", 2026) notices that X only ever
+gets multiplied from the left by polynomials in its first Gram matrix: it iterates on m x m matrices and multiplies X
+once at the end. In bf16 the rounding error of the Gram matrix makes small eigenvalues negative, which the iteration
+then amplifies, so it must start afresh from X now and then: see `segments`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ class Square(NamedTuple):
 
     Attributes:
         high: (batch, m, m) bf16, what is multiplied.
-        diagonal: (batch, m) fp32, what rounding took from the diagonal; None on a backend that cannot use it. Gram matrices
-            and their polynomials are near a multiple of the identity for flat spectra, and an error there is systematic.
+        diagonal: (batch, m) fp32, what rounding took from the diagonal; None on a backend that cannot use it. Gram
+            matrices and their polynomials are near a multiple of the identity for flat spectra, and an error there is
+            systematic.
         low: (batch, m, m) bf16, what rounding took elsewhere; None where eight significant bits suffice.
     """
 
@@ -80,9 +81,9 @@ class Segment(NamedTuple):
 
 
 _ROUNDOFF = 2.0**-9  # of bf16
-# By how much rounding may change an eigenvalue of Q, in the worst case that is simulated. Real errors are random and smaller;
-# segments within these bounds stay within the accuracy rule on every spectrum of tests/matrices.py, longer ones do not. A
-# segment of three steps is judged at size 48 and its errors average out as 1/√size.
+# By how much rounding may change an eigenvalue of Q, in the worst case that is simulated. Real errors are random and
+# smaller; segments within these bounds stay within the accuracy rule on every spectrum of tests/matrices.py, longer
+# ones do not. A segment of three steps is judged at size 48 and its errors average out as 1/√size.
 _ALLOWED = {2: 0.22, 3: 0.08}
 _SIZE_OF_BOUND = 48
 
@@ -194,9 +195,9 @@ def gram(
 ) -> Tensor:
     """Do what `standard` does, by the Gram form; the same arguments.
 
-    In every segment, with R = X Xᵀ: S = a I + b R + c R², Q ← Q S, R ← R S²; at its end X ← Q X. The identity goes into S
-    before S is rounded, and no product is expanded: both would cancel. Where a segment has three steps its first R is split:
-    the iteration amplifies the error of that R by a² twice, that of later ones once.
+    In every segment, with R = X Xᵀ: S = a I + b R + c R², Q ← Q S, R ← R S²; at its end X ← Q X. The identity goes
+    into S before S is rounded, and no product is expanded: both would cancel. Where a segment has three steps its
+    first R is split: the iteration amplifies the error of that R by a² twice, that of later ones once.
     """
     R, W, S, Q, Q_next = squares
     pending: Tensor | None = scale / margin

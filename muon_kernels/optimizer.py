@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import backends
-from .coefficients import COEFFICIENTS, DEFAULT, resolve
+from .coefficients import COEFFICIENTS, DEFAULT, NS_STEPS, resolve
 from .functional import (
     Coefficients,
     Prepared,
@@ -46,31 +46,32 @@ class Muon(Optimizer):
         D = M + (1 - μ)(G - M) if nesterov else M    or, un-dampened, G + μ M
         W ← (1 - lr·weight_decay) W - lr·ratio(A, B)·NS(D)
 
-    Sources: Keller Jordan et al., "Muon" (2024); Liu et al., "Muon is Scalable for LLM Training" (arXiv 2502.16982) for the
-    weight decay and "match_rms_adamw". Matrices of equal shape are stepped together; `plan()` shows how. Gradients are only
-    read. If a step raises, parameters and state are as they were.
+    Sources: Keller Jordan et al., "Muon" (2024); Liu et al., "Muon is Scalable for LLM Training" (arXiv 2502.16982)
+        for the weight decay and "match_rms_adamw". Matrices of equal shape are stepped together; `plan()` shows how.
+        Gradients are only read. If a step raises, parameters and state are as they were.
 
-    Differs from `torch.optim.Muon` where that is at fault: the momentum buffer is never overwritten by the iteration, the
-    norm is taken before rounding to bf16, and the update does not depend on the gradient's scale (see `eps`).
+    Differs from `torch.optim.Muon` where that is at fault: the momentum buffer is never overwritten by the iteration,
+    the norm is taken before rounding to bf16, and the update does not depend on the gradient's scale (see `eps`).
 
     Args:
-        params: parameters with at least two dimensions, or groups of them. Three dimensions are a batch of matrices, four or
-            more a convolution, flattened to (first, all others); `flatten` decides otherwise.
+        params: parameters with at least two dimensions, or groups of them. Three dimensions are a batch of matrices,
+            four or more a convolution, flattened to (first, all others); `flatten` decides otherwise.
         lr: learning rate, a number or a one-element tensor.
         weight_decay: decoupled, multiplied by `lr` as it is, not by the adjusted one.
         momentum: μ.
         nesterov: look one step ahead.
         ns_coefficients: one (a, b, c), a name of `muon_kernels.COEFFICIENTS`, or a list with one (a, b, c) a step.
-        eps: smallest divisor of the normalisation, after an exact scaling of the norm to [1, 2); so it matters for zero only.
-        ns_steps: number of steps; None for a named set's own number.
+        eps: smallest divisor of the normalisation, after an exact scaling of the norm to [1, 2); so it matters for
+            zero only.
+        ns_steps: number of steps; if not given, 5 or a named set's own number.
         adjust_lr_fn: ratio(A, B): None or "original" √max(1, A/B); "match_rms_adamw" 0.2·√max(A, B); "spectral" √(A/B);
             "none" 1; or a function of (A, B).
         dampened: False writes the momentum as Moonlight does, without the factor 1 - μ.
         flatten: True flattens parameters of three dimensions too, False flattens none.
         ns_algorithm: "standard", "gram", or "auto" for the one with fewer FLOPs.
         backend: "cpu", "eager", or "auto" for the first that can.
-        max_workspace_bytes: cap on the memory beside parameters and state; larger buckets are stepped in several passes.
-            None: 64 MiB for "cpu", 1 GiB for "eager", or one matrix's need if that is more.
+        max_workspace_bytes: cap on the memory beside parameters and state; larger buckets are stepped in several
+            passes. None: 64 MiB for "cpu", 1 GiB for "eager", or one matrix's need if that is more.
         momentum_dtype: of new momentum buffers; None: the gradient's.
         maximize: ascend.
 
@@ -90,7 +91,7 @@ class Muon(Optimizer):
         nesterov: bool = True,
         ns_coefficients: Coefficients = _KELLER,
         eps: float = 1e-7,
-        ns_steps: int | None = 5,
+        ns_steps: int | None = NS_STEPS,
         adjust_lr_fn: str | Callable[[int, int], float] | None = None,
         *,
         dampened: bool = True,
@@ -120,6 +121,8 @@ class Muon(Optimizer):
             "maximize": maximize,
         }
         _check_options(defaults)
+        if ns_steps is NS_STEPS:  # a checkpoint must hold a plain number
+            defaults["ns_steps"] = len(resolve(ns_coefficients, ns_steps).triples)
         self._workspace = Workspace()
         self._prepared: dict[int, _Settled] = {}
         super().__init__(params, defaults)
@@ -146,7 +149,7 @@ class Muon(Optimizer):
     def _prepare(
         self, group: dict[str, Any], grad_of: Callable[[Tensor], Tensor | None]
     ) -> tuple[Prepared, list[Tensor], dict[Tensor, Tensor]]:
-        """What a step of this group does, with its gradients, and the momentum buffers that it would add to the state."""
+        """What a step of this group does, its gradients, and the momentum buffers that it would add to the state."""
         params, grads, buffers = [], [], []
         new: dict[Tensor, Tensor] = {}
         for p in group["params"]:
@@ -253,7 +256,8 @@ class Muon(Optimizer):
                     continue
                 if buffer.shape != p.shape:
                     raise ValueError(
-                        f"momentum_buffer of parameter {index} should have size {tuple(p.shape)} but has: {tuple(buffer.shape)}"
+                        f"momentum_buffer of parameter {index} should have size {tuple(p.shape)} "
+                        f"but has: {tuple(buffer.shape)}"
                     )
                 buffers[p] = buffer
         for group in state_dict["param_groups"]:
@@ -293,7 +297,8 @@ def _check_options(options: dict[str, Any]) -> None:
         lr_ratio(options["adjust_lr_fn"], 1, 1)
     if options["ns_algorithm"] != "auto" and options["ns_algorithm"] not in ALGORITHMS:
         raise ValueError(
-            f"ns_algorithm should be 'auto' or one of {', '.join(map(repr, ALGORITHMS))} but is: {options['ns_algorithm']!r}"
+            f"ns_algorithm should be 'auto' or one of {', '.join(map(repr, ALGORITHMS))} "
+            f"but is: {options['ns_algorithm']!r}"
         )
     if options["backend"] != "auto":
         backends.get(options["backend"])

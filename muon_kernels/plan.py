@@ -1,8 +1,8 @@
 """What a step will do, decided once and shown on demand.
 
-Matrices of equal shape, dtype and device form a bucket; a bucket is cut into chunks that fit the workspace; the form of the
-iteration with the fewest FLOPs runs. FLOPs, launches and bytes are not formulas that could drift from the code: the
-iteration itself is run over a backend that only counts.
+Matrices of equal shape, dtype and device form a bucket; a bucket is cut into chunks that fit the workspace; the form
+of the iteration with the fewest FLOPs runs. FLOPs, launches and bytes are not formulas that could drift from the
+code: the iteration itself is run over a backend that only counts.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def count(
 
 
 def choose_algorithm(name: str, backend: str, m: int, n: int, schedule: Schedule) -> str:
-    """The form that runs: `name`, or for "auto" the one with the fewest FLOPs among those as accurate as torch's loop."""
+    """The form that runs: `name`, or for "auto" the one of fewest FLOPs among those as accurate as torch's loop."""
     if name != "auto":
         if name not in ALGORITHMS:
             raise ValueError(

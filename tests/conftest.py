@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
+
 from muon_kernels import backends
 from muon_kernels.backends import cpu
 
@@ -38,5 +39,3 @@ def _two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
-
-

@@ -36,6 +36,7 @@ SPECTRA: dict[str, Callable[[int], Tensor]] = {
 }
 
 
+@lru_cache(maxsize=512)
 def factors(spectrum: str, m: int, n: int, batch: tuple[int, ...] = (), seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """U (*batch, m, k), s (k,) and V (*batch, n, k) in float64, k = min(m, n); U, V random."""
     generator = torch.Generator().manual_seed(seed)

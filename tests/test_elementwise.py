@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
+
 from muon_kernels import backends
 from muon_kernels.layout import Matrices, layout
-from torch import Tensor
 
 # How a parameter of (rows, cols) may lie in memory.
 LAYOUTS: dict[str, Callable[[int, int], Tensor]] = {

@@ -3,20 +3,20 @@
 import pytest
 import torch
 from matrices import SPECTRA, factors, spectral_truth
-from muon_kernels import COEFFICIENTS, orthogonalize
-from muon_kernels.coefficients import Schedule, resolve
-from muon_kernels.newton_schulz import segments
-from muon_kernels.plan import choose_algorithm
 from torch import Tensor
+
+from muon_kernels import COEFFICIENTS, backends, orthogonalize
+from muon_kernels.coefficients import Schedule, resolve
 
 SHAPES = [(48, 48), (96, 144), (64, 256), (256, 64), (129, 300)]
 
 
-def bf16_loop(G: Tensor, schedule: Schedule) -> Tensor:
+def bf16_loop(G: Tensor, schedule: Schedule, norm_dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """torch.optim.Muon's loop with coefficients that may differ by step."""
     X = G.bfloat16()
     X = X.mT if G.shape[-2] > G.shape[-1] else X
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) * schedule.margin).clamp(min=1e-7)
+    norm = X.to(norm_dtype).norm(dim=(-2, -1), keepdim=True)
+    X = (X / (norm * schedule.margin).clamp(min=1e-7)).bfloat16()
     for a, b, c in schedule.triples:
         A = X @ X.mT
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)
@@ -50,6 +50,10 @@ def misses(name: str, shape: tuple[int, int], batch: tuple[int, ...], **options:
             assert torch.equal(result, torch.zeros_like(G))
             continue
         ours, torchs = relative_error(result, truth), relative_error(bf16_loop(G, schedule), truth)
+        if not backends.get(options.get("backend", "cpu")).precise_squares():
+            # With torch's own products this is torch's own loop but for the norm, which torch rounds to bf16. On a
+            # flat spectrum the error is that of one number and the norm's last bit decides: either may be luckier.
+            torchs = max(torchs, relative_error(bf16_loop(G, schedule, torch.float32), truth))
         if not ours <= max(1.3 * torchs, 0.025):
             missed.append(f"{spectrum}: {ours:.4f}, torch {torchs:.4f}")
     return missed

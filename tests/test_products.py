@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import Tensor
+
 from muon_kernels import backends
 from muon_kernels.newton_schulz import Square
-from torch import Tensor
 
 SIZES = [1, 3, 16, 17, 63, 65, 129]
 SHAPES = [(1, 1), (1, 9), (3, 17), (14, 32), (16, 1030), (63, 65), (65, 129), (129, 200), (200, 2100)]

@@ -62,7 +62,8 @@ class Backend(Products, Protocol):
         Args:
             grads: matrices in the order of X's batch; only read.
             momenta: the same of the momentum buffers, updated in place; None: the direction is the gradient.
-            X: (batch, m, n) bf16, written. A matrix may be written times a factor that brings its norm nearer to 1/margin.
+            X: (batch, m, n) bf16, written. A matrix may be written times a factor that brings its norm nearer to
+                1/margin.
             momentum: the factor mu.
             nesterov: whether the direction looks one step ahead.
             dampened: whether the gradient enters with 1 - mu (torch) or whole (Moonlight).
