@@ -326,7 +326,9 @@ def _iterate(
         grad_scale=scalars.grad_scale,
         margin=work.schedule.margin,
     )
-    scale = reciprocal_norms(sum_of_squares, scalars.eps)
+    scale = None
+    if sum_of_squares is not None:
+        scale = reciprocal_norms(sum_of_squares, scalars.eps) / work.schedule.margin
     run = ALGORITHMS[work.bucket.algorithm].run
     with ops.fused():
         return run(ops, X, Y, squares, scale, work.schedule.triples, work.schedule.margin)

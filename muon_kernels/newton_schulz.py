@@ -159,25 +159,25 @@ def standard(
     X: Tensor,
     Y: Tensor,
     squares: Sequence[Square],
-    scale: Tensor,
+    scale: Tensor | None,
     triples: tuple[Triple, ...],
     margin: float,
 ) -> Tensor:
-    """Apply the polynomials of `triples` to the singular values of scale·X / margin.
+    """Apply the polynomials of `triples` to the singular values of scale·X.
 
     Args:
         ops: the backend.
         X: (batch, m, n) bf16, m ≤ n, overwritten.
         Y: like X, overwritten.
         squares: as many as the algorithm's `squares`, overwritten.
-        scale: (batch,) fp32, the reciprocal Frobenius norms of X.
+        scale: (batch,) fp32, what brings the Frobenius norms of X to 1/margin; None if that is where they are.
         triples: (a, b, c) of every step.
         margin: of the coefficient set.
 
     Returns:
         X or Y, whichever holds the result.
     """
-    pending: Tensor | None = scale / margin
+    pending = scale
     for triple in triples:
         _standard_step(ops, X, Y, squares[0], squares[1], pending, triple)
         X, Y, pending = Y, X, None
@@ -189,7 +189,7 @@ def gram(
     X: Tensor,
     Y: Tensor,
     squares: Sequence[Square],
-    scale: Tensor,
+    scale: Tensor | None,
     triples: tuple[Triple, ...],
     margin: float,
 ) -> Tensor:
@@ -200,7 +200,7 @@ def gram(
     first R is split: the iteration amplifies the error of that R by a² twice, that of later ones once.
     """
     R, W, S, Q, Q_next = squares
-    pending: Tensor | None = scale / margin
+    pending = scale
     for start, stop, split in segments(triples, margin, X.shape[1], ops.precise_squares()):
         if stop - start == 1:
             _standard_step(ops, X, Y, W, S, pending, triples[start])

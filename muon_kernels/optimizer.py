@@ -238,7 +238,8 @@ class Muon(Optimizer):
         self._prepared = {}
         for group in self.param_groups:
             for key, value in self.defaults.items():
-                group.setdefault(key, value)
+                if key != "differentiable":  # torch puts this one into the defaults
+                    group.setdefault(key, value)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class or of torch.optim.Muon, momentum in the precision in which it was saved.
@@ -292,6 +293,8 @@ def _check_options(options: dict[str, Any]) -> None:
     ):
         if not 0.0 <= options[key]:
             raise ValueError(f"{name} should be >= 0 but is: {options[key]}")
+    if options["eps"] >= 1:
+        raise ValueError(f"eps should be < 1, the smallest norm that it is compared with, but is: {options['eps']}")
     resolve(options["ns_coefficients"], options["ns_steps"])
     if not callable(options["adjust_lr_fn"]):
         lr_ratio(options["adjust_lr_fn"], 1, 1)

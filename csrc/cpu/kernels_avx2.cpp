@@ -41,6 +41,7 @@ struct Avx2 {
 
     static Acc broadcast(float v) { return _mm256_set1_ps(v); }
     static Acc multiply(Acc a, Acc b) { return _mm256_mul_ps(a, b); }
+    static Acc add(Acc a, Acc b) { return _mm256_add_ps(a, b); }
     static Acc subtract(Acc a, Acc b) { return _mm256_sub_ps(a, b); }
     static Acc multiply_add(Acc a, Acc b, Acc c) { return _mm256_fmadd_ps(a, b, c); }
     static Acc widen(const uint16_t* p) {

@@ -27,6 +27,7 @@ struct Avx512Bf16 {
 
     static Acc broadcast(float v) { return _mm512_set1_ps(v); }
     static Acc multiply(Acc a, Acc b) { return _mm512_mul_ps(a, b); }
+    static Acc add(Acc a, Acc b) { return _mm512_add_ps(a, b); }
     static Acc subtract(Acc a, Acc b) { return _mm512_sub_ps(a, b); }
     static Acc multiply_add(Acc a, Acc b, Acc c) { return _mm512_fmadd_ps(a, b, c); }
     static Acc widen(const uint16_t* p) {

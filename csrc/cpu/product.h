@@ -1,7 +1,7 @@
 // The batched bf16 product, written once over an instruction set `I` (see kernels_*.cpp):
 //
 //   I::kLanes, I::kRows, I::kVectors   a register tile has kRows rows of kVectors vectors of kLanes floats
-//   I::Acc                             the fp32 accumulator: zero, broadcast, load, store, multiply, subtract,
+//   I::Acc                             the fp32 accumulator: zero, broadcast, load, store, multiply, add, subtract,
 //                                      multiply_add(a, b, c) = a b + c, widen and round from and to bf16
 //   I::PairB, I::load_pairs            kLanes pairs (k, k+1) of one row of b
 //   I::PairA, I::broadcast_pair        one pair of a, in every lane
@@ -78,30 +78,36 @@ MultiplyTile pick_rows(int64_t rows, std::integer_sequence<int, ROWS...>) {
 }
 
 template <class I>
-MultiplyTile pick_tile(int64_t rows, int64_t vectors) {
+MultiplyTile pick_tile(int64_t rows, int64_t width) {
     using Rows = std::make_integer_sequence<int, I::kRows>;
-    return vectors == 1 ? pick_rows<I, 1>(rows, Rows{}) : pick_rows<I, I::kVectors>(rows, Rows{});
+    return width == I::kLanes ? pick_rows<I, 1>(rows, Rows{}) : pick_rows<I, I::kVectors>(rows, Rows{});
 }
 
+// Columns of a panel. Small symmetric results take narrow ones, which waste less beyond the diagonal.
 template <class I>
-int64_t panel_vectors(int64_t cols) {
-    return cols <= I::kLanes ? 1 : I::kVectors;
+int64_t panel_width(const Product& p) {
+    return p.out.cols <= I::kLanes || (p.symmetric && p.out.cols <= 8 * I::kLanes) ? I::kLanes : I::kVectors * I::kLanes;
+}
+
+// The last panel of a block may be narrower: its `cols` columns in whole vectors.
+template <class I>
+int64_t padded(int64_t cols, int64_t width) {
+    return cols <= I::kLanes ? I::kLanes : width;
 }
 
 // Rows k0..k0+k of columns j0..j0+cols of b as pairs, one panel after another: with `width` columns to a panel,
 // panel[q][j] = (b[k0 + 2q][j], b[k0 + 2q + 1][j]), zero outside b.
 template <class I>
 void pack_block(const Product& p, const uint16_t* b, int64_t k0, int64_t k, int64_t j0, int64_t cols, uint32_t* packed) {
-    constexpr int64_t kWidth = I::kVectors * I::kLanes;
-    const int64_t pairs = ceil_div(k, 2), stride = p.b.row_stride;
+    const int64_t panel_cols = panel_width<I>(p), pairs = ceil_div(k, 2), stride = p.b.row_stride;
     const auto pack_pair = [=](int64_t j, int64_t q) {  // of column j: any place, any edge
         const int64_t at = j0 + j, k1 = k0 + 2 * q;
         if (j >= cols) return uint32_t{0};
         const auto element = [=](int64_t kk) -> uint32_t { return p.b_transposed ? b[at * stride + kk] : b[kk * stride + at]; };
         return element(k1) | (2 * q + 1 < k ? element(k1 + 1) << 16 : 0);
     };
-    for (int64_t j = 0; j < cols; j += kWidth) {
-        const int64_t width = panel_vectors<I>(cols - j) * I::kLanes;
+    for (int64_t j = 0; j < cols; j += panel_cols) {
+        const int64_t width = padded<I>(cols - j, panel_cols);
         uint32_t* panel = packed + j * pairs;
         if (p.b_transposed) {  // a pair is contiguous in a row of b: a transposition of 32-bit words
             for (int64_t jj = 0; jj < width; jj += 8) {
@@ -114,7 +120,7 @@ void pack_block(const Product& p, const uint16_t* b, int64_t k0, int64_t k, int6
                     for (int64_t c = jj; c < jj + 8; ++c) panel[q * width + c] = pack_pair(j + c, q);
                 }
             }
-        } else if (cols - j < kWidth) {
+        } else if (cols - j < panel_cols) {
             for (int64_t q = 0; q < pairs; ++q) {
                 for (int64_t c = 0; c < width; ++c) panel[q * width + c] = pack_pair(j + c, q);
             }
@@ -126,12 +132,15 @@ void pack_block(const Product& p, const uint16_t* b, int64_t k0, int64_t k, int6
         const uint16_t* even = b + (k0 + 2 * q) * stride + j0;
         const uint16_t* odd = even + stride;
         const bool paired = 2 * q + 1 < k;
-        for (int64_t j = 0; j + kWidth <= cols; j += kWidth) {
-            uint32_t* to = packed + j * pairs + q * kWidth;
-            if (paired) {
-                for (int64_t c = 0; c < kWidth; ++c) to[c] = even[j + c] | static_cast<uint32_t>(odd[j + c]) << 16;
-            } else {
-                for (int64_t c = 0; c < kWidth; ++c) to[c] = even[j + c];
+        for (int64_t j = 0; j + panel_cols <= cols; j += panel_cols) {
+            for (int64_t v = 0; v < panel_cols; v += I::kLanes) {
+                uint32_t* to = packed + j * pairs + q * panel_cols + v;
+                const uint16_t *low = even + j + v, *high = odd + j + v;
+                if (paired) {
+                    for (int c = 0; c < I::kLanes; ++c) to[c] = low[c] | static_cast<uint32_t>(high[c]) << 16;
+                } else {
+                    for (int c = 0; c < I::kLanes; ++c) to[c] = low[c];
+                }
             }
         }
     }
@@ -168,7 +177,8 @@ void write_bf16(uint16_t* to, int64_t count, typename I::Acc value) {
 
 // What a result is made of beside the product itself. Compile-time, so that the loop over a tile keeps all that it needs in
 // registers: for small matrices it costs as much as the product.
-enum Addend : int { kADiagonal = 1, kBDiagonal = 2, kC = 4, kCLow = 8 };
+// kSquare stands for the first three where a, b and c are the same matrix, as in b A + c A²: it is read once.
+enum Addend : int { kADiagonal = 1, kBDiagonal = 2, kC = 4, kCLow = 8, kSquare = 16 };
 
 // Rows i0.. of columns j0.. of the result from their fp32 sums.
 template <class I, int ADDENDS>
@@ -186,9 +196,14 @@ void finish_tile(
     const float* b_diagonal = p.b_diagonal + matrix * n;
     for (int64_t i = i0; i < i0 + rows; ++i) {
         const float* sums = tile + (i - i0) * tile_stride - j0;
-        const Acc a_ii = I::broadcast(ADDENDS & kADiagonal ? a_diagonal[i] : 0.0f);
+        const Acc a_ii = I::broadcast(ADDENDS & (kADiagonal | kSquare) ? a_diagonal[i] : 0.0f);
         const auto value_at = [=](int64_t j, int64_t count) {
             Acc value = I::load(sums + j);
+            if (ADDENDS & kSquare) {
+                const Acc both = I::add(a_ii, read_float<I>(a_diagonal + j, count));
+                const Acc factors = I::multiply_add(alphas, both, betas);
+                return I::multiply_add(factors, read_bf16<I>(row_of(a, matrix, i) + j, count), I::multiply(alphas, value));
+            }
             if (ADDENDS & kADiagonal) value = I::multiply_add(a_ii, read_bf16<I>(row_of(b, matrix, i) + j, count), value);
             if (ADDENDS & kBDiagonal) {
                 const Acc b_jj = read_float<I>(b_diagonal + j, count);
@@ -210,12 +225,12 @@ void finish_tile(
         }
         if (i < j0 || i >= j0 + cols) continue;
         // The element on the diagonal again, with what only it gets.
-        const bool both = (ADDENDS & kADiagonal) && (ADDENDS & kBDiagonal);
+        constexpr bool kA = ADDENDS & (kADiagonal | kSquare), kB = ADDENDS & (kBDiagonal | kSquare);
         float value = sums[i];
-        if (ADDENDS & kADiagonal) value += a_diagonal[i] * to_float(row_of(b, matrix, i)[i]);
-        if (ADDENDS & kBDiagonal) value += b_diagonal[i] * to_float(row_of(a, matrix, i)[i]);
-        value = alpha * (both ? value + a_diagonal[i] * b_diagonal[i] : value) + p.gamma * scale;
-        if (ADDENDS & kC) value += beta * to_float(row_of(c, matrix, i)[i]);
+        if (kA) value += a_diagonal[i] * to_float(row_of(b, matrix, i)[i]);
+        if (kB) value += b_diagonal[i] * to_float(row_of(a, matrix, i)[i]);
+        value = alpha * (kA && kB ? value + a_diagonal[i] * b_diagonal[i] : value) + p.gamma * scale;
+        if (ADDENDS & (kC | kSquare)) value += beta * to_float(row_of(c, matrix, i)[i]);
         if (ADDENDS & kCLow) value += beta * to_float(row_of(c_low, matrix, i)[i]);
         if (p.c_diagonal) value += beta * p.c_diagonal[matrix * m + i];
         out_row[i] = to_bf16(value);
@@ -230,6 +245,9 @@ using FinishTile = void (*)(const Product&, int64_t, int64_t, int64_t, int64_t, 
 template <class I, int... ADDENDS>
 FinishTile pick_finish(const Product& p, std::integer_sequence<int, ADDENDS...>) {
     static constexpr FinishTile table[] = {finish_tile<I, ADDENDS>...};
+    if (p.b_transposed && p.a_diagonal && p.b_diagonal && p.c.data == p.a.data && !p.c_low.data) {
+        return finish_tile<I, kSquare>;
+    }
     return table
         [(p.a_diagonal ? kADiagonal : 0) | (p.b_diagonal ? kBDiagonal : 0) | (p.c.data ? kC : 0) | (p.c_low.data ? kCLow : 0)];
 }
@@ -269,12 +287,12 @@ void product_task(const Product& p, int64_t task, void* scratch) {
     const int64_t j0 = task % blocks * column_block(p);
     const int64_t cols = std::min(column_block(p), p.out.cols - j0);
     const int64_t i_begin = p.symmetric ? j0 : 0, m = p.out.rows, k = p.a.cols;
-    constexpr int64_t kWidth = I::kVectors * I::kLanes;
+    const int64_t panel_cols = panel_width<I>(p);
 
     uint32_t* packed = static_cast<uint32_t*>(scratch);
     float* sums = reinterpret_cast<float*>(packed + ceil_div(packed_words(p), 16) * 16);
     const bool chunked = k > kBlockK;
-    const int64_t sums_stride = chunked ? ceil_div(cols, kWidth) * kWidth : kWidth;
+    const int64_t sums_stride = chunked ? ceil_div(cols, panel_cols) * panel_cols : panel_cols;
     const uint16_t* b = p.b.data + matrix * p.b.batch_stride;
 
     const FinishTile finish = pick_finish<I>(p, std::make_integer_sequence<int, 16>{});
@@ -283,16 +301,16 @@ void product_task(const Product& p, int64_t task, void* scratch) {
 
     for (int64_t k0 = 0; k0 == 0 || k0 < k; k0 += kBlockK) {
         const int64_t depth = std::min(kBlockK, k - k0);
-        const int64_t panel_words = ceil_div(depth, 2) * kWidth;
+        const int64_t panel_words = ceil_div(depth, 2) * panel_cols;
         pack_block<I>(p, b, k0, depth, j0, cols, packed);
         for (int64_t t = 0; t < tiles; ++t) {
             const int64_t i0 = i_begin + (m - i_begin) * t / tiles, i1 = i_begin + (m - i_begin) * (t + 1) / tiles;
-            for (int64_t j = 0; j < cols; j += kWidth) {
+            for (int64_t j = 0; j < cols; j += panel_cols) {
                 if (p.symmetric && i1 <= j0 + j) break;
-                const int64_t width = std::min(kWidth, cols - j);
-                MultiplyTile multiply = pick_tile<I>(i1 - i0, panel_vectors<I>(width));
+                const int64_t width = std::min(panel_cols, cols - j);
+                MultiplyTile multiply = pick_tile<I>(i1 - i0, padded<I>(width, panel_cols));
                 float* tile = chunked ? sums + (i0 - i_begin) * sums_stride + j : sums;
-                const uint32_t* panel = packed + j / kWidth * panel_words;
+                const uint32_t* panel = packed + j / panel_cols * panel_words;
                 multiply(row_of(p.a, matrix, i0) + k0, p.a.row_stride, depth, panel, tile, sums_stride, k0 > 0);
                 if (p.a_low.data) {
                     multiply(row_of(p.a_low, matrix, i0) + k0, p.a_low.row_stride, depth, panel, tile, sums_stride, true);

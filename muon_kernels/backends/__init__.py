@@ -56,7 +56,7 @@ class Backend(Products, Protocol):
         dampened: bool,
         grad_scale: float,
         margin: float,
-    ) -> Tensor:
+    ) -> Tensor | None:
         """Update momenta, write the directions to X; see csrc/muon_kernels.h for the formula.
 
         Args:
@@ -71,7 +71,8 @@ class Backend(Products, Protocol):
             margin: of the coefficient set.
 
         Returns:
-            (batch,) float64 on X's device: squared Frobenius norms of X as written, before rounding.
+            (batch,) float64 on X's device: squared Frobenius norms of X as written, before rounding. None if every
+            norm is 1/margin already (or its matrix zero, infinite or NaN).
         """
 
     def apply_update(

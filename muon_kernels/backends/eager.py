@@ -65,9 +65,8 @@ def momentum_update(
     dampened: bool,
     grad_scale: float,
     margin: float,
-) -> Tensor:
+) -> None:
     """See `Backend.momentum_update`. Arithmetic in fp32, or in the gradient's dtype if that is wider."""
-    sum_of_squares = torch.empty(X.shape[0], dtype=torch.float64, device=X.device)
     start = 0
     for i, grad in enumerate(grads):
         g = grad.view()
@@ -76,9 +75,12 @@ def momentum_update(
             g = g * grad_scale
         if momenta is not None:
             buffer = momenta[i].view()
-            b = buffer.to(g.dtype)
-            b = b.lerp(g, 1 - momentum) if dampened else b.mul(momentum).add_(g)
-            buffer.copy_(b)
+            if buffer.dtype == g.dtype:
+                b = buffer.lerp_(g, 1 - momentum) if dampened else buffer.mul_(momentum).add_(g)
+            else:
+                b = buffer.to(g.dtype)
+                b = b.lerp_(g, 1 - momentum) if dampened else b.mul_(momentum).add_(g)
+                buffer.copy_(b)
             if not nesterov:
                 g = b
             elif dampened:
@@ -86,22 +88,16 @@ def momentum_update(
             else:
                 g = g.add(b, alpha=momentum)
         stop = start + grad.layout.batch
-        # Normalised before it is rounded, so that nothing below rounds otherwise than torch.optim.Muon does. The norm's
-        # power of two goes first: its reciprocal may be outside fp32's range.
+        # Normalised before it is rounded, so that nothing below rounds otherwise than torch.optim.Muon does, and in two
+        # factors: the reciprocal norm alone may be outside fp32's range.
         norm = torch.linalg.vector_norm(g, dim=(-2, -1), dtype=torch.float64, keepdim=True)
         mantissa, exponent = torch.frexp(norm)
         sound = norm.isfinite() & (norm > 0)
-        X[start:stop].copy_(_ldexp(g, -exponent.where(sound, 0)) / (mantissa * margin).where(sound, 1).to(g.dtype))
-        sum_of_squares[start:stop] = (norm / norm / margin).square().where(norm != 0, 0).flatten()
+        half = exponent.where(sound, 0) // 2
+        first = torch.ldexp(torch.ones_like(norm), -half)
+        second = torch.ldexp(1 / (mantissa.where(sound, 1) * margin), half - exponent.where(sound, 0))
+        X[start:stop].copy_((g * first.to(g.dtype)).mul_(second.to(g.dtype)))
         start = stop
-    return sum_of_squares
-
-
-def _ldexp(x: Tensor, exponent: Tensor) -> Tensor:
-    """x·2^exponent in two factors: 2^-exponent alone may be outside fp32's range."""
-    half = exponent // 2
-    one = torch.ones_like(exponent, dtype=x.dtype)
-    return x * torch.ldexp(one, half) * torch.ldexp(one, exponent - half)
 
 
 def _product(
@@ -168,6 +164,9 @@ def apply_update(
     start = 0
     for param, step_size in zip(params, step_sizes, strict=True):
         stop = start + param.layout.batch
-        p = param.view()
-        p.mul_(decay).sub_(X[start:stop].to(torch.promote_types(p.dtype, torch.float32)) * step_size)
+        p, update = param.view().mul_(decay), X[start:stop]
+        if isinstance(step_size, Tensor):
+            p.sub_(update * step_size)
+        else:
+            p.add_(update, alpha=-step_size)
         start = stop

@@ -1,0 +1,30 @@
+"""Shapes of real models' hidden matrices, with multiplicity: (rows, cols, count).
+
+A workload is what one optimizer step sees. Large models are cut to the layers that a two-core machine steps in seconds; the
+shapes and their proportions stay.
+"""
+
+from __future__ import annotations
+
+Shapes = list[tuple[int, int, int]]
+
+
+def gpt2(layers: int) -> Shapes:
+    """GPT-2 124M: fused QKV, attention output, MLP up and down, width 768."""
+    return [(2304, 768, layers), (768, 768, layers), (3072, 768, layers), (768, 3072, layers)]
+
+
+def llama(layers: int) -> Shapes:
+    """A Llama-style layer of width 2048: 32 query heads, 8 key and value heads of 64 (GQA), gated MLP of 5632."""
+    return [(2048, 2048, 2 * layers), (512, 2048, 2 * layers), (5632, 2048, 2 * layers), (2048, 5632, layers)]
+
+
+WORKLOADS: dict[str, Shapes] = {
+    "GPT-2 124M, 2 of 12 layers": gpt2(2),
+    "Llama-style, 1 layer": llama(1),
+    "MoE, 32 experts 1024x384": [(1024, 384, 32)],
+    "per head, 144 of 64x768": [(64, 768, 144)],
+    "LoRA, 64 of 16x1024": [(16, 1024, 64)],
+    "many, 256 of 64x64": [(64, 64, 256)],
+    "ragged": [(100, 333, 8), (65, 257, 8), (17, 1000, 8), (333, 100, 8), (129, 129, 8)],
+}
