@@ -1,9 +1,9 @@
 """A whole optimizer step: torch.optim.Muon, the reference in bf16, and ours by backend, on every workload.
 
-The implementations take turns, so that whatever else the machine does meets all of them; each benchmark then reports its own
-times, with the ratio to torch.optim.Muon and the share of the processor's bf16 rate in `extra_info`.
+The implementations take turns, so that whatever else the machine does meets all of them; each benchmark then reports
+its own times, with the ratio to torch.optim.Muon and the share of the processor's bf16 rate in `extra_info`.
 
-    pytest bench/ --benchmark-group-by=group --benchmark-columns=median,iqr,rounds
+    pytest bench/ --benchmark-columns=median,iqr,rounds
     python bench/bench_step.py            a Markdown table, for RESULTS.md and README.md
 """
 
@@ -18,7 +18,7 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import measured_peak, parameters
+from measure import measured_peak, parameters
 from shapes import WORKLOADS
 from torch import nn
 
@@ -47,7 +47,7 @@ def reference_step(params: list[nn.Parameter]) -> Callable[[], object]:
     return step
 
 
-# Name -> a function from parameters to the step that is timed. A backend that is added to the package appears by itself.
+# Name -> a function from parameters to the step that is timed. A backend added to the package appears by itself.
 IMPLEMENTATIONS: dict[str, Callable[[list[nn.Parameter]], Callable[[], object]]] = {
     TORCH: lambda params: torch.optim.Muon(params).step,
     "reference": reference_step,
@@ -117,7 +117,7 @@ def table() -> str:
     """Every workload's medians in milliseconds, and how much faster than torch.optim.Muon the best of ours is."""
     best = next(name for name in backends.BACKENDS if backends.unavailable(name) is None)
     lines = [
-        f"| workload | {' | '.join(f'{name}, ms' for name in IMPLEMENTATIONS)} | {best}: times faster | % of bf16 rate |",
+        f"| workload | {', ms | '.join(IMPLEMENTATIONS)}, ms | {best}: times faster | % of bf16 rate |",
         "|---" * (len(IMPLEMENTATIONS) + 3) + "|",
     ]
     ratios = []

@@ -1,7 +1,7 @@
 """Shapes of real models' hidden matrices, with multiplicity: (rows, cols, count).
 
-A workload is what one optimizer step sees. Large models are cut to the layers that a two-core machine steps in seconds; the
-shapes and their proportions stay.
+A workload is what one optimizer step sees. Large models are cut to the layers that a two-core machine steps in seconds;
+the shapes and their proportions stay.
 """
 
 from __future__ import annotations

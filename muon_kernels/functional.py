@@ -401,6 +401,8 @@ def orthogonalize(
     if not isinstance(G, Tensor):
         raise TypeError(f"G should be a Tensor but is: {type(G).__name__}")
     check_parameter(G)
+    if not 0.0 <= eps:
+        raise ValueError(f"eps should be >= 0 but is: {eps}")
     if G.numel() == 0:
         resolve(ns_coefficients, ns_steps)
         backends.choose(backend, G.device, [G.dtype])

@@ -150,6 +150,7 @@ class Muon(Optimizer):
         self, group: dict[str, Any], grad_of: Callable[[Tensor], Tensor | None]
     ) -> tuple[Prepared, list[Tensor], dict[Tensor, Tensor]]:
         """What a step of this group does, its gradients, and the momentum buffers that it would add to the state."""
+        _check_options(group)
         params, grads, buffers = [], [], []
         new: dict[Tensor, Tensor] = {}
         for p in group["params"]:
@@ -207,8 +208,7 @@ class Muon(Optimizer):
         scale: Tensor | None = getattr(self, "grad_scale", None)
         grad_scale = 1.0 if scale is None else 1.0 / float(scale)
         prepared = [self._prepare(group, lambda p: p.grad) for group in self.param_groups]
-        for group, (decided, _, _) in zip(self.param_groups, prepared, strict=True):
-            _check_options(group)
+        for decided, _, _ in prepared:
             reserve(decided, self._workspace)
         for group, (decided, grads, new) in zip(self.param_groups, prepared, strict=True):
             for p, buffer in new.items():

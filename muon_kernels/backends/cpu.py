@@ -74,7 +74,10 @@ def forced(isa: str, products: Literal["native", "torch"] = "native") -> Iterato
 def unavailable() -> str | None:
     """See `Backend.unavailable`."""
     if _native() is None:
-        return "the compiled module is missing; reinstall muon_kernels with a C++17 compiler (g++ or clang++) on PATH"
+        return (
+            "the compiled module is missing; install muon_kernels with a C++17 compiler (g++ or clang++) on PATH, "
+            "and with pip's -e if Python starts in its source directory"
+        )
     isas = instruction_sets()
     if not isas:
         return "this processor has neither AVX-512-BF16 nor AVX2; use backend='eager'"
