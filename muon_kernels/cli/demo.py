@@ -177,7 +177,7 @@ class Run:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what can be chosen about the demonstration."""
-    parser.add_argument("--steps", type=_positive, default=250, help="training steps of each (default: %(default)s)")
+    parser.add_argument("--steps", type=_positive, default=160, help="training steps of each (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of model and batches (default: 0)")
     parser.add_argument(
         "--optimizers",
