@@ -229,6 +229,7 @@ class Muon(Optimizer):
     def plan(self) -> Plan:
         """What a step does if every parameter has a gradient of its own dtype; `print` it."""
         prepared = [self._prepare(group, lambda p: p)[0] for group in self.param_groups]
+        self._prepared.clear()  # it would keep the momentum buffers that a first step has not made yet
         return Plan(tuple(work.bucket for decided in prepared for work in decided.works))
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -101,7 +101,10 @@ def choose(name: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> st
         RuntimeError: a named backend that cannot run on this machine.
     """
     if name == "auto":
-        return next(n for n in BACKENDS if not get(n).unavailable() and not get(n).refuses(device, dtypes))
+        reasons = {n: get(n).unavailable() or get(n).refuses(device, dtypes) for n in BACKENDS}
+        if name := next((n for n, reason in reasons.items() if reason is None), ""):
+            return name
+        raise ValueError("no backend can take these parameters: " + "; ".join(f"{n}: {r}" for n, r in reasons.items()))
     backend = get(name)
     if reason := backend.unavailable():
         raise RuntimeError(f"backend {name!r} cannot run here: {reason}")

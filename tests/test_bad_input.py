@@ -1,0 +1,359 @@
+"""Whatever cannot be used raises, says what was expected and what came, and changes nothing."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from muon_kernels import Muon, backends, orthogonalize
+from muon_kernels.backends import cpu
+from muon_kernels.functional import prepare
+
+NAN = float("nan")
+
+# Options, the exception, and what its message must contain: what was expected and what came; torch's own sentence where
+# torch has one.
+OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"lr": -1.0}, ValueError, "Learning rate should be >= 0 but is: -1.0"),
+    ({"lr": NAN}, ValueError, "Learning rate should be >= 0 but is: nan"),
+    ({"lr": torch.tensor(-1.0)}, ValueError, "Learning rate should be >= 0 but is: -1.0"),
+    ({"lr": torch.tensor([0.1, 0.2])}, ValueError, "Tensor lr must be 1-element"),
+    ({"momentum": -0.5}, ValueError, "momentum should be >= 0 but is: -0.5"),
+    ({"momentum": NAN}, ValueError, "momentum should be >= 0 but is: nan"),
+    ({"weight_decay": -0.1}, ValueError, "weight decay should be >= 0 but is: -0.1"),
+    ({"weight_decay": NAN}, ValueError, "weight decay should be >= 0 but is: nan"),
+    ({"eps": -1e-7}, ValueError, "eps should be >= 0 but is: -1e-07"),
+    ({"eps": NAN}, ValueError, "eps should be >= 0 but is: nan"),
+    ({"adjust_lr_fn": "adam"}, ValueError, "Adjust learning rate function adam is not supported"),
+    ({"adjust_lr_fn": "adam"}, ValueError, "expected one of 'original', 'match_rms_adamw'"),
+    ({"ns_coefficients": "kelle"}, ValueError, "should be one of 'keller', 'you5'"),
+    ({"ns_coefficients": "kelle"}, ValueError, "but is: 'kelle'"),
+    ({"ns_coefficients": (1.0, 2.0)}, ValueError, "Coefficients must be a tuple of exactly 3 values"),
+    ({"ns_coefficients": (1.0, 2.0)}, ValueError, "(1.0, 2.0)"),
+    ({"ns_coefficients": [(1, 2, 3), (1, 2)], "ns_steps": 2}, ValueError, "exactly 3 values (a, b, c) but are: (1, 2)"),
+    ({"ns_coefficients": [(1, 2, 3)] * 2, "ns_steps": 3}, ValueError, "has 2 steps but ns_steps is: 3"),
+    ({"ns_coefficients": (1.0, NAN, 2.0)}, ValueError, "should be finite but are: (1.0, nan, 2.0)"),
+    ({"ns_coefficients": (1.0, "b", 2.0)}, TypeError, "three numbers (a, b, c)"),
+    ({"ns_coefficients": (1.0, "b", 2.0)}, TypeError, "has: (1.0, 'b', 2.0)"),
+    ({"ns_coefficients": 3.0}, TypeError, "has: 3.0"),
+    ({"ns_coefficients": None}, TypeError, "has: None"),
+    ({"ns_steps": 0}, ValueError, "ns_steps should be >= 1 but is: 0"),
+    ({"ns_steps": 100}, ValueError, "Number of steps must be less than 100 for computational efficiency but is: 100"),
+    ({"ns_steps": True}, TypeError, "ns_steps should be an int or None but is: True"),
+    ({"ns_steps": 2.5}, TypeError, "ns_steps should be an int or None but is: 2.5"),
+    ({"ns_algorithm": "gramm"}, ValueError, "'auto' or one of 'standard', 'gram' but is: 'gramm'"),
+    ({"backend": "gpu"}, ValueError, "backend should be 'auto' or one of 'cpu', 'eager'"),
+    ({"backend": "gpu"}, ValueError, "but is: 'gpu'"),
+    ({"max_workspace_bytes": 0}, ValueError, "max_workspace_bytes should be a positive integer or None but is: 0"),
+    ({"max_workspace_bytes": -1}, ValueError, "max_workspace_bytes should be a positive integer or None but is: -1"),
+    ({"max_workspace_bytes": 1e9}, ValueError, "should be a positive integer or None but is: 1000000000.0"),
+    ({"max_workspace_bytes": "1G"}, ValueError, "should be a positive integer or None but is: '1G'"),
+    ({"momentum_dtype": torch.int8}, ValueError, "floating-point dtype or None but is: torch.int8"),
+    ({"momentum_dtype": torch.complex64}, ValueError, "floating-point dtype or None but is: torch.complex64"),
+    ({"momentum_dtype": "bfloat16"}, ValueError, "floating-point dtype or None but is: 'bfloat16'"),
+]
+
+
+def parameters() -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((6, 8), (8, 6), (2, 6, 8))]
+
+
+class Unchanged:
+    """Parameters and state of an optimizer, to be compared with what they are later."""
+
+    def __init__(self, optimizer: Muon) -> None:
+        self.optimizer = optimizer
+        self.groups = [set(group) for group in optimizer.param_groups]
+        self.params = {p: p.detach().clone() for group in optimizer.param_groups for p in group["params"]}
+        self.buffers = {p: state["momentum_buffer"].clone() for p, state in optimizer.state.items()}
+
+    def check(self) -> None:
+        assert [set(group) for group in self.optimizer.param_groups] == self.groups
+        assert all(torch.equal(p, before) for p, before in self.params.items())
+        state = self.optimizer.state
+        assert set(state) == set(self.buffers)
+        assert all(torch.equal(state[p]["momentum_buffer"], before) for p, before in self.buffers.items())
+
+
+def stepped(**options: Any) -> tuple[list[nn.Parameter], Muon]:
+    """One that has made a step and is ready for the next, with a group after the one that tests spoil."""
+    params = parameters()
+    optimizer = Muon([{"params": params[1:]}, {"params": params[:1]}], **options)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.ones_like(p) if p.grad is None else torch.full_like(p, 0.5)
+    optimizer.step()
+    return params, optimizer
+
+
+ids = [f"{options}: {sentence[:12]}" for options, _, sentence in OPTIONS]
+
+
+def test_torchs_own_sentences_are_kept() -> None:
+    """Of the bad options above, those that torch refuses too."""
+    same = 0
+    for options, error, _ in OPTIONS:
+        try:
+            torch.optim.Muon(parameters()[:1], **options)
+        except ValueError as theirs:
+            with pytest.raises(error) as ours:
+                Muon(parameters(), **options)
+            assert str(theirs) in str(ours.value)
+            same += 1
+        except TypeError:  # an option that torch does not have
+            pass
+    assert same >= 8
+
+
+@pytest.mark.parametrize(("options", "error", "sentence"), OPTIONS, ids=ids)
+def test_options(options: dict[str, Any], error: type[Exception], sentence: str) -> None:
+    with pytest.raises(error) as caught:
+        Muon(parameters(), **options)
+    assert sentence in str(caught.value)
+
+    _, optimizer = stepped()
+    before = Unchanged(optimizer)
+    extra = nn.Parameter(torch.ones(3, 4))
+    with pytest.raises(error) as caught:
+        optimizer.add_param_group({"params": [extra], **options})
+    assert sentence in str(caught.value)
+    before.check()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("group", [0, 1])
+@pytest.mark.parametrize(("options", "error", "sentence"), OPTIONS, ids=ids)
+def test_options_set_after_construction(
+    options: dict[str, Any], error: type[Exception], sentence: str, group: int
+) -> None:
+    fresh = parameters()
+    for params, optimizer in (stepped(), (fresh, Muon([{"params": [p]} for p in fresh]))):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        before = Unchanged(optimizer)
+        kept = dict(optimizer.param_groups[group])
+        optimizer.param_groups[group].update(options)
+        with pytest.raises(error) as caught:
+            optimizer.step()
+        assert sentence in str(caught.value)
+        before.check()
+        optimizer.param_groups[group].update(kept)
+        optimizer.step()
+
+
+def test_unknown_group_option() -> None:
+    params = parameters()
+    with pytest.raises(ValueError, match=r"(?s)'weight_decay'.*include: \['wd'\]"):
+        Muon([{"params": params, "wd": 0.1}])
+    optimizer = Muon(params[:1])
+    with pytest.raises(ValueError, match=r"include: \['betas', 'wd'\]"):
+        optimizer.add_param_group({"params": params[1:], "wd": 0.1, "betas": (0.9, 0.99)})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": params[1:]})
+    with pytest.raises(TypeError, match="wd"):
+        Muon(params, wd=0.1)  # type: ignore[call-arg]
+
+
+PARAMETERS: dict[str, tuple[Callable[[], Tensor], type[Exception], list[str]]] = {
+    "vector": (lambda: torch.ones(5), ValueError, ["at least 2 dimensions", "with size: (5,)"]),
+    "scalar": (lambda: torch.ones(()), ValueError, ["at least 2 dimensions", "with size: ()"]),
+    "complex": (
+        lambda: torch.ones(3, 4, dtype=torch.complex64),
+        TypeError,
+        ["Muon does not support complex parameters", "torch.complex64"],
+    ),
+    "integer": (lambda: torch.ones(3, 4, dtype=torch.int32), TypeError, ["floating-point", "torch.int32", "(3, 4)"]),
+    "bool": (lambda: torch.ones(3, 4, dtype=torch.bool), TypeError, ["floating-point", "torch.bool"]),
+    "sparse": (lambda: torch.eye(4).to_sparse(), TypeError, ["sparse parameters", "dense", "torch.sparse_coo"]),
+}
+
+
+@pytest.mark.parametrize("kind", PARAMETERS)
+def test_parameters(kind: str) -> None:
+    bad, error, parts = PARAMETERS[kind]
+    optimizer = Muon(good := parameters())
+    for act in (
+        lambda: Muon([nn.Parameter(bad(), requires_grad=False)]),
+        lambda: optimizer.add_param_group({"params": [nn.Parameter(bad(), requires_grad=False)]}),
+    ):
+        with pytest.raises(error) as caught:
+            act()
+        assert all(part in str(caught.value) for part in parts), caught.value
+    assert len(optimizer.param_groups) == 1
+    assert len(optimizer.param_groups[0]["params"]) == len(good)
+
+
+def test_not_parameters() -> None:
+    with pytest.raises(TypeError, match="str"):
+        Muon(["weight"])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="empty parameter list"):
+        Muon([])
+    with pytest.raises(TypeError, match="iterable"):
+        Muon(parameters()[0])
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_sparse_gradient(backend: str, at: int) -> None:
+    params, optimizer = stepped(backend=backend)
+    before = Unchanged(optimizer)
+    params[at].grad = torch.ones_like(params[at]).to_sparse()
+    with pytest.raises(TypeError, match=r"sparse gradients: expected a dense gradient, got layout torch\.sparse_coo"):
+        optimizer.step()
+    before.check()
+
+
+SETTLED: dict[str, Any] = {"ns_coefficients": "keller", "ns_steps": 5, "adjust_lr_fn": None}
+
+
+@pytest.mark.parametrize(
+    ("role", "bad", "error", "sentence"),
+    [
+        (1, torch.ones(6, 8, device="meta"), ValueError, "should be on the parameter's device cpu but is on: meta"),
+        (2, torch.ones(6, 8, device="meta"), ValueError, "should be on the parameter's device cpu but is on: meta"),
+        (1, torch.ones(8, 6), ValueError, "gradient should have the parameter's size (6, 8) but has: (8, 6)"),
+        (2, torch.ones(1, 48), ValueError, "momentum_buffer should have the parameter's size (6, 8) but has: (1, 48)"),
+        (1, torch.ones(6, 8, dtype=torch.int64), TypeError, "floating-point gradients, got torch.int64"),
+        (1, torch.ones(6, 8, dtype=torch.complex64), TypeError, "floating-point gradients, got torch.complex64"),
+        (1, torch.ones(6, 8).to_sparse(), TypeError, "expected a dense gradient, got layout torch.sparse_coo"),
+        (
+            0,
+            torch.ones(1, 8).expand(6, 8),
+            ValueError,
+            "parameter of size (6, 8) should own its memory but is expanded",
+        ),
+        (2, torch.ones(1, 8).expand(6, 8), ValueError, "(strides (0, 1)); clone it"),
+    ],
+)
+def test_operands(backend: str, role: int, bad: Tensor, error: type[Exception], sentence: str) -> None:
+    operands = [torch.ones(6, 8) for _ in range(3)]
+    operands[role] = bad
+    p, g, buffer = operands
+    with pytest.raises(error) as caught:
+        prepare([p], [g], [buffer], backend=backend, **SETTLED)
+    assert sentence in str(caught.value)
+
+
+def test_momentum_that_was_replaced_by_a_wrong_one(backend: str) -> None:
+    params, optimizer = stepped(backend=backend)
+    kept = optimizer.state[params[0]]["momentum_buffer"]
+    for bad in (torch.zeros(3, 3), torch.zeros(6, 8, device="meta"), torch.zeros(1, 8).expand(6, 8)):
+        optimizer.state[params[0]]["momentum_buffer"] = bad
+        before = [p.detach().clone() for p in params]
+        with pytest.raises(ValueError, match="momentum_buffer"):
+            optimizer.step()
+        assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+    optimizer.state[params[0]]["momentum_buffer"] = kept
+    optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_backend_that_cannot_take_the_dtype(dtype: torch.dtype) -> None:
+    p = nn.Parameter(torch.ones(4, 6, dtype=dtype))
+    with pytest.raises(ValueError, match=rf"'cpu' .*expected float32 or bfloat16 tensors, got {dtype}; use backend="):
+        Muon([p], backend="cpu")
+    with pytest.raises(ValueError, match=f"expected float32 or bfloat16 tensors, got {dtype}"):
+        orthogonalize(p.detach(), backend="cpu")
+    p.grad = torch.ones_like(p)
+    Muon([p]).step()  # "auto" finds one that can
+
+    params = parameters()
+    optimizer = Muon(params, backend="cpu", momentum_dtype=dtype)
+    for q in params:
+        q.grad = torch.ones_like(q)
+    before = Unchanged(optimizer)
+    with pytest.raises(ValueError, match=f"expected float32 or bfloat16 tensors, got {dtype}"):
+        optimizer.step()
+    before.check()
+
+
+def test_backend_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    params, optimizer = stepped(backend="cpu")
+    before = Unchanged(optimizer)
+    monkeypatch.setattr(cpu, "unavailable", lambda: "the compiled module is missing; reinstall")
+    for act in (
+        lambda: Muon(params, backend="cpu"),
+        lambda: orthogonalize(torch.ones(3, 4), backend="cpu"),
+        lambda: backends.choose("cpu", torch.device("cpu"), [torch.float32]),
+    ):
+        with pytest.raises(RuntimeError, match="backend 'cpu' cannot run here: the compiled module is missing"):
+            act()
+    params[0].grad = params[1].grad = None  # so that the step is prepared anew
+    with pytest.raises(RuntimeError, match="cannot run here"):
+        optimizer.step()
+    before.check()
+    assert backends.choose("auto", torch.device("cpu"), [torch.float32]) == "eager"
+
+
+def test_forced_instruction_set_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUON_KERNELS_CPU_ISA", "neon")
+    with pytest.raises(RuntimeError, match=r"MUON_KERNELS_CPU_ISA is 'neon' but this processor and build have .*avx2"):
+        Muon(parameters(), backend="cpu")
+
+
+def test_cap_that_holds_no_matrix(backend: str) -> None:
+    params = parameters()
+    optimizer = Muon(params, backend=backend)
+    need = optimizer.plan().buckets[0].workspace_bytes // 4  # of 4 matrices
+    optimizer = Muon(params, backend=backend, max_workspace_bytes=need - 1)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    before = Unchanged(optimizer)
+    sentence = f"max_workspace_bytes should be at least {need} to hold one matrix but is: {need - 1}"
+    with pytest.raises(ValueError, match=sentence):
+        optimizer.step()
+    with pytest.raises(ValueError, match=sentence):
+        optimizer.plan()
+    before.check()
+    optimizer.param_groups[0]["max_workspace_bytes"] = need
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "error", "sentence"),
+    [
+        (lambda a, b: -1.0, ValueError, "finite number >= 0 but returned: -1.0"),
+        (lambda a, b: NAN, ValueError, "finite number >= 0 but returned: nan"),
+        (lambda a, b: "x", TypeError, "should return a number but returned: 'x'"),
+    ],
+)
+def test_function_that_returns_no_ratio(backend: str, ratio: Any, error: type[Exception], sentence: str) -> None:
+    _, optimizer = stepped(backend=backend)
+    before = Unchanged(optimizer)
+    optimizer.param_groups[1]["adjust_lr_fn"] = ratio
+    with pytest.raises(error, match=sentence):
+        optimizer.step()
+    before.check()
+
+
+@pytest.mark.parametrize(
+    ("G", "options", "error", "sentence"),
+    [
+        ([[1.0, 2.0]], {}, TypeError, "G should be a Tensor but is: list"),
+        (None, {}, TypeError, "G should be a Tensor but is: NoneType"),
+        (torch.ones(5), {}, ValueError, "at least 2 dimensions"),
+        (torch.ones(()), {}, ValueError, "a parameter with size: ()"),
+        (torch.ones(3, 4, dtype=torch.int64), {}, TypeError, "torch.int64"),
+        (torch.ones(3, 4, dtype=torch.complex64), {}, TypeError, "torch.complex64"),
+        (torch.eye(4).to_sparse(), {}, TypeError, "torch.sparse_coo"),
+        (torch.ones(3, 4), {"ns_steps": 0}, ValueError, "ns_steps should be >= 1 but is: 0"),
+        (torch.ones(3, 4), {"ns_steps": 100}, ValueError, "must be less than 100"),
+        (torch.ones(3, 4), {"ns_steps": True}, TypeError, "should be an int or None but is: True"),
+        (torch.ones(3, 4), {"ns_steps": 2.5}, TypeError, "should be an int or None but is: 2.5"),
+        (torch.ones(0, 4), {"ns_steps": 2.5}, TypeError, "should be an int or None but is: 2.5"),
+        (torch.ones(3, 4), {"ns_coefficients": "no"}, ValueError, "but is: 'no'"),
+        (torch.ones(3, 4), {"ns_algorithm": "no"}, ValueError, "'auto' or one of 'standard', 'gram' but is: 'no'"),
+        (torch.ones(3, 4), {"backend": "no"}, ValueError, "but is: 'no'"),
+        (torch.ones(3, 4), {"max_workspace_bytes": 1}, ValueError, "to hold one matrix but is: 1"),
+        (torch.ones(3, 4), {"max_workspace_bytes": 0}, ValueError, "but is: 0"),
+        (torch.ones(3, 4), {"eps": -1.0}, ValueError, "eps should be >= 0 but is: -1.0"),
+        (torch.ones(3, 4), {"eps": NAN}, ValueError, "eps should be >= 0 but is: nan"),
+    ],
+    ids=str,
+)
+def test_orthogonalize(G: Any, options: dict[str, Any], error: type[Exception], sentence: str) -> None:
+    with pytest.raises(error) as caught:
+        orthogonalize(G, **options)
+    assert sentence in str(caught.value)

@@ -1,0 +1,126 @@
+"""Who may import what, so that the layers stay apart and importing stays cheap."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import muon_kernels
+
+PACKAGE = Path(muon_kernels.__file__).parent
+CSRC = Path(__file__).parent.parent / "csrc"
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Absolute names of all modules and members that a file of the package imports, also inside functions."""
+    parts = ["muon_kernels", *path.relative_to(PACKAGE).with_suffix("").parts]
+    package = parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def inside(name: str, *prefixes: str) -> bool:
+    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def test_the_walk_sees_what_it_should() -> None:
+    assert len(FILES) > 12
+    assert "muon_kernels.newton_schulz.Square" in set(imports(PACKAGE / "backends" / "cpu.py"))
+    assert "muon_kernels._C" in set(imports(PACKAGE / "backends" / "cpu.py"))  # inside a function
+    assert "muon_kernels.backends" in set(imports(PACKAGE / "optimizer.py"))  # from . import backends
+
+
+def test_reference_stands_alone() -> None:
+    for name in imports(PACKAGE / "reference.py"):
+        assert inside(name, "torch") or name.split(".")[0] in sys.stdlib_module_names, name
+    for path in FILES:
+        assert not [n for n in imports(path) if inside(n, "muon_kernels.reference")], path
+
+
+@pytest.mark.parametrize(
+    ("file", "forbidden"),
+    [
+        ("newton_schulz.py", ["backends", "functional", "optimizer", "plan", "layout", "_C"]),
+        ("layout.py", ["backends", "functional", "optimizer", "plan", "newton_schulz", "_C"]),
+        ("coefficients.py", [""]),
+        ("scaling.py", [""]),
+        ("plan.py", ["functional", "optimizer", "muon_adamw", "_C"]),
+        ("functional.py", ["optimizer", "muon_adamw", "_C", "backends.cpu", "backends.eager"]),
+        ("backends/eager.py", ["functional", "optimizer", "plan", "backends.cpu", "_C"]),
+        ("backends/cpu.py", ["functional", "optimizer", "plan"]),
+    ],
+)
+def test_layers(file: str, forbidden: list[str]) -> None:
+    names = [f"muon_kernels.{name}".rstrip(".") for name in forbidden]
+    assert not [name for name in imports(PACKAGE / file) if inside(name, *names)]
+
+
+def test_only_the_cpu_backend_knows_the_compiled_module() -> None:
+    for path in FILES:
+        knows = any(inside(name, "muon_kernels._C") for name in imports(path))
+        assert knows == (path.relative_to(PACKAGE) == Path("backends/cpu.py")), path
+
+
+def test_what_users_need_not_have_is_imported_by_the_cli_only() -> None:
+    for path in FILES:
+        if path.relative_to(PACKAGE).parts[0] not in ("cli", "__main__.py"):
+            assert not [n for n in imports(path) if inside(n, "rich", "matplotlib", "numpy", "pybind11")], path
+
+
+IMPORT = """
+import json, sys, time
+import torch
+before = set(sys.modules)
+begin = time.perf_counter()
+import muon_kernels
+took = time.perf_counter() - begin
+print(json.dumps({"new": sorted(set(sys.modules) - before), "took": took, "all": sorted(sys.modules),
+                  "cuda": torch.cuda.is_initialized()}))
+"""
+
+
+@pytest.fixture(scope="module")
+def imported() -> dict[str, Any]:
+    """What `import muon_kernels` brings and how long it takes, the best of three."""
+    runs = [
+        json.loads(subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True).stdout)
+        for _ in range(3)
+    ]
+    best: dict[str, Any] = min(runs, key=lambda run: run["took"])
+    return best
+
+
+def test_import_brings_little(imported: dict[str, Any]) -> None:
+    assert "muon_kernels.optimizer" in imported["new"]
+    heavy = ("triton", "rich", "matplotlib", "muon_kernels._C", "muon_kernels.cli", "muon_kernels.reference")
+    assert not [name for name in imported["new"] if inside(name, *heavy)]
+    assert not [name for name in imported["all"] if inside(name, "rich", "matplotlib", "muon_kernels._C")]
+    assert imported["cuda"] is False
+
+
+def test_import_is_quick(imported: dict[str, Any]) -> None:
+    assert imported["took"] < 0.05, imported["new"]
+
+
+def test_kernels_know_neither_torch_nor_python() -> None:
+    """So that they can be compiled, tested and read alone; python/ binds them."""
+    files = sorted(path for path in CSRC.rglob("*") if path.suffix in {".h", ".hpp", ".cpp", ".cu", ".cuh"})
+    assert len(files) > 5
+    for path in files:
+        for include in re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)', path.read_text(), re.MULTILINE):
+            assert not re.match(r"(torch|ATen|c10|pybind11|Python\.h)", include), f"{path}: {include}"

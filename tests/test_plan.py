@@ -1,0 +1,237 @@
+"""The plan says what a step does: FLOPs and launches against formulas and against the calls that are made."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from muon_kernels import COEFFICIENTS, Muon, Plan, backends, optimizer
+from muon_kernels.coefficients import resolve
+from muon_kernels.newton_schulz import segments
+from muon_kernels.plan import plan_for_shapes
+
+SHAPES = [(16, 16), (24, 100), (48, 64), (33, 130), (64, 700), (1, 9)]
+VERBS = ("momentum_update", "syrk", "syrkx", "gemm", "apply_update")
+
+
+def make(shapes: list[tuple[int, ...]], **options: Any) -> tuple[list[nn.Parameter], Muon]:
+    params = [nn.Parameter(torch.ones(shape)) for shape in shapes]
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    return params, Muon(params, **options)
+
+
+def square(m: int, k: int, symmetric: bool) -> int:
+    """FLOPs of an m x m product over k: m (m + 1) / 2 elements of k multiply-adds, or all m² of them."""
+    return m * (m + 1) * k if symmetric else 2 * m * m * k
+
+
+def standard_flops(backend: str, m: int, n: int, name: str) -> int:
+    half = backends.get(backend).symmetric_products()
+    total = 0
+    for _, _, c in resolve(name, None).triples:
+        total += square(m, n, half) + 2 * m * m * n  # X Xᵀ; B X
+        if c:
+            total += square(m, m, half)  # A²
+    return total
+
+
+def gram_flops(backend: str, m: int, n: int, name: str) -> int:
+    """By segments of s steps: one step is the standard one; else R = X Xᵀ, s S = p(R), s - 1 Q S, s - 1 R S², Q X."""
+    ops, schedule = backends.get(backend), resolve(name, None)
+    half = ops.symmetric_products()
+    small = square(m, m, half)
+    total = 0
+    for start, stop, split in segments(schedule.triples, schedule.margin, m, ops.precise_squares()):
+        steps = stop - start
+        total += square(m, n, half) + 2 * m * m * n
+        if steps == 1:
+            total += small * (schedule.triples[start][2] != 0)
+            continue
+        total += steps * small + (steps - 1) * small + (steps - 1) * 2 * small
+        total += small * split  # the first R times S, twice over its high and its low part
+    return total
+
+
+FLOPS: dict[str, Callable[[str, int, int, str], int]] = {"standard": standard_flops, "gram": gram_flops}
+
+
+@pytest.mark.parametrize("name", COEFFICIENTS)
+@pytest.mark.parametrize("algorithm", FLOPS)
+def test_flops(backend: str, algorithm: str, name: str) -> None:
+    for m, n in SHAPES:
+        _, muon = make([(m, n), (n, m)], ns_coefficients=name, ns_algorithm=algorithm, ns_steps=None, backend=backend)
+        assert muon.plan().flops == 2 * FLOPS[algorithm](backend, m, n, name)
+
+
+def test_flops_of_the_default_in_closed_form() -> None:
+    m, n = 64, 200
+    _, muon = make([(m, n)], ns_algorithm="standard", backend="eager")
+    assert muon.plan().flops == 5 * (2 * m * m * n + 2 * m**3 + 2 * m * m * n)
+    if backends.get("cpu").symmetric_products():
+        _, muon = make([(m, n)], ns_algorithm="standard", backend="cpu")
+        assert muon.plan().flops == 5 * (m * (m + 1) * n + m * (m + 1) * m + 2 * m * m * n)
+
+
+def test_auto_is_the_cheaper(backend: str) -> None:
+    chosen = set()
+    for m, n in [*SHAPES, (48, 48), (64, 64), (32, 40)]:
+        _, muon = make([(m, n)], backend=backend)
+        (bucket,) = muon.plan().buckets
+        flops = {name: of(backend, m, n, "keller") for name, of in FLOPS.items()}
+        if backends.get(backend).precise_squares():
+            assert bucket.flops == min(flops.values()) == flops[bucket.algorithm]
+        else:
+            assert bucket.algorithm == "standard"  # Gram would be less accurate there
+        chosen.add(bucket.algorithm)
+    assert len(chosen) == 1 + backends.get(backend).precise_squares()
+
+
+@pytest.mark.parametrize("algorithm", ["standard", "gram", "auto"])
+@pytest.mark.parametrize("name", ["keller", "cubic5", "polar_express", "deepseek_v4"])
+def test_launches_are_the_calls_made(backend: str, name: str, algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: Counter[str] = Counter()
+    module = backends.get(backend)
+
+    def counted(verb: str) -> Callable[..., Any]:
+        real = getattr(module, verb)
+        return lambda *args, **options: calls.update([verb]) or real(*args, **options)
+
+    for verb in VERBS:
+        monkeypatch.setattr(module, verb, counted(verb))
+    shapes = [(20, 60), (60, 20), (5, 20, 60), (33, 40), (300, 256)]
+    _, muon = make(
+        shapes,
+        ns_coefficients=name,
+        ns_steps=None,
+        ns_algorithm=algorithm,
+        max_workspace_bytes=6 << 20,
+        backend=backend,
+    )
+    for cap in (6 << 20, muon.plan().buckets[2].workspace_bytes):
+        muon.param_groups[0]["max_workspace_bytes"] = cap
+        calls.clear()
+        muon.step()
+        plan = muon.plan()
+        assert calls.total() == plan.launches
+        assert calls["momentum_update"] == calls["apply_update"] == sum(len(b.chunks) for b in plan.buckets)
+
+
+def test_chunks_multiply_launches_only(backend: str) -> None:
+    _, muon = make([(7, 20, 60)], backend=backend)
+    whole = muon.plan()
+    muon.param_groups[0]["max_workspace_bytes"] = 3 * whole.workspace_bytes // 7
+    cut = muon.plan()
+    assert whole.buckets[0].chunks == (7,) and len(cut.buckets[0].chunks) == 3
+    assert sum(cut.buckets[0].chunks) == 7 and cut.workspace_bytes == 3 * whole.workspace_bytes // 7
+    assert (cut.launches, cut.flops, cut.bytes) == (3 * whole.launches, whole.flops, whole.bytes)
+
+
+def test_buckets(backend: str) -> None:
+    """Tall and wide, alone and stacked, matrices and convolutions, if they are of one size."""
+    _, muon = make([(12, 36), (36, 12), (4, 12, 36), (2, 36, 12), (12, 4, 3, 3), (9, 9)], backend=backend)
+    assert [(b.shape, b.count) for b in muon.plan().buckets] == [((12, 36), 9), ((9, 9), 1)]
+    assert {b.backend for b in muon.plan().buckets} == {backend}
+
+    params = [nn.Parameter(torch.ones(12, 36, dtype=d)) for d in (torch.float32, torch.bfloat16, torch.float32)]
+    assert [b.count for b in Muon(params, backend=backend).plan().buckets] == [2, 1]  # dtypes do not mix
+    assert [b.count for b in Muon([{"params": [p]} for p in params], backend=backend).plan().buckets] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("flatten", "expected"), [(None, ((20, 30), 6)), (False, ((20, 30), 6)), (True, ((6, 600), 1))]
+)
+def test_three_dimensions(flatten: bool | None, expected: tuple[tuple[int, int], int]) -> None:
+    (bucket,) = make([(6, 20, 30)], flatten=flatten)[1].plan().buckets
+    assert (bucket.shape, bucket.count) == expected
+
+
+def test_bytes(backend: str) -> None:
+    """Gradient read; momentum and parameter read and written; the bf16 workspace written and read."""
+    for dtype, momentum, each in [
+        (torch.float32, None, 4 + 2 * 4 + 2 * 4 + 2 * 2),
+        (torch.bfloat16, None, 2 + 2 * 2 + 2 * 2 + 2 * 2),
+        (torch.bfloat16, torch.float32, 2 + 2 * 4 + 2 * 2 + 2 * 2),
+    ]:
+        p = nn.Parameter(torch.ones(3, 20, 30, dtype=dtype))
+        assert Muon([p], momentum_dtype=momentum, backend=backend).plan().bytes == 3 * 20 * 30 * each
+
+
+def test_str_is_a_table(backend: str) -> None:
+    _, muon = make([(20, 60), (60, 20), (9, 9), (3, 8, 400)], backend=backend)
+    plan = muon.plan()
+    lines = str(plan).splitlines()
+    header, rows, total = lines[0], lines[2:-2], lines[-1]
+    assert header.split() == "matrices algorithm backend launches GFLOP MB moved workspace MB".split()
+    assert len(rows) == len(plan.buckets) == 3
+    for row, bucket in zip(rows, plan.buckets, strict=True):
+        assert row.startswith(f"{bucket.count} x {bucket.shape[0]}x{bucket.shape[1]}")
+        assert row.split()[3:6] == [bucket.algorithm, backend, str(bucket.launches)]
+    assert total.split()[:2] == ["total", str(plan.launches)]
+    assert {len(line) for line in lines} == {len(header)}
+    assert "total" in str(Plan(())) and Plan(()).workspace_bytes == 0
+
+
+def test_plan_only_looks(backend: str) -> None:
+    params, muon = make([(20, 60), (3, 9, 9)], backend=backend)
+    before = [p.detach().clone() for p in params]
+    first = muon.plan()
+    assert not muon.state and all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+    muon.step()
+    assert muon.plan() == first
+    buffers = [muon.state[p]["momentum_buffer"].clone() for p in params]
+    muon.plan()
+    assert all(torch.equal(muon.state[p]["momentum_buffer"], b) for p, b in zip(params, buffers, strict=True))
+
+
+def test_plan_for_shapes_is_the_optimizers(backend: str) -> None:
+    _, muon = make([(20, 60), (60, 20), (3, 9, 9)], backend=backend)
+    assert plan_for_shapes([(20, 60, 2), (9, 9, 3)], backend=backend) == muon.plan()
+
+
+def test_a_step_is_settled_once(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    real = optimizer.prepare
+    monkeypatch.setattr(optimizer, "prepare", lambda *args, **options: calls.append(1) or real(*args, **options))
+    params, muon = make([(20, 60), (60, 20), (9, 9)], backend=backend)
+    group = muon.param_groups[0]
+
+    def prepared(**changed: Any) -> int:
+        calls.clear()
+        group.update(changed)
+        muon.step()
+        return len(calls)
+
+    assert prepared() == 1
+    assert prepared() == 0
+    for p in params:  # another gradient of the same kind
+        p.grad = p.grad.clone()
+    assert prepared() == 0
+    for changed in ({"lr": 0.5}, {"lr": torch.tensor(0.1)}, {"weight_decay": 0.0}, {"momentum": 0.1}, {"eps": 1e-5}):
+        assert prepared(**changed) == 0, changed
+    assert prepared(nesterov=False, maximize=True, dampened=False) == 0
+
+    for changed in (
+        {"ns_steps": 3},
+        {"ns_coefficients": (2.0, -1.5, 0.5)},
+        {"adjust_lr_fn": "spectral"},
+        {"ns_algorithm": "standard"},
+        {"max_workspace_bytes": 1 << 20},
+    ):
+        assert prepared(**changed) == 1, changed
+        assert prepared() == 0
+    params[1].grad = None
+    assert prepared() == 1
+    assert prepared() == 0
+    params[1].grad = torch.ones(60, 20)
+    assert prepared() == 1
+    params[1].grad = torch.ones(20, 60).T
+    assert prepared() == 1
+    params[0].data = params[0].data.clone()
+    assert prepared() == 1
+    muon.state[params[0]]["momentum_buffer"] = torch.zeros(20, 60)
+    assert prepared() == 1
+    assert prepared() == 0
