@@ -29,27 +29,28 @@ struct Stack {
 
 // out = scale[i] * (alpha * a * b + beta * c + gamma * I), for every matrix i of the stacks.
 //
-// A square operand may be more than the bf16 matrix that is multiplied: `*_diagonal` is what rounding to bf16 took from its
-// diagonal, in fp32, and `*_low` what it took elsewhere (zero on the diagonal), in bf16. A matrix close to a multiple of the
-// identity loses little else, and always in the same direction. The corrections cost O(n²); only a_low costs a product.
+// A square operand may be more than the bf16 matrix that is multiplied: `*_diagonal` is what rounding to bf16 took from
+// its diagonal, in fp32, and `*_low` what it took elsewhere (zero on the diagonal), in bf16. A matrix close to a
+// multiple of the identity loses little else, and always in the same direction. The corrections cost O(n²); only a_low
+// costs a product.
 struct Product {
-    Stack a;                             // [batch, m, k]
-    Stack a_low;                         // [batch, m, k] or absent
-    const float* a_diagonal = nullptr;   // [batch, m] or absent; m == k
-    Stack b;                             // [batch, k, n], or [batch, n, k] if b_transposed
-    bool b_transposed = false;           // a correction of a then takes a to be symmetric and b to be a
-    const float* b_diagonal = nullptr;   // [batch, n] or absent; k == n
-    Stack c;                             // [batch, m, n] or absent
-    Stack c_low;                         // [batch, m, n] or absent
-    const float* c_diagonal = nullptr;   // [batch, m] or absent
-    Stack out;                           // [batch, m, n], must not overlap an operand
-    Stack out_low;                       // [batch, m, n] or absent
-    float* out_diagonal = nullptr;       // [batch, m] or absent
-    bool symmetric = false;              // the caller knows that the result is symmetric: compute one triangle, mirror it
+    Stack a;                            // [batch, m, k]
+    Stack a_low;                        // [batch, m, k] or absent
+    const float* a_diagonal = nullptr;  // [batch, m] or absent; m == k
+    Stack b;                            // [batch, k, n], or [batch, n, k] if b_transposed
+    bool b_transposed = false;          // a correction of a then takes a to be symmetric and b to be a
+    const float* b_diagonal = nullptr;  // [batch, n] or absent; k == n
+    Stack c;                            // [batch, m, n] or absent
+    Stack c_low;                        // [batch, m, n] or absent
+    const float* c_diagonal = nullptr;  // [batch, m] or absent
+    Stack out;                          // [batch, m, n], must not overlap an operand
+    Stack out_low;                      // [batch, m, n] or absent
+    float* out_diagonal = nullptr;      // [batch, m] or absent
+    bool symmetric = false;  // the caller knows that the result is symmetric: compute one triangle, mirror it
     float alpha = 1.0f;
     float beta = 0.0f;
     float gamma = 0.0f;
-    const float* scale = nullptr;        // [batch] or absent (1)
+    const float* scale = nullptr;  // [batch] or absent (1)
 };
 
 // For every matrix i: momentum[i] is updated from grad[i]; the direction goes as bf16 to x[i]; its sum of squares,
@@ -78,7 +79,7 @@ struct MomentumUpdate {
 struct ApplyUpdate {
     const MatrixRef* param;  // [x.batch]
     DType param_dtype;
-    Stack x;                 // [batch, m, n]
+    Stack x;  // [batch, m, n]
     float decay;
     const float* step_size;  // [batch]
 };
@@ -97,8 +98,8 @@ bool has_amx_bf16();
 const char* thread_runtime();
 
 // Runs `count` products in order. All have the same batch, and matrix i of an operand depends on matrices i only: with
-// enough matrices for all threads, each takes whole matrices through all products, so that a matrix stays in its cache and
-// threads meet once.
+// enough matrices for all threads, each takes whole matrices through all products, so that a matrix stays in its cache
+// and threads meet once.
 Status products(Isa isa, const Product* list, int count, int threads);
 Status momentum_update(Isa isa, const MomentumUpdate& args, int threads);
 Status apply_update(Isa isa, const ApplyUpdate& args, int threads);

@@ -50,51 +50,63 @@ PYBIND11_MODULE(_C, m) {
     cpu.def("thread_runtime", &mk::cpu::thread_runtime);
 
     py::class_<mk::Product>(cpu, "Product")
-        .def(py::init([](const StackTuple& a, const std::optional<StackTuple>& a_low, int64_t a_diagonal, const StackTuple& b,
-                         bool b_transposed, int64_t b_diagonal, const std::optional<StackTuple>& c,
-                         const std::optional<StackTuple>& c_low, int64_t c_diagonal, const StackTuple& out,
-                         const std::optional<StackTuple>& out_low, int64_t out_diagonal, bool symmetric, float alpha,
-                         float beta, float gamma, int64_t scale) {
-            mk::Product p;
-            p.a = stack(a);
-            p.a_low = stack(a_low);
-            p.a_diagonal = at<const float>(a_diagonal);
-            p.b = stack(b);
-            p.b_transposed = b_transposed;
-            p.b_diagonal = at<const float>(b_diagonal);
-            p.c = stack(c);
-            p.c_low = stack(c_low);
-            p.c_diagonal = at<const float>(c_diagonal);
-            p.out = stack(out);
-            p.out_low = stack(out_low);
-            p.out_diagonal = at<float>(out_diagonal);
-            p.symmetric = symmetric;
-            p.alpha = alpha;
-            p.beta = beta;
-            p.gamma = gamma;
-            p.scale = at<const float>(scale);
-            return p;
-        }));
+        .def(
+            py::init([](const StackTuple& a, const std::optional<StackTuple>& a_low, int64_t a_diagonal,
+                        const StackTuple& b, bool b_transposed, int64_t b_diagonal, const std::optional<StackTuple>& c,
+                        const std::optional<StackTuple>& c_low, int64_t c_diagonal, const StackTuple& out,
+                        const std::optional<StackTuple>& out_low, int64_t out_diagonal, bool symmetric, float alpha,
+                        float beta, float gamma, int64_t scale) {
+                mk::Product p;
+                p.a = stack(a);
+                p.a_low = stack(a_low);
+                p.a_diagonal = at<const float>(a_diagonal);
+                p.b = stack(b);
+                p.b_transposed = b_transposed;
+                p.b_diagonal = at<const float>(b_diagonal);
+                p.c = stack(c);
+                p.c_low = stack(c_low);
+                p.c_diagonal = at<const float>(c_diagonal);
+                p.out = stack(out);
+                p.out_low = stack(out_low);
+                p.out_diagonal = at<float>(out_diagonal);
+                p.symmetric = symmetric;
+                p.alpha = alpha;
+                p.beta = beta;
+                p.gamma = gamma;
+                p.scale = at<const float>(scale);
+                return p;
+            })
+        );
     cpu.def("products", [](mk::cpu::Isa isa, int threads, const std::vector<mk::Product>& list) {
         py::gil_scoped_release release;
         check(mk::cpu::products(isa, list.data(), static_cast<int>(list.size()), threads), "products");
     });
     cpu.def(
-        "momentum_update",
-        [](mk::cpu::Isa isa, int threads, int64_t grad, mk::DType grad_dtype, int64_t momentum, mk::DType momentum_dtype,
-           const StackTuple& x, int64_t sum_of_squares, float grad_scale, double mu, bool nesterov, bool dampened) {
-            const mk::MomentumUpdate u{at<const mk::MatrixRef>(grad), at<const mk::MatrixRef>(momentum), grad_dtype,
-                                       momentum_dtype, stack(x), at<double>(sum_of_squares), grad_scale, mu, nesterov,
-                                       dampened};
+        "momentum_update", [](mk::cpu::Isa isa, int threads, int64_t grad, mk::DType grad_dtype, int64_t momentum,
+                              mk::DType momentum_dtype, const StackTuple& x, int64_t sum_of_squares, float grad_scale,
+                              double mu, bool nesterov, bool dampened) {
+            const mk::MomentumUpdate u{
+                at<const mk::MatrixRef>(grad),
+                at<const mk::MatrixRef>(momentum),
+                grad_dtype,
+                momentum_dtype,
+                stack(x),
+                at<double>(sum_of_squares),
+                grad_scale,
+                mu,
+                nesterov,
+                dampened
+            };
             py::gil_scoped_release release;
             check(mk::cpu::momentum_update(isa, u, threads), "momentum_update");
         }
     );
     cpu.def(
-        "apply_update",
-        [](mk::cpu::Isa isa, int threads, int64_t param, mk::DType param_dtype, const StackTuple& x, float decay,
-           int64_t step_size) {
-            const mk::ApplyUpdate u{at<const mk::MatrixRef>(param), param_dtype, stack(x), decay, at<const float>(step_size)};
+        "apply_update", [](mk::cpu::Isa isa, int threads, int64_t param, mk::DType param_dtype, const StackTuple& x,
+                           float decay, int64_t step_size) {
+            const mk::ApplyUpdate u{
+                at<const mk::MatrixRef>(param), param_dtype, stack(x), decay, at<const float>(step_size)
+            };
             py::gil_scoped_release release;
             check(mk::cpu::apply_update(isa, u, threads), "apply_update");
         }

@@ -1,6 +1,7 @@
 """momentum_update and apply_update of every backend, against the formulas in float64."""
 
 from collections.abc import Callable
+from itertools import cycle
 
 import pytest
 import torch
@@ -30,6 +31,19 @@ def random(shape: tuple[int, int], kind: str, dtype: torch.dtype) -> Tensor:
     return t.copy_(torch.randn(shape))
 
 
+def workspace(batch: int, m: int, n: int) -> tuple[Tensor, Tensor]:
+    """A strided X full of NaN inside a block of sentinels, and the block."""
+    block = torch.full((batch, m + 2, n + 6), 77.0, dtype=torch.bfloat16)
+    X = block[:, 1:-1, 3:-3]
+    return X.fill_(torch.nan), block
+
+
+def assert_untouched(block: Tensor) -> None:
+    around = block.clone()
+    around[:, 1:-1, 3:-3] = 77
+    assert (around == 77).all(), "written outside the workspace"
+
+
 def wide(t: Tensor) -> Tensor:
     return t.mT if t.shape[0] > t.shape[1] else t
 
@@ -40,30 +54,31 @@ def wide(t: Tensor) -> Tensor:
 @pytest.mark.parametrize("kind", LAYOUTS)
 def test_momentum_update(backend: str, kind: str, dtype: torch.dtype, nesterov: bool, dampened: bool) -> None:
     ops = backends.get(backend)
-    for shape in SHAPES:
+    for shape, mu in zip(SHAPES, cycle((0.9, 0.3))):  # torch.lerp has a branch for each
         m, n = sorted(shape)
         grads = [random(shape, k, dtype) for k in (kind, "contiguous", "transposed")]
         buffers = [random(shape, k, torch.float32) for k in (kind, kind, "contiguous")]
         kept, before = [g.clone() for g in grads], [b.double() for b in buffers]
-        X = torch.full((3, m, n), torch.nan, dtype=torch.bfloat16)
+        X, block = workspace(3, m, n)
         sums = ops.momentum_update(
             [matrices(g) for g in grads],
             [matrices(b) for b in buffers],
             X,
-            momentum=0.9,
+            momentum=mu,
             nesterov=nesterov,
             dampened=dampened,
             grad_scale=-0.5,
             margin=1.0,
         )
+        assert_untouched(block)
         for i, (g, b, old) in enumerate(zip(grads, buffers, before, strict=True)):
             assert torch.equal(g, kept[i]), "a gradient was written"
             grad = -0.5 * g.double()
-            new = old + 0.1 * (grad - old) if dampened else 0.9 * old + grad
+            new = old + (1 - mu) * (grad - old) if dampened else mu * old + grad
             torch.testing.assert_close(b.double(), new, rtol=1e-6, atol=1e-6)
             direction = new
             if nesterov:
-                direction = grad + 0.9 * (new - grad) if dampened else grad + 0.9 * new
+                direction = grad + mu * (new - grad) if dampened else grad + mu * new
             norm = direction.norm()
             x = X[i].double() / (1.0 if sums is None else sums[i].sqrt())
             torch.testing.assert_close(x, wide(direction) / norm, rtol=2**-8, atol=1e-6)
@@ -77,7 +92,7 @@ def test_apply_update(backend: str, kind: str, dtype: torch.dtype) -> None:
         m, n = sorted(shape)
         params = [random(shape, k, dtype) for k in (kind, "contiguous", "transposed")]
         before = [p.double() for p in params]
-        X = torch.randn(3, m, n).bfloat16()
+        X = workspace(3, m, n)[0].copy_(torch.randn(3, m, n))
         versions = [p._version for p in params]
         ops.apply_update([matrices(p) for p in params], X, decay=0.75, step_sizes=[0.5, 1.0, 2.0])
         for i, p in enumerate(params):
@@ -86,6 +101,46 @@ def test_apply_update(backend: str, kind: str, dtype: torch.dtype) -> None:
             tolerance = 2**-7 if dtype == torch.bfloat16 else 1e-6
             torch.testing.assert_close(p.double(), exact, rtol=tolerance, atol=tolerance)
             assert p._version > versions[i], "autograd does not know"
+
+
+def test_a_parameter_may_hold_several_matrices(backend: str) -> None:
+    ops = backends.get(backend)
+    params = [torch.randn(2, 5, 7), torch.randn(7, 3, 5).movedim(0, 2)]
+    before = [p.clone() for p in params]
+    grads = [torch.randn(p.shape) for p in params]
+    X = torch.empty(5, 5, 7, dtype=torch.bfloat16)
+    sums = ops.momentum_update(
+        [matrices(g) for g in grads], None, X, momentum=0.0, nesterov=False, dampened=True, grad_scale=1.0, margin=1.0
+    )
+    directions = torch.cat(grads).double()
+    norms = torch.ones(5) if sums is None else sums.sqrt()
+    exact = directions / directions.norm(dim=(1, 2), keepdim=True)
+    torch.testing.assert_close(X.double() / norms[:, None, None], exact, rtol=2**-8, atol=0)
+    ops.apply_update([matrices(p) for p in params], X, decay=0.5, step_sizes=[1.0, 2.0])
+    for p, old, x, step_size in zip(params, before, X.split([2, 3]), [1.0, 2.0], strict=True):
+        torch.testing.assert_close(p, 0.5 * old - step_size * x.float(), rtol=1e-6, atol=1e-6)
+
+
+def test_the_direction_is_rounded_to_nearest_even(backend: str) -> None:
+    if backend != "cpu":
+        pytest.skip("X may be the direction times a factor")
+    G = torch.randn(24, 40)
+    G[0, :6] = torch.tensor([257.0, 259.0, -257.0, -259.0, 257.001, 258.999])
+    X = torch.empty(2, 24, 40, dtype=torch.bfloat16)
+    nan = torch.full_like(G, torch.nan)
+    nan.view(torch.int32)[::2] = 0x7FFFFFFF  # whose upper half plus one would be a zero
+    backends.get(backend).momentum_update(
+        [matrices(G), matrices(nan)],
+        None,
+        X,
+        momentum=0.0,
+        nesterov=False,
+        dampened=True,
+        grad_scale=1.0,
+        margin=1.0,
+    )
+    assert torch.equal(X[0], G.bfloat16())
+    assert X[1].isnan().all()
 
 
 def test_memory_around_a_slice_is_untouched(backend: str) -> None:
@@ -101,7 +156,7 @@ def test_memory_around_a_slice_is_untouched(backend: str) -> None:
         assert (p != 77).all()
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e-5, 1e5, 1e20, 1e30])
+@pytest.mark.parametrize("scale", [1e-30, 1e-25, 1e-20, 1e-5, 1e5, 1e20, 1e25, 1e30])
 def test_direction_keeps_its_digits_at_any_scale(backend: str, scale: float) -> None:
     ops = backends.get(backend)
     G = torch.randn(20, 30)

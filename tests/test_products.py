@@ -1,5 +1,8 @@
 """syrk, syrkx and gemm of every backend: exact on small integers, bounded against float64 elsewhere."""
 
+import ctypes
+import mmap
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +12,7 @@ from muon_kernels.newton_schulz import Square
 
 SIZES = [1, 3, 16, 17, 63, 65, 129]
 SHAPES = [(1, 1), (1, 9), (3, 17), (14, 32), (16, 1030), (63, 65), (65, 129), (129, 200), (200, 2100)]
-BATCHES = [0, 1, 7]
+BATCHES = [0, 1, 9]  # of 9 matrices two threads take whole ones, of fewer they share the columns
 
 
 def integers(*shape: int, low: int = -2, high: int = 3) -> Tensor:
@@ -36,6 +39,22 @@ def guarded(batch: int, rows: int, cols: int, pad: int = 3) -> tuple[Tensor, Ten
     view = block[:, 1 : rows + 1, pad : pad + cols]
     view.fill_(torch.nan)
     return view, block
+
+
+def inside_nan(t: Tensor) -> Tensor:
+    """A strided copy with NaN all around: a factor of zero would not hide that a neighbour was read."""
+    batch, rows, cols = t.shape
+    return torch.full((batch, rows + 2, cols + 5), torch.nan).bfloat16()[:, 1:-1, 2 : cols + 2].copy_(t)
+
+
+def at_the_end_of_memory(t: Tensor) -> Tensor:
+    """A copy behind whose last element begins a page that nobody may touch."""
+    size = -(-2 * t.numel() // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+    copy = torch.frombuffer(memory, dtype=t.dtype, count=t.numel(), offset=size - 2 * t.numel()).view(t.shape).copy_(t)
+    end = ctypes.c_void_p(copy.data_ptr() + 2 * t.numel())
+    assert ctypes.CDLL(None).mprotect(end, ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    return copy
 
 
 def assert_untouched(block: Tensor, rows: int, cols: int, pad: int = 3) -> None:
@@ -96,11 +115,76 @@ def test_gemm_is_exact_on_integers(backend: str, shape: tuple[int, int], batch: 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_operands_may_be_strided(backend: str, shape: tuple[int, int]) -> None:
     m, n = shape
-    A, X = (integers(2, m + 1, k + 5)[:, 1:, 2 : k + 2] for k in (m, n))
+    A, X, C = (inside_nan(integers(2, m, k)) for k in (m, n, n))
     out, block = guarded(2, m, n, pad=1)
-    backends.get(backend).gemm(Square(A), X, out=out)
-    assert torch.equal(out, (A.double() @ X.double()).bfloat16())
+    backends.get(backend).gemm(Square(A), X, C=C, beta=-4.0, out=out)
+    assert torch.equal(out, (A.double() @ X.double() - 4 * C.double()).bfloat16())
     assert_untouched(block, m, n, pad=1)
+    out, block = guarded(2, m, m, pad=1)
+    backends.get(backend).syrk(X, out=Square(out))
+    assert torch.equal(out, (X.double() @ X.double().mT).bfloat16())
+    assert_untouched(block, m, m, pad=1)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_nothing_is_touched_behind_the_last_element(backend: str, shape: tuple[int, int]) -> None:
+    m, n = shape
+    A, X, C, out = (at_the_end_of_memory(integers(1, m, k)) for k in (m, n, n, n))
+    backends.get(backend).gemm(Square(A), X, C=C, beta=-4.0, out=out)
+    assert torch.equal(out, (A.double() @ X.double() - 4 * C.double()).bfloat16())
+    R = at_the_end_of_memory(integers(1, m, m))
+    backends.get(backend).syrk(X, out=Square(R))
+    assert torch.equal(R, (X.double() @ X.double().mT).bfloat16())
+
+
+def test_operands_that_do_not_fit_are_refused(backend: str) -> None:
+    ops = backends.get(backend)
+    A, X = integers(2, 8, 8), integers(2, 8, 9)
+    with pytest.raises((ValueError, RuntimeError)):
+        ops.gemm(Square(A), integers(2, 7, 9), out=torch.empty_like(X))
+    with pytest.raises((ValueError, RuntimeError)):
+        ops.gemm(Square(A), X[:1], out=torch.empty_like(X))
+    with pytest.raises((ValueError, RuntimeError)):
+        ops.gemm(Square(A), X, C=A, beta=1.0, out=torch.empty_like(X))
+
+
+@pytest.mark.parametrize("m", [*SIZES, 200])
+def test_parts_of_squares_are_exact_on_integers(backend: str, m: int) -> None:
+    """high, diagonal and low of any size, so that none can be lost or counted twice unseen."""
+    ops = backends.get(backend)
+    if not ops.precise_squares():
+        pytest.skip("the backend says that it has none")
+
+    def square() -> tuple[Square, Tensor, Tensor]:
+        """A square, its high and diagonal in float64, and its low."""
+        low = symmetric(3, m)
+        low -= low.diagonal(dim1=-2, dim2=-1).diag_embed()
+        diagonal = integers(3, m).float()
+        A = Square(inside_nan(symmetric(3, m)), diagonal, inside_nan(low))
+        return A, A.high.double() + diagonal.double().diag_embed(), low.double()
+
+    def check(exact: Tensor) -> None:
+        exact = exact.tril() + exact.tril(-1).mT
+        value = high.double() + low.double() + diagonal.double().diag_embed()
+        assert torch.equal(value, exact)
+        assert torch.equal(high, exact.float().bfloat16())
+        assert torch.equal(high, high.mT) and torch.equal(low, low.mT)
+        assert not low.diagonal(dim1=-2, dim2=-1).any()
+        for block in blocks:
+            assert_untouched(block, m, m)
+
+    (A, a, a_low), (B, b, _), (C, c, c_low) = square(), square(), square()
+    (high, low), blocks = zip(*(guarded(3, m, m) for _ in range(2)), strict=True)
+    diagonal = torch.full((3, m), torch.nan)
+    out = Square(high, diagonal, low)
+    ops.syrkx(A, B._replace(low=None), out=out)
+    check(a @ b + a_low @ B.high.double())
+    scale = torch.tensor([1.0, 0.5, 2.0])
+    eye, scales = torch.eye(m), scale[:, None, None]
+    ops.syrk(A, C=C, alpha=2.0, beta=-4.0, gamma=8.0, scale=scale, out=out)
+    check(scales * (2 * a @ a.mT - 4 * (c + c_low) + 8 * eye))
+    ops.syrk(A, C=A._replace(low=None), alpha=2.0, beta=-4.0, gamma=8.0, scale=scale, out=out)
+    check(scales * (2 * a @ a.mT - 4 * a + 8 * eye))
 
 
 @pytest.mark.parametrize("shape", [(65, 129), (129, 1300)], ids=str)

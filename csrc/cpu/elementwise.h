@@ -1,8 +1,8 @@
 // The memory-bound verbs: one pass over gradient, momentum and workspace, one over workspace and parameter.
 //
-// A matrix is walked along the direction in which the parameter is contiguous. Where that is the direction of the rows of
-// x, a line goes straight to x; otherwise sixteen lines are collected and transposed, so that memory is only ever read and
-// written in whole cache lines.
+// A matrix is walked along the direction in which the parameter is contiguous. Where that is the direction of the rows
+// of x, a line goes straight to x; otherwise sixteen lines are collected and transposed, so that memory is only ever
+// read and written in whole cache lines.
 #pragma once
 
 #include <algorithm>
@@ -15,15 +15,15 @@
 namespace muon_kernels::cpu {
 namespace {
 
-constexpr int64_t kRun = 256;            // elements handled at once; they stay in the first-level cache
+constexpr int64_t kRun = 256;  // elements handled at once; they stay in the first-level cache
 constexpr int64_t kBlockElements = 1 << 16;
-constexpr int kLines = 16;               // lines of a transposed block
+constexpr int kLines = 16;  // lines of a transposed block
 
 struct Walk {
-    bool along_rows;     // lines are the rows of x
-    int64_t lines;       // in the matrix
-    int64_t length;      // of a line
-    int64_t block_lines; // handled by one task
+    bool along_rows;      // lines are the rows of x
+    int64_t lines;        // in the matrix
+    int64_t length;       // of a line
+    int64_t block_lines;  // handled by one task
 };
 
 inline Walk walk(const Stack& x, const MatrixRef* refs) {
@@ -107,7 +107,8 @@ inline void momentum_run(
 ) {
     const MatrixRef& g = u.grad[matrix];
     load_run(
-        pointer(g), u.grad_dtype, row * g.row_stride + col * g.col_stride, along_rows ? g.col_stride : g.row_stride, n, direction
+        pointer(g), u.grad_dtype, row * g.row_stride + col * g.col_stride, along_rows ? g.col_stride : g.row_stride, n,
+        direction
     );
     const float grad_scale = u.grad_scale;
     if (grad_scale != 1.0f) {
@@ -125,7 +126,8 @@ inline void momentum_run(
         if (rest < 0.5f) {
             for (int64_t i = 0; i < n; ++i) buffer[i] = __builtin_fmaf(rest, direction[i] - buffer[i], buffer[i]);
         } else {
-            for (int64_t i = 0; i < n; ++i) buffer[i] = __builtin_fmaf(rest - 1.0f, direction[i] - buffer[i], direction[i]);
+            for (int64_t i = 0; i < n; ++i)
+                buffer[i] = __builtin_fmaf(rest - 1.0f, direction[i] - buffer[i], direction[i]);
         }
     } else {
         for (int64_t i = 0; i < n; ++i) buffer[i] = __builtin_fmaf(mu, buffer[i], direction[i]);

@@ -1,5 +1,5 @@
-// What one instruction set provides. Each is compiled in its own translation unit with its own flags, so these units hold
-// no code that another unit could pick up (no standard containers, everything in an unnamed namespace).
+// What one instruction set provides. Each is compiled in its own translation unit with its own flags, so these units
+// hold no code that another unit could pick up (no standard containers, everything in an unnamed namespace).
 #pragma once
 
 #include "../muon_kernels.h"

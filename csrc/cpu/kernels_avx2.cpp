@@ -58,8 +58,8 @@ struct Avx2 {
 }  // namespace
 
 const Kernels kAvx2Kernels = {
-    product_tasks,  product_scratch_bytes, product_task<Avx2>, momentum_blocks,
-    momentum_block, rescale,               apply_blocks,       apply_block,
+    product_tasks, product_scratch_bytes, product_task<Avx2>, momentum_blocks, momentum_block,
+    rescale,       apply_blocks,          apply_block,
 };
 
 }  // namespace muon_kernels::cpu

@@ -42,8 +42,8 @@ struct Avx512Bf16 {
 }  // namespace
 
 const Kernels kAvx512Bf16Kernels = {
-    product_tasks,  product_scratch_bytes, product_task<Avx512Bf16>, momentum_blocks,
-    momentum_block, rescale,               apply_blocks,             apply_block,
+    product_tasks, product_scratch_bytes, product_task<Avx512Bf16>, momentum_blocks, momentum_block, rescale,
+    apply_blocks,  apply_block,
 };
 
 }  // namespace muon_kernels::cpu

@@ -7,9 +7,9 @@
 //   I::PairA, I::broadcast_pair        one pair of a, in every lane
 //   I::add_products(acc, a, b)
 //
-// A task is one block of columns of one matrix: it packs its part of b once and runs all rows of a over it, reading a in
-// place. A symmetric result starts at the block's own row and is mirrored from the finished lower triangle, so that it is
-// symmetric to the last bit.
+// A task is one block of columns of one matrix: it packs its part of b once and runs all rows of a over it, reading a
+// in place. A symmetric result starts at the block's own row and is mirrored from the finished lower triangle, so that
+// it is symmetric to the last bit.
 #pragma once
 
 #include <algorithm>
@@ -30,7 +30,8 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class I, int ROWS, int VECTORS>
 void multiply_tile(
-    const uint16_t* a, int64_t a_stride, int64_t k, const uint32_t* panel, float* tile, int64_t tile_stride, bool accumulate
+    const uint16_t* a, int64_t a_stride, int64_t k, const uint32_t* panel, float* tile, int64_t tile_stride,
+    bool accumulate
 ) {
     typename I::Acc acc[ROWS][VECTORS];
     for (int r = 0; r < ROWS; ++r) {
@@ -86,7 +87,8 @@ MultiplyTile pick_tile(int64_t rows, int64_t width) {
 // Columns of a panel. Small symmetric results take narrow ones, which waste less beyond the diagonal.
 template <class I>
 int64_t panel_width(const Product& p) {
-    return p.out.cols <= I::kLanes || (p.symmetric && p.out.cols <= 8 * I::kLanes) ? I::kLanes : I::kVectors * I::kLanes;
+    return p.out.cols <= I::kLanes || (p.symmetric && p.out.cols <= 8 * I::kLanes) ? I::kLanes
+                                                                                   : I::kVectors * I::kLanes;
 }
 
 // The last panel of a block may be narrower: its `cols` columns in whole vectors.
@@ -98,12 +100,16 @@ int64_t padded(int64_t cols, int64_t width) {
 // Rows k0..k0+k of columns j0..j0+cols of b as pairs, one panel after another: with `width` columns to a panel,
 // panel[q][j] = (b[k0 + 2q][j], b[k0 + 2q + 1][j]), zero outside b.
 template <class I>
-void pack_block(const Product& p, const uint16_t* b, int64_t k0, int64_t k, int64_t j0, int64_t cols, uint32_t* packed) {
+void pack_block(
+    const Product& p, const uint16_t* b, int64_t k0, int64_t k, int64_t j0, int64_t cols, uint32_t* packed
+) {
     const int64_t panel_cols = panel_width<I>(p), pairs = ceil_div(k, 2), stride = p.b.row_stride;
     const auto pack_pair = [=](int64_t j, int64_t q) {  // of column j: any place, any edge
         const int64_t at = j0 + j, k1 = k0 + 2 * q;
         if (j >= cols) return uint32_t{0};
-        const auto element = [=](int64_t kk) -> uint32_t { return p.b_transposed ? b[at * stride + kk] : b[kk * stride + at]; };
+        const auto element = [=](int64_t kk) -> uint32_t {
+            return p.b_transposed ? b[at * stride + kk] : b[kk * stride + at];
+        };
         return element(k1) | (2 * q + 1 < k ? element(k1 + 1) << 16 : 0);
     };
     for (int64_t j = 0; j < cols; j += panel_cols) {
@@ -175,15 +181,16 @@ void write_bf16(uint16_t* to, int64_t count, typename I::Acc value) {
     std::memcpy(to, lanes, static_cast<size_t>(count) * sizeof(uint16_t));
 }
 
-// What a result is made of beside the product itself. Compile-time, so that the loop over a tile keeps all that it needs in
-// registers: for small matrices it costs as much as the product.
-// kSquare stands for the first three where a, b and c are the same matrix, as in b A + c A²: it is read once.
+// What a result is made of beside the product itself. Compile-time, so that the loop over a tile keeps all that it
+// needs in registers: for small matrices it costs as much as the product. kSquare stands for the first three where a, b
+// and c are the same matrix, as in b A + c A²: it is read once.
 enum Addend : int { kADiagonal = 1, kBDiagonal = 2, kC = 4, kCLow = 8, kSquare = 16 };
 
 // Rows i0.. of columns j0.. of the result from their fp32 sums.
 template <class I, int ADDENDS>
 void finish_tile(
-    const Product& p, int64_t matrix, int64_t i0, int64_t rows, int64_t j0, int64_t cols, const float* tile, int64_t tile_stride
+    const Product& p, int64_t matrix, int64_t i0, int64_t rows, int64_t j0, int64_t cols, const float* tile,
+    int64_t tile_stride
 ) {
     using Acc = typename I::Acc;
     const float scale = p.scale ? p.scale[matrix] : 1.0f;
@@ -202,20 +209,25 @@ void finish_tile(
             if (ADDENDS & kSquare) {
                 const Acc both = I::add(a_ii, read_float<I>(a_diagonal + j, count));
                 const Acc factors = I::multiply_add(alphas, both, betas);
-                return I::multiply_add(factors, read_bf16<I>(row_of(a, matrix, i) + j, count), I::multiply(alphas, value));
+                return I::multiply_add(
+                    factors, read_bf16<I>(row_of(a, matrix, i) + j, count), I::multiply(alphas, value)
+                );
             }
-            if (ADDENDS & kADiagonal) value = I::multiply_add(a_ii, read_bf16<I>(row_of(b, matrix, i) + j, count), value);
+            if (ADDENDS & kADiagonal)
+                value = I::multiply_add(a_ii, read_bf16<I>(row_of(b, matrix, i) + j, count), value);
             if (ADDENDS & kBDiagonal) {
                 const Acc b_jj = read_float<I>(b_diagonal + j, count);
                 value = I::multiply_add(read_bf16<I>(row_of(a, matrix, i) + j, count), b_jj, value);
             }
             value = I::multiply(alphas, value);
             if (ADDENDS & kC) value = I::multiply_add(betas, read_bf16<I>(row_of(c, matrix, i) + j, count), value);
-            if (ADDENDS & kCLow) value = I::multiply_add(betas, read_bf16<I>(row_of(c_low, matrix, i) + j, count), value);
+            if (ADDENDS & kCLow)
+                value = I::multiply_add(betas, read_bf16<I>(row_of(c_low, matrix, i) + j, count), value);
             return value;
         };
         uint16_t* out_row = row_of(out, matrix, i);
-        for (int64_t j = j0; j < j0 + cols; j += I::kLanes) write_bf16<I>(out_row + j, j0 + cols - j, value_at(j, j0 + cols - j));
+        for (int64_t j = j0; j < j0 + cols; j += I::kLanes)
+            write_bf16<I>(out_row + j, j0 + cols - j, value_at(j, j0 + cols - j));
         if (out_low.data) {
             uint16_t* low_row = row_of(out_low, matrix, i);
             for (int64_t j = j0; j < j0 + cols; j += I::kLanes) {
@@ -249,7 +261,8 @@ FinishTile pick_finish(const Product& p, std::integer_sequence<int, ADDENDS...>)
         return finish_tile<I, kSquare>;
     }
     return table
-        [(p.a_diagonal ? kADiagonal : 0) | (p.b_diagonal ? kBDiagonal : 0) | (p.c.data ? kC : 0) | (p.c_low.data ? kCLow : 0)];
+        [(p.a_diagonal ? kADiagonal : 0) | (p.b_diagonal ? kBDiagonal : 0) | (p.c.data ? kC : 0) |
+         (p.c_low.data ? kCLow : 0)];
 }
 
 // The upper triangle of columns j0..j0+cols from the lower one.
@@ -313,7 +326,9 @@ void product_task(const Product& p, int64_t task, void* scratch) {
                 const uint32_t* panel = packed + j / panel_cols * panel_words;
                 multiply(row_of(p.a, matrix, i0) + k0, p.a.row_stride, depth, panel, tile, sums_stride, k0 > 0);
                 if (p.a_low.data) {
-                    multiply(row_of(p.a_low, matrix, i0) + k0, p.a_low.row_stride, depth, panel, tile, sums_stride, true);
+                    multiply(
+                        row_of(p.a_low, matrix, i0) + k0, p.a_low.row_stride, depth, panel, tile, sums_stride, true
+                    );
                 }
                 if (k0 + depth >= k) finish(p, matrix, i0, i1 - i0, j0 + j, width, tile, sums_stride);
             }

@@ -1,5 +1,5 @@
-// Register transpositions of 16-bit and 32-bit blocks. AVX2 suffices for both instruction sets: they are a small share of
-// any kernel that uses them.
+// Register transpositions of 16-bit and 32-bit blocks. AVX2 suffices for both instruction sets: they are a small share
+// of any kernel that uses them.
 #pragma once
 
 #include <immintrin.h>

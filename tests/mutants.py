@@ -1,0 +1,576 @@
+"""Plants faults in the kernels and in the Python core, one at a time, and sees whether the tests notice.
+
+    python tests/mutants.py [--only NAME] [--log FILE] [--jobs COUNT]
+
+It works on a copy of the repository's tracked files and takes half an hour: most faults cost a build. What only costs
+time, or changes what nobody reads, is no fault and not in the list.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Mutant(NamedTuple):
+    """A fault: `old`, which occurs exactly once in `file`, becomes `new`; `tests` are pytest's arguments."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+PRODUCTS = 'tests/test_products.py -k "native"'
+AVX2 = 'tests/test_products.py -k "avx2-native"'
+AVX512 = 'tests/test_products.py -k "avx512bf16-native"'
+ELEMENTWISE = 'tests/test_elementwise.py -k "native"'
+BATCH = 'tests/test_newton_schulz.py -k "batch and native"'
+ITERATION = 'tests/test_newton_schulz.py -k "native and (keller or aol or deepseek)"'
+SPLIT = 'tests/test_newton_schulz.py -k "split"'
+COEFFICIENTS = "tests/test_coefficients.py"
+
+PRODUCT_H, ELEMENTWISE_H = "csrc/cpu/product.h", "csrc/cpu/elementwise.h"
+TRANSPOSE_H, DISPATCH, PARALLEL = "csrc/cpu/transpose.h", "csrc/cpu/dispatch.cpp", "csrc/cpu/parallel.cpp"
+CPU_PY, NEWTON_SCHULZ = "muon_kernels/backends/cpu.py", "muon_kernels/newton_schulz.py"
+FUNCTIONAL, COEFFICIENTS_PY = "muon_kernels/functional.py", "muon_kernels/coefficients.py"
+
+
+def _product(name: str, old: str, new: str, tests: str = PRODUCTS) -> Mutant:
+    return Mutant(name, PRODUCT_H, old, new, tests)
+
+
+def _elementwise(name: str, old: str, new: str) -> Mutant:
+    return Mutant(name, ELEMENTWISE_H, old, new, ELEMENTWISE)
+
+
+MUTANTS = [
+    # The multiplication of a tile.
+    _product("odd k: last element lost", "if (k & 1) {", "if (false) {"),
+    _product(
+        "odd k: neighbour read", "(r % 3) * a_stride], 0};", "(r % 3) * a_stride], row[r / 3][(r % 3) * a_stride + 1]};"
+    ),
+    _product("chunks of k: not accumulated", "tile, sums_stride, k0 > 0);", "tile, sums_stride, false);"),
+    _product("chunks of k: every second one skipped", "k0 < k; k0 += kBlockK)", "k0 < k; k0 += 2 * kBlockK)"),
+    _product("low part of a ignored", "if (p.a_low.data) {", "if (false) {"),
+    _product(
+        "low part of a overwrites",
+        "depth, panel, tile, sums_stride, true\n",
+        "depth, panel, tile, sums_stride, false\n",
+    ),
+    # Packing.
+    _product("pack: beyond the last column read", "if (j >= cols) return uint32_t{0};", ""),
+    _product(
+        "pack: beyond the last row read at an edge",
+        "2 * q + 1 < k ? element(k1 + 1) << 16 : 0",
+        "element(k1 + 1) << 16",
+    ),
+    _product("pack: beyond the last row read", "if (paired) {", "if (true) {"),
+    _product("pack: transposed block past the last column", "j + jj + 8 <= cols ?", "j + jj < cols ?"),
+    _product("pack: tail of k starts late", "for (int64_t q = whole; q", "for (int64_t q = whole + 1; q"),
+    _product("pack: ragged columns lose one", "c < jj + 8; ++c)", "c < jj + 7; ++c)"),
+    _product(
+        "every panel is the first", "const uint32_t* panel = packed + j ", "const uint32_t* panel = packed + 0 * j "
+    ),
+    # Cutting into tasks and tiles.
+    _product(
+        "ragged block of columns skipped",
+        "ceil_div(p.out.cols, std::max<int64_t>(column_block(p), 1))",
+        "std::max<int64_t>(1, p.out.cols / std::max<int64_t>(column_block(p), 1))",
+    ),
+    _product(
+        "last row of a tile not finished",
+        "finish(p, matrix, i0, i1 - i0,",
+        "finish(p, matrix, i0, std::max<int64_t>(i1 - i0 - 1, 1),",
+    ),
+    _product(
+        "symmetric: one tile too many skipped",
+        "if (p.symmetric && i1 <= j0 + j) break;",
+        "if (p.symmetric && i1 <= j0 + j + 1) break;",
+    ),
+    # Mirroring.
+    _product("mirror: dropped", "        mirror(p.out, matrix, j0, cols);\n", ""),
+    _product("mirror: every second block", "j < j0 + cols; j += 16) {", "j < j0 + cols; j += 32) {"),
+    _product("mirror: not within diagonal blocks", "base[col * stride + row] = base[row * stride + col];", ";"),
+    _product("mirror: low part forgotten", "if (p.out_low.data) mirror(p.out_low, matrix, j0, cols);", ""),
+    # Finishing.
+    _product("scale forgotten", "p.scale ? p.scale[matrix] : 1.0f", "1.0f"),
+    _product("scale of the first matrix", "p.scale ? p.scale[matrix] : 1.0f", "p.scale ? p.scale[0] : 1.0f"),
+    _product("alpha not scaled", "alpha = p.alpha * scale,", "alpha = p.alpha,"),
+    _product("beta not scaled", "beta = p.beta * scale;", "beta = p.beta;"),
+    _product("gamma forgotten", " + p.gamma * scale;", ";"),
+    _product("gamma not scaled", " + p.gamma * scale;", " + p.gamma;"),
+    _product(
+        "alpha where beta belongs",
+        "multiply_add(betas, read_bf16<I>(row_of(c, matrix, i)",
+        "multiply_add(alphas, read_bf16<I>(row_of(c, matrix, i)",
+    ),
+    _product("diagonal of a ignored", "(p.a_diagonal ? kADiagonal : 0)", "0"),
+    _product("diagonal of b ignored", "(p.b_diagonal ? kBDiagonal : 0)", "0"),
+    _product("diagonal of b counts on the diagonal only", "if (ADDENDS & kBDiagonal) {", "if (false) {"),
+    _product("product of the diagonals forgotten", "value + a_diagonal[i] * b_diagonal[i] : value", "value : value"),
+    _product(
+        "square: one diagonal for both", "I::add(a_ii, read_float<I>(a_diagonal + j, count))", "I::add(a_ii, a_ii)"
+    ),
+    _product("square: chosen for any c", "p.c.data == p.a.data && ", "p.c.data && "),
+    _product("square: chosen in spite of a low c", "p.c.data == p.a.data && !p.c_low.data", "p.c.data == p.a.data"),
+    _product("low part of c ignored", "(p.c_low.data ? kCLow : 0)", "0"),
+    _product("diagonal of c ignored", "if (p.c_diagonal) value", "if (false) value"),
+    _product("low part of out not zero on the diagonal", "= p.out_diagonal ? 0 : to_bf16(rest);", "= to_bf16(rest);"),
+    _product(
+        "diagonal of out is that of another matrix", "p.out_diagonal[matrix * m + i] = rest", "p.out_diagonal[i] = rest"
+    ),
+    # Instruction sets.
+    Mutant(
+        "avx2: second of a pair ignored",
+        "csrc/cpu/kernels_avx2.cpp",
+        "_mm256_fmadd_ps(a.high, b.high, _mm256_fmadd_ps(a.low, b.low, acc))",
+        "_mm256_fmadd_ps(a.low, b.low, acc)",
+        AVX2,
+    ),
+    Mutant("avx2: one bit lost", "csrc/cpu/kernels_avx2.cpp", "0xffff0000", "0xfffe0000", AVX2),
+    Mutant(
+        "avx512: multiply_add subtracts",
+        "csrc/cpu/kernels_avx512bf16.cpp",
+        "_mm512_fmadd_ps",
+        "_mm512_fmsub_ps",
+        AVX512,
+    ),
+    Mutant(
+        "bf16: truncated", "csrc/cpu/bf16.h", "(bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16", "bits >> 16", ELEMENTWISE
+    ),
+    Mutant("bf16: ties downwards", "csrc/cpu/bf16.h", " + ((bits >> 16) & 1u)", "", ELEMENTWISE),
+    Mutant("bf16: NaN becomes zero", "csrc/cpu/bf16.h", "? 0x7fc0u : rounded", "? rounded : rounded", ELEMENTWISE),
+    Mutant(
+        "transpose: a quarter twice",
+        TRANSPOSE_H,
+        "= _mm256_unpackhi_epi64(r[8 * i + h], r[8 * i + 4 + h])",
+        "= _mm256_unpacklo_epi64(r[8 * i + h], r[8 * i + 4 + h])",
+        PRODUCTS,
+    ),
+    Mutant(
+        "transpose: ragged columns taken as whole",
+        TRANSPOSE_H,
+        "i + 16 <= rows && j + 16 <= cols",
+        "i + 16 <= rows",
+        ELEMENTWISE,
+    ),
+    Mutant(
+        "transpose: ragged rows taken as whole",
+        TRANSPOSE_H,
+        "i + 16 <= rows && j + 16 <= cols",
+        "j + 16 <= cols",
+        ELEMENTWISE,
+    ),
+    # The prologue and the epilogue.
+    _elementwise(
+        "sum of squares: tail of a run lost",
+        "for (int l = 0; i + l < n; ++l) lane[l] +=",
+        "for (int l = 0; i + 15 + l < n; ++l) lane[l] +=",
+    ),
+    _elementwise("sum of squares: a lane lost", "l < 16; ++l) sum += lane[l]", "l < 15; ++l) sum += lane[l]"),
+    _elementwise(
+        "gradient walked the other way",
+        "along_rows ? g.col_stride : g.row_stride",
+        "along_rows ? g.row_stride : g.col_stride",
+    ),
+    _elementwise(
+        "strides of the gradient swapped",
+        "row * g.row_stride + col * g.col_stride",
+        "row * g.col_stride + col * g.row_stride",
+    ),
+    _elementwise(
+        "parameter walked the other way",
+        "along_rows ? p.col_stride : p.row_stride",
+        "along_rows ? p.row_stride : p.col_stride",
+    ),
+    _elementwise("scale of the gradient ignored", "if (grad_scale != 1.0f) {", "if (false) {"),
+    _elementwise(
+        "momentum not stored", "    store_run(pointer(b), u.momentum_dtype, offset, stride, n, buffer);\n", ""
+    ),
+    _elementwise(
+        "dampened: the other branch of lerp",
+        "__builtin_fmaf(rest - 1.0f, direction[i] - buffer[i], direction[i])",
+        "__builtin_fmaf(rest - 1.0f, direction[i] - buffer[i], buffer[i])",
+    ),
+    _elementwise(
+        "un-dampened: mu on the gradient",
+        "buffer[i] = __builtin_fmaf(mu, buffer[i], direction[i])",
+        "buffer[i] = __builtin_fmaf(mu, direction[i], buffer[i])",
+    ),
+    _elementwise(
+        "nesterov, un-dampened: gradient forgotten",
+        "direction[i] = __builtin_fmaf(mu, buffer[i], direction[i])",
+        "direction[i] = mu * buffer[i]",
+    ),
+    _elementwise(
+        "nesterov: large mu",
+        "__builtin_fmaf(mu - 1.0f, buffer[i] - direction[i], buffer[i])",
+        "__builtin_fmaf(mu - 1.0f, buffer[i] - direction[i], direction[i])",
+    ),
+    _elementwise(
+        "nesterov: small mu",
+        "__builtin_fmaf(mu, buffer[i] - direction[i], direction[i])",
+        "__builtin_fmaf(mu, buffer[i] - direction[i], buffer[i])",
+    ),
+    _elementwise(
+        "tail of a line lost",
+        "const int64_t n = std::min(kRun, w.length - col);\n                momentum_run(",
+        "const int64_t n = std::min(kRun, (w.length - col) & ~int64_t{1});\n                momentum_run(",
+    ),
+    _elementwise(
+        "x written at the first run",
+        "row * u.x.row_stride + col, 1, n, direction)",
+        "row * u.x.row_stride, 1, n, direction)",
+    ),
+    _elementwise(
+        "rescale: odd exponents",
+        "__builtin_ldexpf(1.0f, exponent - exponent / 2)",
+        "__builtin_ldexpf(1.0f, exponent / 2)",
+    ),
+    _elementwise("decay applied twice", "value[i] * decay)", "value[i] * decay * decay)"),
+    _elementwise("step size of another matrix", "u.step_size[matrix]", "u.step_size[0]"),
+    _elementwise("update with the wrong sign", "__builtin_fmaf(-step_size,", "__builtin_fmaf(step_size,"),
+    # Dispatch, threads and the queue of products.
+    Mutant(
+        "whole matrices: last one skipped",
+        DISPATCH,
+        "parallel_for(threads, batch, [&](int64_t matrix, int) {",
+        "parallel_for(threads, batch - 1, [&](int64_t matrix, int) {",
+        PRODUCTS,
+    ),
+    Mutant(
+        "whole matrices: last block skipped",
+        DISPATCH,
+        "t < tasks; ++t)",
+        "t < std::max<int64_t>(tasks - 1, 1); ++t)",
+        PRODUCTS,
+    ),
+    Mutant("whole matrices: always the first", DISPATCH, "matrix * tasks + t", "t", PRODUCTS),
+    Mutant(
+        "whole matrices: always the first product",
+        DISPATCH,
+        "kernels->product_task(list[i], matrix",
+        "kernels->product_task(list[0], matrix",
+        BATCH,
+    ),
+    Mutant(
+        "shared columns: last product skipped",
+        DISPATCH,
+        "batch && i < count; ++i)",
+        "batch && i + 1 < count; ++i)",
+        PRODUCTS,
+    ),
+    Mutant(
+        "shared columns: always the first product",
+        DISPATCH,
+        "kernels->product_task(list[i], task,",
+        "kernels->product_task(list[0], task,",
+        BATCH,
+    ),
+    Mutant("operands not checked", DISPATCH, "if (!valid(list[i]) || list[i]", "if (list[i]", PRODUCTS),
+    Mutant(
+        "sums of squares: blocks of other matrices", DISPATCH, "i * blocks + block)", "block * batch + i)", ELEMENTWISE
+    ),
+    Mutant(
+        "sums of squares: first block lost",
+        DISPATCH,
+        "int64_t block = 0; block < blocks",
+        "int64_t block = blocks > 1; block < blocks",
+        ELEMENTWISE,
+    ),
+    Mutant(
+        "rescale: one power of two short",
+        DISPATCH,
+        "kernels->rescale(args.x, i, 1 - exponent)",
+        "kernels->rescale(args.x, i, -exponent)",
+        ELEMENTWISE,
+    ),
+    Mutant("rescale: large norms left", DISPATCH, "(sum < 0x1p-60 || sum > 0x1p60)", "sum < 0x1p-60", ELEMENTWISE),
+    Mutant(
+        "update: last block skipped",
+        DISPATCH,
+        "parallel_for(threads, args.x.batch * blocks,",
+        "parallel_for(threads, args.x.batch * blocks - 1,",
+        ELEMENTWISE,
+    ),
+    Mutant(
+        "threads: last task skipped",
+        PARALLEL,
+        "next.fetch_add(1)) < tasks;",
+        "next.fetch_add(1)) < tasks - 1;",
+        PRODUCTS,
+    ),
+    Mutant(
+        "queue: last product lost",
+        CPU_PY,
+        "native.cpu.products(*_isa_and_threads(), _queue.products)",
+        "native.cpu.products(*_isa_and_threads(), _queue.products[:-1])",
+        ITERATION,
+    ),
+    Mutant(
+        "syrk multiplies the low part",
+        CPU_PY,
+        "A = A._replace(low=None) if isinstance(A, Square)",
+        "A = A if isinstance(A, Square)",
+        PRODUCTS,
+    ),
+    Mutant(
+        "matrices of a parameter not advanced",
+        CPU_PY,
+        "            address += at.batch_stride * size\n",
+        "",
+        ELEMENTWISE,
+    ),
+    # The iteration.
+    Mutant(
+        "standard: b and c swapped",
+        NEWTON_SCHULZ,
+        "ops.syrk(A, C=A, alpha=c, beta=b, out=B)",
+        "ops.syrk(A, C=A, alpha=b, beta=c, out=B)",
+        ITERATION,
+    ),
+    Mutant(
+        "standard: a forgotten",
+        NEWTON_SCHULZ,
+        "ops.gemm(B, X, C=X, out=out, beta=a, scale=scale)",
+        "ops.gemm(B, X, C=X, out=out, beta=1.0, scale=scale)",
+        ITERATION,
+    ),
+    Mutant(
+        "standard: scale not squared",
+        NEWTON_SCHULZ,
+        "scale=None if scale is None else scale * scale",
+        "scale=scale",
+        ITERATION,
+    ),
+    Mutant(
+        "standard: scale in every step",
+        NEWTON_SCHULZ,
+        "pending, triple)\n        X, Y, pending = Y, X, None",
+        "pending, triple)\n        X, Y = Y, X",
+        ITERATION,
+    ),
+    Mutant(
+        "standard: wrong buffer returned",
+        NEWTON_SCHULZ,
+        "    return X\n\n\ndef gram(",
+        "    return Y\n\n\ndef gram(",
+        ITERATION,
+    ),
+    Mutant(
+        "gram: scale not squared",
+        NEWTON_SCHULZ,
+        "scale=None if pending is None else pending * pending",
+        "scale=pending",
+        ITERATION,
+    ),
+    Mutant("gram: identity forgotten", NEWTON_SCHULZ, "beta=b, gamma=a, out=factor", "beta=b, out=factor", ITERATION),
+    Mutant(
+        "gram: last step of a segment skipped",
+        NEWTON_SCHULZ,
+        "for step in range(start, stop):",
+        "for step in range(start, stop - 1):",
+        ITERATION,
+    ),
+    Mutant("gram: factors not accumulated", NEWTON_SCHULZ, "                Q, Q_next = Q_next, Q\n", "", ITERATION),
+    Mutant("gram: never back to X", NEWTON_SCHULZ, "{2: 0.22, 3: 0.08}", "{2: 1e9, 3: 1e9}", ITERATION),
+    Mutant(
+        "gram: R never split",
+        NEWTON_SCHULZ,
+        "first = R if split else R._replace(low=None)",
+        "first = R._replace(low=None)",
+        SPLIT,
+    ),
+    # What is around it.
+    Mutant(
+        "margin ignored",
+        FUNCTIONAL,
+        "reciprocal_norms(sum_of_squares, scalars.eps) / work.schedule.margin",
+        "reciprocal_norms(sum_of_squares, scalars.eps)",
+        ITERATION,
+    ),
+    Mutant(
+        "reciprocal norm of another power of two",
+        FUNCTIONAL,
+        "min=eps), 1 - exponent)",
+        "min=eps), -exponent)",
+        ITERATION,
+    ),
+    Mutant(
+        "chunk skipped",
+        FUNCTIONAL,
+        "in _deal([(0, count)], bucket.chunks):",
+        "in _deal([(0, count)], bucket.chunks[:-1]):",
+        BATCH,
+    ),
+    Mutant(
+        "every chunk is the first",
+        FUNCTIONAL,
+        "        at = source.layout(part)\n        result",
+        "        at = source.layout(part._replace(start=0, stop=part.stop - part.start))\n        result",
+        BATCH,
+    ),
+    Mutant("keller: a digit", COEFFICIENTS_PY, "_KELLER = (3.4445,", "_KELLER = (3.4435,", COEFFICIENTS),
+    Mutant(
+        "first triple repeated",
+        COEFFICIENTS_PY,
+        "triples + triples[-1:] * steps",
+        "triples + triples[:1] * steps",
+        COEFFICIENTS,
+    ),
+    Mutant(
+        "margin of a named set dropped",
+        COEFFICIENTS_PY,
+        "Schedule(triples, chosen.margin, name)",
+        "Schedule(triples, 1.0, name)",
+        COEFFICIENTS,
+    ),
+    Mutant("widened by the wrong power", COEFFICIENTS_PY, "c / factor**5", "c / factor**3", COEFFICIENTS),
+]
+
+# In the process of the tests, so that what was planted is what they import.
+_RUN = """
+import sys, pathlib, pytest, muon_kernels._C
+copy = pathlib.Path(sys.argv[1])
+if not all(copy in pathlib.Path(m.__file__).parents for m in (muon_kernels, muon_kernels._C)):
+    sys.exit("another muon_kernels was imported")
+sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *sys.argv[2:]]))
+"""
+
+
+class Copy:
+    """A copy of the repository that can be built and tested."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        for name in filter(None, files.split("\0")):
+            if (ROOT / name).is_file():
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(ROOT / name, root / name)
+        import pybind11
+
+        scripts = sysconfig.get_path("scripts")
+        self._cmake, ninja = (shutil.which(n, path=scripts) or shutil.which(n) or n for n in ("cmake", "ninja"))
+        options = [  # setup.py's
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={root / 'muon_kernels'}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DCMAKE_MAKE_PROGRAM={ninja}",
+        ]
+        self._call([self._cmake, "-G", "Ninja", "-S", str(root), "-B", str(root / "build"), *options])
+        self.build()
+
+    def _call(self, command: list[str]) -> None:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode:
+            sys.exit(done.stdout)
+
+    def build(self) -> str:
+        """Compile what changed; the digest of the module."""
+        self._call([self._cmake, "--build", str(self.root / "build")])
+        (module,) = (self.root / "muon_kernels").glob("_C*.so")
+        return hashlib.sha256(module.read_bytes()).hexdigest()
+
+    def test(self, tests: str) -> str | None:
+        """What failed, or None."""
+        path, _, expression = tests.partition(" -k ")
+        arguments = [path, "-k", expression.strip('"')] if expression else [path]
+        # A stale .pyc would hide a change of the same second and size; spinning threads would take turns on busy cores.
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(self.root),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "OMP_WAIT_POLICY": "passive",
+        }
+        command = [sys.executable, "-c", _RUN, str(self.root), *arguments]
+        try:
+            done = subprocess.run(command, cwd=self.root, env=environment, capture_output=True, text=True, timeout=900)
+        except subprocess.TimeoutExpired:
+            return "nothing: it hangs"
+        if done.returncode == 0:
+            return None
+        if done.returncode < 0:
+            return f"{Path(path).name}: killed by signal {-done.returncode}"
+        failed = re.search(r"^FAILED \S*?(\w+\.py)::(.*?)(?: - .*)?$", done.stdout, re.MULTILINE)
+        if done.returncode != 1 or not failed:  # no tests, a usage error, a test that cannot be imported
+            sys.exit(f"the tests did not run:\n{done.stdout}{done.stderr}")
+        return f"{failed[1]}::{failed[2]}"
+
+
+def run(mutants: list[Mutant], root: Path) -> list[tuple[Mutant, str | None]]:
+    """Each mutant with what caught it."""
+    copy = Copy(root)
+    for mutant in mutants:
+        if (count := (root / mutant.file).read_text().count(mutant.old)) != 1:
+            sys.exit(f"{mutant.name}: {mutant.old!r} occurs {count} times in {mutant.file}")
+    sound = built = copy.build()
+    for tests in dict.fromkeys(m.tests for m in mutants):
+        if failed := copy.test(tests):
+            sys.exit(f"fails without a mutant: {failed}")
+    results: list[tuple[Mutant, str | None]] = []
+    for mutant in mutants:
+        native = mutant.file.startswith("csrc/")
+        path = root / mutant.file
+        text = path.read_text()
+        if not native and built != sound:
+            built = copy.build()
+        path.write_text(text.replace(mutant.old, mutant.new))
+        if native and (built := copy.build()) == sound:
+            sys.exit(f"{mutant.name}: compiles to the same code")
+        results.append((mutant, copy.test(mutant.tests)))
+        path.write_text(text)
+        print(f"{mutant.name}: {results[-1][1] or 'SURVIVED'}", flush=True)
+    return results
+
+
+def table(results: list[tuple[Mutant, str | None]]) -> str:
+    """What `--log` writes."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    changed = " with local changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+    survived = sum(caught is None for _, caught in results)
+    head = f"{datetime.date.today()}, commit {git('rev-parse', '--short', 'HEAD')}{changed}: "
+    rows = [("mutant", "file", "caught by"), *((m.name, m.file, caught or "SURVIVED") for m, caught in results)]
+    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    lines = [f"{row[0].ljust(widths[0])}  {row[1].ljust(widths[1])}  {row[2]}" for row in rows]
+    return "\n".join([f"{head}{len(results)} mutants, {survived} survived", "", *lines, ""])
+
+
+def main() -> int:
+    """1 if a mutant survived."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="mutants whose name or file contains this")
+    parser.add_argument("--log", type=Path, help="where to write the table")
+    parser.add_argument("--jobs", type=int, default=1, help="copies that are built and tested at a time")
+    arguments = parser.parse_args()
+    mutants = [m for m in MUTANTS if arguments.only in m.name or arguments.only in m.file]
+    jobs = range(min(arguments.jobs, len(mutants)))
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(len(jobs)) as pool:
+        done = pool.map(lambda job: run(mutants[job :: len(jobs)], Path(temporary).resolve() / str(job)), jobs)
+        results = sorted((result for part in done for result in part), key=lambda result: mutants.index(result[0]))
+    if arguments.log:
+        arguments.log.write_text(table(results))
+    return int(any(caught is None for _, caught in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
