@@ -97,7 +97,9 @@ def _change_of_q(triples: Sequence[Triple], eigenvalues: Sequence[float], loss: 
         exact = [(r * s * s, q * s) for r, q in exact for s in (a + b * r + c * r * r,)]
         loss = _ROUNDOFF * (max(r for r, _ in exact) + abs(a) * largest_w)
         rounded = [(r * s * s - loss, q * s) for r, q in rounded for s in (a + b * r + c * r * r,)]
-    return max(abs(near / q - 1) for (_, q), (_, near) in zip(exact, rounded, strict=True) if q)
+    changes = [abs(near / q - 1) for (_, q), (_, near) in zip(exact, rounded, strict=True) if q]
+    # Coefficients that vanish or explode: nothing to judge by, so no segment longer than one step
+    return max(changes) if changes and all(map(math.isfinite, changes)) else math.inf
 
 
 @lru_cache(maxsize=256)
@@ -115,7 +117,7 @@ def segments(triples: tuple[Triple, ...], margin: float, size: int, precise: boo
     """
     at_step = [[0.0] + [10 ** (-8 + i / 50) / margin**2 for i in range(401)]]
     for a, b, c in triples:
-        at_step.append([r * (a + b * r + c * r * r) ** 2 for r in at_step[-1]])
+        at_step.append([r * s * s for r in at_step[-1] for s in (a + b * r + c * r * r,)])
 
     def change(start: int, stop: int) -> float:
         """Of this segment, relative to its bound."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple, overload
 
@@ -139,6 +140,8 @@ class Muon(Optimizer):
                     f"group options should be among {sorted(self.defaults)} but include: {sorted(unknown)}"
                 )
             _check_options(group)
+            if len(set(group["params"])) < len(group["params"]):
+                raise ValueError("every parameter of a group should be there once but some are repeated")
             for p in group["params"]:
                 check_parameter(p, group["flatten"])
                 backends.choose(group["backend"], p.device, [p.dtype])
@@ -176,7 +179,8 @@ class Muon(Optimizer):
             )
         ):
             signatures = [signature(*of) for of in zip(params, grads, buffers, strict=True)]
-            cached = _Settled(options, signatures, prepare(params, grads, buffers, **options))
+            # A copy: a list of coefficients may be changed in place.
+            cached = _Settled(copy.deepcopy(options), signatures, prepare(params, grads, buffers, **options))
             self._prepared[id(group)] = cached
         return cached.prepared, grads, new
 
@@ -283,6 +287,11 @@ _SETTLED = (
 
 
 def _check_options(options: dict[str, Any]) -> None:
+    for key in ("nesterov", "dampened", "maximize"):
+        if not isinstance(options[key], bool):
+            raise TypeError(f"{key} should be True or False but is: {options[key]!r}")
+    if options["flatten"] is not None and not isinstance(options["flatten"], bool):
+        raise TypeError(f"flatten should be True, False or None but is: {options['flatten']!r}")
     lr = options["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")

@@ -93,7 +93,7 @@ def test_the_first_r_of_three_steps_is_split() -> None:
         pytest.skip("torch's products")
     schedule, shape = resolve("keller", None), (256, 320)
     assert segments(schedule.triples, schedule.margin, shape[0], True)[0].split
-    U, s, V = factors("power -1/2", *shape)
+    U, s, V = factors("power -1/2", *shape, batch=(1,))
     G = ((U * s) @ V.mT).float()
     truth = spectral_truth(U, s, V, schedule.triples, schedule.margin)
     ours = relative_error(orthogonalize(G, "keller", None, ns_algorithm="gram", backend="cpu"), truth)
