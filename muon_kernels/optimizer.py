@@ -260,6 +260,11 @@ class Muon(Optimizer):
                 buffer = state_dict["state"].get(index, {}).get("momentum_buffer")
                 if buffer is None:
                     continue
+                if not isinstance(buffer, Tensor) or not buffer.is_floating_point() or buffer.layout != torch.strided:
+                    raise TypeError(
+                        f"momentum_buffer of parameter {index} should be a dense floating-point tensor "
+                        f"but is: {buffer!r:.80}"
+                    )
                 if buffer.shape != p.shape:
                     raise ValueError(
                         f"momentum_buffer of parameter {index} should have size {tuple(p.shape)} "
@@ -301,7 +306,12 @@ def _check_options(options: dict[str, Any]) -> None:
         ("weight decay", "weight_decay"),
         ("eps", "eps"),
     ):
-        if not 0.0 <= options[key]:
+        value = options[key]
+        if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
+            raise TypeError(f"{name} should be a number but is: {value!r}")
+        if isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex()):
+            raise ValueError(f"{name} should be one real number but is a tensor of size {tuple(value.shape)}")
+        if not 0.0 <= value:
             raise ValueError(f"{name} should be >= 0 but is: {options[key]}")
     if options["eps"] >= 1:
         raise ValueError(f"eps should be < 1, the smallest norm that it is compared with, but is: {options['eps']}")
