@@ -33,6 +33,8 @@ class _NotGiven(int):
 
 NS_STEPS = _NotGiven(DEFAULT_STEPS)
 
+_LARGEST = 1e38
+
 
 @dataclass(frozen=True)
 class CoefficientSet:
@@ -259,4 +261,6 @@ def _triple(values: Any) -> Triple:
     a, b, c = map(float, values)
     if not (math.isfinite(a) and math.isfinite(b) and math.isfinite(c)):
         raise ValueError(f"Coefficients should be finite but are: {values!r}")
+    if max(abs(a), abs(b), abs(c)) > _LARGEST:
+        raise ValueError(f"Coefficients should be at most {_LARGEST:.0e} in size, to fit fp32, but are: {values!r}")
     return a, b, c

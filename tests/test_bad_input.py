@@ -357,3 +357,45 @@ def test_orthogonalize(G: Any, options: dict[str, Any], error: type[Exception], 
     with pytest.raises(error) as caught:
         orthogonalize(G, **options)
     assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize("option", ["nesterov", "dampened", "maximize", "flatten"])
+def test_switch_that_is_none(option: str) -> None:
+    with pytest.raises(TypeError, match=rf"{option} should be True.*'no'"):
+        Muon([nn.Parameter(torch.ones(3, 4))], **{option: "no"})
+
+
+def test_switch_set_after_construction_leaves_the_groups_before_it_alone() -> None:
+    p, q = parameters = [nn.Parameter(torch.ones(3, 4)) for _ in range(2)]
+    optimizer = Muon([{"params": [p]}, {"params": [q]}])
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.param_groups[1]["nesterov"] = "no"
+    with pytest.raises(TypeError, match="nesterov"):
+        optimizer.step()
+    assert torch.equal(p, torch.ones(3, 4))
+    assert not optimizer.state
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+def test_parameter_that_is_repeated() -> None:
+    p = nn.Parameter(torch.ones(3, 4))
+    with pytest.raises(ValueError, match="repeated"):
+        Muon([p, p])
+
+
+@pytest.mark.parametrize("value", [torch.ones(2), "0.1", None, True])
+@pytest.mark.parametrize("option", ["lr", "weight_decay", "momentum", "eps"])
+def test_scalar_that_is_none(option: str, value: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"should be|1-element"):
+        Muon([nn.Parameter(torch.ones(3, 4))], **{option: value})
+
+
+@pytest.mark.parametrize("buffer", [torch.ones(3, 4, dtype=torch.int32), torch.ones(3, 4).to_sparse(), [1.0]])
+def test_checkpoint_whose_momentum_is_none(buffer: Any) -> None:
+    optimizer = Muon([nn.Parameter(torch.ones(3, 4))])
+    saved = optimizer.state_dict()
+    saved["state"] = {0: {"momentum_buffer": buffer}}
+    with pytest.raises(TypeError, match="dense floating-point"):
+        optimizer.load_state_dict(saved)
+    assert not optimizer.state

@@ -231,3 +231,8 @@ def test_resolve_refuses_what_equals_an_answer_it_remembers():
 @pytest.mark.parametrize("ns_coefficients", ["polar_express", KELLER, (KELLER,) * 10])
 def test_resolve_remembers(ns_coefficients):
     assert resolve(ns_coefficients, None) is resolve(ns_coefficients, None)
+
+
+def test_numbers_beyond_fp32_are_refused() -> None:
+    with pytest.raises(ValueError, match="fit fp32"):
+        resolve((1e300, 1.0, 1.0))

@@ -98,3 +98,10 @@ def test_the_first_r_of_three_steps_is_split() -> None:
     truth = spectral_truth(U, s, V, schedule.triples, schedule.margin)
     ours = relative_error(orthogonalize(G, "keller", None, ns_algorithm="gram", backend="cpu"), truth)
     assert ours < 1.25 * relative_error(bf16_loop(G, schedule), truth)
+
+
+@pytest.mark.parametrize("triple", [(0, 0, 0), (100, 100, 100), (1e30, 1, 1), (0, 1, 1)], ids=str)
+def test_coefficients_that_vanish_or_explode(backend: str, triple: tuple[float, float, float]) -> None:
+    """Such numbers are the user's to choose: the choice of a form must not fall over them."""
+    result = orthogonalize(torch.randn(30, 50), triple, backend=backend)
+    assert not result.any() or result.isnan().any()

@@ -843,3 +843,22 @@ def test_a_step_that_raises_changes_nothing(backend: str) -> None:
         for _ in range(steps_before + 1):
             step(other, fresh, grads)
         twins(params, fresh, start, backend)
+
+
+def test_coefficients_changed_in_place_are_seen() -> None:
+    start = torch.randn(6, 9)
+    steps = []
+    for replace in (False, True):
+        p = torch.nn.Parameter(start.clone())
+        p.grad = torch.ones_like(p)
+        optimizer = Muon([p], ns_coefficients=[[3.4445, -4.7750, 2.0315] for _ in range(5)])
+        optimizer.step()
+        coefficients = optimizer.param_groups[0]["ns_coefficients"]
+        if replace:
+            optimizer.param_groups[0]["ns_coefficients"] = [[1.0, 0.0, 0.0] for _ in range(5)]
+        else:
+            for triple in coefficients:
+                triple[:] = [1.0, 0.0, 0.0]
+        optimizer.step()
+        steps.append(p.detach())
+    assert torch.equal(*steps)
