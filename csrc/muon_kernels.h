@@ -30,21 +30,17 @@ struct Stack {
 // out = scale[i] * (alpha * a * b + beta * c + gamma * I), for every matrix i of the stacks.
 //
 // A square operand may be more than the bf16 matrix that is multiplied: `*_diagonal` is what rounding to bf16 took from
-// its diagonal, in fp32, and `*_low` what it took elsewhere (zero on the diagonal), in bf16. A matrix close to a
-// multiple of the identity loses little else, and always in the same direction. The corrections cost O(n²); only a_low
-// costs a product.
+// its diagonal, in fp32. A matrix close to a multiple of the identity loses little else, and always in the same
+// direction. The corrections cost O(n²).
 struct Product {
     Stack a;                            // [batch, m, k]
-    Stack a_low;                        // [batch, m, k] or absent
     const float* a_diagonal = nullptr;  // [batch, m] or absent; m == k
     Stack b;                            // [batch, k, n], or [batch, n, k] if b_transposed
     bool b_transposed = false;          // a correction of a then takes a to be symmetric and b to be a
     const float* b_diagonal = nullptr;  // [batch, n] or absent; k == n
     Stack c;                            // [batch, m, n] or absent
-    Stack c_low;                        // [batch, m, n] or absent
     const float* c_diagonal = nullptr;  // [batch, m] or absent
     Stack out;                          // [batch, m, n], must not overlap an operand
-    Stack out_low;                      // [batch, m, n] or absent
     float* out_diagonal = nullptr;      // [batch, m] or absent
     bool symmetric = false;  // the caller knows that the result is symmetric: compute one triangle, mirror it
     float alpha = 1.0f;

@@ -109,17 +109,13 @@ class Workspace:
             offset, begin = offset + bytes_, offset
             return block[begin:offset].view(dtype).view(batch, rows, cols)
 
-        lows = ALGORITHMS[bucket.algorithm].squares
         # The diagonals first: they are fp32 and must be aligned for it.
-        diagonals = [take(1, m, torch.float32)[:, 0] for _ in lows]
+        diagonals = [take(1, m, torch.float32)[:, 0] for _ in range(ALGORITHMS[bucket.algorithm].squares)]
 
         def stack(cols: int) -> Tensor:
             return take(m, ops.leading_dimension(cols), torch.bfloat16)[..., :cols]
 
-        squares = [
-            Square(stack(m), diagonal if ops.precise_squares() else None, stack(m) if low else None)
-            for diagonal, low in zip(diagonals, lows, strict=True)
-        ]
+        squares = [Square(stack(m), diagonal if ops.precise_squares() else None) for diagonal in diagonals]
         return stack(n), stack(n), squares
 
 

@@ -107,10 +107,10 @@ class Counter:
         """Whether the counted backend has them."""
         return self._precise
 
-    def _count(self, A: Tensor, n: int, *, symmetric: bool, times: int = 1) -> None:
+    def _count(self, A: Tensor, n: int, *, symmetric: bool) -> None:
         batch, m, k = A.shape
         self.launches += 1
-        self.flops += times * batch * k * (m * (m + 1) if symmetric and self._symmetric else 2 * m * n)
+        self.flops += batch * k * (m * (m + 1) if symmetric and self._symmetric else 2 * m * n)
 
     def syrk(self, A: Tensor | Square, *, out: Square, **_: object) -> None:
         """Count one."""
@@ -118,8 +118,8 @@ class Counter:
         self._count(A, A.shape[1], symmetric=True)
 
     def syrkx(self, A: Square, B: Square, *, out: Square) -> None:
-        """Count one, twice as large if A has a low part."""
-        self._count(A.high, B.high.shape[2], symmetric=True, times=1 if A.low is None else 2)
+        """Count one."""
+        self._count(A.high, B.high.shape[2], symmetric=True)
 
     def gemm(self, A: Square, X: Tensor, *, out: Tensor, **_: object) -> None:
         """Count one."""
@@ -134,17 +134,16 @@ def count(
     triples: tuple[tuple[float, float, float], ...],
     margin: float,
     symmetric: bool,
-    split: bool,
+    precise: bool,
 ) -> tuple[int, int]:
     """(launches, FLOPs) of the iteration on one m x n matrix."""
-    counter = Counter(symmetric, split)
-    run, lows = ALGORITHMS[algorithm]
+    counter = Counter(symmetric, precise)
+    run, squares = ALGORITHMS[algorithm]
 
     def empty(cols: int) -> Tensor:
         return torch.empty(1, m, cols, dtype=torch.bfloat16, device="meta")
 
-    squares = [Square(empty(m), None, empty(m) if low else None) for low in lows]
-    run(counter, empty(n), empty(n), squares, torch.empty(1, device="meta"), triples, margin)
+    run(counter, empty(n), empty(n), [Square(empty(m))] * squares, torch.empty(1, device="meta"), triples, margin)
     return counter.launches, counter.flops
 
 
@@ -169,8 +168,8 @@ def _count_on(backend: str, algorithm: str, m: int, n: int, schedule: Schedule) 
 def workspace_bytes(backend: str, algorithm: str, m: int, n: int) -> int:
     """Workspace of one m x n matrix."""
     pad = backends.get(backend).leading_dimension
-    lows = ALGORITHMS[algorithm].squares
-    return 2 * m * (2 * pad(n) + (len(lows) + sum(lows)) * pad(m)) + 4 * m * len(lows)
+    squares = ALGORITHMS[algorithm].squares
+    return 2 * m * (2 * pad(n) + squares * pad(m)) + 4 * m * squares
 
 
 def chunk_counts(total: int, each: int, cap: int | None, backend: str) -> tuple[int, ...]:

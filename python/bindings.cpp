@@ -51,23 +51,19 @@ PYBIND11_MODULE(_C, m) {
 
     py::class_<mk::Product>(cpu, "Product")
         .def(
-            py::init([](const StackTuple& a, const std::optional<StackTuple>& a_low, int64_t a_diagonal,
-                        const StackTuple& b, bool b_transposed, int64_t b_diagonal, const std::optional<StackTuple>& c,
-                        const std::optional<StackTuple>& c_low, int64_t c_diagonal, const StackTuple& out,
-                        const std::optional<StackTuple>& out_low, int64_t out_diagonal, bool symmetric, float alpha,
-                        float beta, float gamma, int64_t scale) {
+            py::init([](const StackTuple& a, int64_t a_diagonal, const StackTuple& b, bool b_transposed,
+                        int64_t b_diagonal, const std::optional<StackTuple>& c, int64_t c_diagonal,
+                        const StackTuple& out, int64_t out_diagonal, bool symmetric, float alpha, float beta,
+                        float gamma, int64_t scale) {
                 mk::Product p;
                 p.a = stack(a);
-                p.a_low = stack(a_low);
                 p.a_diagonal = at<const float>(a_diagonal);
                 p.b = stack(b);
                 p.b_transposed = b_transposed;
                 p.b_diagonal = at<const float>(b_diagonal);
                 p.c = stack(c);
-                p.c_low = stack(c_low);
                 p.c_diagonal = at<const float>(c_diagonal);
                 p.out = stack(out);
-                p.out_low = stack(out_low);
                 p.out_diagonal = at<float>(out_diagonal);
                 p.symmetric = symmetric;
                 p.alpha = alpha;

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from muon_kernels import COEFFICIENTS, backends, orthogonalize
 from muon_kernels.coefficients import Schedule, resolve
-from muon_kernels.newton_schulz import segments
 from muon_kernels.plan import workspace_bytes
 
 SHAPES = [(48, 48), (96, 144), (64, 256), (256, 64), (129, 300)]
@@ -85,19 +84,6 @@ def test_a_batch_is_its_matrices(backend: str, shape: tuple[int, int], algorithm
     for cap in (None, 3 * each, 9 * each):
         together = orthogonalize(G, ns_algorithm=algorithm, backend=backend, max_workspace_bytes=cap)
         torch.testing.assert_close(together, alone, rtol=0, atol=tolerance)
-
-
-def test_the_first_r_of_three_steps_is_split() -> None:
-    """The rule's 2.5 % would hide it: 1.1 times torch's error with 16 bits of R, 1.4 with 8."""
-    if not backends.get("cpu").precise_squares():
-        pytest.skip("torch's products")
-    schedule, shape = resolve("keller", None), (256, 320)
-    assert segments(schedule.triples, schedule.margin, shape[0], True)[0].split
-    U, s, V = factors("power -1/2", *shape, batch=(1,))
-    G = ((U * s) @ V.mT).float()
-    truth = spectral_truth(U, s, V, schedule.triples, schedule.margin)
-    ours = relative_error(orthogonalize(G, "keller", None, ns_algorithm="gram", backend="cpu"), truth)
-    assert ours < 1.25 * relative_error(bf16_loop(G, schedule), truth)
 
 
 @pytest.mark.parametrize("triple", [(0, 0, 0), (100, 100, 100), (1e30, 1, 1), (0, 1, 1)], ids=str)

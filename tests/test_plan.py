@@ -45,14 +45,13 @@ def gram_flops(backend: str, m: int, n: int, name: str) -> int:
     half = ops.symmetric_products()
     small = square(m, m, half)
     total = 0
-    for start, stop, split in segments(schedule.triples, schedule.margin, m, ops.precise_squares()):
+    for start, stop in segments(schedule.triples, schedule.margin, m, ops.precise_squares()):
         steps = stop - start
         total += square(m, n, half) + 2 * m * m * n
         if steps == 1:
             total += small * (schedule.triples[start][2] != 0)
             continue
         total += steps * small + (steps - 1) * small + (steps - 1) * 2 * small
-        total += small * split  # the first R times S, twice over its high and its low part
     return total
 
 

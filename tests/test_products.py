@@ -150,41 +150,44 @@ def test_operands_that_do_not_fit_are_refused(backend: str) -> None:
 
 @pytest.mark.parametrize("m", [*SIZES, 200])
 def test_parts_of_squares_are_exact_on_integers(backend: str, m: int) -> None:
-    """high, diagonal and low of any size, so that none can be lost or counted twice unseen."""
+    """high and diagonal of any size, so that none can be lost or counted twice unseen."""
     ops = backends.get(backend)
     if not ops.precise_squares():
         pytest.skip("the backend says that it has none")
 
-    def square() -> tuple[Square, Tensor, Tensor]:
-        """A square, its high and diagonal in float64, and its low."""
-        low = symmetric(3, m)
-        low -= low.diagonal(dim1=-2, dim2=-1).diag_embed()
+    def square() -> tuple[Square, Tensor]:
+        """A square, and its value in float64."""
         diagonal = integers(3, m).float()
-        A = Square(inside_nan(symmetric(3, m)), diagonal, inside_nan(low))
-        return A, A.high.double() + diagonal.double().diag_embed(), low.double()
+        A = Square(inside_nan(symmetric(3, m)), diagonal)
+        return A, A.high.double() + diagonal.double().diag_embed()
 
     def check(exact: Tensor) -> None:
+        """The result is the lower triangle of `exact`, mirrored."""
         exact = exact.tril() + exact.tril(-1).mT
-        value = high.double() + low.double() + diagonal.double().diag_embed()
-        assert torch.equal(value, exact)
         assert torch.equal(high, exact.float().bfloat16())
-        assert torch.equal(high, high.mT) and torch.equal(low, low.mT)
-        assert not low.diagonal(dim1=-2, dim2=-1).any()
-        for block in blocks:
-            assert_untouched(block, m, m)
+        on_diagonal = high.double().diagonal(dim1=-2, dim2=-1) + diagonal.double()
+        assert torch.equal(on_diagonal, exact.diagonal(dim1=-2, dim2=-1))
+        assert_untouched(block, m, m)
 
-    (A, a, a_low), (B, b, _), (C, c, c_low) = square(), square(), square()
-    (high, low), blocks = zip(*(guarded(3, m, m) for _ in range(2)), strict=True)
+    (A, a), (B, b), (C, c) = square(), square(), square()
+    high, block = guarded(3, m, m)
     diagonal = torch.full((3, m), torch.nan)
-    out = Square(high, diagonal, low)
-    ops.syrkx(A, B._replace(low=None), out=out)
-    check(a @ b + a_low @ B.high.double())
+    out = Square(high, diagonal)
+    ops.syrkx(A, B, out=out)
+    check(a @ b)
     scale = torch.tensor([1.0, 0.5, 2.0])
     eye, scales = torch.eye(m), scale[:, None, None]
     ops.syrk(A, C=C, alpha=2.0, beta=-4.0, gamma=8.0, scale=scale, out=out)
-    check(scales * (2 * a @ a.mT - 4 * (c + c_low) + 8 * eye))
-    ops.syrk(A, C=A._replace(low=None), alpha=2.0, beta=-4.0, gamma=8.0, scale=scale, out=out)
+    check(scales * (2 * a @ a.mT - 4 * c + 8 * eye))
+    ops.syrk(A, C=A, alpha=2.0, beta=-4.0, gamma=8.0, scale=scale, out=out)
     check(scales * (2 * a @ a.mT - 4 * a + 8 * eye))
+    for n in (m, 2 * m + 1):
+        X, Y = integers(3, m, n), integers(3, m, n)
+        for of in (X, Y):  # added to the product, or another matrix
+            to, around = guarded(3, m, n)
+            ops.gemm(A, X, C=of, alpha=2.0, beta=-4.0, scale=scale, out=to)
+            assert torch.equal(to, (scales * (2 * a @ X.double() - 4 * of.double())).float().bfloat16())
+            assert_untouched(around, m, n)
 
 
 @pytest.mark.parametrize("shape", [(65, 129), (129, 1300)], ids=str)
@@ -200,42 +203,41 @@ def test_error_is_that_of_one_rounding(backend: str, shape: tuple[int, int]) -> 
 
 @pytest.mark.parametrize("m", [17, 65, 200])
 def test_precise_squares(backend: str, m: int) -> None:
-    """The diagonal makes up for its rounding, low for the rest; both count in products."""
+    """The diagonal makes up for its rounding, and counts in products."""
     ops = backends.get(backend)
     if not ops.precise_squares():
         pytest.skip("the backend says that it has none")
+
+    def empty() -> tuple[Square, Tensor]:
+        diagonal = torch.full((2, m), torch.nan)
+        return Square(torch.full((2, m, m), torch.nan, dtype=torch.bfloat16), diagonal), diagonal
+
+    def value(S: Square, diagonal: Tensor) -> Tensor:
+        return S.high.double() + diagonal.double().diag_embed()
+
+    def on_diagonal(A: Tensor) -> Tensor:
+        return A.diagonal(dim1=-2, dim2=-1)
+
     X = torch.randn(2, m, 2 * m).bfloat16()
-    R = Square(*(torch.full(s, torch.nan, dtype=d) for s, d in _square_parts(m)))
+    R, of_r = empty()
     ops.syrk(X, out=R, alpha=1 / m, gamma=100.0)
     exact = X.double() @ X.double().mT / m + 100 * torch.eye(m)
-    assert R.low is not None and R.diagonal is not None
-    assert not R.low.diagonal(dim1=-2, dim2=-1).any()
-    assert torch.equal(R.low, R.low.mT)
-    value = R.high.double() + R.low.double() + R.diagonal.double().diag_embed()
-    assert ((value - exact).abs() <= exact.abs().clamp(min=2**-6) * 2**-15).all()
+    torch.testing.assert_close(on_diagonal(value(R, of_r)), on_diagonal(exact), rtol=2**-15, atol=0)
+    assert ((value(R, of_r) - exact).abs() <= exact.abs() * 2**-8 + 2**-16).all()
 
     # A square times itself and times a matrix, each against the value that the parts add up to.
-    coarse = R._replace(low=None)
-    half = coarse.high.double() + R.diagonal.double().diag_embed()
-    W = Square(torch.empty_like(R.high), torch.empty_like(R.diagonal))
-    ops.syrkx(R, coarse, out=W)
-    assert W.diagonal is not None
-    on_diagonal = W.high.double().diagonal(dim1=-2, dim2=-1) + W.diagonal.double()
-    torch.testing.assert_close(on_diagonal, (value @ half).diagonal(dim1=-2, dim2=-1), rtol=2e-5, atol=0)
-    S = Square(torch.empty_like(R.high), torch.empty_like(R.diagonal))
-    ops.syrk(coarse, C=R, alpha=0.5, beta=-2.0, gamma=3.0, out=S)
-    assert S.diagonal is not None
-    exact = 0.5 * half @ half - 2 * value + 3 * torch.eye(m)
-    on_diagonal = S.high.double().diagonal(dim1=-2, dim2=-1) + S.diagonal.double()
-    torch.testing.assert_close(on_diagonal, exact.diagonal(dim1=-2, dim2=-1), rtol=2e-5, atol=0)
+    r = value(R, of_r)
+    W, of_w = empty()
+    ops.syrkx(R, R, out=W)
+    torch.testing.assert_close(on_diagonal(value(W, of_w)), on_diagonal(r @ r), rtol=2e-5, atol=0)
+    S, of_s = empty()
+    ops.syrk(R, C=R, alpha=0.5, beta=-2.0, gamma=3.0, out=S)
+    exact = 0.5 * r @ r - 2 * r + 3 * torch.eye(m)
+    torch.testing.assert_close(on_diagonal(value(S, of_s)), on_diagonal(exact), rtol=2e-5, atol=0)
     out = torch.empty_like(X)
-    ops.gemm(coarse, X, out=out)
-    exact = half @ X.double()
+    ops.gemm(R, X, out=out)
+    exact = r @ X.double()
     assert ((out.double() - exact).abs() <= exact.abs() * 2**-8 + 2**-9).all()
-
-
-def _square_parts(m: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    return [((2, m, m), torch.bfloat16), ((2, m), torch.float32), ((2, m, m), torch.bfloat16)]
 
 
 def test_batched_equals_single_and_threads_do_not_matter(backend: str) -> None:

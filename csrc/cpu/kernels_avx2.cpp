@@ -27,6 +27,12 @@ struct Avx2 {
             _mm256_castsi256_ps(_mm256_and_si256(pair, _mm256_set1_epi32(0xffff0000)))
         };
     }
+    static void interleave(uint32_t* to, const uint16_t* even, const uint16_t* odd) {
+        const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(even));
+        const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(odd));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_unpacklo_epi16(low, high));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 4), _mm_unpackhi_epi16(low, high));
+    }
     static PairB load_pairs(const uint32_t* p) {
         return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     }
@@ -42,7 +48,6 @@ struct Avx2 {
     static Acc broadcast(float v) { return _mm256_set1_ps(v); }
     static Acc multiply(Acc a, Acc b) { return _mm256_mul_ps(a, b); }
     static Acc add(Acc a, Acc b) { return _mm256_add_ps(a, b); }
-    static Acc subtract(Acc a, Acc b) { return _mm256_sub_ps(a, b); }
     static Acc multiply_add(Acc a, Acc b, Acc c) { return _mm256_fmadd_ps(a, b, c); }
     static Acc widen(const uint16_t* p) {
         __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));

@@ -18,6 +18,15 @@ struct Avx512Bf16 {
     static Acc load(const float* p) { return _mm512_loadu_ps(p); }
     static void store(float* p, Acc v) { _mm512_storeu_ps(p, v); }
     static PairB load_pairs(const uint32_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
+    static void interleave(uint32_t* to, const uint16_t* even, const uint16_t* odd) {
+        const __m512i order = _mm512_setr_epi32(
+            0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007, 0x180008, 0x190009,
+            0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f
+        );
+        __m512i both = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even)));
+        both = _mm512_inserti64x4(both, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd)), 1);
+        _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, both));
+    }
     static PairA broadcast_pair(const uint16_t* p) {
         int pair;
         __builtin_memcpy(&pair, p, sizeof(pair));
@@ -28,7 +37,6 @@ struct Avx512Bf16 {
     static Acc broadcast(float v) { return _mm512_set1_ps(v); }
     static Acc multiply(Acc a, Acc b) { return _mm512_mul_ps(a, b); }
     static Acc add(Acc a, Acc b) { return _mm512_add_ps(a, b); }
-    static Acc subtract(Acc a, Acc b) { return _mm512_sub_ps(a, b); }
     static Acc multiply_add(Acc a, Acc b, Acc c) { return _mm512_fmadd_ps(a, b, c); }
     static Acc widen(const uint16_t* p) {
         __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));

@@ -1,9 +1,11 @@
 // The batched bf16 product, written once over an instruction set `I` (see kernels_*.cpp):
 //
-//   I::kLanes, I::kRows, I::kVectors   a register tile has kRows rows of kVectors vectors of kLanes floats
-//   I::Acc                             the fp32 accumulator: zero, broadcast, load, store, multiply, add, subtract,
+//   I::kLanes, I::kRows, I::kVectors   a register tile has kRows rows of kVectors vectors of kLanes floats, or, where
+//                                      the result is narrow, kLanes rows of one
+//   I::Acc                             the fp32 accumulator: zero, broadcast, load, store, multiply, add,
 //                                      multiply_add(a, b, c) = a b + c, widen and round from and to bf16
-//   I::PairB, I::load_pairs            kLanes pairs (k, k+1) of one row of b
+//   I::interleave                      kLanes pairs (k, k+1) from rows k and k+1 of b
+//   I::PairB, I::load_pairs            kLanes such pairs
 //   I::PairA, I::broadcast_pair        one pair of a, in every lane
 //   I::add_products(acc, a, b)
 //
@@ -80,8 +82,8 @@ MultiplyTile pick_rows(int64_t rows, std::integer_sequence<int, ROWS...>) {
 
 template <class I>
 MultiplyTile pick_tile(int64_t rows, int64_t width) {
-    using Rows = std::make_integer_sequence<int, I::kRows>;
-    return width == I::kLanes ? pick_rows<I, 1>(rows, Rows{}) : pick_rows<I, I::kVectors>(rows, Rows{});
+    return width == I::kLanes ? pick_rows<I, 1>(rows, std::make_integer_sequence<int, std::max(I::kLanes, I::kRows)>{})
+                              : pick_rows<I, I::kVectors>(rows, std::make_integer_sequence<int, I::kRows>{});
 }
 
 // Columns of a panel. Small symmetric results take narrow ones, which waste less beyond the diagonal.
@@ -134,19 +136,14 @@ void pack_block(
     }
     if (p.b_transposed) return;
     // Whole panels together, along the rows of b: panel by panel every cache line would be a miss of its own.
+    static constexpr uint16_t kNothing[I::kLanes] = {};
     for (int64_t q = 0; q < pairs; ++q) {
         const uint16_t* even = b + (k0 + 2 * q) * stride + j0;
-        const uint16_t* odd = even + stride;
         const bool paired = 2 * q + 1 < k;
         for (int64_t j = 0; j + panel_cols <= cols; j += panel_cols) {
+            uint32_t* to = packed + j * pairs + q * panel_cols;
             for (int64_t v = 0; v < panel_cols; v += I::kLanes) {
-                uint32_t* to = packed + j * pairs + q * panel_cols + v;
-                const uint16_t *low = even + j + v, *high = odd + j + v;
-                if (paired) {
-                    for (int c = 0; c < I::kLanes; ++c) to[c] = low[c] | static_cast<uint32_t>(high[c]) << 16;
-                } else {
-                    for (int c = 0; c < I::kLanes; ++c) to[c] = low[c];
-                }
+                I::interleave(to + v, even + j + v, paired ? even + stride + j + v : kNothing);
             }
         }
     }
@@ -182,9 +179,9 @@ void write_bf16(uint16_t* to, int64_t count, typename I::Acc value) {
 }
 
 // What a result is made of beside the product itself. Compile-time, so that the loop over a tile keeps all that it
-// needs in registers: for small matrices it costs as much as the product. kSquare stands for the first three where a, b
-// and c are the same matrix, as in b A + c A²: it is read once.
-enum Addend : int { kADiagonal = 1, kBDiagonal = 2, kC = 4, kCLow = 8, kSquare = 16 };
+// needs in registers: for small matrices it costs as much as the product. Two frequent cases read a matrix once that
+// stands in two places: kSquare is b A + c A² (a, b and c are one), kUpdate is a X + B X (b and c are one).
+enum Addend : int { kADiagonal = 1, kBDiagonal = 2, kC = 4, kSquare = 8, kUpdate = 16 };
 
 // Rows i0.. of columns j0.. of the result from their fp32 sums.
 template <class I, int ADDENDS>
@@ -193,62 +190,56 @@ void finish_tile(
     int64_t tile_stride
 ) {
     using Acc = typename I::Acc;
+    constexpr bool kA = ADDENDS & (kADiagonal | kSquare | kUpdate), kB = ADDENDS & (kBDiagonal | kSquare);
     const float scale = p.scale ? p.scale[matrix] : 1.0f;
     const float alpha = p.alpha * scale, beta = p.beta * scale;
     const Acc alphas = I::broadcast(alpha), betas = I::broadcast(beta);
-    const int64_t m = p.out.rows, n = p.out.cols;
+    const int64_t m = p.out.rows, n = p.out.cols, end = j0 + cols;
     // Locals: what is written could alias *p for all that the compiler knows.
-    const Stack a = p.a, b = p.b_transposed ? p.a : p.b, c = p.c, c_low = p.c_low, out = p.out, out_low = p.out_low;
+    const Stack a = p.a, b = p.b_transposed ? p.a : p.b, c = p.c, out = p.out;
     const float* a_diagonal = p.a_diagonal + matrix * m;
     const float* b_diagonal = p.b_diagonal + matrix * n;
     for (int64_t i = i0; i < i0 + rows; ++i) {
         const float* sums = tile + (i - i0) * tile_stride - j0;
-        const Acc a_ii = I::broadcast(ADDENDS & (kADiagonal | kSquare) ? a_diagonal[i] : 0.0f);
-        const auto value_at = [=](int64_t j, int64_t count) {
+        const uint16_t *a_row = row_of(a, matrix, i), *b_row = row_of(b, matrix, i), *c_row = row_of(c, matrix, i);
+        uint16_t* out_row = row_of(out, matrix, i);
+        const float a_ii = kA ? a_diagonal[i] : 0.0f;
+        const Acc a_iis = I::broadcast(a_ii), factor = I::broadcast(alpha * a_ii + beta);
+        const auto finish = [&](int64_t j, int64_t count) __attribute__((always_inline)) {
             Acc value = I::load(sums + j);
             if (ADDENDS & kSquare) {
-                const Acc both = I::add(a_ii, read_float<I>(a_diagonal + j, count));
+                const Acc both = I::add(a_iis, read_float<I>(b_diagonal + j, count));
                 const Acc factors = I::multiply_add(alphas, both, betas);
-                return I::multiply_add(
-                    factors, read_bf16<I>(row_of(a, matrix, i) + j, count), I::multiply(alphas, value)
-                );
+                value = I::multiply_add(factors, read_bf16<I>(a_row + j, count), I::multiply(alphas, value));
+            } else if (ADDENDS & kUpdate) {
+                value = I::multiply_add(factor, read_bf16<I>(b_row + j, count), I::multiply(alphas, value));
+            } else {
+                if (kA) value = I::multiply_add(a_iis, read_bf16<I>(b_row + j, count), value);
+                if (kB) {
+                    const Acc b_jj = read_float<I>(b_diagonal + j, count);
+                    value = I::multiply_add(read_bf16<I>(a_row + j, count), b_jj, value);
+                }
+                value = I::multiply(alphas, value);
+                if (ADDENDS & kC) value = I::multiply_add(betas, read_bf16<I>(c_row + j, count), value);
             }
-            if (ADDENDS & kADiagonal)
-                value = I::multiply_add(a_ii, read_bf16<I>(row_of(b, matrix, i) + j, count), value);
-            if (ADDENDS & kBDiagonal) {
-                const Acc b_jj = read_float<I>(b_diagonal + j, count);
-                value = I::multiply_add(read_bf16<I>(row_of(a, matrix, i) + j, count), b_jj, value);
-            }
-            value = I::multiply(alphas, value);
-            if (ADDENDS & kC) value = I::multiply_add(betas, read_bf16<I>(row_of(c, matrix, i) + j, count), value);
-            if (ADDENDS & kCLow)
-                value = I::multiply_add(betas, read_bf16<I>(row_of(c_low, matrix, i) + j, count), value);
-            return value;
+            write_bf16<I>(out_row + j, count, value);
         };
-        uint16_t* out_row = row_of(out, matrix, i);
-        for (int64_t j = j0; j < j0 + cols; j += I::kLanes)
-            write_bf16<I>(out_row + j, j0 + cols - j, value_at(j, j0 + cols - j));
-        if (out_low.data) {
-            uint16_t* low_row = row_of(out_low, matrix, i);
-            for (int64_t j = j0; j < j0 + cols; j += I::kLanes) {
-                const int64_t count = j0 + cols - j;
-                write_bf16<I>(low_row + j, count, I::subtract(value_at(j, count), read_bf16<I>(out_row + j, count)));
-            }
-        }
-        if (i < j0 || i >= j0 + cols) continue;
-        // The element on the diagonal again, with what only it gets.
-        constexpr bool kA = ADDENDS & (kADiagonal | kSquare), kB = ADDENDS & (kBDiagonal | kSquare);
-        float value = sums[i];
+        int64_t j = j0;
+        for (; j + I::kLanes <= end; j += I::kLanes) finish(j, I::kLanes);
+        if (j < end) finish(j, end - j);
+    }
+    // The elements on the diagonal again, with what only they get.
+    if (!(kA && kB) && !p.gamma && !p.out_diagonal && !p.c_diagonal) return;
+    for (int64_t i = std::max(i0, j0); i < std::min(i0 + rows, end); ++i) {
+        float value = tile[(i - i0) * tile_stride + i - j0];
         if (kA) value += a_diagonal[i] * to_float(row_of(b, matrix, i)[i]);
         if (kB) value += b_diagonal[i] * to_float(row_of(a, matrix, i)[i]);
         value = alpha * (kA && kB ? value + a_diagonal[i] * b_diagonal[i] : value) + p.gamma * scale;
-        if (ADDENDS & (kC | kSquare)) value += beta * to_float(row_of(c, matrix, i)[i]);
-        if (ADDENDS & kCLow) value += beta * to_float(row_of(c_low, matrix, i)[i]);
+        if (ADDENDS & (kC | kSquare | kUpdate)) value += beta * to_float(row_of(c, matrix, i)[i]);
         if (p.c_diagonal) value += beta * p.c_diagonal[matrix * m + i];
-        out_row[i] = to_bf16(value);
-        const float rest = value - to_float(out_row[i]);
-        if (p.out_diagonal) p.out_diagonal[matrix * m + i] = rest;
-        if (out_low.data) row_of(out_low, matrix, i)[i] = p.out_diagonal ? 0 : to_bf16(rest);
+        uint16_t* element = row_of(out, matrix, i) + i;
+        *element = to_bf16(value);
+        if (p.out_diagonal) p.out_diagonal[matrix * m + i] = value - to_float(*element);
     }
 }
 
@@ -257,12 +248,9 @@ using FinishTile = void (*)(const Product&, int64_t, int64_t, int64_t, int64_t, 
 template <class I, int... ADDENDS>
 FinishTile pick_finish(const Product& p, std::integer_sequence<int, ADDENDS...>) {
     static constexpr FinishTile table[] = {finish_tile<I, ADDENDS>...};
-    if (p.b_transposed && p.a_diagonal && p.b_diagonal && p.c.data == p.a.data && !p.c_low.data) {
-        return finish_tile<I, kSquare>;
-    }
-    return table
-        [(p.a_diagonal ? kADiagonal : 0) | (p.b_diagonal ? kBDiagonal : 0) | (p.c.data ? kC : 0) |
-         (p.c_low.data ? kCLow : 0)];
+    if (p.b_transposed && p.a_diagonal && p.b_diagonal && p.c.data == p.a.data) return finish_tile<I, kSquare>;
+    if (!p.b_transposed && p.a_diagonal && !p.b_diagonal && p.c.data == p.b.data) return finish_tile<I, kUpdate>;
+    return table[(p.a_diagonal ? kADiagonal : 0) | (p.b_diagonal ? kBDiagonal : 0) | (p.c.data ? kC : 0)];
 }
 
 // The upper triangle of columns j0..j0+cols from the lower one.
@@ -271,9 +259,7 @@ inline void mirror(const Stack& s, int64_t matrix, int64_t j0, int64_t cols) {
     const int64_t stride = s.row_stride;
     for (int64_t j = j0; j < j0 + cols; j += 16) {
         const int64_t end = std::min(j + 16, j0 + cols);
-        for (int64_t row = j; row < end; ++row) {
-            for (int64_t col = j; col < row; ++col) base[col * stride + row] = base[row * stride + col];
-        }
+        mirror_16x16_u16(base + j * stride + j, stride, end - j);
         transpose_u16(base + end * stride + j, stride, s.rows - end, end - j, base + j * stride + end, stride);
     }
 }
@@ -308,9 +294,9 @@ void product_task(const Product& p, int64_t task, void* scratch) {
     const int64_t sums_stride = chunked ? ceil_div(cols, panel_cols) * panel_cols : panel_cols;
     const uint16_t* b = p.b.data + matrix * p.b.batch_stride;
 
-    const FinishTile finish = pick_finish<I>(p, std::make_integer_sequence<int, 16>{});
+    const FinishTile finish = pick_finish<I>(p, std::make_integer_sequence<int, 8>{});
     // Equal row tiles: a short last one would leave the multipliers waiting for its few accumulators.
-    const int64_t tiles = ceil_div(m - i_begin, I::kRows);
+    const int64_t tiles = ceil_div(m - i_begin, panel_cols == I::kLanes ? I::kLanes : I::kRows);
 
     for (int64_t k0 = 0; k0 == 0 || k0 < k; k0 += kBlockK) {
         const int64_t depth = std::min(kBlockK, k - k0);
@@ -325,19 +311,11 @@ void product_task(const Product& p, int64_t task, void* scratch) {
                 float* tile = chunked ? sums + (i0 - i_begin) * sums_stride + j : sums;
                 const uint32_t* panel = packed + j / panel_cols * panel_words;
                 multiply(row_of(p.a, matrix, i0) + k0, p.a.row_stride, depth, panel, tile, sums_stride, k0 > 0);
-                if (p.a_low.data) {
-                    multiply(
-                        row_of(p.a_low, matrix, i0) + k0, p.a_low.row_stride, depth, panel, tile, sums_stride, true
-                    );
-                }
                 if (k0 + depth >= k) finish(p, matrix, i0, i1 - i0, j0 + j, width, tile, sums_stride);
             }
         }
     }
-    if (p.symmetric) {
-        mirror(p.out, matrix, j0, cols);
-        if (p.out_low.data) mirror(p.out_low, matrix, j0, cols);
-    }
+    if (p.symmetric) mirror(p.out, matrix, j0, cols);
 }
 
 }  // namespace

@@ -59,6 +59,27 @@ inline void transpose_16x16_u16(const uint16_t* src, int64_t src_stride, uint16_
     }
 }
 
+// a[i][j] = a[j][i] for i < j < size, size <= 16.
+inline void mirror_16x16_u16(uint16_t* a, int64_t stride, int64_t size) {
+    if (size < 16) {
+        for (int64_t j = 1; j < size; ++j) {
+            for (int64_t i = 0; i < j; ++i) a[i * stride + j] = a[j * stride + i];
+        }
+        return;
+    }
+    alignas(32) uint16_t t[16][16];
+    alignas(32) static constexpr int16_t kStep[32] = {0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,
+                                                      0,  0,  0,  0,  0,  -1, -1, -1, -1, -1, -1,
+                                                      -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
+    transpose_16x16_u16(a, stride, t[0], 16);
+    for (int i = 0; i < 16; ++i) {
+        __m256i* row = reinterpret_cast<__m256i*>(a + i * stride);
+        __m256i above = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kStep + 15 - i));
+        __m256i mirrored = _mm256_load_si256(reinterpret_cast<const __m256i*>(t[i]));
+        _mm256_storeu_si256(row, _mm256_blendv_epi8(_mm256_loadu_si256(row), mirrored, above));
+    }
+}
+
 // dst[j][i] = src[i][j] for any rows x cols.
 inline void transpose_u16(
     const uint16_t* src, int64_t src_stride, int64_t rows, int64_t cols, uint16_t* dst, int64_t dst_stride

@@ -215,16 +215,13 @@ def _product(
     assert native is not None
     product = native.cpu.Product(
         _stack(A.high),
-        _stack(A.low),
         _pointer(A.diagonal),
         _stack(B.high),
         transposed,
         _pointer(B.diagonal),
         _stack(C.high) if C else None,
-        _stack(C.low) if C else None,
         _pointer(C.diagonal) if C else 0,
         _stack(out.high),
-        _stack(out.low),
         _pointer(out.diagonal),
         symmetric,
         alpha,
@@ -276,7 +273,7 @@ def syrk(
     if _choice().products == "torch":
         eager.syrk(A, out=out, C=C, alpha=alpha, beta=beta, gamma=gamma, scale=scale)
         return
-    A = A._replace(low=None) if isinstance(A, Square) else Square(A)
+    A = A if isinstance(A, Square) else Square(A)
     _product(A, A, out, transposed=True, symmetric=True, C=C, alpha=alpha, beta=beta, gamma=gamma, scale=scale)
 
 
