@@ -27,7 +27,8 @@ struct Stack {
     int64_t row_stride = 0;
 };
 
-// out = scale[i] * (alpha * a * b + beta * c + gamma * I), for every matrix i of the stacks.
+// out = scale[i]^(b_transposed ? 2 : 1) * (alpha * a * b + beta * c + gamma * I), for every matrix i of the stacks:
+// products of a matrix that stands for scale times itself.
 //
 // A square operand may be more than the bf16 matrix that is multiplied: `*_diagonal` is what rounding to bf16 took from
 // its diagonal, in fp32. A matrix close to a multiple of the identity loses little else, and always in the same
@@ -49,35 +50,55 @@ struct Product {
     const float* scale = nullptr;  // [batch] or absent (1)
 };
 
-// For every matrix i: momentum[i] is updated from grad[i]; the direction goes as bf16 to x[i]; its sum of squares,
-// taken in double before the rounding, goes to sum_of_squares[i]. `momentum == nullptr`: the direction is the gradient.
+// For every matrix i: momentum[i] is updated from grad[i]; the direction goes as bf16 to x[i]; what brings its norm,
+// taken in double before the rounding, to 1 / margin goes to scale[i]. `momentum == nullptr`: the direction is the
+// gradient.
 //
 //   g = grad * grad_scale
 //   dampened:    buf += (1 - mu) * (g - buf);   direction = nesterov ? buf + (1 - mu) * (g - buf) : buf
 //   un-dampened: buf  = mu * buf + g;           direction = nesterov ? g + mu * buf : buf
 //
 // A matrix whose norm is outside [2^-30, 2^30] is multiplied in x by a power of two that brings the norm to [1, 2), and
-// sum_of_squares is that of x: products of it can then neither overflow nor vanish, and no bit is lost.
+// scale is that of x: products of it can then neither overflow nor vanish, and no bit is lost.
+//
+// scale = 1 / (margin max(norm, eps)), where eps is relative to the power of two below the norm. torch.optim.Muon
+// compares eps with the norm itself, so that tiny gradients give tiny updates; here only an exactly zero matrix meets a
+// guard, and the update does not depend on the gradient's scale. Zero gives 0; NaN and infinity give NaN, so that
+// nothing they touch looks sound.
 struct MomentumUpdate {
     const MatrixRef* grad;      // [x.batch]
     const MatrixRef* momentum;  // [x.batch] or absent
     DType grad_dtype;
     DType momentum_dtype;
-    Stack x;                 // [batch, m, n]
-    double* sum_of_squares;  // [batch]
-    float grad_scale;        // negative to maximize
+    Stack x;       // [batch, m, n]
+    float* scale;  // [batch]
+    double eps;
+    double margin;
+    float grad_scale;  // negative to maximize
     double mu;
     bool nesterov;
     bool dampened;
 };
 
-// For every matrix i: param = decay * param - step_size[i] * x[i].
+// For every matrix i: param = decay * param - lr * ratio[i] * x[i].
 struct ApplyUpdate {
     const MatrixRef* param;  // [x.batch]
     DType param_dtype;
     Stack x;  // [batch, m, n]
     float decay;
-    const float* step_size;  // [batch]
+    double lr;
+    const double* ratio;  // [batch]
+};
+
+// A whole step of `count` matrices: for each the momentum update, the products in order, the parameter update. The
+// stacks have a matrix for each thread, a slot, and every matrix passes through the slot of its thread: the workspace
+// stays in that processor's cache. The pointer lists of the updates have `count` entries; scale has one a slot.
+struct Step {
+    int64_t count;
+    MomentumUpdate momentum;
+    const Product* products;
+    int product_count;
+    ApplyUpdate apply;
 };
 
 namespace cpu {
@@ -99,6 +120,7 @@ const char* thread_runtime();
 Status products(Isa isa, const Product* list, int count, int threads);
 Status momentum_update(Isa isa, const MomentumUpdate& args, int threads);
 Status apply_update(Isa isa, const ApplyUpdate& args, int threads);
+Status fused_step(Isa isa, const Step& args, int threads);
 
 }  // namespace cpu
 }  // namespace muon_kernels

@@ -41,23 +41,40 @@ class cpu:
 
     @staticmethod
     def products(isa: Isa, threads: int, products: list[Product], /) -> None: ...
+    class MomentumUpdate:
+        def __init__(
+            self,
+            grad: int,
+            grad_dtype: DType,
+            momentum: int,
+            momentum_dtype: DType,
+            x: tuple[int, ...],
+            scale: int,
+            eps: float,
+            margin: float,
+            grad_scale: float,
+            mu: float,
+            nesterov: bool,
+            dampened: bool,
+            /,
+        ) -> None: ...
+
     @staticmethod
-    def momentum_update(
+    def momentum_update(isa: Isa, threads: int, update: MomentumUpdate, /) -> None: ...
+    class ApplyUpdate:
+        def __init__(
+            self, param: int, param_dtype: DType, x: tuple[int, ...], decay: float, lr: float, ratio: int, /
+        ) -> None: ...
+
+    @staticmethod
+    def apply_update(isa: Isa, threads: int, update: ApplyUpdate, /) -> None: ...
+    @staticmethod
+    def fused_step(
         isa: Isa,
         threads: int,
-        grad: int,
-        grad_dtype: DType,
-        momentum: int,
-        momentum_dtype: DType,
-        x: tuple[int, ...],
-        sum_of_squares: int,
-        grad_scale: float,
-        mu: float,
-        nesterov: bool,
-        dampened: bool,
+        count: int,
+        momentum: MomentumUpdate,
+        products: list[Product],
+        apply: ApplyUpdate,
         /,
-    ) -> None: ...
-    @staticmethod
-    def apply_update(
-        isa: Isa, threads: int, param: int, param_dtype: DType, x: tuple[int, ...], decay: float, step_size: int, /
     ) -> None: ...

@@ -6,8 +6,9 @@ happens or leaves parameters and state as they were.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ class Chunk(NamedTuple):
     params: Bundle
     momenta: Bundle
     grads: list[tuple[int, Layout]]
-    ratios: list[float]
+    ratios: array[float]  # one a matrix
 
 
 class Work(NamedTuple):
@@ -81,6 +82,16 @@ class Scalars(NamedTuple):
     dampened: bool
     eps: float
     grad_scale: float
+
+    def of_momentum(self) -> dict[str, Any]:
+        """What `momentum_update` takes."""
+        names = ("momentum", "nesterov", "dampened", "grad_scale", "eps")
+        return {name: getattr(self, name) for name in names}
+
+    def of_update(self) -> dict[str, Any]:
+        """What `apply_update` takes."""
+        lr = _scalar(self.lr)
+        return {"decay": 1 - lr * _scalar(self.weight_decay), "lr": lr}
 
 
 class Workspace:
@@ -278,31 +289,16 @@ def prepare(
         )
         chunks = []
         for parts in _deal(counts, bucket.chunks):
-            chunk = Chunk(Bundle(), Bundle(), [], [])
+            chunk = Chunk(Bundle(), Bundle(), [], array("d"))
             for part in parts:
                 param, momentum, grad = sources[part.parameter]
                 chunk.params.append(Matrices(param.tensor, param.layout(part)))
                 chunk.momenta.append(Matrices(momentum.tensor, momentum.layout(part)))
                 chunk.grads.append((part.parameter, grad.layout(part)))
-                chunk.ratios.append(ratios[part.parameter])
+                chunk.ratios.extend([ratios[part.parameter]] * (part.stop - part.start))
             chunks.append(chunk)
         prepared.works.append(Work(bucket, schedule, kind.device, chunks))
     return prepared
-
-
-def reciprocal_norms(sum_of_squares: Tensor, eps: float) -> Tensor:
-    """1/max(‖X‖, eps) in fp32, from squared norms in float64, where eps is relative to the power of two below the norm.
-
-    torch.optim.Muon compares eps with the norm itself, so that tiny gradients give tiny updates. Here a matrix is
-    first scaled by an exact power of two to a norm in [1, 2): only an exactly zero matrix meets the guard, and the
-    update does not depend on the gradient's scale. Zero gives 0; NaN and infinity give NaN, so that nothing they
-    touch looks sound.
-    """
-    norm = sum_of_squares.sqrt()
-    mantissa, exponent = torch.frexp(norm)
-    reciprocal = torch.ldexp(1 / (2 * mantissa).clamp(min=eps), 1 - exponent)
-    reciprocal = torch.where(norm == 0, 0.0, reciprocal)
-    return torch.where(norm.isfinite(), reciprocal, torch.nan).float()
 
 
 def _iterate(
@@ -310,24 +306,31 @@ def _iterate(
 ) -> Tensor:
     """Prologue and iteration of a chunk; the result lies in the workspace."""
     ops = backends.get(work.bucket.backend)
-    batch = sum(g.layout.batch for g in grads)
-    X, Y, squares = workspace.stacks(work.bucket, batch, work.device)
-    sum_of_squares = ops.momentum_update(
-        grads,
-        momenta,
-        X,
-        momentum=scalars.momentum,
-        nesterov=scalars.nesterov,
-        dampened=scalars.dampened,
-        grad_scale=scalars.grad_scale,
-        margin=work.schedule.margin,
-    )
-    scale = None
-    if sum_of_squares is not None:
-        scale = reciprocal_norms(sum_of_squares, scalars.eps) / work.schedule.margin
+    X, Y, squares = workspace.stacks(work.bucket, sum(g.layout.batch for g in grads), work.device)
+    scale = ops.momentum_update(grads, momenta, X, **scalars.of_momentum(), margin=work.schedule.margin)
     run = ALGORITHMS[work.bucket.algorithm].run
     with ops.fused():
         return run(ops, X, Y, squares, scale, work.schedule.triples, work.schedule.margin)
+
+
+def _fused_step(work: Work, chunk: Chunk, grads: Sequence[Matrices], workspace: Workspace, scalars: Scalars) -> None:
+    ops, schedule = backends.get(work.bucket.backend), work.schedule
+    X, Y, squares = workspace.stacks(work.bucket, work.bucket.slots, work.device)
+
+    def iterate(scale: Tensor) -> Tensor:
+        return ALGORITHMS[work.bucket.algorithm].run(ops, X, Y, squares, scale, schedule.triples, schedule.margin)
+
+    ops.fused_step(
+        chunk.params,
+        grads,
+        chunk.momenta,
+        X,
+        iterate,
+        **scalars.of_momentum(),
+        margin=schedule.margin,
+        **scalars.of_update(),
+        ratios=chunk.ratios,
+    )
 
 
 def execute(prepared: Prepared, grads: Sequence[Tensor], scalars: Scalars, workspace: Workspace) -> None:
@@ -344,14 +347,15 @@ def execute(prepared: Prepared, grads: Sequence[Tensor], scalars: Scalars, works
         grads[index] = copy.copy_(grads[index].permute(order))
     for target, copy in prepared.copies:
         copy.copy_(target)
-    lr, weight_decay = _scalar(scalars.lr), _scalar(scalars.weight_decay)
     for work in prepared.works:
-        ops = backends.get(work.bucket.backend)
         for chunk in work.chunks:
             directions = [Matrices(grads[index], at) for index, at in chunk.grads]
+            if work.bucket.fused:
+                _fused_step(work, chunk, directions, workspace, scalars)
+                continue
             result = _iterate(work, directions, chunk.momenta, workspace, scalars)
-            step_sizes = [lr * ratio for ratio in chunk.ratios]
-            ops.apply_update(chunk.params, result, decay=1 - lr * weight_decay, step_sizes=step_sizes)
+            ops = backends.get(work.bucket.backend)
+            ops.apply_update(chunk.params, result, **scalars.of_update(), ratios=chunk.ratios)
     for target, copy in prepared.copies:
         target.copy_(copy)
 
@@ -382,7 +386,7 @@ def orthogonalize(
         G: (..., m, n), any m, n, strides and floating-point dtype. Only read.
         ns_coefficients: a name of `muon_kernels.COEFFICIENTS`, one (a, b, c), or a list with one a step.
         ns_steps: number of steps; if not given, 5 or a named set's own number.
-        eps: see `reciprocal_norms`.
+        eps: see `Muon`.
         ns_algorithm: "standard", "gram", or "auto" for the one with fewer FLOPs.
         backend: a name of `muon_kernels.backends.BACKENDS`, or "auto".
         max_workspace_bytes: cap on the workspace; None for the backend's default.
@@ -414,6 +418,7 @@ def orthogonalize(
         backend=name,
         max_workspace_bytes=max_workspace_bytes,
         bytes_per_element=2 * G.itemsize,
+        stepped=False,
     )
     source, view = _source(G, False, ())
     if view is not None:

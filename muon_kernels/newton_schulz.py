@@ -35,7 +35,11 @@ class Square(NamedTuple):
 
 
 class Products(Protocol):
-    """The verbs that the iteration is written in; every backend has them. All stacks are (batch, rows, cols) bf16."""
+    """The verbs that the iteration is written in; every backend has them.
+
+    All stacks are (batch, rows, cols) bf16. `scale`, (batch,) fp32, stands for a factor of X, which is only multiplied
+    where X is used: twice in X Xᵀ.
+    """
 
     def precise_squares(self) -> bool:
         """Whether the verbs use and write `Square.diagonal`."""
@@ -51,7 +55,7 @@ class Products(Protocol):
         gamma: float = 0.0,
         scale: Tensor | None = None,
     ) -> None:
-        """Write scale·(alpha·A·Aᵀ + beta·C + gamma·I), exactly symmetric."""
+        """Write scale²·(alpha·A·Aᵀ + beta·C + gamma·I), exactly symmetric."""
 
     def syrkx(self, A: Square, B: Square, *, out: Square) -> None:
         """Write A·B, which the caller knows to be symmetric, exactly symmetric."""
@@ -143,7 +147,7 @@ def _standard_step(
     ops: Products, X: Tensor, out: Tensor, A: Square, B: Square, scale: Tensor | None, triple: Triple
 ) -> None:
     a, b, c = triple
-    ops.syrk(X, out=A, scale=None if scale is None else scale * scale)
+    ops.syrk(X, out=A, scale=scale)
     if c == 0:
         ops.gemm(A, X, C=X, out=out, alpha=b, beta=a, scale=scale)
     else:
@@ -202,7 +206,7 @@ def gram(
             _standard_step(ops, X, Y, W, S, pending, triples[start])
             X, Y, pending = Y, X, None
             continue
-        ops.syrk(X, out=R, scale=None if pending is None else pending * pending)
+        ops.syrk(X, out=R, scale=pending)
         for step in range(start, stop):
             a, b, c = triples[step]
             factor = Q if step == start else S

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from operator import attrgetter, eq
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -34,6 +35,7 @@ class _Settled(NamedTuple):
     """What was prepared for a group, and for what."""
 
     options: dict[str, Any]
+    threads: int
     signatures: list[tuple[object, ...]]
     prepared: Prepared
 
@@ -156,11 +158,12 @@ class Muon(Optimizer):
         _check_options(group)
         params, grads, buffers = [], [], []
         new: dict[Tensor, Tensor] = {}
+        nothing: dict[str, Any] = {}
         for p in group["params"]:
             grad = grad_of(p)
             if grad is None:
                 continue
-            buffer = self.state[p].get("momentum_buffer") if p in self.state else None
+            buffer = self.state.get(p, nothing).get("momentum_buffer")
             if buffer is None:
                 dtype = group["momentum_dtype"] or grad.dtype
                 buffer = new[p] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
@@ -173,14 +176,15 @@ class Muon(Optimizer):
         if (
             cached is None
             or cached.options != options
+            or cached.threads != torch.get_num_threads()
             or len(cached.signatures) != len(params)
-            or not all(
-                signature(*of) == was for *of, was in zip(params, grads, buffers, cached.signatures, strict=True)
-            )
+            or not all(map(eq, map(signature, params, grads, buffers), cached.signatures))
         ):
-            signatures = [signature(*of) for of in zip(params, grads, buffers, strict=True)]
+            signatures = list(map(signature, params, grads, buffers))
             # A copy: a list of coefficients may be changed in place.
-            cached = _Settled(copy.deepcopy(options), signatures, prepare(params, grads, buffers, **options))
+            cached = _Settled(
+                copy.deepcopy(options), torch.get_num_threads(), signatures, prepare(params, grads, buffers, **options)
+            )
             self._prepared[id(group)] = cached
         return cached.prepared, grads, new
 
@@ -211,7 +215,7 @@ class Muon(Optimizer):
             return loss
         scale: Tensor | None = getattr(self, "grad_scale", None)
         grad_scale = 1.0 if scale is None else 1.0 / float(scale)
-        prepared = [self._prepare(group, lambda p: p.grad) for group in self.param_groups]
+        prepared = [self._prepare(group, attrgetter("grad")) for group in self.param_groups]
         for decided, _, _ in prepared:
             reserve(decided, self._workspace)
         for group, (decided, grads, new) in zip(self.param_groups, prepared, strict=True):

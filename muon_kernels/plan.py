@@ -28,19 +28,23 @@ class Bucket:
         count: number of matrices.
         algorithm: "standard" or "gram".
         backend: who runs it.
-        chunks: number of matrices in each pass through the workspace.
+        fused: whether a pass is one call of the backend's `fused_step`.
+        chunks: number of matrices in each pass.
+        slots: most matrices that are in the workspace at a time.
         launches: calls of a kernel in a step.
         flops: FLOPs that are executed, 2 a multiply-add, all matrices.
         bytes: traffic of prologue and epilogue: gradients, momenta and parameters read, momenta and parameters written,
-            the workspace written and read once each.
-        workspace_bytes: largest chunk's.
+            and, unless fused, the workspace written and read once each.
+        workspace_bytes: of all slots.
     """
 
     shape: tuple[int, int]
     count: int
     algorithm: str
     backend: str
+    fused: bool
     chunks: tuple[int, ...]
+    slots: int
     launches: int
     flops: int
     bytes: int
@@ -194,6 +198,7 @@ def plan_bucket(
     backend: str,
     max_workspace_bytes: int | None,
     bytes_per_element: int,
+    stepped: bool = True,
 ) -> Bucket:
     """Plan `count_` matrices of one shape (m ≤ n) on a backend that was chosen.
 
@@ -205,24 +210,33 @@ def plan_bucket(
         backend: a name in BACKENDS.
         max_workspace_bytes: the user's cap, None for the backend's.
         bytes_per_element: of gradient once, momentum and parameter twice.
+        stepped: whether parameters are updated, so that a whole step may be fused.
     """
     m, n = shape
     algorithm = choose_algorithm(ns_algorithm, backend, m, n, schedule)
     if m == 0 or count_ == 0:
-        return Bucket(shape, count_, algorithm, backend, (), 0, 0, 0, 0)
+        return Bucket(shape, count_, algorithm, backend, False, (), 0, 0, 0, 0, 0)
     each = workspace_bytes(backend, algorithm, m, n)
-    chunks = chunk_counts(count_, each, max_workspace_bytes, backend)
+    ops = backends.get(backend)
+    cap = ops.default_workspace_bytes() if max_workspace_bytes is None else max_workspace_bytes
+    slots = ops.fused_slots(m, n, count_) if stepped else None
+    fused = slots is not None and slots * each <= cap
+    chunks = (count_,) if fused else chunk_counts(count_, each, max_workspace_bytes, backend)
+    if slots is None or not fused:
+        slots = max(chunks)
     launches, flops = _count_on(backend, algorithm, m, n, schedule)
     return Bucket(
         shape=shape,
         count=count_,
         algorithm=algorithm,
         backend=backend,
+        fused=fused,
         chunks=chunks,
-        launches=len(chunks) * (launches + 2),
+        slots=slots,
+        launches=1 if fused else len(chunks) * (launches + 2),
         flops=count_ * flops,
-        bytes=count_ * m * n * (bytes_per_element + 2 * 2),
-        workspace_bytes=max(chunks) * each,
+        bytes=count_ * m * n * (bytes_per_element + (0 if fused else 2 * 2)),
+        workspace_bytes=slots * each,
     )
 
 

@@ -77,34 +77,49 @@ PYBIND11_MODULE(_C, m) {
         py::gil_scoped_release release;
         check(mk::cpu::products(isa, list.data(), static_cast<int>(list.size()), threads), "products");
     });
+    py::class_<mk::MomentumUpdate>(cpu, "MomentumUpdate")
+        .def(
+            py::init([](int64_t grad, mk::DType grad_dtype, int64_t momentum, mk::DType momentum_dtype,
+                        const StackTuple& x, int64_t scale, double eps, double margin, float grad_scale, double mu,
+                        bool nesterov, bool dampened) {
+                return mk::MomentumUpdate{
+                    at<const mk::MatrixRef>(grad),
+                    at<const mk::MatrixRef>(momentum),
+                    grad_dtype,
+                    momentum_dtype,
+                    stack(x),
+                    at<float>(scale),
+                    eps,
+                    margin,
+                    grad_scale,
+                    mu,
+                    nesterov,
+                    dampened
+                };
+            })
+        );
+    cpu.def("momentum_update", [](mk::cpu::Isa isa, int threads, const mk::MomentumUpdate& u) {
+        py::gil_scoped_release release;
+        check(mk::cpu::momentum_update(isa, u, threads), "momentum_update");
+    });
+    py::class_<mk::ApplyUpdate>(cpu, "ApplyUpdate")
+        .def(
+            py::init([](int64_t param, mk::DType param_dtype, const StackTuple& x, float decay, double lr,
+                        int64_t ratio) {
+                return mk::ApplyUpdate{at<const mk::MatrixRef>(param), param_dtype, stack(x), decay, lr,
+                                       at<const double>(ratio)};
+            })
+        );
+    cpu.def("apply_update", [](mk::cpu::Isa isa, int threads, const mk::ApplyUpdate& u) {
+        py::gil_scoped_release release;
+        check(mk::cpu::apply_update(isa, u, threads), "apply_update");
+    });
     cpu.def(
-        "momentum_update", [](mk::cpu::Isa isa, int threads, int64_t grad, mk::DType grad_dtype, int64_t momentum,
-                              mk::DType momentum_dtype, const StackTuple& x, int64_t sum_of_squares, float grad_scale,
-                              double mu, bool nesterov, bool dampened) {
-            const mk::MomentumUpdate u{
-                at<const mk::MatrixRef>(grad),
-                at<const mk::MatrixRef>(momentum),
-                grad_dtype,
-                momentum_dtype,
-                stack(x),
-                at<double>(sum_of_squares),
-                grad_scale,
-                mu,
-                nesterov,
-                dampened
-            };
+        "fused_step", [](mk::cpu::Isa isa, int threads, int64_t count, const mk::MomentumUpdate& momentum,
+                         const std::vector<mk::Product>& products, const mk::ApplyUpdate& apply) {
+            const mk::Step step{count, momentum, products.data(), static_cast<int>(products.size()), apply};
             py::gil_scoped_release release;
-            check(mk::cpu::momentum_update(isa, u, threads), "momentum_update");
-        }
-    );
-    cpu.def(
-        "apply_update", [](mk::cpu::Isa isa, int threads, int64_t param, mk::DType param_dtype, const StackTuple& x,
-                           float decay, int64_t step_size) {
-            const mk::ApplyUpdate u{
-                at<const mk::MatrixRef>(param), param_dtype, stack(x), decay, at<const float>(step_size)
-            };
-            py::gil_scoped_release release;
-            check(mk::cpu::apply_update(isa, u, threads), "apply_update");
+            check(mk::cpu::fused_step(isa, step, threads), "fused_step");
         }
     );
 }

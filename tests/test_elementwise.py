@@ -9,6 +9,7 @@ from torch import Tensor
 
 from muon_kernels import backends
 from muon_kernels.layout import Matrices, layout
+from muon_kernels.newton_schulz import Square
 
 # How a parameter of (rows, cols) may lie in memory.
 LAYOUTS: dict[str, Callable[[int, int], Tensor]] = {
@@ -60,7 +61,7 @@ def test_momentum_update(backend: str, kind: str, dtype: torch.dtype, nesterov: 
         buffers = [random(shape, k, torch.float32) for k in (kind, kind, "contiguous")]
         kept, before = [g.clone() for g in grads], [b.double() for b in buffers]
         X, block = workspace(3, m, n)
-        sums = ops.momentum_update(
+        scale = ops.momentum_update(
             [matrices(g) for g in grads],
             [matrices(b) for b in buffers],
             X,
@@ -68,6 +69,7 @@ def test_momentum_update(backend: str, kind: str, dtype: torch.dtype, nesterov: 
             nesterov=nesterov,
             dampened=dampened,
             grad_scale=-0.5,
+            eps=1e-7,
             margin=1.0,
         )
         assert_untouched(block)
@@ -80,7 +82,7 @@ def test_momentum_update(backend: str, kind: str, dtype: torch.dtype, nesterov: 
             if nesterov:
                 direction = grad + mu * (new - grad) if dampened else grad + mu * new
             norm = direction.norm()
-            x = X[i].double() / (1.0 if sums is None else sums[i].sqrt())
+            x = X[i].double() * (1.0 if scale is None else scale[i])
             torch.testing.assert_close(x, wide(direction) / norm, rtol=2**-8, atol=1e-6)
 
 
@@ -94,7 +96,7 @@ def test_apply_update(backend: str, kind: str, dtype: torch.dtype) -> None:
         before = [p.double() for p in params]
         X = workspace(3, m, n)[0].copy_(torch.randn(3, m, n))
         versions = [p._version for p in params]
-        ops.apply_update([matrices(p) for p in params], X, decay=0.75, step_sizes=[0.5, 1.0, 2.0])
+        ops.apply_update([matrices(p) for p in params], X, decay=0.75, lr=0.5, ratios=[1.0, 2.0, 4.0])
         for i, p in enumerate(params):
             update = (X[i].mT if shape[0] > shape[1] else X[i]).double()
             exact = 0.75 * before[i] - [0.5, 1.0, 2.0][i] * update
@@ -109,14 +111,22 @@ def test_a_parameter_may_hold_several_matrices(backend: str) -> None:
     before = [p.clone() for p in params]
     grads = [torch.randn(p.shape) for p in params]
     X = torch.empty(5, 5, 7, dtype=torch.bfloat16)
-    sums = ops.momentum_update(
-        [matrices(g) for g in grads], None, X, momentum=0.0, nesterov=False, dampened=True, grad_scale=1.0, margin=1.0
+    scale = ops.momentum_update(
+        [matrices(g) for g in grads],
+        None,
+        X,
+        momentum=0.0,
+        nesterov=False,
+        dampened=True,
+        grad_scale=1.0,
+        eps=1e-7,
+        margin=1.0,
     )
     directions = torch.cat(grads).double()
-    norms = torch.ones(5) if sums is None else sums.sqrt()
     exact = directions / directions.norm(dim=(1, 2), keepdim=True)
-    torch.testing.assert_close(X.double() / norms[:, None, None], exact, rtol=2**-8, atol=0)
-    ops.apply_update([matrices(p) for p in params], X, decay=0.5, step_sizes=[1.0, 2.0])
+    x = X.double() if scale is None else X.double() * scale[:, None, None]
+    torch.testing.assert_close(x, exact, rtol=2**-8, atol=0)
+    ops.apply_update([matrices(p) for p in params], X, decay=0.5, lr=0.5, ratios=[2.0, 2.0, 4.0, 4.0, 4.0])
     for p, old, x, step_size in zip(params, before, X.split([2, 3]), [1.0, 2.0], strict=True):
         torch.testing.assert_close(p, 0.5 * old - step_size * x.float(), rtol=1e-6, atol=1e-6)
 
@@ -137,6 +147,7 @@ def test_the_direction_is_rounded_to_nearest_even(backend: str) -> None:
         nesterov=False,
         dampened=True,
         grad_scale=1.0,
+        eps=1e-7,
         margin=1.0,
     )
     assert torch.equal(X[0], G.bfloat16())
@@ -149,41 +160,111 @@ def test_memory_around_a_slice_is_untouched(backend: str) -> None:
         block = make()
         p = block[3:33, 5:25]
         X = torch.randn(1, 20, 30).bfloat16()
-        ops.apply_update([matrices(p)], X, decay=1.0, step_sizes=[1.0])
+        ops.apply_update([matrices(p)], X, decay=1.0, lr=1.0, ratios=[1.0])
         inside = torch.zeros_like(block, dtype=torch.bool)
         inside[3:33, 5:25] = True
         assert (block[~inside] == 77).all()
         assert (p != 77).all()
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-25, 1e-20, 1e-5, 1e5, 1e20, 1e25, 1e30])
-def test_direction_keeps_its_digits_at_any_scale(backend: str, scale: float) -> None:
+@pytest.mark.parametrize("factor", [1e-30, 1e-25, 1e-20, 1e-5, 1e5, 1e20, 1e25, 1e30])
+def test_direction_keeps_its_digits_at_any_scale(backend: str, factor: float) -> None:
     ops = backends.get(backend)
     G = torch.randn(20, 30)
     results = []
-    for g in (G, G * scale):
+    for g in (G, G * factor):
         X = torch.empty(1, 20, 30, dtype=torch.bfloat16)
-        sums = ops.momentum_update(
-            [matrices(g)], None, X, momentum=0.0, nesterov=False, dampened=True, grad_scale=1.0, margin=1.0
+        scale = ops.momentum_update(
+            [matrices(g)], None, X, momentum=0.0, nesterov=False, dampened=True, grad_scale=1.0, eps=1e-7, margin=1.0
         )
-        norm = torch.ones(1) if sums is None else sums.sqrt()
-        assert 2.0**-30 <= float(norm) <= 2.0**30
-        results.append(X.double() / norm)
+        scale = torch.ones(1) if scale is None else scale
+        assert 2.0**-30 <= float(scale) <= 2.0**30
+        results.append(X.double() * scale)
     torch.testing.assert_close(results[1], results[0], rtol=2**-7, atol=0)
 
 
-def test_sum_of_squares_does_not_depend_on_threads(backend: str) -> None:
+def test_scale_does_not_depend_on_threads(backend: str) -> None:
     ops = backends.get(backend)
     G = torch.randn(300, 1000)
     X = torch.empty(1, 300, 1000, dtype=torch.bfloat16)
-    sums = []
+    scales = []
     for threads in (2, 1):
         torch.set_num_threads(threads)
-        sums.append(
+        scales.append(
             ops.momentum_update(
-                [matrices(G)], None, X, momentum=0.0, nesterov=False, dampened=True, grad_scale=1.0, margin=1.0
+                [matrices(G)],
+                None,
+                X,
+                momentum=0.0,
+                nesterov=False,
+                dampened=True,
+                grad_scale=1.0,
+                eps=1e-7,
+                margin=1.0,
             )
         )
-    if sums[0] is not None:
-        assert torch.equal(*sums)
-        torch.testing.assert_close(sums[0], G.double().square().sum()[None], rtol=1e-12, atol=0)
+    if scales[0] is not None:
+        assert torch.equal(*scales)
+        torch.testing.assert_close(scales[0].double(), 1 / G.double().norm()[None], rtol=2**-24, atol=0)
+
+
+def test_scale_of_what_has_no_norm(backend: str) -> None:
+    """Zero, infinity, NaN, and a margin; each its own matrix's."""
+    G = torch.randn(4, 6, 9)
+    G[0] = 0
+    G[1, 2, 3] = torch.inf
+    G[2, 5, 8] = torch.nan
+    X = torch.empty(4, 6, 9, dtype=torch.bfloat16)
+    scale = backends.get(backend).momentum_update(
+        [matrices(G)], None, X, momentum=0.0, nesterov=False, dampened=True, grad_scale=1.0, eps=1e-7, margin=1.25
+    )
+    x = X.float() if scale is None else X * scale[:, None, None]
+    assert not x[0].any()
+    assert not x[1].isfinite().all() and x[2].isnan().any()
+    assert float(x[3].norm()) == pytest.approx(0.8, rel=2**-8)
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("shape", [(20, 33), (300, 40), (1, 7)], ids=str)
+def test_fused_step_is_its_parts(backend: str, shape: tuple[int, int], kind: str) -> None:
+    """Bit for bit, whatever thread takes a matrix, and nothing else is written."""
+    ops = backends.get(backend)
+    m, n = sorted(shape)
+    count = 4 * torch.get_num_threads() + 3
+    slots = ops.fused_slots(m, n, count)
+    if slots is None:
+        pytest.skip("the backend says that it has none")
+    assert ops.fused_slots(m, n, 1) is None
+    grads = [random(shape, kind, torch.float32) * 10.0 ** (i - count // 2) for i in range(count)]
+    begun = [(random(shape, kind, torch.float32), random(shape, "contiguous", torch.bfloat16)) for _ in grads]
+    scalars = dict(momentum=0.9, nesterov=True, dampened=True, grad_scale=2.0, eps=1e-7, margin=1.0)
+    update = dict(decay=0.75, lr=0.5, ratios=[1.0 + i for i in range(count)])
+
+    def iteration(batch: int) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+        X, block = workspace(batch, m, n)
+        Y, A = torch.empty_like(X), Square(torch.empty(batch, m, m, dtype=torch.bfloat16), torch.empty(batch, m))
+
+        def iterate(scale: Tensor) -> Tensor:
+            ops.syrk(X, out=A, scale=scale)
+            ops.gemm(A, X, C=X, out=Y, alpha=-0.5, beta=1.5, scale=scale)
+            return Y
+
+        return X, block, iterate
+
+    results = []
+    for fused in (True, False):
+        momenta, params = ([t.clone() for t in ts] for ts in zip(*begun, strict=True))
+        versions = [p._version for p in params]
+        g, b, p = ([matrices(t) for t in ts] for ts in (grads, momenta, params))
+        X, block, iterate = iteration(slots if fused else count)
+        if fused:
+            ops.fused_step(p, g, b, X, iterate, **scalars, **update)
+        else:
+            scale = ops.momentum_update(g, b, X, **scalars)
+            assert scale is not None
+            ops.apply_update(p, iterate(scale), **update)
+        assert_untouched(block)
+        assert all(t._version > was for t, was in zip(params, versions, strict=True))
+        results.append(momenta + params)
+    assert all(map(torch.equal, *results))
+    assert not any(torch.equal(t, old) for t, (_, old) in zip(results[0][count:], begun, strict=True))

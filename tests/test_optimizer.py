@@ -673,6 +673,7 @@ def chunked(backend: str, cap: int | None) -> tuple[list[Tensor], list[Tensor], 
 
 @pytest.mark.parametrize("matrices", [1, 2, 5, 7])
 def test_chunks_change_nothing(backend: str, matrices: int) -> None:
+    torch.set_num_threads(5)  # too many for a fused step, which needs no chunks
     params, buffers, optimizer = chunked(backend, None)
     (bucket,) = (b for b in optimizer.plan().buckets if b.shape == (24, 40))
     assert bucket.count == 16 and bucket.chunks == (16,)
@@ -683,6 +684,26 @@ def test_chunks_change_nothing(backend: str, matrices: int) -> None:
     assert optimizer.plan().workspace_bytes <= cap
     twins(small, params, parameters(CHUNKED), backend)
     assert all_same(small_buffers, buffers)
+
+
+def test_a_fused_step_changes_nothing(backend: str) -> None:
+    """But the workspace, which holds a matrix for each thread. Threads may change between steps."""
+    results = []
+    for counts in ((2, 2), (5, 5), (2, 5), (5, 2)):
+        start, grads = parameters(CHUNKED), [gradients(t, CHUNKED) for t in range(2)]
+        params = copies(start)
+        optimizer = Muon(params, flatten=False, backend=backend)
+        for threads, g in zip(counts, grads, strict=True):
+            torch.set_num_threads(threads)
+            step(optimizer, params, g)
+        (bucket,) = (b for b in optimizer.plan().buckets if b.shape == (24, 40))
+        assert bucket.fused == (counts[-1] == 2 and backends.get(backend).symmetric_products())
+        if bucket.fused:
+            assert (bucket.slots, bucket.launches) == (2, 1)
+        results.append(params + momenta(optimizer, params))
+    if backends.get(backend).symmetric_products():  # torch's own products may differ by thread count
+        for result in results[1:]:
+            assert all_same(result, results[0])
 
 
 def test_workspace_is_as_planned(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -714,7 +735,7 @@ def test_workspace_is_as_planned(backend: str, monkeypatch: pytest.MonkeyPatch) 
 MEASURE = """
 import os, resource, torch
 from muon_kernels import Muon
-torch.set_num_threads(2)
+torch.set_num_threads(5)  # too many for a fused step, which needs no large workspace
 
 def rss():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -119,6 +119,23 @@ def test_launches_are_the_calls_made(backend: str, name: str, algorithm: str, mo
         assert calls["momentum_update"] == calls["apply_update"] == sum(len(b.chunks) for b in plan.buckets)
 
 
+def test_a_fused_bucket_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not backends.get("cpu").symmetric_products():
+        pytest.skip("torch's products")
+    calls = []
+    real = backends.get("cpu").fused_step
+    monkeypatch.setattr(backends.get("cpu"), "fused_step", lambda *a, **k: (calls.append(0), real(*a, **k)))
+    _, muon = make([(8, 20, 60), (20, 60)], backend="cpu")
+    (bucket,) = muon.plan().buckets
+    assert bucket.fused and bucket.chunks == (9,) and bucket.slots == 2
+    assert bucket.bytes == 9 * 20 * 60 * 4 * 5  # no workspace goes to memory
+    muon.step()
+    assert len(calls) == muon.plan().launches == 1
+    muon.param_groups[0]["max_workspace_bytes"] = bucket.workspace_bytes - 1
+    assert not muon.plan().buckets[0].fused
+    assert muon.plan().workspace_bytes < bucket.workspace_bytes
+
+
 def test_chunks_multiply_launches_only(backend: str) -> None:
     _, muon = make([(7, 20, 60)], backend=backend)
     whole = muon.plan()

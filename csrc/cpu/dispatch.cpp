@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -78,22 +79,56 @@ bool has_amx_bf16() {
 #endif
 }
 
+namespace {
+
+// See MomentumUpdate.
+float reciprocal_norm(double sum_of_squares, double eps, double margin) {
+    const double norm = std::sqrt(sum_of_squares);
+    if (norm == 0) return 0;
+    if (!std::isfinite(norm)) return std::numeric_limits<float>::quiet_NaN();
+    int exponent;
+    const double mantissa = 2 * std::frexp(norm, &exponent);
+    return static_cast<float>(std::ldexp(1 / (std::max(mantissa, eps) * margin), 1 - exponent));
+}
+
+// What is left of the momentum update of matrix `i` when x is written.
+void normalize(const Kernels& kernels, const MomentumUpdate& u, int64_t i, double sum) {
+    if (std::isfinite(sum) && sum != 0 && (sum < 0x1p-60 || sum > 0x1p60)) {
+        int exponent;
+        std::frexp(std::sqrt(sum), &exponent);
+        kernels.rescale(u.x, i, 1 - exponent);
+        sum = std::ldexp(sum, 2 * (1 - exponent));
+    }
+    u.scale[i] = reciprocal_norm(sum, u.eps, u.margin);
+}
+
+// Bytes of scratch for any of the products, or -1: operands that do not fit.
+int64_t scratch_bytes(const Kernels& kernels, const Product* list, int count) {
+    int64_t bytes = 0;
+    for (int i = 0; i < count; ++i) {
+        if (!valid(list[i]) || list[i].out.batch != list[0].out.batch) return -1;
+        bytes = std::max(bytes, kernels.product_scratch_bytes(list[i]));
+    }
+    return bytes;
+}
+
+void products_of_matrix(const Kernels& kernels, const Product* list, int count, int64_t matrix, void* scratch) {
+    for (int i = 0; i < count; ++i) {
+        const int64_t tasks = kernels.product_tasks(list[i]) / list[i].out.batch;
+        for (int64_t t = 0; t < tasks; ++t) kernels.product_task(list[i], matrix * tasks + t, scratch);
+    }
+}
+
+}  // namespace
+
 Status products(Isa isa, const Product* list, int count, int threads) {
     const Kernels* kernels = supported_kernels(isa);
     if (!kernels) return Status::unsupported_isa;
-    int64_t bytes = 0;
-    for (int i = 0; i < count; ++i) {
-        if (!valid(list[i]) || list[i].out.batch != list[0].out.batch) return Status::invalid_argument;
-        bytes = std::max(bytes, kernels->product_scratch_bytes(list[i]));
-    }
-    const int64_t batch = count ? list[0].out.batch : 0;
+    const int64_t bytes = scratch_bytes(*kernels, list, count), batch = count ? list[0].out.batch : 0;
+    if (bytes < 0) return Status::invalid_argument;
     if (batch >= 4 * threads) {
         parallel_for(threads, batch, [&](int64_t matrix, int) {
-            void* scratch = thread_scratch(bytes);
-            for (int i = 0; i < count; ++i) {
-                const int64_t tasks = kernels->product_tasks(list[i]) / batch;
-                for (int64_t t = 0; t < tasks; ++t) kernels->product_task(list[i], matrix * tasks + t, scratch);
-            }
+            products_of_matrix(*kernels, list, count, matrix, thread_scratch(bytes));
         });
         return Status::ok;
     }
@@ -116,13 +151,7 @@ Status momentum_update(Isa isa, const MomentumUpdate& args, int threads) {
     for (int64_t i = 0; i < batch; ++i) {
         double sum = 0;
         for (int64_t block = 0; block < blocks; ++block) sum += partial[static_cast<size_t>(i * blocks + block)];
-        if (std::isfinite(sum) && sum != 0 && (sum < 0x1p-60 || sum > 0x1p60)) {
-            int exponent;
-            std::frexp(std::sqrt(sum), &exponent);
-            kernels->rescale(args.x, i, 1 - exponent);
-            sum = std::ldexp(sum, 2 * (1 - exponent));
-        }
-        args.sum_of_squares[i] = sum;
+        normalize(*kernels, args, i, sum);
     }
     return Status::ok;
 }
@@ -133,6 +162,39 @@ Status apply_update(Isa isa, const ApplyUpdate& args, int threads) {
     const int64_t blocks = kernels->apply_blocks(args);
     parallel_for(threads, args.x.batch * blocks, [&](int64_t task, int) {
         kernels->apply_block(args, task / blocks, task % blocks);
+    });
+    return Status::ok;
+}
+
+Status fused_step(Isa isa, const Step& args, int threads) {
+    const Kernels* kernels = supported_kernels(isa);
+    if (!kernels) return Status::unsupported_isa;
+    const int64_t slots = args.momentum.x.batch, bytes = scratch_bytes(*kernels, args.products, args.product_count);
+    if (bytes < 0 || !slots || args.apply.x.batch != slots) return Status::invalid_argument;
+    for (int i = 0; i < args.product_count; ++i) {
+        if (args.products[i].out.batch != slots) return Status::invalid_argument;
+    }
+    parallel_for(std::min<int>(threads, static_cast<int>(slots)), args.count, [&](int64_t matrix, int slot) {
+        MomentumUpdate momentum = args.momentum;
+        momentum.grad += matrix;
+        if (momentum.momentum) momentum.momentum += matrix;
+        momentum.x.data += slot * momentum.x.batch_stride;
+        momentum.scale += slot;
+        double sum = 0;
+        for (int64_t block = 0; block < kernels->momentum_blocks(momentum); ++block) {
+            double partial = 0;
+            kernels->momentum_block(momentum, 0, block, &partial);
+            sum += partial;
+        }
+        normalize(*kernels, momentum, 0, sum);
+
+        products_of_matrix(*kernels, args.products, args.product_count, slot, thread_scratch(bytes));
+
+        ApplyUpdate apply = args.apply;
+        apply.param += matrix;
+        apply.ratio += matrix;
+        apply.x.data += slot * apply.x.batch_stride;
+        for (int64_t block = 0; block < kernels->apply_blocks(apply); ++block) kernels->apply_block(apply, 0, block);
     });
     return Status::ok;
 }

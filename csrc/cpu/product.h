@@ -191,7 +191,7 @@ void finish_tile(
 ) {
     using Acc = typename I::Acc;
     constexpr bool kA = ADDENDS & (kADiagonal | kSquare | kUpdate), kB = ADDENDS & (kBDiagonal | kSquare);
-    const float scale = p.scale ? p.scale[matrix] : 1.0f;
+    const float once = p.scale ? p.scale[matrix] : 1.0f, scale = p.b_transposed ? once * once : once;
     const float alpha = p.alpha * scale, beta = p.beta * scale;
     const Acc alphas = I::broadcast(alpha), betas = I::broadcast(beta);
     const int64_t m = p.out.rows, n = p.out.cols, end = j0 + cols;

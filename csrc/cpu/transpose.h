@@ -68,9 +68,8 @@ inline void mirror_16x16_u16(uint16_t* a, int64_t stride, int64_t size) {
         return;
     }
     alignas(32) uint16_t t[16][16];
-    alignas(32) static constexpr int16_t kStep[32] = {0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,
-                                                      0,  0,  0,  0,  0,  -1, -1, -1, -1, -1, -1,
-                                                      -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
+    alignas(32) static constexpr int16_t kStep[32] = {0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,
+                                                      -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
     transpose_16x16_u16(a, stride, t[0], 16);
     for (int i = 0; i < 16; ++i) {
         __m256i* row = reinterpret_cast<__m256i*>(a + i * stride);

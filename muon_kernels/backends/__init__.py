@@ -7,7 +7,7 @@ A backend is a module with the functions of `Backend`. It is imported when someb
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol, cast
 
@@ -55,9 +55,10 @@ class Backend(Products, Protocol):
         nesterov: bool,
         dampened: bool,
         grad_scale: float,
+        eps: float,
         margin: float,
     ) -> Tensor | None:
-        """Update momenta, write the directions to X; see csrc/muon_kernels.h for the formula.
+        """Update momenta, write the directions to X; see csrc/muon_kernels.h for the formulas.
 
         Args:
             grads: matrices in the order of X's batch; only read.
@@ -68,17 +69,52 @@ class Backend(Products, Protocol):
             nesterov: whether the direction looks one step ahead.
             dampened: whether the gradient enters with 1 - mu (torch) or whole (Moonlight).
             grad_scale: multiplies every gradient.
+            eps: the smallest norm, relative to the power of two below the norm, that is divided by.
             margin: of the coefficient set.
 
         Returns:
-            (batch,) float64 on X's device: squared Frobenius norms of X as written, before rounding. None if every
-            norm is 1/margin already (or its matrix zero, infinite or NaN).
+            (batch,) fp32 on X's device: what brings the Frobenius norms of X to 1/margin; 0 for a zero matrix, NaN for
+            one that is not finite. None if that is where they are.
         """
 
     def apply_update(
-        self, params: Sequence[Matrices], X: Tensor, *, decay: float | Tensor, step_sizes: Sequence[float | Tensor]
+        self,
+        params: Sequence[Matrices],
+        X: Tensor,
+        *,
+        decay: float | Tensor,
+        lr: float | Tensor,
+        ratios: Sequence[float],
     ) -> None:
-        """Write decay·param - step_sizes[i]·X[matrices of param i] to every param i."""
+        """Write decay·param - lr·ratios[i]·X[i] to every matrix i of params."""
+
+    def fused_slots(self, rows: int, cols: int, count: int) -> int | None:
+        """How many matrices the workspace of `fused_step` holds for a bucket; None if it is not stepped that way."""
+
+    def fused_step(
+        self,
+        params: Sequence[Matrices],
+        grads: Sequence[Matrices],
+        momenta: Sequence[Matrices],
+        X: Tensor,
+        iterate: Callable[[Tensor], Tensor],
+        *,
+        momentum: float,
+        nesterov: bool,
+        dampened: bool,
+        grad_scale: float,
+        eps: float,
+        margin: float,
+        decay: float | Tensor,
+        lr: float | Tensor,
+        ratios: Sequence[float],
+    ) -> None:
+        """Do `momentum_update`, the iteration and `apply_update` in one call. Optional: see `fused_slots`.
+
+        Args:
+            X: (slots, m, n), the workspace's, and with it all that `iterate` uses.
+            iterate: from the scale to the result, for the matrices in the slots.
+        """
 
 
 def get(name: str) -> Backend:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -149,7 +149,7 @@ def _refs(matrices: Sequence[Matrices]) -> array[int]:
     return refs
 
 
-def _address(refs: array[int]) -> int:
+def _address(refs: array[int] | array[float]) -> int:
     return refs.buffer_info()[0]
 
 
@@ -165,6 +165,39 @@ def _dtype(matrices: Sequence[Matrices]) -> object:
     return getattr(native.DType, _DTYPES[matrices[0].tensor.dtype])
 
 
+def _momentum_update(
+    grads: Sequence[Matrices],
+    momenta: Sequence[Matrices] | None,
+    X: Tensor,
+    scale: Tensor,
+    momentum: float,
+    nesterov: bool,
+    dampened: bool,
+    grad_scale: float,
+    eps: float,
+    margin: float,
+) -> tuple[object, object]:
+    """csrc's MomentumUpdate, and what must live as long."""
+    native = _native()
+    assert native is not None
+    refs = _refs(grads), _refs(momenta) if momenta is not None else array("q")
+    update = native.cpu.MomentumUpdate(
+        _address(refs[0]),
+        _dtype(grads),
+        _address(refs[1]) if momenta is not None else 0,
+        _dtype(momenta if momenta is not None else grads),
+        _stack(X),
+        scale.data_ptr(),
+        eps,
+        margin,
+        grad_scale,
+        momentum,
+        nesterov,
+        dampened,
+    )
+    return update, refs
+
+
 def momentum_update(
     grads: Sequence[Matrices],
     momenta: Sequence[Matrices] | None,
@@ -174,28 +207,16 @@ def momentum_update(
     nesterov: bool,
     dampened: bool,
     grad_scale: float,
+    eps: float,
     margin: float,
 ) -> Tensor:
     """See `Backend.momentum_update`."""
     native = _native()
     assert native is not None
-    sum_of_squares = torch.empty(X.shape[0], dtype=torch.float64)
-    grad_refs = _refs(grads)
-    momentum_refs = _refs(momenta) if momenta is not None else None
-    native.cpu.momentum_update(
-        *_isa_and_threads(),
-        _address(grad_refs),
-        _dtype(grads),
-        _address(momentum_refs) if momentum_refs is not None else 0,
-        _dtype(momenta if momenta is not None else grads),
-        _stack(X),
-        sum_of_squares.data_ptr(),
-        grad_scale,
-        momentum,
-        nesterov,
-        dampened,
-    )
-    return sum_of_squares
+    scale = torch.empty(X.shape[0], dtype=torch.float32)
+    update, _alive = _momentum_update(grads, momenta, X, scale, momentum, nesterov, dampened, grad_scale, eps, margin)
+    native.cpu.momentum_update(*_isa_and_threads(), update)
+    return scale
 
 
 def _product(
@@ -247,16 +268,24 @@ _queue = _Queue()
 
 
 @contextmanager
+def _queued() -> Iterator[list[object]]:
+    """Collects products instead of running them."""
+    products: list[object] = []
+    _queue.products, _queue.operands = products, []
+    try:
+        yield products
+    finally:
+        _queue.products, _queue.operands = None, []
+
+
+@contextmanager
 def fused() -> Iterator[None]:
     """See `Backend.fused`."""
     native = _native()
     assert native is not None
-    _queue.products, _queue.operands = [], []
-    try:
+    with _queued() as products:
         yield
-        native.cpu.products(*_isa_and_threads(), _queue.products)
-    finally:
-        _queue.products, _queue.operands = None, []
+        native.cpu.products(*_isa_and_threads(), products)
 
 
 def syrk(
@@ -302,22 +331,60 @@ def gemm(
     _product(A, Square(X), Square(out), C=None if C is None else Square(C), alpha=alpha, beta=beta, scale=scale)
 
 
+def _apply_update(
+    params: Sequence[Matrices], X: Tensor, decay: float | Tensor, lr: float | Tensor, ratios: Sequence[float]
+) -> tuple[object, object]:
+    """csrc's ApplyUpdate, and what must live as long."""
+    native = _native()
+    assert native is not None
+    refs, factors = _refs(params), ratios if isinstance(ratios, array) else array("d", ratios)
+    update = native.cpu.ApplyUpdate(
+        _address(refs), _dtype(params), _stack(X), float(decay), float(lr), _address(factors)
+    )
+    return update, (refs, factors)
+
+
 def apply_update(
-    params: Sequence[Matrices], X: Tensor, *, decay: float | Tensor, step_sizes: Sequence[float | Tensor]
+    params: Sequence[Matrices], X: Tensor, *, decay: float | Tensor, lr: float | Tensor, ratios: Sequence[float]
 ) -> None:
     """See `Backend.apply_update`."""
     native = _native()
     assert native is not None
-    refs = _refs(params)
-    steps = array("f")
-    for (_, at), step_size in zip(params, step_sizes, strict=True):
-        steps.extend([float(step_size)] * at.batch)
-    native.cpu.apply_update(
-        *_isa_and_threads(),
-        _address(refs),
-        _dtype(params),
-        _stack(X),
-        float(decay),
-        steps.buffer_info()[0],
-    )
+    update, _alive = _apply_update(params, X, decay, lr, ratios)
+    native.cpu.apply_update(*_isa_and_threads(), update)
+    torch.autograd.graph.increment_version([p.tensor for p in params])
+
+
+def fused_slots(rows: int, cols: int, count: int) -> int | None:
+    """One for each thread, where there are enough matrices to keep all busy to the end."""
+    threads = torch.get_num_threads()
+    return threads if _choice().products == "native" and count >= 4 * threads else None
+
+
+def fused_step(
+    params: Sequence[Matrices],
+    grads: Sequence[Matrices],
+    momenta: Sequence[Matrices],
+    X: Tensor,
+    iterate: Callable[[Tensor], Tensor],
+    *,
+    momentum: float,
+    nesterov: bool,
+    dampened: bool,
+    grad_scale: float,
+    eps: float,
+    margin: float,
+    decay: float | Tensor,
+    lr: float | Tensor,
+    ratios: Sequence[float],
+) -> None:
+    """See `Backend.fused_step`."""
+    native = _native()
+    assert native is not None
+    scale = torch.empty(X.shape[0], dtype=torch.float32)
+    before, _alive = _momentum_update(grads, momenta, X, scale, momentum, nesterov, dampened, grad_scale, eps, margin)
+    with _queued() as products:
+        result = iterate(scale)
+        after, _also_alive = _apply_update(params, result, decay, lr, ratios)
+        native.cpu.fused_step(*_isa_and_threads(), sum(p.layout.batch for p in params), before, products, after)
     torch.autograd.graph.increment_version([p.tensor for p in params])

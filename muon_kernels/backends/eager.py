@@ -50,6 +50,10 @@ def leading_dimension(cols: int) -> int:
     return cols
 
 
+def fused_slots(rows: int, cols: int, count: int) -> None:
+    """No: torch has nothing that runs a whole step."""
+
+
 def fused() -> AbstractContextManager[None]:
     """Nothing is delayed."""
     return nullcontext()
@@ -64,6 +68,7 @@ def momentum_update(
     nesterov: bool,
     dampened: bool,
     grad_scale: float,
+    eps: float,
     margin: float,
 ) -> None:
     """See `Backend.momentum_update`. Arithmetic in fp32, or in the gradient's dtype if that is wider."""
@@ -135,7 +140,8 @@ def syrk(
 ) -> None:
     """See `Products.syrk`."""
     A = A.high if isinstance(A, Square) else A
-    _product(A, A.mT, out.high, None if C is None else C.high, alpha, beta, gamma, scale)
+    squared = None if scale is None else scale * scale
+    _product(A, A.mT, out.high, None if C is None else C.high, alpha, beta, gamma, squared)
 
 
 def syrkx(A: Square, B: Square, *, out: Square) -> None:
@@ -158,13 +164,13 @@ def gemm(
 
 
 def apply_update(
-    params: Sequence[Matrices], X: Tensor, *, decay: float | Tensor, step_sizes: Sequence[float | Tensor]
+    params: Sequence[Matrices], X: Tensor, *, decay: float | Tensor, lr: float | Tensor, ratios: Sequence[float]
 ) -> None:
     """See `Backend.apply_update`."""
     start = 0
-    for param, step_size in zip(params, step_sizes, strict=True):
+    for param in params:
         stop = start + param.layout.batch
-        p, update = param.view().mul_(decay), X[start:stop]
+        p, update, step_size = param.view().mul_(decay), X[start:stop], lr * ratios[start]
         if isinstance(step_size, Tensor):
             p.sub_(update * step_size)
         else:
