@@ -80,13 +80,13 @@ struct MomentumUpdate {
     bool dampened;
 };
 
-// For every matrix i: param = decay * param - lr * ratio[i] * x[i].
+// For every matrix i: param = (1 - lr * weight_decay) * param - lr * ratio[i] * x[i].
 struct ApplyUpdate {
     const MatrixRef* param;  // [x.batch]
     DType param_dtype;
     Stack x;  // [batch, m, n]
-    float decay;
     double lr;
+    double weight_decay;
     const double* ratio;  // [batch]
 };
 

@@ -63,7 +63,7 @@ class cpu:
     def momentum_update(isa: Isa, threads: int, update: MomentumUpdate, /) -> None: ...
     class ApplyUpdate:
         def __init__(
-            self, param: int, param_dtype: DType, x: tuple[int, ...], decay: float, lr: float, ratio: int, /
+            self, param: int, param_dtype: DType, x: tuple[int, ...], lr: float, weight_decay: float, ratio: int, /
         ) -> None: ...
 
     @staticmethod

@@ -90,8 +90,7 @@ class Scalars(NamedTuple):
 
     def of_update(self) -> dict[str, Any]:
         """What `apply_update` takes."""
-        lr = _scalar(self.lr)
-        return {"decay": 1 - lr * _scalar(self.weight_decay), "lr": lr}
+        return {"lr": _scalar(self.lr), "weight_decay": _scalar(self.weight_decay)}
 
 
 class Workspace:

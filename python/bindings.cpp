@@ -104,9 +104,9 @@ PYBIND11_MODULE(_C, m) {
     });
     py::class_<mk::ApplyUpdate>(cpu, "ApplyUpdate")
         .def(
-            py::init([](int64_t param, mk::DType param_dtype, const StackTuple& x, float decay, double lr,
+            py::init([](int64_t param, mk::DType param_dtype, const StackTuple& x, double lr, double weight_decay,
                         int64_t ratio) {
-                return mk::ApplyUpdate{at<const mk::MatrixRef>(param), param_dtype, stack(x), decay, lr,
+                return mk::ApplyUpdate{at<const mk::MatrixRef>(param), param_dtype, stack(x), lr, weight_decay,
                                        at<const double>(ratio)};
             })
         );

@@ -96,7 +96,7 @@ def test_apply_update(backend: str, kind: str, dtype: torch.dtype) -> None:
         before = [p.double() for p in params]
         X = workspace(3, m, n)[0].copy_(torch.randn(3, m, n))
         versions = [p._version for p in params]
-        ops.apply_update([matrices(p) for p in params], X, decay=0.75, lr=0.5, ratios=[1.0, 2.0, 4.0])
+        ops.apply_update([matrices(p) for p in params], X, lr=0.5, weight_decay=0.5, ratios=[1.0, 2.0, 4.0])
         for i, p in enumerate(params):
             update = (X[i].mT if shape[0] > shape[1] else X[i]).double()
             exact = 0.75 * before[i] - [0.5, 1.0, 2.0][i] * update
@@ -126,7 +126,7 @@ def test_a_parameter_may_hold_several_matrices(backend: str) -> None:
     exact = directions / directions.norm(dim=(1, 2), keepdim=True)
     x = X.double() if scale is None else X.double() * scale[:, None, None]
     torch.testing.assert_close(x, exact, rtol=2**-8, atol=0)
-    ops.apply_update([matrices(p) for p in params], X, decay=0.5, lr=0.5, ratios=[2.0, 2.0, 4.0, 4.0, 4.0])
+    ops.apply_update([matrices(p) for p in params], X, lr=0.5, weight_decay=1.0, ratios=[2.0, 2.0, 4.0, 4.0, 4.0])
     for p, old, x, step_size in zip(params, before, X.split([2, 3]), [1.0, 2.0], strict=True):
         torch.testing.assert_close(p, 0.5 * old - step_size * x.float(), rtol=1e-6, atol=1e-6)
 
@@ -160,7 +160,7 @@ def test_memory_around_a_slice_is_untouched(backend: str) -> None:
         block = make()
         p = block[3:33, 5:25]
         X = torch.randn(1, 20, 30).bfloat16()
-        ops.apply_update([matrices(p)], X, decay=1.0, lr=1.0, ratios=[1.0])
+        ops.apply_update([matrices(p)], X, lr=1.0, weight_decay=0.0, ratios=[1.0])
         inside = torch.zeros_like(block, dtype=torch.bool)
         inside[3:33, 5:25] = True
         assert (block[~inside] == 77).all()
@@ -238,7 +238,7 @@ def test_fused_step_is_its_parts(backend: str, shape: tuple[int, int], kind: str
     grads = [random(shape, kind, torch.float32) * 10.0 ** (i - count // 2) for i in range(count)]
     begun = [(random(shape, kind, torch.float32), random(shape, "contiguous", torch.bfloat16)) for _ in grads]
     scalars = dict(momentum=0.9, nesterov=True, dampened=True, grad_scale=2.0, eps=1e-7, margin=1.0)
-    update = dict(decay=0.75, lr=0.5, ratios=[1.0 + i for i in range(count)])
+    update = dict(lr=0.5, weight_decay=0.5, ratios=[1.0 + i for i in range(count)])
 
     def iteration(batch: int) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
         X, block = workspace(batch, m, n)

@@ -194,7 +194,8 @@ inline void apply_run(
 ) {
     const MatrixRef& p = u.param[matrix];
     const int64_t offset = row * p.row_stride + col * p.col_stride, stride = along_rows ? p.col_stride : p.row_stride;
-    const float decay = u.decay, step_size = static_cast<float>(u.lr * u.ratio[matrix]);
+    const float decay = static_cast<float>(1 - u.lr * u.weight_decay);
+    const float step_size = static_cast<float>(u.lr * u.ratio[matrix]);
     alignas(64) float value[kRun];
     load_run(pointer(p), u.param_dtype, offset, stride, n, value);
     for (int64_t i = 0; i < n; ++i) value[i] = __builtin_fmaf(-step_size, to_float(update[i]), value[i] * decay);

@@ -82,11 +82,11 @@ class Backend(Products, Protocol):
         params: Sequence[Matrices],
         X: Tensor,
         *,
-        decay: float | Tensor,
         lr: float | Tensor,
+        weight_decay: float | Tensor,
         ratios: Sequence[float],
     ) -> None:
-        """Write decay·param - lr·ratios[i]·X[i] to every matrix i of params."""
+        """Write (1 - lr·weight_decay)·param - lr·ratios[i]·X[i] to every matrix i of params."""
 
     def fused_slots(self, rows: int, cols: int, count: int) -> int | None:
         """How many matrices the workspace of `fused_step` holds for a bucket; None if it is not stepped that way."""
@@ -105,8 +105,8 @@ class Backend(Products, Protocol):
         grad_scale: float,
         eps: float,
         margin: float,
-        decay: float | Tensor,
         lr: float | Tensor,
+        weight_decay: float | Tensor,
         ratios: Sequence[float],
     ) -> None:
         """Do `momentum_update`, the iteration and `apply_update` in one call. Optional: see `fused_slots`.

@@ -332,25 +332,25 @@ def gemm(
 
 
 def _apply_update(
-    params: Sequence[Matrices], X: Tensor, decay: float | Tensor, lr: float | Tensor, ratios: Sequence[float]
+    params: Sequence[Matrices], X: Tensor, lr: float | Tensor, weight_decay: float | Tensor, ratios: Sequence[float]
 ) -> tuple[object, object]:
     """csrc's ApplyUpdate, and what must live as long."""
     native = _native()
     assert native is not None
     refs, factors = _refs(params), ratios if isinstance(ratios, array) else array("d", ratios)
     update = native.cpu.ApplyUpdate(
-        _address(refs), _dtype(params), _stack(X), float(decay), float(lr), _address(factors)
+        _address(refs), _dtype(params), _stack(X), float(lr), float(weight_decay), _address(factors)
     )
     return update, (refs, factors)
 
 
 def apply_update(
-    params: Sequence[Matrices], X: Tensor, *, decay: float | Tensor, lr: float | Tensor, ratios: Sequence[float]
+    params: Sequence[Matrices], X: Tensor, *, lr: float | Tensor, weight_decay: float | Tensor, ratios: Sequence[float]
 ) -> None:
     """See `Backend.apply_update`."""
     native = _native()
     assert native is not None
-    update, _alive = _apply_update(params, X, decay, lr, ratios)
+    update, _alive = _apply_update(params, X, lr, weight_decay, ratios)
     native.cpu.apply_update(*_isa_and_threads(), update)
     torch.autograd.graph.increment_version([p.tensor for p in params])
 
@@ -374,8 +374,8 @@ def fused_step(
     grad_scale: float,
     eps: float,
     margin: float,
-    decay: float | Tensor,
     lr: float | Tensor,
+    weight_decay: float | Tensor,
     ratios: Sequence[float],
 ) -> None:
     """See `Backend.fused_step`."""
@@ -385,6 +385,6 @@ def fused_step(
     before, _alive = _momentum_update(grads, momenta, X, scale, momentum, nesterov, dampened, grad_scale, eps, margin)
     with _queued() as products:
         result = iterate(scale)
-        after, _also_alive = _apply_update(params, result, decay, lr, ratios)
+        after, _also_alive = _apply_update(params, result, lr, weight_decay, ratios)
         native.cpu.fused_step(*_isa_and_threads(), sum(p.layout.batch for p in params), before, products, after)
     torch.autograd.graph.increment_version([p.tensor for p in params])

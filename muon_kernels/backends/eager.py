@@ -164,10 +164,10 @@ def gemm(
 
 
 def apply_update(
-    params: Sequence[Matrices], X: Tensor, *, decay: float | Tensor, lr: float | Tensor, ratios: Sequence[float]
+    params: Sequence[Matrices], X: Tensor, *, lr: float | Tensor, weight_decay: float | Tensor, ratios: Sequence[float]
 ) -> None:
     """See `Backend.apply_update`."""
-    start = 0
+    start, decay = 0, 1 - lr * weight_decay
     for param in params:
         stop = start + param.layout.batch
         p, update, step_size = param.view().mul_(decay), X[start:stop], lr * ratios[start]
