@@ -15,12 +15,26 @@ from torch import Tensor
 
 from . import backends
 from .coefficients import DEFAULT, NS_STEPS, Schedule, resolve
-from .layout import Bundle, Layout, Matrices, column_order, flattens, layout, split_shape
+from .layout import (
+    Bundle,
+    Layout,
+    Matrices,
+    column_order,
+    flattens,
+    layout,
+    overlapping,
+    overlaps_itself,
+    split_shape,
+)
 from .newton_schulz import ALGORITHMS, Square
+from .options import check_eps
 from .plan import Bucket, plan_bucket
 from .scaling import lr_ratio
 
 Coefficients = str | Sequence[float] | Sequence[Sequence[float]]
+
+# Of parameters, gradients and momentum. torch computes nothing in the 8-bit ones.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Kind(NamedTuple):
@@ -168,40 +182,52 @@ def _deal(counts: Sequence[tuple[int, int]], chunks: Sequence[int]) -> list[list
     return dealt
 
 
-def check_parameter(p: Tensor, flatten: bool | None = None) -> None:
-    """Raise ValueError or TypeError unless Muon can step such a parameter."""
-    if p.is_complex():
-        raise TypeError(
-            f"Muon does not support complex parameters: expected a real floating-point dtype, got {p.dtype}"
-        )
-    if not p.is_floating_point():
-        raise TypeError(f"Muon expects floating-point parameters, got {p.dtype} of size {tuple(p.shape)}")
-    if p.layout != torch.strided:
-        raise TypeError(f"Muon does not support sparse parameters: expected a dense tensor, got layout {p.layout}")
-    if p.ndim < 2:
+def check_dense(name: str, t: Any) -> None:
+    """Raise TypeError unless `t` is a tensor of a layout and a dtype that can be computed with."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} should be a Tensor but is: {type(t).__name__}")
+    if t.layout != torch.strided:
+        raise TypeError(f"{name} should be dense, not sparse, but has layout: {t.layout}")
+    if t.dtype not in DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise TypeError(f"{name} should be of a floating-point dtype among {names} but is of: {t.dtype}")
+
+
+def check_matrices(name: str, t: Any, hint: str = "") -> None:
+    """Raise ValueError or TypeError unless `t` can be read as matrices."""
+    check_dense(name, t)
+    if t.ndim < 2:
+        raise ValueError(f"{name} should have at least 2 dimensions but has size: {tuple(t.shape)}{hint}")
+
+
+def check_like(name: str, t: Tensor, p: Tensor) -> None:
+    """Raise ValueError unless `t` has the parameter's size."""
+    if t.shape != p.shape:
+        raise ValueError(f"{name} should have the parameter's size {tuple(p.shape)} but has: {tuple(t.shape)}")
+
+
+def check_apart(tensors: Sequence[tuple[str, Tensor]]) -> None:
+    """Raise ValueError if two elements of the named tensors share memory: a step would write it twice."""
+    for name, t in tensors:
+        if overlaps_itself(t.shape, t.stride()):
+            raise ValueError(
+                f"{name} of size {tuple(t.shape)} should have memory for every element but its strides "
+                f"{t.stride()} give several elements the same; clone it"
+            )
+    if (shared := overlapping(t for _, t in tensors)) is not None:
+        name = next(name for name, t in tensors if t is shared)
         raise ValueError(
-            "Muon only supports parameters with at least 2 dimensions whereas we found a parameter with size: "
-            f"{tuple(p.shape)}; give vectors and scalars to AdamW (muon_kernels.MuonAdamW with "
-            "muon_kernels.param_groups(model) does)"
+            f"{name} of size {tuple(shared.shape)} should have memory of its own but shares elements with another "
+            f"parameter or momentum buffer; give only one of the two, or clone it"
         )
 
 
 def _check_operands(p: Tensor, g: Tensor, buffer: Tensor) -> None:
-    if g.layout != torch.strided:
-        raise TypeError(f"Muon does not support sparse gradients: expected a dense gradient, got layout {g.layout}")
-    if not g.is_floating_point():
-        raise TypeError(f"Muon expects floating-point gradients, got {g.dtype}")
     for name, t in (("gradient", g), ("momentum_buffer", buffer)):
-        if t.shape != p.shape:
-            raise ValueError(f"{name} should have the parameter's size {tuple(p.shape)} but has: {tuple(t.shape)}")
+        check_dense(name, t)
+        check_like(name, t, p)
         if t.device != p.device:
             raise ValueError(f"{name} should be on the parameter's device {p.device} but is on: {t.device}")
-    for name, t in (("parameter", p), ("momentum_buffer", buffer)):
-        if any(s == 0 and n > 1 for n, s in zip(t.shape, t.stride(), strict=True)):
-            raise ValueError(
-                f"{name} of size {tuple(t.shape)} should own its memory but is expanded "
-                f"(strides {t.stride()}); clone it"
-            )
 
 
 def _scalar(x: float | Tensor) -> float | Tensor:
@@ -260,6 +286,7 @@ def prepare(
         ratios.append(lr_ratio(adjust_lr_fn, rows, cols))
         kind = Kind(min(rows, cols), max(rows, cols), p.device, g.dtype, buffer.dtype, p.dtype)
         by_kind.setdefault(kind, []).append((index, count))
+    check_apart([("parameter", p) for p in params] + [("momentum_buffer", buffer) for buffer in momentum_bufs])
 
     prepared = Prepared([], [], {})
     sources: dict[int, tuple[_Source, _Source, _Source]] = {}
@@ -380,15 +407,17 @@ def orthogonalize(
 
     Precisely: U p(Σ / (margin ‖G‖_F)) Vᵀ with p the composition of the steps' polynomials, in bf16 products with fp32
     accumulation. Invariant to the scale of G; a zero matrix gives zero; NaN or infinity spoils its own matrix only.
+    Not differentiated: the result is detached, whether or not G requires a gradient.
 
     Args:
-        G: (..., m, n), any m, n, strides and floating-point dtype. Only read.
+        G: (..., m, n), any m, n and strides, of dtype float32, bfloat16, float16 or float64. Leading dimensions count
+            matrices, also where `Muon` would flatten; they are what to use in place of `torch.vmap`. Only read.
         ns_coefficients: a name of `muon_kernels.COEFFICIENTS`, one (a, b, c), or a list with one a step.
         ns_steps: number of steps; if not given, 5 or a named set's own number.
-        eps: see `Muon`.
+        eps: in [0, 1), see `Muon`.
         ns_algorithm: "standard", "gram", or "auto" for the one with fewer FLOPs.
         backend: a name of `muon_kernels.backends.BACKENDS`, or "auto".
-        max_workspace_bytes: cap on the workspace; None for the backend's default.
+        max_workspace_bytes: cap on the workspace, an int; None for the backend's default.
 
     Returns:
         A new tensor of G's shape and dtype.
@@ -397,15 +426,15 @@ def orthogonalize(
         ValueError, TypeError: an argument that cannot be used.
         RuntimeError: a named backend that cannot run here.
     """
-    if not isinstance(G, Tensor):
-        raise TypeError(f"G should be a Tensor but is: {type(G).__name__}")
-    check_parameter(G)
-    if not 0.0 <= eps:
-        raise ValueError(f"eps should be >= 0 but is: {eps}")
-    if G.numel() == 0:
-        resolve(ns_coefficients, ns_steps)
-        backends.choose(backend, G.device, [G.dtype])
-        return torch.empty_like(G)
+    check_matrices("G", G)
+    check_eps(eps)
+    try:
+        G.data_ptr()
+    except RuntimeError as error:
+        raise TypeError(
+            "G should have memory to read but has none, as inside torch.vmap or torch.func.grad; "
+            "instead of vmap give G as (..., m, n)"
+        ) from error
     name = backends.choose(backend, G.device, [G.dtype])
     schedule = resolve(ns_coefficients, ns_steps)
     count, rows, cols = split_shape(G.shape, False)
@@ -419,6 +448,8 @@ def orthogonalize(
         bytes_per_element=2 * G.itemsize,
         stepped=False,
     )
+    if G.numel() == 0:
+        return torch.empty_like(G)
     source, view = _source(G, False, ())
     if view is not None:
         source.tensor.copy_(view)

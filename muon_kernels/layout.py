@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+import torch
 from torch import Size, Tensor
 
 
@@ -115,3 +116,58 @@ def layout(
         transposed = False
     stop = batch if stop is None else stop
     return Layout(stop - start, rows, cols, start * batch_stride, batch_stride, row_stride, col_stride, transposed)
+
+
+@lru_cache(maxsize=65536)
+def overlaps_itself(shape: Size, stride: tuple[int, ...]) -> bool:
+    """Whether two elements of such a tensor share memory."""
+    dims = sorted((s, n) for n, s in zip(shape, stride, strict=True) if n > 1)
+    if 0 in shape or not dims:
+        return False
+    if dims[0][0] == 0:
+        return True
+    span, nested = 1, True
+    for s, n in dims:
+        nested = nested and s >= span
+        span += s * (n - 1)
+    if nested:
+        return False
+    # Strides that do not nest may still miss one another, as (2, 3) do for (3, 2).
+    seen = torch.zeros(span, dtype=torch.bool)
+    seen.as_strided(shape, stride).fill_(True)
+    return int(seen.sum()) < math.prod(shape)
+
+
+def _end(t: Tensor) -> int:
+    """Address of the first byte after the last element."""
+    return t.data_ptr() + t.itemsize * (1 + sum(s * (n - 1) for n, s in zip(t.shape, t.stride(), strict=True)))
+
+
+def overlapping(tensors: Iterable[Tensor]) -> Tensor | None:
+    """One of `tensors`, none of which overlaps itself, that shares an element's memory with another; None without.
+
+    Slices that interleave, as blocks of columns of one matrix do, share none.
+    """
+    clusters: list[list[Tensor]] = []  # of tensors that may overlap, because from first to last element they do
+    stop = 0
+    there = (t for t in tensors if t.numel() and not t.is_meta)
+    for t in sorted(there, key=lambda t: (str(t.device), t.data_ptr())):
+        if not clusters or t.device != clusters[-1][0].device or t.data_ptr() >= stop:
+            clusters.append([])
+            stop = 0
+        clusters[-1].append(t)
+        stop = max(stop, _end(t))
+    for cluster in clusters:
+        if len(cluster) == 1:
+            continue
+        first = cluster[0].data_ptr()
+        unit = math.gcd(*(n for t in cluster for n in (t.itemsize, t.data_ptr() - first)))
+        taken = torch.zeros((max(map(_end, cluster)) - first) // unit, dtype=torch.bool)
+        for t in cluster:
+            units = t.itemsize // unit
+            strides = (*(s * units for s in t.stride()), 1)
+            own = taken.as_strided((*t.shape, units), strides, (t.data_ptr() - first) // unit)
+            if own.any():
+                return t
+            own.fill_(True)
+    return None

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, overload
+from typing import Any, NoReturn, overload
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # torch.compiler.disable, but it imports dynamo when called only
 from torch.optim import AdamW, Optimizer
 
-from .optimizer import Muon
+from .functional import check_apart
+from .optimizer import Muon, check_checkpoint, check_state
+from .options import check_number
 from .plan import Plan
 
 __all__ = ["MuonAdamW"]
 
 _Groups = list[dict[str, Any]]
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class MuonAdamW(Optimizer):
@@ -37,8 +42,12 @@ class MuonAdamW(Optimizer):
             `fused`, `foreach` and `differentiable` given, a group is `fused` if it can be: floating
             point, on CPU or CUDA, contiguous.
 
+    The defaults are those of either optimizer, so groups differ in more than the learning rate: `weight_decay` is
+    0.1 for Muon and 0.01 for AdamW.
+
     Raises:
-        ValueError: a group does not say `use_muon`; whatever else `Muon` and `AdamW` raise.
+        ValueError: a group does not say `use_muon`, no group has a parameter; whatever else `Muon` and `AdamW` raise.
+        TypeError: an option outside `muon_options` and `adamw_options`, or one that is no number.
     """
 
     def __init__(
@@ -47,12 +56,25 @@ class MuonAdamW(Optimizer):
         *,
         muon_options: Mapping[str, Any] | None = None,
         adamw_options: Mapping[str, Any] | None = None,
+        **misplaced: NoReturn,
     ) -> None:
         """Hand every group to its optimizer."""
+        if misplaced:
+            raise TypeError(
+                f"options should be in muon_options={{...}} or adamw_options={{...}} but MuonAdamW was given: "
+                f"{', '.join(misplaced)}"
+            )
         # Either may stay without a group, but neither can be built without one.
         self._muon = Muon([{"params": []}], **(muon_options or {}))
-        self._adamw = AdamW([{"params": []}], **(adamw_options or {}))
+        self._adamw = _checked_adamw(adamw_options or {})
         super().__init__(params, defaults={})
+        if not any(group["params"] for group in self.param_groups):
+            raise ValueError(
+                "optimizer got an empty parameter list: some group should have a parameter but none has; "
+                "is the whole model frozen?"
+            )
+        (_, groups), _ = self._inner()
+        check_apart([("parameter", p) for group in groups for p in group["params"]])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group for Muon (`use_muon=True`) or AdamW (`use_muon=False`).
@@ -68,6 +90,8 @@ class MuonAdamW(Optimizer):
         inner = self._muon if param_group["use_muon"] else self._adamw
         inner.add_param_group(param_group)
         if inner is self._adamw:
+            known = inspect.signature(AdamW).parameters.keys() - {"params"}
+            _checked_adamw({key: value for key, value in param_group.items() if key in known})
             _fuse(param_group)
         super().add_param_group(param_group)
 
@@ -77,6 +101,7 @@ class MuonAdamW(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Step every parameter that has a gradient, writing it and its state.
@@ -96,6 +121,7 @@ class MuonAdamW(Optimizer):
         self._hand_over()
         # Muon checks all it was given before it writes; checking AdamW's part here covers the rest.
         for group in self._adamw.param_groups:
+            _check_options(group)
             _check(group, self.state)
             _unfuse(group)
         self._muon.step()
@@ -113,8 +139,10 @@ class MuonAdamW(Optimizer):
         Each part is loaded as its optimizer does it: `Muon` keeps the precision of the momentum.
 
         Raises:
-            ValueError: groups do not fit, or what `Muon` raises; nothing has been changed then.
+            ValueError, TypeError: another optimizer's checkpoint, groups, sizes or options that do not fit; nothing has
+                been changed then.
         """
+        check_checkpoint(state_dict, self.param_groups, "MuonAdamW", "use_muon", [])
         state_dict = state_dict.copy()
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
@@ -128,8 +156,15 @@ class MuonAdamW(Optimizer):
         for inner, use_muon in ((self._muon, True), (self._adamw, False)):
             groups = [group for group in state_dict["param_groups"] if group["use_muon"] is use_muon]
             ids = {index for group in groups for index in group["params"]}
-            part = {index: value for index, value in state_dict["state"].items() if index in ids}
-            inner.load_state_dict({"state": part, "param_groups": groups})
+            part = {
+                "state": {index: value for index, value in state_dict["state"].items() if index in ids},
+                "param_groups": groups,
+            }
+            if inner is self._adamw:
+                check_checkpoint(part, inner.param_groups, "AdamW", "betas", _MOMENTS)
+                for group in groups:
+                    _check_options({**inner.defaults, **group})
+            inner.load_state_dict(part)
             loaded[use_muon] = iter(inner.param_groups)
             state.update(inner.state)
         self.state = state
@@ -169,6 +204,25 @@ class MuonAdamW(Optimizer):
                 setattr(inner, name, getattr(self, name, None))
 
 
+def _checked_adamw(options: Mapping[str, Any]) -> AdamW:
+    """An AdamW without parameters; it raises what it has against the options, and we what it overlooks."""
+    _check_options({"lr": 0.0, "weight_decay": 0.0, "eps": 0.0, "betas": (0.0, 0.0), **options})
+    return AdamW([{"params": []}], **options)
+
+
+def _check_options(group: Mapping[str, Any]) -> None:
+    """Raise ValueError or TypeError where a number of an AdamW group would fail a step, or make it NaN."""
+    for key in ("lr", "weight_decay", "eps"):
+        check_number(f"AdamW's {key}", group[key])
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"AdamW's betas should be two numbers but are: {betas!r}")
+    for beta in betas:
+        check_number("each of AdamW's betas", beta)
+        if beta >= 1:
+            raise ValueError(f"each of AdamW's betas should be < 1 but is: {beta}")
+
+
 def _fuse(group: dict[str, Any]) -> None:
     """Choose AdamW's fused step where the options leave it open and the parameters allow it."""
     if group["fused"] is group["foreach"] is None and not group["differentiable"]:
@@ -190,7 +244,8 @@ def _unfuse(group: dict[str, Any]) -> None:
 
 
 def _check(group: dict[str, Any], state: Mapping[Tensor, dict[str, Any]]) -> None:
-    """Raise RuntimeError where `AdamW.step` would, or should, refuse a gradient of `group`."""
+    """Raise where `AdamW.step` would, or should, refuse a gradient or the state of `group`."""
+    moments = (*_MOMENTS, "max_exp_avg_sq") if group["amsgrad"] else _MOMENTS
     for param in group["params"]:
         grad = param.grad
         if grad is None:
@@ -201,10 +256,5 @@ def _check(group: dict[str, Any], state: Mapping[Tensor, dict[str, Any]]) -> Non
             raise RuntimeError(
                 f"AdamW needs gradients of the parameter's dtype, {param.dtype}, but found: {grad.dtype}"
             )
-        for key in ("exp_avg", "exp_avg_sq"):
-            moment = state[param].get(key, param) if param in state else param
-            if moment.shape != param.shape:
-                raise RuntimeError(
-                    f"AdamW's {key} should have the parameter's shape, {tuple(param.shape)}, "
-                    f"but has: {tuple(moment.shape)}"
-                )
+        if state.get(param):
+            check_state("", param, state[param], moments)

@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter, eq
 from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # torch.compiler.disable, but it imports dynamo when called only
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import backends
 from .coefficients import COEFFICIENTS, DEFAULT, NS_STEPS, resolve
 from .functional import (
+    DTYPES,
     Coefficients,
     Prepared,
     Scalars,
     Workspace,
-    check_parameter,
+    check_apart,
+    check_dense,
+    check_like,
+    check_matrices,
     execute,
     prepare,
     reserve,
     signature,
 )
-from .newton_schulz import ALGORITHMS
-from .plan import Plan
+from .layout import split_shape
+from .options import check_algorithm, check_eps, check_number, check_workspace
+from .plan import Plan, plan_for_shapes
 from .scaling import lr_ratio
 
 _KELLER = COEFFICIENTS[DEFAULT].triples[0]
+_ADAMW_HINT = "; give vectors and scalars to AdamW (muon_kernels.MuonAdamW with muon_kernels.param_groups(model) does)"
 
 
 class _Settled(NamedTuple):
@@ -58,7 +65,8 @@ class Muon(Optimizer):
 
     Args:
         params: parameters with at least two dimensions, or groups of them. Three dimensions are a batch of matrices,
-            four or more a convolution, flattened to (first, all others); `flatten` decides otherwise.
+            four or more a convolution, flattened to (first, all others); `flatten` decides otherwise. They may be
+            slices of one tensor but not share an element.
         lr: learning rate, a number or a one-element tensor.
         weight_decay: decoupled, multiplied by `lr` as it is, not by the adjusted one.
         momentum: μ.
@@ -68,7 +76,7 @@ class Muon(Optimizer):
             zero only.
         ns_steps: number of steps; if not given, 5 or a named set's own number.
         adjust_lr_fn: ratio(A, B): None or "original" √max(1, A/B); "match_rms_adamw" 0.2·√max(A, B); "spectral" √(A/B);
-            "none" 1; or a function of (A, B).
+            "none" 1; or a pure function of (A, B): its answers are kept from step to step.
         dampened: False writes the momentum as Moonlight does, without the factor 1 - μ.
         flatten: True flattens parameters of three dimensions too, False flattens none.
         ns_algorithm: "standard", "gram", or "auto" for the one with fewer FLOPs.
@@ -129,10 +137,13 @@ class Muon(Optimizer):
         self._workspace = Workspace()
         self._prepared: dict[int, _Settled] = {}
         super().__init__(params, defaults)
+        check_apart([("parameter", p) for group in self.param_groups for p in group["params"]])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group after checking its options and parameters; on error the optimizer is unchanged."""
         before = len(self.param_groups)
+        if "ns_coefficients" in param_group:
+            param_group.setdefault("ns_steps", self._steps_of(param_group["ns_coefficients"]))
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -145,11 +156,28 @@ class Muon(Optimizer):
             if len(set(group["params"])) < len(group["params"]):
                 raise ValueError("every parameter of a group should be there once but some are repeated")
             for p in group["params"]:
-                check_parameter(p, group["flatten"])
-                backends.choose(group["backend"], p.device, [p.dtype])
+                check_matrices("parameter", p, _ADAMW_HINT)
+                count, rows, cols = split_shape(p.shape, group["flatten"])
+                plan_for_shapes(
+                    [(rows, cols, count)],
+                    schedule=resolve(group["ns_coefficients"], group["ns_steps"]),
+                    device=p.device,
+                    dtype=p.dtype,
+                    backend=group["backend"],
+                    ns_algorithm=group["ns_algorithm"],
+                    max_workspace_bytes=group["max_workspace_bytes"],
+                )
+            check_apart([("parameter", p) for p in group["params"]])
         except Exception:
             del self.param_groups[before:]
             raise
+
+    def _steps_of(self, ns_coefficients: Coefficients) -> int:
+        """The number of steps of a group that gives its own coefficients but no number."""
+        try:
+            return len(resolve(ns_coefficients, self.defaults["ns_steps"]).triples)
+        except ValueError:  # a set or a list of another length
+            return len(resolve(ns_coefficients, None).triples)
 
     def _prepare(
         self, group: dict[str, Any], grad_of: Callable[[Tensor], Tensor | None]
@@ -192,6 +220,7 @@ class Muon(Optimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient.
@@ -215,9 +244,11 @@ class Muon(Optimizer):
             return loss
         scale: Tensor | None = getattr(self, "grad_scale", None)
         grad_scale = 1.0 if scale is None else 1.0 / float(scale)
-        prepared = [self._prepare(group, attrgetter("grad")) for group in self.param_groups]
-        for decided, _, _ in prepared:
-            reserve(decided, self._workspace)
+        # What is kept must be of use outside inference mode too.
+        with torch.inference_mode(False), torch.no_grad():
+            prepared = [self._prepare(group, attrgetter("grad")) for group in self.param_groups]
+            for decided, _, _ in prepared:
+                reserve(decided, self._workspace)
         for group, (decided, grads, new) in zip(self.param_groups, prepared, strict=True):
             for p, buffer in new.items():
                 self.state[p]["momentum_buffer"] = buffer
@@ -254,33 +285,61 @@ class Muon(Optimizer):
         """Load a checkpoint of this class or of torch.optim.Muon, momentum in the precision in which it was saved.
 
         Raises:
-            ValueError: groups, sizes or options do not fit; nothing has been changed then.
+            ValueError, TypeError: it is another optimizer's, or groups, sizes or options do not fit; nothing has been
+                changed then.
         """
-        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
-        own = [p for group in self.param_groups for p in group["params"]]
-        buffers = {}
-        if len(saved) == len(own):  # torch's own sentence otherwise
-            for index, p in zip(saved, own, strict=True):
-                buffer = state_dict["state"].get(index, {}).get("momentum_buffer")
-                if buffer is None:
-                    continue
-                if not isinstance(buffer, Tensor) or not buffer.is_floating_point() or buffer.layout != torch.strided:
-                    raise TypeError(
-                        f"momentum_buffer of parameter {index} should be a dense floating-point tensor "
-                        f"but is: {buffer!r:.80}"
-                    )
-                if buffer.shape != p.shape:
-                    raise ValueError(
-                        f"momentum_buffer of parameter {index} should have size {tuple(p.shape)} "
-                        f"but has: {tuple(buffer.shape)}"
-                    )
-                buffers[p] = buffer
+        states = check_checkpoint(state_dict, self.param_groups, "Muon", "ns_coefficients", ["momentum_buffer"])
         for group in state_dict["param_groups"]:
             _check_options({**self.defaults, **group})
         super().load_state_dict(state_dict)
         # torch casts state to the parameter's dtype, which would round an fp32 momentum of bf16 parameters.
-        for p, buffer in buffers.items():
-            self.state[p]["momentum_buffer"] = buffer.detach().to(p.device, copy=True)
+        for p, state in states:
+            self.state[p]["momentum_buffer"] = state["momentum_buffer"].detach().to(p.device, copy=True)
+
+
+def check_checkpoint(
+    state_dict: Any, groups: Sequence[dict[str, Any]], optimizer: str, option: str, moments: Sequence[str]
+) -> list[tuple[Tensor, dict[str, Any]]]:
+    """Raise ValueError or TypeError unless `state_dict` is of a kind of optimizer; options are not looked at.
+
+    Args:
+        state_dict: the checkpoint.
+        groups: those that are to take it up.
+        optimizer: its name.
+        option: every param group of its checkpoints has.
+        moments: the tensors, of the parameter's size, that the state of every parameter has.
+
+    Returns:
+        Every parameter that has state in the checkpoint, and that.
+    """
+    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= set(state_dict):
+        has = sorted(map(str, state_dict)) if isinstance(state_dict, dict) else type(state_dict).__name__
+        raise ValueError(f"a checkpoint should be a dict with 'state' and 'param_groups' but is: {has}")
+    for group in state_dict["param_groups"]:
+        if option not in group:
+            raise ValueError(
+                f"a checkpoint of {optimizer} should have {option} in every group but has: {sorted(group)}"
+            )
+    saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+    own = [p for group in groups for p in group["params"]]
+    if len(saved) != len(own):
+        return []  # torch has a sentence for it
+    states = []
+    for index, p in zip(saved, own, strict=True):
+        if state := state_dict["state"].get(index):
+            check_state(f" of parameter {index}", p, state, moments)
+            states.append((p, state))
+    return states
+
+
+def check_state(of: str, p: Tensor, state: Mapping[str, Any], moments: Sequence[str]) -> None:
+    """Raise ValueError or TypeError unless the state of `p` has `moments`, of its size; `of` names it in the error."""
+    for key in moments:
+        if key not in state:
+            raise ValueError(f"state{of} should have {', '.join(moments)} but has: {', '.join(map(str, state))}")
+        if not p.is_complex():  # AdamW's moments of those are complex as well
+            check_dense(key + of, state[key])
+        check_like(key + of, state[key], p)
 
 
 # What a step may settle once, see `functional.prepare`.
@@ -301,37 +360,19 @@ def _check_options(options: dict[str, Any]) -> None:
             raise TypeError(f"{key} should be True or False but is: {options[key]!r}")
     if options["flatten"] is not None and not isinstance(options["flatten"], bool):
         raise TypeError(f"flatten should be True, False or None but is: {options['flatten']!r}")
-    lr = options["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
+    if isinstance(options["lr"], Tensor) and options["lr"].numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
-    for name, key in (
-        ("Learning rate", "lr"),
-        ("momentum", "momentum"),
-        ("weight decay", "weight_decay"),
-        ("eps", "eps"),
-    ):
-        value = options[key]
-        if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
-            raise TypeError(f"{name} should be a number but is: {value!r}")
-        if isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex()):
-            raise ValueError(f"{name} should be one real number but is a tensor of size {tuple(value.shape)}")
-        if not 0.0 <= value:
-            raise ValueError(f"{name} should be >= 0 but is: {options[key]}")
-    if options["eps"] >= 1:
-        raise ValueError(f"eps should be < 1, the smallest norm that it is compared with, but is: {options['eps']}")
+    check_number("Learning rate", options["lr"])
+    check_number("momentum", options["momentum"])
+    check_number("weight decay", options["weight_decay"])
+    check_eps(options["eps"])
     resolve(options["ns_coefficients"], options["ns_steps"])
     if not callable(options["adjust_lr_fn"]):
         lr_ratio(options["adjust_lr_fn"], 1, 1)
-    if options["ns_algorithm"] != "auto" and options["ns_algorithm"] not in ALGORITHMS:
-        raise ValueError(
-            f"ns_algorithm should be 'auto' or one of {', '.join(map(repr, ALGORITHMS))} "
-            f"but is: {options['ns_algorithm']!r}"
-        )
+    check_algorithm(options["ns_algorithm"])
     if options["backend"] != "auto":
         backends.get(options["backend"])
-    cap = options["max_workspace_bytes"]
-    if cap is not None and (not isinstance(cap, int) or cap <= 0):
-        raise ValueError(f"max_workspace_bytes should be a positive integer or None but is: {cap!r}")
+    check_workspace(options["max_workspace_bytes"])
     dtype = options["momentum_dtype"]
-    if dtype not in (None, torch.float32, torch.bfloat16, torch.float64, torch.float16):
+    if dtype not in (None, *DTYPES):
         raise ValueError(f"momentum_dtype should be a floating-point dtype or None but is: {dtype!r}")

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from .layout import flattens
+
 __all__ = ["Assignment", "ParamGroups", "param_groups"]
 
 _CONVOLUTIONS = (
@@ -117,11 +119,18 @@ def param_groups(
     Raises:
         ValueError: a pattern matches no parameter or a scalar or 1-D one is to go to Muon, or a
             parameter is claimed for both.
+        TypeError: `model` is no `nn.Module`.
 
     Sources: [1] https://kellerjordan.github.io/posts/muon, [2] https://arxiv.org/abs/2502.16982
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model should be an nn.Module, whose layers tell what a parameter is for, but is: {type(model).__name__}; "
+            "give Muon and AdamW their parameters yourself where there is none"
+        )
     owners = _owners(model)
-    rules = _adamw_rules(_output_heads(model), (muon_options or {}).get("flatten"))
+    flatten = (muon_options or {}).get("flatten")
+    rules = _adamw_rules(_output_heads(model), flatten)
     to_muon = _matches(owners, muon, "muon")
     to_adamw = _matches(owners, adamw, "adamw")
 
@@ -146,7 +155,7 @@ def param_groups(
             reasons = (reason for reason, holds in rules.items() if any(holds(param, at) for at in places))
             reason = next(reasons, "")
             optimizer = "AdamW" if reason else "Muon"
-            reason = reason or type(places[0].module).__name__
+            reason = reason or f"{_kind(param, flatten)} in {type(places[0].module).__name__}"
         if len(places) > 1:
             reason += ", tied with " + ", ".join(place.name for place in places[1:])
         groups[optimizer].append(param)
@@ -209,6 +218,13 @@ def _output_heads(model: nn.Module) -> set[nn.Parameter]:
         if last.shape[0] in {m.num_embeddings for _, m in modules if isinstance(m, _EMBEDDINGS)}:
             return {last}
     return set(heads.values())
+
+
+def _kind(param: nn.Parameter, flatten: bool | None) -> str:
+    """Return what Muon sees in a parameter."""
+    if param.ndim == 2:
+        return "matrix"
+    return "flattened to a matrix" if flattens(param.shape, flatten) else "stack of matrices"
 
 
 def _is_depthwise(module: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import backends
 from .coefficients import DEFAULT, Schedule, resolve
 from .newton_schulz import ALGORITHMS, Square
+from .options import check_algorithm, check_workspace
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,9 @@ class Plan:
 
     def __str__(self) -> str:
         """A table with a row for every bucket."""
-        rows = [("matrices", "algorithm", "backend", "launches", "GFLOP", "MB moved", "workspace MB")]
+        if not self.buckets:
+            return "nothing to do: Muon was given no matrix"
+        rows = [("matrices", "algorithm", "backend", "launches", "FLOPs", "bytes moved", "workspace")]
         for b in self.buckets:
             name = f"{b.count} x {b.shape[0]}x{b.shape[1]}"
             rows.append((name, b.algorithm, b.backend, *_figures(b)))
@@ -92,11 +95,21 @@ class Plan:
             for row in rows
         ]
         rule = "-" * len(lines[0])
-        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+        note = "A matrix taller than wide is stepped, and shown, as its transpose."
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], note])
 
 
 def _figures(of: Bucket | Plan) -> tuple[str, str, str, str]:
-    return str(of.launches), f"{of.flops / 1e9:.3g}", f"{of.bytes / 1e6:.1f}", f"{of.workspace_bytes / 1e6:.1f}"
+    return str(of.launches), _scaled(of.flops, ""), _scaled(of.bytes, "B"), _scaled(of.workspace_bytes, "B")
+
+
+def _scaled(value: float, unit: str) -> str:
+    """Three digits and a decimal prefix."""
+    for prefix in ("", "k", "M", "G"):
+        if value < 999.5:
+            return f"{value:.3g} {prefix}{unit}".rstrip()
+        value /= 1000
+    return f"{value:.3g} T{unit}"
 
 
 class Counter:
@@ -154,10 +167,6 @@ def count(
 def choose_algorithm(name: str, backend: str, m: int, n: int, schedule: Schedule) -> str:
     """The form that runs: `name`, or for "auto" the one of fewest FLOPs among those as accurate as torch's loop."""
     if name != "auto":
-        if name not in ALGORITHMS:
-            raise ValueError(
-                f"ns_algorithm should be 'auto' or one of {', '.join(map(repr, ALGORITHMS))} but is: {name!r}"
-            )
         return name
     if not backends.get(backend).precise_squares():
         return "standard"  # the Gram form holds the standard form's accuracy only where a backend has precise squares
@@ -211,7 +220,12 @@ def plan_bucket(
         max_workspace_bytes: the user's cap, None for the backend's.
         bytes_per_element: of gradient once, momentum and parameter twice.
         stepped: whether parameters are updated, so that a whole step may be fused.
+
+    Raises:
+        ValueError, TypeError: an algorithm that there is not, a cap that is none or holds no matrix.
     """
+    check_algorithm(ns_algorithm)
+    check_workspace(max_workspace_bytes)
     m, n = shape
     algorithm = choose_algorithm(ns_algorithm, backend, m, n, schedule)
     if m == 0 or count_ == 0:

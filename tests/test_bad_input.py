@@ -1,5 +1,6 @@
 """Whatever cannot be used raises, says what was expected and what came, and changes nothing."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from muon_kernels import Muon, backends, orthogonalize
+from muon_kernels import Muon, MuonAdamW, backends, orthogonalize
 from muon_kernels.backends import cpu
 from muon_kernels.functional import prepare
 
@@ -24,6 +25,11 @@ OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"momentum": NAN}, ValueError, "momentum should be >= 0 but is: nan"),
     ({"weight_decay": -0.1}, ValueError, "weight decay should be >= 0 but is: -0.1"),
     ({"weight_decay": NAN}, ValueError, "weight decay should be >= 0 but is: nan"),
+    ({"lr": math.inf}, ValueError, "Learning rate should be finite but is: inf"),
+    ({"lr": torch.tensor(math.inf)}, ValueError, "Learning rate should be finite but is: inf"),
+    ({"momentum": math.inf}, ValueError, "momentum should be finite but is: inf"),
+    ({"weight_decay": math.inf}, ValueError, "weight decay should be finite but is: inf"),
+    ({"eps": 5.0}, ValueError, "eps should be < 1, the smallest norm that it is compared with, but is: 5.0"),
     ({"eps": -1e-7}, ValueError, "eps should be >= 0 but is: -1e-07"),
     ({"eps": NAN}, ValueError, "eps should be >= 0 but is: nan"),
     ({"adjust_lr_fn": "adam"}, ValueError, "Adjust learning rate function adam is not supported"),
@@ -44,12 +50,15 @@ OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"ns_steps": True}, TypeError, "ns_steps should be an int or None but is: True"),
     ({"ns_steps": 2.5}, TypeError, "ns_steps should be an int or None but is: 2.5"),
     ({"ns_algorithm": "gramm"}, ValueError, "'auto' or one of 'standard', 'gram' but is: 'gramm'"),
+    ({"ns_algorithm": ["gram"]}, ValueError, "'auto' or one of 'standard', 'gram' but is: ['gram']"),
+    ({"backend": ["cpu"]}, ValueError, "'auto' or one of 'cpu', 'eager' but is: ['cpu']"),
     ({"backend": "gpu"}, ValueError, "backend should be 'auto' or one of 'cpu', 'eager'"),
     ({"backend": "gpu"}, ValueError, "but is: 'gpu'"),
-    ({"max_workspace_bytes": 0}, ValueError, "max_workspace_bytes should be a positive integer or None but is: 0"),
-    ({"max_workspace_bytes": -1}, ValueError, "max_workspace_bytes should be a positive integer or None but is: -1"),
-    ({"max_workspace_bytes": 1e9}, ValueError, "should be a positive integer or None but is: 1000000000.0"),
-    ({"max_workspace_bytes": "1G"}, ValueError, "should be a positive integer or None but is: '1G'"),
+    ({"max_workspace_bytes": 0}, ValueError, "max_workspace_bytes should be a positive int or None but is: 0"),
+    ({"max_workspace_bytes": -1}, ValueError, "max_workspace_bytes should be a positive int or None but is: -1"),
+    ({"max_workspace_bytes": 1e9}, TypeError, "should be a positive int or None but is: 1000000000.0"),
+    ({"max_workspace_bytes": True}, TypeError, "should be a positive int or None but is: True"),
+    ({"max_workspace_bytes": "1G"}, TypeError, "should be a positive int or None but is: '1G'"),
     ({"momentum_dtype": torch.int8}, ValueError, "floating-point dtype or None but is: torch.int8"),
     ({"momentum_dtype": torch.complex64}, ValueError, "floating-point dtype or None but is: torch.complex64"),
     ({"momentum_dtype": "bfloat16"}, ValueError, "floating-point dtype or None but is: 'bfloat16'"),
@@ -158,16 +167,31 @@ def test_unknown_group_option() -> None:
 
 
 PARAMETERS: dict[str, tuple[Callable[[], Tensor], type[Exception], list[str]]] = {
-    "vector": (lambda: torch.ones(5), ValueError, ["at least 2 dimensions", "with size: (5,)"]),
-    "scalar": (lambda: torch.ones(()), ValueError, ["at least 2 dimensions", "with size: ()"]),
+    "vector": (lambda: torch.ones(5), ValueError, ["at least 2 dimensions", "has size: (5,)", "AdamW"]),
+    "scalar": (lambda: torch.ones(()), ValueError, ["at least 2 dimensions", "has size: ()"]),
     "complex": (
         lambda: torch.ones(3, 4, dtype=torch.complex64),
         TypeError,
-        ["Muon does not support complex parameters", "torch.complex64"],
+        ["floating-point dtype among float32", "torch.complex64"],
     ),
-    "integer": (lambda: torch.ones(3, 4, dtype=torch.int32), TypeError, ["floating-point", "torch.int32", "(3, 4)"]),
+    "integer": (
+        lambda: torch.ones(3, 4, dtype=torch.int32),
+        TypeError,
+        ["floating-point dtype among float32", "torch.int32"],
+    ),
+    "fp8": (
+        lambda: torch.ones(3, 4).to(torch.float8_e4m3fn),
+        TypeError,
+        ["among float32, bfloat16, float16, float64", "torch.float8_e4m3fn"],
+    ),
+    "strides that meet": (
+        lambda: torch.ones(200).as_strided((10, 20), (1, 3)),
+        ValueError,
+        ["size (10, 20)", "strides (1, 3)", "clone it"],
+    ),
+    "expanded": (lambda: torch.ones(1, 4).expand(3, 4), ValueError, ["strides (0, 1)", "clone it"]),
     "bool": (lambda: torch.ones(3, 4, dtype=torch.bool), TypeError, ["floating-point", "torch.bool"]),
-    "sparse": (lambda: torch.eye(4).to_sparse(), TypeError, ["sparse parameters", "dense", "torch.sparse_coo"]),
+    "sparse": (lambda: torch.eye(4).to_sparse(), TypeError, ["dense, not sparse", "torch.sparse_coo"]),
 }
 
 
@@ -200,7 +224,7 @@ def test_sparse_gradient(backend: str, at: int) -> None:
     params, optimizer = stepped(backend=backend)
     before = Unchanged(optimizer)
     params[at].grad = torch.ones_like(params[at]).to_sparse()
-    with pytest.raises(TypeError, match=r"sparse gradients: expected a dense gradient, got layout torch\.sparse_coo"):
+    with pytest.raises(TypeError, match=r"gradient should be dense, not sparse, but has layout: torch\.sparse_coo"):
         optimizer.step()
     before.check()
 
@@ -215,16 +239,31 @@ SETTLED: dict[str, Any] = {"ns_coefficients": "keller", "ns_steps": 5, "adjust_l
         (2, torch.ones(6, 8, device="meta"), ValueError, "should be on the parameter's device cpu but is on: meta"),
         (1, torch.ones(8, 6), ValueError, "gradient should have the parameter's size (6, 8) but has: (8, 6)"),
         (2, torch.ones(1, 48), ValueError, "momentum_buffer should have the parameter's size (6, 8) but has: (1, 48)"),
-        (1, torch.ones(6, 8, dtype=torch.int64), TypeError, "floating-point gradients, got torch.int64"),
-        (1, torch.ones(6, 8, dtype=torch.complex64), TypeError, "floating-point gradients, got torch.complex64"),
-        (1, torch.ones(6, 8).to_sparse(), TypeError, "expected a dense gradient, got layout torch.sparse_coo"),
+        (
+            1,
+            torch.ones(6, 8, dtype=torch.int64),
+            TypeError,
+            "gradient should be of a floating-point dtype among float32",
+        ),
+        (1, torch.ones(6, 8, dtype=torch.complex64), TypeError, "but is of: torch.complex64"),
+        (
+            1,
+            torch.ones(6, 8).to_sparse(),
+            TypeError,
+            "gradient should be dense, not sparse, but has layout: torch.sparse_coo",
+        ),
         (
             0,
             torch.ones(1, 8).expand(6, 8),
             ValueError,
-            "parameter of size (6, 8) should own its memory but is expanded",
+            "parameter of size (6, 8) should have memory for every element but its strides (0, 1)",
         ),
-        (2, torch.ones(1, 8).expand(6, 8), ValueError, "(strides (0, 1)); clone it"),
+        (
+            2,
+            torch.ones(1, 8).expand(6, 8),
+            ValueError,
+            "momentum_buffer of size (6, 8) should have memory for every element",
+        ),
     ],
 )
 def test_operands(backend: str, role: int, bad: Tensor, error: type[Exception], sentence: str) -> None:
@@ -287,21 +326,30 @@ def test_backend_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backends.choose("auto", torch.device("cpu"), [torch.float32]) == "eager"
 
 
-def test_forced_instruction_set_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", ["auto", "cpu"])
+def test_forced_instruction_set_that_is_not_there(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor may "auto" pass over a misspelt name in silence."""
     monkeypatch.setenv("MUON_KERNELS_CPU_ISA", "neon")
-    with pytest.raises(RuntimeError, match=r"MUON_KERNELS_CPU_ISA is 'neon' but this processor and build have .*avx2"):
-        Muon(parameters(), backend="cpu")
+    for act in (
+        lambda: Muon(parameters(), backend=backend),
+        lambda: orthogonalize(torch.ones(3, 4), backend=backend),
+    ):
+        with pytest.raises(ValueError, match=r"MUON_KERNELS_CPU_ISA should be one of .*'avx2'.* but is: 'neon'"):
+            act()
+    Muon(parameters(), backend="eager")
 
 
 def test_cap_that_holds_no_matrix(backend: str) -> None:
     params = parameters()
     optimizer = Muon(params, backend=backend)
     need = optimizer.plan().buckets[0].workspace_bytes // 4  # of 4 matrices
-    optimizer = Muon(params, backend=backend, max_workspace_bytes=need - 1)
+    sentence = f"max_workspace_bytes should be at least {need} to hold one matrix but is: {need - 1}"
+    with pytest.raises(ValueError, match=sentence):
+        Muon(params, backend=backend, max_workspace_bytes=need - 1)
+    optimizer.param_groups[0]["max_workspace_bytes"] = need - 1
     for p in params:
         p.grad = torch.ones_like(p)
     before = Unchanged(optimizer)
-    sentence = f"max_workspace_bytes should be at least {need} to hold one matrix but is: {need - 1}"
     with pytest.raises(ValueError, match=sentence):
         optimizer.step()
     with pytest.raises(ValueError, match=sentence):
@@ -334,7 +382,8 @@ def test_function_that_returns_no_ratio(backend: str, ratio: Any, error: type[Ex
         ([[1.0, 2.0]], {}, TypeError, "G should be a Tensor but is: list"),
         (None, {}, TypeError, "G should be a Tensor but is: NoneType"),
         (torch.ones(5), {}, ValueError, "at least 2 dimensions"),
-        (torch.ones(()), {}, ValueError, "a parameter with size: ()"),
+        (torch.ones(()), {}, ValueError, "G should have at least 2 dimensions but has size: ()"),
+        (torch.ones(3, 4).to(torch.float8_e5m2), {}, TypeError, "G should be of a floating-point dtype among float32"),
         (torch.ones(3, 4, dtype=torch.int64), {}, TypeError, "torch.int64"),
         (torch.ones(3, 4, dtype=torch.complex64), {}, TypeError, "torch.complex64"),
         (torch.eye(4).to_sparse(), {}, TypeError, "torch.sparse_coo"),
@@ -348,6 +397,21 @@ def test_function_that_returns_no_ratio(backend: str, ratio: Any, error: type[Ex
         (torch.ones(3, 4), {"backend": "no"}, ValueError, "but is: 'no'"),
         (torch.ones(3, 4), {"max_workspace_bytes": 1}, ValueError, "to hold one matrix but is: 1"),
         (torch.ones(3, 4), {"max_workspace_bytes": 0}, ValueError, "but is: 0"),
+        (torch.ones(3, 4), {"max_workspace_bytes": "1M"}, TypeError, "should be a positive int or None but is: '1M'"),
+        (
+            torch.ones(3, 4),
+            {"max_workspace_bytes": 1e6},
+            TypeError,
+            "should be a positive int or None but is: 1000000.0",
+        ),
+        (
+            torch.ones(0, 4),
+            {"max_workspace_bytes": 1e6},
+            TypeError,
+            "should be a positive int or None but is: 1000000.0",
+        ),
+        (torch.ones(3, 4), {"eps": 5.0}, ValueError, "eps should be < 1"),
+        (torch.ones(3, 4), {"eps": "a"}, TypeError, "eps should be a number but is: 'a'"),
         (torch.ones(3, 4), {"eps": -1.0}, ValueError, "eps should be >= 0 but is: -1.0"),
         (torch.ones(3, 4), {"eps": NAN}, ValueError, "eps should be >= 0 but is: nan"),
     ],
@@ -396,6 +460,67 @@ def test_checkpoint_whose_momentum_is_none(buffer: Any) -> None:
     optimizer = Muon([nn.Parameter(torch.ones(3, 4))])
     saved = optimizer.state_dict()
     saved["state"] = {0: {"momentum_buffer": buffer}}
-    with pytest.raises(TypeError, match="dense floating-point"):
+    with pytest.raises(TypeError, match=r"momentum_buffer of parameter 0 should be (a Tensor|dense|of a floating)"):
         optimizer.load_state_dict(saved)
     assert not optimizer.state
+
+
+@pytest.mark.parametrize("transform", [torch.vmap, torch.func.grad])
+def test_orthogonalize_inside_a_transform(backend: str, transform: Callable[..., Any]) -> None:
+    function = transform(lambda G: orthogonalize(G, backend=backend).sum())
+    with pytest.raises(TypeError, match=r"G should have memory to read but has none.*give G as \(\.\.\., m, n\)"):
+        function(torch.ones(3, 4, 5))
+
+
+def shared(kind: str) -> tuple[Tensor, Tensor]:
+    base = torch.ones(8, 24)
+    return {
+        "the same": lambda: (base, base.detach()),
+        "transposed": lambda: (base, base.T),
+        "columns": lambda: (base[:, :12], base[:, 6:18]),
+        "one corner": lambda: (base[:3, :3], base[2:, 2:]),
+        "another dtype": lambda: (base, base.view(torch.bfloat16)[:, 20:24]),
+    }[kind]()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("kind", ["the same", "transposed", "columns", "one corner", "another dtype"])
+def test_parameters_that_share_memory(kind: str, groups: int) -> None:
+    params = [nn.Parameter(t) for t in shared(kind)]
+    with pytest.raises(ValueError, match=r"parameter of size \(.*\) should have memory of its own but shares"):
+        Muon(params if groups == 1 else [{"params": [p]} for p in params])
+    with pytest.raises(ValueError, match="should have memory of its own but shares"):
+        MuonAdamW([{"params": [p], "use_muon": True} for p in params])
+    # Whatever is made to share later is seen when the step is prepared.
+    apart = [nn.Parameter(p.detach().clone()) for p in params]
+    optimizer = Muon(apart)
+    for p, q in zip(apart, params, strict=True):
+        p.data = q.data
+        p.grad = torch.ones_like(p)
+    before = Unchanged(optimizer)
+    with pytest.raises(ValueError, match="should have memory of its own but shares"):
+        optimizer.step()
+    before.check()
+
+
+def test_momentum_that_shares_memory() -> None:
+    params, optimizer = stepped()
+    optimizer.state[params[1]]["momentum_buffer"] = params[2].detach()[0].view(8, 6)
+    with pytest.raises(ValueError, match="should have memory of its own but shares"):
+        optimizer.step()
+
+
+def test_slices_that_interleave_share_nothing(backend: str) -> None:
+    """Also strides that do not nest and yet meet nowhere."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(8, 12, generator=generator)
+    loose = torch.randn(8, generator=generator).as_strided((3, 2), (2, 3))
+    slices = [base[:, :4], base[:, 4:10], base[::2, 10:], base[1::2, 10:], loose]
+    views, copies = ([nn.Parameter(t) for t in ts] for ts in (slices, [t.clone() for t in slices]))
+    for params in (views, copies):
+        optimizer = Muon(params, lr=0.1, backend=backend)
+        for i, p in enumerate(params):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+        optimizer.step()
+    for view, copy in zip(views, copies, strict=True):
+        torch.testing.assert_close(view, copy, rtol=0, atol=1e-6)

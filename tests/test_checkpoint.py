@@ -175,9 +175,16 @@ def _two_groups(state: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
     [
-        (_wrong_shape, r"momentum_buffer of parameter 1 should have size \(40, 24\) but has: \(24, 40\)"),
+        (
+            _wrong_shape,
+            r"momentum_buffer of parameter 1 should have the parameter's size \(40, 24\) but has: \(24, 40\)",
+        ),
         (_one_too_few, "doesn't match the size of optimizer's group"),
         (_two_groups, "different number of parameter groups"),
+        (lambda s: s.pop("state"), "should be a dict with 'state' and 'param_groups' but is: \\['param_groups'\\]"),
+        (lambda s: s.pop("param_groups"), "should be a dict with 'state' and 'param_groups' but is: \\['state'\\]"),
+        (lambda s: s["param_groups"][0].pop("ns_coefficients"), "checkpoint of Muon should have ns_coefficients"),
+        (lambda s: s["state"].update({1: {"exp_avg": 1}}), "but has: exp_avg"),
         (lambda s: s["param_groups"][0].update(lr=-1.0), "Learning rate should be >= 0 but is: -1.0"),
         (lambda s: s["param_groups"][0].update(ns_coefficients="no"), "ns_coefficients should be one of 'keller'"),
         (lambda s: s["param_groups"][0].update(backend="no"), "backend should be 'auto' or one of"),
@@ -197,3 +204,48 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(backend: str, spoil: Any
         optimizer.load_state_dict(state)
     assert same(before, snapshot(optimizer, params))
     train(optimizer, params, 2, 3)
+
+
+def adamw(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params)
+
+
+def sgd(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Its momentum has our name and another meaning."""
+    return torch.optim.SGD(params, lr=0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("other", [adamw, sgd])
+def test_a_checkpoint_of_another_optimizer_is_refused(other: Any, steps: int) -> None:
+    params = parameters()
+    train(theirs := other(params), params, 0, steps)
+    optimizer = Muon(params)
+    train(optimizer, params, 0, 1)
+    before = snapshot(optimizer, params)
+    with pytest.raises(ValueError, match="a checkpoint of Muon should have ns_coefficients in every group but has: "):
+        optimizer.load_state_dict(theirs.state_dict())
+    assert same(before, snapshot(optimizer, params))
+
+
+@pytest.mark.parametrize("state", [None, [], 3])
+def test_what_is_no_checkpoint(state: Any) -> None:
+    with pytest.raises(ValueError, match="a checkpoint should be a dict with 'state' and 'param_groups' but is: "):
+        Muon(parameters()).load_state_dict(state)
+
+
+def test_a_checkpoint_may_hold_more_than_we_know(tmp_path: Path) -> None:
+    """Schedulers and users put keys of their own into groups and state."""
+    params = parameters()
+    optimizer = Muon(params, lr=0.1)
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.2, total_steps=9)
+    optimizer.param_groups[0].update(name="hidden", swa_lr=0.05)
+    train(optimizer, params, 0, 1)
+    optimizer.state[params[0]]["seen"] = 1
+    state = saved(tmp_path / "state.pt", optimizer.state_dict())
+    other = Muon(params)
+    other.load_state_dict(state)
+    extras = {"name", "swa_lr", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
+    assert extras <= set(other.param_groups[0])
+    assert same(other.state_dict(), optimizer.state_dict())
+    train(other, params, 1, 2)

@@ -87,6 +87,28 @@ def test_doctor_gives_the_reason(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "not ready: no cpu today; wait" in capsys.readouterr().out
 
 
+def test_doctor_survives_a_misspelt_instruction_set(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MUON_KERNELS_CPU_ISA", "neon")
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("MUON_KERNELS_CPU_ISA should be one of") == 2
+    assert "not ready: MUON_KERNELS_CPU_ISA" in out and "nothing: MUON_KERNELS_CPU_ISA" in out
+    assert "eager  ready:" in out
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    """As `head` does; the pipe is closed before anything is written."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "muon_kernels", "doctor"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.wait()
+
+
 @pytest.mark.parametrize("arguments", [[], *([name] for name in COMMANDS)])
 def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:

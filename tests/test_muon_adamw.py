@@ -188,7 +188,7 @@ def test_load_refuses_groups_of_other_kinds() -> None:
     with pytest.raises(ValueError, match=r"should be \[False, True\] but is: \[True, False\]"):
         swapped.load_state_dict(optimizer.state_dict())
     alone = AdamW(model.parameters())
-    with pytest.raises(ValueError, match=r"use_muon .* but is: \[None\]"):
+    with pytest.raises(ValueError, match="checkpoint of MuonAdamW should have use_muon in every group but has: "):
         optimizer.load_state_dict(alone.state_dict())
 
 
@@ -335,12 +335,106 @@ def test_a_moment_of_the_wrong_shape_changes_nothing() -> None:
     checkpoint = copy.deepcopy(optimizer.state_dict())
     index = len(optimizer.param_groups[0]["params"])
     checkpoint["state"][index]["exp_avg_sq"] = torch.zeros(3)
-    optimizer.load_state_dict(checkpoint)
+    before = snapshot(model, optimizer)
+    sentence = r"should have the parameter's size \(11, 8\) but has: \(3,\)"
+    with pytest.raises(ValueError, match=f"exp_avg_sq of parameter {index} {sentence}"):
+        optimizer.load_state_dict(checkpoint)
+    assert_unchanged(model, optimizer, before)
+
+    state = optimizer.state[optimizer.param_groups[1]["params"][0]]
+    kept, state["exp_avg_sq"] = state["exp_avg_sq"], torch.zeros(3)
     before = snapshot(model, optimizer)
     backward(model, 2)
-    with pytest.raises(RuntimeError, match=r"exp_avg_sq should have .*\(11, 8\), but has: \(3,\)"):
+    with pytest.raises(ValueError, match=f"exp_avg_sq {sentence}"):
         optimizer.step()
     assert_unchanged(model, optimizer, before)
+    state["exp_avg_sq"] = kept
+    optimizer.param_groups[1]["amsgrad"] = True
+    before = snapshot(model, optimizer)
+    with pytest.raises(ValueError, match="state should have exp_avg, exp_avg_sq, max_exp_avg_sq but has: "):
+        optimizer.step()
+    assert_unchanged(model, optimizer, before)
+
+
+def test_load_refuses_the_state_of_another_optimizer() -> None:
+    model, optimizer = make()
+    train(model, optimizer, steps=range(2))
+    before = snapshot(model, optimizer)
+    for change, sentence in (
+        (lambda c, _: c.pop("state"), "'state' and 'param_groups'"),
+        (lambda c, _: c["param_groups"][1].pop("betas"), "a checkpoint of AdamW should have betas"),
+        (lambda c, i: c["state"].update({i: {"momentum_buffer": 1}}), "state of parameter {i} should have exp_avg"),
+        (lambda c, _: c["param_groups"][1].update(betas="x"), "AdamW's betas should be two numbers but are: 'x'"),
+    ):
+        checkpoint = copy.deepcopy(optimizer.state_dict())
+        index = len(optimizer.param_groups[0]["params"])
+        change(checkpoint, index)
+        with pytest.raises((ValueError, TypeError), match=sentence.replace("{i}", str(index))):
+            optimizer.load_state_dict(checkpoint)
+        assert_unchanged(model, optimizer, before)
+    train(model, optimizer, steps=range(2, 3))
+
+
+BAD_ADAMW: list[tuple[dict[str, Any], str]] = [
+    ({"betas": "x"}, "AdamW's betas should be two numbers but are: 'x'"),
+    ({"betas": (0.9, 0.99, 0.9)}, "AdamW's betas should be two numbers but are: "),
+    ({"betas": (0.9, 1.0)}, "each of AdamW's betas should be < 1 but is: 1.0"),
+    ({"betas": (0.9, None)}, "each of AdamW's betas should be a number but is: None"),
+    ({"lr": "a"}, "AdamW's lr should be a number but is: 'a'"),
+    ({"lr": float("inf")}, "AdamW's lr should be finite but is: inf"),
+    ({"eps": -1e-8}, "AdamW's eps should be >= 0 but is: -1e-08"),
+    ({"weight_decay": None}, "AdamW's weight_decay should be a number but is: None"),
+]
+
+
+@pytest.mark.parametrize(("options", "sentence"), BAD_ADAMW, ids=str)
+def test_a_bad_option_of_adamw_changes_nothing(options: dict[str, Any], sentence: str) -> None:
+    """Muon steps first, so it must be found before."""
+    model, optimizer = make()
+    with pytest.raises((ValueError, TypeError), match=sentence):
+        MuonAdamW(param_groups(model), adamw_options=options)
+    with pytest.raises((ValueError, TypeError), match=sentence):
+        MuonAdamW(param_groups(model, adamw_options=options))
+    late = {"params": [("late", nn.Parameter(torch.ones(3)))], "use_muon": False, **options}
+    with pytest.raises((ValueError, TypeError), match=sentence):
+        optimizer.add_param_group(late)
+    for _ in range(2):
+        backward(model, 0)
+        before = snapshot(model, optimizer)
+        kept = dict(optimizer.param_groups[1])
+        optimizer.param_groups[1].update(options)
+        with pytest.raises((ValueError, TypeError), match=sentence):
+            optimizer.step()
+        assert_unchanged(model, optimizer, before)
+        optimizer.param_groups[1].update(kept)
+        optimizer.step()
+
+
+def test_options_of_a_group_that_adamw_itself_refuses() -> None:
+    model = Model()
+    with pytest.raises(RuntimeError, match="fused"):
+        MuonAdamW(param_groups(model, adamw_options={"fused": True, "foreach": True}))
+
+
+def test_misplaced_options_say_where_they_belong() -> None:
+    with pytest.raises(TypeError, match=r"muon_options=\{\.\.\.\} or adamw_options=\{\.\.\.\} but .* lr, betas"):
+        MuonAdamW(param_groups(Model()), lr=0.1, betas=(0.9, 0.99))  # type: ignore[arg-type]
+
+
+def test_nothing_to_train() -> None:
+    with pytest.raises(ValueError, match=r"empty parameter list.*frozen"):
+        MuonAdamW(param_groups(Model().requires_grad_(False)))
+    with pytest.raises(ValueError, match="empty parameter list"):
+        MuonAdamW([])
+
+
+def test_complex_parameters_have_complex_moments() -> None:
+    p = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    optimizer = MuonAdamW([{"params": [p], "use_muon": False}])
+    for _ in range(2):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
 
 
 def test_fused_is_chosen_where_it_is_right() -> None:

@@ -5,6 +5,7 @@ import inspect
 import pickle
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from matrices import make
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from muon_kernels import COEFFICIENTS, Muon, backends, orthogonalize, reference
+from muon_kernels import COEFFICIENTS, Muon, MuonAdamW, backends, orthogonalize, reference
 from muon_kernels.coefficients import resolve
 from muon_kernels.scaling import ADJUST_LR, lr_ratio
 
@@ -852,7 +853,7 @@ def test_a_step_that_raises_changes_nothing(backend: str) -> None:
         for p, g in zip(params, grads, strict=True):
             p.grad = g.clone()
         params[-1].grad = grads[-1].to_sparse()
-        with pytest.raises(TypeError, match="sparse gradients"):
+        with pytest.raises(TypeError, match="gradient should be dense, not sparse"):
             optimizer.step()
         assert all_same(params, before)
         assert len(optimizer.state) == len(buffers)
@@ -883,3 +884,52 @@ def test_coefficients_changed_in_place_are_seen() -> None:
         optimizer.step()
         steps.append(p.detach())
     assert torch.equal(*steps)
+
+
+def test_a_step_in_inference_mode_leaves_what_normal_steps_can_use(backend: str) -> None:
+    """Momentum, workspace and the copies of tensors that no strides describe outlive it."""
+    params = [nn.Parameter(torch.ones(20, 60)), nn.Parameter(torch.ones(6, 4, 8, 3)[:, :, ::2])]
+    optimizer = Muon(params, backend=backend)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with torch.inference_mode():
+        optimizer.step()
+    optimizer.step()
+    for p in params:
+        assert not optimizer.state[p]["momentum_buffer"].is_inference()
+        assert p.isfinite().all() and not (p == 1).any()
+
+
+@pytest.mark.parametrize("coefficients", ["aol", "deepseek_v4", [(2.0, -1.5, 0.5)] * 3])
+def test_a_groups_own_coefficients_bring_their_number_of_steps(coefficients: Any) -> None:
+    p, q, r = (nn.Parameter(torch.ones(3, 4)) for _ in range(3))
+    optimizer = Muon([{"params": [p], "ns_coefficients": coefficients}, {"params": [q]}], ns_steps=7)
+    expected = len(resolve(coefficients, None).triples)
+    assert [group["ns_steps"] for group in optimizer.param_groups] == [expected, 7]
+    with pytest.raises(ValueError, match=f"has {expected} steps but ns_steps is: 7; set ns_steps to None or"):
+        optimizer.add_param_group({"params": [r], "ns_coefficients": coefficients, "ns_steps": 7})
+    optimizer.add_param_group({"params": [r], "ns_coefficients": "polar_express"})  # of any length
+    assert optimizer.param_groups[2]["ns_steps"] == 7
+
+
+def test_a_step_is_no_part_of_a_compiled_function() -> None:
+    """It would be traced into warnings and graphs that are of no use: one quiet break instead."""
+    p, q = (nn.Parameter(torch.eye(20, 60)) for _ in range(2))
+    compiled, plain = (
+        MuonAdamW(
+            [{"params": [r], "use_muon": True}, {"params": [nn.Parameter(torch.ones(3))], "use_muon": False}],
+            muon_options={"lr": 0.1},
+        )
+        for r in (p, q)
+    )
+    p.grad, q.grad = torch.ones(20, 60), torch.ones(20, 60)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    step = torch.compile(compiled.step, backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            step()
+            plain.step()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
+    assert torch.equal(p, q) and not torch.equal(p, torch.eye(20, 60))

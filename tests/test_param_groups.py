@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -37,12 +38,12 @@ LAYER = {
     "scale": ("AdamW", "vector"),
     "norm.weight": ("AdamW", "norm"),
     "norm.bias": ("AdamW", "norm"),
-    "attention.in_proj_weight": ("Muon", "MultiheadAttention"),
+    "attention.in_proj_weight": ("Muon", "matrix in MultiheadAttention"),
     "attention.in_proj_bias": ("AdamW", "bias"),
-    "attention.out_proj.weight": ("Muon", "NonDynamicallyQuantizableLinear"),
+    "attention.out_proj.weight": ("Muon", "matrix in NonDynamicallyQuantizableLinear"),
     "attention.out_proj.bias": ("AdamW", "bias"),
-    "experts": ("Muon", "Layer"),
-    "output.weight": ("Muon", "Linear"),
+    "experts": ("Muon", "stack of matrices in Layer"),
+    "output.weight": ("Muon", "matrix in Linear"),
     "output.bias": ("AdamW", "bias"),
 }
 LAYERS = {f"layers.{i}.{name}": went for i in range(2) for name, went in LAYER.items()}
@@ -86,10 +87,10 @@ def test_weight_tied_across_layers_counts_once_and_is_told() -> None:
     check_complete(model, groups)
     assert went(groups)["layers.0.output.weight"] == (
         "Muon",
-        "Linear, tied with layers.1.output.weight",
+        "matrix in Linear, tied with layers.1.output.weight",
     )
     shared = nn.Sequential(linear := nn.Linear(4, 4, bias=False), nn.ReLU(), linear)
-    assert went(param_groups(shared)) == {"0.weight": ("Muon", "Linear, tied with 2.weight")}
+    assert went(param_groups(shared)) == {"0.weight": ("Muon", "matrix in Linear, tied with 2.weight")}
 
 
 def test_convolutions() -> None:
@@ -108,19 +109,19 @@ def test_convolutions() -> None:
     groups = param_groups(model)
     check_complete(model, groups)
     assert went(groups) == {
-        "conv.weight": ("Muon", "Conv2d"),
+        "conv.weight": ("Muon", "flattened to a matrix in Conv2d"),
         "conv.bias": ("AdamW", "bias"),
         "batch_norm.weight": ("AdamW", "norm"),
         "batch_norm.bias": ("AdamW", "norm"),
         "depthwise.weight": ("AdamW", "depthwise convolution"),
-        "grouped.weight": ("Muon", "Conv2d"),
+        "grouped.weight": ("Muon", "flattened to a matrix in Conv2d"),
         "audio.weight": ("AdamW", "3-D convolution weight"),
-        "volume.weight": ("Muon", "ConvTranspose3d"),
-        "single_channel.weight": ("Muon", "Conv2d"),
+        "volume.weight": ("Muon", "flattened to a matrix in ConvTranspose3d"),
+        "single_channel.weight": ("Muon", "flattened to a matrix in Conv2d"),
         "fc.weight": ("AdamW", "output head"),
     }
     flattened = param_groups(model, muon_options={"flatten": True})
-    assert went(flattened)["audio.weight"] == ("Muon", "Conv1d")
+    assert went(flattened)["audio.weight"] == ("Muon", "flattened to a matrix in Conv1d")
 
 
 def test_what_is_no_matrix() -> None:
@@ -148,10 +149,10 @@ def test_what_is_no_matrix() -> None:
         "bag.weight": ("AdamW", "embedding"),
         "wte.weight": ("AdamW", "embedding by name"),
         "spectrum": ("AdamW", "complex"),
-        "matrix": ("Muon", "Module"),
+        "matrix": ("Muon", "matrix in Module"),
     }
     batched = param_groups(model, muon_options={"flatten": False})
-    assert went(batched)["stack_of_stacks"] == ("Muon", "Module")
+    assert went(batched)["stack_of_stacks"] == ("Muon", "stack of matrices in Module")
 
 
 def heads(model: nn.Module) -> list[str]:
@@ -183,7 +184,7 @@ def test_frozen_parameters_are_left_out_and_told() -> None:
     groups = param_groups(model, muon=["layers.0.output.weight"])
     check_complete(model, groups)
     assert went(groups)["layers.0.output.weight"] == ("none", "frozen")
-    assert went(groups)["layers.1.output.weight"] == ("Muon", "Linear")
+    assert went(groups)["layers.1.output.weight"] == ("Muon", "matrix in Linear")
 
 
 def test_patterns() -> None:
@@ -194,7 +195,7 @@ def test_patterns() -> None:
     assert told["tokens.weight"] == ("Muon", "muon='lm_head.weight', tied with lm_head.weight")
     assert told["layers.1.experts"] == ("AdamW", "adamw='layers.*.experts'")
     assert told["layers.0.output.weight"] == ("AdamW", "adamw='layers.0.output.*'")
-    assert told["layers.1.output.weight"] == ("Muon", "Linear")
+    assert told["layers.1.output.weight"] == ("Muon", "matrix in Linear")
     assert went(param_groups(model, adamw="*.experts")) == went(param_groups(model, adamw=["*.experts"]))
 
 
@@ -238,7 +239,7 @@ def test_summary_names_every_parameter_and_adds_up() -> None:
     groups = param_groups(LanguageModel(tied=True))
     lines = str(groups).splitlines()
     assert lines[0].split() == ["parameter", "shape", "optimizer", "reason"]
-    assert "layers.0.experts 3x8x16 Muon Layer" in [" ".join(line.split()) for line in lines]
+    assert "layers.0.experts 3x8x16 Muon stack of matrices in Layer" in [" ".join(line.split()) for line in lines]
     for assignment, line in zip(groups.assignments, lines[1:], strict=False):
         assert line.startswith(assignment.name) and line.endswith(assignment.reason)
     count = {group["use_muon"]: (len(group["params"]), sum(p.numel() for p in group["params"])) for group in groups}
@@ -250,3 +251,13 @@ def test_copies_keep_the_assignments() -> None:
     groups = param_groups(LanguageModel())
     for other in (copy.deepcopy(groups), pickle.loads(pickle.dumps(groups))):
         assert isinstance(other, ParamGroups) and str(other) == str(groups)
+
+
+@pytest.mark.parametrize(
+    "model", [[torch.ones(3, 4)], None, nn.Linear(3, 4).parameters()], ids=["list", "None", "parameters"]
+)
+def test_what_is_no_model(model: Any) -> None:
+    with pytest.raises(
+        TypeError, match=r"model should be an nn\.Module.* but is: (list|NoneType|generator); give Muon"
+    ):
+        param_groups(model)

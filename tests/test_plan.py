@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from muon_kernels import COEFFICIENTS, Muon, Plan, backends, optimizer
+from muon_kernels import COEFFICIENTS, Muon, MuonAdamW, Plan, backends, optimizer
 from muon_kernels.coefficients import resolve
 from muon_kernels.newton_schulz import segments
-from muon_kernels.plan import plan_for_shapes
+from muon_kernels.plan import Bucket, plan_for_shapes
 
 SHAPES = [(16, 16), (24, 100), (48, 64), (33, 130), (64, 700), (1, 9)]
 VERBS = ("momentum_update", "syrk", "syrkx", "gemm", "apply_update")
@@ -180,15 +180,32 @@ def test_str_is_a_table(backend: str) -> None:
     _, muon = make([(20, 60), (60, 20), (9, 9), (3, 8, 400)], backend=backend)
     plan = muon.plan()
     lines = str(plan).splitlines()
-    header, rows, total = lines[0], lines[2:-2], lines[-1]
-    assert header.split() == "matrices algorithm backend launches GFLOP MB moved workspace MB".split()
+    header, rows, total, note = lines[0], lines[2:-3], lines[-2], lines.pop()
+    assert header.split() == "matrices algorithm backend launches FLOPs bytes moved workspace".split()
+    assert "taller than wide" in note and "transpose" in note
     assert len(rows) == len(plan.buckets) == 3
     for row, bucket in zip(rows, plan.buckets, strict=True):
         assert row.startswith(f"{bucket.count} x {bucket.shape[0]}x{bucket.shape[1]}")
         assert row.split()[3:6] == [bucket.algorithm, backend, str(bucket.launches)]
     assert total.split()[:2] == ["total", str(plan.launches)]
     assert {len(line) for line in lines} == {len(header)}
-    assert "total" in str(Plan(())) and Plan(()).workspace_bytes == 0
+
+
+def test_a_plan_without_matrices_says_so() -> None:
+    optimizer = MuonAdamW([{"params": [nn.Parameter(torch.ones(3))], "use_muon": False}])
+    assert str(optimizer.plan()) == str(Plan(())) == "nothing to do: Muon was given no matrix"
+    assert Plan(()).workspace_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0, "0 B"), (7, "7 B"), (999, "999 B"), (1000, "1 kB"), (54_321, "54.3 kB"), (999_600, "1 MB"), (2.5e9, "2.5 GB")],
+)
+def test_small_models_have_figures_too(value: float, shown: str) -> None:
+    bucket = Bucket((1, 1), 1, "standard", "eager", False, (1,), 1, 1, value, value, value)
+    *_, total, _ = str(Plan((bucket,))).splitlines()
+    assert total.endswith(shown) and total.count(shown) == 2
+    assert shown.removesuffix("B").strip() in total.replace(shown, "")
 
 
 def test_plan_only_looks(backend: str) -> None:

@@ -25,7 +25,7 @@ class Backend(Products, Protocol):
     """The verbs (DESIGN: one name per operation in every layer) and what the plan needs to know of them."""
 
     def unavailable(self) -> str | None:
-        """Why nothing can run here, and the mend; None if ready."""
+        """Why nothing can run here, and the mend; None if ready. Raises what only the user can mend."""
 
     def refuses(self, device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
         """Why tensors of this kind cannot be taken, and what could be; None if they can."""
@@ -119,13 +119,17 @@ class Backend(Products, Protocol):
 
 def get(name: str) -> Backend:
     """The backend of that name; ValueError if there is none."""
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         raise ValueError(f"backend should be 'auto' or one of {', '.join(map(repr, BACKENDS))} but is: {name!r}")
     return cast(Backend, importlib.import_module(BACKENDS[name], __name__))
 
 
 def unavailable(name: str) -> str | None:
-    """Why the backend of that name cannot run on this machine, and the mend; None if it is ready."""
+    """Why the backend of that name cannot run on this machine, and the mend; None if it is ready.
+
+    Raises:
+        ValueError: the environment sets the backend up in a way that there is not.
+    """
     return get(name).unavailable()
 
 
@@ -133,17 +137,17 @@ def choose(name: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> st
     """The name of the backend that will run; "auto" takes the first that can.
 
     Raises:
-        ValueError: unknown name, or a named backend that cannot take such tensors.
+        ValueError: unknown name, a named backend that cannot take such tensors, or see `unavailable`.
         RuntimeError: a named backend that cannot run on this machine.
     """
     if name == "auto":
         reasons = {n: get(n).unavailable() or get(n).refuses(device, dtypes) for n in BACKENDS}
         if name := next((n for n, reason in reasons.items() if reason is None), ""):
             return name
-        raise ValueError("no backend can take these parameters: " + "; ".join(f"{n}: {r}" for n, r in reasons.items()))
+        raise ValueError("no backend can take these tensors: " + "; ".join(f"{n}: {r}" for n, r in reasons.items()))
     backend = get(name)
     if reason := backend.unavailable():
         raise RuntimeError(f"backend {name!r} cannot run here: {reason}")
     if reason := backend.refuses(device, dtypes):
-        raise ValueError(f"backend {name!r} cannot take these parameters: {reason}")
+        raise ValueError(f"backend {name!r} cannot take these tensors: {reason}")
     return name

@@ -83,7 +83,11 @@ def unavailable() -> str | None:
         return "this processor has neither AVX-512-BF16 nor AVX2; use backend='eager'"
     wanted = os.environ.get("MUON_KERNELS_CPU_ISA", isas[0])
     if wanted not in isas:
-        return f"MUON_KERNELS_CPU_ISA is {wanted!r} but this processor and build have {', '.join(isas)}; unset it"
+        # Not a reason: "auto" would pass over it in silence.
+        raise ValueError(
+            f"MUON_KERNELS_CPU_ISA should be one of {', '.join(map(repr, isas))}, which this processor and build have, "
+            f"or unset, but is: {wanted!r}"
+        )
     return None
 
 

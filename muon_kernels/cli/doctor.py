@@ -37,13 +37,22 @@ def run(args: argparse.Namespace) -> int:
     print("\n".join(f"{name:<14}{value}" for name, value in _facts()))
     print("\nbackends")
     for name in backends.BACKENDS:
-        reason = backends.unavailable(name)
-        verdict = f"not ready: {reason}" if reason else f"ready: {backends.get(name).describe()}"
-        print(f"  {name:<{width}}  {verdict}")
+        print(f"  {name:<{width}}  {_verdict(name)}")
     print('\nwhat backend="auto" picks')
-    for title, shapes in _SHAPES.items():
-        print(f"\n{title}\n{plan_for_shapes(shapes)}")
+    try:
+        for title, shapes in _SHAPES.items():
+            print(f"\n{title}\n{plan_for_shapes(shapes)}")
+    except ValueError as error:
+        print(f"nothing: {error}")
     return 0
+
+
+def _verdict(name: str) -> str:
+    try:
+        reason = backends.unavailable(name)
+    except ValueError as error:
+        reason = str(error)
+    return f"not ready: {reason}" if reason else f"ready: {backends.get(name).describe()}"
 
 
 def _facts() -> Iterator[tuple[str, str]]:

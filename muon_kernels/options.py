@@ -1,0 +1,46 @@
+"""What an option may be: checks that several callers share, each raising with what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from .newton_schulz import ALGORITHMS
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise unless `value` is a finite number >= 0, or a tensor of one."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
+        raise TypeError(f"{name} should be a number but is: {value!r}")
+    if isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex()):
+        raise ValueError(f"{name} should be one real number but is a tensor of size {tuple(value.shape)}")
+    number = float(value)
+    if not 0.0 <= number:
+        raise ValueError(f"{name} should be >= 0 but is: {value}")
+    if number == math.inf:
+        raise ValueError(f"{name} should be finite but is: {value}")
+
+
+def check_eps(eps: Any) -> None:
+    """Raise unless `eps` is in [0, 1)."""
+    check_number("eps", eps)
+    if eps >= 1:
+        raise ValueError(f"eps should be < 1, the smallest norm that it is compared with, but is: {eps}")
+
+
+def check_algorithm(name: Any) -> None:
+    """Raise ValueError unless there is such a form of the iteration, or it is "auto"."""
+    if not isinstance(name, str) or name not in ("auto", *ALGORITHMS):
+        raise ValueError(f"ns_algorithm should be 'auto' or one of {', '.join(map(repr, ALGORITHMS))} but is: {name!r}")
+
+
+def check_workspace(cap: Any) -> None:
+    """Raise unless `cap` is a positive int or None."""
+    if cap is None:
+        return
+    if isinstance(cap, bool) or not isinstance(cap, int):
+        raise TypeError(f"max_workspace_bytes should be a positive int or None but is: {cap!r}")
+    if cap <= 0:
+        raise ValueError(f"max_workspace_bytes should be a positive int or None but is: {cap}")
