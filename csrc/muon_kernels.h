@@ -6,9 +6,9 @@
 
 namespace muon_kernels {
 
-enum class DType : int32_t { f32 = 0, bf16 = 1 };
+enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
 
-enum class Status : int32_t { ok = 0, unsupported_isa = 1, invalid_argument = 2 };
+enum class Status : int32_t { ok = 0, unsupported_isa = 1, invalid_argument = 2, launch_failed = 3 };
 
 // Where one matrix of a bucket lies. Any strides, so a transposed or sliced parameter is just another MatrixRef.
 struct MatrixRef {
@@ -123,4 +123,55 @@ Status apply_update(Isa isa, const ApplyUpdate& args, int threads);
 Status fused_step(Isa isa, const Step& args, int threads);
 
 }  // namespace cpu
+
+// The same verbs on NVIDIA GPUs of compute capability 8.0 and up (csrc/cuda). Matrices, momenta and everything that a
+// Stack points to lie on the device; MatrixRef lists and `ratio` lie on the host and travel as kernel arguments. Nothing
+// allocates, synchronises or prints: a call puts launches on the stream and returns, so it may be captured in a graph.
+namespace cuda {
+
+using Stream = void*;  // cudaStream_t
+
+// `error` is a cudaError_t; 0 unless status is launch_failed.
+struct Result {
+    Status status;
+    int32_t error;
+};
+
+// Stacks hold `dtype`, bf16 or f16, with fp32 accumulation. One launch a product.
+Result products(const Product* list, int count, DType dtype, Stream stream);
+
+// `partial`: momentum_partials(...) doubles on the device, which need no initial value. The sum of squares is added in
+// a fixed order: the same bits in every run.
+Result momentum_update(const MomentumUpdate& args, DType dtype, double* partial, Stream stream);
+int64_t momentum_partials(const MomentumUpdate& args);
+
+// What a GPU may have beside cpu's ApplyUpdate.
+struct ApplyOptions {
+    const float* lr = nullptr;            // on the device, in place of ApplyUpdate::lr
+    const float* weight_decay = nullptr;  // on the device, in place of ApplyUpdate::weight_decay
+    bool cautious = false;                // decay only where update and parameter have the same sign (update * param >= 0)
+    bool stochastic_rounding = false;     // of bf16 parameters, by a counter: the same bits for the same seed
+    uint64_t seed = 0;
+};
+Result apply_update(const ApplyUpdate& args, const ApplyOptions& options, DType dtype, Stream stream);
+
+// A whole step in one launch, a block a matrix, where the smaller side is at most fused_rows(): X streams through twice,
+// once for the momentum and its Gram matrix, once for the update. `coefficients` has 3 * steps numbers; the iteration
+// itself never leaves the chip and is at least as accurate as the standard form's in bf16. momentum.x, momentum.scale
+// and apply.x are not used.
+struct FusedStep {
+    int64_t count;  // matrices, all rows x cols, rows <= cols
+    int64_t rows;
+    int64_t cols;
+    MomentumUpdate momentum;
+    ApplyUpdate apply;
+    const float* coefficients;  // on the host
+    int steps;
+};
+int64_t fused_rows();
+Result fused_step(const FusedStep& args, const ApplyOptions& options, Stream stream);
+
+const char* error_string(int32_t error);
+
+}  // namespace cuda
 }  // namespace muon_kernels
