@@ -125,8 +125,9 @@ Status fused_step(Isa isa, const Step& args, int threads);
 }  // namespace cpu
 
 // The same verbs on NVIDIA GPUs of compute capability 8.0 and up (csrc/cuda). Matrices, momenta and everything that a
-// Stack points to lie on the device; MatrixRef lists and `ratio` lie on the host and travel as kernel arguments. Nothing
-// allocates, synchronises or prints: a call puts launches on the stream and returns, so it may be captured in a graph.
+// Stack points to lie on the device; MatrixRef lists and `ratio` lie on the host and travel as kernel arguments.
+// Nothing allocates, synchronises or prints: a call puts launches on the stream and returns, so it may be captured in a
+// graph.
 namespace cuda {
 
 using Stream = void*;  // cudaStream_t
@@ -149,16 +150,16 @@ int64_t momentum_partials(const MomentumUpdate& args);
 struct ApplyOptions {
     const float* lr = nullptr;            // on the device, in place of ApplyUpdate::lr
     const float* weight_decay = nullptr;  // on the device, in place of ApplyUpdate::weight_decay
-    bool cautious = false;                // decay only where update and parameter have the same sign (update * param >= 0)
-    bool stochastic_rounding = false;     // of bf16 parameters, by a counter: the same bits for the same seed
+    bool cautious = false;             // decay only where update and parameter have the same sign (update * param >= 0)
+    bool stochastic_rounding = false;  // of bf16 parameters, by a counter: the same bits for the same seed
     uint64_t seed = 0;
 };
 Result apply_update(const ApplyUpdate& args, const ApplyOptions& options, DType dtype, Stream stream);
 
-// A whole step in one launch, a block a matrix, where the smaller side is at most fused_rows(): X streams through twice,
-// once for the momentum and its Gram matrix, once for the update. `coefficients` has 3 * steps numbers; the iteration
-// itself never leaves the chip and is at least as accurate as the standard form's in bf16. momentum.x, momentum.scale
-// and apply.x are not used.
+// A whole step in one launch, a block a matrix, where the smaller side is at most fused_rows(): X streams through
+// twice, once for the momentum and its Gram matrix, once for the update. `coefficients` has 3 * steps numbers; the
+// iteration itself never leaves the chip and is at least as accurate as the standard form's in bf16. momentum.x,
+// momentum.scale and apply.x are not used.
 struct FusedStep {
     int64_t count;  // matrices, all rows x cols, rows <= cols
     int64_t rows;

@@ -5,6 +5,50 @@ import enum
 class DType(enum.Enum):
     f32 = 0
     bf16 = 1
+    f16 = 2
+
+class Product:
+    def __init__(
+        self,
+        a: tuple[int, ...],
+        a_diagonal: int,
+        b: tuple[int, ...],
+        b_transposed: bool,
+        b_diagonal: int,
+        c: tuple[int, ...] | None,
+        c_diagonal: int,
+        out: tuple[int, ...],
+        out_diagonal: int,
+        symmetric: bool,
+        alpha: float,
+        beta: float,
+        gamma: float,
+        scale: int,
+        /,
+    ) -> None: ...
+
+class MomentumUpdate:
+    def __init__(
+        self,
+        grad: int,
+        grad_dtype: DType,
+        momentum: int,
+        momentum_dtype: DType,
+        x: tuple[int, ...],
+        scale: int,
+        eps: float,
+        margin: float,
+        grad_scale: float,
+        mu: float,
+        nesterov: bool,
+        dampened: bool,
+        /,
+    ) -> None: ...
+
+class ApplyUpdate:
+    def __init__(
+        self, param: int, param_dtype: DType, x: tuple[int, ...], lr: float, weight_decay: float, ratio: int, /
+    ) -> None: ...
 
 class cpu:
     """Kernels for this processor (csrc/cpu)."""
@@ -19,53 +63,10 @@ class cpu:
     def has_amx_bf16() -> bool: ...
     @staticmethod
     def thread_runtime() -> str: ...
-    class Product:
-        def __init__(
-            self,
-            a: tuple[int, ...],
-            a_diagonal: int,
-            b: tuple[int, ...],
-            b_transposed: bool,
-            b_diagonal: int,
-            c: tuple[int, ...] | None,
-            c_diagonal: int,
-            out: tuple[int, ...],
-            out_diagonal: int,
-            symmetric: bool,
-            alpha: float,
-            beta: float,
-            gamma: float,
-            scale: int,
-            /,
-        ) -> None: ...
-
     @staticmethod
     def products(isa: Isa, threads: int, products: list[Product], /) -> None: ...
-    class MomentumUpdate:
-        def __init__(
-            self,
-            grad: int,
-            grad_dtype: DType,
-            momentum: int,
-            momentum_dtype: DType,
-            x: tuple[int, ...],
-            scale: int,
-            eps: float,
-            margin: float,
-            grad_scale: float,
-            mu: float,
-            nesterov: bool,
-            dampened: bool,
-            /,
-        ) -> None: ...
-
     @staticmethod
     def momentum_update(isa: Isa, threads: int, update: MomentumUpdate, /) -> None: ...
-    class ApplyUpdate:
-        def __init__(
-            self, param: int, param_dtype: DType, x: tuple[int, ...], lr: float, weight_decay: float, ratio: int, /
-        ) -> None: ...
-
     @staticmethod
     def apply_update(isa: Isa, threads: int, update: ApplyUpdate, /) -> None: ...
     @staticmethod

@@ -29,6 +29,10 @@ T* at(int64_t address) {
     return reinterpret_cast<T*>(address);
 }
 
+#ifdef MUON_KERNELS_CUDA
+mk::cuda::Stream stream_at(int64_t stream) { return reinterpret_cast<mk::cuda::Stream>(stream); }
+#endif
+
 void check(mk::Status status, const char* verb) {
     if (status == mk::Status::ok) return;
     const char* reason = status == mk::Status::unsupported_isa ? "this processor lacks the instruction set"
@@ -36,12 +40,25 @@ void check(mk::Status status, const char* verb) {
     throw std::invalid_argument(std::string(verb) + ": " + reason);
 }
 
+#ifdef MUON_KERNELS_CUDA
+void check(mk::cuda::Result result, const char* verb) {
+    if (result.status != mk::Status::launch_failed) return check(result.status, verb);
+    throw std::runtime_error(
+        std::string(verb) + ": " + mk::cuda::error_string(result.error) + " (CUDA error " +
+        std::to_string(result.error) + ")"
+    );
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Native kernels of muon_kernels.";
 
-    py::enum_<mk::DType>(m, "DType").value("f32", mk::DType::f32).value("bf16", mk::DType::bf16);
+    py::enum_<mk::DType>(m, "DType")
+        .value("f32", mk::DType::f32)
+        .value("bf16", mk::DType::bf16)
+        .value("f16", mk::DType::f16);
 
     py::module_ cpu = m.def_submodule("cpu", "Kernels for this processor.");
     py::enum_<mk::cpu::Isa>(cpu, "Isa").value("avx512bf16", mk::cpu::Isa::avx512bf16).value("avx2", mk::cpu::Isa::avx2);
@@ -49,7 +66,7 @@ PYBIND11_MODULE(_C, m) {
     cpu.def("has_amx_bf16", &mk::cpu::has_amx_bf16);
     cpu.def("thread_runtime", &mk::cpu::thread_runtime);
 
-    py::class_<mk::Product>(cpu, "Product")
+    py::class_<mk::Product>(m, "Product")
         .def(
             py::init([](const StackTuple& a, int64_t a_diagonal, const StackTuple& b, bool b_transposed,
                         int64_t b_diagonal, const std::optional<StackTuple>& c, int64_t c_diagonal,
@@ -77,7 +94,7 @@ PYBIND11_MODULE(_C, m) {
         py::gil_scoped_release release;
         check(mk::cpu::products(isa, list.data(), static_cast<int>(list.size()), threads), "products");
     });
-    py::class_<mk::MomentumUpdate>(cpu, "MomentumUpdate")
+    py::class_<mk::MomentumUpdate>(m, "MomentumUpdate")
         .def(
             py::init([](int64_t grad, mk::DType grad_dtype, int64_t momentum, mk::DType momentum_dtype,
                         const StackTuple& x, int64_t scale, double eps, double margin, float grad_scale, double mu,
@@ -102,7 +119,7 @@ PYBIND11_MODULE(_C, m) {
         py::gil_scoped_release release;
         check(mk::cpu::momentum_update(isa, u, threads), "momentum_update");
     });
-    py::class_<mk::ApplyUpdate>(cpu, "ApplyUpdate")
+    py::class_<mk::ApplyUpdate>(m, "ApplyUpdate")
         .def(
             py::init([](int64_t param, mk::DType param_dtype, const StackTuple& x, double lr, double weight_decay,
                         int64_t ratio) {
@@ -122,4 +139,38 @@ PYBIND11_MODULE(_C, m) {
             check(mk::cpu::fused_step(isa, step, threads), "fused_step");
         }
     );
+
+#ifdef MUON_KERNELS_CUDA
+    py::module_ cuda = m.def_submodule("cuda", "Kernels for NVIDIA GPUs.");
+    py::class_<mk::cuda::ApplyOptions>(cuda, "ApplyOptions")
+        .def(py::init([](int64_t lr, int64_t weight_decay, bool cautious, bool stochastic_rounding, uint64_t seed) {
+            return mk::cuda::ApplyOptions{
+                at<const float>(lr), at<const float>(weight_decay), cautious, stochastic_rounding, seed
+            };
+        }));
+    cuda.def("products", [](const std::vector<mk::Product>& list, mk::DType dtype, int64_t stream) {
+        check(mk::cuda::products(list.data(), static_cast<int>(list.size()), dtype, stream_at(stream)), "products");
+    });
+    cuda.def("momentum_partials", &mk::cuda::momentum_partials);
+    cuda.def("momentum_update", [](const mk::MomentumUpdate& u, mk::DType dtype, int64_t partial, int64_t stream) {
+        check(mk::cuda::momentum_update(u, dtype, at<double>(partial), stream_at(stream)), "momentum_update");
+    });
+    cuda.def(
+        "apply_update",
+        [](const mk::ApplyUpdate& u, const mk::cuda::ApplyOptions& options, mk::DType dtype, int64_t stream) {
+            check(mk::cuda::apply_update(u, options, dtype, stream_at(stream)), "apply_update");
+        }
+    );
+    cuda.def("fused_rows", &mk::cuda::fused_rows);
+    cuda.def(
+        "fused_step",
+        [](int64_t count, int64_t rows, int64_t cols, const mk::MomentumUpdate& momentum, const mk::ApplyUpdate& apply,
+           const std::vector<float>& coefficients, const mk::cuda::ApplyOptions& options, int64_t stream) {
+            const mk::cuda::FusedStep step{
+                count, rows, cols, momentum, apply, coefficients.data(), static_cast<int>(coefficients.size() / 3)
+            };
+            check(mk::cuda::fused_step(step, options, stream_at(stream)), "fused_step");
+        }
+    );
+#endif
 }

@@ -185,7 +185,7 @@ def _momentum_update(
     native = _native()
     assert native is not None
     refs = _refs(grads), _refs(momenta) if momenta is not None else array("q")
-    update = native.cpu.MomentumUpdate(
+    update = native.MomentumUpdate(
         _address(refs[0]),
         _dtype(grads),
         _address(refs[1]) if momenta is not None else 0,
@@ -238,7 +238,7 @@ def _product(
 ) -> None:
     native = _native()
     assert native is not None
-    product = native.cpu.Product(
+    product = native.Product(
         _stack(A.high),
         _pointer(A.diagonal),
         _stack(B.high),
@@ -342,7 +342,7 @@ def _apply_update(
     native = _native()
     assert native is not None
     refs, factors = _refs(params), ratios if isinstance(ratios, array) else array("d", ratios)
-    update = native.cpu.ApplyUpdate(
+    update = native.ApplyUpdate(
         _address(refs), _dtype(params), _stack(X), float(lr), float(weight_decay), _address(factors)
     )
     return update, (refs, factors)
