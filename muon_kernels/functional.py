@@ -112,16 +112,24 @@ class Workspace:
 
     def __init__(self) -> None:
         self._blocks: dict[torch.device, Tensor] = {}
+        self._stacks: dict[tuple[Bucket, int, torch.device], tuple[Tensor, Tensor, list[Square]]] = {}
 
     def reserve(self, device: torch.device, bytes_: int) -> None:
         """Have at least `bytes_` on `device`."""
         block = self._blocks.get(device)
         if block is None or block.numel() < bytes_:
+            self._stacks.clear()
             self._blocks.pop(device, None)
             self._blocks[device] = torch.empty(bytes_, dtype=torch.uint8, device=device)
 
     def stacks(self, bucket: Bucket, batch: int, device: torch.device) -> tuple[Tensor, Tensor, list[Square]]:
-        """X, Y and the squares of a chunk of `batch` matrices."""
+        """X, Y and the squares of a chunk of `batch` matrices; the same tensors every time."""
+        if (bucket, batch, device) not in self._stacks:
+            with torch.inference_mode(False):  # what is kept must be of use outside inference mode too
+                self._stacks[bucket, batch, device] = self._cut(bucket, batch, device)
+        return self._stacks[bucket, batch, device]
+
+    def _cut(self, bucket: Bucket, batch: int, device: torch.device) -> tuple[Tensor, Tensor, list[Square]]:
         m, n = bucket.shape
         ops = backends.get(bucket.backend)
         block = self._blocks[device]
@@ -236,15 +244,17 @@ def _scalar(x: float | Tensor) -> float | Tensor:
 
 
 def signature(p: Tensor, g: Tensor, buffer: Tensor) -> tuple[object, ...]:
-    """All that `prepare` looks at: where a parameter's tensors lie and what they are, not the gradient's address."""
+    """All that `prepare` looks at: where a parameter's tensors lie and what they are, not the gradient's address.
+
+    The momentum buffer is the optimizer's own: it may be moved or replaced, but not seen otherwise.
+    """
     return (
         p.data_ptr(),
         p.shape,
         p.stride(),
         p.dtype,
+        id(buffer),
         buffer.data_ptr(),
-        buffer.stride(),
-        buffer.dtype,
         g.shape,
         g.stride() if g.layout == torch.strided else None,
         g.dtype,

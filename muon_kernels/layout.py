@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Size, Tensor
@@ -45,9 +45,11 @@ class Matrices(NamedTuple):
 
 
 class Bundle(list[Matrices]):
-    """Matrices that stay where they are from step to step: a backend may keep what it makes of their addresses."""
+    """Matrices that stay where they are from step to step: a backend may keep in `derived` what it makes of them."""
 
-    derived: object = None
+    def __init__(self) -> None:
+        super().__init__()
+        self.derived: dict[str, Any] = {}
 
 
 def flattens(shape: Sequence[int], flatten: bool | None) -> bool:

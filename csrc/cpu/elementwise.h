@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "bf16.h"
 #include "kernels.h"
@@ -33,6 +34,11 @@ inline Walk walk(const Stack& x, const MatrixRef* refs) {
     const int64_t lines = along_rows ? x.rows : x.cols, length = along_rows ? x.cols : x.rows;
     const int64_t wanted = std::max<int64_t>(1, kBlockElements / std::max<int64_t>(length, 1));
     return {along_rows, lines, length, (wanted + kLines - 1) / kLines * kLines};
+}
+
+// Whether the rows of a matrix follow one another without a gap, there and in x: then they are one line.
+inline bool gapless(const MatrixRef& ref, const Stack& x) {
+    return ref.col_stride == 1 && ref.row_stride == x.cols && x.row_stride == x.cols;
 }
 
 inline int64_t most_blocks(const Stack& x) {
@@ -101,46 +107,56 @@ struct SumOfSquares {
 
 inline void* pointer(const MatrixRef& ref) { return reinterpret_cast<void*>(ref.address); }
 
+// A run as floats: where it lies if it is that, else a copy in `room`.
+inline float* run_of(void* base, DType dtype, int64_t offset, int64_t stride, int64_t n, float* room) {
+    if (dtype == DType::f32 && stride == 1) return static_cast<float*>(base) + offset;
+    load_run(base, dtype, offset, stride, n, room);
+    return room;
+}
+
 // One run of `n` elements: updates the momentum and leaves the direction in `direction`.
 inline void momentum_run(
-    const MomentumUpdate& u, int64_t matrix, int64_t row, int64_t col, bool along_rows, int64_t n, float* direction
+    const MomentumUpdate& u, int64_t matrix, int64_t row, int64_t col, bool along_rows, int64_t n,
+    float* __restrict direction
 ) {
     const MatrixRef& g = u.grad[matrix];
-    load_run(
+    alignas(64) float room[kRun];
+    const float* __restrict grad = run_of(
         pointer(g), u.grad_dtype, row * g.row_stride + col * g.col_stride, along_rows ? g.col_stride : g.row_stride, n,
-        direction
+        room
     );
     const float grad_scale = u.grad_scale;
-    if (grad_scale != 1.0f) {
-        for (int64_t i = 0; i < n; ++i) direction[i] *= grad_scale;
+    if (grad_scale != 1.0f || !u.momentum) {
+        for (int64_t i = 0; i < n; ++i) direction[i] = grad[i] * grad_scale;
+        if (!u.momentum) return;
+        std::memcpy(room, direction, static_cast<size_t>(n) * sizeof(float));
+        grad = room;
     }
-    if (!u.momentum) return;
 
     const MatrixRef& b = u.momentum[matrix];
     const int64_t offset = row * b.row_stride + col * b.col_stride, stride = along_rows ? b.col_stride : b.row_stride;
-    alignas(64) float buffer[kRun];
-    load_run(pointer(b), u.momentum_dtype, offset, stride, n, buffer);
+    alignas(64) float buffer_room[kRun];
+    float* __restrict buffer = run_of(pointer(b), u.momentum_dtype, offset, stride, n, buffer_room);
     const float mu = static_cast<float>(u.mu), rest = static_cast<float>(1.0 - u.mu);
     if (u.dampened) {
         // torch.lerp's two branches, so that a momentum buffer equals torch.optim.Muon's to the bit
         if (rest < 0.5f) {
-            for (int64_t i = 0; i < n; ++i) buffer[i] = __builtin_fmaf(rest, direction[i] - buffer[i], buffer[i]);
+            for (int64_t i = 0; i < n; ++i) buffer[i] = __builtin_fmaf(rest, grad[i] - buffer[i], buffer[i]);
         } else {
-            for (int64_t i = 0; i < n; ++i)
-                buffer[i] = __builtin_fmaf(rest - 1.0f, direction[i] - buffer[i], direction[i]);
+            for (int64_t i = 0; i < n; ++i) buffer[i] = __builtin_fmaf(rest - 1.0f, grad[i] - buffer[i], grad[i]);
         }
     } else {
-        for (int64_t i = 0; i < n; ++i) buffer[i] = __builtin_fmaf(mu, buffer[i], direction[i]);
+        for (int64_t i = 0; i < n; ++i) buffer[i] = __builtin_fmaf(mu, buffer[i], grad[i]);
     }
-    store_run(pointer(b), u.momentum_dtype, offset, stride, n, buffer);
+    if (buffer == buffer_room) store_run(pointer(b), u.momentum_dtype, offset, stride, n, buffer);
     if (!u.nesterov) {
         for (int64_t i = 0; i < n; ++i) direction[i] = buffer[i];
     } else if (!u.dampened) {
-        for (int64_t i = 0; i < n; ++i) direction[i] = __builtin_fmaf(mu, buffer[i], direction[i]);
+        for (int64_t i = 0; i < n; ++i) direction[i] = __builtin_fmaf(mu, buffer[i], grad[i]);
     } else if (mu < 0.5f) {
-        for (int64_t i = 0; i < n; ++i) direction[i] = __builtin_fmaf(mu, buffer[i] - direction[i], direction[i]);
+        for (int64_t i = 0; i < n; ++i) direction[i] = __builtin_fmaf(mu, buffer[i] - grad[i], grad[i]);
     } else {
-        for (int64_t i = 0; i < n; ++i) direction[i] = __builtin_fmaf(mu - 1.0f, buffer[i] - direction[i], buffer[i]);
+        for (int64_t i = 0; i < n; ++i) direction[i] = __builtin_fmaf(mu - 1.0f, buffer[i] - grad[i], buffer[i]);
     }
 }
 
@@ -154,9 +170,11 @@ inline void momentum_block(const MomentumUpdate& u, int64_t matrix, int64_t bloc
     SumOfSquares sum;
     alignas(64) float direction[kRun];
     if (w.along_rows) {
-        for (int64_t row = begin; row < end; ++row) {
-            for (int64_t col = 0; col < w.length; col += kRun) {
-                const int64_t n = std::min(kRun, w.length - col);
+        const bool one = gapless(u.grad[matrix], u.x) && (!u.momentum || gapless(u.momentum[matrix], u.x));
+        const int64_t step = one ? std::max<int64_t>(end - begin, 1) : 1, length = step * w.length;
+        for (int64_t row = begin; row < end; row += step) {
+            for (int64_t col = 0; col < length; col += kRun) {
+                const int64_t n = std::min(kRun, length - col);
                 momentum_run(u, matrix, row, col, true, n, direction);
                 sum.add(direction, n);
                 store_run(x, DType::bf16, row * u.x.row_stride + col, 1, n, direction);
@@ -196,10 +214,10 @@ inline void apply_run(
     const int64_t offset = row * p.row_stride + col * p.col_stride, stride = along_rows ? p.col_stride : p.row_stride;
     const float decay = static_cast<float>(1 - u.lr * u.weight_decay);
     const float step_size = static_cast<float>(u.lr * u.ratio[matrix]);
-    alignas(64) float value[kRun];
-    load_run(pointer(p), u.param_dtype, offset, stride, n, value);
+    alignas(64) float room[kRun];
+    float* __restrict value = run_of(pointer(p), u.param_dtype, offset, stride, n, room);
     for (int64_t i = 0; i < n; ++i) value[i] = __builtin_fmaf(-step_size, to_float(update[i]), value[i] * decay);
-    store_run(pointer(p), u.param_dtype, offset, stride, n, value);
+    if (value == room) store_run(pointer(p), u.param_dtype, offset, stride, n, value);
 }
 
 inline int64_t apply_blocks(const ApplyUpdate& u) { return most_blocks(u.x); }
@@ -209,9 +227,11 @@ inline void apply_block(const ApplyUpdate& u, int64_t matrix, int64_t block) {
     const int64_t begin = block * w.block_lines, end = std::min(begin + w.block_lines, w.lines);
     const uint16_t* x = u.x.data + matrix * u.x.batch_stride;
     if (w.along_rows) {
-        for (int64_t row = begin; row < end; ++row) {
-            for (int64_t col = 0; col < w.length; col += kRun) {
-                const int64_t n = std::min(kRun, w.length - col);
+        const int64_t step = gapless(u.param[matrix], u.x) ? std::max<int64_t>(end - begin, 1) : 1;
+        const int64_t length = step * w.length;
+        for (int64_t row = begin; row < end; row += step) {
+            for (int64_t col = 0; col < length; col += kRun) {
+                const int64_t n = std::min(kRun, length - col);
                 apply_run(u, matrix, row, col, true, n, x + row * u.x.row_stride + col);
             }
         }

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import Literal
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -139,17 +139,20 @@ def _pointer(t: Tensor | None) -> int:
 
 def _refs(matrices: Sequence[Matrices]) -> array[int]:
     """The addresses and strides of all matrices as csrc's MatrixRef[]."""
-    if isinstance(matrices, Bundle) and isinstance(matrices.derived, array):
-        return matrices.derived
-    refs = array("q")
-    for tensor, at in matrices:
-        size = tensor.element_size()
-        address = tensor.data_ptr() + at.offset * size
-        for _ in range(at.batch):
-            refs.extend((address, at.row_stride, at.col_stride))
-            address += at.batch_stride * size
+    if isinstance(matrices, Bundle) and "refs" in matrices.derived:
+        return cast("array[int]", matrices.derived["refs"])
+    numbers: list[int] = []
+    size = matrices[0].tensor.element_size()
+    for tensor, (batch, _, _, offset, batch_stride, row_stride, col_stride, _) in matrices:
+        first = tensor.data_ptr() + offset * size
+        if batch == 1:  # the gradients of many small parameters are worth a short way
+            numbers += first, row_stride, col_stride
+            continue
+        for i in range(batch):
+            numbers += first + i * batch_stride * size, row_stride, col_stride
+    refs = array("q", numbers)
     if isinstance(matrices, Bundle):
-        matrices.derived = refs
+        matrices.derived["refs"] = refs
     return refs
 
 
@@ -365,6 +368,16 @@ def fused_slots(rows: int, cols: int, count: int) -> int | None:
     return threads if _choice().products == "native" and count >= 4 * threads else None
 
 
+class _Program(NamedTuple):
+    """The products of a fused step, which are the same in every step, and what they read and write."""
+
+    X: Tensor
+    scale: Tensor
+    products: list[object]
+    result: Tensor
+    operands: list[object]
+
+
 def fused_step(
     params: Sequence[Matrices],
     grads: Sequence[Matrices],
@@ -385,10 +398,16 @@ def fused_step(
     """See `Backend.fused_step`."""
     native = _native()
     assert native is not None
-    scale = torch.empty(X.shape[0], dtype=torch.float32)
-    before, _alive = _momentum_update(grads, momenta, X, scale, momentum, nesterov, dampened, grad_scale, eps, margin)
-    with _queued() as products:
-        result = iterate(scale)
-        after, _also_alive = _apply_update(params, result, lr, weight_decay, ratios)
-        native.cpu.fused_step(*_isa_and_threads(), sum(p.layout.batch for p in params), before, products, after)
+    program = params.derived.get("program") if isinstance(params, Bundle) else None
+    if program is None or program.X is not X:
+        scale = torch.empty(X.shape[0], dtype=torch.float32)
+        with _queued() as products:
+            program = _Program(X, scale, products, iterate(scale), _queue.operands)
+        if isinstance(params, Bundle):
+            params.derived["program"] = program
+    before, _alive = _momentum_update(
+        grads, momenta, X, program.scale, momentum, nesterov, dampened, grad_scale, eps, margin
+    )
+    after, _also_alive = _apply_update(params, program.result, lr, weight_decay, ratios)
+    native.cpu.fused_step(*_isa_and_threads(), len(ratios), before, program.products, after)
     torch.autograd.graph.increment_version([p.tensor for p in params])
