@@ -24,7 +24,7 @@ ASYNCHRONY = {"early": 0, "late": 1, "random": 2}
 Order = Literal["forward", "backward", "random"]
 Asynchrony = Literal["early", "late", "random"]
 # -ffp-contract=off: PTX says where an fma is. -fwrapv: PTX integers wrap.
-FLAGS = "-std=c++20 -O1 -fPIC -w -mavx2 -mfma -mf16c -ffp-contract=off -fwrapv -fno-strict-aliasing".split()
+FLAGS = "-std=c++20 -O1 -fPIC -w -mavx2 -mfma -mf16c -ffp-contract=off -fwrapv -fno-strict-aliasing -fno-gnu-unique".split()
 
 
 class Range(ctypes.Structure):

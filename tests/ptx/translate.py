@@ -340,7 +340,7 @@ def translate(module: Module) -> tuple[str, list[Kernel]]:
         f"{{reinterpret_cast<u64>({identifier(v.name)}), reinterpret_cast<u64>({identifier(v.name)}) + {v.bytes}}}" for v in storage
     )
     head = [
-        '#include "async.h"',
+
         "using namespace ptx;",
         "#define AT(line) if constexpr (kProfile) ++t.block->grid->launch.profile[line].threads;",
         *variables,
