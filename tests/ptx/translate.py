@@ -167,7 +167,7 @@ class _Body:
         if name in self.shared:
             return f"u64({self.shared[name]})"
         if name in self.params:
-            return f"(reinterpret_cast<u64>(t.block->grid->launch.params) + {self.params[name]})"
+            return f"u64({self.params[name]})"
         own = [v.name for v in (*self.function.params, *self.function.returns)] if not self.function.entry else []
         if name in self.function.variables or name in own:
             return f"reinterpret_cast<u64>({identifier(name)})"
@@ -236,7 +236,10 @@ class _Body:
 
     def param_pointer(self, ins: Instruction, text: str) -> str:
         """Where ld.param or st.param goes, as a C++ pointer."""
-        return f"reinterpret_cast<u8*>({self.address(ins, text)})"
+        name = re.split(r"[+\s]", text.strip("[] "))[0]
+        # Those of an entry are addressed by offset (32-bit registers must hold their addresses), a call's are arrays.
+        base = "reinterpret_cast<u64>(t.block->grid->launch.params) + "
+        return f"reinterpret_cast<u8*>({base if name in self.params or self.is_register(name) else ''}{self.address(ins, text)})"
 
     def translate(self) -> str:
         lines = []
@@ -556,6 +559,8 @@ def _cvta(ins: Instruction) -> str:
     value = ins.src(1)
     if ins.has("shared"):
         value = f"{'from' if ins.has('to') else 'to'}_generic(t, {value})"
+    if ins.has("param"):
+        value = f"{value} {'-' if ins.has('to') else '+'} reinterpret_cast<u64>(t.block->grid->launch.params)"
     return ins.set(value)
 
 
@@ -842,4 +847,79 @@ def _cp(ins: Instruction) -> str:
 
 
 def _bulk(ins: Instruction) -> str:
+    if ins.has("commit_group"):
+        return "commit_bulk(t);"
+    if ins.has("wait_group"):
+        return f"wait_bulk(t, {ins.src(0, 'u32')});"
+    if ins.has("prefetch"):
+        return ""
+    if ins.parts[1] == "reduce" or any("multicast" in p or "im2col" in p for p in ins.parts):
+        raise ins.fail("not supported")
+    load = "mbarrier::complete_tx::bytes" in ins.parts
+    shared, other = (0, 1) if load else (1, 0)
+    if ins.has("tensor"):
+        found = re.fullmatch(r"\[\s*([^,]+),\s*\{(.*)\}\s*\]", ins.ops[other])
+        assert found
+        at = ", ".join(ins.body.value(ins, x.strip(), "s32") for x in found[2].split(","))
+        pieces = f"box(t, {ins.address(shared)}, {ins.body.address(ins, found[1])}, {{{at}}}, fill, {ins.line})"
+        barrier = 2
+    else:
+        pieces = f"linear(t, {ins.address(shared)}, {ins.address(other)}, {ins.src(2, 'u32')}, {ins.line})"
+        barrier = 3
+    call = f"load_bulk(t, pieces, fill, {ins.address(barrier)}, {ins.line});" if load else f"store_bulk(t, pieces, {ins.line});"
+    return f"{{ u32 fill = 0; auto pieces = {pieces}; {call} }}"
+
+
+@opcode("mbarrier")
+def _mbarrier(ins: Instruction) -> str:
+    shared = ins.space() != "Space::generic"
+    where = lambda i: ins.address(i) if shared else f"from_generic(t, {ins.address(i)})"
+    kind = ins.parts[1]
+    if kind == "init":
+        return f"mbarrier_init(t, Space::shared, {where(0)}, {ins.src(1, 'u32')}, {ins.line});"
+    if kind == "inval":
+        return f"mbarrier_inval(t, {where(0)}, {ins.line});"
+    if kind == "expect_tx":
+        return f"mbarrier_arrive(t, {where(0)}, 0, {ins.src(1, 'u32')}, {ins.line});"
+    if kind == "arrive":
+        first = 0 if ins.ops[0].startswith("[") else 1
+        extra = ins.src(first + 1, "u32") if len(ins.ops) > first + 1 else None
+        count, bytes_ = ("1", extra) if ins.has("expect_tx") else (extra or "1", "0")
+        call = f"mbarrier_arrive(t, {where(first)}, {count}, {bytes_}, {ins.line})"
+        return ins.set(call) if first and ins.ops[0] != "_" else f"{call};"
+    if kind in ("test_wait", "try_wait"):
+        parity, block = str(ins.has("parity")).lower(), str(kind == "try_wait").lower()
+        which = ins.src(2, "u32" if ins.has("parity") else "u64")
+        return ins.set(f"mbarrier_wait(t, {where(1)}, {parity}, {which}, {block}, {ins.line})")
     raise ins.fail("not supported")
+
+
+@opcode("wgmma")
+def _wgmma(ins: Instruction) -> str:
+    kind = ins.parts[1]
+    if kind == "fence":
+        return f'meet(t, ~0u, {ins.line}, "wgmma.fence", true, nullptr, [](Warp&, u32, void**) {{}});'
+    if kind == "commit_group":
+        return f"commit_wgmma(t, {ins.line});"
+    if kind == "wait_group":
+        return f"wait_wgmma(t, {ins.src(0, 'u32')}, {ins.line});"
+    shape = next(p for p in ins.parts if re.fullmatch(r"m64n\d+k\d+", p))
+    d, a, _ = ins.types
+    if a not in _MMA_TYPES or d not in ("f32", "f16"):
+        raise ins.fail("not supported")
+    columns = re.findall(r"\d+", shape)[1]
+    registers = ins.ops[1].startswith("{")
+    accumulators = ins.vector(0)
+    flags = [ins.src(i, "s32") for i in range(4, len(ins.ops))]
+    # With A in registers only B can be transposed; tf32 has no transposition.
+    scale_a, scale_b, *trans = flags
+    trans_a, trans_b = {0: ("0", "0"), 1: ("0", *trans), 2: tuple(trans)}[len(trans)]
+    a_descriptor = "0" if registers else ins.src(1, "u64")
+    a_values = ", ".join(ins.body.value(ins, e, "u32") for e in ins.vector(1)) if registers else ""
+    d_values = ", ".join(ins.body.value(ins, e, "u32") for e in accumulators)
+    return (
+        f"{{ WgmmaArg x{{{a_descriptor}, {ins.src(2, 'u64')}, {str(registers).lower()}, {ins.src(3, 'pred')}, {scale_a}, {scale_b}, "
+        f"{trans_a}, {trans_b}, {ins.line}, {{{a_values}}}, {{{d_values}}}}}; wgmma<{a}, {d}, {columns}>(t, {ins.line}, x); "
+        + " ".join(f"set({ins.body.target(ins, e)}, x.d[{i}]);" for i, e in enumerate(accumulators))
+        + " }"
+    )

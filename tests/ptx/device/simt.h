@@ -111,6 +111,8 @@ struct Thread {
     std::vector<Copy> copies;   // cp.async that have not landed, oldest first
     std::vector<size_t> groups; // for every committed group not waited for: one past its last entry of `copies`
     u32 committed = 0, bulk_committed = 0;
+    std::vector<std::function<void()>> bulk;  // bulk stores that have not landed
+    std::vector<size_t> bulk_groups;
     u8* stack = nullptr;
     ThreadTrace trace;
 
@@ -686,6 +688,17 @@ struct Scheduler {
         return false;
     }
 
+    // What a block leaves in flight lands; on a device its shared memory may be another block's by then.
+    void finish(Block& b) {
+        bool late = !b.in_flight.empty();
+        for (auto& land : std::exchange(b.in_flight, {})) land();
+        for (Thread& t : b.threads) {
+            late |= !t.bulk.empty();
+            for (auto& land : t.bulk) land();
+        }
+        if (late) grid.warn(0, "a block ended with asynchronous copies in flight");
+    }
+
     void stuck(const char* kind) {
         std::map<std::pair<u32, const char*>, std::vector<const Thread*>> where;
         const Thread* first = nullptr;
@@ -730,6 +743,7 @@ struct Scheduler {
             bool busy = false, changed = !filled;
             for (size_t i = 0; i < slots; ++i) {
                 if (blocks[i] && !blocks[i]->live) {
+                    finish(*blocks[i]);
                     if constexpr (kProfile) finish_profile(*blocks[i]);
                     blocks[i].reset();
                     changed = true;
