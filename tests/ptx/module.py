@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import os
 import re
+import struct
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from typing import Any, Literal
 
 from .parser import Location, PtxError, parse
 from .profile import Profile
-from .translate import Kernel, translate
+from .translate import Kernel, align_up, translate
 
 DEVICE = Path(__file__).parent / "device"
 ORDERS = {"forward": 0, "backward": 1, "random": 2}
@@ -103,12 +104,12 @@ def cached(suffix: str, contents: Sequence[str], make: Callable[[Path], None]) -
     return target
 
 
-def run(command: Sequence[str | Path]) -> str:
-    """Output of a compiler; its complaint as an exception."""
+def run(command: Sequence[str | os.PathLike[str]], stderr: bool = False) -> str:
+    """Output of a compiler (or what it says on the side); its complaint as an exception."""
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
     if done.returncode:
         raise PtxError(f"{command[0]} failed:\n{done.stderr[:4000] or done.stdout[:4000]}")
-    return done.stdout
+    return done.stderr if stderr else done.stdout
 
 
 def compile_module(source: str, flags: Sequence[str]) -> Path:
@@ -258,7 +259,10 @@ class LaunchableKernel:
         buffer, ranges = self.pack(args, guard)
         ranges += [m if isinstance(m, tuple) else tensor_range(m, guard) for m in memory]
         table = [Range(*r) for r in merged(ranges)]
-        params = ctypes.create_string_buffer(buffer, max(len(buffer), 1) + 16)
+        params = ctypes.create_string_buffer(len(buffer) + 64)
+        # A tensor map among the parameters must lie at a multiple of 64.
+        address = align_up(ctypes.addressof(params), 64)
+        ctypes.memmove(address, buffer, len(buffer))
         counters = (LineProfile * self.module.lines)() if profile else None
         launch = Launch(
             grid=triple(grid),
@@ -270,7 +274,7 @@ class LaunchableKernel:
             check_bounds=1,
             spin_limit=spin_limit,
             seed=seed,
-            params=ctypes.addressof(params),
+            params=address,
             param_bytes=len(buffer),
             ranges=(Range * len(table))(*table),
             range_count=len(table),
@@ -299,3 +303,17 @@ def _load(text: str) -> CompiledModule:
 def load(source: str | os.PathLike[str]) -> CompiledModule:
     """A module from PTX text or a path to it."""
     return _load(source if isinstance(source, str) and "\n" in source else Path(source).read_text())
+
+
+def tensor_map(tensor: Any, box: Sequence[int], swizzle: int = 128) -> bytes:
+    """A CUtensorMap of a strided tensor (innermost stride 1), as the stand-in of cuTensorMapEncodeTiled makes it.
+    `box` in the tensor's order of dimensions; `swizzle` in bytes, 0 for none."""
+    rank, size = tensor.dim(), tensor.element_size()
+    if tensor.stride(-1) != 1 or tensor.data_ptr() % 16 or any(s * size % 16 for s in tensor.stride()[:-1]):
+        raise PtxError("a tensor map needs rows without gaps, and addresses and strides that are multiples of 16 bytes")
+    pad = [0] * (5 - rank)
+    header = struct.pack("<I4B", 0x70616D54, rank, size, {0: 0, 32: 1, 64: 2, 128: 3}[swizzle], 0)
+    dims = struct.pack("<6Q", tensor.data_ptr(), *reversed(tensor.shape), *pad)
+    strides = struct.pack("<5Q", *(s * size for s in reversed(tensor.stride())), *pad)
+    boxes = struct.pack("<5H5B", *reversed(box), *pad, *([1] * rank), *pad)
+    return (header + dims + strides + boxes).ljust(128, b"\0")

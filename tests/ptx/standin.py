@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -289,6 +290,16 @@ def _object(source: Path, arch: str, flags: Sequence[str]) -> tuple[Path, Path]:
     return directory / "host.o", directory / "device.ptx"
 
 
+def _host_object(source: Path, flags: Sequence[str]) -> Path:
+    import pybind11
+
+    toolkit = re.findall(r"-I(\S+?)\"", run(["nvcc", "-dryrun", "-E", source, *flags], stderr=True))
+    include = [pybind11.get_include(), sysconfig.get_path("include"), *toolkit]
+    own = ["-O1", "-fPIC", "-std=c++17", "-w", *flags, *(f"-I{path}" for path in include)]
+    contents = ["host", *own, _with_includes(source, [f for f in own if f.startswith(("-I", "-D"))])]
+    return cached(".o", contents, lambda out: run(["g++", "-c", *own, source, "-o", out]) and None)
+
+
 def build(
     name: str,
     sources: Sequence[str | os.PathLike[str]],
@@ -297,27 +308,25 @@ def build(
     arch: str | Callable[[Path], str] = "sm_80",
     include: Sequence[str | os.PathLike[str]] = (),
     flags: Sequence[str] = (),
-    extra: Sequence[str | os.PathLike[str]] = (),
+    extra: Sequence[str | os.PathLike[str] | tuple[str | os.PathLike[str], Sequence[str]]] = (),
 ) -> tuple[ModuleType | None, Runtime]:
     """Compiles .cu files, more host sources (`extra`, and pybind11 `bindings` of the module `name`) and the stand-in
-    runtime into one shared object; returns the imported module, if there are bindings, and the runtime in it."""
+    runtime into one shared object; returns the imported module, if there are bindings, and the runtime in it. An entry of
+    `extra` may be a source, a source with its own flags, or an object or archive."""
     flags = [*flags, *(f"-I{path}" for path in include)]
     which = arch if callable(arch) else lambda path: arch
     parts = [_object(Path(s), which(Path(s)), flags) for s in sources]
-    host_flags = ["-O1", "-fPIC", "-std=c++17", "-w", *flags]
     objects = [o for o, _ in parts]
-    for source in [*extra, *([bindings] if bindings else [])]:
-        import pybind11
-
-        own = [*host_flags, f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-        contents = ["host", *own, _with_includes(Path(source), own[3:])]
-        objects.append(cached(".o", contents, lambda out, s=source, f=own: run(["g++", "-c", *f, s, "-o", out]) and None))
+    for item in [*extra, *([bindings] if bindings else [])]:
+        source, more = item if isinstance(item, tuple) else (item, ())
+        path = Path(source)
+        objects.append(path if path.suffix in (".o", ".a", ".so") else _host_object(path, [*flags, *more]))
     runtime = DEVICE / "cudart.cpp"
     contents = ["cudart", *[p.read_text() for p in (runtime, DEVICE / "launch.h", DEVICE / "tensor_map.h")]]
     command = ["nvcc", "-c", "-std=c++17", "-O1", "-Xcompiler", "-fPIC", runtime, "-o"]
     objects.append(cached(".o", contents, lambda out: run([*command, out]) and None))
     # Symbols are bound inside the object: torch may have brought a real CUDA runtime into the process.
-    link = ["g++", "-shared", "-Wl,-Bsymbolic", *objects, "-o"]
+    link = ["g++", "-shared", "-Wl,-Bsymbolic", *objects, "-pthread", "-ldl", "-o"]
     suffix = f".{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     library = cached(suffix, ["link", name, *map(str, objects)], lambda out: run([*link, out]) and None)
     module = None

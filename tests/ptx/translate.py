@@ -135,6 +135,13 @@ class _Body:
         self.module, self.function, self.shared = module, function, shared
         self.used: dict[str, str] = {}
         self.labels = {s.operands[0]: i for i, s in enumerate(function.body) if not s.op}
+        # For every accumulator of a wgmma a variable with the group that writes it.
+        self.accumulators = {
+            r.strip(): f"group_{identifier(s.operands[0].strip('{} ').split(',')[0].strip())}"
+            for s in function.body
+            if s.op.startswith("wgmma.mma_async")
+            for r in s.operands[0].strip("{}").split(",")
+        }
         self.params: dict[str, int] = {}
         offset = 0
         for p in function.params if function.entry else []:
@@ -252,12 +259,17 @@ class _Body:
             if base not in OPCODES:
                 raise ins.fail("unknown opcode")
             code = OPCODES[base](ins)
+            if self.accumulators and base != "wgmma":
+                touched = {self.accumulators[r] for o in s.operands for r in re.findall(NAME, o) if r in self.accumulators}
+                moved = str(base == "mov").lower()
+                code = "".join(f"accumulators_ready(t, {g}, {moved}, {s.line}); " for g in sorted(touched)) + code
             if base == "bra" and self.labels[s.operands[0]] <= i:
                 code = f"back(t, {s.line}); {code}"
             if s.guard:
                 code = f"if ({self.value(ins, s.guard, 'bool')}) {{ {code} }}"
             lines.append(f"AT({s.line}) {code}")
         locals_ = [f"    {kind} {identifier(name)} = {kind}(~u64(0));" for name, kind in self.used.items()]
+        locals_ += [f"    u32 {group} = 0;" for group in sorted(set(self.accumulators.values()))]
         arrays = [
             f"    alignas({max(v.align, 16)}) u8 {identifier(v.name)}[{max(v.bytes, 1)}];"
             for v in self.function.variables.values()
@@ -921,5 +933,5 @@ def _wgmma(ins: Instruction) -> str:
         f"{{ WgmmaArg x{{{a_descriptor}, {ins.src(2, 'u64')}, {str(registers).lower()}, {ins.src(3, 'pred')}, {scale_a}, {scale_b}, "
         f"{trans_a}, {trans_b}, {ins.line}, {{{a_values}}}, {{{d_values}}}}}; wgmma<{a}, {d}, {columns}>(t, {ins.line}, x); "
         + " ".join(f"set({ins.body.target(ins, e)}, x.d[{i}]);" for i, e in enumerate(accumulators))
-        + " }"
+        + f" {ins.body.accumulators[accumulators[0]]} = t.warp->wgmma_committed + 1; }}"
     )

@@ -322,6 +322,14 @@ void wgmma(Thread& t, u32 line, WgmmaArg& arg) {
     });
 }
 
+// Before an instruction that touches accumulators which the wgmmas of `group` write. ptxas waits by itself before a mov
+// that the compiler made, and loses the asynchrony.
+inline void accumulators_ready(Thread& t, u32 group, bool moved, u32 line) {
+    if (group <= t.warp->wgmma_waited) return;
+    constexpr const char* text = "accumulators of a wgmma are touched before wgmma.wait_group";
+    moved ? t.block->grid->warn(line, text) : t.fail(line, "%s", text);
+}
+
 inline void commit_wgmma(Thread& t, u32 line) {
     meet(t, ~0u, line, "wgmma.commit_group", true, nullptr, [](Warp& w, u32, void**) { ++w.wgmma_committed; });
 }
@@ -329,6 +337,7 @@ inline void commit_wgmma(Thread& t, u32 line) {
 inline void wait_wgmma(Thread& t, u32 keep, u32 line) {
     meet(t, ~0u, line, "wgmma.wait_group", true, &keep, [](Warp& w, u32 lanes, void** args) {
         const u32 keep = *static_cast<u32*>(args[0]);
+        w.wgmma_waited = w.wgmma_committed - std::min(keep, w.wgmma_committed);
         if constexpr (kRaces) {
             join_warp(w, lanes);
             if (!w.trace.wgmma_agent || w.wgmma_committed <= keep) return;

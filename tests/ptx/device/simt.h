@@ -141,7 +141,7 @@ struct Warp {
     u32 ready = 0;   // that can run
     u32 yielded = 0; // that can run in the next pass
     std::vector<Meeting> meetings;
-    u32 wgmma_committed = 0;
+    u32 wgmma_committed = 0, wgmma_waited = 0;
     WarpTrace trace;
     Thread& thread(u32 lane);
 };
@@ -202,7 +202,7 @@ struct Grid {
     }
 };
 
-inline Grid* grid_now;
+inline thread_local Grid* grid_now;
 
 inline Thread& Warp::thread(u32 lane) { return block->threads[index * 32 + lane]; }
 
@@ -578,8 +578,8 @@ inline void fiber_main() {
 }
 
 inline u8* stacks(size_t count) {
-    static u8* base = nullptr;
-    static size_t have = 0;
+    static thread_local u8* base = nullptr;
+    static thread_local size_t have = 0;
     if (count > have) {
         if (base) munmap(base, have * kStackBytes);
         base = static_cast<u8*>(mmap(

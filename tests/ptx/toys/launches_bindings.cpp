@@ -2,16 +2,7 @@
 
 #include <cstdint>
 
-struct Problem {
-    float* y;
-    const float* x;
-    float a;
-    int n, shared_bytes, opt_in;
-};
-int run(const Problem& p, struct CUstream_st* stream);
-int run_small(float* y, int threads);
-int multiprocessors();
-int set_scale(float value);
+#include "launches.h"
 
 PYBIND11_MODULE(toy_launches, m) {
     m.def("run", [](int64_t y, int64_t x, float a, int n, int shared_bytes, int opt_in) {
