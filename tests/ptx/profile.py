@@ -15,7 +15,7 @@ _TENSOR = ("mma", "wgmma", "dmma")
 @dataclass(frozen=True)
 class Row:
     """One PTX instruction. `threads`: how often threads ran it. `requests`: of whole warps. `bytes` and `sectors` (of
-    32 bytes) of global memory and `wavefronts` of shared memory are their cost, the ideal ones what their bytes need."""
+    32 bytes) of global memory and `wavefronts` of shared memory: their cost. Ideal: what the bytes need."""
 
     line: int
     op: str

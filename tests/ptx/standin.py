@@ -11,6 +11,7 @@ import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -280,11 +281,16 @@ def compile_ptx(source: str | os.PathLike[str], arch: str = "sm_80", flags: Sequ
     return cached(".ptx", contents, lambda out: run([*map(str, command), str(out)]) and None).read_text()
 
 
+@cache
+def _dependencies(source: Path, flags: tuple[str, ...], modified: int) -> list[Path]:
+    """The project's own files that a source includes; `modified`, its time, has nvcc asked again after an edit."""
+    names = run(["nvcc", "-M", "-std=c++17", *flags, source]).replace("\\\n", " ").split(":", 1)[1].split()
+    return [Path(n) for n in names if not n.startswith(("/usr", "/opt")) and Path(n).exists()]
+
+
 def _with_includes(source: Path, flags: Sequence[str]) -> str:
     """What a file depends on, as text: a changed header must lead to a new build."""
-    names = run(["nvcc", "-M", "-std=c++17", *flags, source]).replace("\\\n", " ").split(":", 1)[1].split()
-    system = ("/usr", "/opt")
-    return "\0".join(Path(n).read_text() for n in names if not n.startswith(system) and Path(n).exists())
+    return "\0".join(p.read_text() for p in _dependencies(source, tuple(flags), source.stat().st_mtime_ns))
 
 
 def _object(source: Path, arch: str, flags: Sequence[str]) -> tuple[Path, Path]:
