@@ -1,5 +1,6 @@
 """Builds csrc through CMake and Ninja; everything else is in pyproject.toml."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,31 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+# The GPUs that get code of their own; PTX of the first for all that come later.
+CUDA_ARCHS = "80;86;89;90;100;120"
+
+
+def find_nvcc() -> str | None:
+    """nvcc on PATH, in CUDA_HOME, or in this environment's PyPI wheels (pip install nvidia-cuda-nvcc)."""
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    wheels = [str(p) for p in Path(sysconfig.get_path("purelib"), "nvidia").glob("*") if (p / "bin" / "nvcc").exists()]
+    places = (shutil.which("nvcc", path=str(Path(home, "bin"))) for home in homes + wheels)
+    return shutil.which("nvcc") or next(filter(None, places), None)
+
+
+def cuda_options() -> list[str]:
+    """CMake's options for the CUDA kernels, by MUON_KERNELS_CUDA (0, 1, auto) and MUON_KERNELS_CUDA_ARCHS."""
+    wanted = os.environ.get("MUON_KERNELS_CUDA", "auto")
+    if wanted not in ("0", "1", "auto"):
+        raise SystemExit(f"MUON_KERNELS_CUDA should be 0, 1 or auto but is: {wanted!r}")
+    nvcc = find_nvcc() if wanted != "0" else None
+    if wanted == "1" and nvcc is None:
+        raise SystemExit("MUON_KERNELS_CUDA is 1 but there is no nvcc on PATH, in CUDA_HOME or in this environment")
+    if nvcc is None:
+        return []
+    first, *others = os.environ.get("MUON_KERNELS_CUDA_ARCHS", CUDA_ARCHS).replace(",", ";").split(";")
+    archs = ";".join([first, *(f"{arch}-real" for arch in others)])
+    return [f"-DMUON_KERNELS_NVCC={nvcc}", f"-DMUON_KERNELS_CUDA_ARCHS={archs}"]
 
 
 class CMakeBuild(build_ext):
@@ -28,6 +54,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             "-DCMAKE_BUILD_TYPE=Release",
+            *cuda_options(),
         ]
         scripts = sysconfig.get_path("scripts")
         cmake = shutil.which("cmake", path=scripts) or shutil.which("cmake") or "cmake"
