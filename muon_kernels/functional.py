@@ -141,14 +141,13 @@ class Workspace:
             offset, begin = offset + bytes_, offset
             return block[begin:offset].view(dtype).view(batch, rows, cols)
 
-        # The diagonals first: they are fp32 and must be aligned for it.
-        diagonals = [take(1, m, torch.float32)[:, 0] for _ in range(ALGORITHMS[bucket.algorithm].squares)]
-
         def stack(cols: int) -> Tensor:
             return take(m, ops.leading_dimension(cols), torch.bfloat16)[..., :cols]
 
-        squares = [Square(stack(m), diagonal if ops.precise_squares() else None) for diagonal in diagonals]
-        return stack(n), stack(n), squares
+        X, Y, *highs = stack(n), stack(n), *(stack(m) for _ in range(ALGORITHMS[bucket.algorithm].squares))
+        # The diagonals last: no backend's leading dimension leaves them unaligned.
+        diagonals = [take(1, m, torch.float32)[:, 0] for _ in highs]
+        return X, Y, [Square(h, d if ops.precise_squares() else None) for h, d in zip(highs, diagonals, strict=True)]
 
 
 class _Source(NamedTuple):
@@ -362,6 +361,7 @@ def _fused_step(work: Work, chunk: Chunk, grads: Sequence[Matrices], workspace: 
         chunk.momenta,
         X,
         iterate,
+        triples=schedule.triples,
         **scalars.of_momentum(),
         margin=schedule.margin,
         **scalars.of_update(),

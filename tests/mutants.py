@@ -45,7 +45,7 @@ COEFFICIENTS = "tests/test_coefficients.py"
 
 PRODUCT_H, ELEMENTWISE_H = "csrc/cpu/product.h", "csrc/cpu/elementwise.h"
 TRANSPOSE_H, DISPATCH, PARALLEL = "csrc/cpu/transpose.h", "csrc/cpu/dispatch.cpp", "csrc/cpu/parallel.cpp"
-CPU_PY, NEWTON_SCHULZ = "muon_kernels/backends/cpu.py", "muon_kernels/newton_schulz.py"
+NATIVE_PY, NEWTON_SCHULZ = "muon_kernels/backends/native.py", "muon_kernels/newton_schulz.py"
 FUNCTIONAL, COEFFICIENTS_PY = "muon_kernels/functional.py", "muon_kernels/coefficients.py"
 
 
@@ -356,16 +356,16 @@ MUTANTS = [
     ),
     Mutant(
         "queue: last product lost",
-        CPU_PY,
-        "native.cpu.products(*_isa_and_threads(), products)",
-        "native.cpu.products(*_isa_and_threads(), products[:-1])",
+        NATIVE_PY,
+        "self._run(waiting, operands)",
+        "self._run(waiting[:-1], operands)",
         ITERATION,
     ),
     Mutant(
         "matrices of a parameter not advanced",
-        CPU_PY,
-        "            address += at.batch_stride * size\n",
-        "",
+        NATIVE_PY,
+        "first + i * batch_stride * size, row_stride",
+        "first, row_stride",
         ELEMENTWISE,
     ),
     # The iteration.

@@ -18,7 +18,7 @@ from ..layout import Matrices
 from ..newton_schulz import Products
 
 # In the order in which "auto" prefers them.
-BACKENDS = {"cpu": ".cpu", "eager": ".eager"}
+BACKENDS = {"cuda": ".cuda", "cpu": ".cpu", "eager": ".eager"}
 
 
 class Backend(Products, Protocol):
@@ -99,6 +99,7 @@ class Backend(Products, Protocol):
         X: Tensor,
         iterate: Callable[[Tensor], Tensor],
         *,
+        triples: Sequence[tuple[float, float, float]],
         momentum: float,
         nesterov: bool,
         dampened: bool,
@@ -114,6 +115,7 @@ class Backend(Products, Protocol):
         Args:
             X: (slots, m, n), the workspace's, and with it all that `iterate` uses.
             iterate: from the scale to the result, for the matrices in the slots.
+            triples: the coefficients that `iterate` uses, for a backend that iterates by itself.
         """
 
 

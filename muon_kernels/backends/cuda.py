@@ -1,0 +1,220 @@
+"""The verbs in CUDA C++ for NVIDIA GPUs of compute capability 8.0 and up (csrc/cuda)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..layout import Matrices
+from ..newton_schulz import Square
+from . import native
+
+
+class _Device:
+    """Where tensors and launches go. Tests put another one in its place, whose launches an emulator executes."""
+
+    type = "cuda"
+
+    def module(self) -> ModuleType:
+        """The compiled module."""
+        return native.required()
+
+    def unavailable(self) -> str | None:
+        """See `Backend.unavailable`."""
+        if native.module() is None:
+            return "the compiled module is missing; install muon_kernels with a C++17 compiler and nvcc on PATH"
+        if not hasattr(native.module(), "cuda"):
+            return (
+                "muon_kernels was built without CUDA; put nvcc on PATH or pip install nvidia-cuda-nvcc, and reinstall"
+            )
+        if torch.version.cuda is None:
+            return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
+        if not torch.cuda.is_available():
+            return "torch finds no CUDA device; check the driver with nvidia-smi"
+        return None
+
+    def capability(self, device: torch.device) -> tuple[int, int]:
+        """(major, minor)."""
+        return torch.cuda.get_device_capability(device)
+
+    def stream(self, device: torch.device) -> int:
+        """The address of the current stream."""
+        return torch.cuda.current_stream(device).cuda_stream
+
+    def guard(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Make it the current device."""
+        return torch.cuda.device(device)
+
+
+_device = _Device()
+
+
+def unavailable() -> str | None:
+    """See `Backend.unavailable`."""
+    return _device.unavailable()
+
+
+def refuses(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
+    """See `Backend.refuses`."""
+    if device.type != _device.type:
+        return f"expected CUDA tensors, got {device}; use backend='auto'"
+    if bad := [d for d in dtypes if d not in native.DTYPES]:
+        return f"expected float32, bfloat16 or float16 tensors, got {bad[0]}; use backend='auto'"
+    if (capability := _device.capability(device)) < (8, 0):
+        return "expected compute capability 8.0 or more, {} has {}.{}; use backend='auto'".format(device, *capability)
+    return None
+
+
+def describe() -> str:
+    """See `Backend.describe`."""
+    return "CUDA C++ for compute capability 8.0 and up"
+
+
+def symmetric_products() -> bool:
+    """See `Backend.symmetric_products`."""
+    return True
+
+
+def precise_squares() -> bool:
+    """See `Products.precise_squares`."""
+    return True
+
+
+def default_workspace_bytes() -> int:
+    """1 GiB."""
+    return 1 << 30
+
+
+def leading_dimension(cols: int) -> int:
+    """Rows that begin at 16 bytes, which is what a thread copies at a time."""
+    return -(-cols // 8) * 8
+
+
+def momentum_update(
+    grads: Sequence[Matrices],
+    momenta: Sequence[Matrices] | None,
+    X: Tensor,
+    *,
+    momentum: float,
+    nesterov: bool,
+    dampened: bool,
+    grad_scale: float,
+    eps: float,
+    margin: float,
+) -> Tensor:
+    """See `Backend.momentum_update`."""
+    _C = _device.module()
+    scale = torch.empty(X.shape[0], dtype=torch.float32, device=X.device)
+    update, _alive = native.momentum_update(
+        _C, grads, momenta, X, scale, momentum, nesterov, dampened, grad_scale, eps, margin
+    )
+    partial = torch.empty(_C.cuda.momentum_partials(update), dtype=torch.float64, device=X.device)
+    with _device.guard(X.device):
+        _C.cuda.momentum_update(update, native.dtype(_C, X.dtype), partial.data_ptr(), _device.stream(X.device))
+    if momenta is not None:
+        torch.autograd.graph.increment_version([b.tensor for b in momenta])
+    return scale
+
+
+def _run(products: list[object], operands: list[object]) -> None:
+    _C = _device.module()
+    if products:
+        out: Tensor = operands[0][3].high  # type: ignore[index]
+        with _device.guard(out.device):
+            _C.cuda.products(products, native.dtype(_C, out.dtype), _device.stream(out.device))
+
+
+_queue = native.Queue(_run)
+
+
+def fused() -> AbstractContextManager[None]:
+    """See `Backend.fused`."""
+    return _queue.fused()
+
+
+def syrk(A: Tensor | Square, *, out: Square, **options: Any) -> None:
+    """See `Products.syrk`."""
+    A = A if isinstance(A, Square) else Square(A)
+    _queue.product(_device.module(), A, A, out, transposed=True, symmetric=True, **options)
+
+
+def syrkx(A: Square, B: Square, *, out: Square) -> None:
+    """See `Products.syrkx`."""
+    _queue.product(_device.module(), A, B, out, symmetric=True)
+
+
+def gemm(A: Square, X: Tensor, *, out: Tensor, C: Tensor | None = None, **options: Any) -> None:
+    """See `Products.gemm`."""
+    _queue.product(_device.module(), A, Square(X), Square(out), C=None if C is None else Square(C), **options)
+
+
+def _on_device(x: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:
+    """A number for the host, and the tensor of it if only the device knows."""
+    if isinstance(x, Tensor):
+        return 0.0, x.to(device, torch.float32)
+    return x, None
+
+
+def _apply_options(
+    device: torch.device, lr: float | Tensor, weight_decay: float | Tensor
+) -> tuple[object, float, float, object]:
+    """csrc's ApplyOptions, the two numbers for the host, and what must live as long."""
+    lr, lr_tensor = _on_device(lr, device)
+    weight_decay, decay_tensor = _on_device(weight_decay, device)
+    pointers = native.pointer(lr_tensor), native.pointer(decay_tensor)
+    options = _device.module().cuda.ApplyOptions(*pointers, False, False, 0)
+    return options, lr, weight_decay, (lr_tensor, decay_tensor)
+
+
+def apply_update(
+    params: Sequence[Matrices], X: Tensor, *, lr: float | Tensor, weight_decay: float | Tensor, ratios: Sequence[float]
+) -> None:
+    """See `Backend.apply_update`."""
+    _C = _device.module()
+    options, lr, weight_decay, _tensors = _apply_options(X.device, lr, weight_decay)
+    update, _alive = native.apply_update(_C, params, X, lr, weight_decay, ratios)
+    with _device.guard(X.device):
+        _C.cuda.apply_update(update, options, native.dtype(_C, X.dtype), _device.stream(X.device))
+    torch.autograd.graph.increment_version([p.tensor for p in params])
+
+
+def fused_slots(rows: int, cols: int, count: int) -> int | None:
+    """None of the workspace: where the smaller side fits on the chip, the matrix stays there."""
+    return 0 if rows <= _device.module().cuda.fused_rows() else None
+
+
+def fused_step(
+    params: Sequence[Matrices],
+    grads: Sequence[Matrices],
+    momenta: Sequence[Matrices],
+    X: Tensor,
+    iterate: Callable[[Tensor], Tensor],
+    *,
+    triples: Sequence[tuple[float, float, float]],
+    momentum: float,
+    nesterov: bool,
+    dampened: bool,
+    grad_scale: float,
+    eps: float,
+    margin: float,
+    lr: float | Tensor,
+    weight_decay: float | Tensor,
+    ratios: Sequence[float],
+) -> None:
+    """See `Backend.fused_step`."""
+    _C, device = _device.module(), params[0].tensor.device
+    before, _alive = native.momentum_update(
+        _C, grads, momenta, None, None, momentum, nesterov, dampened, grad_scale, eps, margin
+    )
+    options, lr, weight_decay, _tensors = _apply_options(device, lr, weight_decay)
+    after, _also_alive = native.apply_update(_C, params, None, lr, weight_decay, ratios)
+    _, m, n = X.shape
+    coefficients = [c for triple in triples for c in triple]
+    with _device.guard(device):
+        _C.cuda.fused_step(len(ratios), m, n, before, after, coefficients, options, _device.stream(device))
+    torch.autograd.graph.increment_version([t.tensor for t in (*params, *momenta)])

@@ -1,0 +1,199 @@
+"""What the backends in compiled code share: the module, and torch's operands as csrc takes them."""
+
+from __future__ import annotations
+
+import threading
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from ..layout import Bundle, Matrices
+from ..newton_schulz import Square
+
+
+@cache
+def module() -> ModuleType | None:
+    """muon_kernels._C, or None if it was not built."""
+    try:
+        from muon_kernels import _C
+    except ImportError:
+        return None
+    return _C
+
+
+def required() -> ModuleType:
+    """muon_kernels._C."""
+    _C = module()
+    assert _C is not None
+    return _C
+
+
+DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+def dtype(_C: ModuleType, of: torch.dtype) -> object:
+    """csrc's DType."""
+    return getattr(_C.DType, DTYPES[of])
+
+
+def stack(t: Tensor | None) -> tuple[int, int, int, int, int, int] | None:
+    """csrc's Stack."""
+    if t is None:
+        return None
+    return (t.data_ptr(), *t.shape, t.stride(0), t.stride(1))
+
+
+def pointer(t: Tensor | None) -> int:
+    """An address, 0 for None."""
+    return 0 if t is None else t.data_ptr()
+
+
+def address(numbers: array[int] | array[float]) -> int:
+    """Where an array lies, as long as it lives."""
+    return numbers.buffer_info()[0]
+
+
+def refs(matrices: Sequence[Matrices]) -> array[int]:
+    """The addresses and strides of all matrices as csrc's MatrixRef[]."""
+    if isinstance(matrices, Bundle) and "refs" in matrices.derived:
+        return cast("array[int]", matrices.derived["refs"])
+    numbers: list[int] = []
+    size = matrices[0].tensor.element_size()
+    for tensor, (batch, _, _, offset, batch_stride, row_stride, col_stride, _) in matrices:
+        first = tensor.data_ptr() + offset * size
+        if batch == 1:  # the gradients of many small parameters are worth a short way
+            numbers += first, row_stride, col_stride
+            continue
+        for i in range(batch):
+            numbers += first + i * batch_stride * size, row_stride, col_stride
+    made = array("q", numbers)
+    if isinstance(matrices, Bundle):
+        matrices.derived["refs"] = made
+    return made
+
+
+def momentum_update(
+    _C: ModuleType,
+    grads: Sequence[Matrices],
+    momenta: Sequence[Matrices] | None,
+    X: Tensor | None,
+    scale: Tensor | None,
+    momentum: float,
+    nesterov: bool,
+    dampened: bool,
+    grad_scale: float,
+    eps: float,
+    margin: float,
+) -> tuple[object, object]:
+    """csrc's MomentumUpdate, and what must live as long."""
+    at_grads, at_momenta = refs(grads), refs(momenta) if momenta is not None else array("q")
+    update = _C.MomentumUpdate(
+        address(at_grads),
+        dtype(_C, grads[0].tensor.dtype),
+        address(at_momenta) if momenta is not None else 0,
+        dtype(_C, (momenta if momenta is not None else grads)[0].tensor.dtype),
+        stack(X) or (0,) * 6,
+        pointer(scale),
+        eps,
+        margin,
+        grad_scale,
+        momentum,
+        nesterov,
+        dampened,
+    )
+    return update, (at_grads, at_momenta)
+
+
+def apply_update(
+    _C: ModuleType,
+    params: Sequence[Matrices],
+    X: Tensor | None,
+    lr: float,
+    weight_decay: float,
+    ratios: Sequence[float],
+) -> tuple[object, object]:
+    """csrc's ApplyUpdate, and what must live as long."""
+    at_params, factors = refs(params), ratios if isinstance(ratios, array) else array("d", ratios)
+    update = _C.ApplyUpdate(
+        address(at_params),
+        dtype(_C, params[0].tensor.dtype),
+        stack(X) or (0,) * 6,
+        lr,
+        weight_decay,
+        address(factors),
+    )
+    return update, (at_params, factors)
+
+
+class Queue(threading.local):
+    """Products, run one by one or, inside `fused`, all at its end.
+
+    `run` is given csrc's Products and the operands, (A, B, C, out, scale), of each.
+    """
+
+    def __init__(self, run: Callable[[list[object], list[object]], None]) -> None:
+        self._run = run
+        self._waiting: list[object] | None = None
+        self._operands: list[object] = []
+
+    @contextmanager
+    def collect(self) -> Iterator[tuple[list[object], list[object]]]:
+        """Products inside are only put on a list, which comes with what must live as long."""
+        waiting: list[object] = []
+        operands: list[object] = []
+        self._waiting, self._operands = waiting, operands
+        try:
+            yield waiting, operands
+        finally:
+            self._waiting, self._operands = None, []
+
+    @contextmanager
+    def fused(self) -> Iterator[None]:
+        """Products inside run together at the end."""
+        with self.collect() as (waiting, operands):
+            yield
+            self._run(waiting, operands)
+
+    def product(
+        self,
+        _C: ModuleType,
+        A: Square,
+        B: Square,
+        out: Square,
+        *,
+        transposed: bool = False,
+        symmetric: bool = False,
+        C: Square | None = None,
+        alpha: float = 1.0,
+        beta: float = 0.0,
+        gamma: float = 0.0,
+        scale: Tensor | None = None,
+    ) -> None:
+        """One of csrc's Products."""
+        product = _C.Product(
+            stack(A.high),
+            pointer(A.diagonal),
+            stack(B.high),
+            transposed,
+            pointer(B.diagonal),
+            stack(C.high) if C else None,
+            pointer(C.diagonal) if C else 0,
+            stack(out.high),
+            pointer(out.diagonal),
+            symmetric,
+            alpha,
+            beta,
+            gamma,
+            pointer(scale),
+        )
+        if self._waiting is None:
+            self._run([product], [(A, B, C, out, scale)])
+        else:
+            self._waiting.append(product)
+            self._operands.append((A, B, C, out, scale))
