@@ -34,6 +34,7 @@ class Bucket:
         slots: most matrices that are in the workspace at a time.
         launches: calls of a kernel in a step.
         flops: FLOPs that are executed, 2 a multiply-add, all matrices.
+        product_bytes: traffic of the products if each operand is read and each result written once; none if fused.
         bytes: traffic of prologue and epilogue: gradients, momenta and parameters read, momenta and parameters written,
             and, unless fused, the workspace written and read once each.
         workspace_bytes: of all slots.
@@ -48,6 +49,7 @@ class Bucket:
     slots: int
     launches: int
     flops: int
+    product_bytes: int
     bytes: int
     workspace_bytes: int
 
@@ -67,6 +69,11 @@ class Plan:
     def flops(self) -> int:
         """FLOPs executed in a step."""
         return sum(b.flops for b in self.buckets)
+
+    @property
+    def product_bytes(self) -> int:
+        """Bytes moved by products in a step."""
+        return sum(b.product_bytes for b in self.buckets)
 
     @property
     def bytes(self) -> int:
@@ -118,29 +125,31 @@ class Counter:
     def __init__(self, symmetric: bool, precise: bool) -> None:
         self.launches = 0
         self.flops = 0
+        self.bytes = 0
         self._symmetric, self._precise = symmetric, precise
 
     def precise_squares(self) -> bool:
         """Whether the counted backend has them."""
         return self._precise
 
-    def _count(self, A: Tensor, n: int, *, symmetric: bool) -> None:
+    def _count(self, A: Tensor, n: int, *others: Tensor, symmetric: bool) -> None:
         batch, m, k = A.shape
         self.launches += 1
+        self.bytes += sum(t.numel() * t.itemsize for t in {id(t): t for t in (A, *others)}.values())
         self.flops += batch * k * (m * (m + 1) if symmetric and self._symmetric else 2 * m * n)
 
-    def syrk(self, A: Tensor | Square, *, out: Square, **_: object) -> None:
+    def syrk(self, A: Tensor | Square, *, out: Square, C: Square | None = None, **_: object) -> None:
         """Count one."""
         A = A.high if isinstance(A, Square) else A
-        self._count(A, A.shape[1], symmetric=True)
+        self._count(A, A.shape[1], out.high, *([C.high] if C else []), symmetric=True)
 
     def syrkx(self, A: Square, B: Square, *, out: Square) -> None:
         """Count one."""
-        self._count(A.high, B.high.shape[2], symmetric=True)
+        self._count(A.high, B.high.shape[2], B.high, out.high, symmetric=True)
 
-    def gemm(self, A: Square, X: Tensor, *, out: Tensor, **_: object) -> None:
+    def gemm(self, A: Square, X: Tensor, *, out: Tensor, C: Tensor | None = None, **_: object) -> None:
         """Count one."""
-        self._count(A.high, X.shape[2], symmetric=False)
+        self._count(A.high, X.shape[2], X, out, *([C] if C is not None else []), symmetric=False)
 
 
 @lru_cache(maxsize=4096)
@@ -152,16 +161,24 @@ def count(
     margin: float,
     symmetric: bool,
     precise: bool,
-) -> tuple[int, int]:
-    """(launches, FLOPs) of the iteration on one m x n matrix."""
+) -> tuple[int, int, int]:
+    """(launches, FLOPs, bytes) of the iteration on one m x n matrix."""
     counter = Counter(symmetric, precise)
     run, squares = ALGORITHMS[algorithm]
 
     def empty(cols: int) -> Tensor:
         return torch.empty(1, m, cols, dtype=torch.bfloat16, device="meta")
 
-    run(counter, empty(n), empty(n), [Square(empty(m))] * squares, torch.empty(1, device="meta"), triples, margin)
-    return counter.launches, counter.flops
+    run(
+        counter,
+        empty(n),
+        empty(n),
+        [Square(empty(m)) for _ in range(squares)],
+        torch.empty(1, device="meta"),
+        triples,
+        margin,
+    )
+    return counter.launches, counter.flops, counter.bytes
 
 
 def choose_algorithm(name: str, backend: str, m: int, n: int, schedule: Schedule) -> str:
@@ -173,7 +190,7 @@ def choose_algorithm(name: str, backend: str, m: int, n: int, schedule: Schedule
     return min(ALGORITHMS, key=lambda a: _count_on(backend, a, m, n, schedule)[1])
 
 
-def _count_on(backend: str, algorithm: str, m: int, n: int, schedule: Schedule) -> tuple[int, int]:
+def _count_on(backend: str, algorithm: str, m: int, n: int, schedule: Schedule) -> tuple[int, int, int]:
     ops = backends.get(backend)
     return count(algorithm, m, n, schedule.triples, schedule.margin, ops.symmetric_products(), ops.precise_squares())
 
@@ -229,7 +246,7 @@ def plan_bucket(
     m, n = shape
     algorithm = choose_algorithm(ns_algorithm, backend, m, n, schedule)
     if m == 0 or count_ == 0:
-        return Bucket(shape, count_, algorithm, backend, False, (), 0, 0, 0, 0, 0)
+        return Bucket(shape, count_, algorithm, backend, False, (), 0, 0, 0, 0, 0, 0)
     each = workspace_bytes(backend, algorithm, m, n)
     ops = backends.get(backend)
     cap = ops.default_workspace_bytes() if max_workspace_bytes is None else max_workspace_bytes
@@ -238,7 +255,7 @@ def plan_bucket(
     chunks = (count_,) if fused else chunk_counts(count_, each, max_workspace_bytes, backend)
     if slots is None or not fused:
         slots = max(chunks)
-    launches, flops = _count_on(backend, algorithm, m, n, schedule)
+    launches, flops, product_bytes = _count_on(backend, algorithm, m, n, schedule)
     return Bucket(
         shape=shape,
         count=count_,
@@ -249,6 +266,7 @@ def plan_bucket(
         slots=slots,
         launches=1 if fused else len(chunks) * (launches + 2),
         flops=count_ * flops,
+        product_bytes=0 if fused else count_ * product_bytes,
         bytes=count_ * m * n * (bytes_per_element + (0 if fused else 2 * 2)),
         workspace_bytes=slots * each,
     )
@@ -263,13 +281,24 @@ def plan_for_shapes(
     backend: str = "auto",
     ns_algorithm: str = "auto",
     max_workspace_bytes: int | None = None,
+    available: bool = True,
 ) -> Plan:
-    """The plan of a step for (rows, cols, count) of every kind of matrix, without any tensor."""
-    name = backends.choose(backend, torch.device(device), [dtype])
+    """The plan of a step for (rows, cols, count) of every kind of matrix, without any tensor.
+
+    Args:
+        shapes: (rows, cols, count).
+        available: False to plan for a named backend that need not be able to run here.
+        schedule, device, dtype, backend, ns_algorithm, max_workspace_bytes: as in a step.
+    """
+    name = backends.choose(backend, torch.device(device), [dtype]) if available else backend
+    counts: dict[tuple[int, int], int] = {}
+    for rows, cols, count_ in shapes:  # tall and wide ones share a bucket
+        shape = min(rows, cols), max(rows, cols)
+        counts[shape] = counts.get(shape, 0) + count_
     return Plan(
         tuple(
             plan_bucket(
-                (min(rows, cols), max(rows, cols)),
+                shape,
                 count_,
                 schedule or resolve(DEFAULT, None),
                 ns_algorithm=ns_algorithm,
@@ -277,6 +306,6 @@ def plan_for_shapes(
                 max_workspace_bytes=max_workspace_bytes,
                 bytes_per_element=5 * dtype.itemsize,
             )
-            for rows, cols, count_ in shapes
+            for shape, count_ in counts.items()
         )
     )

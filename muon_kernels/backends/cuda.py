@@ -14,6 +14,8 @@ from ..layout import Matrices
 from ..newton_schulz import Square
 from . import native
 
+FUSED_ROWS = 128  # csrc's cuda::fused_rows(), for plans made on a machine without the module
+
 
 class _Device:
     """Where tensors and launches go. Tests put another one in its place, whose launches an emulator executes."""
@@ -185,7 +187,7 @@ def apply_update(
 
 def fused_slots(rows: int, cols: int, count: int) -> int | None:
     """None of the workspace: where the smaller side fits on the chip, the matrix stays there."""
-    return 0 if rows <= _device.module().cuda.fused_rows() else None
+    return 0 if rows <= FUSED_ROWS else None
 
 
 def fused_step(

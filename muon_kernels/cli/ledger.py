@@ -1,0 +1,169 @@
+"""Count what an optimizer step costs on a GPU, without one: launches, FLOPs, bytes, and the least time they take.
+
+torch.optim.Muon and the batched loop are run on tensors without memory and their operations counted; ours are counted
+by the plan that a step follows. Nothing here is a measured time: the bound is the largest of three quotients, and no
+implementation reaches it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from .. import backends
+from ..plan import plan_for_shapes
+
+Shapes = Sequence[tuple[int, int, int]]
+
+# (rows, columns, how many) of the hidden matrices of known models.
+MODELS: dict[str, Shapes] = {
+    "gpt2": [(2304, 768, 12), (768, 768, 12), (3072, 768, 12), (768, 3072, 12)],
+    "heads": [(64, 768, 108)],
+    "llama-1b": [(2048, 2048, 32), (512, 2048, 32), (8192, 2048, 32), (2048, 8192, 16)],
+    "experts": [(1024, 384, 32)],
+}
+
+
+class Gpu(NamedTuple):
+    """Dense bf16 FLOP/s with fp32 accumulation, and bytes/s of memory, from NVIDIA's data sheets."""
+
+    flops: float
+    bytes: float
+
+
+GPUS = {
+    "a100": Gpu(312e12, 2.039e12),  # A100 80GB SXM
+    "h100": Gpu(989e12, 3.35e12),  # H100 SXM
+    "rtx4090": Gpu(165e12, 1.008e12),
+    "b200": Gpu(2250e12, 8.0e12),
+}
+
+
+class Cost(NamedTuple):
+    """Of one step; bytes with each operand of a launch read, and each result written, once."""
+
+    launches: int
+    flops: float
+    bytes: int
+
+
+class _Counter(TorchDispatchMode):
+    """Counts operations that compute: views and allocations launch nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = 0
+        self.bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name
+        if func.namespace == "aten" and not func.is_view and not name.startswith(("aten::empty", "aten::detach")):
+            self.launches += 1
+            tensors = [t for a in (*args, *(kwargs or {}).values(), out) for t in _tensors(a)]
+            self.bytes += sum(t.numel() * t.itemsize for t in tensors)
+        return out
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for t in value if isinstance(t, Tensor)] if isinstance(value, (list, tuple)) else []
+
+
+def parameters(shapes: Shapes) -> list[nn.Parameter]:
+    """fp32 parameters with gradients, without memory."""
+    made = [nn.Parameter(torch.empty(m, n, device="meta")) for m, n, count in shapes for _ in range(count)]
+    for p in made:
+        p.grad = torch.empty_like(p)
+    return made
+
+
+def counted(step: Callable[[], Any]) -> Cost:
+    """What a step on such parameters does; the first one, which allocates the state, is not counted."""
+    step()
+    with _Counter() as counter, FlopCounterMode(display=False) as flops:
+        step()
+    return Cost(counter.launches, flops.get_total_flops(), counter.bytes)
+
+
+def batched_loop(params: Sequence[nn.Parameter]) -> Callable[[], None]:
+    """The bf16 loop that everybody writes, once for all matrices of a shape."""
+    buffers = [torch.zeros_like(p) for p in params]
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, p in enumerate(params):
+        groups.setdefault((min(p.shape), max(p.shape)), []).append(i)
+
+    @torch.no_grad()
+    def step() -> None:
+        for (m, n), members in groups.items():
+            grads: list[Tensor] = [g for i in members if (g := params[i].grad) is not None]
+            held = [buffers[i] for i in members]
+            torch._foreach_lerp_(held, grads, 0.05)
+            directions = torch._foreach_lerp(grads, held, 0.95)
+            X = torch.stack([d.mT if d.shape[0] > d.shape[1] else d for d in directions]).bfloat16()
+            X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+            for _ in range(5):
+                A = X @ X.mT
+                B = torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315)
+                X = torch.baddbmm(X, B, X, beta=3.4445)
+            updates = [x.mT if params[i].shape != (m, n) else x for i, x in zip(members, X.unbind(), strict=True)]
+            own: list[Tensor] = [params[i] for i in members]
+            torch._foreach_mul_(own, 1 - 1e-4)
+            torch._foreach_add_(own, updates, alpha=-1e-3)
+
+    return step
+
+
+def ledger(shapes: Shapes) -> dict[str, Cost]:
+    """The cost of a step of every implementation."""
+    costs = {
+        "torch.optim.Muon": counted(torch.optim.Muon(parameters(shapes)).step),
+        "batched bf16 loop": counted(batched_loop(parameters(shapes))),
+    }
+    for name in (n for n in backends.BACKENDS if n not in ("cpu", "eager")):
+        plan = plan_for_shapes(shapes, device="cuda", backend=name, available=False)
+        costs[f"muon_kernels, {name}"] = Cost(plan.launches, plan.flops, plan.bytes + plan.product_bytes)
+    return costs
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to count, and for which GPU."""
+    parser.add_argument("model", nargs="?", default="gpt2", choices=MODELS, help="default: gpt2")
+    parser.add_argument("--shape", action="append", metavar="ROWSxCOLSxCOUNT", help="in place of a model; repeatable")
+    parser.add_argument("--gpu", default="h100", choices=GPUS, help="default: h100")
+    parser.add_argument(
+        "--launch-us", type=float, default=2.0, help="assumed time of a launch by one thread, default: 2 µs"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table; return 0."""
+    shapes = MODELS[args.model]
+    if args.shape:
+        try:
+            shapes = [(int(m), int(n), int(c)) for m, n, c in (s.split("x") for s in args.shape)]
+        except ValueError:
+            print(f"--shape should be ROWSxCOLSxCOUNT, for example 64x768x108, but is: {' '.join(args.shape)}")
+            return 2
+    gpu, costs = GPUS[args.gpu], ledger(shapes)
+    base = costs["torch.optim.Muon"]
+    print(" + ".join(f"{c} of {m}x{n}" for m, n, c in shapes))
+    print(f"least time on {args.gpu}: {gpu.flops / 1e12:.0f} TFLOP/s, {gpu.bytes / 1e12:.2f} TB/s,", end=" ")
+    print(f"{args.launch_us:g} µs a launch (assumed)\n")
+    print(f"{'':24}launches    GFLOP         MB   launch, ms  FLOP, ms  bytes, ms   at least, ms")
+    for name, cost in costs.items():
+        terms = cost.launches * args.launch_us / 1e3, cost.flops / gpu.flops * 1e3, cost.bytes / gpu.bytes * 1e3
+        print(
+            f"{name:24}{cost.launches:8}{cost.flops / 1e9:9.1f} ({cost.flops / base.flops:4.0%}){cost.bytes / 1e6:8.0f}"
+            f"{terms[0]:11.3f}{terms[1]:10.3f}{terms[2]:11.3f}{max(terms):15.3f}"
+        )
+    return 0
