@@ -364,8 +364,8 @@ MUTANTS = [
     Mutant(
         "matrices of a parameter not advanced",
         CPU_PY,
-        "            address += at.batch_stride * size\n",
-        "",
+        "first + i * batch_stride * size, row_stride",
+        "first, row_stride",
         ELEMENTWISE,
     ),
     # The iteration.
