@@ -416,7 +416,8 @@ def orthogonalize(
     """Approximate the orthogonal polar factor U Vᵀ of every matrix G = U Σ Vᵀ by Newton-Schulz.
 
     Precisely: U p(Σ / (margin ‖G‖_F)) Vᵀ with p the composition of the steps' polynomials, in bf16 products with fp32
-    accumulation. Invariant to the scale of G; a zero matrix gives zero; NaN or infinity spoils its own matrix only.
+    accumulation. Invariant to the scale of G, from 1e-30 to 1e30; a zero matrix gives zero; NaN or infinity spoils
+    its own matrix only.
     Not differentiated: the result is detached, whether or not G requires a gradient.
 
     Args:

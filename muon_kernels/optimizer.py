@@ -61,7 +61,8 @@ class Muon(Optimizer):
         Gradients are only read. If a step raises, parameters and state are as they were.
 
     Differs from `torch.optim.Muon` where that is at fault: the momentum buffer is never overwritten by the iteration,
-    the norm is taken before rounding to bf16, and the update does not depend on the gradient's scale (see `eps`).
+    the norm is taken before rounding to bf16, and the update does not depend on the gradient's scale, from 1e-30 to
+    1e30 (see `eps`).
 
     Args:
         params: parameters with at least two dimensions, or groups of them. Three dimensions are a batch of matrices,
