@@ -211,9 +211,8 @@ class Muon(Optimizer):
         ):
             signatures = list(map(signature, params, grads, buffers))
             # A copy: a list of coefficients may be changed in place.
-            cached = _Settled(
-                copy.deepcopy(options), torch.get_num_threads(), signatures, prepare(params, grads, buffers, **options)
-            )
+            kept = {**options, "ns_coefficients": copy.deepcopy(options["ns_coefficients"])}
+            cached = _Settled(kept, torch.get_num_threads(), signatures, prepare(params, grads, buffers, **options))
             self._prepared[id(group)] = cached
         return cached.prepared, grads, new
 

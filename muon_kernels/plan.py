@@ -95,8 +95,10 @@ class Plan:
             for row in rows
         ]
         rule = "-" * len(lines[0])
-        note = "A matrix taller than wide is stepped, and shown, as its transpose."
-        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], note])
+        note = ["A launch is a call of a kernel; where it is one, the whole step is fused."]
+        if any(b.shape[0] < b.shape[1] for b in self.buckets):
+            note.append("A matrix taller than wide is stepped, and shown, as its transpose.")
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], *note])
 
 
 def _figures(of: Bucket | Plan) -> tuple[str, str, str, str]:
@@ -265,6 +267,10 @@ def plan_for_shapes(
     max_workspace_bytes: int | None = None,
 ) -> Plan:
     """The plan of a step for (rows, cols, count) of every kind of matrix, without any tensor."""
+    shapes = list(shapes)
+    for shape in shapes:
+        if len(shape) != 3 or not all(type(n) is int and n >= 0 for n in shape):
+            raise ValueError(f"shapes should be (rows, cols, count), three integers >= 0, but one is: {shape!r}")
     name = backends.choose(backend, torch.device(device), [dtype])
     return Plan(
         tuple(
