@@ -212,7 +212,7 @@ def check_dense(name: str, t: Any) -> None:
         raise TypeError(f"{name} should be of a floating-point dtype among {names} but is of: {t.dtype}")
     if t.numel() and t.device.type != "meta" and not has_memory(t):
         raise TypeError(
-            f"{name} should be a tensor with memory of its own but is a {type(t).__name__} without, as are DTensors and "
+            f"{name} should be a tensor with memory of its own but is a {type(t).__name__} without, like DTensors and "
             "what torch.vmap and torch.func.grad pass; give matrices as (..., m, n), and of a DTensor its to_local()"
         )
 
