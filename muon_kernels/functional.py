@@ -164,11 +164,14 @@ class _Source(NamedTuple):
 
 
 def _source(t: Tensor, flatten: bool | None, order: tuple[int, ...]) -> tuple[_Source, Tensor | None]:
-    """How to see `t` as matrices; where no strides do, an empty copy, and the view of `t` to fill it from."""
-    if layout(t.shape, t.stride(), flatten, order) is not None:
+    """How to see `t` as matrices; where no strides do, an empty copy, and the view of `t` to fill it from.
+
+    Strides do not tell of a negation that torch has put off, as in `z.conj().imag`.
+    """
+    if layout(t.shape, t.stride(), flatten, order) is not None and not t.is_neg():
         return _Source(t, flatten, order), None
     view = t.permute(0, *order) if order else t
-    copy = torch.empty_like(view, memory_format=torch.contiguous_format)
+    copy = torch.empty(view.shape, dtype=t.dtype, device=t.device)
     return _Source(copy, flatten, tuple(range(1, t.ndim)) if order else ()), view
 
 
@@ -189,6 +192,14 @@ def _deal(counts: Sequence[tuple[int, int]], chunks: Sequence[int]) -> list[list
     return dealt
 
 
+def has_memory(t: Tensor) -> bool:
+    """Whether the elements can be reached by address: not those of torch's wrappers."""
+    try:
+        return t.data_ptr() != 0
+    except RuntimeError:
+        return False
+
+
 def check_dense(name: str, t: Any) -> None:
     """Raise TypeError unless `t` is a tensor of a layout and a dtype that can be computed with."""
     if not isinstance(t, Tensor):
@@ -198,6 +209,11 @@ def check_dense(name: str, t: Any) -> None:
     if t.dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TypeError(f"{name} should be of a floating-point dtype among {names} but is of: {t.dtype}")
+    if t.numel() and t.device.type != "meta" and not has_memory(t):
+        raise TypeError(
+            f"{name} should be a tensor with memory of its own but is a {type(t).__name__} without, like DTensors and "
+            "what torch.vmap and torch.func.grad pass; give matrices as (..., m, n), and of a DTensor its to_local()"
+        )
 
 
 def check_matrices(name: str, t: Any, hint: str = "") -> None:
@@ -243,7 +259,7 @@ def _scalar(x: float | Tensor) -> float | Tensor:
 
 
 def signature(p: Tensor, g: Tensor, buffer: Tensor) -> tuple[object, ...]:
-    """All that `prepare` looks at: where a parameter's tensors lie and what they are, not the gradient's address.
+    """All that `prepare` looks at: where a parameter's tensors lie and what they are; not the gradient's address.
 
     The momentum buffer is the optimizer's own: it may be moved or replaced, but not seen otherwise.
     """
@@ -255,9 +271,10 @@ def signature(p: Tensor, g: Tensor, buffer: Tensor) -> tuple[object, ...]:
         id(buffer),
         buffer.data_ptr(),
         g.shape,
-        g.stride() if g.layout == torch.strided else None,
+        (g.stride(), g.data_ptr() == 0) if g.layout == torch.strided else None,
         g.dtype,
         g.device,
+        g.is_neg(),
     )
 
 
@@ -416,7 +433,8 @@ def orthogonalize(
     """Approximate the orthogonal polar factor U Vᵀ of every matrix G = U Σ Vᵀ by Newton-Schulz.
 
     Precisely: U p(Σ / (margin ‖G‖_F)) Vᵀ with p the composition of the steps' polynomials, in bf16 products with fp32
-    accumulation. Invariant to the scale of G; a zero matrix gives zero; NaN or infinity spoils its own matrix only.
+    accumulation. Invariant to the scale of G, from 1e-30 to 1e30; a zero matrix gives zero; NaN or infinity spoils
+    its own matrix only.
     Not differentiated: the result is detached, whether or not G requires a gradient.
 
     Args:
@@ -438,13 +456,6 @@ def orthogonalize(
     """
     check_matrices("G", G)
     check_eps(eps)
-    try:
-        G.data_ptr()
-    except RuntimeError as error:
-        raise TypeError(
-            "G should have memory to read but has none, as inside torch.vmap or torch.func.grad; "
-            "instead of vmap give G as (..., m, n)"
-        ) from error
     name = backends.choose(backend, G.device, [G.dtype])
     schedule = resolve(ns_coefficients, ns_steps)
     count, rows, cols = split_shape(G.shape, False)

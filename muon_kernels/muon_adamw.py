@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NoReturn, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable, but it imports dynamo when called only
 from torch.optim import AdamW, Optimizer
 
@@ -64,6 +64,8 @@ class MuonAdamW(Optimizer):
                 f"options should be in muon_options={{...}} or adamw_options={{...}} but MuonAdamW was given: "
                 f"{', '.join(misplaced)}"
             )
+        if isinstance(params, nn.Module):
+            raise TypeError("params should be groups but is a module; give muon_kernels.param_groups(model)")
         # Either may stay without a group, but neither can be built without one.
         self._muon = Muon([{"params": []}], **(muon_options or {}))
         self._adamw = _checked_adamw(adamw_options or {})

@@ -61,7 +61,8 @@ class Muon(Optimizer):
         Gradients are only read. If a step raises, parameters and state are as they were.
 
     Differs from `torch.optim.Muon` where that is at fault: the momentum buffer is never overwritten by the iteration,
-    the norm is taken before rounding to bf16, and the update does not depend on the gradient's scale (see `eps`).
+    the norm is taken before rounding to bf16, and the update does not depend on the gradient's scale, from 1e-30 to
+    1e30 (see `eps`).
 
     Args:
         params: parameters with at least two dimensions, or groups of them. Three dimensions are a batch of matrices,
@@ -210,9 +211,8 @@ class Muon(Optimizer):
         ):
             signatures = list(map(signature, params, grads, buffers))
             # A copy: a list of coefficients may be changed in place.
-            cached = _Settled(
-                copy.deepcopy(options), torch.get_num_threads(), signatures, prepare(params, grads, buffers, **options)
-            )
+            kept = {**options, "ns_coefficients": copy.deepcopy(options["ns_coefficients"])}
+            cached = _Settled(kept, torch.get_num_threads(), signatures, prepare(params, grads, buffers, **options))
             self._prepared[id(group)] = cached
         return cached.prepared, grads, new
 

@@ -118,8 +118,8 @@ def param_groups(
 
     Raises:
         ValueError: a pattern matches no parameter or a scalar or 1-D one is to go to Muon, or a
-            parameter is claimed for both.
-        TypeError: `model` is no `nn.Module`.
+            parameter is claimed for both, or options hold what is not theirs.
+        TypeError: `model` is no `nn.Module`, or options are no mapping.
 
     Sources: [1] https://kellerjordan.github.io/posts/muon, [2] https://arxiv.org/abs/2502.16982
     """
@@ -128,6 +128,11 @@ def param_groups(
             f"model should be an nn.Module, whose layers tell what a parameter is for, but is: {type(model).__name__}; "
             "give Muon and AdamW their parameters yourself where there is none"
         )
+    for name, options in (("muon_options", muon_options), ("adamw_options", adamw_options)):
+        if options is not None and not isinstance(options, Mapping):
+            raise TypeError(f"{name} should be a mapping of options but is: {options!r}")
+        if taken := sorted({"params", "param_names", "use_muon"} & set(options or ())):
+            raise ValueError(f"{name} should hold options, but {taken[0]!r} is for param_groups to say")
     owners = _owners(model)
     flatten = (muon_options or {}).get("flatten")
     rules = _adamw_rules(_output_heads(model), flatten)

@@ -102,8 +102,10 @@ class Plan:
             for row in rows
         ]
         rule = "-" * len(lines[0])
-        note = "A matrix taller than wide is stepped, and shown, as its transpose."
-        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], note])
+        note = ["A launch is a call of a kernel; where it is one, the whole step is fused."]
+        if any(b.shape[0] < b.shape[1] for b in self.buckets):
+            note.append("A matrix taller than wide is stepped, and shown, as its transpose.")
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], *note])
 
 
 def _figures(of: Bucket | Plan) -> tuple[str, str, str, str]:
@@ -290,6 +292,10 @@ def plan_for_shapes(
         available: False to plan for a named backend that need not be able to run here.
         schedule, device, dtype, backend, ns_algorithm, max_workspace_bytes: as in a step.
     """
+    shapes = list(shapes)
+    for shape in shapes:
+        if len(shape) != 3 or not all(type(n) is int and n >= 0 for n in shape):
+            raise ValueError(f"shapes should be (rows, cols, count), three integers >= 0, but one is: {shape!r}")
     name = backends.choose(backend, torch.device(device), [dtype]) if available else backend
     counts: dict[tuple[int, int], int] = {}
     for rows, cols, count_ in shapes:  # tall and wide ones share a bucket

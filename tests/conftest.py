@@ -1,7 +1,11 @@
 """The axes that tests run along: backends, and instruction sets of the CPU backend."""
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+
+# Threads that spin for each other stand still when something else has the core: minutes become an hour.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch

@@ -149,7 +149,7 @@ MUTANTS = [
     ),
     Mutant("bf16: ties downwards", "csrc/cpu/bf16.h", " + ((bits >> 16) & 1u)", "", ELEMENTWISE),
     Mutant("bf16: NaN becomes zero", "csrc/cpu/bf16.h", "? 0x7fc0u : rounded", "? rounded : rounded", ELEMENTWISE),
-    Mutant("mirror: one column early in a block", TRANSPOSE_H, "kStep + 15 - i", "kStep + 16 - i", PRODUCTS),
+    Mutant("mirror: one column late in a block", TRANSPOSE_H, "kStep + 15 - i", "kStep + 14 - i", PRODUCTS),
     Mutant("mirror: ragged block", TRANSPOSE_H, "a[i * stride + j] = a[j * stride + i];", ";", PRODUCTS),
     Mutant(
         "avx512: pairs swapped",

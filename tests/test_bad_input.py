@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from muon_kernels import Muon, MuonAdamW, backends, orthogonalize
 from muon_kernels.backends import cpu
 from muon_kernels.functional import prepare
+from muon_kernels.plan import plan_for_shapes
 
 NAN = float("nan")
 
@@ -468,7 +469,7 @@ def test_checkpoint_whose_momentum_is_none(buffer: Any) -> None:
 @pytest.mark.parametrize("transform", [torch.vmap, torch.func.grad])
 def test_orthogonalize_inside_a_transform(backend: str, transform: Callable[..., Any]) -> None:
     function = transform(lambda G: orthogonalize(G, backend=backend).sum())
-    with pytest.raises(TypeError, match=r"G should have memory to read but has none.*give G as \(\.\.\., m, n\)"):
+    with pytest.raises(TypeError, match=r"G should be a tensor with memory.*give matrices as \(\.\.\., m, n\)"):
         function(torch.ones(3, 4, 5))
 
 
@@ -524,3 +525,25 @@ def test_slices_that_interleave_share_nothing(backend: str) -> None:
         optimizer.step()
     for view, copy in zip(views, copies, strict=True):
         torch.testing.assert_close(view, copy, rtol=0, atol=1e-6)
+
+
+def test_tensors_without_memory_are_refused(backend: str) -> None:
+    """torch's wrappers, such as DTensor, have none at data_ptr()."""
+    nothing = torch._efficientzerotensor(4, 5)
+    with pytest.raises(TypeError, match="G should be a tensor with memory of its own but is a Tensor without"):
+        orthogonalize(nothing, backend=backend)
+    p = torch.ones(4, 5)
+    optimizer = Muon([p], backend=backend)
+    p.grad = torch.ones(4, 5)
+    optimizer.step()
+    before = p.clone()
+    p.grad = nothing
+    with pytest.raises(TypeError, match="gradient should be a tensor with memory of its own"):
+        optimizer.step()
+    assert torch.equal(p, before)
+
+
+@pytest.mark.parametrize("shapes", [[(3, 5)], [(3, 5, -1)], [(3, 5, True)], [(3.0, 5, 1)]], ids=str)
+def test_shapes_of_a_plan(shapes: list[Any]) -> None:
+    with pytest.raises(ValueError, match=r"shapes should be \(rows, cols, count\), three integers >= 0, but one is: "):
+        plan_for_shapes(shapes)

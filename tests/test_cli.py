@@ -1,5 +1,6 @@
 """The command line does what it says."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     for name in demo.OPTIMIZERS:
         row = next(line for line in out.splitlines() if name in line and "%" in line)
-        losses = [float(cell) for cell in row.split() if cell.count(".") == 1 and len(cell) == 6]
+        losses = [float(cell) for cell in re.findall(r"\b\d\.\d{4}\b", row)]
         assert len(losses) == 2 and all(2 < loss < 7 for loss in losses), row
     assert "apart" in out
 
@@ -135,3 +136,22 @@ def test_runs_as_a_module_and_imports_lightly() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     help_ = [sys.executable, "-m", "muon_kernels", "--help"]
     assert "demo" in subprocess.run(help_, check=True, capture_output=True, text=True).stdout
+
+
+def test_a_demo_that_is_stopped_shows_what_it_has(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("rich")
+    pytest.importorskip("matplotlib")
+    real, steps = demo.Run.step, []
+
+    def step(self: demo.Run, text: torch.Tensor) -> None:
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        steps.append(self)
+        real(self, text)
+
+    monkeypatch.setattr(demo.Run, "step", step)
+    assert main(["demo", "--steps", "9", "--out", str(tmp_path)]) == 130
+    assert "stopped after 1 steps" in capsys.readouterr().out
+    assert (tmp_path / "muon_demo.png").exists()

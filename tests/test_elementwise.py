@@ -226,9 +226,15 @@ def test_scale_of_what_has_no_norm(backend: str) -> None:
     assert float(x[3].norm()) == pytest.approx(0.8, rel=2**-8)
 
 
+@pytest.mark.parametrize(
+    ("nesterov", "dampened", "momentum_dtype"),
+    [(True, True, torch.float32), (True, False, torch.bfloat16), (False, True, torch.bfloat16)],
+)
 @pytest.mark.parametrize("kind", LAYOUTS)
 @pytest.mark.parametrize("shape", [(20, 33), (300, 40), (700, 130), (1, 7)], ids=str)
-def test_fused_step_is_its_parts(backend: str, shape: tuple[int, int], kind: str) -> None:
+def test_fused_step_is_its_parts(
+    backend: str, shape: tuple[int, int], kind: str, nesterov: bool, dampened: bool, momentum_dtype: torch.dtype
+) -> None:
     """Bit for bit, whatever thread takes a matrix, and nothing else is written."""
     ops = backends.get(backend)
     m, n = sorted(shape)
@@ -237,9 +243,14 @@ def test_fused_step_is_its_parts(backend: str, shape: tuple[int, int], kind: str
     if slots is None:
         pytest.skip("the backend says that it has none")
     assert ops.fused_slots(m, n, 1) is None
-    grads = [random(shape, kind, torch.float32) * 10.0 ** (i - count // 2) for i in range(count)]
-    begun = [(random(shape, kind, torch.float32), random(shape, "contiguous", torch.bfloat16)) for _ in grads]
-    scalars = dict(momentum=0.9, nesterov=True, dampened=True, grad_scale=2.0, eps=1e-7, margin=1.0)
+    # Norms on both sides of where a matrix is rescaled.
+    scales = [10.0 ** (7 * (i - count // 2)) for i in range(count)]
+    grads = [random(shape, kind, torch.float32) * s for s in scales]
+    begun = [
+        ((random(shape, kind, torch.float32) * s).to(momentum_dtype), random(shape, "contiguous", torch.bfloat16))
+        for s in scales
+    ]
+    scalars = dict(momentum=0.9, nesterov=nesterov, dampened=dampened, grad_scale=2.0, eps=1e-7, margin=1.0)
     update = dict(lr=0.5, weight_decay=0.5, ratios=[1.0 + i for i in range(count)])
 
     def iteration(batch: int) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
@@ -269,4 +280,5 @@ def test_fused_step_is_its_parts(backend: str, shape: tuple[int, int], kind: str
         assert all(t._version > was for t, was in zip(params, versions, strict=True))
         results.append(momenta + params)
     assert all(map(torch.equal, *results))
+    assert all(t.isfinite().all() for t in results[0])
     assert not any(torch.equal(t, old) for t, (_, old) in zip(results[0][count:], begun, strict=True))

@@ -494,3 +494,8 @@ def test_grad_scaler(fused: bool | None, unscale_first: bool) -> None:
         expected.zero_grad()
     assert_same(dict(model.named_parameters()), dict(other.named_parameters()))
     assert_same(optimizer.state_dict()["state"], expected.state_dict()["state"])
+
+
+def test_a_model_is_no_list_of_groups() -> None:
+    with pytest.raises(TypeError, match=r"give muon_kernels\.param_groups"):
+        MuonAdamW(Model())  # type: ignore[arg-type]

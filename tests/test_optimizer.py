@@ -5,6 +5,7 @@ import inspect
 import pickle
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -705,6 +706,64 @@ def test_a_fused_step_changes_nothing(backend: str) -> None:
     if backends.get(backend).symmetric_products():  # torch's own products may differ by thread count
         for result in results[1:]:
             assert all_same(result, results[0])
+
+
+def test_a_fused_step_goes_on_in_a_larger_workspace(backend: str) -> None:
+    """What is kept from step to step must not point into the workspace that was."""
+    results = []
+    for threads in (2, 5):
+        torch.set_num_threads(threads)
+        params = copies(parameters([(24, 40)] * 10))
+        optimizer = Muon(params, backend=backend)
+        step(optimizer, params, gradients(0, [(24, 40)] * 10))
+        more = copies(parameters([(300, 300)] * 2))
+        optimizer.add_param_group({"params": more})
+        params += more
+        for t in (1, 2):
+            step(optimizer, params, gradients(t, [(24, 40)] * 10 + [(300, 300)] * 2))
+        results.append(params)
+    if backends.get(backend).symmetric_products():
+        assert all_same(*results)
+
+
+def test_a_rule_may_be_bound_to_what_cannot_be_copied(backend: str) -> None:
+    """And is asked once."""
+    asked = []
+
+    class Rule:
+        lock = threading.Lock()
+
+        def __init__(self) -> None:
+            self.held = threading.Lock()
+
+        def ratio(self, rows: int, cols: int) -> float:
+            asked.append((rows, cols))
+            return 1.0
+
+    p = torch.randn(8, 12)
+    optimizer = Muon([p], adjust_lr_fn=Rule().ratio, backend=backend)
+    for t in range(3):
+        step(optimizer, [p], gradients(t, [(8, 12)]))
+    assert asked.count((8, 12)) == 1
+
+
+def test_a_negation_that_torch_has_put_off(backend: str) -> None:
+    """Strides do not tell of it: in gradients, parameters and arguments."""
+    z = torch.complex(torch.randn(8, 12), torch.randn(8, 12)).conj().imag
+    assert z.is_neg()
+    torch.testing.assert_close(orthogonalize(z, backend=backend), orthogonalize(z.clone(), backend=backend))
+    results = []
+    for grad in (torch.ones(8, 12), z, z.clone()):
+        p = torch.zeros(8, 12)
+        optimizer = Muon([p], backend=backend)
+        step(optimizer, [p], [torch.ones(8, 12)])
+        step(optimizer, [p], [grad])
+        results.append(p)
+    assert torch.equal(results[1], results[2]) and not torch.equal(results[0], results[1])
+    q, twin = z.detach(), z.clone()
+    for p in (q, twin):
+        step(Muon([p], backend=backend), [p], [torch.ones(8, 12)])
+    assert torch.equal(q, twin)
 
 
 def test_workspace_is_as_planned(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -261,3 +261,12 @@ def test_what_is_no_model(model: Any) -> None:
         TypeError, match=r"model should be an nn\.Module.* but is: (list|NoneType|generator); give Muon"
     ):
         param_groups(model)
+
+
+@pytest.mark.parametrize("key", ["params", "param_names", "use_muon"])
+def test_options_that_are_no_options(key: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4))
+    with pytest.raises(ValueError, match=f"muon_options should hold options, but '{key}' is for param_groups to say"):
+        param_groups(model, muon_options={key: []})
+    with pytest.raises(TypeError, match="adamw_options should be a mapping of options but is: 3"):
+        param_groups(model, adamw_options=3)  # type: ignore[arg-type]

@@ -221,13 +221,23 @@ def run(args: argparse.Namespace) -> int:
     )
 
     columns = ("{task.description:<16}", BarColumn(), MofNCompleteColumn(), "{task.fields[loss]}")
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-        tasks = [progress.add_task(run.name, total=args.steps, loss="") for run in runs]
-        for step, text in enumerate(_batches(train, args.steps)):
-            for turn in range(len(runs)):
-                index = (step + turn) % len(runs)
-                runs[index].step(text)
-                progress.update(tasks[index], advance=1, loss=f"loss {runs[index].losses[-1]:.3f}")
+    status = 0
+    try:
+        with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+            tasks = [progress.add_task(run.name, total=args.steps, loss="") for run in runs]
+            for step, text in enumerate(_batches(train, args.steps)):
+                for turn in range(len(runs)):
+                    index = (step + turn) % len(runs)
+                    runs[index].step(text)
+                    progress.update(tasks[index], advance=1, loss=f"loss {runs[index].losses[-1]:.3f}")
+    except KeyboardInterrupt:  # what was trained is still worth a table
+        status, done = 130, min(len(run.optimizer_seconds) for run in runs)
+        if not done:
+            return status
+        console.print(f"stopped after {done} steps")
+        for each in runs:
+            for series in (each.losses, each.step_seconds, each.optimizer_seconds):
+                del series[done:]
     with console.status("measuring the held-out loss"):
         batches = list(_even_batches(held_out))
         for each in runs:
@@ -240,7 +250,7 @@ def run(args: argparse.Namespace) -> int:
     path = args.out / "muon_demo.png"
     _plot(runs, path)
     console.print(f"loss curves: {path}", soft_wrap=True)
-    return 0
+    return status
 
 
 def _positive(text: str) -> int:
