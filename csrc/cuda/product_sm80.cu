@@ -131,7 +131,7 @@ __device__ __forceinline__ void copy_tile(
     constexpr int CHUNKS = COLS / 8;
     static_assert(THREADS % CHUNKS == 0 && ROWS * CHUNKS % THREADS == 0);
     const int chunk = threadIdx.x % CHUNKS, in_row = clamp(cols - chunk * 8, 8);
-#pragma unroll
+#pragma unroll(ALIGNED ? ROWS : 1)
     for (int first = 0; first < ROWS; first += THREADS / CHUNKS) {
         const int row = first + threadIdx.x / CHUNKS, valid = row < rows ? in_row : 0;
         const uint32_t target = to + operand_offset<COLS>(row, chunk);
@@ -149,11 +149,14 @@ template <bool ALIGNED>
 __device__ __forceinline__ void store(uint16_t* to, const uint32_t (&words)[4], int valid, int width) {
     if ((ALIGNED || width == 16) && valid == 8) {
         *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
-    } else {
-#pragma unroll
-        for (int e = 0; e < 8; ++e) {
-            if (e < valid) to[e] = static_cast<uint16_t>(words[e / 2] >> e % 2 * 16);
-        }
+        return;
+    }
+    uint64_t low = words[0] | static_cast<uint64_t>(words[1]) << 32;
+    const uint64_t high = words[2] | static_cast<uint64_t>(words[3]) << 32;
+#pragma unroll 1
+    for (int e = 0; e < valid; ++e) {
+        to[e] = static_cast<uint16_t>(low);
+        low = e == 3 ? high : low >> 16;
     }
 }
 
@@ -303,71 +306,75 @@ __global__ void __launch_bounds__(T::THREADS, T::RESIDENT) product(const __grid_
         }
     }
 
-    if (row0 < col0 + BLOCK_N && col0 < row0 + BLOCK_M) {  // what only the diagonal gets
+    if (row0 < col0 + BLOCK_N && col0 < row0 + BLOCK_M) {  // what only elements on the diagonal get
 #pragma unroll
         for (int i = 0; i < MMAS_M; ++i) {
             for (int h = 0; h < 2; ++h) {
-                const int row = row_of(i, h), on_col = row0 + row - col0;
-                if (row >= rows) continue;
-                float more = p.gamma * scale, lost = 0.0f;
-                if (p.a_diagonal && p.b_diagonal)
-                    more += alpha * p.a_diagonal[vector_m + row] * p.b_diagonal[vector_m + row];
-                if (p.c_diagonal) more += p.beta * scale * p.c_diagonal[vector_m + row];
-                bool mine = false;
+                const int row = row_of(i, h), nth = row0 + row - col0 - col_of(0);  // element 8j + e of this thread's
+                if (row >= rows || nth < 0 || nth >= T::WARP_N || nth % 8 > 1) continue;
+                const int64_t at = vector_m + row;
+                float more = p.gamma * scale, value = 0.0f;
+                if (p.a_diagonal && p.b_diagonal) more += alpha * p.a_diagonal[at] * p.b_diagonal[at];
+                if (p.c_diagonal) more += p.beta * scale * p.c_diagonal[at];
 #pragma unroll
-                for (int j = 0; j < MMAS_N; ++j) {
-                    for (int e = 0; e < 2; ++e) {
-                        if (col_of(j) + e != on_col) continue;
-                        float& value = acc[i][j][2 * h + e];
-                        value += more;
-                        lost = value - widen<DTYPE>(round_pair<DTYPE>(value, 0.0f), 0);
-                        mine = true;
-                    }
+                for (int e = 0; e < 2 * MMAS_N; ++e)
+                    value = nth == e / 2 * 8 + e % 2 ? acc[i][e / 2][2 * h + e % 2] : value;
+                value += more;
+#pragma unroll
+                for (int e = 0; e < 2 * MMAS_N; ++e) {
+                    float& element = acc[i][e / 2][2 * h + e % 2];
+                    element = nth == e / 2 * 8 + e % 2 ? value : element;
                 }
-                if (mine && p.out_diagonal) p.out_diagonal[vector_m + row] = lost;
+                if (p.out_diagonal) p.out_diagonal[at] = value - widen<DTYPE>(round_pair<DTYPE>(value, 0.0f), 0);
             }
         }
     }
 
-    // The result goes through shared memory: whole rows of it, and of its mirror image, leave in 16-byte stores.
+    // The result goes through shared memory: whole rows of it, and of its mirror image, leave in 16-byte stores. A tile
+    // on the diagonal is its own mirror image: blocks of 8x8 below the diagonal leave twice, those above it not at all.
     __syncthreads();  // the last stages are still read
-    const bool mirrored = p.symmetric && row0 != col0;
 #pragma unroll
     for (int i = 0; i < MMAS_M; ++i) {
         for (int h = 0; h < 2; ++h) {
 #pragma unroll
             for (int j = 0; j < MMAS_N; ++j) {
-                const auto at = [&](int row, int col) {
-                    return shared + result_offset<BLOCK_N>(row, col / 8) + col % 8 * 2;
-                };
-                const int row = row_of(i, h), col = col_of(j);
-                const uint32_t pair = round_pair<DTYPE>(acc[i][j][2 * h], acc[i][j][2 * h + 1]);
-                if (!p.symmetric || mirrored) {
-                    st_shared_b32(at(row, col), pair);
-                    continue;
-                }
-                for (int e = 0; e < 2;
-                     ++e) {  // a tile on the diagonal: its lower triangle counts, and is mirrored here
-                    const uint16_t value = static_cast<uint16_t>(pair >> 16 * e);
-                    if (row >= col + e) st_shared_b16(at(row, col + e), value);
-                    if (row > col + e) st_shared_b16(at(col + e, row), value);
-                }
+                const uint32_t at =
+                    shared + result_offset<BLOCK_N>(row_of(i, h), (warp_col + j * 8) / 8) + lane % 4 * 4;
+                st_shared_b32(at, round_pair<DTYPE>(acc[i][j][2 * h], acc[i][j][2 * h + 1]));
             }
         }
     }
     __syncthreads();
-    uint16_t* out = p.out + matrix * p.out_batch_stride;
     constexpr int CHUNKS = BLOCK_N / 8;
+    const bool on_diagonal = p.symmetric && row0 == col0;
+    if (on_diagonal) {  // the 8x8 blocks on the diagonal, four at a time
+        for (int i = warp * 32; i < BLOCK_M; i += T::WARPS * 32) {
+            const uint32_t row = shared + result_offset<BLOCK_N>(i + lane, (i + lane) / 8);
+            uint32_t lower[4], upper[4];
+            ldmatrix_x4(lower, row);
+            ldmatrix_x4_trans(upper, row);
+            for (int q = 0; q < 4; ++q) {
+                const uint32_t from_lower = lane / 4 >= lane % 4 * 2 + 1 ? 0xffffffff
+                                            : lane / 4 == lane % 4 * 2   ? 0xffff
+                                                                         : 0;
+                const uint32_t at = shared + result_offset<BLOCK_N>(i + q * 8 + lane / 4, i / 8 + q) + lane % 4 * 4;
+                st_shared_b32(at, (lower[q] & from_lower) | (upper[q] & ~from_lower));
+            }
+        }
+        __syncthreads();
+    }
+    uint16_t* out = p.out + matrix * p.out_batch_stride;
 #pragma unroll 4
     for (int i = threadIdx.x; i < BLOCK_M * CHUNKS; i += THREADS) {
         const int row = i / CHUNKS, chunk = i % CHUNKS;
         uint32_t words[4];
         ld_shared_v4(words, shared + result_offset<BLOCK_N>(row, chunk));
         uint16_t* to = out + (row0 + row) * p.out_row_stride + col0 + chunk * 8;
-        store<ALIGNED>(to, words, row < rows ? clamp(cols - chunk * 8, 8) : 0, p.out_width);
+        const bool stored = row < rows && !(on_diagonal && chunk > row / 8);
+        store<ALIGNED>(to, words, stored ? clamp(cols - chunk * 8, 8) : 0, p.out_width);
     }
     if constexpr (BLOCK_M == BLOCK_N) {
-        if (!mirrored) return;
+        if (!p.symmetric) return;
         // Eight columns of 32 rows at a time. Row r of matrix q is row 8 (r / 2) + 2q + r % 2, so that the transposed
         // pairs that a lane gets are eight neighbours of a column.
 #pragma unroll 4
@@ -378,7 +385,8 @@ __global__ void __launch_bounds__(T::THREADS, T::RESIDENT) product(const __grid_
             ldmatrix_x4_trans(words, shared + result_offset<BLOCK_N>(source, chunk));
             const int row = rows_from + lane % 4 * 8, col = chunk * 8 + lane / 4;
             uint16_t* to = out + (col0 + col) * p.out_row_stride + row0 + row;
-            store<ALIGNED>(to, words, col < cols ? clamp(rows - row, 8) : 0, p.out_width);
+            const bool stored = col < cols && !(on_diagonal && row / 8 <= chunk);
+            store<ALIGNED>(to, words, stored ? clamp(rows - row, 8) : 0, p.out_width);
         }
     }
 }
