@@ -51,7 +51,11 @@ def test_limits(toy: tuple[ModuleType, Runtime]) -> None:
         assert run(50 << 10, 0) == INVALID_VALUE  # above 48 KiB without the attribute
         assert run(50 << 10, 164 << 10) == INVALID_VALUE  # an attribute that no sm_80 can grant
         assert run(50 << 10, 60 << 10) == SUCCESS
-        assert [module.run_small(y.data_ptr(), n) for n in (64, 128, 2048)] == [SUCCESS, OUT_OF_RESOURCES, INVALID_CONFIGURATION]
+        assert [module.run_small(y.data_ptr(), n) for n in (64, 128, 2048)] == [
+            SUCCESS,
+            OUT_OF_RESOURCES,
+            INVALID_CONFIGURATION,
+        ]
     runtime.pretend(9)
     try:
         assert (module.multiprocessors(), runtime.device.shared_optin) == (132, 232448)

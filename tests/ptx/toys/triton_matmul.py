@@ -60,7 +60,7 @@ def compiled(tma: bool, arch: int, block_m: int, block_n: int, block_k: int) -> 
     else:
         types = ["*bf16"] * 3 + ["i32"] * 6
     signature = dict(zip(kernel.arg_names, types + ["constexpr"] * len(blocks), strict=True))
-    attrs = {} if tma else {(i,): [["tt.divisibility", 16]] for i in (0, 1, 2, 6, 7, 8)}
+    attrs = {} if tma else {(i,): [["tt.divisibility", 16]] for i in range(9)}
     source = ASTSource(kernel, signature, constexprs=blocks, attrs=attrs)
     result = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 4, "num_stages": 3})
     return result.asm["ptx"], kernel.__name__, result.metadata.shared
