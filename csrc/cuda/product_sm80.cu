@@ -93,16 +93,17 @@ __device__ __forceinline__ float widen(uint32_t pair, int which) {
 }
 
 // Where the eight elements from 8 * chunk on of a row lie in a tile of COLS columns. Any eight neighbouring rows of one
-// chunk, what ldmatrix takes at a time, lie in different banks, and so do neighbouring chunks of a row.
+// chunk, what ldmatrix takes at a time, lie in different banks, and so do neighbouring chunks of a row. Eight rows
+// further the same follows: 16 * COLS bytes more; and chunk ^ c is 16 * c bytes xor.
 template <int COLS>
-__device__ __forceinline__ uint32_t operand_offset(int row, int chunk) {
+__device__ __forceinline__ uint32_t operand_offset(unsigned row, unsigned chunk) {
     static_assert(COLS == 32 || COLS % 64 == 0);
     return row * COLS * 2 + (chunk ^ (COLS == 32 ? row / 2 % 4 : row % 8)) * 16;
 }
 
 // The same for the result, where besides rows 2q, 2q + 1 of every eight in 32 are in different banks: see mirror.
 template <int COLS>
-__device__ __forceinline__ uint32_t result_offset(int row, int chunk) {
+__device__ __forceinline__ uint32_t result_offset(unsigned row, unsigned chunk) {
     return row * COLS * 2 + (chunk ^ row % 8 ^ row / 8 % 4 * 2) * 16;
 }
 
@@ -123,26 +124,70 @@ __device__ __forceinline__ void copy_narrow(uint32_t to, const uint16_t* from, i
     }
 }
 
+template <bool ALIGNED>
+__device__ __forceinline__ void copy_chunk(uint32_t to, const uint16_t* from, int valid, int width) {
+    if (ALIGNED || width == 16) {
+        cp_async_16(to, from, 2 * valid);
+    } else {
+        copy_narrow(to, from, valid, width);
+    }
+}
+
+// How threads share the copy of a tile: each takes the same chunk of every ROW_STEP-th row.
+template <int ROWS, int COLS, int THREADS>
+struct Share {
+    static constexpr unsigned CHUNKS = COLS / 8, ROW_STEP = THREADS / CHUNKS, COUNT = ROWS / ROW_STEP;
+    static_assert(THREADS % CHUNKS == 0 && ROWS % ROW_STEP == 0 && ROW_STEP % 8 == 0);  // 8: see operand_offset
+    static __device__ __forceinline__ unsigned chunk() { return threadIdx.x % CHUNKS; }
+    static __device__ __forceinline__ unsigned row(unsigned i) { return threadIdx.x / CHUNKS + i * ROW_STEP; }
+};
+
 // ROWS x COLS elements to a tile of shared memory; what is beyond `rows` and `cols` becomes zero.
 template <int ROWS, int COLS, int THREADS, bool ALIGNED>
 __device__ __forceinline__ void copy_tile(
     uint32_t to, const uint16_t* from, int64_t row_stride, int rows, int cols, int width
 ) {
-    constexpr int CHUNKS = COLS / 8;
-    static_assert(THREADS % CHUNKS == 0 && ROWS * CHUNKS % THREADS == 0);
-    const int chunk = threadIdx.x % CHUNKS, in_row = clamp(cols - chunk * 8, 8);
-#pragma unroll(ALIGNED ? ROWS : 1)
-    for (int first = 0; first < ROWS; first += THREADS / CHUNKS) {
-        const int row = first + threadIdx.x / CHUNKS, valid = row < rows ? in_row : 0;
-        const uint32_t target = to + operand_offset<COLS>(row, chunk);
-        const uint16_t* source = from + row * row_stride + chunk * 8;
-        if (ALIGNED || width == 16) {
-            cp_async_16(target, source, 2 * valid);
-        } else {
-            copy_narrow(target, source, valid, width);
-        }
+    using S = Share<ROWS, COLS, THREADS>;
+    const int chunk = S::chunk(), in_row = clamp(cols - chunk * 8, 8);
+#pragma unroll 1
+    for (unsigned i = 0; i < S::COUNT; ++i) {
+        const int row = S::row(i), valid = row < rows ? in_row : 0;
+        copy_chunk<ALIGNED>(to + operand_offset<COLS>(row, chunk), from + row * row_stride + chunk * 8, valid, width);
     }
 }
+
+// Copies one tile of an operand after another. A thread keeps its addresses in the first one: to compute them again
+// would cost more instructions than the tensor cores leave time for.
+template <int ROWS, int COLS, int THREADS, bool ALIGNED>
+class OperandCopy {
+    using S = Share<ROWS, COLS, THREADS>;
+    const uint16_t *tile_, *from_[S::COUNT];
+    int64_t row_stride_;
+    int rows_, width_;
+
+  public:
+    // Rows from `rows` on repeat the last one: they only make elements that are not stored.
+    __device__ __forceinline__ OperandCopy(const uint16_t* tile, int64_t row_stride, int rows, int width)
+        : tile_(tile), row_stride_(row_stride), rows_(rows), width_(width) {
+#pragma unroll
+        for (unsigned i = 0; i < S::COUNT; ++i) {
+            from_[i] = tile + min(static_cast<int>(S::row(i)), rows - 1) * row_stride + S::chunk() * 8;
+        }
+    }
+
+    // The tile `offset` elements further on, of which there are `rows` and `cols`.
+    __device__ __forceinline__ void operator()(uint32_t to, int64_t offset, int rows, int cols) const {
+        if (ALIGNED && rows >= ROWS && cols >= COLS) {
+#pragma unroll
+            for (unsigned i = 0; i < S::COUNT; ++i) {
+                const uint32_t at = to + operand_offset<COLS>(S::row(0), S::chunk()) + i * S::ROW_STEP * COLS * 2;
+                cp_async_16(at, from_[i] + offset, 16);
+            }
+        } else {
+            copy_tile<ROWS, COLS, THREADS, ALIGNED>(to, tile_ + offset, row_stride_, min(rows, rows_), cols, width_);
+        }
+    }
+};
 
 // The first `valid` of eight elements of a row to global memory.
 template <bool ALIGNED>
@@ -176,8 +221,8 @@ __global__ void __launch_bounds__(T::THREADS, T::RESIDENT) product(const __grid_
     constexpr int THREADS = T::THREADS, MMAS_M = T::WARP_M / 16, MMAS_N = T::WARP_N / 8;
     extern __shared__ __align__(128) uint8_t memory[];
     const uint32_t shared = shared_address(memory);
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int warp_row = warp / T::WARPS_N * T::WARP_M, warp_col = warp % T::WARPS_N * T::WARP_N;
+    const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const unsigned warp_row = warp / T::WARPS_N * T::WARP_M, warp_col = warp % T::WARPS_N * T::WARP_N;
 
     const int64_t matrix = blockIdx.x / p.tiles;
     int tile_m, tile_n;
@@ -194,20 +239,20 @@ __global__ void __launch_bounds__(T::THREADS, T::RESIDENT) product(const __grid_
 
     const int k_steps = (p.k + BLOCK_K - 1) / BLOCK_K, steps = k_steps + p.addend_count * T::ADDEND_STEPS;
     const auto stage_of = [&](int step) { return shared + step % NUM_STAGES * T::STAGE_BYTES; };
+    const OperandCopy<BLOCK_M, BLOCK_K, THREADS, ALIGNED> copy_a(a, p.a.row_stride, rows, p.a.width);
+    constexpr int ROWS_B = B_TRANSPOSED ? BLOCK_N : BLOCK_K, COLS_B = B_TRANSPOSED ? BLOCK_K : BLOCK_N;
+    const OperandCopy<ROWS_B, COLS_B, THREADS, ALIGNED> copy_b(
+        b, p.b.row_stride, B_TRANSPOSED ? cols : BLOCK_K, p.b.width
+    );
     const auto load = [&](int step) {
         const uint32_t stage = stage_of(step);
         if (step < k_steps) {
             const int k0 = step * BLOCK_K;
-            copy_tile<BLOCK_M, BLOCK_K, THREADS, ALIGNED>(stage, a + k0, p.a.row_stride, rows, p.k - k0, p.a.width);
-            const uint32_t stage_b = stage + 2 * BLOCK_M * BLOCK_K;
+            copy_a(stage, k0, BLOCK_M, p.k - k0);
             if constexpr (B_TRANSPOSED) {
-                copy_tile<BLOCK_N, BLOCK_K, THREADS, ALIGNED>(
-                    stage_b, b + k0, p.b.row_stride, cols, p.k - k0, p.b.width
-                );
+                copy_b(stage + 2 * BLOCK_M * BLOCK_K, k0, BLOCK_N, p.k - k0);
             } else {
-                copy_tile<BLOCK_K, BLOCK_N, THREADS, ALIGNED>(
-                    stage_b, b + k0 * p.b.row_stride, p.b.row_stride, p.k - k0, cols, p.b.width
-                );
+                copy_b(stage + 2 * BLOCK_M * BLOCK_K, k0 * p.b.row_stride, p.k - k0, cols);
             }
         } else if (step < steps) {
             const Addend& c = p.addends[(step - k_steps) / T::ADDEND_STEPS];
@@ -224,27 +269,28 @@ __global__ void __launch_bounds__(T::THREADS, T::RESIDENT) product(const __grid_
         load(step + NUM_STAGES - 1);
     };
 
+    // Of this lane's row of the first fragments.
+    const uint32_t lane_a = operand_offset<BLOCK_K>(warp_row + lane % 16, lane / 16);
+    const uint32_t lane_b = 2 * BLOCK_M * BLOCK_K +
+                            (B_TRANSPOSED ? operand_offset<BLOCK_K>(warp_col + lane / 16 * 8 + lane % 8, lane / 8 % 2)
+                                          : operand_offset<BLOCK_N>(lane % 16, warp_col / 8 + lane / 16));
     float acc[MMAS_M][MMAS_N][4] = {};
     for (int step = 0; step < NUM_STAGES - 1; ++step) load(step);
     for (int step = 0; step < k_steps; ++step) {
         arrive(step);
-        const uint32_t stage = stage_of(step), stage_b = stage + 2 * BLOCK_M * BLOCK_K;
+        const uint32_t stage = stage_of(step);
 #pragma unroll
         for (int k = 0; k < BLOCK_K; k += 16) {
             uint32_t fragments_a[MMAS_M][4], fragments_b[MMAS_N / 2][4];
 #pragma unroll
-            for (int i = 0; i < MMAS_M; ++i) {
-                const int row = warp_row + i * 16 + lane % 16, chunk = k / 8 + lane / 16;
-                ldmatrix_x4(fragments_a[i], stage + operand_offset<BLOCK_K>(row, chunk));
-            }
+            for (int i = 0; i < MMAS_M; ++i)
+                ldmatrix_x4(fragments_a[i], stage + (lane_a ^ k * 2) + i * 16 * BLOCK_K * 2);
 #pragma unroll
             for (int j = 0; j < MMAS_N / 2; ++j) {
                 if constexpr (B_TRANSPOSED) {
-                    const int row = warp_col + j * 16 + lane / 16 * 8 + lane % 8, chunk = k / 8 + lane / 8 % 2;
-                    ldmatrix_x4(fragments_b[j], stage_b + operand_offset<BLOCK_K>(row, chunk));
+                    ldmatrix_x4(fragments_b[j], stage + (lane_b ^ k * 2) + j * 16 * BLOCK_K * 2);
                 } else {
-                    const int row = k + lane % 16, chunk = (warp_col + j * 16) / 8 + lane / 16;
-                    ldmatrix_x4_trans(fragments_b[j], stage_b + operand_offset<BLOCK_N>(row, chunk));
+                    ldmatrix_x4_trans(fragments_b[j], stage + (lane_b ^ j * 32) + k * BLOCK_N * 2);
                 }
             }
 #pragma unroll
@@ -276,7 +322,8 @@ __global__ void __launch_bounds__(T::THREADS, T::RESIDENT) product(const __grid_
         const uint32_t stage = stage_of(step);
         const Addend& c = p.addends[(step - k_steps) / T::ADDEND_STEPS];
         const int first = (step - k_steps) % T::ADDEND_STEPS * T::ADDEND_M;
-        if (warp_row / T::ADDEND_M * T::ADDEND_M != first) continue;  // rows of other warps
+        if (static_cast<int>(warp_row / T::ADDEND_M * T::ADDEND_M) != first) continue;  // rows of other warps
+        const uint32_t from = stage + operand_offset<BLOCK_N>(warp_row - first + lane % 16, warp_col / 8 + lane / 16);
         float of_row[MMAS_M][2];
 #pragma unroll
         for (int i = 0; i < MMAS_M; ++i) {
@@ -294,9 +341,8 @@ __global__ void __launch_bounds__(T::THREADS, T::RESIDENT) product(const __grid_
             }
 #pragma unroll
             for (int i = 0; i < MMAS_M; ++i) {
-                const int row = warp_row - first + i * 16 + lane % 16, chunk = (warp_col + j * 8) / 8 + lane / 16;
                 uint32_t pairs[4];  // in the order of acc[i][j] and acc[i][j + 1]
-                ldmatrix_x4(pairs, stage + operand_offset<BLOCK_N>(row, chunk));
+                ldmatrix_x4(pairs, (from ^ j * 16) + i * 16 * BLOCK_N * 2);
                 for (int e = 0; e < 8; ++e) {
                     const float factor = of_row[i][e / 2 % 2] + of_col[e / 4][e % 2];
                     float& value = acc[i][j + e / 4][e % 4];
@@ -333,15 +379,13 @@ __global__ void __launch_bounds__(T::THREADS, T::RESIDENT) product(const __grid_
     // The result goes through shared memory: whole rows of it, and of its mirror image, leave in 16-byte stores. A tile
     // on the diagonal is its own mirror image: blocks of 8x8 below the diagonal leave twice, those above it not at all.
     __syncthreads();  // the last stages are still read
+    const uint32_t first = shared + result_offset<BLOCK_N>(warp_row + lane / 4, warp_col / 8) + lane % 4 * 4;
 #pragma unroll
-    for (int i = 0; i < MMAS_M; ++i) {
-        for (int h = 0; h < 2; ++h) {
+    for (int i = 0; i < T::WARP_M / 8; ++i) {
 #pragma unroll
-            for (int j = 0; j < MMAS_N; ++j) {
-                const uint32_t at =
-                    shared + result_offset<BLOCK_N>(row_of(i, h), (warp_col + j * 8) / 8) + lane % 4 * 4;
-                st_shared_b32(at, round_pair<DTYPE>(acc[i][j][2 * h], acc[i][j][2 * h + 1]));
-            }
+        for (int j = 0; j < MMAS_N; ++j) {
+            const float* pair = acc[i / 2][j] + i % 2 * 2;
+            st_shared_b32((first ^ j * 16 ^ i % 4 * 32) + i * 8 * BLOCK_N * 2, round_pair<DTYPE>(pair[0], pair[1]));
         }
     }
     __syncthreads();
