@@ -101,7 +101,8 @@ __device__ __forceinline__ uint32_t operand_offset(unsigned row, unsigned chunk)
     return row * COLS * 2 + (chunk ^ (COLS == 32 ? row / 2 % 4 : row % 8)) * 16;
 }
 
-// The same for the result, where besides rows 2q, 2q + 1 of every eight in 32 are in different banks: see mirror.
+// The same for the result. There rows 2q and 2q + 1 of every eight in 32 are in different banks as well: the mirrored
+// stores take those at a time.
 template <int COLS>
 __device__ __forceinline__ uint32_t result_offset(unsigned row, unsigned chunk) {
     return row * COLS * 2 + (chunk ^ row % 8 ^ row / 8 % 4 * 2) * 16;
@@ -435,10 +436,10 @@ __global__ void __launch_bounds__(T::THREADS, T::RESIDENT) product(const __grid_
     }
 }
 
-// 48 KiB or less each, so that two blocks fit where a multiprocessor has 100 KiB (8.6, 8.9, 12.0), and three or four
-// where it has more. 128 x 128 with 64 x 64 a warp is the smallest tile that tensor cores, not shared memory, limit,
-// and its accumulators the most that registers hold twice. The smaller ones are there to fill the GPU and to waste less
-// beyond the edge.
+// 128 x 128 with 64 x 64 a warp is the smallest tile that tensor cores, not shared memory, limit (see kernel), and the
+// largest of which registers hold two: while one block waits at its barrier, the other multiplies. The smaller ones
+// fill the GPU when there are few tiles, and waste less beyond the edge. All have 48 KiB: what needs no permission, and
+// what fits twice where a multiprocessor has 100 (8.6, 8.9, 12.0). Deep blocks of k save the smallest tile barriers.
 using Large = Tile<128, 128, 32, 3, 2, 2, 2>;
 using Medium = Tile<128, 64, 32, 4, 2, 2, 3>;
 using Small = Tile<64, 64, 64, 3, 2, 2, 3>;

@@ -115,7 +115,9 @@ class Products:
             _pointer(scale),
         )
 
-    def run(self, *products: Any, dtype: torch.dtype = torch.bfloat16, multiprocessors: int = 1, **options: Any) -> None:
+    def run(
+        self, *products: Any, dtype: torch.dtype = torch.bfloat16, multiprocessors: int = 1, **options: Any
+    ) -> None:
         self.runtime.device.multiprocessors = multiprocessors
         name = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}[dtype]
         with self.runtime.options(**options) as runtime:

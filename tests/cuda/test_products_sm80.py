@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from itertools import product
 from typing import Any
 
 import products as p
@@ -17,7 +18,9 @@ pytestmark = pytest.mark.skipif(standin.nvcc() is None, reason="no nvcc: kernels
 SIZES = [1, 3, 17, 63, 65, 129]
 WIDTHS = [16, 8, 4, 2]
 dtypes = pytest.mark.parametrize("dtype", p.DTYPES.values(), ids=p.DTYPES)
-kernels = pytest.mark.parametrize("kernel", p.KERNELS, ids=lambda k: f"{k.block_m}x{k.block_n}-{'nt'[k.transposed]}-{k.aligned}")
+kernels = pytest.mark.parametrize(
+    "kernel", p.KERNELS, ids=lambda k: f"{k.block_m}x{k.block_n}-{'nt'[k.transposed]}-{k.aligned}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -76,18 +79,27 @@ def test_any_size_and_stride(cuda: Products, m: int, batch: int, width: int) -> 
         out = empty(batch, m, m, width=width)
         cuda(A, B, out, symmetric=True, multiprocessors=multiprocessors)
         assert torch.equal(out, (A.double() @ B.double()).bfloat16()) and untouched(out)
-        assert not batch or cuda.kernel and cuda.kernel.aligned == (width == 16)
+        assert not batch or (cuda.kernel and cuda.kernel.aligned == (width == 16))
 
 
 @pytest.mark.parametrize("which", ["a", "b", "c", "out"])
 @pytest.mark.parametrize("width", [8, 4, 2])
 def test_one_operand_may_be_less_aligned_than_the_others(cuda: Products, which: str, width: int) -> None:
     at = {"a": 16, "b": 16, "c": 16, "out": 16, which: width}
-    A, X, C = (placed(integers(2, *shape), at[name]) for name, shape in (("a", (20, 30)), ("b", (30, 70)), ("c", (20, 70))))
+    A, X, C = (
+        placed(integers(2, *shape), at[name]) for name, shape in (("a", (20, 30)), ("b", (30, 70)), ("c", (20, 70)))
+    )
     out = empty(2, 20, 70, width=at["out"])
     cuda(A, X, out, c=C, beta=3.0)
     assert torch.equal(out, (A.double() @ X.double() + 3 * C.double()).bfloat16()) and untouched(out)
     assert cuda.kernel == Kernel(64, 64, False, False)
+
+
+def test_distance_of_matrices_alone_may_be_odd(cuda: Products) -> None:
+    block = lambda t: torch.full((2, 2077), torch.nan).bfloat16().as_strided(t.shape, (2077, 64, 1), 8).copy_(t)
+    A, X, out = block(integers(2, 20, 30)), block(integers(2, 30, 40)), block(torch.zeros(2, 20, 40))
+    cuda(A, X, out)
+    assert torch.equal(out, exact(A, X, False).bfloat16())
 
 
 @dtypes
@@ -122,7 +134,9 @@ def test_parts_of_squares_are_exact_on_integers(cuda: Products, m: int, width: i
         for of in (X, Y):  # added to the product, or another matrix
             out = empty(3, m, n, dtype, width)
             cuda(A, X, out, a_diagonal=of_a, c=of, alpha=2.0, beta=-4.0, scale=scale)
-            assert torch.equal(out, (scales * (2 * a @ X.double() - 4 * of.double())).float().to(dtype)) and untouched(out)
+            assert torch.equal(out, (scales * (2 * a @ X.double() - 4 * of.double())).float().to(dtype)) and untouched(
+                out
+            )
 
 
 @dtypes
@@ -168,7 +182,12 @@ def test_bits_depend_on_nothing_but_the_matrix(cuda: Products, transposed: bool)
     """Runs, batches, tiles, alignments and orders: the same bits; and symmetric to the last one."""
     X = torch.randn(3, 136, 136).bfloat16()
     results, ran = [], set()
-    for width, multiprocessors, order in ((16, 1, "forward"), (16, 1, "random"), (16, 108, "forward"), (2, 1, "forward")):
+    for width, multiprocessors, order in (
+        (16, 1, "forward"),
+        (16, 1, "random"),
+        (16, 108, "forward"),
+        (2, 1, "forward"),
+    ):
         at, out = placed(X, width), empty(3, 136, 136, width=width)
         cuda(at, at, out, b_transposed=transposed, symmetric=transposed, multiprocessors=multiprocessors, order=order)
         results.append(out.clone())
@@ -185,7 +204,11 @@ def test_bits_depend_on_nothing_but_the_matrix(cuda: Products, transposed: bool)
 
 
 def test_a_result_is_symmetric_even_if_the_product_is_not(cuda: Products) -> None:
-    A, B, out = placed(torch.randn(2, 200, 200).bfloat16()), placed(torch.randn(2, 200, 200).bfloat16()), empty(2, 200, 200)
+    A, B, out = (
+        placed(torch.randn(2, 200, 200).bfloat16()),
+        placed(torch.randn(2, 200, 200).bfloat16()),
+        empty(2, 200, 200),
+    )
     for multiprocessors in (1, 108):
         cuda(A, B, out, symmetric=True, multiprocessors=multiprocessors)
         assert torch.equal(out, out.mT)
@@ -201,26 +224,36 @@ def test_many_tiles_of_a_triangle(cuda: Products) -> None:
     assert torch.equal(out, exact(X, X, True).bfloat16()) and untouched(out)
 
 
-@pytest.mark.parametrize("asynchrony", ["early", "late", "random"])
-@pytest.mark.parametrize("order", ["forward", "backward", "random"])
-def test_order_and_time_do_not_matter(cuda: Products, order: str, asynchrony: str) -> None:
-    for kernel in p.KERNELS:
-        a, b, out = operands(kernel, 2, torch.bfloat16)
-        c = placed(integers(*out.shape), 16 if kernel.aligned else 4)
-        is_symmetric = kernel.transposed
-        if is_symmetric:
-            c = placed((c + c.mT).clone(), 16 if kernel.aligned else 4)
-        keywords = dict(b_transposed=kernel.transposed, symmetric=is_symmetric, c=c, beta=1.0)
+@kernels
+def test_order_and_time_do_not_matter(cuda: Products, kernel: Kernel) -> None:
+    """Threads and blocks in any order, asynchronous copies that land at once, at the last moment, or in between."""
+    a, b, out = operands(kernel, 2, torch.bfloat16)
+    width = 16 if kernel.aligned else 4
+    c = placed(symmetric(2, out.shape[1]) if kernel.transposed else integers(*out.shape), width)
+    right = (exact(a, b, kernel.transposed) + c.double()).bfloat16()
+    for order, asynchrony in product(("forward", "backward", "random"), ("early", "late", "random")):
+        out.fill_(torch.nan)
+        keywords = dict(b_transposed=kernel.transposed, symmetric=kernel.transposed, c=c, beta=1.0)
         cuda(a, b, out, order=order, asynchrony=asynchrony, seed=3, **keywords)
         assert cuda.kernel == kernel
-        assert torch.equal(out, (exact(a, b, kernel.transposed) + c.double()).bfloat16())
+        assert torch.equal(out, right), (order, asynchrony)
 
 
 @kernels
 def test_no_races(cuda: Products, kernel: Kernel) -> None:
     a, b, out = operands(kernel, 1, torch.bfloat16)
     c = placed(symmetric(1, out.shape[1]) if kernel.transposed else integers(*out.shape), 16 if kernel.aligned else 2)
-    cuda(a, b, out, b_transposed=kernel.transposed, symmetric=kernel.transposed, c=c, beta=1.0, order="random", races=True)
+    cuda(
+        a,
+        b,
+        out,
+        b_transposed=kernel.transposed,
+        symmetric=kernel.transposed,
+        c=c,
+        beta=1.0,
+        order="random",
+        races=True,
+    )
     assert cuda.kernel == kernel
     assert not any(launch.warnings for launch in cuda.log)
 
@@ -308,13 +341,15 @@ def test_offsets_have_64_bits(cuda: Products) -> None:
     assert torch.equal(out, (A.double() @ X.double() + C.double()).bfloat16())
 
 
-def chosen(cuda: Products, m: int, n: int, k: int, batch: int, multiprocessors: int, is_symmetric: bool) -> tuple[Kernel, int]:
+def chosen(
+    cuda: Products, m: int, n: int, k: int, batch: int, multiprocessors: int, is_symmetric: bool
+) -> tuple[Kernel, int]:
     """The kernel and the number of blocks for shapes of any size: there is no memory, so the first block fails."""
     stack = lambda rows, cols: (1 << 20, batch, rows, cols, rows * cols, cols)
     b = stack(n, k) if is_symmetric else stack(k, n)
-    product = cuda.module.Product(stack(m, k), 0, b, is_symmetric, 0, None, 0, stack(m, n), 0, is_symmetric, 1, 0, 0, 0)
+    shapes = cuda.module.Product(stack(m, k), 0, b, is_symmetric, 0, None, 0, stack(m, n), 0, is_symmetric, 1, 0, 0, 0)
     with pytest.raises(LaunchError):
-        cuda.run(product, multiprocessors=multiprocessors)
+        cuda.run(shapes, multiprocessors=multiprocessors)
     assert cuda.kernel
     return cuda.kernel, cuda.log[-1].grid[0]
 
@@ -326,7 +361,7 @@ def test_choice_of_tiles(cuda: Products, multiprocessors: int) -> None:
     assert pick(4096, 4096, 4096, 1) == (Kernel(128, 128, True, True), 32 * 33 // 2)
     assert pick(4096, 11008, 4096, 1) == (Kernel(128, 128, False, True), 32 * 86)
     assert pick(256, 256, 1024, 1) == (Kernel(64, 64, True, True), 10)
-    assert pick(512, 2048, 512, 1) [0].block_n == 64
+    assert pick(512, 2048, 512, 1)[0].block_n == 64
     assert pick(64, 64, 256, 1000) == (Kernel(64, 64, True, True), 1000)
     assert pick(128, 128, 512, 100_000) == (Kernel(128, 128, True, True), 100_000)  # beyond a grid's y and z
 
@@ -364,9 +399,9 @@ def test_devices_before_8_0_are_refused(cuda: Products) -> None:
 
 def test_a_failed_launch_is_reported_and_forgotten(cuda: Products) -> None:
     A, X, out = torch.ones(1, 8, 8).bfloat16(), torch.ones(1, 8, 9).bfloat16(), torch.ones(1, 8, 9).bfloat16()
-    product = cuda.product(A, X, out)
+    call = cuda.product(A, X, out)
     cuda.runtime.forget_memory()
     with pytest.raises(LaunchError):
-        cuda.run(product)
+        cuda.run(call)
     assert cuda.log[-1].error == 719
     cuda(A, X, out)
