@@ -241,21 +241,16 @@ def test_order_and_time_do_not_matter(cuda: Products, kernel: Kernel) -> None:
 
 @kernels
 def test_no_races(cuda: Products, kernel: Kernel) -> None:
+    """With an addend and without one: the last stage is another, and lies under the result or not."""
     a, b, out = operands(kernel, 1, torch.bfloat16)
-    c = placed(symmetric(1, out.shape[1]) if kernel.transposed else integers(*out.shape), 16 if kernel.aligned else 2)
-    cuda(
-        a,
-        b,
-        out,
-        b_transposed=kernel.transposed,
-        symmetric=kernel.transposed,
-        c=c,
-        beta=1.0,
-        order="random",
-        races=True,
+    added = placed(
+        symmetric(1, out.shape[1]) if kernel.transposed else integers(*out.shape), 16 if kernel.aligned else 2
     )
-    assert cuda.kernel == kernel
-    assert not any(launch.warnings for launch in cuda.log)
+    for c in (added, None):
+        keywords = dict(b_transposed=kernel.transposed, symmetric=kernel.transposed, c=c, beta=1.0)
+        cuda(a, b, out, order="random", races=True, **keywords)
+        assert cuda.kernel == kernel
+        assert not any(launch.warnings for launch in cuda.log)
 
 
 # Shapes of whole tiles, and at most so many other instructions of PTX for each mma, epilogue and addend included: the
