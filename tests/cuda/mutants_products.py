@@ -1,0 +1,229 @@
+"""Plants faults in the CUDA products, one at a time, and sees whether their tests notice.
+
+    python tests/cuda/mutants_products.py [--only NAME] [--log FILE]
+
+As tests/mutants.py, on a copy of the repository; the tests build the kernels themselves. Names of builds are hashes of
+what goes into them, so a mutant's test cannot meet a sound build.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNEL, PTX = "csrc/cuda/product_sm80.cu", "csrc/cuda/ptx.cuh"
+TESTS = "tests/cuda/test_products_sm80.py"
+
+
+class Mutant(NamedTuple):
+    """A fault: `old`, which occurs exactly once in `file`, becomes `new`; `tests` is pytest's -k."""
+
+    name: str
+    old: str
+    new: str
+    tests: str
+    file: str = KERNEL
+
+
+# Few tests, of few kernels: a kernel costs seconds to build.
+SMALL_NT, SMALL_NN, LARGE_NT = "64x64-t-True", "64x64-n-True", "128x128-t-True"
+EXACT = "test_every_kernel_is_exact_on_integers and bf16"
+ORDER, RACES, PROFILE = "test_order_and_time", "test_no_races", "test_profile"
+SQUARES = "test_parts_of_squares and 63-16-bf16"
+
+MUTANTS = [
+    # The pipeline.
+    Mutant(
+        "wait for one group less",
+        "cp_async_wait<NUM_STAGES - 2>",
+        "cp_async_wait<NUM_STAGES - 1>",
+        f"{ORDER} and {SMALL_NT}",
+    ),
+    Mutant(
+        "no barrier before a stage is filled again",
+        "        __syncthreads();\n        load(step",
+        "        load(step",
+        f"{RACES} and {SMALL_NT}",
+    ),
+    Mutant(
+        "no barrier before the result takes the stages' place",
+        "    __syncthreads();  // the last stages are still read\n",
+        "",
+        f"{RACES} and {SMALL_NT}",
+    ),
+    Mutant(
+        "no barrier before the result is stored",
+        "    __syncthreads();\n    constexpr int CHUNKS",
+        "    constexpr int CHUNKS",
+        f"{RACES} and {SMALL_NT}",
+    ),
+    Mutant("last columns of k skipped", "(p.k + BLOCK_K - 1) / BLOCK_K", "p.k / BLOCK_K", f"{EXACT} and {SMALL_NT}"),
+    Mutant("tail of k not zero", "in_row = clamp(cols - chunk * 8, 8)", "in_row = 8", f"{EXACT} and {SMALL_NT}"),
+    Mutant(
+        "copies are whole",
+        '16, %2;" ::"r"(to), "l"(from), "r"(bytes)',
+        '16, %2;" ::"r"(to), "l"(from), "r"(16)',
+        f"{EXACT} and {SMALL_NT}",
+        PTX,
+    ),
+    Mutant(
+        "rows of neighbours read",
+        "int row = S::row(i), valid = row < rows ? in_row : 0",
+        "int row = S::row(i), valid = in_row",
+        f"{EXACT} and {SMALL_NT}",
+    ),
+    Mutant(
+        "rows of 32 bits",
+        "from + row * row_stride + chunk * 8, valid",
+        "from + row * static_cast<int>(row_stride) + chunk * 8, valid",
+        "test_offsets",
+    ),
+    Mutant(
+        "matrices of b as far apart as those of a",
+        "matrix * p.b.batch_stride",
+        "matrix * p.a.batch_stride",
+        f"{EXACT} and {SMALL_NN}",
+    ),
+    Mutant("narrow matrices copied wide", "(s.batch > 1 ? 2 * s.batch_stride : 0)", "0", "test_distance_of_matrices"),
+    # Fragments.
+    Mutant(
+        "rows of a fragment of a",
+        "operand_offset<BLOCK_K>(warp_row + lane % 16, lane / 16)",
+        "operand_offset<BLOCK_K>(warp_row + lane % 8, lane / 16)",
+        f"{EXACT} and {SMALL_NT}",
+    ),
+    Mutant(
+        "rows of a fragment of b",
+        "warp_col + lane / 16 * 8 + lane % 8, lane / 8 % 2",
+        "warp_col + lane / 8 % 2 * 8 + lane % 8, lane / 16",
+        f"{EXACT} and {SMALL_NT}",
+    ),
+    Mutant(
+        "b not transposed", "ldmatrix_x4_trans(fragments_b[j]", "ldmatrix_x4(fragments_b[j]", f"{EXACT} and {SMALL_NN}"
+    ),
+    Mutant(
+        "swizzle: rows share banks",
+        "COLS == 32 ? row / 2 % 4 : row % 8",
+        "COLS == 32 ? row / 2 % 4 : row / 2 % 4",
+        f"{PROFILE} and 64x64-t",
+    ),
+    Mutant(
+        "swizzle: another when read", "stage + (lane_a ^ k * 2)", "stage + (lane_a + k * 2)", f"{EXACT} and {SMALL_NT}"
+    ),
+    # Tiles.
+    Mutant(
+        "triangle: another row's columns",
+        "col = index - r * (r + 1) / 2",
+        "col = index - r * (r - 1) / 2",
+        f"{ORDER} and {SMALL_NT}",
+    ),
+    Mutant("triangle: too many blocks", "tiles_m * (tiles_m + 1) / 2", "tiles_m * (tiles_m + 1)", "test_many_tiles"),
+    Mutant("mirror: dropped", "if (!p.symmetric) return;", "return;", f"{ORDER} and {SMALL_NT}"),
+    Mutant(
+        "mirror: not within blocks on the diagonal", "if (on_diagonal) {", "if (false) {", "test_a_result_is_symmetric"
+    ),
+    Mutant(
+        "mirror: rows in another order",
+        "lane / 8 * 2 + lane % 2;",
+        "lane / 8 * 2 + 1 - lane % 2;",
+        f"{ORDER} and {SMALL_NT}",
+    ),
+    Mutant("stored behind the last row", "row < rows && !(on_diagonal", "!(on_diagonal", f"{EXACT} and {SMALL_NT}"),
+    # What is added.
+    Mutant(
+        "alpha and beta swapped",
+        "args.alpha = p.alpha, args.beta = p.beta",
+        "args.alpha = p.beta, args.beta = p.alpha",
+        f"{EXACT} and {SMALL_NT}",
+    ),
+    Mutant("scale not squared", "B_TRANSPOSED ? once * once : once", "once", f"{EXACT} and {SMALL_NT}"),
+    Mutant("scale of the first matrix", "p.scale[matrix]", "p.scale[0]", f"{EXACT} and {SMALL_NT}"),
+    Mutant("gamma not scaled", "more = p.gamma * scale", "more = p.gamma", f"{EXACT} and {SMALL_NT}"),
+    Mutant(
+        "addend: rows of other warps",
+        "    if (static_cast<int>(warp_row / T::ADDEND_M * T::ADDEND_M) != first) continue;  // rows of other warps\n",
+        "",
+        f"{EXACT} and {LARGE_NT}",
+    ),
+    Mutant("correction of a ignored", "if (row) c->row = row;", "", SQUARES),
+    Mutant("correction of b ignored", "if (col) c->col = col;", "", SQUARES),
+    Mutant(
+        "both corrections: their product ignored", "if (p.a_diagonal && p.b_diagonal) more", "if (false) more", SQUARES
+    ),
+    Mutant("correction of c ignored", "if (p.c_diagonal) more", "if (false) more", SQUARES),
+    Mutant(
+        "what rounding took: of the sum before",
+        "= value - widen<DTYPE>(round_pair<DTYPE>(value, 0.0f), 0)",
+        "= value - more - widen<DTYPE>(round_pair<DTYPE>(value - more, 0.0f), 0)",
+        SQUARES,
+    ),
+    # The launch.
+    Mutant("only the first product", "i < count && !error; ++i", "i < 1 && !error; ++i", "test_products_run_in_order"),
+    Mutant(
+        "not all products checked", "std::all_of(list, list + count, valid)", "valid(*list)", "test_what_does_not_fit"
+    ),
+]
+
+# Half of the instantiations, none of which these tests of bf16 need, is left out: it costs a third of the time.
+LEAN = ("dtype == DType::bf16 ? launch<DType::bf16> : launch<DType::f16>", "launch<DType::bf16>")
+
+
+def test(root: Path, expression: str) -> str | None:
+    """What failed, or None."""
+    environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'tests'}", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", TESTS, "-k", expression]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    if done.returncode == 0:
+        return None
+    failed = re.search(r"^(?:FAILED|ERROR) \S*?::(.*?)(?: - (.*))?$", done.stdout, re.MULTILINE)
+    if done.returncode != 1 or not failed:
+        sys.exit(f"the tests did not run:\n{done.stdout}{done.stderr}")
+    return f"{failed[1]}: {failed[2] or ''}"[:160]
+
+
+def main() -> int:
+    """1 if a mutant survived."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="mutants whose name contains this")
+    parser.add_argument("--log", type=Path, help="where to write the table")
+    arguments = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary).resolve()
+        files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        for name in filter(None, files.split("\0")):
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, root / name)
+        kernel = root / KERNEL
+        assert kernel.read_text().count(LEAN[0]) == 1
+        kernel.write_text(kernel.read_text().replace(*LEAN))
+        mutants = [m for m in MUTANTS if arguments.only in m.name]
+        for mutant in mutants:
+            if (count := (root / mutant.file).read_text().count(mutant.old)) != 1:
+                sys.exit(f"{mutant.name}: {mutant.old!r} occurs {count} times in {mutant.file}")
+        for expression in dict.fromkeys(m.tests for m in mutants):
+            if failed := test(root, expression):
+                sys.exit(f"fails without a mutant: {failed}")
+        for mutant in mutants:
+            path = root / mutant.file
+            text = path.read_text()
+            path.write_text(text.replace(mutant.old, mutant.new))
+            rows.append((mutant.name, test(root, mutant.tests) or "SURVIVED"))
+            path.write_text(text)
+            print(": ".join(rows[-1]), flush=True)
+    if arguments.log:
+        width = max(len(name) for name, _ in rows)
+        arguments.log.write_text("".join(f"{name.ljust(width)}  {caught}\n" for name, caught in rows))
+    return int(any(caught == "SURVIVED" for _, caught in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

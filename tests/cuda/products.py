@@ -1,0 +1,183 @@
+"""Calls the CUDA products, built on the stand-in runtime, with torch tensors, and knows what to expect of them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from ptx import standin
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCE = ROOT / "csrc" / "cuda" / "product_sm80.cu"
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
+UNIT_ROUNDOFF = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+class Kernel(NamedTuple):
+    """An instantiation of the kernel, by the template arguments in its name."""
+
+    block_m: int
+    block_n: int
+    transposed: bool
+    aligned: bool
+
+
+# The whole table, with a shape (m, n, k) that gets each kernel from a GPU with one multiprocessor; all of them ragged.
+KERNELS = {
+    Kernel(128, 128, True, True): (200, 200, 104),
+    Kernel(128, 128, False, True): (200, 200, 200),
+    Kernel(128, 64, False, True): (200, 184, 200),
+    Kernel(64, 64, True, True): (184, 184, 200),
+    Kernel(64, 64, False, True): (56, 184, 200),
+    Kernel(64, 64, True, False): (77, 77, 151),
+    Kernel(64, 64, False, False): (77, 93, 77),
+}
+
+
+def kernel_of(name: str) -> Kernel:
+    found = re.search(r"TileILi(\d+)ELi(\d+)E.*?EELb(\d)ELb(\d)E", name)
+    assert found, name
+    return Kernel(int(found[1]), int(found[2]), found[3] == "1", found[4] == "1")
+
+
+def build() -> tuple[ModuleType, standin.Runtime]:
+    module, runtime = standin.build(
+        "_C",
+        [SOURCE],
+        ROOT / "python" / "bindings.cpp",
+        include=[ROOT / "csrc"],
+        flags=["-DMUON_KERNELS_CUDA"],
+        extra=[
+            *(ROOT / "csrc" / "cpu" / name for name in ("dispatch.cpp", "parallel.cpp")),
+            Path(__file__).with_name("stubs_products.cpp"),
+        ],
+    )
+    assert module
+    return module, runtime
+
+
+def _stack(t: Tensor | None) -> tuple[int, ...] | None:
+    return None if t is None else (t.data_ptr(), *t.shape, t.stride(0), t.stride(1))
+
+
+def _pointer(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+class Products:
+    """muon_kernels.cuda.products. After a call `kernel` is what ran, `log` and `profiles` are the runtime's."""
+
+    def __init__(self, module: ModuleType, runtime: standin.Runtime) -> None:
+        self.module, self.runtime = module, runtime
+        self.kernel: Kernel | None = None
+        self.log: list[Any] = []
+        self.profiles: dict[Kernel, Any] = {}
+
+    def product(
+        self,
+        a: Tensor,
+        b: Tensor,
+        out: Tensor,
+        *,
+        a_diagonal: Tensor | None = None,
+        b_diagonal: Tensor | None = None,
+        b_transposed: bool = False,
+        c: Tensor | None = None,
+        c_diagonal: Tensor | None = None,
+        out_diagonal: Tensor | None = None,
+        symmetric: bool = False,
+        alpha: float = 1.0,
+        beta: float = 0.0,
+        gamma: float = 0.0,
+        scale: Tensor | None = None,
+    ) -> Any:
+        """csrc's Product; what it points to becomes device memory, and nothing but the views themselves."""
+        tensors = (a, b, c, out, a_diagonal, b_diagonal, c_diagonal, out_diagonal, scale)
+        self.runtime.register(*(t for t in tensors if t is not None), guard=True)
+        return self.module.Product(
+            _stack(a),
+            _pointer(a_diagonal),
+            _stack(b),
+            b_transposed,
+            _pointer(b_diagonal),
+            _stack(c),
+            _pointer(c_diagonal),
+            _stack(out),
+            _pointer(out_diagonal),
+            symmetric,
+            alpha,
+            beta,
+            gamma,
+            _pointer(scale),
+        )
+
+    def run(
+        self, *products: Any, dtype: torch.dtype = torch.bfloat16, multiprocessors: int = 1, **options: Any
+    ) -> None:
+        self.runtime.device.multiprocessors = multiprocessors
+        name = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}[dtype]
+        with self.runtime.options(**options) as runtime:
+            try:
+                self.module.cuda.products(list(products), getattr(self.module.DType, name), 0)
+            except RuntimeError:
+                assert not runtime.build_errors, runtime.build_errors
+                if runtime.failures:
+                    raise runtime.failures[0] from None
+                raise
+            finally:
+                self.log = runtime.log
+                self.kernel = kernel_of(self.log[-1].kernel) if self.log else None
+                self.profiles = {kernel_of(n): p for n, p in runtime.profiles.items()} if options.get("profile") else {}
+                runtime.forget_memory()
+
+    def __call__(self, a: Tensor, b: Tensor, out: Tensor, *, multiprocessors: int = 1, **keywords: Any) -> Tensor:
+        """One product; keywords of the runtime's options go there."""
+        options = {k: keywords.pop(k) for k in ("order", "asynchrony", "seed", "races", "profile") if k in keywords}
+        product = self.product(a, b, out, **keywords)
+        self.run(product, dtype=out.dtype, multiprocessors=multiprocessors, **options)
+        return out
+
+
+def integers(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Small integers: every partial sum is exact in fp32, so a result can only differ by its one rounding."""
+    return torch.randint(-2, 3, shape).to(dtype)
+
+
+def symmetric(batch: int, m: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    upper = integers(batch, m, m, dtype=dtype).triu()
+    return upper + upper.triu(1).mT
+
+
+def commuting(batch: int, m: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
+    """Two symmetric matrices of small integers whose product is symmetric."""
+    signs = torch.randint(0, 2, (batch, m, 1)).float() * 2 - 1
+    first, second = (x * torch.eye(m) + y * signs * signs.mT for x, y in ((2.0, 1.0), (-3.0, 2.0)))
+    return first.to(dtype), second.to(dtype)
+
+
+def placed(t: Tensor, width: int = 16, outside: float = float("nan")) -> Tensor:
+    """A copy inside a block of `outside` whose rows can be cut into pieces of `width` bytes and of no more."""
+    batch, rows, cols = t.shape
+    offset = width // 2 if width < 16 else 8
+    row_stride = -(-(cols + 2 * offset) // 8) * 8 + (offset if width < 16 else 0)
+    block = torch.full((batch * (rows + 2) * row_stride + 8,), outside, dtype=t.dtype)
+    block = block[(16 - block.data_ptr() % 16) % 16 // 2 :]
+    strides = ((rows + 2) * row_stride, row_stride, 1)
+    return block.as_strided(t.shape, strides, block.storage_offset() + row_stride + offset).copy_(t)
+
+
+def empty(batch: int, m: int, n: int, dtype: torch.dtype = torch.bfloat16, width: int = 16) -> Tensor:
+    """An output full of NaN among sentinels, see `untouched`."""
+    return placed(torch.full((batch, m, n), torch.nan, dtype=dtype), width, 77.0)
+
+
+def untouched(out: Tensor) -> bool:
+    """Whether all sentinels around an `empty` are left."""
+    whole = torch.empty(0, dtype=out.dtype).set_(out.untyped_storage())
+    inside = torch.zeros(len(whole), dtype=torch.bool)
+    inside.as_strided(out.shape, out.stride(), out.storage_offset())[:] = True
+    return bool((whole[~inside] == 77).all())

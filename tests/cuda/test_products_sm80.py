@@ -1,0 +1,403 @@
+"""The products of csrc/cuda, compiled by nvcc and executed on the CPU: launches, kernels and all, against float64."""
+
+from __future__ import annotations
+
+import mmap
+from itertools import product
+from typing import Any
+
+import products as p
+import pytest
+import torch
+from products import Kernel, Products, commuting, empty, integers, placed, symmetric, untouched
+from ptx import LaunchError, standin
+from torch import Tensor
+
+pytestmark = pytest.mark.skipif(standin.nvcc() is None, reason="no nvcc: kernels cannot be compiled")
+
+SIZES = [1, 3, 17, 63, 65, 129]
+WIDTHS = [16, 8, 4, 2]
+dtypes = pytest.mark.parametrize("dtype", p.DTYPES.values(), ids=p.DTYPES)
+kernels = pytest.mark.parametrize(
+    "kernel", p.KERNELS, ids=lambda k: f"{k.block_m}x{k.block_n}-{'nt'[k.transposed]}-{k.aligned}"
+)
+
+
+@pytest.fixture(scope="module")
+def cuda() -> Products:
+    return Products(*p.build())
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def operands(kernel: Kernel, batch: int, dtype: torch.dtype, make: Any = integers) -> tuple[Tensor, Tensor, Tensor]:
+    """a, b and an output that this kernel is chosen for."""
+    m, n, k = p.KERNELS[kernel]
+    width = 16 if kernel.aligned else 2
+    a = placed(make(batch, m, k, dtype=dtype), width)
+    b = a if kernel.transposed else placed(make(batch, k, n, dtype=dtype), width)
+    return a, b, empty(batch, m, n, dtype, width)
+
+
+def exact(a: Tensor, b: Tensor, transposed: bool) -> Tensor:
+    return a.double() @ (b.double().mT if transposed else b.double())
+
+
+@dtypes
+@kernels
+def test_every_kernel_is_exact_on_integers(cuda: Products, kernel: Kernel, dtype: torch.dtype) -> None:
+    a, b, out = operands(kernel, 2, dtype)
+    c = placed(integers(*out.shape, dtype=dtype), 16 if kernel.aligned else 2)
+    scale = torch.tensor([0.5, 2.0])
+    cuda(a, b, out, b_transposed=kernel.transposed, c=c, alpha=2.0, beta=-4.0, gamma=8.0, scale=scale)
+    assert cuda.kernel == kernel
+    scales = (scale**2 if kernel.transposed else scale)[:, None, None]
+    sums = 2 * exact(a, b, kernel.transposed) - 4 * c.double() + 8 * torch.eye(*out.shape[1:])
+    assert torch.equal(out, (scales * sums).to(dtype))
+    assert untouched(out)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("batch", [0, 1, 7])
+@pytest.mark.parametrize("m", SIZES)
+def test_any_size_and_stride(cuda: Products, m: int, batch: int, width: int) -> None:
+    """syrk, syrkx and gemm; on one multiprocessor and on many, so that large and small tiles have their turn."""
+    if m == 129 and batch == 7:
+        batch = 2
+    for n, multiprocessors in ((m + 5, 1), (2 * m + 1, 108)):
+        X, out = placed(integers(batch, m, n), width), empty(batch, m, m, width=width)
+        cuda(X, X, out, b_transposed=True, symmetric=True, multiprocessors=multiprocessors)
+        assert torch.equal(out, exact(X, X, True).bfloat16()) and untouched(out)
+        A, C = placed(integers(batch, m, m), width), placed(integers(batch, m, n), width)
+        out = empty(batch, m, n, width=width)
+        cuda(A, X, out, c=C, beta=-4.0, multiprocessors=multiprocessors)
+        assert torch.equal(out, (A.double() @ X.double() - 4 * C.double()).bfloat16()) and untouched(out)
+        A, B = (placed(t, width) for t in commuting(batch, m))
+        out = empty(batch, m, m, width=width)
+        cuda(A, B, out, symmetric=True, multiprocessors=multiprocessors)
+        assert torch.equal(out, (A.double() @ B.double()).bfloat16()) and untouched(out)
+        assert not batch or (cuda.kernel and cuda.kernel.aligned == (width == 16))
+
+
+@pytest.mark.parametrize("which", ["a", "b", "c", "out"])
+@pytest.mark.parametrize("width", [8, 4, 2])
+def test_one_operand_may_be_less_aligned_than_the_others(cuda: Products, which: str, width: int) -> None:
+    at = {"a": 16, "b": 16, "c": 16, "out": 16, which: width}
+    A, X, C = (
+        placed(integers(2, *shape), at[name]) for name, shape in (("a", (20, 30)), ("b", (30, 70)), ("c", (20, 70)))
+    )
+    out = empty(2, 20, 70, width=at["out"])
+    cuda(A, X, out, c=C, beta=3.0)
+    assert torch.equal(out, (A.double() @ X.double() + 3 * C.double()).bfloat16()) and untouched(out)
+    assert cuda.kernel == Kernel(64, 64, False, False)
+
+
+def test_distance_of_matrices_alone_may_be_odd(cuda: Products) -> None:
+    block = lambda t: torch.full((2, 2077), torch.nan).bfloat16().as_strided(t.shape, (2077, 64, 1), 8).copy_(t)
+    A, X, out = block(integers(2, 20, 30)), block(integers(2, 30, 40)), block(torch.zeros(2, 20, 40))
+    cuda(A, X, out)
+    assert torch.equal(out, exact(A, X, False).bfloat16())
+
+
+@dtypes
+@pytest.mark.parametrize(("m", "width"), [(1, 2), (17, 4), (63, 16), (65, 16), (129, 16), (136, 2), (184, 16)])
+def test_parts_of_squares_are_exact_on_integers(cuda: Products, m: int, width: int, dtype: torch.dtype) -> None:
+    """Corrections of diagonals of any size, so that none can be lost or counted twice unseen."""
+
+    def square() -> tuple[Tensor, Tensor, Tensor]:
+        """A matrix, the correction of its diagonal, and their sum."""
+        matrix, diagonal = placed(symmetric(3, m, dtype), width), integers(3, m).float()
+        return matrix, diagonal, matrix.double() + diagonal.double().diag_embed()
+
+    def check(sums: Tensor, **keywords: Any) -> None:
+        """The result is the lower triangle of `sums`, mirrored, rounded, with what rounding took from the diagonal."""
+        out, diagonal = empty(3, m, m, dtype, width), torch.full((3, m), torch.nan)
+        cuda(out=out, out_diagonal=diagonal, symmetric=True, **keywords)
+        sums = sums.tril() + sums.tril(-1).mT
+        assert torch.equal(out, sums.float().to(dtype)) and untouched(out)
+        on_diagonal = out.double().diagonal(dim1=-2, dim2=-1) + diagonal.double()
+        assert torch.equal(on_diagonal, sums.diagonal(dim1=-2, dim2=-1))
+
+    (A, of_a, a), (B, of_b, b), (C, of_c, c) = square(), square(), square()
+    check(a @ b, a=A, b=B, a_diagonal=of_a, b_diagonal=of_b)
+    scale = torch.tensor([1.0, 0.5, 2.0])
+    eye, scales = torch.eye(m), scale[:, None, None]
+    squared = dict(a=A, b=A, b_transposed=True, a_diagonal=of_a, b_diagonal=of_a, scale=scale)
+    factors = dict(alpha=2.0, beta=-4.0, gamma=8.0)
+    check(scales**2 * (2 * a @ a.mT - 4 * c + 8 * eye), c=C, c_diagonal=of_c, **squared, **factors)
+    check(scales**2 * (2 * a @ a.mT - 4 * a + 8 * eye), c=A, c_diagonal=of_a, **squared, **factors)
+    for n in (m, m + 9):
+        X, Y = (placed(integers(3, m, n, dtype=dtype), width) for _ in range(2))
+        for of in (X, Y):  # added to the product, or another matrix
+            out = empty(3, m, n, dtype, width)
+            cuda(A, X, out, a_diagonal=of_a, c=of, alpha=2.0, beta=-4.0, scale=scale)
+            assert torch.equal(out, (scales * (2 * a @ X.double() - 4 * of.double())).float().to(dtype)) and untouched(
+                out
+            )
+
+
+@dtypes
+@kernels
+def test_error_is_that_of_one_rounding(cuda: Products, kernel: Kernel, dtype: torch.dtype) -> None:
+    """|out - exact| ≤ u |exact| + (k + 4) 2^-24 (Σ|a||b| + |c|): one rounding of a sum in fp32."""
+    make = lambda *shape, dtype: torch.randn(shape).to(dtype)
+    a, b, out = operands(kernel, 1, dtype, make)
+    c = make(*out.shape, dtype=dtype)
+    cuda(a, b, out, b_transposed=kernel.transposed, c=placed(c, 16 if kernel.aligned else 2), alpha=0.3, beta=1.7)
+    assert cuda.kernel == kernel
+    alpha, beta = torch.tensor([0.3, 1.7]).double()
+    right = alpha * exact(a, b, kernel.transposed) + beta * c.double()
+    size = alpha * exact(a.abs(), b.abs(), kernel.transposed) + beta * c.double().abs()
+    bound = p.UNIT_ROUNDOFF[dtype] * right.abs() + (a.shape[2] + 4) * 2**-24 * size + 2**-25  # f16 has subnormals
+    assert ((out.double() - right).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("m", [17, 72])
+def test_precise_squares(cuda: Products, m: int) -> None:
+    """The diagonal makes up for its rounding, and counts in products."""
+    on_diagonal = lambda t: t.diagonal(dim1=-2, dim2=-1)
+
+    def run(**keywords: Any) -> tuple[Tensor, Tensor, Tensor]:
+        out, diagonal = empty(2, m, m), torch.full((2, m), torch.nan)
+        cuda(out=out, out_diagonal=diagonal, symmetric=True, **keywords)
+        return out, diagonal, out.double() + diagonal.double().diag_embed()
+
+    X = placed(torch.randn(2, m, 2 * m).bfloat16())
+    R, of_r, r = run(a=X, b=X, b_transposed=True, alpha=1 / m, gamma=100.0)
+    right = X.double() @ X.double().mT / m + 100 * torch.eye(m)
+    torch.testing.assert_close(on_diagonal(r), on_diagonal(right), rtol=2**-15, atol=0)
+    _, _, w = run(a=R, b=R, a_diagonal=of_r, b_diagonal=of_r)
+    torch.testing.assert_close(on_diagonal(w), on_diagonal(r @ r), rtol=2e-5, atol=0)
+    both = dict(a_diagonal=of_r, b_diagonal=of_r, c_diagonal=of_r)
+    _, _, s = run(a=R, b=R, c=R, b_transposed=True, alpha=0.5, beta=-2.0, gamma=3.0, **both)
+    right = 0.5 * r @ r - 2 * r + 3 * torch.eye(m)
+    torch.testing.assert_close(on_diagonal(s), on_diagonal(right), rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_bits_depend_on_nothing_but_the_matrix(cuda: Products, transposed: bool) -> None:
+    """Runs, batches, tiles, alignments and orders: the same bits; and symmetric to the last one."""
+    X = torch.randn(3, 200, 200).bfloat16()
+    results, ran = [], set()
+    for width, multiprocessors, order in (
+        (16, 1, "forward"),
+        (16, 1, "random"),
+        (16, 108, "forward"),
+        (2, 1, "forward"),
+    ):
+        at, out = placed(X, width), empty(3, 200, 200, width=width)
+        cuda(at, at, out, b_transposed=transposed, symmetric=transposed, multiprocessors=multiprocessors, order=order)
+        results.append(out.clone())
+        ran.add(cuda.kernel)
+    alone = [empty(1, 200, 200) for _ in range(3)]
+    for i, out in enumerate(alone):
+        at = placed(X[i : i + 1])
+        cuda(at, at, out, b_transposed=transposed, symmetric=transposed)
+    results.append(torch.cat(alone))
+    assert len(ran) == 3
+    assert all(torch.equal(r, results[0]) for r in results)
+    if transposed:
+        assert torch.equal(results[0], results[0].mT)
+
+
+def test_a_result_is_symmetric_even_if_the_product_is_not(cuda: Products) -> None:
+    A, B, out = (
+        placed(torch.randn(2, 200, 200).bfloat16()),
+        placed(torch.randn(2, 200, 200).bfloat16()),
+        empty(2, 200, 200),
+    )
+    for multiprocessors in (1, 108):
+        cuda(A, B, out, symmetric=True, multiprocessors=multiprocessors)
+        assert torch.equal(out, out.mT)
+        lower = (A.double() @ B.double()).tril()
+        assert ((out.double().tril() - lower).abs() <= 2**-8 * lower.abs() + 1e-3).all()
+
+
+def test_many_tiles_of_a_triangle(cuda: Products) -> None:
+    """Every tile is at its place, and only those of a triangle are launched."""
+    X, out = placed(integers(1, 1300, 8)), empty(1, 1300, 1300)
+    cuda(X, X, out, b_transposed=True, symmetric=True, multiprocessors=10**6)
+    assert cuda.log[-1].grid == (21 * 22 // 2, 1, 1)
+    assert torch.equal(out, exact(X, X, True).bfloat16()) and untouched(out)
+
+
+@kernels
+def test_order_and_time_do_not_matter(cuda: Products, kernel: Kernel) -> None:
+    """Threads and blocks in any order, asynchronous copies that land at once, at the last moment, or in between."""
+    a, b, out = operands(kernel, 2, torch.bfloat16)
+    width = 16 if kernel.aligned else 4
+    c = placed(symmetric(2, out.shape[1]) if kernel.transposed else integers(*out.shape), width)
+    right = (exact(a, b, kernel.transposed) + c.double()).bfloat16()
+    for order, asynchrony in product(("forward", "backward", "random"), ("early", "late", "random")):
+        out.fill_(torch.nan)
+        keywords = dict(b_transposed=kernel.transposed, symmetric=kernel.transposed, c=c, beta=1.0)
+        cuda(a, b, out, order=order, asynchrony=asynchrony, seed=3, **keywords)
+        assert cuda.kernel == kernel
+        assert torch.equal(out, right), (order, asynchrony)
+
+
+@kernels
+def test_no_races(cuda: Products, kernel: Kernel) -> None:
+    """With an addend and without one: the last stage is another, and lies under the result or not."""
+    a, b, out = operands(kernel, 1, torch.bfloat16)
+    added = placed(
+        symmetric(1, out.shape[1]) if kernel.transposed else integers(*out.shape), 16 if kernel.aligned else 2
+    )
+    for c in (added, None):
+        keywords = dict(b_transposed=kernel.transposed, symmetric=kernel.transposed, c=c, beta=1.0)
+        cuda(a, b, out, order="random", races=True, **keywords)
+        assert cuda.kernel == kernel
+        assert not any(launch.warnings for launch in cuda.log)
+
+
+# Shapes of whole tiles, and at most so many other instructions of PTX for each mma, epilogue and addend included: the
+# main loop has 2 to 4, the more the smaller the tile.
+PROFILED = {
+    Kernel(128, 128, True, True): ((256, 256, 1024), 4.0),
+    Kernel(128, 128, False, True): ((128, 128, 1024), 4.0),
+    Kernel(128, 64, False, True): ((128, 64, 1024), 5.5),
+    Kernel(64, 64, True, True): ((192, 192, 1024), 6.0),
+    Kernel(64, 64, False, True): ((192, 192, 1024), 6.0),
+}
+
+
+@pytest.mark.parametrize("kernel", PROFILED, ids=lambda k: f"{k.block_m}x{k.block_n}-{'nt'[k.transposed]}")
+def test_profile(cuda: Products, kernel: Kernel) -> None:
+    """Counts that decide speed: no bank conflicts, whole sectors, few instructions beside those of the tensor cores."""
+    (m, n, k), others = PROFILED[kernel]
+    a = torch.randn(1, m, k).bfloat16()
+    b = a if kernel.transposed else torch.randn(1, k, n).bfloat16()
+    c, out = torch.randn(1, m, n).bfloat16(), torch.empty(1, m, n).bfloat16()
+    keywords = dict(b_transposed=kernel.transposed, symmetric=kernel.transposed, c=c, beta=1.0)
+    cuda(a, b, out, profile=True, multiprocessors=1 if kernel.block_m == 128 else 108, **keywords)
+    profile = cuda.profiles[kernel]
+    tiles_m, tiles_n = m // kernel.block_m, n // kernel.block_n
+    tiles = tiles_m * (tiles_m + 1) // 2 if kernel.transposed else tiles_m * tiles_n
+    block = kernel.block_m * kernel.block_n
+    assert profile.tensor_instructions == tiles * block * k / 2048
+    assert profile.bank_conflicts == 0, profile.table()
+    assert profile.sector_efficiency >= 0.95, profile.table()
+    assert profile.other_per_tensor <= others
+    # Operands once a tile, the addend once a tile, the result once.
+    operand_bytes = tiles * (kernel.block_m + kernel.block_n) * k * 2
+    assert profile.global_bytes == operand_bytes + tiles * block * 2 + m * n * 2
+    # Operands by 16-byte copies, results by 16-byte stores.
+    stores = [r for r in profile.rows if r.op.startswith("st.global")]
+    assert stores and all(r.op.startswith("st.global.v4") for r in stores)
+
+
+@pytest.mark.parametrize("m", [1, 17, 65])
+def test_without_columns_only_the_addends_are_left(cuda: Products, m: int) -> None:
+    X, C = torch.empty(2, m, 0).bfloat16(), placed(symmetric(2, m))
+    out = empty(2, m, m)
+    cuda(X, X, out, b_transposed=True, symmetric=True, c=C, beta=2.0, gamma=3.0)
+    assert torch.equal(out, (2 * C.double() + 3 * torch.eye(m)).bfloat16()) and untouched(out)
+    cuda(torch.empty(2, m, 0).bfloat16(), torch.empty(2, 0, m).bfloat16(), out)
+    assert torch.equal(out, torch.zeros(2, m, m).bfloat16())
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 3), (2, 0, 3), (2, 3, 0)])
+def test_nothing_to_do_is_nothing_launched(cuda: Products, shape: tuple[int, int, int]) -> None:
+    batch, m, n = shape
+    cuda(torch.empty(batch, m, 4).bfloat16(), torch.empty(batch, 4, n).bfloat16(), torch.empty(batch, m, n).bfloat16())
+    assert not cuda.log
+
+
+def test_products_run_in_order(cuda: Products) -> None:
+    X, A, B = placed(integers(2, 20, 33)), empty(2, 20, 20), empty(2, 20, 33)
+    first = cuda.product(X, X, A, b_transposed=True, symmetric=True, alpha=0.125)
+    second = cuda.product(A, X, B)
+    cuda.run(first, second)
+    assert len(cuda.log) == 2
+    assert torch.equal(B, (A.double() @ X.double()).float().bfloat16())
+
+
+def test_nan_stays_in_its_matrix(cuda: Products) -> None:
+    X = torch.randn(3, 33, 65).bfloat16()
+    X[1, 4, 64] = torch.nan
+    out = torch.empty(3, 33, 33, dtype=torch.bfloat16)
+    cuda(X, X, out, b_transposed=True, symmetric=True)
+    assert out[1].isnan().any()
+    assert out[[0, 2]].isfinite().all()
+
+
+def test_offsets_have_64_bits(cuda: Products) -> None:
+    """Rows and matrices four and eight GiB apart, of which only a few pages exist."""
+    row, far = 2**31 + 8, 2**32 + 64
+    # 0x4000: MAP_NORESERVE, which Python has no name for.
+    memory = mmap.mmap(-1, 2 * (far + row + 64), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)
+    block = torch.frombuffer(memory, dtype=torch.bfloat16)
+    spread = lambda t, at: block.as_strided(t.shape, (far, row, 1), at).copy_(t)
+    A, X, C = (spread(integers(2, 2, 2), at) for at in (0, 8, 16))
+    out = spread(torch.full((2, 2, 2), torch.nan).bfloat16(), 24)
+    cuda(A, X, out, c=C, beta=1.0)
+    assert torch.equal(out, (A.double() @ X.double() + C.double()).bfloat16())
+
+
+def chosen(
+    cuda: Products, m: int, n: int, k: int, batch: int, multiprocessors: int, is_symmetric: bool
+) -> tuple[Kernel, int]:
+    """The kernel and the number of blocks for shapes of any size: there is no memory, so the first block fails."""
+    stack = lambda rows, cols: (1 << 20, batch, rows, cols, rows * cols, cols)
+    b = stack(n, k) if is_symmetric else stack(k, n)
+    shapes = cuda.module.Product(stack(m, k), 0, b, is_symmetric, 0, None, 0, stack(m, n), 0, is_symmetric, 1, 0, 0, 0)
+    with pytest.raises(LaunchError):
+        cuda.run(shapes, multiprocessors=multiprocessors)
+    assert cuda.kernel
+    return cuda.kernel, cuda.log[-1].grid[0]
+
+
+@pytest.mark.parametrize("multiprocessors", [108, 132, 148])
+def test_choice_of_tiles(cuda: Products, multiprocessors: int) -> None:
+    """Large tiles as soon as they fill the GPU, small ones before."""
+    pick = lambda *shape: chosen(cuda, *shape, multiprocessors, shape[0] == shape[1])
+    assert pick(4096, 4096, 4096, 1) == (Kernel(128, 128, True, True), 32 * 33 // 2)
+    assert pick(4096, 11008, 4096, 1) == (Kernel(128, 128, False, True), 32 * 86)
+    assert pick(256, 256, 1024, 1) == (Kernel(64, 64, True, True), 10)
+    assert pick(512, 1536, 512, 1) == (Kernel(128, 64, False, True), 96)
+    assert pick(64, 64, 256, 1000) == (Kernel(64, 64, True, True), 1000)
+    assert pick(128, 128, 512, 100_000) == (Kernel(128, 128, True, True), 100_000)  # beyond a grid's y and z
+
+
+def test_what_does_not_fit_is_refused(cuda: Products) -> None:
+    A, X, out = torch.ones(2, 8, 8).bfloat16(), torch.ones(2, 8, 9).bfloat16(), torch.ones(2, 8, 9).bfloat16()
+    diagonal = torch.ones(2, 9)
+    for arguments in (
+        dict(a=A, b=torch.ones(2, 7, 9).bfloat16(), out=out),
+        dict(a=A, b=X[:1], out=out),
+        dict(a=A, b=X, out=out, c=A),
+        dict(a=A, b=X, out=out, b_transposed=True),
+        dict(a=A, b=X, out=out, symmetric=True),
+        dict(a=A, b=X, out=out, b_diagonal=diagonal),
+        dict(a=A, b=X, out=out, c_diagonal=diagonal),
+        dict(a=A, b=X, out=out, out_diagonal=diagonal),
+    ):
+        good = cuda.product(A, X, out)
+        with pytest.raises(ValueError, match="do not fit"):
+            cuda.run(good, cuda.product(**arguments))
+        assert not cuda.log, "launched before all products were checked"
+    with pytest.raises(ValueError, match="do not fit"):
+        cuda.run(cuda.product(A, X, out), dtype=torch.float32)
+
+
+def test_devices_before_8_0_are_refused(cuda: Products) -> None:
+    A, X, out = torch.ones(1, 8, 8).bfloat16(), torch.ones(1, 8, 9).bfloat16(), torch.ones(1, 8, 9).bfloat16()
+    cuda.runtime.device.major = 7
+    try:
+        with pytest.raises(ValueError, match="lacks the instruction set"):
+            cuda(A, X, out)
+    finally:
+        cuda.runtime.device.major = 8
+
+
+def test_a_failed_launch_is_reported_and_forgotten(cuda: Products) -> None:
+    A, X, out = torch.ones(1, 8, 8).bfloat16(), torch.ones(1, 8, 9).bfloat16(), torch.ones(1, 8, 9).bfloat16()
+    call = cuda.product(A, X, out)
+    cuda.runtime.forget_memory()
+    with pytest.raises(LaunchError):
+        cuda.run(call)
+    assert cuda.log[-1].error == 719
+    cuda(A, X, out)
