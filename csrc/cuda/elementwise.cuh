@@ -1,0 +1,358 @@
+// What the memory-bound verbs share: lists of matrices that travel as a kernel's argument, and the way a block walks over
+// a tile of one of them.
+//
+// A tile is walked along the direction in which the parameter is contiguous, so that memory is read and written in whole
+// sectors. Where that is the direction of the columns of x, x passes through shared memory (Staged) and is contiguous
+// along its rows all the same.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <climits>
+#include <cstring>
+#include <type_traits>
+
+#include "device.h"
+
+namespace muon_kernels::cuda {
+
+constexpr int TILE = 64;      // rows and columns
+constexpr int THREADS = 256;  // of a block, which has one tile
+constexpr int PER_THREAD = TILE * TILE / THREADS;
+constexpr int BLOCKS_PER_SM = 4;  // half of the threads a multiprocessor can have, each with 128 bytes under way
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Tiles of a matrix, row by row.
+inline int64_t tiles(const Stack& x) { return ceil_div(x.rows, TILE) * ceil_div(x.cols, TILE); }
+
+// ---- lists of matrices ----------------------------------------------------------------------------------------------
+
+// One of the operands of matrices that lie at equal steps, as the matrices of a 3-D parameter do.
+struct Place {
+    int64_t address;  // of the first matrix
+    int64_t step;     // in bytes
+    int64_t row_stride;
+    int64_t col_stride;
+};
+
+template <int OPERANDS>
+struct Run {
+    int32_t begin;    // its first matrix, counted from the launch's first one
+    bool along_rows;  // the walk's direction
+    bool vector;      // every operand allows vectors along it
+    double ratio;
+    Place place[OPERANDS];
+};
+
+constexpr int kArgumentBytes = 32764;  // that a kernel can have, since CUDA 12.1
+constexpr int kOtherBytes = 256;       // of these, for what is not a list
+
+template <int OPERANDS>
+struct Runs {
+    static constexpr int CAPACITY = (kArgumentBytes - kOtherBytes) / sizeof(Run<OPERANDS>);
+    int32_t count;
+    Run<OPERANDS> run[CAPACITY];
+};
+
+// The operands of a verb on the host: a list for each (or none), and the size of an element.
+template <int OPERANDS>
+struct Operands {
+    const MatrixRef* refs[OPERANDS];
+    int size[OPERANDS];
+    const double* ratio;  // or none
+    int vector;           // elements that are moved at once where that is possible
+};
+
+template <int OPERANDS>
+Run<OPERANDS> single(const Operands<OPERANDS>& operands, int64_t matrix) {
+    Run<OPERANDS> run{};
+    run.ratio = operands.ratio ? operands.ratio[matrix] : 0;
+    run.vector = true;
+    const MatrixRef* walked = nullptr;  // the last operand is the one that is written
+    for (const MatrixRef* refs : operands.refs) walked = refs ? refs + matrix : walked;
+    run.along_rows = walked->col_stride == 1 || walked->row_stride != 1;
+    for (int i = 0; i < OPERANDS; ++i) {
+        if (!operands.refs[i]) continue;
+        const MatrixRef& m = operands.refs[i][matrix];
+        const int64_t along = run.along_rows ? m.col_stride : m.row_stride;
+        const int64_t across = run.along_rows ? m.row_stride : m.col_stride;
+        run.place[i] = {m.address, 0, m.row_stride, m.col_stride};
+        run.vector &= along == 1 && across % operands.vector == 0 && m.address % (operands.vector * operands.size[i]) == 0;
+    }
+    return run;
+}
+
+// Whether `next` goes on where `run` of `count` matrices ends; the second matrix of a run sets its step.
+template <int OPERANDS>
+bool continues(Run<OPERANDS>& run, int count, const Run<OPERANDS>& next) {
+    if (run.along_rows != next.along_rows || run.vector != next.vector || run.ratio != next.ratio) return false;
+    for (int i = 0; i < OPERANDS; ++i) {
+        const Place &a = run.place[i], &b = next.place[i];
+        if (a.row_stride != b.row_stride || a.col_stride != b.col_stride) return false;
+        if (count > 1 && b.address != a.address + count * a.step) return false;
+    }
+    for (int i = 0; count == 1 && i < OPERANDS; ++i) run.place[i].step = next.place[i].address - run.place[i].address;
+    return true;
+}
+
+// Calls launch(first, count) for all matrices, with `runs` the list of `count` of them: as few calls as the size of an
+// argument and of a grid allow.
+template <int OPERANDS, class Launch>
+Result for_each_launch(const Stack& x, const Operands<OPERANDS>& operands, Runs<OPERANDS>& runs, Launch launch) {
+    const int64_t most = tiles(x) ? INT_MAX / tiles(x) : 0;
+    for (int64_t first = 0, count; most && first < x.batch; first += count) {
+        runs.count = 0;
+        for (count = 0; first + count < x.batch && count < most; ++count) {
+            Run<OPERANDS> next = single(operands, first + count);
+            if (runs.count) {
+                Run<OPERANDS>& last = runs.run[runs.count - 1];
+                if (continues(last, static_cast<int>(count) - last.begin, next)) continue;
+            }
+            if (runs.count == Runs<OPERANDS>::CAPACITY) break;
+            next.begin = static_cast<int32_t>(count);
+            runs.run[runs.count++] = next;
+        }
+        const Result result = launch(first, count);
+        if (result.status != Status::ok) return result;
+    }
+    return kOk;
+}
+
+template <int OPERANDS>
+__device__ const Run<OPERANDS>& run_of(const Runs<OPERANDS>& runs, int matrix) {
+    // No run is empty: the run of matrix i is not behind the i-th. If nothing could be joined it is the i-th.
+    int low = 0, high = min(matrix, runs.count - 1);
+    if (runs.run[high].begin <= matrix) return runs.run[high];
+    while (high - low > 1) {
+        const int middle = (low + high) / 2;
+        (runs.run[middle].begin <= matrix ? low : high) = middle;
+    }
+    return runs.run[low];
+}
+
+// ---- a block's tile ---------------------------------------------------------------------------------------------------
+
+// Where a block works. The lines of a tile run in the direction of the walk.
+struct Tile {
+    int matrix, index;  // of the launch, of the matrix
+    int row, col;       // of its first element
+    int rows, cols;     // inside the matrix, at most TILE
+};
+
+__device__ inline Tile tile_of(const Stack& x, int matrix, int index) {
+    const int across = static_cast<int>((x.cols + TILE - 1) / TILE);
+    const int row = index / across * TILE, col = index % across * TILE;
+    return {
+        matrix,
+        index,
+        row,
+        col,
+        static_cast<int>(min(x.rows - row, static_cast<int64_t>(TILE))),
+        static_cast<int>(min(x.cols - col, static_cast<int64_t>(TILE)))
+    };
+}
+
+__device__ inline Tile tile_of_block(const Stack& x) {
+    const int64_t count = ((x.rows + TILE - 1) / TILE) * ((x.cols + TILE - 1) / TILE);
+    return tile_of(x, static_cast<int>(blockIdx.x / count), static_cast<int>(blockIdx.x % count));
+}
+
+// A thread has PER_THREAD elements: V consecutive ones of both lines of each of its pairs of lines. Pairs, because two
+// neighbouring columns make one word of a row of x. A warp covers TILE elements of 32 * V / TILE lines.
+template <int V>
+struct Slice {
+    static constexpr int LINES = PER_THREAD / V;
+    int line[LINES];  // in the tile
+    int along;        // of the first of V elements in the tile
+    int count[LINES]; // of these, inside the matrix
+
+    __device__ explicit Slice(const Tile& tile, bool along_rows) {
+        along = threadIdx.x % (TILE / V) * V;
+        const int lines = along_rows ? tile.rows : tile.cols, length = along_rows ? tile.cols : tile.rows;
+#pragma unroll
+        for (int l = 0; l < LINES; ++l) {
+            line[l] = 2 * pair(l / 2) + l % 2;
+            count[l] = line[l] < lines ? min(max(length - along, 0), V) : 0;
+        }
+    }
+    __device__ static int pair(int slot) { return threadIdx.x / (TILE / V) + slot * (THREADS * V / TILE); }
+};
+
+// The address of the first element of a slice's line.
+template <class T, int V>
+__device__ T* address(const Place& place, const Tile& tile, bool along_rows, int run_index, int line, int along) {
+    const int64_t row = tile.row + (along_rows ? line : along), col = tile.col + (along_rows ? along : line);
+    return reinterpret_cast<T*>(place.address + run_index * place.step) + row * place.row_stride +
+           col * place.col_stride;
+}
+
+// Elements that make an access of 16 bytes, of the larger type.
+template <class A, class B = A>
+constexpr int VECTOR = 16 / (sizeof(A) > sizeof(B) ? sizeof(A) : sizeof(B));
+
+// ---- elements -----------------------------------------------------------------------------------------------------------
+
+template <int BYTES>
+using Word = std::conditional_t<BYTES == 16, uint4, std::conditional_t<BYTES == 8, uint2, uint32_t>>;
+
+// `count` elements into V floats, zeros behind them. What is read here is not needed again: it should not drive x out of
+// the cache.
+template <class T, int V>
+__device__ void load(const T* from, int count, float (&to)[V]) {
+    if constexpr (V > 1) {
+        if (count == V) {
+            const auto word = __ldcs(reinterpret_cast<const Word<V * sizeof(T)>*>(from));
+            T element[V];
+            memcpy(element, &word, sizeof(word));
+#pragma unroll
+            for (int v = 0; v < V; ++v) to[v] = static_cast<float>(element[v]);
+            return;
+        }
+    }
+#pragma unroll
+    for (int v = 0; v < V; ++v) to[v] = v < count ? static_cast<float>(__ldcs(from + v)) : 0.0f;
+}
+
+template <class T, int V>
+__device__ void store(T* to, int count, const T (&element)[V]) {
+    if constexpr (V > 1) {
+        if (count == V) {
+            Word<V * sizeof(T)> word;
+            memcpy(&word, element, sizeof(word));
+            __stcs(reinterpret_cast<Word<V * sizeof(T)>*>(to), word);
+            return;
+        }
+    }
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+        if (v < count) __stcs(to + v, element[v]);
+    }
+}
+
+// Rounded to nearest, ties to even.
+template <class T>
+__device__ T rounded(float value) {
+    if constexpr (std::is_same_v<T, float>) return value;
+    else if constexpr (std::is_same_v<T, __half>) return __float2half_rn(value);
+    else return __float2bfloat16_rn(value);
+}
+
+// Two neighbours of x, which holds bf16 or f16.
+__device__ inline uint32_t pack(float low, float high, bool half) {
+    uint32_t word;
+    if (half) {
+        const __half2 pair = __floats2half2_rn(low, high);
+        memcpy(&word, &pair, sizeof(word));
+    } else {
+        const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+        memcpy(&word, &pair, sizeof(word));
+    }
+    return word;
+}
+
+__device__ inline float2 unpack(uint32_t word, bool half) {
+    if (half) {
+        __half2 pair;
+        memcpy(&pair, &word, sizeof(word));
+        return __half22float2(pair);
+    }
+    return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+}
+
+// ---- x ------------------------------------------------------------------------------------------------------------------
+
+__device__ inline uint16_t* x_at(const Stack& x, const Tile& tile, int row, int col) {
+    return x.data + tile.matrix * x.batch_stride + (tile.row + row) * x.row_stride + tile.col + col;
+}
+
+// Whether x can be moved 16 bytes at a time.
+inline bool vectors(const Stack& x) {
+    return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.batch_stride % 8 == 0 && x.row_stride % 8 == 0;
+}
+
+template <int WORDS>
+__device__ void load_x(const uint16_t* from, int count, bool vector, uint32_t (&to)[WORDS]) {
+    if (vector && count >= 2 * WORDS) {
+        const auto word = __ldcs(reinterpret_cast<const Word<4 * WORDS>*>(from));
+        memcpy(to, &word, sizeof(word));
+        return;
+    }
+#pragma unroll
+    for (int w = 0; w < WORDS; ++w) {
+        to[w] = (2 * w < count ? __ldcs(from + 2 * w) : 0) | (2 * w + 1 < count ? __ldcs(from + 2 * w + 1) << 16 : 0);
+    }
+}
+
+template <int WORDS>
+__device__ void store_x(uint16_t* to, int count, bool vector, const uint32_t (&from)[WORDS]) {
+    if (vector && count >= 2 * WORDS) {
+        Word<4 * WORDS> word;
+        memcpy(&word, from, sizeof(word));
+        *reinterpret_cast<Word<4 * WORDS>*>(to) = word;
+        return;
+    }
+#pragma unroll
+    for (int w = 0; w < WORDS; ++w) {
+        if (2 * w < count) to[2 * w] = static_cast<uint16_t>(from[w]);
+        if (2 * w + 1 < count) to[2 * w + 1] = static_cast<uint16_t>(from[w] >> 16);
+    }
+}
+
+// A tile of x in shared memory, a word for two neighbouring columns of a row. On one side a thread has a pair of columns
+// and V rows, on the other 16 bytes of a row. Exclusive or with the row keeps the lanes of both in different banks
+// (columns: 64 / V lanes apart by V rows, V >= 4, and 32 * V / 64 pairs; rows: eight lanes with 16 bytes each).
+struct Staged {
+    uint32_t word[TILE * TILE / 2];
+
+    static constexpr int CHUNKS = TILE / 8;  // 16-byte ones of a row
+
+    __device__ static int swizzle(int row) { return row / 4 * 2; }
+    __device__ uint32_t& at(int row, int pair) { return word[row * (TILE / 2) + (pair ^ swizzle(row))]; }
+
+    // Four words of a row. An odd row / 4 also exchanges the halves of a chunk.
+    __device__ uint4& chunk(int row, int c) {
+        return reinterpret_cast<uint4*>(word)[row * CHUNKS + (c ^ swizzle(row) / 4)];
+    }
+    __device__ static uint4 straightened(const uint4& w, int row) {
+        return swizzle(row) & 2 ? uint4{w.z, w.w, w.x, w.y} : w;
+    }
+
+    __device__ void write_to(const Stack& x, const Tile& tile, bool vector) {
+#pragma unroll
+        for (int i = threadIdx.x; i < TILE * CHUNKS; i += THREADS) {
+            const int row = i / CHUNKS, col = i % CHUNKS * 8;
+            if (row >= tile.rows || col >= tile.cols) continue;
+            const uint4 w = straightened(chunk(row, i % CHUNKS), row);
+            store_x(x_at(x, tile, row, col), tile.cols - col, vector, {w.x, w.y, w.z, w.w});
+        }
+    }
+    __device__ void read_from(const Stack& x, const Tile& tile, bool vector) {
+#pragma unroll
+        for (int i = threadIdx.x; i < TILE * CHUNKS; i += THREADS) {
+            const int row = i / CHUNKS, col = i % CHUNKS * 8;
+            if (row >= tile.rows || col >= tile.cols) continue;
+            uint32_t w[4];
+            load_x(x_at(x, tile, row, col), tile.cols - col, vector, w);
+            chunk(row, i % CHUNKS) = straightened({w[0], w[1], w[2], w[3]}, row);
+        }
+    }
+};
+
+// ---- dtypes ---------------------------------------------------------------------------------------------------------------
+
+// f(element of the type).
+template <class F>
+Result with_type(DType dtype, F f) {
+    switch (dtype) {
+        case DType::f32: return f(float{});
+        case DType::bf16: return f(__nv_bfloat16{});
+        case DType::f16: return f(__half{});
+    }
+    return kInvalidArgument;
+}
+
+}  // namespace muon_kernels::cuda

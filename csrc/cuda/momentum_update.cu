@@ -1,0 +1,294 @@
+// One pass over gradient and momentum for all matrices of a bucket, then one small launch for their norms.
+//
+// An f16 x needs a power of two before it is rounded, and the norm is known only after the pass. The tile's own norm is
+// known before: its power of two depends on nothing else and comes in steps of 2^15, half of f16's range. Then nearly
+// always all tiles of a matrix have the same one, and the second launch has nothing to move: 14 bytes an element in fp32,
+// as for bf16. Reading gradient and momentum a second time would cost 8 to 10 more.
+#include "elementwise.cuh"
+
+namespace muon_kernels::cuda {
+namespace {
+
+struct MomentumArguments {
+    Stack x;
+    double* partial;  // the sum of squares of each tile
+    float grad_scale;
+    float mu;
+    float rest;  // 1 - mu
+    bool nesterov;
+    bool dampened;
+    bool has_momentum;
+    bool half;      // x is f16
+    bool x_vector;  // see vectors()
+    Runs<2> runs;   // gradient, momentum
+};
+static_assert(sizeof(MomentumArguments) <= kArgumentBytes, "a kernel's arguments");
+
+// ---- powers of two ------------------------------------------------------------------------------------------------------
+
+// floor(log2(v)) of a positive normal number.
+__device__ int exponent(double v) { return ((__double2hiint(v) >> 20) & 0x7ff) - 1023; }
+
+__device__ double power(int e) { return __hiloint2double((e + 1023) << 20, 0); }
+
+// The power of two that a tile, or the largest tile of a matrix, is multiplied by in x: for f16 it brings its norm to
+// [1, 2^15), so that nothing overflows and what is at least 2^-14 times a norm keeps all its bits.
+__device__ int tile_power(double sum_of_squares, bool half) {
+    if (!half || !(sum_of_squares > 0) || isinf(sum_of_squares)) return 0;
+    const int from_lowest = exponent(sum_of_squares) + 24 + 30 * 64;  // steps begin at norms of 2^-12, positive
+    return 12 - 15 * (from_lowest / 30 - 64);
+}
+
+// Factors whose product is 2^e: one alone could leave the range of fp32.
+struct PowerOfTwo {
+    float first, second;
+
+    __device__ explicit PowerOfTwo(int e)
+        : first(static_cast<float>(power(e / 2))), second(static_cast<float>(power(e - e / 2))) {}
+    __device__ float operator()(float v) const { return v * first * second; }
+};
+
+// ---- the pass -----------------------------------------------------------------------------------------------------------
+
+// `direction` is the gradient on entry. The same operations in the same order as csrc/cpu; without the intrinsics the
+// compiler would fuse a product and a difference.
+__device__ void update(const MomentumArguments& u, float& direction, float& buffer) {
+    const float grad = direction;
+    if (u.dampened) {
+        // torch.lerp's two branches, so that a momentum buffer equals torch.optim.Muon's to the bit
+        const float difference = __fsub_rn(grad, buffer);
+        buffer = u.rest < 0.5f ? fmaf(u.rest, difference, buffer) : fmaf(u.rest - 1.0f, difference, grad);
+    } else {
+        buffer = fmaf(u.mu, buffer, grad);
+    }
+    if (!u.nesterov) {
+        direction = buffer;
+    } else if (!u.dampened) {
+        direction = fmaf(u.mu, buffer, grad);
+    } else {
+        const float difference = __fsub_rn(buffer, grad);
+        direction = u.mu < 0.5f ? fmaf(u.mu, difference, grad) : fmaf(u.mu - 1.0f, difference, buffer);
+    }
+}
+
+// Over the lanes of a warp, always in the same order; all have the result.
+template <class F>
+__device__ double warp_reduce(double value, F combine) {
+#pragma unroll
+    for (int lanes = 16; lanes; lanes /= 2) value = combine(value, __shfl_xor_sync(~0u, value, lanes));
+    return value;
+}
+
+constexpr int WARPS = THREADS / 32;
+
+// Over the threads of a block, always in the same order. `scratch` must not be used before the next barrier.
+template <class F>
+__device__ double block_reduce(double value, F combine, double (&scratch)[WARPS]) {
+    value = warp_reduce(value, combine);
+    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
+    __syncthreads();
+    value = scratch[0];
+#pragma unroll
+    for (int w = 1; w < WARPS; ++w) value = combine(value, scratch[w]);
+    return value;
+}
+
+__device__ double add(double a, double b) { return a + b; }
+__device__ double larger(double a, double b) { return a > b ? a : b; }
+
+template <class Grad, class Momentum, int V>
+__device__ void momentum_tile(const MomentumArguments& u, const Run<2>& run, const Tile& tile, Staged& staged) {
+    __shared__ double scratch[WARPS];
+    const Slice<V> slice(tile, run.along_rows);
+    const int index = tile.matrix - run.begin;
+    constexpr int LINES = Slice<V>::LINES;
+    float direction[LINES][V], buffer[LINES][V];
+    // All reads are under way before the first is needed.
+#pragma unroll
+    for (int l = 0; l < LINES; ++l) {
+        load(address<Grad, V>(run.place[0], tile, run.along_rows, index, slice.line[l], slice.along), slice.count[l], direction[l]);
+    }
+    if (u.has_momentum) {
+#pragma unroll
+        for (int l = 0; l < LINES; ++l) {
+            load(address<Momentum, V>(run.place[1], tile, run.along_rows, index, slice.line[l], slice.along), slice.count[l], buffer[l]);
+        }
+    }
+    double sum = 0;
+#pragma unroll
+    for (int l = 0; l < LINES; ++l) {
+        Momentum stored[V];
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+            direction[l][v] = __fmul_rn(direction[l][v], u.grad_scale);
+            if (u.has_momentum) {
+                update(u, direction[l][v], buffer[l][v]);
+                stored[v] = rounded<Momentum>(buffer[l][v]);
+            }
+            sum += static_cast<double>(direction[l][v]) * direction[l][v];
+        }
+        if (u.has_momentum) {
+            store(address<Momentum, V>(run.place[1], tile, run.along_rows, index, slice.line[l], slice.along), slice.count[l], stored);
+        }
+    }
+    sum = block_reduce(sum, add, scratch);
+    if (threadIdx.x == 0) u.partial[blockIdx.x] = sum;
+    if (u.half) {
+        const PowerOfTwo factor(tile_power(sum, true));
+#pragma unroll
+        for (int l = 0; l < LINES; ++l) {
+#pragma unroll
+            for (int v = 0; v < V; ++v) direction[l][v] = factor(direction[l][v]);
+        }
+    }
+    if (run.along_rows) {
+#pragma unroll
+        for (int l = 0; l < LINES; ++l) {
+            uint32_t words[(V + 1) / 2];
+#pragma unroll
+            for (int v = 0; v < V; v += 2) words[v / 2] = pack(direction[l][v], v + 1 < V ? direction[l][v + 1] : 0, u.half);
+            store_x(x_at(u.x, tile, slice.line[l], slice.along), slice.count[l], u.x_vector, words);
+        }
+    } else {
+#pragma unroll
+        for (int l = 0; l < LINES; l += 2) {
+#pragma unroll
+            for (int v = 0; v < V; ++v) {
+                staged.at(slice.along + v, slice.line[l] / 2) = pack(direction[l][v], direction[l + 1][v], u.half);
+            }
+        }
+        __syncthreads();
+        staged.write_to(u.x, tile, u.x_vector);
+    }
+}
+
+template <class Grad, class Momentum>
+__global__ __launch_bounds__(THREADS, BLOCKS_PER_SM) void momentum_kernel(const __grid_constant__ MomentumArguments u) {
+    __shared__ Staged staged;
+    const Tile tile = tile_of_block(u.x);
+    const Run<2>& run = run_of(u.runs, tile.matrix);
+    if (run.vector) {
+        momentum_tile<Grad, Momentum, VECTOR<Grad, Momentum>>(u, run, tile, staged);
+    } else {
+        momentum_tile<Grad, Momentum, 1>(u, run, tile, staged);
+    }
+}
+
+// ---- norms --------------------------------------------------------------------------------------------------------------
+
+struct NormArguments {
+    Stack x;
+    const double* partial;
+    float* scale;
+    double eps;
+    double margin;
+    int tiles;
+    int shares;  // blocks for a matrix
+    bool half;
+};
+
+// See MomentumUpdate.
+__device__ float reciprocal_norm(double sum_of_squares, double eps, double margin) {
+    const double norm = sqrt(sum_of_squares);
+    if (norm == 0) return 0;
+    if (!isfinite(norm)) return __int_as_float(0x7fc00000);
+    const int e = exponent(norm);
+    return static_cast<float>(1 / (fmax(norm * power(-e), eps) * margin) * power(-e));
+}
+
+// Each block of a matrix adds all its partial sums, which is less than it costs to wait for another one, and rescales its
+// share of the tiles: seldom any.
+__global__ __launch_bounds__(THREADS) void norm_kernel(const __grid_constant__ NormArguments u) {
+    __shared__ double scratch[2][WARPS];
+    const int64_t matrix = blockIdx.x / u.shares;
+    const double* partial = u.partial + matrix * u.tiles;
+    double sum = 0, largest = 0;
+    for (int i = threadIdx.x; i < u.tiles; i += THREADS) {
+        sum += partial[i];
+        largest = larger(partial[i], largest);
+    }
+    sum = block_reduce(sum, add, scratch[0]);
+    largest = block_reduce(largest, larger, scratch[1]);
+
+    const bool sound = isfinite(sum) && sum != 0;
+    int whole = tile_power(largest, u.half);
+    if (sound && !u.half && (sum < 0x1p-60 || sum > 0x1p60)) whole = -exponent(sqrt(sum));
+    const int share = blockIdx.x % u.shares;
+    if (share == 0 && threadIdx.x == 0) {
+        u.scale[matrix] = reciprocal_norm(sound ? sum * power(whole) * power(whole) : sum, u.eps, u.margin);
+    }
+    if (!sound) return;
+    for (int t = share; t < u.tiles; t += u.shares) {
+        const int e = whole - tile_power(partial[t], u.half);
+        if (e == 0 || partial[t] == 0) continue;
+        const PowerOfTwo factor(e);
+        const Tile tile = tile_of(u.x, static_cast<int>(matrix), t);
+        for (int i = threadIdx.x; i < TILE * TILE; i += THREADS) {
+            const int row = i / TILE, col = i % TILE;
+            if (row >= tile.rows || col >= tile.cols) continue;
+            uint16_t* x = x_at(u.x, tile, row, col);
+            *x = static_cast<uint16_t>(pack(factor(unpack(*x, u.half).x), 0, u.half));
+        }
+    }
+}
+
+}  // namespace
+
+int64_t momentum_partials(const MomentumUpdate& args) { return args.x.batch * tiles(args.x); }
+
+Result momentum_update(const MomentumUpdate& args, DType dtype, double* partial, Stream stream) {
+    if (dtype == DType::f32 || (args.x.batch && !args.grad)) return kInvalidArgument;
+    const Result device = supported();
+    if (device.status != Status::ok || !args.x.batch) return device;
+    const auto on = static_cast<cudaStream_t>(stream);
+    const bool half = dtype == DType::f16;
+    const int64_t per_matrix = tiles(args.x);
+    if (per_matrix > INT_MAX) return kInvalidArgument;
+
+    MomentumArguments u;
+    u.grad_scale = args.grad_scale;
+    u.mu = static_cast<float>(args.mu);
+    u.rest = static_cast<float>(1.0 - args.mu);
+    u.nesterov = args.nesterov;
+    u.dampened = args.dampened;
+    u.has_momentum = args.momentum != nullptr;
+    u.half = half;
+    u.x_vector = vectors(args.x);
+
+    const Result pass = with_type(args.grad_dtype, [&](auto grad) {
+        return with_type(args.momentum ? args.momentum_dtype : args.grad_dtype, [&](auto momentum) {
+            using Grad = decltype(grad);
+            using Momentum = decltype(momentum);
+            const Operands<2> operands = {
+                {args.grad, args.momentum},
+                {sizeof(Grad), sizeof(Momentum)},
+                nullptr,
+                VECTOR<Grad, Momentum>
+            };
+            return for_each_launch(args.x, operands, u.runs, [&](int64_t first, int64_t count) {
+                u.x = args.x;
+                u.x.data += first * args.x.batch_stride;
+                u.partial = partial + first * per_matrix;
+                momentum_kernel<Grad, Momentum><<<static_cast<unsigned>(count * per_matrix), THREADS, 0, on>>>(u);
+                return launched();
+            });
+        });
+    });
+    if (pass.status != Status::ok) return pass;
+
+    NormArguments n = {args.x,      partial, args.scale, args.eps, args.margin, static_cast<int>(per_matrix), 1, half};
+    n.shares = static_cast<int>(std::clamp<int64_t>(per_matrix / 64, 1, 64));
+    const int64_t most = INT_MAX / n.shares;
+    for (int64_t first = 0; first < args.x.batch; first += most) {
+        const int64_t count = std::min(most, args.x.batch - first);
+        norm_kernel<<<static_cast<unsigned>(count * n.shares), THREADS, 0, on>>>(n);
+        const Result result = launched();
+        if (result.status != Status::ok) return result;
+        n.x.data += count * args.x.batch_stride;
+        n.partial += count * per_matrix;
+        n.scale += count;
+    }
+    return kOk;
+}
+
+}  // namespace muon_kernels::cuda
