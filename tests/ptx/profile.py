@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from .parser import Location, Statement
 
-_FIELDS = ("threads", "requests", "bytes", "sectors", "ideal_sectors", "wavefronts", "ideal_wavefronts")
+_FIELDS = ("threads", "requests", "bytes", "sectors", "ideal_sectors", "wavefronts", "ideal_wavefronts", "shared_bytes")
 _TENSOR = ("mma", "wgmma", "dmma")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One PTX instruction. `threads`: how often threads ran it. `requests`: of whole warps; `sectors` of 32 bytes of
+    """One PTX instruction. `threads`: how often threads ran it. `requests`: of whole warps; `bytes` and `sectors` of 32 bytes of
     global memory and `wavefronts` of shared memory are what they cost, the ideal ones what their bytes would need."""
 
     line: int
@@ -27,10 +27,7 @@ class Row:
     ideal_sectors: int
     wavefronts: int
     ideal_wavefronts: int
-
-    @property
-    def space(self) -> str:
-        return "global" if self.sectors else "shared" if self.wavefronts else ""
+    shared_bytes: int
 
     @property
     def conflicts(self) -> int:
@@ -82,7 +79,7 @@ class Profile:
 
     @property
     def global_bytes(self) -> int:
-        return self.total("bytes", lambda row: row.space == "global")
+        return self.total("bytes")
 
     def by_source(self) -> dict[str, list[Row]]:
         """Rows that touch memory, by the outermost source line that they come from."""
@@ -105,7 +102,7 @@ class Profile:
         ]
         for r in self.rows:
             if r.requests:
-                counts = f"{r.requests:>9} {r.bytes:>11} {r.sectors:>9} {r.ideal_sectors:>9} {r.wavefronts:>9} {r.ideal_wavefronts:>9}"
+                counts = f"{r.requests:>9} {r.bytes + r.shared_bytes:>11} {r.sectors:>9} {r.ideal_sectors:>9} {r.wavefronts:>9} {r.ideal_wavefronts:>9}"
                 mark = "" if r.sectors <= r.ideal_sectors and not r.conflicts else "  <"
                 lines.append(f"{r.line:>6} {counts}  {r.op}  {r.location or ''}{mark}")
         return "\n".join(lines)

@@ -159,15 +159,15 @@ class Runtime:
         # An exception must not cross the C++ frames in between: it becomes an error code and a line in build_errors.
         try:
             module = self._module(name.decode())
-            index, kernel = module.kernels[name.decode()]
-            library = module.library(self._races, self._profile)
+            launchable = module.kernel(name.decode())
+            kernel = launchable.info
             count = len(kernel.params)
             numbers = ctypes.c_uint32 * max(count, 1)
             offsets = numbers(*[offset for offset, _ in kernel.params])
             sizes = numbers(*[p.bytes for _, p in kernel.params])
             self._alive += [offsets, sizes]
             target = info.contents
-            target.run = ctypes.cast(getattr(library, f"launch_{index}"), ctypes.c_void_p).value
+            target.run = ctypes.cast(launchable.entry(self._races, self._profile), ctypes.c_void_p).value
             target.param_count, target.offsets, target.sizes = count, offsets, sizes
             target.param_bytes, target.static_shared = kernel.param_bytes, kernel.static_shared
             target.max_threads, target.required_threads = kernel.max_threads or 0, kernel.required_threads or 0
@@ -181,7 +181,7 @@ class Runtime:
 
     def _variable(self, name: bytes) -> int:
         try:
-            return self._module(name.decode()).variable(name.decode())
+            return self._module(name.decode()).variable(name.decode(), self._races, self._profile)
         except Exception as error:
             self.build_errors.append(f"{name.decode()}: {error}")
             return 0
@@ -225,7 +225,9 @@ class Runtime:
 
     @property
     def log(self) -> list[Launched]:
-        entries = [self._library.standin_log(ctypes.c_uint64(i)).contents for i in range(self._library.standin_log_size())]
+        entries = [
+            self._library.standin_log(ctypes.c_uint64(i)).contents for i in range(self._library.standin_log_size())
+        ]
         return [
             Launched(
                 e.kernel.decode(),
@@ -280,7 +282,18 @@ def _object(source: Path, arch: str, flags: Sequence[str]) -> tuple[Path, Path]:
     def make(out: Path) -> None:
         keep = out.parent / "keep"
         keep.mkdir()
-        command = ["nvcc", "-c", f"-arch={arch}", "-std=c++17", "-lineinfo", "-Xcompiler", "-fPIC", "-keep", "-keep-dir", keep]
+        command = [
+            "nvcc",
+            "-c",
+            f"-arch={arch}",
+            "-std=c++17",
+            "-lineinfo",
+            "-Xcompiler",
+            "-fPIC",
+            "-keep",
+            "-keep-dir",
+            keep,
+        ]
         out.mkdir()
         run([*map(str, command), *flags, str(source), "-o", str(out / "host.o")])
         ptx = next(keep.glob("*.ptx"))

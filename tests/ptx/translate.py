@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from .parser import BYTES, NAME, Function, Module, PtxError, Statement, Variable
@@ -234,7 +234,11 @@ class _Body:
         if self.is_register(name):
             # A 32-bit address wraps.
             if self.register_type(name) == "u32":
-                return f"u64(u32({self.register(name)} + {offset & 0xFFFFFFFF}u))" if offset else f"u64({self.register(name)})"
+                return (
+                    f"u64(u32({self.register(name)} + {offset & 0xFFFFFFFF}u))"
+                    if offset
+                    else f"u64({self.register(name)})"
+                )
             return f"{self.register(name)} + {offset & (1 << 64) - 1}ull" if offset else self.register(name)
         symbol = self.symbol(name)
         if symbol is None:
@@ -260,7 +264,9 @@ class _Body:
                 raise ins.fail("unknown opcode")
             code = OPCODES[base](ins)
             if self.accumulators and base != "wgmma":
-                touched = {self.accumulators[r] for o in s.operands for r in re.findall(NAME, o) if r in self.accumulators}
+                touched = {
+                    self.accumulators[r] for o in s.operands for r in re.findall(NAME, o) if r in self.accumulators
+                }
                 moved = str(base == "mov").lower()
                 code = "".join(f"accumulators_ready(t, {g}, {moved}, {s.line}); " for g in sorted(touched)) + code
             if base == "bra" and self.labels[s.operands[0]] <= i:
@@ -275,7 +281,9 @@ class _Body:
             for v in self.function.variables.values()
             if v.space in ("local", "param")
         ]
-        return "\n".join([*locals_, *arrays, "    u32 carry = 0; u128 sink; (void)carry; (void)sink;", *("    " + x for x in lines)])
+        return "\n".join(
+            [*locals_, *arrays, "    u32 carry = 0; u128 sink; (void)carry; (void)sink;", *("    " + x for x in lines)]
+        )
 
     def signature(self) -> str:
         if self.function.entry:
@@ -319,10 +327,12 @@ def _shared_layout(module: Module, function: Function) -> tuple[dict[str, int], 
     return offsets, align_up(end, align) - 1024
 
 
-def translate(module: Module) -> tuple[str, list[Kernel]]:
-    """The C++ of a module and what it takes to launch its kernels."""
+def translate(module: Module, entries: Collection[str]) -> tuple[str, list[Kernel]]:
+    """The C++ of some entries of a module, with all its .funcs, and what it takes to launch them."""
     kernels, bodies, declarations = [], [], []
     for function in module.functions.values():
+        if function.entry and function.name not in entries:
+            continue
         shared, shared_bytes = _shared_layout(module, function)
         body = _Body(module, function, shared)
         code = body.translate()
@@ -352,10 +362,10 @@ def translate(module: Module) -> tuple[str, list[Kernel]]:
         for v in storage
     ]
     own = ", ".join(
-        f"{{reinterpret_cast<u64>({identifier(v.name)}), reinterpret_cast<u64>({identifier(v.name)}) + {v.bytes}}}" for v in storage
+        f"{{reinterpret_cast<u64>({identifier(v.name)}), reinterpret_cast<u64>({identifier(v.name)}) + {v.bytes}}}"
+        for v in storage
     )
     head = [
-
         "using namespace ptx;",
         "#define AT(line) if constexpr (kProfile) ++t.block->grid->launch.profile[line].threads;",
         *variables,
@@ -552,7 +562,9 @@ def _mov(ins: Instruction) -> str:
         parts = ins.vector(1)
         each = f"u{8 * size // len(parts)}"
         bits = {4: "u32", 8: "u64", 16: "u128"}[size]
-        values = [f"{bits}({ins.body.value(ins, p, each)}) << {8 * size // len(parts) * i}" for i, p in enumerate(parts)]
+        values = [
+            f"{bits}({ins.body.value(ins, p, each)}) << {8 * size // len(parts) * i}" for i, p in enumerate(parts)
+        ]
         return ins.set(f"{bits}({' | '.join(values)})")
     if ins.ops[0].startswith("{"):
         parts = ins.vector(0)
@@ -656,7 +668,17 @@ def _atom(ins: Instruction) -> str:
     return f"{{ {code}{ins.set(update) if returns else update + ';'} }}"
 
 
-@opcode("prefetch", "prefetchu", "discard", "applypriority", "griddepcontrol", "setmaxnreg", "createpolicy", "brkpt", "pmevent")
+@opcode(
+    "prefetch",
+    "prefetchu",
+    "discard",
+    "applypriority",
+    "griddepcontrol",
+    "setmaxnreg",
+    "createpolicy",
+    "brkpt",
+    "pmevent",
+)
 def _nothing(ins: Instruction) -> str:
     return ins.set("u64(0)") if ins.parts[0] == "createpolicy" else ""
 
@@ -779,7 +801,9 @@ def _match(ins: Instruction) -> str:
 def _redux(ins: Instruction) -> str:
     kind = ins.type
     body = _ATOMIC[ins.parts[2]].format("y")
-    return ins.set(f"redux(t, {ins.src(2, 'u32')}, {ins.line}, {ins.src(1)}, []({kind} x, {kind} y) -> {kind} {{ return {body}; }})")
+    return ins.set(
+        f"redux(t, {ins.src(2, 'u32')}, {ins.line}, {ins.src(1)}, []({kind} x, {kind} y) -> {kind} {{ return {body}; }})"
+    )
 
 
 @opcode("activemask")
@@ -805,13 +829,21 @@ def _mma(ins: Instruction) -> str:
     if shape == "m8n8k4" and d == "f64":
         values = [ins.body.value(ins, e, "f64") for i in (1, 2, 3) for e in ins.vector(i)]
         code = f"DmmaArg x{{{values[0]}, {values[1]}, {{{values[2]}, {values[3]}}}}}; dmma(t, {ins.line}, x); "
-        return f"{{ {code}" + " ".join(f"set({ins.body.target(ins, e)}, x.c[{i}]);" for i, e in enumerate(ins.vector(0))) + " }"
+        return (
+            f"{{ {code}"
+            + " ".join(f"set({ins.body.target(ins, e)}, x.c[{i}]);" for i, e in enumerate(ins.vector(0)))
+            + " }"
+        )
     found = re.fullmatch(r"m16n8k(\d+)", shape)
     if not found or a not in _MMA_TYPES or d not in ("f32", "f16"):
         raise ins.fail("not supported")
     read = lambda i: ", ".join(ins.body.value(ins, e, "u32") for e in ins.vector(i))
     code = f"MmaArg<{a}, {d}, {found[1]}> x{{{{{read(1)}}}, {{{read(2)}}}, {{{read(3)}}}}}; mma(t, {ins.line}, x); "
-    return f"{{ {code}" + " ".join(f"set({ins.body.target(ins, e)}, x.c[{i}]);" for i, e in enumerate(ins.vector(0))) + " }"
+    return (
+        f"{{ {code}"
+        + " ".join(f"set({ins.body.target(ins, e)}, x.c[{i}]);" for i, e in enumerate(ins.vector(0)))
+        + " }"
+    )
 
 
 @opcode("ldmatrix", "stmatrix")
@@ -878,7 +910,11 @@ def _bulk(ins: Instruction) -> str:
     else:
         pieces = f"linear(t, {ins.address(shared)}, {ins.address(other)}, {ins.src(2, 'u32')}, {ins.line})"
         barrier = 3
-    call = f"load_bulk(t, pieces, fill, {ins.address(barrier)}, {ins.line});" if load else f"store_bulk(t, pieces, {ins.line});"
+    call = (
+        f"load_bulk(t, pieces, fill, {ins.address(barrier)}, {ins.line});"
+        if load
+        else f"store_bulk(t, pieces, {ins.line});"
+    )
     return f"{{ u32 fill = 0; auto pieces = {pieces}; {call} }}"
 
 

@@ -67,8 +67,9 @@ inline bool mbarrier_wait(Thread& t, u64 address, bool by_parity, u64 which, boo
             if constexpr (kRaces) t.trace.vision.join(b.done);
             return true;
         }
-        // A try_wait may give up: where time is random it does, which finds kernels that do not try again.
-        if (!may_block || (t.block->grid->launch.asynchrony == kRandomTime && !t.block->grid->random(4))) {
+        // A try_wait may give up: where copies are not early it does every other time, which finds kernels that do not
+        // try again.
+        if (!may_block || (t.block->grid->launch.asynchrony != kEarly && ++t.tries % 2)) {
             t.spin(line);
             return false;
         }

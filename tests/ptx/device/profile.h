@@ -33,7 +33,7 @@ inline u32 wavefronts(const Request& r, u32 lanes_per_phase, u32& phases) {
 inline void account(LineProfile& p, const Request& r) {
     const u32 lanes = std::popcount(r.mask);
     ++p.requests;
-    p.bytes += u64(lanes) * r.size;
+    (r.shared ? p.shared_bytes : p.bytes) += u64(lanes) * r.size;
     if (r.shared) {
         u32 phases;
         p.wavefronts += wavefronts(r, r.size <= 4 ? 32 : 128 / r.size, phases);
@@ -64,7 +64,7 @@ class Requests {
 
   public:
     void add(LineProfile* lines, u32 lane, u32 lanes, u32 line, u64 when, bool shared, u64 address, u32 size) {
-        const u64 key = when * 1000003 + line;
+        const u64 key = (when * 2 + shared) * 1000003 + line;
         Request& r = open_[key];
         if (r.mask >> lane & 1) {
             account(lines[r.line], r);

@@ -108,6 +108,7 @@ struct Thread {
     u32 line = 0;               // where it waits
     const char* waits = "";     // for what
     u32 barrier_result = 0;
+    u32 tries = 0;  // of mbarriers
     std::vector<Copy> copies;   // cp.async that have not landed, oldest first
     std::vector<size_t> groups; // for every committed group not waited for: one past its last entry of `copies`
     u32 committed = 0, bulk_committed = 0;

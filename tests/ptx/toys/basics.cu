@@ -127,6 +127,7 @@ __global__ void half_warp_barrier(float* out) {
 __global__ void divergent_shuffle(float* out) {
     float v = threadIdx.x;
     if (threadIdx.x < 16) v = __shfl_xor_sync(~0u, v, 1);
+    __syncthreads();
     out[threadIdx.x] = v;
 }
 
@@ -157,6 +158,8 @@ __global__ void grid_sync(int* a, int* out) {
 }
 
 __global__ void blocks_collide(float* out) { out[threadIdx.x] = blockIdx.x; }
+
+__global__ void blocks_agree(float* out) { out[threadIdx.x] = 3; }
 
 __global__ void double_math(const double* x, double* out) {
     const int i = threadIdx.x;
