@@ -23,21 +23,21 @@ __device__ uint64_t mixed(uint64_t z) {
     return z ^ (z >> 31);
 }
 
-// Sixteen random bits for every element, that depend on nothing else: a 2 x 2 block has 64 of SplitMix64's stream, so
-// that a number is used up whichever way a thread walks.
+// Sixteen random bits for every element that depend on nothing else: the elements of a 2 x 2 block share 64 of SplitMix64's
+// stream, and a thread, whichever way it walks, has all of them.
 struct RandomBits {
-    uint64_t state;  // of the matrix
+    static constexpr uint64_t STEP = 0x9e3779b97f4a7c15u;
+    uint64_t state;
     int64_t blocks;  // in two rows
 
-    __device__ RandomBits(const ApplyArguments& u, int matrix)
-        : blocks((u.x.cols + 1) / 2) {
-        const uint64_t before = static_cast<uint64_t>(u.first + matrix) * ((u.x.rows + 1) / 2) * blocks;
-        state = mixed(u.options.seed) + before * STEP;
+    __device__ RandomBits(const ApplyArguments& u, int matrix) {
+        blocks = (u.x.cols + 1) / 2;
+        state = mixed(u.options.seed) + (u.first + matrix) * ((u.x.rows + 1) / 2) * blocks * STEP;
     }
-    __device__ uint64_t block(int row, int col) const { return mixed(state + (row / 2 * blocks + col / 2 + 1) * STEP); }
-    __device__ static uint32_t of(uint64_t block, int row, int col) { return block >> (32 * (row % 2) + 16 * (col % 2)) & 0xffff; }
-
-    static constexpr uint64_t STEP = 0x9e3779b97f4a7c15u;
+    __device__ uint32_t operator()(int row, int col) const {
+        const uint64_t block = mixed(state + (row / 2 * blocks + col / 2 + 1) * STEP);
+        return block >> (32 * (row % 2) + 16 * (col % 2)) & 0xffff;
+    }
 };
 
 // Up with the probability that makes the mean exact: values that bf16 has stay, as do infinity and NaN.
@@ -46,83 +46,78 @@ __device__ __nv_bfloat16 rounded_by(float value, uint32_t random) {
     return __ushort_as_bfloat16(static_cast<unsigned short>((__float_as_uint(value) + random) >> 16));
 }
 
-template <class Param, int V>
+// What is the same for all elements of a matrix.
+struct Coefficients {
+    float decay, step_size;
+
+    __device__ Coefficients(const ApplyArguments& u, double ratio) {
+        const double lr = u.options.lr ? *u.options.lr : u.lr;
+        const double weight_decay = u.options.weight_decay ? *u.options.weight_decay : u.weight_decay;
+        decay = static_cast<float>(1 - lr * weight_decay);
+        step_size = static_cast<float>(lr * ratio);
+    }
+    __device__ float operator()(float param, float update, bool cautious) const {
+        // The sign alone: the product of two small numbers would be a zero.
+        const bool decays = !cautious || update * copysignf(1.0f, param) >= 0;
+        return fmaf(-step_size, update, decays ? __fmul_rn(param, decay) : param);
+    }
+};
+
+template <class Param, bool STOCHASTIC, int V>
 __device__ void apply_tile(const ApplyArguments& u, const Run<1>& run, const Tile& tile, Staged& staged) {
-    const Slice<V> slice(tile, run.along_rows);
-    const int index = tile.matrix - run.begin;
-    constexpr int LINES = Slice<V>::LINES;
-    const auto at = [&](int l) {
-        return address<Param, V>(run.place[0], tile, run.along_rows, index, slice.line[l], slice.along);
-    };
-    float param[LINES][V], x[LINES][V];
-#pragma unroll
-    for (int l = 0; l < LINES; ++l) load(at(l), slice.count[l], param[l]);
-    if (run.along_rows) {
-#pragma unroll
-        for (int l = 0; l < LINES; ++l) {
-            uint32_t words[(V + 1) / 2];
-            load_x(x_at(u.x, tile, slice.line[l], slice.along), slice.count[l], u.x_vector, words);
-#pragma unroll
-            for (int v = 0; v < V; ++v) {
-                const float2 pair = unpack(words[v / 2], u.half);
-                x[l][v] = v % 2 ? pair.y : pair.x;
-            }
-        }
-    } else {
+    if (!run.along_rows) {
         staged.read_from(u.x, tile, u.x_vector);
         __syncthreads();
-#pragma unroll
-        for (int l = 0; l < LINES; l += 2) {
-#pragma unroll
-            for (int v = 0; v < V; ++v) {
-                const float2 pair = unpack(staged.at(slice.along + v, slice.line[l] / 2), u.half);
-                x[l][v] = pair.x;
-                x[l + 1][v] = pair.y;
-            }
-        }
     }
-    const double lr = u.options.lr ? *u.options.lr : u.lr;
-    const double weight_decay = u.options.weight_decay ? *u.options.weight_decay : u.weight_decay;
-    const float decay = static_cast<float>(1 - lr * weight_decay), step_size = static_cast<float>(lr * run.ratio);
+    const Coefficients coefficients(u, run.ratio);
     const RandomBits random(u, tile.matrix);
+    // Vectors at once, single elements in parts: the addresses of all would take too many registers.
+    constexpr int LINES = V == 1 ? 4 : PER_THREAD / V;
+#pragma unroll 1
+    for (int begin = 0; begin < PER_THREAD / V; begin += LINES) {
+        const Slice<V, LINES> slice(tile, run.along_rows, begin);
+        const Lines<Param, V> params(run, 0, tile, slice);
+        float param[LINES][V], x[LINES][V];
 #pragma unroll
-    for (int l = 0; l < LINES; l += 2) {
-        Param stored[2][V];
-        uint64_t bits = 0;
+        for (int l = 0; l < LINES; ++l) load(params[l], slice.count(l), param[l]);
 #pragma unroll
-        for (int v = 0; v < V; ++v) {
+        for (int l = 0; l < LINES; ++l) {
+            if (run.along_rows) {
+                load_x(x_at(u.x, tile, slice.row(l, 0), slice.along), slice.count(l), u.x_vector, u.half, x[l]);
+            } else {
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const float old = param[l + i][v], update = x[l + i][v];
-                // The sign alone: the product of two small numbers would be a zero.
-                const bool decays = !u.options.cautious || update * copysignf(1.0f, old) >= 0;
-                const float value = fmaf(-step_size, update, decays ? __fmul_rn(old, decay) : old);
-                stored[i][v] = rounded<Param>(value);
-                if constexpr (std::is_same_v<Param, __nv_bfloat16>) {
-                    if (u.options.stochastic_rounding) {
-                        const int line = slice.line[l + i], along = slice.along + v;
-                        const int row = tile.row + (run.along_rows ? line : along);
-                        const int col = tile.col + (run.along_rows ? along : line);
-                        if (i == 0 && (V == 1 || v % 2 == 0)) bits = random.block(row, col);
-                        stored[i][v] = rounded_by(value, RandomBits::of(bits, row, col));
-                    }
+                for (int v = 0; v < V; ++v) {
+                    const float2 pair = unpack(staged.at(slice.row(l, v), slice.col(l, v) / 2), u.half);
+                    x[l][v] = l % 2 ? pair.y : pair.x;
                 }
             }
         }
-        store(at(l), slice.count[l], stored[0]);
-        store(at(l + 1), slice.count[l + 1], stored[1]);
+#pragma unroll
+        for (int l = 0; l < LINES; ++l) {
+            Param stored[V];
+#pragma unroll
+            for (int v = 0; v < V; ++v) {
+                const float value = coefficients(param[l][v], x[l][v], u.options.cautious);
+                if constexpr (STOCHASTIC) {
+                    stored[v] = rounded_by(value, random(tile.row + slice.row(l, v), tile.col + slice.col(l, v)));
+                } else {
+                    stored[v] = rounded<Param>(value);
+                }
+            }
+            store(params[l], slice.count(l), stored);
+        }
     }
 }
 
-template <class Param>
+template <class Param, bool STOCHASTIC>
 __global__ __launch_bounds__(THREADS, BLOCKS_PER_SM) void apply_kernel(const __grid_constant__ ApplyArguments u) {
     __shared__ Staged staged;
     const Tile tile = tile_of_block(u.x);
     const Run<1>& run = run_of(u.runs, tile.matrix);
     if (run.vector) {
-        apply_tile<Param, VECTOR<Param>>(u, run, tile, staged);
+        apply_tile<Param, STOCHASTIC, VECTOR<Param>>(u, run, tile, staged);
     } else {
-        apply_tile<Param, 1>(u, run, tile, staged);
+        apply_tile<Param, STOCHASTIC, 1>(u, run, tile, staged);
     }
 }
 
@@ -144,13 +139,17 @@ Result apply_update(const ApplyUpdate& args, const ApplyOptions& options, DType 
     u.x_vector = vectors(args.x);
     return with_type(args.param_dtype, [&](auto param) {
         using Param = decltype(param);
+        auto* kernel = apply_kernel<Param, false>;
+        if constexpr (std::is_same_v<Param, __nv_bfloat16>) {
+            if (options.stochastic_rounding) kernel = apply_kernel<Param, true>;
+        }
         const Operands<1> operands = {{args.param}, {sizeof(Param)}, args.ratio, VECTOR<Param>};
         return for_each_launch(args.x, operands, u.runs, [&](int64_t first, int64_t count) {
             u.x = args.x;
             u.x.data += first * args.x.batch_stride;
             u.first = first;
             const auto blocks = static_cast<unsigned>(count * per_matrix);
-            apply_kernel<Param><<<blocks, THREADS, 0, static_cast<cudaStream_t>(stream)>>>(u);
+            kernel<<<blocks, THREADS, 0, static_cast<cudaStream_t>(stream)>>>(u);
             return launched();
         });
     });

@@ -162,33 +162,43 @@ __device__ inline Tile tile_of_block(const Stack& x) {
 }
 
 // A thread has PER_THREAD elements: V consecutive ones of both lines of each of its pairs of lines. Pairs, because two
-// neighbouring columns make one word of a row of x. A warp covers TILE elements of 32 * V / TILE lines.
-template <int V>
+// neighbouring columns make one word of a row of x. A warp covers TILE elements of 32 * V / TILE lines. A slice is all of
+// that or, from the thread's line `begin` on, LINES lines of it.
+template <int V, int LINES = PER_THREAD / V>
 struct Slice {
-    static constexpr int LINES = PER_THREAD / V;
-    int line[LINES];  // in the tile
-    int along;        // of the first of V elements in the tile
-    int count[LINES]; // of these, inside the matrix
+    const bool along_rows;
+    const int line, along;  // of its first element in the tile
+    int lines, length;      // from there on inside the matrix, length at most V
 
-    __device__ explicit Slice(const Tile& tile, bool along_rows) {
-        along = threadIdx.x % (TILE / V) * V;
-        const int lines = along_rows ? tile.rows : tile.cols, length = along_rows ? tile.cols : tile.rows;
-#pragma unroll
-        for (int l = 0; l < LINES; ++l) {
-            line[l] = 2 * pair(l / 2) + l % 2;
-            count[l] = line[l] < lines ? min(max(length - along, 0), V) : 0;
-        }
+    __device__ Slice(const Tile& tile, bool along_rows, int begin = 0)
+        : along_rows(along_rows), line(2 * (threadIdx.x / (TILE / V)) + offset(begin)), along(threadIdx.x % (TILE / V) * V) {
+        lines = (along_rows ? tile.rows : tile.cols) - line;
+        length = min(max((along_rows ? tile.cols : tile.rows) - along, 0), V);
     }
-    __device__ static int pair(int slot) { return threadIdx.x / (TILE / V) + slot * (THREADS * V / TILE); }
+    // The l-th line of the thread, counted from the first.
+    __device__ static constexpr int offset(int l) { return l / 2 * 2 * (THREADS * V / TILE) + l % 2; }
+    // Of the V elements of line l, those inside the matrix.
+    __device__ int count(int l) const { return offset(l) < lines ? length : 0; }
+    __device__ int row(int l, int v) const { return along_rows ? line + offset(l) : along + v; }
+    __device__ int col(int l, int v) const { return along_rows ? along + v : line + offset(l); }
 };
 
-// The address of the first element of a slice's line.
+// Where the lines of a slice lie in an operand.
 template <class T, int V>
-__device__ T* address(const Place& place, const Tile& tile, bool along_rows, int run_index, int line, int along) {
-    const int64_t row = tile.row + (along_rows ? line : along), col = tile.col + (along_rows ? along : line);
-    return reinterpret_cast<T*>(place.address + run_index * place.step) + row * place.row_stride +
-           col * place.col_stride;
-}
+struct Lines {
+    T* first;
+    int64_t stride;
+
+    template <int OPERANDS, int LINES>
+    __device__ Lines(const Run<OPERANDS>& run, int operand, const Tile& tile, const Slice<V, LINES>& slice) {
+        const Place& place = run.place[operand];
+        const int64_t row = tile.row + slice.row(0, 0), col = tile.col + slice.col(0, 0);
+        first = reinterpret_cast<T*>(place.address + (tile.matrix - run.begin) * place.step) + row * place.row_stride +
+                col * place.col_stride;
+        stride = slice.along_rows ? place.row_stride : place.col_stride;
+    }
+    __device__ T* operator[](int l) const { return first + Slice<V>::offset(l) * stride; }
+};
 
 // Elements that make an access of 16 bytes, of the larger type.
 template <class A, class B = A>
@@ -274,8 +284,9 @@ inline bool vectors(const Stack& x) {
     return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.batch_stride % 8 == 0 && x.row_stride % 8 == 0;
 }
 
+// `vector` is theirs: whether 2 * WORDS elements can be moved at once.
 template <int WORDS>
-__device__ void load_x(const uint16_t* from, int count, bool vector, uint32_t (&to)[WORDS]) {
+__device__ void load_words(const uint16_t* from, int count, bool vector, uint32_t (&to)[WORDS]) {
     if (vector && count >= 2 * WORDS) {
         const auto word = __ldcs(reinterpret_cast<const Word<4 * WORDS>*>(from));
         memcpy(to, &word, sizeof(word));
@@ -288,7 +299,7 @@ __device__ void load_x(const uint16_t* from, int count, bool vector, uint32_t (&
 }
 
 template <int WORDS>
-__device__ void store_x(uint16_t* to, int count, bool vector, const uint32_t (&from)[WORDS]) {
+__device__ void store_words(uint16_t* to, int count, bool vector, const uint32_t (&from)[WORDS]) {
     if (vector && count >= 2 * WORDS) {
         Word<4 * WORDS> word;
         memcpy(&word, from, sizeof(word));
@@ -300,6 +311,26 @@ __device__ void store_x(uint16_t* to, int count, bool vector, const uint32_t (&f
         if (2 * w < count) to[2 * w] = static_cast<uint16_t>(from[w]);
         if (2 * w + 1 < count) to[2 * w + 1] = static_cast<uint16_t>(from[w] >> 16);
     }
+}
+
+// `count` of V elements of a row.
+template <int V>
+__device__ void load_x(const uint16_t* from, int count, bool vector, bool half, float (&to)[V]) {
+    uint32_t words[(V + 1) / 2];
+    load_words(from, count, vector, words);
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+        const float2 pair = unpack(words[v / 2], half);
+        to[v] = v % 2 ? pair.y : pair.x;
+    }
+}
+
+template <int V>
+__device__ void store_x(uint16_t* to, int count, bool vector, bool half, const float (&from)[V]) {
+    uint32_t words[(V + 1) / 2];
+#pragma unroll
+    for (int v = 0; v < V; v += 2) words[v / 2] = pack(from[v], v + 1 < V ? from[v + 1] : 0, half);
+    store_words(to, count, vector, words);
 }
 
 // A tile of x in shared memory, a word for two neighbouring columns of a row. On one side a thread has a pair of columns
@@ -327,7 +358,7 @@ struct Staged {
             const int row = i / CHUNKS, col = i % CHUNKS * 8;
             if (row >= tile.rows || col >= tile.cols) continue;
             const uint4 w = straightened(chunk(row, i % CHUNKS), row);
-            store_x(x_at(x, tile, row, col), tile.cols - col, vector, {w.x, w.y, w.z, w.w});
+            store_words(x_at(x, tile, row, col), tile.cols - col, vector, {w.x, w.y, w.z, w.w});
         }
     }
     __device__ void read_from(const Stack& x, const Tile& tile, bool vector) {
@@ -336,7 +367,7 @@ struct Staged {
             const int row = i / CHUNKS, col = i % CHUNKS * 8;
             if (row >= tile.rows || col >= tile.cols) continue;
             uint32_t w[4];
-            load_x(x_at(x, tile, row, col), tile.cols - col, vector, w);
+            load_words(x_at(x, tile, row, col), tile.cols - col, vector, w);
             chunk(row, i % CHUNKS) = straightened({w[0], w[1], w[2], w[3]}, row);
         }
     }

@@ -9,14 +9,21 @@
 namespace muon_kernels::cuda {
 namespace {
 
+// factor * (difference ? other - grad : other) + (onto_other ? other : grad): all that momentum asks for, without a branch
+// for each element.
+struct Blend {
+    float factor;
+    bool difference;
+    bool onto_other;
+};
+
 struct MomentumArguments {
     Stack x;
     double* partial;  // the sum of squares of each tile
     float grad_scale;
-    float mu;
-    float rest;  // 1 - mu
+    Blend momentum;   // of the gradient with the old momentum
+    Blend direction;  // with the new one, if nesterov
     bool nesterov;
-    bool dampened;
     bool has_momentum;
     bool half;      // x is f16
     bool x_vector;  // see vectors()
@@ -50,25 +57,10 @@ struct PowerOfTwo {
 
 // ---- the pass -----------------------------------------------------------------------------------------------------------
 
-// `direction` is the gradient on entry. The same operations in the same order as csrc/cpu; without the intrinsics the
-// compiler would fuse a product and a difference.
-__device__ void update(const MomentumArguments& u, float& direction, float& buffer) {
-    const float grad = direction;
-    if (u.dampened) {
-        // torch.lerp's two branches, so that a momentum buffer equals torch.optim.Muon's to the bit
-        const float difference = __fsub_rn(grad, buffer);
-        buffer = u.rest < 0.5f ? fmaf(u.rest, difference, buffer) : fmaf(u.rest - 1.0f, difference, grad);
-    } else {
-        buffer = fmaf(u.mu, buffer, grad);
-    }
-    if (!u.nesterov) {
-        direction = buffer;
-    } else if (!u.dampened) {
-        direction = fmaf(u.mu, buffer, grad);
-    } else {
-        const float difference = __fsub_rn(buffer, grad);
-        direction = u.mu < 0.5f ? fmaf(u.mu, difference, grad) : fmaf(u.mu - 1.0f, difference, buffer);
-    }
+// One fused multiply-add, as in csrc/cpu; without the intrinsic the compiler could fuse the difference with what comes
+// before it.
+__device__ float blended(const Blend& b, float grad, float other) {
+    return fmaf(b.factor, b.difference ? __fsub_rn(other, grad) : other, b.onto_other ? other : grad);
 }
 
 // Over the lanes of a warp, always in the same order; all have the result.
@@ -99,20 +91,17 @@ __device__ double larger(double a, double b) { return a > b ? a : b; }
 template <class Grad, class Momentum, int V>
 __device__ void momentum_tile(const MomentumArguments& u, const Run<2>& run, const Tile& tile, Staged& staged) {
     __shared__ double scratch[WARPS];
+    constexpr int LINES = PER_THREAD / V;
     const Slice<V> slice(tile, run.along_rows);
-    const int index = tile.matrix - run.begin;
-    constexpr int LINES = Slice<V>::LINES;
+    const Lines<const Grad, V> grads(run, 0, tile, slice);
+    const Lines<Momentum, V> momenta(run, 1, tile, slice);
     float direction[LINES][V], buffer[LINES][V];
     // All reads are under way before the first is needed.
 #pragma unroll
-    for (int l = 0; l < LINES; ++l) {
-        load(address<Grad, V>(run.place[0], tile, run.along_rows, index, slice.line[l], slice.along), slice.count[l], direction[l]);
-    }
+    for (int l = 0; l < LINES; ++l) load(grads[l], slice.count(l), direction[l]);
     if (u.has_momentum) {
 #pragma unroll
-        for (int l = 0; l < LINES; ++l) {
-            load(address<Momentum, V>(run.place[1], tile, run.along_rows, index, slice.line[l], slice.along), slice.count[l], buffer[l]);
-        }
+        for (int l = 0; l < LINES; ++l) load(momenta[l], slice.count(l), buffer[l]);
     }
     double sum = 0;
 #pragma unroll
@@ -120,16 +109,16 @@ __device__ void momentum_tile(const MomentumArguments& u, const Run<2>& run, con
         Momentum stored[V];
 #pragma unroll
         for (int v = 0; v < V; ++v) {
-            direction[l][v] = __fmul_rn(direction[l][v], u.grad_scale);
+            float& d = direction[l][v];
+            d = __fmul_rn(d, u.grad_scale);
             if (u.has_momentum) {
-                update(u, direction[l][v], buffer[l][v]);
-                stored[v] = rounded<Momentum>(buffer[l][v]);
+                const float updated = blended(u.momentum, d, buffer[l][v]);
+                stored[v] = rounded<Momentum>(updated);
+                d = u.nesterov ? blended(u.direction, d, updated) : updated;
             }
-            sum += static_cast<double>(direction[l][v]) * direction[l][v];
+            sum += static_cast<double>(d) * d;
         }
-        if (u.has_momentum) {
-            store(address<Momentum, V>(run.place[1], tile, run.along_rows, index, slice.line[l], slice.along), slice.count[l], stored);
-        }
+        if (u.has_momentum) store(momenta[l], slice.count(l), stored);
     }
     sum = block_reduce(sum, add, scratch);
     if (threadIdx.x == 0) u.partial[blockIdx.x] = sum;
@@ -144,17 +133,14 @@ __device__ void momentum_tile(const MomentumArguments& u, const Run<2>& run, con
     if (run.along_rows) {
 #pragma unroll
         for (int l = 0; l < LINES; ++l) {
-            uint32_t words[(V + 1) / 2];
-#pragma unroll
-            for (int v = 0; v < V; v += 2) words[v / 2] = pack(direction[l][v], v + 1 < V ? direction[l][v + 1] : 0, u.half);
-            store_x(x_at(u.x, tile, slice.line[l], slice.along), slice.count[l], u.x_vector, words);
+            store_x(x_at(u.x, tile, slice.row(l, 0), slice.along), slice.count(l), u.x_vector, u.half, direction[l]);
         }
     } else {
 #pragma unroll
         for (int l = 0; l < LINES; l += 2) {
 #pragma unroll
             for (int v = 0; v < V; ++v) {
-                staged.at(slice.along + v, slice.line[l] / 2) = pack(direction[l][v], direction[l + 1][v], u.half);
+                staged.at(slice.row(l, v), slice.col(l, v) / 2) = pack(direction[l][v], direction[l + 1][v], u.half);
             }
         }
         __syncthreads();
@@ -247,10 +233,14 @@ Result momentum_update(const MomentumUpdate& args, DType dtype, double* partial,
 
     MomentumArguments u;
     u.grad_scale = args.grad_scale;
-    u.mu = static_cast<float>(args.mu);
-    u.rest = static_cast<float>(1.0 - args.mu);
+    // torch.lerp's two branches where dampened, so that a momentum buffer equals torch.optim.Muon's to the bit.
+    const auto mu = static_cast<float>(args.mu), rest = static_cast<float>(1.0 - args.mu);
+    u.momentum = u.direction = {mu, false, false};
+    if (args.dampened) {
+        u.momentum = rest < 0.5f ? Blend{-rest, true, true} : Blend{1.0f - rest, true, false};
+        u.direction = mu < 0.5f ? Blend{mu, true, false} : Blend{mu - 1.0f, true, true};
+    }
     u.nesterov = args.nesterov;
-    u.dampened = args.dampened;
     u.has_momentum = args.momentum != nullptr;
     u.half = half;
     u.x_vector = vectors(args.x);
