@@ -1,8 +1,8 @@
 """Executes on the CPU the PTX that nvcc and Triton emit, so that kernels can be proven without a GPU.
 
-    python -m tests.ptx profile csrc/cuda/syrk_sm80.cu --grid 4,4 --block 128 --shared 30720 bf16:256x256 f32:256x256 256
+    python -m tests.ptx profile kernels.cu --grid 4,4 --block 128 --shared 30720 bf16:256x256 f32:256x256 256
 
-    module = ptx.load(ptx.compile_ptx("kernels.cu", "sm_80"))     # or a path to .ptx, or its text
+    module = ptx.load(ptx.compile_ptx("kernels.cu", "sm_80"))  # or a path to .ptx, or its text
     kernel = module.kernel("gemm")
     kernel.launch((4, 4), 128, [a, b, c, m, n, k], shared_bytes, order="random", asynchrony="late", seed=1, races=True)
 
@@ -10,7 +10,7 @@
     runtime.register(a, c)
     with runtime.options(races=True):
         extension.syrk(a.data_ptr(), c.data_ptr(), n)
-    assert not runtime.failures, runtime.failures
+        assert not runtime.failures, runtime.failures
 
 How: translate.py turns every .entry into a C++ function, registers as locals, and g++ compiles it against device/*.h,
 where each GPU thread is a fiber and barriers, warp collectives and asynchronous operations are what they are in the PTX
@@ -23,16 +23,17 @@ What a passing kernel has shown:
   the target and copies at the last moment that the program allows; shared memory begins as NaN;
 - that every access is aligned and inside an allocation (`guard=True`: inside the view) or the block's shared memory;
 - no deadlock, no divergent collective, no shuffle from a lane outside its mask;
-- with `races=True`, that barriers, mbarriers, waits and fences.proxy.async order all conflicting accesses of shared memory, and
-  that blocks share global memory through atomics only. Threads that store the same value are a warning.
-- `profile=True` counts, exactly, sectors of global memory, wavefronts and bank conflicts of shared memory, and instructions.
+- with `races=True`, that barriers, mbarriers, waits and fences.proxy.async order all conflicting accesses of shared
+  memory, and that blocks share global memory through atomics only. Threads that store the same value are a warning;
+- `profile=True` counts sectors of global memory, wavefronts and bank conflicts of shared memory, and instructions.
 
 What it does not show: speed (counts are facts, times would not be); faults of ptxas; weak memory beyond the race check
-(a warp's .aligned collectives that touch memory count as synchronisation of its lanes; atomics as acquire and release);
-the order of additions inside a tensor core, so compare with float64 at a tolerance that fits, or use small integers. Not
-supported: clusters, tcgen05, fp8, wmma, textures, indirect calls, printf (ignored). Accumulators of a wgmma are computed
-at once: that they are touched before their wait is reported (a warning where the compiler's own mov does it), but their
-values are never late.
+(.aligned collectives that touch memory count as synchronisation of their warp; atomics as acquire and release); the
+order of additions inside a tensor core, so compare with float64 at a tolerance that fits, or use small integers.
+Accumulators of a wgmma are computed at once: that they are touched before their wait is reported (as a warning where a
+mov of the compiler does it), but their values are never late. Lanes are put together into warp requests by the barriers
+and backward branches that they passed, so counts of divergent code are approximate. Not supported: clusters, tcgen05,
+fp8, wmma, textures, indirect calls; printf is ignored.
 """
 
 from .module import LaunchError as LaunchError

@@ -4,8 +4,8 @@
     python -m tests.ptx run|profile KERNELS.cu --kernel gemm --grid 4,4 --block 128 --shared 30720 \\
         bf16:256x256 bf16:256x256 f32:256x256 256 256 256
 
-Arguments of the kernel: TYPE:SHAPE is a tensor of random numbers, TYPE:SHAPE=0 one of zeros; with a point, a float; else
-an integer.
+Arguments of the kernel: TYPE:SHAPE is a tensor of random numbers, TYPE:SHAPE=0 one of zeros; with a point, a float;
+else an integer.
 """
 
 from __future__ import annotations

@@ -109,8 +109,8 @@ def cache_directory() -> Path:
 
 
 def cached(suffix: str, contents: Sequence[str], make: Callable[[Path], None]) -> Path:
-    """The file that `make` writes from `contents`. Its name has a hash of all that went into it: a rebuilt file is never
-    dlopened under an old path, which would return the old module."""
+    """The file that `make` writes from `contents`. Its name has a hash of all that went into it: a rebuilt file is
+    never dlopened under an old path, which would return the old module."""
     key = hashlib.sha256("\0".join(contents).encode()).hexdigest()[:24]
     target = cache_directory() / f"{key}{suffix}"
     if not target.exists():
@@ -175,7 +175,8 @@ class CompiledModule:
         self._libraries: dict[tuple[tuple[str, ...], bool, bool], ctypes.CDLL] = {}
 
     def _group(self, name: str) -> tuple[str, ...]:
-        """The kernels that are built with this one: all of a small module; of a large one those that share variables."""
+        """The kernels that are built with this one: all of a small module; of a large one, those that share variables
+        with it."""
         functions = self.ptx.functions
         if sum(len(f.body) for f in functions.values()) <= 4000:
             return tuple(self.kernels)

@@ -15,7 +15,7 @@ class PtxError(Exception):
 
 @dataclass(frozen=True)
 class Location:
-    """Where in the CUDA source an instruction comes from, as .loc says; `inlined_at` is the call that brought it there."""
+    """Where in the CUDA source an instruction comes from; `inlined_at` is the call that brought it there."""
 
     file: str
     line: int
@@ -27,7 +27,7 @@ class Location:
 
 @dataclass(frozen=True)
 class Variable:
-    """A variable of a state space. `count` is None for an array without a size, as dynamic shared memory is declared."""
+    """A variable of a state space. `count` is None for an array without a size: dynamic shared memory."""
 
     name: str
     space: str

@@ -14,8 +14,8 @@ _TENSOR = ("mma", "wgmma", "dmma")
 
 @dataclass(frozen=True)
 class Row:
-    """One PTX instruction. `threads`: how often threads ran it. `requests`: of whole warps; `bytes` and `sectors` of 32 bytes of
-    global memory and `wavefronts` of shared memory are what they cost, the ideal ones what their bytes would need."""
+    """One PTX instruction. `threads`: how often threads ran it. `requests`: of whole warps. `bytes` and `sectors` (of
+    32 bytes) of global memory and `wavefronts` of shared memory are their cost, the ideal ones what their bytes need."""
 
     line: int
     op: str
@@ -46,7 +46,7 @@ class Profile:
         self.rows = [
             Row(s.line, s.op, s.location, *(getattr(counters[s.line], f) for f in _FIELDS))
             for s in statements
-            if s.op and getattr(counters[s.line], "threads")
+            if s.op and counters[s.line].threads
         ]
 
     def total(self, field: str, where: Callable[[Row], bool] = lambda row: True) -> int:
@@ -98,11 +98,12 @@ class Profile:
             f"barriers (threads) {self.barriers}; global bytes {self.global_bytes}, "
             f"sectors {self.total('sectors')} of {self.total('ideal_sectors')} ideal; "
             f"bank conflicts {self.bank_conflicts} in {self.total('wavefronts')} wavefronts",
-            f"{'PTX':>6} {'requests':>9} {'bytes':>11} {'sectors':>9} {'ideal':>9} {'waves':>9} {'ideal':>9}  instruction",
+            "   PTX  requests       bytes   sectors     ideal     waves     ideal  instruction",
         ]
         for r in self.rows:
             if r.requests:
-                counts = f"{r.requests:>9} {r.bytes + r.shared_bytes:>11} {r.sectors:>9} {r.ideal_sectors:>9} {r.wavefronts:>9} {r.ideal_wavefronts:>9}"
+                numbers = (r.sectors, r.ideal_sectors, r.wavefronts, r.ideal_wavefronts)
+                counts = f"{r.requests:>9} {r.bytes + r.shared_bytes:>11} " + " ".join(f"{n:>9}" for n in numbers)
                 mark = "" if r.sectors <= r.ideal_sectors and not r.conflicts else "  <"
                 lines.append(f"{r.line:>6} {counts}  {r.op}  {r.location or ''}{mark}")
         return "\n".join(lines)

@@ -7,7 +7,6 @@ import importlib.util
 import os
 import re
 import shutil
-import subprocess
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,8 +15,21 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .module import ASYNCHRONY, DEVICE, ORDERS, Asynchrony, CompiledModule, Launch, LaunchError, LineProfile, Order
-from .module import cached, load, run, tensor_range
+from .module import (
+    ASYNCHRONY,
+    DEVICE,
+    ORDERS,
+    Asynchrony,
+    CompiledModule,
+    Launch,
+    LaunchError,
+    LineProfile,
+    Order,
+    cached,
+    load,
+    run,
+    tensor_range,
+)
 from .parser import PtxError
 from .profile import Profile
 
@@ -276,7 +288,8 @@ def _with_includes(source: Path, flags: Sequence[str]) -> str:
 
 
 def _object(source: Path, arch: str, flags: Sequence[str]) -> tuple[Path, Path]:
-    """The host object of a .cu and the PTX of the very same compilation: names of kernels without linkage differ between two."""
+    """The host object of a .cu and the PTX of the very same compilation: between two of them the names of kernels
+    without linkage differ."""
     contents = ["object", arch, *flags, _with_includes(source, flags)]
 
     def make(out: Path) -> None:
@@ -324,8 +337,8 @@ def build(
     extra: Sequence[str | os.PathLike[str] | tuple[str | os.PathLike[str], Sequence[str]]] = (),
 ) -> tuple[ModuleType | None, Runtime]:
     """Compiles .cu files, more host sources (`extra`, and pybind11 `bindings` of the module `name`) and the stand-in
-    runtime into one shared object; returns the imported module, if there are bindings, and the runtime in it. An entry of
-    `extra` may be a source, a source with its own flags, or an object or archive."""
+    runtime into one shared object; returns the imported module, if there are bindings, and the runtime in it. An entry
+    of `extra` may be a source, a source with its own flags, or an object or archive."""
     flags = [*flags, *(f"-I{path}" for path in include)]
     which = arch if callable(arch) else lambda path: arch
     parts = [_object(Path(s), which(Path(s)), flags) for s in sources]

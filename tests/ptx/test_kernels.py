@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from .module import LaunchError, LaunchableKernel, load
+from .module import LaunchableKernel, LaunchError, load
 from .standin import compile_ptx, nvcc
 
 if not nvcc():

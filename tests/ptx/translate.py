@@ -195,7 +195,7 @@ class _Body:
             return f"as<{kind}>({special})"
         if found := re.fullmatch(r"0([fFdD])([0-9a-fA-F]+)", text):
             wide = found[1] in "dD"
-            if wide and kind == "f32" or not wide and kind == "f64":
+            if (wide and kind == "f32") or (not wide and kind == "f64"):
                 x = struct.unpack("<d" if wide else "<f", bytes.fromhex(found[2])[::-1])[0]
                 return f"as<{kind}>({float_bits(x, kind)})"
             return f"as<{kind}>({'u64' if wide else 'u32'}(0x{found[2]}))"
@@ -250,7 +250,9 @@ class _Body:
         name = re.split(r"[+\s]", text.strip("[] "))[0]
         # Those of an entry are addressed by offset (32-bit registers must hold their addresses), a call's are arrays.
         base = "reinterpret_cast<u64>(t.block->grid->launch.params) + "
-        return f"reinterpret_cast<u8*>({base if name in self.params or self.is_register(name) else ''}{self.address(ins, text)})"
+        if name not in self.params and not self.is_register(name):
+            base = ""
+        return f"reinterpret_cast<u8*>({base}{self.address(ins, text)})"
 
     def translate(self) -> str:
         lines = []
@@ -341,7 +343,8 @@ def translate(module: Module, entries: Collection[str]) -> tuple[str, list[Kerne
         if function.entry:
             index = len(kernels)
             bodies.append(
-                f'extern "C" void launch_{index}(Launch* l) {{ run_grid(*l, {identifier(function.name)}, {shared_bytes}, own()); }}\n'
+                f'extern "C" void launch_{index}(Launch* l) {{\n'
+                f"    run_grid(*l, {identifier(function.name)}, {shared_bytes}, own());\n}}\n"
             )
             params = tuple((body.params[p.name], p) for p in function.params)
             kernels.append(
@@ -525,7 +528,7 @@ def _setp(ins: Instruction) -> str:
     third = ins.src(3, "pred") if combine else ""
     sign = {"and": "&&", "or": "||", "xor": "!=", None: ""}[combine]
     wrap = lambda c: f"({c}) {sign} {third}" if combine else c
-    code = "{ const auto a = %s; const auto b = %s; " % (a, b)
+    code = f"{{ const auto a = {a}; const auto b = {b}; "
     if pairs:
         results = [f"compare<{_comparison(ins)}>(a.{half}, b.{half})" for half in ("lo", "hi")]
     else:
@@ -569,7 +572,7 @@ def _mov(ins: Instruction) -> str:
     if ins.ops[0].startswith("{"):
         parts = ins.vector(0)
         each = f"u{8 * size // len(parts)}"
-        code = "{ const auto v = %s; " % ins.src(1)
+        code = f"{{ const auto v = {ins.src(1)}; "
         for i, p in enumerate(parts):
             code += f"set({ins.body.target(ins, p)}, {each}(v >> {8 * size // len(parts) * i})); "
         return code + "}"
@@ -664,7 +667,8 @@ def _atom(ins: Instruction) -> str:
     names = [f"v{i}" for i in range(len(values))]
     body = _ATOMIC[name].format(*names)
     code = "".join(f"const {kind} {n} = {v}; " for n, v in zip(names, values, strict=True))
-    update = f"atomic<{kind}>(t, {ins.space()}, {ins.address(first - 1)}, {ins.line}, [=]({kind} x) -> {kind} {{ return {body}; }})"
+    function = f"[=]({kind} x) -> {kind} {{ return {body}; }}"
+    update = f"atomic<{kind}>(t, {ins.space()}, {ins.address(first - 1)}, {ins.line}, {function})"
     return f"{{ {code}{ins.set(update) if returns else update + ';'} }}"
 
 
@@ -699,7 +703,8 @@ def _bra(ins: Instruction) -> str:
 @opcode("brx")
 def _brx(ins: Instruction) -> str:
     cases = " ".join(f"case {i}: goto {identifier(x)};" for i, x in enumerate(ins.body.function.tables[ins.ops[1]]))
-    return f'back(t, {ins.line}); switch ({ins.src(0, "u32")}) {{ {cases} default: t.fail({ins.line}, "brx.idx outside its table"); }}'
+    default = f'default: t.fail({ins.line}, "brx.idx outside its table");'
+    return f"back(t, {ins.line}); switch ({ins.src(0, 'u32')}) {{ {cases} {default} }}"
 
 
 @opcode("ret")
@@ -782,7 +787,8 @@ def _vote(ins: Instruction) -> str:
         "all": f"ballot(t, {mask}, {ins.line}, !({p})) == 0",
     }
     if ins.parts[2] == "uni":
-        return f"{{ const bool p = {p}; const u32 v = ballot(t, {mask}, {ins.line}, p); {ins.set('v == 0 || v == t.warp->live')} }}"
+        uniform = ins.set("v == 0 || v == t.warp->live")
+        return f"{{ const u32 v = ballot(t, {mask}, {ins.line}, {p}); {uniform} }}"
     return ins.set(results[ins.parts[2]])
 
 
@@ -801,9 +807,8 @@ def _match(ins: Instruction) -> str:
 def _redux(ins: Instruction) -> str:
     kind = ins.type
     body = _ATOMIC[ins.parts[2]].format("y")
-    return ins.set(
-        f"redux(t, {ins.src(2, 'u32')}, {ins.line}, {ins.src(1)}, []({kind} x, {kind} y) -> {kind} {{ return {body}; }})"
-    )
+    function = f"[]({kind} x, {kind} y) -> {kind} {{ return {body}; }}"
+    return ins.set(f"redux(t, {ins.src(2, 'u32')}, {ins.line}, {ins.src(1)}, {function})")
 
 
 @opcode("activemask")
@@ -884,7 +889,7 @@ def _cp(ins: Instruction) -> str:
     size = ins.src(2, "u32")
     # What follows the size is the number of bytes to read, or a predicate that ignores the source, or a cache policy.
     bytes_ = size
-    if len(ins.ops) > 3 and not ins.has("L2::cache_hint") or len(ins.ops) > 4:
+    if (len(ins.ops) > 3 and not ins.has("L2::cache_hint")) or len(ins.ops) > 4:
         register = ins.body.function.registers.get(ins.ops[3])
         bytes_ = f"{ins.src(3, 'pred')} ? 0u : {size}" if register == "pred" else ins.src(3, "u32")
     return f"copy_async(t, {ins.address(0)}, Space::global, {ins.address(1)}, {size}, {bytes_}, {ins.line});"
@@ -965,9 +970,12 @@ def _wgmma(ins: Instruction) -> str:
     a_descriptor = "0" if registers else ins.src(1, "u64")
     a_values = ", ".join(ins.body.value(ins, e, "u32") for e in ins.vector(1)) if registers else ""
     d_values = ", ".join(ins.body.value(ins, e, "u32") for e in accumulators)
+    scale_d = ins.src(3, "pred")
+    descriptors = f"{a_descriptor}, {ins.src(2, 'u64')}, {str(registers).lower()}"
+    flags_text = f"{scale_d}, {scale_a}, {scale_b}, {trans_a}, {trans_b}, {ins.line}"
     return (
-        f"{{ WgmmaArg x{{{a_descriptor}, {ins.src(2, 'u64')}, {str(registers).lower()}, {ins.src(3, 'pred')}, {scale_a}, {scale_b}, "
-        f"{trans_a}, {trans_b}, {ins.line}, {{{a_values}}}, {{{d_values}}}}}; wgmma<{a}, {d}, {columns}>(t, {ins.line}, x); "
+        f"{{ WgmmaArg x{{{descriptors}, {flags_text}, {{{a_values}}}, {{{d_values}}}}}; "
+        f"wgmma<{a}, {d}, {columns}>(t, {ins.line}, x); "
         + " ".join(f"set({ins.body.target(ins, e)}, x.d[{i}]);" for i, e in enumerate(accumulators))
         + f" {ins.body.accumulators[accumulators[0]]} = t.warp->wgmma_committed + 1; }}"
     )

@@ -9,7 +9,8 @@ struct Request {
     u64 address[32];
 };
 
-// 32 banks of 4 bytes; lanes go in phases of 128 bytes, and a phase costs as many wavefronts as its worst bank has words.
+// 32 banks of 4 bytes; lanes go in phases of 128 bytes, and a phase costs as many wavefronts as its worst bank has
+// words.
 inline u32 wavefronts(const Request& r, u32 lanes_per_phase, u32& phases) {
     u32 total = 0;
     phases = 0;
@@ -58,7 +59,8 @@ inline void account(LineProfile& p, const Request& r) {
     p.ideal_sectors += (distinct + 31) / 32;
 }
 
-// Lanes run one after another: an access joins those that other lanes of its warp made at the same line in the same trip.
+// Lanes run one after another: an access joins those that other lanes of its warp made at the same line in the same
+// trip.
 class Requests {
     std::unordered_map<u64, Request> open_;
 
