@@ -11,7 +11,7 @@ struct ApplyArguments {
     ApplyOptions options;
     int64_t first;  // matrix of the launch in the bucket
     bool half;      // x is f16
-    bool x_vector;  // see vectors()
+    bool x_aligned;
     Runs<1> runs;
 };
 static_assert(sizeof(ApplyArguments) <= kArgumentBytes, "a kernel's arguments");
@@ -66,7 +66,7 @@ struct Coefficients {
 template <class Param, bool STOCHASTIC, int V>
 __device__ void apply_tile(const ApplyArguments& u, const Run<1>& run, const Tile& tile, Staged& staged) {
     if (!run.along_rows) {
-        staged.read_from(u.x, tile, u.x_vector);
+        staged.read_from(u.x, tile, u.x_aligned);
         __syncthreads();
     }
     const Coefficients coefficients(u, run.ratio);
@@ -77,34 +77,36 @@ __device__ void apply_tile(const ApplyArguments& u, const Run<1>& run, const Til
     for (int begin = 0; begin < PER_THREAD / V; begin += LINES) {
         const Slice<V, LINES> slice(tile, run.along_rows, begin);
         const Lines<Param, V> params(run, 0, tile, slice);
-        float param[LINES][V], x[LINES][V];
+        Param param[LINES][V] = {};
+        float x[LINES][V] = {};
 #pragma unroll
-        for (int l = 0; l < LINES; ++l) load(params[l], slice.count(l), param[l]);
+        for (int l = 0; l < LINES; ++l) {
+            if (slice.has(l)) load(params[l], param[l]);
+        }
 #pragma unroll
         for (int l = 0; l < LINES; ++l) {
             if (run.along_rows) {
-                load_x(x_at(u.x, tile, slice.row(l, 0), slice.along), slice.count(l), u.x_vector, u.half, x[l]);
-            } else {
+                if (slice.has(l)) load_x(x_at(u.x, tile, slice.row(l, 0), slice.along), u.half, x[l]);
+                continue;
+            }
 #pragma unroll
-                for (int v = 0; v < V; ++v) {
-                    const float2 pair = unpack(staged.at(slice.row(l, v), slice.col(l, v) / 2), u.half);
-                    x[l][v] = l % 2 ? pair.y : pair.x;
-                }
+            for (int v = 0; v < V; ++v) {
+                const float2 pair = unpack(staged.at(slice.row(l, v), slice.col(l, v) / 2), u.half);
+                x[l][v] = l % 2 ? pair.y : pair.x;
             }
         }
 #pragma unroll
         for (int l = 0; l < LINES; ++l) {
-            Param stored[V];
 #pragma unroll
             for (int v = 0; v < V; ++v) {
-                const float value = coefficients(param[l][v], x[l][v], u.options.cautious);
+                const float value = coefficients(static_cast<float>(param[l][v]), x[l][v], u.options.cautious);
                 if constexpr (STOCHASTIC) {
-                    stored[v] = rounded_by(value, random(tile.row + slice.row(l, v), tile.col + slice.col(l, v)));
+                    param[l][v] = rounded_by(value, random(tile.row + slice.row(l, v), tile.col + slice.col(l, v)));
                 } else {
-                    stored[v] = rounded<Param>(value);
+                    param[l][v] = rounded<Param>(value);
                 }
             }
-            store(params[l], slice.count(l), stored);
+            if (slice.has(l)) store(params[l], param[l]);
         }
     }
 }
@@ -136,7 +138,7 @@ Result apply_update(const ApplyUpdate& args, const ApplyOptions& options, DType 
     u.weight_decay = args.weight_decay;
     u.options = options;
     u.half = dtype == DType::f16;
-    u.x_vector = vectors(args.x);
+    u.x_aligned = aligned(args.x);
     return with_type(args.param_dtype, [&](auto param) {
         using Param = decltype(param);
         auto* kernel = apply_kernel<Param, false>;

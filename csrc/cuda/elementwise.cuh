@@ -29,6 +29,11 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Tiles of a matrix, row by row.
 inline int64_t tiles(const Stack& x) { return ceil_div(x.rows, TILE) * ceil_div(x.cols, TILE); }
 
+// Whether rows of x can be moved 16 bytes at a time.
+inline bool aligned(const Stack& x) {
+    return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.batch_stride % 8 == 0 && x.row_stride % 8 == 0;
+}
+
 // ---- lists of matrices ----------------------------------------------------------------------------------------------
 
 // One of the operands of matrices that lie at equal steps, as the matrices of a 3-D parameter do.
@@ -43,7 +48,7 @@ template <int OPERANDS>
 struct Run {
     int32_t begin;    // its first matrix, counted from the launch's first one
     bool along_rows;  // the walk's direction
-    bool vector;      // every operand allows vectors along it
+    bool vector;      // all lines of all operands, and of x if they are its rows, consist of aligned vectors
     double ratio;
     Place place[OPERANDS];
 };
@@ -68,13 +73,13 @@ struct Operands {
 };
 
 template <int OPERANDS>
-Run<OPERANDS> single(const Operands<OPERANDS>& operands, int64_t matrix) {
+Run<OPERANDS> single(const Stack& x, const Operands<OPERANDS>& operands, int64_t matrix) {
     Run<OPERANDS> run{};
     run.ratio = operands.ratio ? operands.ratio[matrix] : 0;
-    run.vector = true;
     const MatrixRef* walked = nullptr;  // the last operand is the one that is written
     for (const MatrixRef* refs : operands.refs) walked = refs ? refs + matrix : walked;
     run.along_rows = walked->col_stride == 1 || walked->row_stride != 1;
+    run.vector = run.along_rows ? x.cols % operands.vector == 0 && aligned(x) : x.rows % operands.vector == 0;
     for (int i = 0; i < OPERANDS; ++i) {
         if (!operands.refs[i]) continue;
         const MatrixRef& m = operands.refs[i][matrix];
@@ -107,7 +112,7 @@ Result for_each_launch(const Stack& x, const Operands<OPERANDS>& operands, Runs<
     for (int64_t first = 0, count; most && first < x.batch; first += count) {
         runs.count = 0;
         for (count = 0; first + count < x.batch && count < most; ++count) {
-            Run<OPERANDS> next = single(operands, first + count);
+            Run<OPERANDS> next = single(x, operands, first + count);
             if (runs.count) {
                 Run<OPERANDS>& last = runs.run[runs.count - 1];
                 if (continues(last, static_cast<int>(count) - last.begin, next)) continue;
@@ -168,17 +173,17 @@ template <int V, int LINES = PER_THREAD / V>
 struct Slice {
     const bool along_rows;
     const int line, along;  // of its first element in the tile
-    int lines, length;      // from there on inside the matrix, length at most V
+    int lines;              // from there on inside the matrix
 
     __device__ Slice(const Tile& tile, bool along_rows, int begin = 0)
         : along_rows(along_rows), line(2 * (threadIdx.x / (TILE / V)) + offset(begin)), along(threadIdx.x % (TILE / V) * V) {
-        lines = (along_rows ? tile.rows : tile.cols) - line;
-        length = min(max((along_rows ? tile.cols : tile.rows) - along, 0), V);
+        const bool inside = along < (along_rows ? tile.cols : tile.rows);
+        lines = inside ? (along_rows ? tile.rows : tile.cols) - line : 0;
     }
     // The l-th line of the thread, counted from the first.
     __device__ static constexpr int offset(int l) { return l / 2 * 2 * (THREADS * V / TILE) + l % 2; }
-    // Of the V elements of line l, those inside the matrix.
-    __device__ int count(int l) const { return offset(l) < lines ? length : 0; }
+    // Whether the V elements of line l are inside the matrix; if the first is, all are.
+    __device__ bool has(int l) const { return offset(l) < lines; }
     __device__ int row(int l, int v) const { return along_rows ? line + offset(l) : along + v; }
     __device__ int col(int l, int v) const { return along_rows ? along + v : line + offset(l); }
 };
@@ -207,40 +212,22 @@ constexpr int VECTOR = 16 / (sizeof(A) > sizeof(B) ? sizeof(A) : sizeof(B));
 // ---- elements -----------------------------------------------------------------------------------------------------------
 
 template <int BYTES>
-using Word = std::conditional_t<BYTES == 16, uint4, std::conditional_t<BYTES == 8, uint2, uint32_t>>;
+using Word = std::conditional_t<
+    BYTES == 16, uint4,
+    std::conditional_t<BYTES == 8, uint2, std::conditional_t<BYTES == 4, uint32_t, unsigned short>>>;
 
-// `count` elements into V floats, zeros behind them. What is read here is not needed again: it should not drive x out of
-// the cache.
+// One access. What the parameters' side reads and writes is not needed again soon: it should not drive x out of the cache.
 template <class T, int V>
-__device__ void load(const T* from, int count, float (&to)[V]) {
-    if constexpr (V > 1) {
-        if (count == V) {
-            const auto word = __ldcs(reinterpret_cast<const Word<V * sizeof(T)>*>(from));
-            T element[V];
-            memcpy(element, &word, sizeof(word));
-#pragma unroll
-            for (int v = 0; v < V; ++v) to[v] = static_cast<float>(element[v]);
-            return;
-        }
-    }
-#pragma unroll
-    for (int v = 0; v < V; ++v) to[v] = v < count ? static_cast<float>(__ldcs(from + v)) : 0.0f;
+__device__ void load(const T* from, T (&to)[V]) {
+    const auto word = __ldcs(reinterpret_cast<const Word<V * sizeof(T)>*>(from));
+    memcpy(to, &word, sizeof(word));
 }
 
 template <class T, int V>
-__device__ void store(T* to, int count, const T (&element)[V]) {
-    if constexpr (V > 1) {
-        if (count == V) {
-            Word<V * sizeof(T)> word;
-            memcpy(&word, element, sizeof(word));
-            __stcs(reinterpret_cast<Word<V * sizeof(T)>*>(to), word);
-            return;
-        }
-    }
-#pragma unroll
-    for (int v = 0; v < V; ++v) {
-        if (v < count) __stcs(to + v, element[v]);
-    }
+__device__ void store(T* to, const T (&from)[V]) {
+    Word<V * sizeof(T)> word;
+    memcpy(&word, from, sizeof(word));
+    __stcs(reinterpret_cast<Word<V * sizeof(T)>*>(to), word);
 }
 
 // Rounded to nearest, ties to even.
@@ -279,45 +266,12 @@ __device__ inline uint16_t* x_at(const Stack& x, const Tile& tile, int row, int 
     return x.data + tile.matrix * x.batch_stride + (tile.row + row) * x.row_stride + tile.col + col;
 }
 
-// Whether x can be moved 16 bytes at a time.
-inline bool vectors(const Stack& x) {
-    return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.batch_stride % 8 == 0 && x.row_stride % 8 == 0;
-}
-
-// `vector` is theirs: whether 2 * WORDS elements can be moved at once.
-template <int WORDS>
-__device__ void load_words(const uint16_t* from, int count, bool vector, uint32_t (&to)[WORDS]) {
-    if (vector && count >= 2 * WORDS) {
-        const auto word = __ldcs(reinterpret_cast<const Word<4 * WORDS>*>(from));
-        memcpy(to, &word, sizeof(word));
-        return;
-    }
-#pragma unroll
-    for (int w = 0; w < WORDS; ++w) {
-        to[w] = (2 * w < count ? __ldcs(from + 2 * w) : 0) | (2 * w + 1 < count ? __ldcs(from + 2 * w + 1) << 16 : 0);
-    }
-}
-
-template <int WORDS>
-__device__ void store_words(uint16_t* to, int count, bool vector, const uint32_t (&from)[WORDS]) {
-    if (vector && count >= 2 * WORDS) {
-        Word<4 * WORDS> word;
-        memcpy(&word, from, sizeof(word));
-        *reinterpret_cast<Word<4 * WORDS>*>(to) = word;
-        return;
-    }
-#pragma unroll
-    for (int w = 0; w < WORDS; ++w) {
-        if (2 * w < count) to[2 * w] = static_cast<uint16_t>(from[w]);
-        if (2 * w + 1 < count) to[2 * w + 1] = static_cast<uint16_t>(from[w] >> 16);
-    }
-}
-
-// `count` of V elements of a row.
+// V elements of a row of x.
 template <int V>
-__device__ void load_x(const uint16_t* from, int count, bool vector, bool half, float (&to)[V]) {
-    uint32_t words[(V + 1) / 2];
-    load_words(from, count, vector, words);
+__device__ void load_x(const uint16_t* from, bool half, float (&to)[V]) {
+    const auto word = __ldcs(reinterpret_cast<const Word<2 * V>*>(from));
+    uint32_t words[(V + 1) / 2] = {};
+    memcpy(words, &word, sizeof(word));
 #pragma unroll
     for (int v = 0; v < V; ++v) {
         const float2 pair = unpack(words[v / 2], half);
@@ -326,11 +280,13 @@ __device__ void load_x(const uint16_t* from, int count, bool vector, bool half, 
 }
 
 template <int V>
-__device__ void store_x(uint16_t* to, int count, bool vector, bool half, const float (&from)[V]) {
+__device__ void store_x(uint16_t* to, bool half, const float (&from)[V]) {
     uint32_t words[(V + 1) / 2];
 #pragma unroll
     for (int v = 0; v < V; v += 2) words[v / 2] = pack(from[v], v + 1 < V ? from[v + 1] : 0, half);
-    store_words(to, count, vector, words);
+    Word<2 * V> word;
+    memcpy(&word, words, sizeof(word));
+    *reinterpret_cast<Word<2 * V>*>(to) = word;
 }
 
 // A tile of x in shared memory, a word for two neighbouring columns of a row. On one side a thread has a pair of columns
@@ -352,24 +308,45 @@ struct Staged {
         return swizzle(row) & 2 ? uint4{w.z, w.w, w.x, w.y} : w;
     }
 
-    __device__ void write_to(const Stack& x, const Tile& tile, bool vector) {
+    // Calls f(row, column, chunk, elements inside the matrix) for the chunks of a thread.
+    template <class F>
+    __device__ static void for_each_chunk(const Tile& tile, F f) {
 #pragma unroll
         for (int i = threadIdx.x; i < TILE * CHUNKS; i += THREADS) {
             const int row = i / CHUNKS, col = i % CHUNKS * 8;
-            if (row >= tile.rows || col >= tile.cols) continue;
-            const uint4 w = straightened(chunk(row, i % CHUNKS), row);
-            store_words(x_at(x, tile, row, col), tile.cols - col, vector, {w.x, w.y, w.z, w.w});
+            if (row < tile.rows && col < tile.cols) f(row, col, min(tile.cols - col, 8));
         }
     }
-    __device__ void read_from(const Stack& x, const Tile& tile, bool vector) {
+    __device__ void write_to(const Stack& x, const Tile& tile, bool aligned) {
+        for_each_chunk(tile, [&](int row, int col, int count) {
+            const uint4 word = straightened(chunk(row, col / 8), row);
+            uint16_t* to = x_at(x, tile, row, col);
+            if (aligned && count == 8) {
+                *reinterpret_cast<uint4*>(to) = word;
+            } else {
+                uint16_t element[8];
+                memcpy(element, &word, sizeof(word));
 #pragma unroll
-        for (int i = threadIdx.x; i < TILE * CHUNKS; i += THREADS) {
-            const int row = i / CHUNKS, col = i % CHUNKS * 8;
-            if (row >= tile.rows || col >= tile.cols) continue;
-            uint32_t w[4];
-            load_words(x_at(x, tile, row, col), tile.cols - col, vector, w);
-            chunk(row, i % CHUNKS) = straightened({w[0], w[1], w[2], w[3]}, row);
-        }
+                for (int i = 0; i < 8; ++i) {
+                    if (i < count) to[i] = element[i];
+                }
+            }
+        });
+    }
+    __device__ void read_from(const Stack& x, const Tile& tile, bool aligned) {
+        for_each_chunk(tile, [&](int row, int col, int count) {
+            const uint16_t* from = x_at(x, tile, row, col);
+            uint4 word;
+            if (aligned && count == 8) {
+                word = __ldcs(reinterpret_cast<const uint4*>(from));
+            } else {
+                uint16_t element[8];
+#pragma unroll
+                for (int i = 0; i < 8; ++i) element[i] = i < count ? from[i] : 0;
+                memcpy(&word, element, sizeof(word));
+            }
+            chunk(row, col / 8) = straightened(word, row);
+        });
     }
 };
 

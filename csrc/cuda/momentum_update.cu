@@ -26,7 +26,7 @@ struct MomentumArguments {
     bool nesterov;
     bool has_momentum;
     bool half;      // x is f16
-    bool x_vector;  // see vectors()
+    bool x_aligned;
     Runs<2> runs;   // gradient, momentum
 };
 static_assert(sizeof(MomentumArguments) <= kArgumentBytes, "a kernel's arguments");
@@ -63,6 +63,10 @@ __device__ float blended(const Blend& b, float grad, float other) {
     return fmaf(b.factor, b.difference ? __fsub_rn(other, grad) : other, b.onto_other ? other : grad);
 }
 
+__device__ double add(double a, double b) { return a + b; }
+__device__ double larger(double a, double b) { return a > b ? a : b; }
+__device__ double smaller(double a, double b) { return a < b ? a : b; }
+
 // Over the lanes of a warp, always in the same order; all have the result.
 template <class F>
 __device__ double warp_reduce(double value, F combine) {
@@ -85,9 +89,6 @@ __device__ double block_reduce(double value, F combine, double (&scratch)[WARPS]
     return value;
 }
 
-__device__ double add(double a, double b) { return a + b; }
-__device__ double larger(double a, double b) { return a > b ? a : b; }
-
 template <class Grad, class Momentum, int V>
 __device__ void momentum_tile(const MomentumArguments& u, const Run<2>& run, const Tile& tile, Staged& staged) {
     __shared__ double scratch[WARPS];
@@ -95,30 +96,33 @@ __device__ void momentum_tile(const MomentumArguments& u, const Run<2>& run, con
     const Slice<V> slice(tile, run.along_rows);
     const Lines<const Grad, V> grads(run, 0, tile, slice);
     const Lines<Momentum, V> momenta(run, 1, tile, slice);
-    float direction[LINES][V], buffer[LINES][V];
+    Grad grad[LINES][V] = {};
+    Momentum momentum[LINES][V] = {};
     // All reads are under way before the first is needed.
 #pragma unroll
-    for (int l = 0; l < LINES; ++l) load(grads[l], slice.count(l), direction[l]);
-    if (u.has_momentum) {
-#pragma unroll
-        for (int l = 0; l < LINES; ++l) load(momenta[l], slice.count(l), buffer[l]);
+    for (int l = 0; l < LINES; ++l) {
+        if (slice.has(l)) load(grads[l], grad[l]);
     }
+#pragma unroll
+    for (int l = 0; l < LINES; ++l) {
+        if (u.has_momentum && slice.has(l)) load(momenta[l], momentum[l]);
+    }
+    float direction[LINES][V];
     double sum = 0;
 #pragma unroll
     for (int l = 0; l < LINES; ++l) {
-        Momentum stored[V];
 #pragma unroll
         for (int v = 0; v < V; ++v) {
-            float& d = direction[l][v];
-            d = __fmul_rn(d, u.grad_scale);
+            float d = __fmul_rn(static_cast<float>(grad[l][v]), u.grad_scale);
             if (u.has_momentum) {
-                const float updated = blended(u.momentum, d, buffer[l][v]);
-                stored[v] = rounded<Momentum>(updated);
+                const float updated = blended(u.momentum, d, static_cast<float>(momentum[l][v]));
+                momentum[l][v] = rounded<Momentum>(updated);
                 d = u.nesterov ? blended(u.direction, d, updated) : updated;
             }
+            direction[l][v] = d;
             sum += static_cast<double>(d) * d;
         }
-        if (u.has_momentum) store(momenta[l], slice.count(l), stored);
+        if (u.has_momentum && slice.has(l)) store(momenta[l], momentum[l]);
     }
     sum = block_reduce(sum, add, scratch);
     if (threadIdx.x == 0) u.partial[blockIdx.x] = sum;
@@ -133,7 +137,7 @@ __device__ void momentum_tile(const MomentumArguments& u, const Run<2>& run, con
     if (run.along_rows) {
 #pragma unroll
         for (int l = 0; l < LINES; ++l) {
-            store_x(x_at(u.x, tile, slice.row(l, 0), slice.along), slice.count(l), u.x_vector, u.half, direction[l]);
+            if (slice.has(l)) store_x(x_at(u.x, tile, slice.row(l, 0), slice.along), u.half, direction[l]);
         }
     } else {
 #pragma unroll
@@ -144,7 +148,7 @@ __device__ void momentum_tile(const MomentumArguments& u, const Run<2>& run, con
             }
         }
         __syncthreads();
-        staged.write_to(u.x, tile, u.x_vector);
+        staged.write_to(u.x, tile, u.x_aligned);
     }
 }
 
@@ -185,30 +189,32 @@ __device__ float reciprocal_norm(double sum_of_squares, double eps, double margi
 // Each block of a matrix adds all its partial sums, which is less than it costs to wait for another one, and rescales its
 // share of the tiles: seldom any.
 __global__ __launch_bounds__(THREADS) void norm_kernel(const __grid_constant__ NormArguments u) {
-    __shared__ double scratch[2][WARPS];
-    const int64_t matrix = blockIdx.x / u.shares;
-    const double* partial = u.partial + matrix * u.tiles;
-    double sum = 0, largest = 0;
+    __shared__ double scratch[3][WARPS];
+    const int matrix = blockIdx.x / u.shares, share = blockIdx.x % u.shares;
+    const double* partial = u.partial + static_cast<int64_t>(matrix) * u.tiles;
+    double sum = 0, smallest = INFINITY, largest = 0;
     for (int i = threadIdx.x; i < u.tiles; i += THREADS) {
         sum += partial[i];
         largest = larger(partial[i], largest);
+        if (partial[i] != 0) smallest = smaller(partial[i], smallest);
     }
     sum = block_reduce(sum, add, scratch[0]);
     largest = block_reduce(largest, larger, scratch[1]);
+    smallest = block_reduce(smallest, smaller, scratch[2]);
 
     const bool sound = isfinite(sum) && sum != 0;
     int whole = tile_power(largest, u.half);
     if (sound && !u.half && (sum < 0x1p-60 || sum > 0x1p60)) whole = -exponent(sqrt(sum));
-    const int share = blockIdx.x % u.shares;
     if (share == 0 && threadIdx.x == 0) {
         u.scale[matrix] = reciprocal_norm(sound ? sum * power(whole) * power(whole) : sum, u.eps, u.margin);
     }
-    if (!sound) return;
+    if (!sound || tile_power(smallest, u.half) == whole) return;
+
     for (int t = share; t < u.tiles; t += u.shares) {
         const int e = whole - tile_power(partial[t], u.half);
         if (e == 0 || partial[t] == 0) continue;
         const PowerOfTwo factor(e);
-        const Tile tile = tile_of(u.x, static_cast<int>(matrix), t);
+        const Tile tile = tile_of(u.x, matrix, t);
         for (int i = threadIdx.x; i < TILE * TILE; i += THREADS) {
             const int row = i / TILE, col = i % TILE;
             if (row >= tile.rows || col >= tile.cols) continue;
@@ -243,7 +249,7 @@ Result momentum_update(const MomentumUpdate& args, DType dtype, double* partial,
     u.nesterov = args.nesterov;
     u.has_momentum = args.momentum != nullptr;
     u.half = half;
-    u.x_vector = vectors(args.x);
+    u.x_aligned = aligned(args.x);
 
     const Result pass = with_type(args.grad_dtype, [&](auto grad) {
         return with_type(args.momentum ? args.momentum_dtype : args.grad_dtype, [&](auto momentum) {
