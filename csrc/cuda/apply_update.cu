@@ -9,6 +9,7 @@ struct ApplyArguments {
     double lr;
     double weight_decay;
     ApplyOptions options;
+    int tiles;      // of a matrix
     int64_t first;  // matrix of the launch in the bucket
     bool half;      // x is f16
     bool x_aligned;
@@ -71,8 +72,7 @@ __device__ void apply_tile(const ApplyArguments& u, const Run<1>& run, const Til
     }
     const Coefficients coefficients(u, run.ratio);
     const RandomBits random(u, tile.matrix);
-    // Vectors at once, single elements in parts: the addresses of all would take too many registers.
-    constexpr int LINES = V == 1 ? 4 : PER_THREAD / V;
+    constexpr int LINES = AT_ONCE<V>;
 #pragma unroll 1
     for (int begin = 0; begin < PER_THREAD / V; begin += LINES) {
         const Slice<V, LINES> slice(tile, run.along_rows, begin);
@@ -114,7 +114,7 @@ __device__ void apply_tile(const ApplyArguments& u, const Run<1>& run, const Til
 template <class Param, bool STOCHASTIC>
 __global__ __launch_bounds__(THREADS, BLOCKS_PER_SM) void apply_kernel(const __grid_constant__ ApplyArguments u) {
     __shared__ Staged staged;
-    const Tile tile = tile_of_block(u.x);
+    const Tile tile = tile_of_block(u.x, u.tiles);
     const Run<1>& run = run_of(u.runs, tile.matrix);
     if (run.vector) {
         apply_tile<Param, STOCHASTIC, VECTOR<Param>>(u, run, tile, staged);
@@ -138,6 +138,7 @@ Result apply_update(const ApplyUpdate& args, const ApplyOptions& options, DType 
     u.weight_decay = args.weight_decay;
     u.options = options;
     u.half = dtype == DType::f16;
+    u.tiles = static_cast<int>(per_matrix);
     u.x_aligned = aligned(args.x);
     return with_type(args.param_dtype, [&](auto param) {
         using Param = decltype(param);

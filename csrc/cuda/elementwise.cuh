@@ -161,10 +161,15 @@ __device__ inline Tile tile_of(const Stack& x, int matrix, int index) {
     };
 }
 
-__device__ inline Tile tile_of_block(const Stack& x) {
-    const int64_t count = ((x.rows + TILE - 1) / TILE) * ((x.cols + TILE - 1) / TILE);
-    return tile_of(x, static_cast<int>(blockIdx.x / count), static_cast<int>(blockIdx.x % count));
+// `tiles` of a matrix; in 32 bits, because a division of 64 is a function call.
+__device__ inline Tile tile_of_block(const Stack& x, unsigned tiles) {
+    return tile_of(x, static_cast<int>(blockIdx.x / tiles), static_cast<int>(blockIdx.x % tiles));
 }
+
+// Lines that a thread reads before it writes: of vectors all; of single elements, whose addresses would take too many
+// registers, a few.
+template <int V>
+constexpr int AT_ONCE = V == 1 ? 4 : PER_THREAD / V;
 
 // A thread has PER_THREAD elements: V consecutive ones of both lines of each of its pairs of lines. Pairs, because two
 // neighbouring columns make one word of a row of x. A warp covers TILE elements of 32 * V / TILE lines. A slice is all of

@@ -20,6 +20,7 @@ struct Blend {
 struct MomentumArguments {
     Stack x;
     double* partial;  // the sum of squares of each tile
+    int tiles;        // of a matrix
     float grad_scale;
     Blend momentum;   // of the gradient with the old momentum
     Blend direction;  // with the new one, if nesterov
@@ -96,33 +97,36 @@ __device__ void momentum_tile(const MomentumArguments& u, const Run<2>& run, con
     const Slice<V> slice(tile, run.along_rows);
     const Lines<const Grad, V> grads(run, 0, tile, slice);
     const Lines<Momentum, V> momenta(run, 1, tile, slice);
-    Grad grad[LINES][V] = {};
-    Momentum momentum[LINES][V] = {};
-    // All reads are under way before the first is needed.
-#pragma unroll
-    for (int l = 0; l < LINES; ++l) {
-        if (slice.has(l)) load(grads[l], grad[l]);
-    }
-#pragma unroll
-    for (int l = 0; l < LINES; ++l) {
-        if (u.has_momentum && slice.has(l)) load(momenta[l], momentum[l]);
-    }
     float direction[LINES][V];
     double sum = 0;
 #pragma unroll
-    for (int l = 0; l < LINES; ++l) {
+    for (int begin = 0; begin < LINES; begin += AT_ONCE<V>) {
+        // All reads are under way before the first is needed.
+        Grad grad[AT_ONCE<V>][V] = {};
+        Momentum momentum[AT_ONCE<V>][V] = {};
 #pragma unroll
-        for (int v = 0; v < V; ++v) {
-            float d = __fmul_rn(static_cast<float>(grad[l][v]), u.grad_scale);
-            if (u.has_momentum) {
-                const float updated = blended(u.momentum, d, static_cast<float>(momentum[l][v]));
-                momentum[l][v] = rounded<Momentum>(updated);
-                d = u.nesterov ? blended(u.direction, d, updated) : updated;
-            }
-            direction[l][v] = d;
-            sum += static_cast<double>(d) * d;
+        for (int l = 0; l < AT_ONCE<V>; ++l) {
+            if (slice.has(begin + l)) load(grads[begin + l], grad[l]);
         }
-        if (u.has_momentum && slice.has(l)) store(momenta[l], momentum[l]);
+#pragma unroll
+        for (int l = 0; l < AT_ONCE<V>; ++l) {
+            if (u.has_momentum && slice.has(begin + l)) load(momenta[begin + l], momentum[l]);
+        }
+#pragma unroll
+        for (int l = 0; l < AT_ONCE<V>; ++l) {
+#pragma unroll
+            for (int v = 0; v < V; ++v) {
+                float d = __fmul_rn(static_cast<float>(grad[l][v]), u.grad_scale);
+                if (u.has_momentum) {
+                    const float updated = blended(u.momentum, d, static_cast<float>(momentum[l][v]));
+                    momentum[l][v] = rounded<Momentum>(updated);
+                    d = u.nesterov ? blended(u.direction, d, updated) : updated;
+                }
+                direction[begin + l][v] = d;
+                sum += static_cast<double>(d) * d;
+            }
+            if (u.has_momentum && slice.has(begin + l)) store(momenta[begin + l], momentum[l]);
+        }
     }
     sum = block_reduce(sum, add, scratch);
     if (threadIdx.x == 0) u.partial[blockIdx.x] = sum;
@@ -155,7 +159,7 @@ __device__ void momentum_tile(const MomentumArguments& u, const Run<2>& run, con
 template <class Grad, class Momentum>
 __global__ __launch_bounds__(THREADS, BLOCKS_PER_SM) void momentum_kernel(const __grid_constant__ MomentumArguments u) {
     __shared__ Staged staged;
-    const Tile tile = tile_of_block(u.x);
+    const Tile tile = tile_of_block(u.x, u.tiles);
     const Run<2>& run = run_of(u.runs, tile.matrix);
     if (run.vector) {
         momentum_tile<Grad, Momentum, VECTOR<Grad, Momentum>>(u, run, tile, staged);
@@ -249,6 +253,7 @@ Result momentum_update(const MomentumUpdate& args, DType dtype, double* partial,
     u.nesterov = args.nesterov;
     u.has_momentum = args.momentum != nullptr;
     u.half = half;
+    u.tiles = static_cast<int>(per_matrix);
     u.x_aligned = aligned(args.x);
 
     const Result pass = with_type(args.grad_dtype, [&](auto grad) {
