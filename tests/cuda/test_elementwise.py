@@ -20,7 +20,7 @@ from torch import Tensor
 LAYOUTS: dict[str, Callable[[int, int], tuple[Tensor, Tensor]]] = {
     "contiguous": lambda m, n: (t := torch.empty(m, n), t),
     "transposed": lambda m, n: (t := torch.empty(n, m), t.T),
-    "sliced": lambda m, n: (t := torch.empty(m + 2, n + 11), t[1:-1, 8:-3]),
+    "sliced": lambda m, n: (t := torch.empty(m + 2, n + 8), t[1:-1, 3:-5]),  # rows as far apart as vectors, but not on them
     "every second": lambda m, n: (t := torch.empty(2 * m, 2 * n), t[::2, ::2]),
 }
 SHAPES = [(1, 1), (40, 1), (17, 33), (33, 17), (64, 64), (72, 136), (136, 72), (16, 200)]
@@ -161,7 +161,10 @@ def test_tiles_of_different_sizes(verbs: Verbs, X_dtype: torch.dtype) -> None:
     """In f16 the second launch brings all tiles of a matrix to one power of two."""
     sizes = torch.tensor([[1e-9, 1.0, 0.0], [1e-3, 30.0, 1e-6], [3e2, 1e-2, 1e4]])
     G = torch.randn(3 * TILE, 3 * TILE) * sizes.repeat_interleave(TILE, 0).repeat_interleave(TILE, 1)
-    for g in (G, G.T.contiguous().T, G * 1e-20, G[:100, :150]):
+    many = torch.randn(TILE, 130 * TILE)  # shared by two blocks
+    many[:, ::3] *= 1e-6
+    many[:, 64 * TILE : 100 * TILE] *= 1e-6
+    for g in (G, G.T.contiguous().T, G * 1e-20, G[:100, :150], many, many * 1e-20):
         X, block = workspace(1, *g.shape, X_dtype)
         scale = verbs.momentum_update([g], None, X)
         assert_workspace(X, block)
@@ -317,6 +320,18 @@ def test_stochastic_rounding_depends_on_seed_and_place_alone(verbs: Verbs) -> No
     assert not torch.equal(rows[0], rows[2]) and not torch.equal(columns[:, 0], columns[:, 2])
 
 
+def test_stochastic_rounding_does_not_depend_on_launches(verbs: Verbs) -> None:
+    X = torch.rand(1400, 1, 2).bfloat16()
+    stack = torch.ones(1400, 1, 2).bfloat16()
+    order = torch.randperm(1400)
+    one = stack.clone()
+    assert len(launches(verbs, lambda: verbs.apply_update(list(one), X, stochastic_rounding=True))) == 1
+    apart = [stack.clone()[0] for _ in order]
+    apart = [apart[i] for i in order]
+    assert len(launches(verbs, lambda: verbs.apply_update(apart, X, stochastic_rounding=True))) > 1
+    assert torch.equal(one, torch.stack(apart))
+
+
 def test_stochastic_rounding_of_special_values(verbs: Verbs) -> None:
     values = torch.tensor([[0.0, -0.0, 1.0, -3.0e38, torch.inf, -torch.inf, torch.nan, 2.0**-133]]).bfloat16()
     (p,) = stochastic(verbs, [values], 1, torch.zeros(1, 1, 8, dtype=torch.bfloat16))
@@ -372,9 +387,8 @@ def test_memory_traffic(verbs: Verbs, dtypes: tuple[torch.dtype, torch.dtype], X
             assert large.bank_conflicts == 0, large.table()
             assert large.sector_efficiency >= 0.95, large.table()
             assert large.global_bytes <= per_element * elements + 8 * 12, large.table()
-            moved = [r for r in large.rows if r.space == "global" and r.requests > 32]
-            assert all(r.bytes == 512 * r.requests for r in moved if "v4" in r.op)
-            assert sum(r.bytes for r in moved if "v4" in r.op) >= 0.7 * large.global_bytes, "not 16 bytes at a time"
+            at_once = sum(r.bytes for r in large.rows if r.sectors and ".v4" in r.op)
+            assert at_once >= 0.7 * large.global_bytes, "not 16 bytes at a time"
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
