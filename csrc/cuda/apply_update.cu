@@ -24,8 +24,8 @@ __device__ uint64_t mixed(uint64_t z) {
     return z ^ (z >> 31);
 }
 
-// Sixteen random bits for every element that depend on nothing else: the elements of a 2 x 2 block share 64 of SplitMix64's
-// stream, and a thread, whichever way it walks, has all of them.
+// Sixteen random bits for every element that depend on nothing else: the elements of a 2 x 2 block share 64 of
+// SplitMix64's stream, and a thread, whichever way it walks, has all of them.
 struct RandomBits {
     static constexpr uint64_t STEP = 0x9e3779b97f4a7c15u;
     uint64_t state;

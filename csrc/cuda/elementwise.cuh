@@ -1,9 +1,9 @@
-// What the memory-bound verbs share: lists of matrices that travel as a kernel's argument, and the way a block walks over
-// a tile of one of them.
+// What the memory-bound verbs share: lists of matrices that travel as a kernel's argument, and the way a block walks
+// over a tile of one of them.
 //
-// A tile is walked along the direction in which the parameter is contiguous, so that memory is read and written in whole
-// sectors. Where that is the direction of the columns of x, x passes through shared memory (Staged) and is contiguous
-// along its rows all the same.
+// A tile is walked along the direction in which the parameter is contiguous, so that memory is read and written in
+// whole sectors. Where that is the direction of the columns of x, x passes through shared memory (Staged) and is
+// contiguous along its rows all the same.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -34,7 +34,7 @@ inline bool aligned(const Stack& x) {
     return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.batch_stride % 8 == 0 && x.row_stride % 8 == 0;
 }
 
-// ---- lists of matrices ----------------------------------------------------------------------------------------------
+// ---- lists of matrices ----
 
 // One of the operands of matrices that lie at equal steps, as the matrices of a 3-D parameter do.
 struct Place {
@@ -86,7 +86,8 @@ Run<OPERANDS> single(const Stack& x, const Operands<OPERANDS>& operands, int64_t
         const int64_t along = run.along_rows ? m.col_stride : m.row_stride;
         const int64_t across = run.along_rows ? m.row_stride : m.col_stride;
         run.place[i] = {m.address, 0, m.row_stride, m.col_stride};
-        run.vector &= along == 1 && across % operands.vector == 0 && m.address % (operands.vector * operands.size[i]) == 0;
+        run.vector &=
+            along == 1 && across % operands.vector == 0 && m.address % (operands.vector * operands.size[i]) == 0;
     }
     return run;
 }
@@ -139,7 +140,7 @@ __device__ const Run<OPERANDS>& run_of(const Runs<OPERANDS>& runs, int matrix) {
     return runs.run[low];
 }
 
-// ---- a block's tile ---------------------------------------------------------------------------------------------------
+// ---- a block's tile ----
 
 // Where a block works. The lines of a tile run in the direction of the walk.
 struct Tile {
@@ -172,8 +173,8 @@ template <int V>
 constexpr int AT_ONCE = V == 1 ? 4 : PER_THREAD / V;
 
 // A thread has PER_THREAD elements: V consecutive ones of both lines of each of its pairs of lines. Pairs, because two
-// neighbouring columns make one word of a row of x. A warp covers TILE elements of 32 * V / TILE lines. A slice is all of
-// that or, from the thread's line `begin` on, LINES lines of it.
+// neighbouring columns make one word of a row of x. A warp covers TILE elements of 32 * V / TILE lines. A slice is all
+// of that or, from the thread's line `begin` on, LINES lines of it.
 template <int V, int LINES = PER_THREAD / V>
 struct Slice {
     const bool along_rows;
@@ -181,7 +182,9 @@ struct Slice {
     int lines;              // from there on inside the matrix
 
     __device__ Slice(const Tile& tile, bool along_rows, int begin = 0)
-        : along_rows(along_rows), line(2 * (threadIdx.x / (TILE / V)) + offset(begin)), along(threadIdx.x % (TILE / V) * V) {
+        : along_rows(along_rows),
+          line(2 * (threadIdx.x / (TILE / V)) + offset(begin)),
+          along(threadIdx.x % (TILE / V) * V) {
         const bool inside = along < (along_rows ? tile.cols : tile.rows);
         lines = inside ? (along_rows ? tile.rows : tile.cols) - line : 0;
     }
@@ -214,14 +217,15 @@ struct Lines {
 template <class A, class B = A>
 constexpr int VECTOR = 16 / (sizeof(A) > sizeof(B) ? sizeof(A) : sizeof(B));
 
-// ---- elements -----------------------------------------------------------------------------------------------------------
+// ---- elements ----
 
 template <int BYTES>
 using Word = std::conditional_t<
     BYTES == 16, uint4,
     std::conditional_t<BYTES == 8, uint2, std::conditional_t<BYTES == 4, uint32_t, unsigned short>>>;
 
-// One access. What the parameters' side reads and writes is not needed again soon: it should not drive x out of the cache.
+// One access. What the parameters' side reads and writes is not needed again soon: it should not drive x out of the
+// cache.
 template <class T, int V>
 __device__ void load(const T* from, T (&to)[V]) {
     const auto word = __ldcs(reinterpret_cast<const Word<V * sizeof(T)>*>(from));
@@ -238,9 +242,12 @@ __device__ void store(T* to, const T (&from)[V]) {
 // Rounded to nearest, ties to even.
 template <class T>
 __device__ T rounded(float value) {
-    if constexpr (std::is_same_v<T, float>) return value;
-    else if constexpr (std::is_same_v<T, __half>) return __float2half_rn(value);
-    else return __float2bfloat16_rn(value);
+    if constexpr (std::is_same_v<T, float>)
+        return value;
+    else if constexpr (std::is_same_v<T, __half>)
+        return __float2half_rn(value);
+    else
+        return __float2bfloat16_rn(value);
 }
 
 // Two neighbours of x, which holds bf16 or f16.
@@ -265,7 +272,7 @@ __device__ inline float2 unpack(uint32_t word, bool half) {
     return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
 }
 
-// ---- x ------------------------------------------------------------------------------------------------------------------
+// ---- x ----
 
 __device__ inline uint16_t* x_at(const Stack& x, const Tile& tile, int row, int col) {
     return x.data + tile.matrix * x.batch_stride + (tile.row + row) * x.row_stride + tile.col + col;
@@ -294,9 +301,9 @@ __device__ void store_x(uint16_t* to, bool half, const float (&from)[V]) {
     *reinterpret_cast<Word<2 * V>*>(to) = word;
 }
 
-// A tile of x in shared memory, a word for two neighbouring columns of a row. On one side a thread has a pair of columns
-// and V rows, on the other 16 bytes of a row. Exclusive or with the row keeps the lanes of both in different banks
-// (columns: 64 / V lanes apart by V rows, V >= 4, and 32 * V / 64 pairs; rows: eight lanes with 16 bytes each).
+// A tile of x in shared memory, a word for two neighbouring columns of a row. On one side a thread has a pair of
+// columns and V rows, on the other 16 bytes of a row. Exclusive or with the row keeps the lanes of both in different
+// banks (columns: 64 / V lanes apart by V rows, V >= 4, and 32 * V / 64 pairs; rows: eight lanes with 16 bytes each).
 struct Staged {
     uint32_t word[TILE * TILE / 2];
 
@@ -355,7 +362,7 @@ struct Staged {
     }
 };
 
-// ---- dtypes ---------------------------------------------------------------------------------------------------------------
+// ---- dtypes ----
 
 // f(element of the type).
 template <class F>

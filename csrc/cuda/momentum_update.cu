@@ -2,15 +2,15 @@
 //
 // An f16 x needs a power of two before it is rounded, and the norm is known only after the pass. The tile's own norm is
 // known before: its power of two depends on nothing else and comes in steps of 2^15, half of f16's range. Then nearly
-// always all tiles of a matrix have the same one, and the second launch has nothing to move: 14 bytes an element in fp32,
-// as for bf16. Reading gradient and momentum a second time would cost 8 to 10 more.
+// always all tiles of a matrix have the same one, and the second launch has nothing to move: 14 bytes an element in
+// fp32, as for bf16. Reading gradient and momentum a second time would cost 8 to 10 more.
 #include "elementwise.cuh"
 
 namespace muon_kernels::cuda {
 namespace {
 
-// factor * (difference ? other - grad : other) + (onto_other ? other : grad): all that momentum asks for, without a branch
-// for each element.
+// factor * (difference ? other - grad : other) + (onto_other ? other : grad): all that momentum asks for, without a
+// branch for each element.
 struct Blend {
     float factor;
     bool difference;
@@ -26,13 +26,13 @@ struct MomentumArguments {
     Blend direction;  // with the new one, if nesterov
     bool nesterov;
     bool has_momentum;
-    bool half;      // x is f16
+    bool half;  // x is f16
     bool x_aligned;
-    Runs<2> runs;   // gradient, momentum
+    Runs<2> runs;  // gradient, momentum
 };
 static_assert(sizeof(MomentumArguments) <= kArgumentBytes, "a kernel's arguments");
 
-// ---- powers of two ------------------------------------------------------------------------------------------------------
+// ---- powers of two ----
 
 // floor(log2(v)) of a positive normal number.
 __device__ int exponent(double v) { return ((__double2hiint(v) >> 20) & 0x7ff) - 1023; }
@@ -56,7 +56,7 @@ struct PowerOfTwo {
     __device__ float operator()(float v) const { return v * first * second; }
 };
 
-// ---- the pass -----------------------------------------------------------------------------------------------------------
+// ---- the pass ----
 
 // One fused multiply-add, as in csrc/cpu; without the intrinsic the compiler could fuse the difference with what comes
 // before it.
@@ -168,7 +168,7 @@ __global__ __launch_bounds__(THREADS, BLOCKS_PER_SM) void momentum_kernel(const 
     }
 }
 
-// ---- norms --------------------------------------------------------------------------------------------------------------
+// ---- norms ----
 
 struct NormArguments {
     Stack x;
@@ -190,8 +190,8 @@ __device__ float reciprocal_norm(double sum_of_squares, double eps, double margi
     return static_cast<float>(1 / (fmax(norm * power(-e), eps) * margin) * power(-e));
 }
 
-// Each block of a matrix adds all its partial sums, which is less than it costs to wait for another one, and rescales its
-// share of the tiles: seldom any.
+// Each block of a matrix adds all its partial sums, which is less than it costs to wait for another one, and rescales
+// its share of the tiles: seldom any.
 __global__ __launch_bounds__(THREADS) void norm_kernel(const __grid_constant__ NormArguments u) {
     __shared__ double scratch[3][WARPS];
     const int matrix = blockIdx.x / u.shares, share = blockIdx.x % u.shares;
@@ -261,10 +261,7 @@ Result momentum_update(const MomentumUpdate& args, DType dtype, double* partial,
             using Grad = decltype(grad);
             using Momentum = decltype(momentum);
             const Operands<2> operands = {
-                {args.grad, args.momentum},
-                {sizeof(Grad), sizeof(Momentum)},
-                nullptr,
-                VECTOR<Grad, Momentum>
+                {args.grad, args.momentum}, {sizeof(Grad), sizeof(Momentum)}, nullptr, VECTOR<Grad, Momentum>
             };
             return for_each_launch(args.x, operands, u.runs, [&](int64_t first, int64_t count) {
                 u.x = args.x;
@@ -277,7 +274,7 @@ Result momentum_update(const MomentumUpdate& args, DType dtype, double* partial,
     });
     if (pass.status != Status::ok) return pass;
 
-    NormArguments n = {args.x,      partial, args.scale, args.eps, args.margin, static_cast<int>(per_matrix), 1, half};
+    NormArguments n = {args.x, partial, args.scale, args.eps, args.margin, static_cast<int>(per_matrix), 1, half};
     n.shares = static_cast<int>(std::clamp<int64_t>(per_matrix / 64, 1, 64));
     const int64_t most = INT_MAX / n.shares;
     for (int64_t first = 0; first < args.x.batch; first += most) {

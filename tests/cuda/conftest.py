@@ -1,11 +1,12 @@
 """Builds the CUDA library and its bindings on the stand-in runtime: launches run nvcc's PTX on the CPU."""
 
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 from ptx import standin
 
-ROOT = __import__("pathlib").Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
 
@@ -20,7 +21,10 @@ def built() -> tuple[ModuleType, standin.Runtime]:
         ROOT / "python" / "bindings.cpp",
         include=[ROOT / "csrc"],
         flags=["-DMUON_KERNELS_CUDA"],
-        extra=[ROOT / "tests" / "cuda" / "stubs.cpp", *((ROOT / "csrc" / "cpu" / n) for n in ("dispatch.cpp", "parallel.cpp"))],
+        extra=[
+            ROOT / "tests" / "cuda" / "stubs.cpp",
+            *((ROOT / "csrc" / "cpu" / n) for n in ("dispatch.cpp", "parallel.cpp")),
+        ],
     )
     assert module
     return module, runtime

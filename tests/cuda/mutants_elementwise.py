@@ -36,18 +36,62 @@ DECAY = "test_apply_update and float32-torch.bfloat16"
 
 MUTANTS = [
     # Momentum and direction.
-    Mutant("nesterov ignored", MOMENTUM, "d = u.nesterov ? blended(u.direction, d, updated) : updated;", "d = updated;", UPDATE),
+    Mutant(
+        "nesterov ignored",
+        MOMENTUM,
+        "d = u.nesterov ? blended(u.direction, d, updated) : updated;",
+        "d = updated;",
+        UPDATE,
+    ),
     Mutant("lerp: one branch", MOMENTUM, "rest < 0.5f ? Blend", "true ? Blend", UPDATE),
-    Mutant("grad_scale forgotten", MOMENTUM, "static_cast<float>(grad[l][v]), u.grad_scale", "static_cast<float>(grad[l][v]), 1.0f", UPDATE),
-    Mutant("barrier before x is read back", MOMENTUM, "        __syncthreads();\n        staged.write_to", "        staged.write_to", "orders"),
-    Mutant("barrier of the block's sum", MOMENTUM, "    __syncthreads();\n    value = scratch[0];", "    value = scratch[0];", "orders"),
+    Mutant(
+        "grad_scale forgotten",
+        MOMENTUM,
+        "static_cast<float>(grad[l][v]), u.grad_scale",
+        "static_cast<float>(grad[l][v]), 1.0f",
+        UPDATE,
+    ),
+    Mutant(
+        "barrier before x is read back",
+        MOMENTUM,
+        "        __syncthreads();\n        staged.write_to",
+        "        staged.write_to",
+        "orders",
+    ),
+    Mutant(
+        "barrier of the block's sum",
+        MOMENTUM,
+        "    __syncthreads();\n    value = scratch[0];",
+        "    value = scratch[0];",
+        "orders",
+    ),
     # Norms.
     Mutant("squares in fp32", MOMENTUM, "static_cast<double>(d) * d", "d * d", "digits"),
-    Mutant("partial sums beyond a block's threads", MOMENTUM, "i < u.tiles; i += THREADS) {", "i < u.tiles && i < THREADS; i += THREADS) {", "norm_in_double"),
+    Mutant(
+        "partial sums beyond a block's threads",
+        MOMENTUM,
+        "i < u.tiles; i += THREADS) {",
+        "i < u.tiles && i < THREADS; i += THREADS) {",
+        "norm_in_double",
+    ),
     Mutant("f16: no power of two", MOMENTUM, "factor(tile_power(sum, true))", "factor(0)", "digits"),
-    Mutant("tiles left as they were", MOMENTUM, "const int e = whole - tile_power(partial[t], u.half);", "const int e = 0;", "different_sizes"),
-    Mutant("smallest tile not looked at", MOMENTUM, "tile_power(smallest, u.half) == whole", "tile_power(largest, u.half) == whole", "different_sizes"),
-    Mutant("two blocks rescale the same tiles", MOMENTUM, "share = blockIdx.x % u.shares;", "share = 0;", "different_sizes"),
+    Mutant(
+        "tiles left as they were",
+        MOMENTUM,
+        "const int e = whole - tile_power(partial[t], u.half);",
+        "const int e = 0;",
+        "different_sizes",
+    ),
+    Mutant(
+        "smallest tile not looked at",
+        MOMENTUM,
+        "tile_power(smallest, u.half) == whole",
+        "tile_power(largest, u.half) == whole",
+        "different_sizes",
+    ),
+    Mutant(
+        "two blocks rescale the same tiles", MOMENTUM, "share = blockIdx.x % u.shares;", "share = 0;", "different_sizes"
+    ),
     Mutant("infinity has a scale", MOMENTUM, "if (!isfinite(norm)) return __int_as_float(0x7fc00000);", "", "no_norm"),
     # Walks, lists, shared memory.
     Mutant("lines beyond the matrix", SHARED, "return offset(l) < lines; }", "return lines > 0; }", UPDATE),
@@ -56,14 +100,32 @@ MUTANTS = [
     Mutant("chunk's tail written", SHARED, "if (i < count) to[i] = element[i];", "to[i] = element[i];", UPDATE),
     Mutant("no swizzle", SHARED, "return row / 4 * 2; }", "return 0; }", "traffic and float32"),
     Mutant("halves of a chunk not exchanged", SHARED, "swizzle(row) & 2 ?", "false ?", UPDATE),
-    Mutant("strides of a run's first matrix", SHARED, "if (a.row_stride != b.row_stride || a.col_stride != b.col_stride) return false;", "", UPDATE),
-    Mutant("run of the matrix before", SHARED, "if (runs.run[high].begin <= matrix)", "if (runs.run[high].begin < matrix)", "launches"),
+    Mutant(
+        "strides of a run's first matrix",
+        SHARED,
+        "if (a.row_stride != b.row_stride || a.col_stride != b.col_stride) return false;",
+        "",
+        UPDATE,
+    ),
+    Mutant(
+        "run of the matrix before",
+        SHARED,
+        "if (runs.run[high].begin <= matrix)",
+        "if (runs.run[high].begin < matrix)",
+        "launches",
+    ),
     Mutant("second launch starts over", MOMENTUM, "u.x.data += first * args.x.batch_stride;", "", "test_launches"),
     # The parameters.
     Mutant("barrier before x is used", APPLY, "        __syncthreads();\n", "", "orders"),
     Mutant("decays against the update's sign", APPLY, "!cautious || update", "cautious || update", DECAY),
     Mutant("cautious by a product", APPLY, "update * copysignf(1.0f, param) >= 0", "update * param >= 0", "underflows"),
-    Mutant("weight decay of the host", APPLY, "u.options.weight_decay ? *u.options.weight_decay : u.weight_decay", "u.weight_decay", DECAY),
+    Mutant(
+        "weight decay of the host",
+        APPLY,
+        "u.options.weight_decay ? *u.options.weight_decay : u.weight_decay",
+        "u.weight_decay",
+        DECAY,
+    ),
     Mutant("step size without the ratio", APPLY, "static_cast<float>(lr * ratio)", "static_cast<float>(lr)", DECAY),
     # Stochastic rounding.
     Mutant("seed ignored", APPLY, "mixed(u.options.seed)", "mixed(0)", "seed"),
@@ -81,7 +143,16 @@ def caught(work: Path, mutant: Mutant) -> str | None:
     assert sound.count(mutant.old) == 1, f"{mutant.name}: {mutant.old!r} occurs {sound.count(mutant.old)} times"
     file.write_text(sound.replace(mutant.old, mutant.new))
     try:
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "tests/cuda/test_elementwise.py"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "tests/cuda/test_elementwise.py",
+        ]
         done = subprocess.run([*command, "-k", mutant.tests], cwd=work, capture_output=True, text=True, check=False)
         if done.returncode == 0:
             return None

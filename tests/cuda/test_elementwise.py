@@ -20,7 +20,10 @@ from torch import Tensor
 LAYOUTS: dict[str, Callable[[int, int], tuple[Tensor, Tensor]]] = {
     "contiguous": lambda m, n: (t := torch.empty(m, n), t),
     "transposed": lambda m, n: (t := torch.empty(n, m), t.T),
-    "sliced": lambda m, n: (t := torch.empty(m + 2, n + 8), t[1:-1, 3:-5]),  # rows as far apart as vectors, but not on them
+    "sliced": lambda m, n: (
+        t := torch.empty(m + 2, n + 8),
+        t[1:-1, 3:-5],
+    ),  # rows as far apart as vectors, but not on them
     "every second": lambda m, n: (t := torch.empty(2 * m, 2 * n), t[::2, ::2]),
 }
 SHAPES = [(1, 1), (40, 1), (17, 33), (33, 17), (64, 64), (72, 136), (136, 72), (16, 200)]
@@ -112,7 +115,13 @@ def test_momentum_update(verbs: Verbs, dtype: torch.dtype, momentum_dtype: torch
         momenta = [Block(shape, k, momentum_dtype) for k in (kind, kind, "contiguous")]
         X, block = workspace(3, m, n, X_dtype, next(alignments))
         scale = verbs.momentum_update(
-            [g.view for g in grads], [b.view for b in momenta], X, mu=mu, nesterov=nesterov, dampened=dampened, grad_scale=-0.5
+            [g.view for g in grads],
+            [b.view for b in momenta],
+            X,
+            mu=mu,
+            nesterov=nesterov,
+            dampened=dampened,
+            grad_scale=-0.5,
         )
         assert_workspace(X, block)
         for i, (g, b) in enumerate(zip(grads, momenta, strict=True)):
@@ -192,7 +201,12 @@ def test_orders_and_races(verbs: Verbs) -> None:
     begun[0][1] *= 1e-20
     for X_dtype in HALVES:
         results = []
-        for order, seed, races in [("forward", 0, True), ("backward", 0, True), ("random", 1, False), ("random", 2, False)]:
+        for order, seed, races in [
+            ("forward", 0, True),
+            ("backward", 0, True),
+            ("random", 1, False),
+            ("random", 2, False),
+        ]:
             grads, momenta = ([g for t in begun for g in t.clone()] for _ in range(2))
             params = [t.clone() for t in grads]
             X, _ = workspace(4, 70, 130, X_dtype)
@@ -212,7 +226,7 @@ def launches(verbs: Verbs, call: Callable[[], Any]) -> list[str]:
 
 
 def test_launches(verbs: Verbs) -> None:
-    """Two for the momenta of any stack, one for its parameters; more only where the lists are longer than an argument."""
+    """Two for momenta, one for parameters; more only where a list is longer than a kernel's argument."""
     X, _ = workspace(1030, 2, 3, torch.bfloat16)
     stack = torch.randn(1030, 2, 3)
     apart = list(torch.randn(1200, 2, 3))
@@ -336,7 +350,9 @@ def test_stochastic_rounding_of_special_values(verbs: Verbs) -> None:
     values = torch.tensor([[0.0, -0.0, 1.0, -3.0e38, torch.inf, -torch.inf, torch.nan, 2.0**-133]]).bfloat16()
     (p,) = stochastic(verbs, [values], 1, torch.zeros(1, 1, 8, dtype=torch.bfloat16))
     assert torch.equal(p[~p.isnan()], values[~values.isnan()]) and torch.equal(p.isnan(), values.isnan())
-    nan = torch.tensor([[0x7F800001, 0x7FFFFFFF]], dtype=torch.int32).view(torch.float32)  # bf16's bits alone are others
+    nan = torch.tensor([[0x7F800001, 0x7FFFFFFF]], dtype=torch.int32).view(
+        torch.float32
+    )  # bf16's bits alone are others
     p = torch.zeros(1, 2).bfloat16()
     verbs.apply_update([p], torch.ones(1, 1, 2).bfloat16(), lr=nan[0, :1], stochastic_rounding=True)
     assert p.isnan().all()
@@ -357,7 +373,14 @@ def test_refusals(verbs: Verbs) -> None:
         verbs.runtime.pretend(8, 0)
     verbs.runtime.forget_memory()
     m = verbs.module
-    update = m.ApplyUpdate(*([torch.tensor([p.data_ptr(), 8, 1]).data_ptr()] * 1), m.DType.f32, (X.data_ptr(), *X.shape, 32, 8), 0.1, 0.0, torch.ones(1).double().data_ptr())
+    update = m.ApplyUpdate(
+        *([torch.tensor([p.data_ptr(), 8, 1]).data_ptr()] * 1),
+        m.DType.f32,
+        (X.data_ptr(), *X.shape, 32, 8),
+        0.1,
+        0.0,
+        torch.ones(1).double().data_ptr(),
+    )
     with pytest.raises(RuntimeError, match=r"apply_update: .* \(CUDA error 719\)"):
         m.cuda.apply_update(update, m.cuda.ApplyOptions(0, 0, False, False, 0), m.DType.bf16, 0)
 
@@ -368,14 +391,17 @@ def test_refusals(verbs: Verbs) -> None:
 @pytest.mark.parametrize("X_dtype", HALVES, ids=str)
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)], ids=str)
 def test_memory_traffic(verbs: Verbs, dtypes: tuple[torch.dtype, torch.dtype], X_dtype: torch.dtype) -> None:
-    """Gradient, momentum and weight in once, momentum, weight and x out once, in whole sectors, without bank conflicts."""
+    """Everything in once and out once, in whole sectors, without bank conflicts."""
     grad_dtype, momentum_dtype = dtypes
     for shape in ((128, 192), (192, 128)):
         grads, momenta = torch.randn(2, *shape).to(grad_dtype), torch.randn(2, *shape).to(momentum_dtype)
         X = torch.empty(2, 128, 192, dtype=X_dtype)
         elements = X.numel()
         for verb, per_element in [
-            (lambda g=grads, b=momenta, X=X: verbs.momentum_update(list(g), list(b), X), grads.itemsize + 2 * momenta.itemsize + 2),
+            (
+                lambda g=grads, b=momenta, X=X: verbs.momentum_update(list(g), list(b), X),
+                grads.itemsize + 2 * momenta.itemsize + 2,
+            ),
             (lambda g=grads, X=X: verbs.apply_update(list(g), X), 2 * grads.itemsize + 2),
         ]:
             with verbs.runtime.options(profile=True):
@@ -392,7 +418,9 @@ def test_memory_traffic(verbs: Verbs, dtypes: tuple[torch.dtype, torch.dtype], X
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("source", [s for s in SOURCES if s.stem in ("momentum_update", "apply_update")], ids=lambda s: s.stem)
+@pytest.mark.parametrize(
+    "source", [s for s in SOURCES if s.stem in ("momentum_update", "apply_update")], ids=lambda s: s.stem
+)
 def test_compiled(source: Any, arch: str, tmp_path: Any) -> None:
     """Registers for four blocks a multiprocessor and none spilled; vectors on both sides of every kernel."""
     flags = ["-std=c++17", f"-arch={arch}", source, "-o"]
@@ -411,4 +439,6 @@ def test_compiled(source: Any, arch: str, tmp_path: Any) -> None:
 
 def test_host_code_only_launches() -> None:
     for file in (ROOT / "csrc" / "cuda").iterdir():
-        assert not re.search(r"cudaMalloc|cudaFree|Synchronize|printf|std::cout|cudaMemcpy", file.read_text()), file.name
+        assert not re.search(r"cudaMalloc|cudaFree|Synchronize|printf|std::cout|cudaMemcpy", file.read_text()), (
+            file.name
+        )
