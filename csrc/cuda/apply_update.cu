@@ -35,8 +35,9 @@ struct RandomBits {
         blocks = (u.x.cols + 1) / 2;
         state = mixed(u.options.seed) + (u.first + matrix) * ((u.x.rows + 1) / 2) * blocks * STEP;
     }
-    __device__ uint32_t operator()(int row, int col) const {
-        const uint64_t block = mixed(state + (row / 2 * blocks + col / 2 + 1) * STEP);
+    // The bits of the block that has an element, and the element's among them.
+    __device__ uint64_t block(int row, int col) const { return mixed(state + (row / 2 * blocks + col / 2 + 1) * STEP); }
+    __device__ static uint32_t of(uint64_t block, int row, int col) {
         return block >> (32 * (row % 2) + 16 * (col % 2)) & 0xffff;
     }
 };
@@ -95,13 +96,17 @@ __device__ void apply_tile(const ApplyArguments& u, const Run<1>& run, const Til
                 x[l][v] = l % 2 ? pair.y : pair.x;
             }
         }
+        uint64_t bits[(V + 1) / 2] = {};
 #pragma unroll
         for (int l = 0; l < LINES; ++l) {
 #pragma unroll
             for (int v = 0; v < V; ++v) {
                 const float value = coefficients(static_cast<float>(param[l][v]), x[l][v], u.options.cautious);
                 if constexpr (STOCHASTIC) {
-                    param[l][v] = rounded_by(value, random(tile.row + slice.row(l, v), tile.col + slice.col(l, v)));
+                    const int row = tile.row + slice.row(l, v), col = tile.col + slice.col(l, v);
+                    // Lines come in pairs and vectors begin at even places.
+                    if (l % 2 == 0 && v % 2 == 0) bits[v / 2] = random.block(row, col);
+                    param[l][v] = rounded_by(value, RandomBits::of(bits[v / 2], row, col));
                 } else {
                     param[l][v] = rounded<Param>(value);
                 }
