@@ -119,24 +119,23 @@ __device__ void apply_tile(const ApplyArguments& u, const Run<1>& run, const Til
 template <class Param, bool STOCHASTIC>
 __global__ __launch_bounds__(THREADS, BLOCKS_PER_SM) void apply_kernel(const __grid_constant__ ApplyArguments u) {
     __shared__ Staged staged;
-    const Tile tile = tile_of_block(u.x, u.tiles);
-    const Run<1>& run = run_of(u.runs, tile.matrix);
-    if (run.vector) {
-        apply_tile<Param, STOCHASTIC, VECTOR<Param>>(u, run, tile, staged);
+    const Run<1>* run;
+    const Tile tile = tile_of_block(u.x, u.tiles, u.runs, run);
+    if (run->vector) {
+        apply_tile<Param, STOCHASTIC, VECTOR<Param>>(u, *run, tile, staged);
     } else {
-        apply_tile<Param, STOCHASTIC, 1>(u, run, tile, staged);
+        apply_tile<Param, STOCHASTIC, 1>(u, *run, tile, staged);
     }
 }
 
 }  // namespace
 
 Result apply_update(const ApplyUpdate& args, const ApplyOptions& options, DType dtype, Stream stream) {
-    if (dtype == DType::f32 || (args.x.batch && !(args.param && args.ratio))) return kInvalidArgument;
+    if (dtype == DType::f32 || !fits(args.x) || (args.x.batch && !(args.param && args.ratio))) return kInvalidArgument;
     if (options.stochastic_rounding && args.param_dtype == DType::f16) return kInvalidArgument;
     const Result device = supported();
     if (device.status != Status::ok || !args.x.batch) return device;
     const int64_t per_matrix = tiles(args.x);
-    if (per_matrix > INT_MAX) return kInvalidArgument;
 
     ApplyArguments u;
     u.lr = args.lr;

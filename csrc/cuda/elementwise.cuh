@@ -29,6 +29,9 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Tiles of a matrix, row by row.
 inline int64_t tiles(const Stack& x) { return ceil_div(x.rows, TILE) * ceil_div(x.cols, TILE); }
 
+// Whether a tile's place in a matrix, and a block's in a grid, are ints.
+inline bool fits(const Stack& x) { return std::max(x.rows, x.cols) <= INT_MAX - TILE && tiles(x) <= INT_MAX; }
+
 // Whether rows of x can be moved 16 bytes at a time.
 inline bool aligned(const Stack& x) {
     return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.batch_stride % 8 == 0 && x.row_stride % 8 == 0;
@@ -149,22 +152,32 @@ struct Tile {
     int rows, cols;     // inside the matrix, at most TILE
 };
 
-__device__ inline Tile tile_of(const Stack& x, int matrix, int index) {
+__device__ inline Tile tile_at(const Stack& x, int matrix, int row, int col) {
     const int across = static_cast<int>((x.cols + TILE - 1) / TILE);
-    const int row = index / across * TILE, col = index % across * TILE;
     return {
         matrix,
-        index,
-        row,
-        col,
-        static_cast<int>(min(x.rows - row, static_cast<int64_t>(TILE))),
-        static_cast<int>(min(x.cols - col, static_cast<int64_t>(TILE)))
+        row * across + col,
+        row * TILE,
+        col * TILE,
+        static_cast<int>(min(x.rows - row * TILE, static_cast<int64_t>(TILE))),
+        static_cast<int>(min(x.cols - col * TILE, static_cast<int64_t>(TILE)))
     };
 }
 
-// `tiles` of a matrix; in 32 bits, because a division of 64 is a function call.
-__device__ inline Tile tile_of_block(const Stack& x, unsigned tiles) {
-    return tile_of(x, static_cast<int>(blockIdx.x / tiles), static_cast<int>(blockIdx.x % tiles));
+__device__ inline Tile tile_of(const Stack& x, int matrix, int index) {
+    const int across = static_cast<int>((x.cols + TILE - 1) / TILE);
+    return tile_at(x, matrix, index / across, index % across);
+}
+
+// `tiles` of a matrix; in 32 bits, because a division of 64 is a function call. Neighbouring blocks have neighbouring
+// tiles along the walk: together they read whole pages of the memory of the operands, which is most of the traffic.
+template <int OPERANDS>
+__device__ Tile tile_of_block(const Stack& x, unsigned tiles, const Runs<OPERANDS>& runs, const Run<OPERANDS>*& run) {
+    const int matrix = blockIdx.x / tiles, index = blockIdx.x % tiles;
+    run = &run_of(runs, matrix);
+    if (run->along_rows) return tile_of(x, matrix, index);
+    const int down = static_cast<int>((x.rows + TILE - 1) / TILE);
+    return tile_at(x, matrix, index % down, index / down);
 }
 
 // Lines that a thread reads before it writes: of vectors all; of single elements, whose addresses would take too many

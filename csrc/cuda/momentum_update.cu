@@ -129,7 +129,7 @@ __device__ void momentum_tile(const MomentumArguments& u, const Run<2>& run, con
         }
     }
     sum = block_reduce(sum, add, scratch);
-    if (threadIdx.x == 0) u.partial[blockIdx.x] = sum;
+    if (threadIdx.x == 0) u.partial[static_cast<int64_t>(tile.matrix) * u.tiles + tile.index] = sum;
     if (u.half) {
         const PowerOfTwo factor(tile_power(sum, true));
 #pragma unroll
@@ -159,12 +159,12 @@ __device__ void momentum_tile(const MomentumArguments& u, const Run<2>& run, con
 template <class Grad, class Momentum>
 __global__ __launch_bounds__(THREADS, BLOCKS_PER_SM) void momentum_kernel(const __grid_constant__ MomentumArguments u) {
     __shared__ Staged staged;
-    const Tile tile = tile_of_block(u.x, u.tiles);
-    const Run<2>& run = run_of(u.runs, tile.matrix);
-    if (run.vector) {
-        momentum_tile<Grad, Momentum, VECTOR<Grad, Momentum>>(u, run, tile, staged);
+    const Run<2>* run;
+    const Tile tile = tile_of_block(u.x, u.tiles, u.runs, run);
+    if (run->vector) {
+        momentum_tile<Grad, Momentum, VECTOR<Grad, Momentum>>(u, *run, tile, staged);
     } else {
-        momentum_tile<Grad, Momentum, 1>(u, run, tile, staged);
+        momentum_tile<Grad, Momentum, 1>(u, *run, tile, staged);
     }
 }
 
@@ -233,13 +233,12 @@ __global__ __launch_bounds__(THREADS) void norm_kernel(const __grid_constant__ N
 int64_t momentum_partials(const MomentumUpdate& args) { return args.x.batch * tiles(args.x); }
 
 Result momentum_update(const MomentumUpdate& args, DType dtype, double* partial, Stream stream) {
-    if (dtype == DType::f32 || (args.x.batch && !args.grad)) return kInvalidArgument;
+    if (dtype == DType::f32 || !fits(args.x) || (args.x.batch && !args.grad)) return kInvalidArgument;
     const Result device = supported();
     if (device.status != Status::ok || !args.x.batch) return device;
     const auto on = static_cast<cudaStream_t>(stream);
     const bool half = dtype == DType::f16;
     const int64_t per_matrix = tiles(args.x);
-    if (per_matrix > INT_MAX) return kInvalidArgument;
 
     MomentumArguments u;
     u.grad_scale = args.grad_scale;
