@@ -293,9 +293,9 @@ def plan_for_shapes(
         schedule, device, dtype, backend, ns_algorithm, max_workspace_bytes: as in a step.
     """
     shapes = list(shapes)
-    for shape in shapes:
-        if len(shape) != 3 or not all(type(n) is int and n >= 0 for n in shape):
-            raise ValueError(f"shapes should be (rows, cols, count), three integers >= 0, but one is: {shape!r}")
+    for given in shapes:
+        if len(given) != 3 or not all(type(n) is int and n >= 0 for n in given):
+            raise ValueError(f"shapes should be (rows, cols, count), three integers >= 0, but one is: {given!r}")
     name = backends.choose(backend, torch.device(device), [dtype]) if available else backend
     counts: dict[tuple[int, int], int] = {}
     for rows, cols, count_ in shapes:  # tall and wide ones share a bucket

@@ -1,0 +1,165 @@
+// One pass over the parameters of all matrices of a bucket.
+#include "elementwise.cuh"
+
+namespace muon_kernels::cuda {
+namespace {
+
+struct ApplyArguments {
+    Stack x;
+    double lr;
+    double weight_decay;
+    ApplyOptions options;
+    int tiles;      // of a matrix
+    int64_t first;  // matrix of the launch in the bucket
+    bool half;      // x is f16
+    bool x_aligned;
+    Runs<1> runs;
+};
+static_assert(sizeof(ApplyArguments) <= kArgumentBytes, "a kernel's arguments");
+
+// SplitMix64's output function (Steele, Lea, Flood 2014).
+__device__ uint64_t mixed(uint64_t z) {
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+}
+
+// Sixteen random bits for every element that depend on nothing else: the elements of a 2 x 2 block share 64 of
+// SplitMix64's stream, and a thread, whichever way it walks, has all of them.
+struct RandomBits {
+    static constexpr uint64_t STEP = 0x9e3779b97f4a7c15u;
+    uint64_t state;
+    int64_t blocks;  // in two rows
+
+    __device__ RandomBits(const ApplyArguments& u, int matrix) {
+        blocks = (u.x.cols + 1) / 2;
+        state = mixed(u.options.seed) + (u.first + matrix) * ((u.x.rows + 1) / 2) * blocks * STEP;
+    }
+    // The bits of the block that has an element, and the element's among them.
+    __device__ uint64_t block(int row, int col) const { return mixed(state + (row / 2 * blocks + col / 2 + 1) * STEP); }
+    __device__ static uint32_t of(uint64_t block, int row, int col) {
+        return block >> (32 * (row % 2) + 16 * (col % 2)) & 0xffff;
+    }
+};
+
+// Up with the probability that makes the mean exact: values that bf16 has stay, as do infinity and NaN.
+__device__ __nv_bfloat16 rounded_by(float value, uint32_t random) {
+    if (isnan(value)) return __float2bfloat16_rn(value);
+    return __ushort_as_bfloat16(static_cast<unsigned short>((__float_as_uint(value) + random) >> 16));
+}
+
+// What is the same for all elements of a matrix.
+struct Coefficients {
+    float decay, step_size;
+
+    __device__ Coefficients(const ApplyArguments& u, double ratio) {
+        const double lr = u.options.lr ? *u.options.lr : u.lr;
+        const double weight_decay = u.options.weight_decay ? *u.options.weight_decay : u.weight_decay;
+        decay = static_cast<float>(1 - lr * weight_decay);
+        step_size = static_cast<float>(lr * ratio);
+    }
+    __device__ float operator()(float param, float update, bool cautious) const {
+        // The sign alone: the product of two small numbers would be a zero.
+        const bool decays = !cautious || update * copysignf(1.0f, param) >= 0;
+        return fmaf(-step_size, update, decays ? __fmul_rn(param, decay) : param);
+    }
+};
+
+template <class Param, bool STOCHASTIC, int V>
+__device__ void apply_tile(const ApplyArguments& u, const Run<1>& run, const Tile& tile, Staged& staged) {
+    if (!run.along_rows) {
+        staged.read_from(u.x, tile, u.x_aligned);
+        __syncthreads();
+    }
+    const Coefficients coefficients(u, run.ratio);
+    const RandomBits random(u, tile.matrix);
+    constexpr int LINES = AT_ONCE<V>;
+#pragma unroll 1
+    for (int begin = 0; begin < PER_THREAD / V; begin += LINES) {
+        const Slice<V, LINES> slice(tile, run.along_rows, begin);
+        const Lines<Param, V> params(run, 0, tile, slice);
+        Param param[LINES][V] = {};
+        float x[LINES][V] = {};
+#pragma unroll
+        for (int l = 0; l < LINES; ++l) {
+            if (slice.has(l)) load(params[l], param[l]);
+        }
+#pragma unroll
+        for (int l = 0; l < LINES; ++l) {
+            if (run.along_rows) {
+                if (slice.has(l)) load_x(x_at(u.x, tile, slice.row(l, 0), slice.along), u.half, x[l]);
+                continue;
+            }
+#pragma unroll
+            for (int v = 0; v < V; ++v) {
+                const float2 pair = unpack(staged.at(slice.row(l, v), slice.col(l, v) / 2), u.half);
+                x[l][v] = l % 2 ? pair.y : pair.x;
+            }
+        }
+        uint64_t bits[(V + 1) / 2] = {};
+#pragma unroll
+        for (int l = 0; l < LINES; ++l) {
+#pragma unroll
+            for (int v = 0; v < V; ++v) {
+                const float value = coefficients(static_cast<float>(param[l][v]), x[l][v], u.options.cautious);
+                if constexpr (STOCHASTIC) {
+                    const int row = tile.row + slice.row(l, v), col = tile.col + slice.col(l, v);
+                    // Lines come in pairs and vectors begin at even places.
+                    if (l % 2 == 0 && v % 2 == 0) bits[v / 2] = random.block(row, col);
+                    param[l][v] = rounded_by(value, RandomBits::of(bits[v / 2], row, col));
+                } else {
+                    param[l][v] = rounded<Param>(value);
+                }
+            }
+            if (slice.has(l)) store(params[l], param[l]);
+        }
+    }
+}
+
+template <class Param, bool STOCHASTIC>
+__global__ __launch_bounds__(THREADS, BLOCKS_PER_SM) void apply_kernel(const __grid_constant__ ApplyArguments u) {
+    __shared__ Staged staged;
+    const Run<1>* run;
+    const Tile tile = tile_of_block(u.x, u.tiles, u.runs, run);
+    if (run->vector) {
+        apply_tile<Param, STOCHASTIC, VECTOR<Param>>(u, *run, tile, staged);
+    } else {
+        apply_tile<Param, STOCHASTIC, 1>(u, *run, tile, staged);
+    }
+}
+
+}  // namespace
+
+Result apply_update(const ApplyUpdate& args, const ApplyOptions& options, DType dtype, Stream stream) {
+    if (dtype == DType::f32 || !fits(args.x) || (args.x.batch && !(args.param && args.ratio))) return kInvalidArgument;
+    if (options.stochastic_rounding && args.param_dtype == DType::f16) return kInvalidArgument;
+    const Result device = supported();
+    if (device.status != Status::ok || !args.x.batch) return device;
+    const int64_t per_matrix = tiles(args.x);
+
+    ApplyArguments u;
+    u.lr = args.lr;
+    u.weight_decay = args.weight_decay;
+    u.options = options;
+    u.half = dtype == DType::f16;
+    u.tiles = static_cast<int>(per_matrix);
+    u.x_aligned = aligned(args.x);
+    return with_type(args.param_dtype, [&](auto param) {
+        using Param = decltype(param);
+        auto* kernel = apply_kernel<Param, false>;
+        if constexpr (std::is_same_v<Param, __nv_bfloat16>) {
+            if (options.stochastic_rounding) kernel = apply_kernel<Param, true>;
+        }
+        const Operands<1> operands = {{args.param}, {sizeof(Param)}, args.ratio, VECTOR<Param>};
+        return for_each_launch(args.x, operands, u.runs, [&](int64_t first, int64_t count) {
+            u.x = args.x;
+            u.x.data += first * args.x.batch_stride;
+            u.first = first;
+            const auto blocks = static_cast<unsigned>(count * per_matrix);
+            kernel<<<blocks, THREADS, 0, static_cast<cudaStream_t>(stream)>>>(u);
+            return launched();
+        });
+    });
+}
+
+}  // namespace muon_kernels::cuda

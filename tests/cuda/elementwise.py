@@ -1,0 +1,112 @@
+"""Calls momentum_update and apply_update of the module built on the stand-in runtime, with torch tensors."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from ptx.standin import Runtime
+from torch import Tensor
+
+DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+TILE = 64
+
+
+def wide(t: Tensor) -> Tensor:
+    """As the kernels see a parameter: no more rows than columns."""
+    return t.mT if t.shape[-2] > t.shape[-1] else t
+
+
+def _refs(tensors: Sequence[Tensor]) -> array[int]:
+    refs = array("q")
+    for t in map(wide, tensors):
+        refs.extend((t.data_ptr(), *t.stride()))
+    return refs
+
+
+def _address(a: array[Any]) -> int:
+    return int(a.buffer_info()[0])
+
+
+class Verbs:
+    """The two verbs of one build; everything that they may touch is registered for as long as a call takes."""
+
+    def __init__(self, module: ModuleType, runtime: Runtime) -> None:
+        self.module, self.runtime = module, runtime
+
+    def dtype(self, t: Tensor) -> Any:
+        return getattr(self.module.DType, DTYPES[t.dtype])
+
+    def _run(self, memory: Sequence[Tensor | None], verb: Any, *args: Any) -> None:
+        self.runtime.forget_memory()
+        self.runtime.register(*(t for t in memory if t is not None and t.numel()), guard=True)
+        try:
+            verb(*args)
+        except RuntimeError as error:
+            raise (self.runtime.failures or [error])[0] from error
+
+    def momentum_update(
+        self,
+        grads: Sequence[Tensor],
+        momenta: Sequence[Tensor] | None,
+        X: Tensor,
+        *,
+        mu: float = 0.9,
+        nesterov: bool = True,
+        dampened: bool = True,
+        grad_scale: float = 1.0,
+        eps: float = 1e-7,
+        margin: float = 1.0,
+    ) -> Tensor:
+        """Returns scale."""
+        m = self.module
+        # Neither has an initial value, and both have a sentinel behind them.
+        scale = torch.full((X.shape[0] + 1,), torch.nan)
+        refs, buffers = _refs(grads), _refs(momenta or [])
+        kind = self.dtype(grads[0]) if grads else m.DType.f32
+        update = m.MomentumUpdate(
+            _address(refs),
+            kind,
+            _address(buffers) if momenta else 0,
+            self.dtype(momenta[0]) if momenta else kind,
+            (X.data_ptr(), *X.shape, X.stride(0), X.stride(1)),
+            scale.data_ptr(),
+            eps,
+            margin,
+            grad_scale,
+            mu,
+            nesterov,
+            dampened,
+        )
+        partial = torch.full((m.cuda.momentum_partials(update),), torch.nan, dtype=torch.float64)
+        memory = [*grads, *(momenta or []), X, scale[:-1], partial]
+        self._run(memory, m.cuda.momentum_update, update, self.dtype(X), partial.data_ptr(), 0)
+        return scale[:-1]
+
+    def apply_update(
+        self,
+        params: Sequence[Tensor],
+        X: Tensor,
+        *,
+        lr: float | Tensor = 0.5,
+        weight_decay: float | Tensor = 0.5,
+        ratios: Sequence[float] | None = None,
+        cautious: bool = False,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+    ) -> None:
+        m = self.module
+        refs, factors = _refs(params), array("d", ratios if ratios is not None else [1.0] * len(params))
+        on_device = [v if isinstance(v, Tensor) else None for v in (lr, weight_decay)]
+        numbers = [0.0 if isinstance(v, Tensor) else v for v in (lr, weight_decay)]
+        options = m.cuda.ApplyOptions(
+            *(0 if t is None else t.data_ptr() for t in on_device), cautious, stochastic_rounding, seed
+        )
+        stack = (X.data_ptr(), *X.shape, X.stride(0), X.stride(1))
+        update = m.ApplyUpdate(
+            _address(refs), self.dtype(params[0]) if params else m.DType.f32, stack, *numbers, _address(factors)
+        )
+        self._run([*params, X, *on_device], m.cuda.apply_update, update, options, self.dtype(X), 0)
