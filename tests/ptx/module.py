@@ -1,0 +1,319 @@
+"""Builds a translated module with g++ and launches its kernels."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import re
+import struct
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from .parser import Location, PtxError, parse
+from .profile import Profile
+from .translate import Kernel, align_up, translate
+
+DEVICE = Path(__file__).parent / "device"
+ORDERS = {"forward": 0, "backward": 1, "random": 2}
+ASYNCHRONY = {"early": 0, "late": 1, "random": 2}
+Order = Literal["forward", "backward", "random"]
+Asynchrony = Literal["early", "late", "random"]
+# -ffp-contract=off: PTX says where an fma is. -fwrapv: PTX integers wrap.
+FLAGS = "-std=c++20 -O1 -fPIC -w -mavx2 -mfma -mf16c -ffp-contract=off -fwrapv -fno-strict-aliasing -fno-gnu-unique".split()
+
+
+class Range(ctypes.Structure):
+    """Addresses that a kernel may touch."""
+
+    _fields_ = [("begin", ctypes.c_uint64), ("end", ctypes.c_uint64)]
+
+
+class LineProfile(ctypes.Structure):
+    """Counters of one PTX line, as simt.h has them."""
+
+    _fields_ = [
+        (name, ctypes.c_uint64)
+        for name in ("threads", "requests", "bytes", "sectors", "ideal_sectors", "wavefronts", "ideal_wavefronts", "unused")
+    ]
+
+
+class Launch(ctypes.Structure):
+    """Launch of simt.h."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint32 * 3),
+        ("block", ctypes.c_uint32 * 3),
+        ("dynamic_shared", ctypes.c_uint32),
+        ("order", ctypes.c_uint32),
+        ("asynchrony", ctypes.c_uint32),
+        ("resident", ctypes.c_uint32),
+        ("check_bounds", ctypes.c_uint32),
+        ("spin_limit", ctypes.c_uint32),
+        ("seed", ctypes.c_uint64),
+        ("params", ctypes.c_void_p),
+        ("param_bytes", ctypes.c_uint64),
+        ("ranges", ctypes.POINTER(Range)),
+        ("range_count", ctypes.c_uint64),
+        ("profile", ctypes.POINTER(LineProfile)),
+        ("failed", ctypes.c_uint32),
+        ("line", ctypes.c_uint32),
+        ("at_block", ctypes.c_uint32 * 3),
+        ("at_thread", ctypes.c_uint32 * 3),
+        ("warning_count", ctypes.c_uint32),
+        ("warning_line", ctypes.c_uint32),
+        ("message", ctypes.c_char * 2048),
+        ("warning", ctypes.c_char * 512),
+    ]
+
+
+class LaunchError(PtxError):
+    """A kernel did what a kernel must not do."""
+
+    def __init__(
+        self, why: str, kernel: str, block: tuple[int, ...], thread: tuple[int, ...], line: int, location: Location | None
+    ) -> None:
+        self.why, self.kernel, self.block, self.thread = why, kernel, block, thread
+        self.line, self.location = line, location
+        source = f" ({location})" if location else ""
+        super().__init__(f"{kernel}, block {block}, thread {thread}, PTX line {line}{source}: {why}")
+
+
+def cache_directory() -> Path:
+    """Where builds are kept: $MUON_PTX_CACHE, or a directory of this user in the temporary one."""
+    path = Path(os.environ.get("MUON_PTX_CACHE") or Path(tempfile.gettempdir()) / f"muon-ptx-{os.getuid()}")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def cached(suffix: str, contents: Sequence[str], make: Callable[[Path], None]) -> Path:
+    """The file that `make` writes from `contents`. Its name has a hash of all that went into it: a rebuilt file is never
+    dlopened under an old path, which would return the old module."""
+    key = hashlib.sha256("\0".join(contents).encode()).hexdigest()[:24]
+    target = cache_directory() / f"{key}{suffix}"
+    if not target.exists():
+        with tempfile.TemporaryDirectory(dir=cache_directory()) as scratch:
+            made = Path(scratch) / f"made{suffix}"
+            make(made)
+            made.rename(target)
+    return target
+
+
+def run(command: Sequence[str | os.PathLike[str]], stderr: bool = False) -> str:
+    """Output of a compiler (or what it says on the side); its complaint as an exception."""
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise PtxError(f"{command[0]} failed:\n{done.stderr[:4000] or done.stdout[:4000]}")
+    return done.stderr if stderr else done.stdout
+
+
+def compile_module(source: str, flags: Sequence[str]) -> Path:
+    """A shared object of a translated module. The headers are precompiled: they cost more than most kernels."""
+    headers = [p.read_text() for p in sorted(DEVICE.glob("*.h"))]
+    pch = cached(".h.gch", [*flags, *headers], lambda out: run(["g++", *flags, "-x", "c++-header", DEVICE / "async.h", "-o", out]) and None)
+    stub = pch.with_suffix("")
+
+    def make(out: Path) -> None:
+        file = out.with_suffix(".cpp")
+        file.write_text(source)
+        run(["g++", *flags, "-I", DEVICE, "-include", stub, "-shared", file, "-o", out])
+
+    return cached(".so", [source, *flags, *headers], make)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a launch left behind."""
+
+    kernel: str
+    warnings: int
+    warning: str
+    profile: Profile | None
+
+
+class CompiledModule:
+    """A PTX module; variants with race checks or profiling are built when first asked for."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.ptx = parse(text)
+        self.source, kernels = translate(self.ptx)
+        self.kernels = {k.name: (i, k) for i, k in enumerate(kernels)}
+        self.locations = {
+            s.line: s.location for f in self.ptx.functions.values() for s in f.body if s.location is not None
+        }
+        self.lines = text.count("\n") + 2
+        self._variants: dict[tuple[bool, bool], ctypes.CDLL] = {}
+
+    def library(self, races: bool, profile: bool) -> ctypes.CDLL:
+        if (races, profile) not in self._variants:
+            flags = [*FLAGS, f"-DPTX_RACES={int(races)}", f"-DPTX_PROFILE={int(profile)}"]
+            self._variants[races, profile] = ctypes.CDLL(str(compile_module(self.source, flags)))
+        return self._variants[races, profile]
+
+    def variable(self, name: str) -> int:
+        """The address of a .global or .const variable (of the build without checks)."""
+        symbol = "v_" + re.sub(r"\W", "_S", name)
+        return ctypes.addressof(ctypes.c_uint8.in_dll(self.library(False, False), symbol))
+
+    def kernel(self, name: str) -> LaunchableKernel:
+        if name not in self.kernels:
+            raise PtxError(f"no kernel {name!r}; there are {', '.join(self.kernels)}")
+        index, kernel = self.kernels[name]
+        return LaunchableKernel(self, index, kernel)
+
+    def error(self, launch: Launch, kernel: str) -> LaunchError:
+        line = launch.line
+        return LaunchError(
+            launch.message.decode(errors="replace"),
+            kernel,
+            tuple(launch.at_block),
+            tuple(launch.at_thread),
+            line,
+            self.locations.get(line),
+        )
+
+
+def merged(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same addresses in disjoint ranges; tensors may share storage."""
+    result: list[tuple[int, int]] = []
+    for begin, end in sorted(ranges):
+        if result and begin < result[-1][1]:
+            result[-1] = (result[-1][0], max(end, result[-1][1]))
+        elif end > begin:
+            result.append((begin, end))
+    return result
+
+
+def tensor_range(tensor: Any, guard: bool) -> tuple[int, int]:
+    """The addresses of a tensor's storage, or with `guard` from its first element to its last."""
+    if not guard:
+        storage = tensor.untyped_storage()
+        return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+    if not tensor.numel():
+        return tensor.data_ptr(), tensor.data_ptr()
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def triple(n: int | Sequence[int]) -> tuple[int, int, int]:
+    sizes = (n,) if isinstance(n, int) else tuple(n)
+    return (*sizes, 1, 1, 1)[:3]  # type: ignore[return-value]
+
+
+class LaunchableKernel:
+    """A kernel of a module."""
+
+    def __init__(self, module: CompiledModule, index: int, info: Kernel) -> None:
+        self.module, self.index, self.info = module, index, info
+
+    def pack(self, args: Sequence[Any], guard: bool) -> tuple[bytes, list[tuple[int, int]]]:
+        """The parameter buffer, and the memory that the tensors among the arguments own."""
+        if len(args) != len(self.info.params):
+            raise PtxError(f"{self.info.name} takes {len(self.info.params)} arguments, {len(args)} given")
+        buffer, ranges = bytearray(self.info.param_bytes), []
+        for arg, (offset, param) in zip(args, self.info.params, strict=True):
+            if hasattr(arg, "data_ptr"):
+                ranges.append(tensor_range(arg, guard))
+                arg = arg.data_ptr()
+            size = param.bytes
+            if isinstance(arg, (bytes, bytearray)):
+                data = bytes(arg)
+            elif isinstance(arg, float):
+                data = bytes({4: ctypes.c_float, 8: ctypes.c_double}[size](arg))
+            elif isinstance(arg, (bool, int)):
+                data = (int(arg) & (1 << 8 * size) - 1).to_bytes(size, "little")
+            elif isinstance(arg, ctypes.Structure):
+                data = bytes(arg)
+            else:
+                raise PtxError(f"{self.info.name}, {param.name}: cannot pass a {type(arg).__name__}")
+            if len(data) != size:
+                raise PtxError(f"{self.info.name}, {param.name}: has {size} bytes, {len(data)} given")
+            buffer[offset : offset + size] = data
+        return bytes(buffer), ranges
+
+    def launch(
+        self,
+        grid: int | Sequence[int],
+        block: int | Sequence[int],
+        args: Sequence[Any],
+        shared_bytes: int = 0,
+        *,
+        order: Order = "forward",
+        asynchrony: Asynchrony = "early",
+        seed: int = 0,
+        races: bool = False,
+        profile: bool = False,
+        guard: bool = False,
+        memory: Sequence[Any] = (),
+        resident: int = 1,
+        spin_limit: int = 1000,
+    ) -> Result:
+        """Runs the grid. `memory`: tensors, or (begin, end), that the kernel reaches by other ways than its arguments;
+        `guard`: a tensor is what its view covers and not its storage; `resident`: how many blocks run at a time."""
+        buffer, ranges = self.pack(args, guard)
+        ranges += [m if isinstance(m, tuple) else tensor_range(m, guard) for m in memory]
+        table = [Range(*r) for r in merged(ranges)]
+        params = ctypes.create_string_buffer(len(buffer) + 64)
+        # A tensor map among the parameters must lie at a multiple of 64.
+        address = align_up(ctypes.addressof(params), 64)
+        ctypes.memmove(address, buffer, len(buffer))
+        counters = (LineProfile * self.module.lines)() if profile else None
+        launch = Launch(
+            grid=triple(grid),
+            block=triple(block),
+            dynamic_shared=shared_bytes,
+            order=ORDERS[order],
+            asynchrony=ASYNCHRONY[asynchrony],
+            resident=resident,
+            check_bounds=1,
+            spin_limit=spin_limit,
+            seed=seed,
+            params=address,
+            param_bytes=len(buffer),
+            ranges=(Range * len(table))(*table),
+            range_count=len(table),
+            profile=counters,
+        )
+        threads = launch.block[0] * launch.block[1] * launch.block[2]
+        if not 0 < threads <= (self.info.max_threads or 1024):
+            raise PtxError(f"{self.info.name}: blocks of {threads} threads, at most {self.info.max_threads or 1024}")
+        library = self.module.library(races, profile)
+        getattr(library, f"launch_{self.index}")(ctypes.byref(launch))
+        if launch.failed:
+            raise self.module.error(launch, self.info.name)
+        return Result(
+            self.info.name,
+            launch.warning_count,
+            launch.warning.decode(errors="replace"),
+            Profile(self.module.ptx.functions[self.info.name].body, counters) if counters else None,
+        )
+
+
+@cache
+def _load(text: str) -> CompiledModule:
+    return CompiledModule(text)
+
+
+def load(source: str | os.PathLike[str]) -> CompiledModule:
+    """A module from PTX text or a path to it."""
+    return _load(source if isinstance(source, str) and "\n" in source else Path(source).read_text())
+
+
+def tensor_map(tensor: Any, box: Sequence[int], swizzle: int = 128) -> bytes:
+    """A CUtensorMap of a strided tensor (innermost stride 1), as the stand-in of cuTensorMapEncodeTiled makes it.
+    `box` in the tensor's order of dimensions; `swizzle` in bytes, 0 for none."""
+    rank, size = tensor.dim(), tensor.element_size()
+    if tensor.stride(-1) != 1 or tensor.data_ptr() % 16 or any(s * size % 16 for s in tensor.stride()[:-1]):
+        raise PtxError("a tensor map needs rows without gaps, and addresses and strides that are multiples of 16 bytes")
+    pad = [0] * (5 - rank)
+    header = struct.pack("<I4B", 0x70616D54, rank, size, {0: 0, 32: 1, 64: 2, 128: 3}[swizzle], 0)
+    dims = struct.pack("<6Q", tensor.data_ptr(), *reversed(tensor.shape), *pad)
+    strides = struct.pack("<5Q", *(s * size for s in reversed(tensor.stride())), *pad)
+    boxes = struct.pack("<5H5B", *reversed(box), *pad, *([1] * rank), *pad)
+    return (header + dims + strides + boxes).ljust(128, b"\0")

@@ -1,0 +1,338 @@
+"""Builds CUDA sources, launch code and bindings included, against the stand-in runtime, and talks to that runtime."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from .module import ASYNCHRONY, DEVICE, ORDERS, Asynchrony, CompiledModule, Launch, LaunchError, LineProfile, Order
+from .module import cached, load, run, tensor_range
+from .parser import PtxError
+from .profile import Profile
+
+
+class Device(ctypes.Structure):
+    """What the device that is not there can do; Device of cudart.cpp."""
+
+    _fields_ = [
+        (name, ctypes.c_uint32)
+        for name in (
+            "major",
+            "minor",
+            "multiprocessors",
+            "shared_optin",
+            "shared_multiprocessor",
+            "threads_multiprocessor",
+            "any_memory",
+        )
+    ]
+
+
+class _Options(ctypes.Structure):
+    _fields_ = [
+        ("order", ctypes.c_uint32),
+        ("asynchrony", ctypes.c_uint32),
+        ("spin_limit", ctypes.c_uint32),
+        ("seed", ctypes.c_uint64),
+    ]
+
+
+class _KernelInfo(ctypes.Structure):
+    _fields_ = [
+        ("run", ctypes.c_void_p),
+        ("param_count", ctypes.c_uint32),
+        ("offsets", ctypes.POINTER(ctypes.c_uint32)),
+        ("sizes", ctypes.POINTER(ctypes.c_uint32)),
+        ("param_bytes", ctypes.c_uint32),
+        ("static_shared", ctypes.c_uint32),
+        ("max_threads", ctypes.c_uint32),
+        ("required_threads", ctypes.c_uint32),
+        ("profile", ctypes.POINTER(LineProfile)),
+    ]
+
+
+class _LogEntry(ctypes.Structure):
+    _fields_ = [
+        ("kernel", ctypes.c_char * 512),
+        ("grid", ctypes.c_uint32 * 3),
+        ("block", ctypes.c_uint32 * 3),
+        ("shared", ctypes.c_uint64),
+        ("error", ctypes.c_int32),
+        ("cooperative", ctypes.c_int32),
+        ("warnings", ctypes.c_uint32),
+        ("warning", ctypes.c_char * 512),
+    ]
+
+
+_Resolve = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(_KernelInfo))
+_VariableAddress = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_char_p)
+
+# Compute capability: (multiprocessors, shared memory a block may opt in to, of a multiprocessor, threads of one).
+DEVICES = {
+    (8, 0): (108, 163 << 10, 164 << 10, 2048),
+    (8, 6): (84, 99 << 10, 100 << 10, 1536),
+    (8, 9): (128, 99 << 10, 100 << 10, 1536),
+    (9, 0): (132, 227 << 10, 228 << 10, 2048),
+    (10, 0): (148, 227 << 10, 228 << 10, 2048),
+    (12, 0): (170, 99 << 10, 100 << 10, 1536),
+}
+
+
+@dataclass(frozen=True)
+class Launched:
+    """One launch of the log. `error` is the cudaError_t that it returned."""
+
+    kernel: str
+    grid: tuple[int, ...]
+    block: tuple[int, ...]
+    shared_bytes: int
+    error: int
+    cooperative: bool
+    warnings: int
+    warning: str
+
+
+class Runtime:
+    """The stand-in runtime inside an extension built by `build`."""
+
+    def __init__(self, library: Path, sources: Sequence[Path]) -> None:
+        self._library = ctypes.CDLL(str(library))
+        for name, kind in {
+            "device": ctypes.POINTER(Device),
+            "options": ctypes.POINTER(_Options),
+            "log_size": ctypes.c_uint64,
+            "log": ctypes.POINTER(_LogEntry),
+            "failure_count": ctypes.c_uint64,
+            "failure": ctypes.POINTER(Launch),
+            "failed_kernel": ctypes.c_char_p,
+            "kernel_name": ctypes.c_char_p,
+        }.items():
+            getattr(self._library, f"standin_{name}").restype = kind
+        self._texts = [p.read_text() for p in sources]
+        self._modules: list[CompiledModule | None] = [None] * len(sources)
+        self._races = self._profile = False
+        self._counters: dict[str, Any] = {}
+        self._alive: list[Any] = []
+        self.build_errors: list[str] = []
+        callbacks = (_Resolve(self._resolve), _VariableAddress(self._variable))
+        self._alive.append(callbacks)
+        self._library.standin_callbacks(*callbacks)
+
+    @property
+    def device(self) -> Device:
+        return self._library.standin_device().contents  # type: ignore[no-any-return]
+
+    def pretend(self, major: int, minor: int = 0) -> None:
+        """Has the limits of this compute capability."""
+        d = self.device
+        d.major, d.minor = major, minor
+        d.multiprocessors, d.shared_optin, d.shared_multiprocessor, d.threads_multiprocessor = DEVICES[major, minor]
+
+    @property
+    def kernels(self) -> list[str]:
+        """The device names of all kernels that the host code registered."""
+        names: list[str] = []
+        while (name := self._library.standin_kernel_name(ctypes.c_uint64(len(names)))) is not None:
+            names.append(name.decode())
+        return names
+
+    def _module(self, name: str) -> CompiledModule:
+        for i, text in enumerate(self._texts):
+            if name in text:
+                module = self._modules[i] = self._modules[i] or load(text)
+                if name in module.kernels or name in module.ptx.variables:
+                    return module
+        raise PtxError(f"no PTX has {name}")
+
+    def _resolve(self, name: bytes, info: Any) -> int:
+        # An exception must not cross the C++ frames in between: it becomes an error code and a line in build_errors.
+        try:
+            module = self._module(name.decode())
+            index, kernel = module.kernels[name.decode()]
+            library = module.library(self._races, self._profile)
+            count = len(kernel.params)
+            numbers = ctypes.c_uint32 * max(count, 1)
+            offsets = numbers(*[offset for offset, _ in kernel.params])
+            sizes = numbers(*[p.bytes for _, p in kernel.params])
+            self._alive += [offsets, sizes]
+            target = info.contents
+            target.run = ctypes.cast(getattr(library, f"launch_{index}"), ctypes.c_void_p).value
+            target.param_count, target.offsets, target.sizes = count, offsets, sizes
+            target.param_bytes, target.static_shared = kernel.param_bytes, kernel.static_shared
+            target.max_threads, target.required_threads = kernel.max_threads or 0, kernel.required_threads or 0
+            if self._profile:
+                counters = self._counters.setdefault(kernel.name, (LineProfile * module.lines)())
+                target.profile = counters
+            return 0
+        except Exception as error:
+            self.build_errors.append(f"{name.decode()}: {error}")
+            return 1
+
+    def _variable(self, name: bytes) -> int:
+        try:
+            return self._module(name.decode()).variable(name.decode())
+        except Exception as error:
+            self.build_errors.append(f"{name.decode()}: {error}")
+            return 0
+
+    @contextmanager
+    def options(
+        self,
+        *,
+        order: Order = "forward",
+        asynchrony: Asynchrony = "early",
+        seed: int = 0,
+        races: bool = False,
+        profile: bool = False,
+        any_memory: bool = False,
+    ) -> Iterator[Runtime]:
+        """How kernels run inside this context; the log, the failures and the profiles begin empty."""
+        chosen = self._library.standin_options().contents
+        chosen.order, chosen.asynchrony, chosen.seed = ORDERS[order], ASYNCHRONY[asynchrony], seed
+        self._races, self._profile = races, profile
+        self.device.any_memory = any_memory
+        self._counters.clear()
+        self.build_errors.clear()
+        self._library.standin_clear()
+        self._library.standin_forget()
+        try:
+            yield self
+        finally:
+            chosen.order = chosen.asynchrony = chosen.seed = 0
+            self._races = self._profile = False
+            self.device.any_memory = False
+            self._library.standin_forget()
+
+    def register(self, *tensors: Any, guard: bool = False) -> None:
+        """Makes tensors' memory device memory."""
+        for t in tensors:
+            begin, end = tensor_range(t, guard)
+            self._library.standin_add_range(ctypes.c_uint64(begin), ctypes.c_uint64(end))
+
+    def forget_memory(self) -> None:
+        self._library.standin_clear_ranges()
+
+    @property
+    def log(self) -> list[Launched]:
+        entries = [self._library.standin_log(ctypes.c_uint64(i)).contents for i in range(self._library.standin_log_size())]
+        return [
+            Launched(
+                e.kernel.decode(),
+                tuple(e.grid),
+                tuple(e.block),
+                e.shared,
+                e.error,
+                bool(e.cooperative),
+                e.warnings,
+                e.warning.decode(errors="replace"),
+            )
+            for e in entries
+        ]
+
+    @property
+    def failures(self) -> list[LaunchError]:
+        """The full reports of launches that failed."""
+        result = []
+        for i in range(self._library.standin_failure_count()):
+            name = self._library.standin_failed_kernel(ctypes.c_uint64(i)).decode()
+            result.append(self._module(name).error(self._library.standin_failure(ctypes.c_uint64(i)).contents, name))
+        return result
+
+    @property
+    def profiles(self) -> dict[str, Profile]:
+        """By kernel, over all its launches inside `options(profile=True)`."""
+        return {n: Profile(self._module(n).ptx.functions[n].body, c) for n, c in self._counters.items()}
+
+
+def nvcc() -> str | None:
+    return shutil.which("nvcc")
+
+
+def compile_ptx(source: str | os.PathLike[str], arch: str = "sm_80", flags: Sequence[str] = ()) -> str:
+    """The PTX of a .cu file, with line information."""
+    contents = [arch, *flags, _with_includes(Path(source), flags)]
+    command = ["nvcc", "-ptx", f"-arch={arch}", "-std=c++17", "-lineinfo", *flags, source, "-o"]
+    return cached(".ptx", contents, lambda out: run([*map(str, command), str(out)]) and None).read_text()
+
+
+def _with_includes(source: Path, flags: Sequence[str]) -> str:
+    """What a file depends on, as text: a changed header must lead to a new build."""
+    names = run(["nvcc", "-M", "-std=c++17", *flags, source]).replace("\\\n", " ").split(":", 1)[1].split()
+    system = ("/usr", "/opt")
+    return "\0".join(Path(n).read_text() for n in names if not n.startswith(system) and Path(n).exists())
+
+
+def _object(source: Path, arch: str, flags: Sequence[str]) -> tuple[Path, Path]:
+    """The host object of a .cu and the PTX of the very same compilation: names of kernels without linkage differ between two."""
+    contents = ["object", arch, *flags, _with_includes(source, flags)]
+
+    def make(out: Path) -> None:
+        keep = out.parent / "keep"
+        keep.mkdir()
+        command = ["nvcc", "-c", f"-arch={arch}", "-std=c++17", "-lineinfo", "-Xcompiler", "-fPIC", "-keep", "-keep-dir", keep]
+        out.mkdir()
+        run([*map(str, command), *flags, str(source), "-o", str(out / "host.o")])
+        ptx = next(keep.glob("*.ptx"))
+        ptx.rename(out / "device.ptx")
+
+    directory = cached(".object", contents, make)
+    return directory / "host.o", directory / "device.ptx"
+
+
+def _host_object(source: Path, flags: Sequence[str]) -> Path:
+    import pybind11
+
+    toolkit = re.findall(r"-I(\S+?)\"", run(["nvcc", "-dryrun", "-E", source, *flags], stderr=True))
+    include = [pybind11.get_include(), sysconfig.get_path("include"), *toolkit]
+    own = ["-O1", "-fPIC", "-std=c++17", "-w", *flags, *(f"-I{path}" for path in include)]
+    contents = ["host", *own, _with_includes(source, [f for f in own if f.startswith(("-I", "-D"))])]
+    return cached(".o", contents, lambda out: run(["g++", "-c", *own, source, "-o", out]) and None)
+
+
+def build(
+    name: str,
+    sources: Sequence[str | os.PathLike[str]],
+    bindings: str | os.PathLike[str] | None = None,
+    *,
+    arch: str | Callable[[Path], str] = "sm_80",
+    include: Sequence[str | os.PathLike[str]] = (),
+    flags: Sequence[str] = (),
+    extra: Sequence[str | os.PathLike[str] | tuple[str | os.PathLike[str], Sequence[str]]] = (),
+) -> tuple[ModuleType | None, Runtime]:
+    """Compiles .cu files, more host sources (`extra`, and pybind11 `bindings` of the module `name`) and the stand-in
+    runtime into one shared object; returns the imported module, if there are bindings, and the runtime in it. An entry of
+    `extra` may be a source, a source with its own flags, or an object or archive."""
+    flags = [*flags, *(f"-I{path}" for path in include)]
+    which = arch if callable(arch) else lambda path: arch
+    parts = [_object(Path(s), which(Path(s)), flags) for s in sources]
+    objects = [o for o, _ in parts]
+    for item in [*extra, *([bindings] if bindings else [])]:
+        source, more = item if isinstance(item, tuple) else (item, ())
+        path = Path(source)
+        objects.append(path if path.suffix in (".o", ".a", ".so") else _host_object(path, [*flags, *more]))
+    runtime = DEVICE / "cudart.cpp"
+    contents = ["cudart", *[p.read_text() for p in (runtime, DEVICE / "launch.h", DEVICE / "tensor_map.h")]]
+    command = ["nvcc", "-c", "-std=c++17", "-O1", "-Xcompiler", "-fPIC", runtime, "-o"]
+    objects.append(cached(".o", contents, lambda out: run([*command, out]) and None))
+    # Symbols are bound inside the object: torch may have brought a real CUDA runtime into the process.
+    link = ["g++", "-shared", "-Wl,-Bsymbolic", *objects, "-pthread", "-ldl", "-o"]
+    suffix = f".{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    library = cached(suffix, ["link", name, *map(str, objects)], lambda out: run([*link, out]) and None)
+    module = None
+    if bindings:
+        spec = importlib.util.spec_from_file_location(name, library)
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return module, Runtime(library, [p for _, p in parts])
