@@ -1,0 +1,217 @@
+"""`fused_step`, compiled by nvcc and executed on the CPU: a whole Muon step of small matrices in one launch."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from matrices import SPECTRA, factors, spectral_truth
+from test_newton_schulz import bf16_loop, relative_error
+from torch import Tensor
+
+from muon_kernels.coefficients import COEFFICIENTS, Schedule, resolve
+
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc: kernels cannot be compiled")
+
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+SOURCE = CSRC / "cuda" / "fused_step_sm80.cu"
+POISON = float("nan")
+
+
+@pytest.fixture(scope="module")
+def built() -> tuple[ModuleType, Any]:
+    from ptx.standin import build
+
+    module, runtime = build(
+        "_C",
+        [SOURCE],
+        CSRC.parent / "python" / "bindings.cpp",
+        include=[CSRC],
+        flags=["-DMUON_KERNELS_CUDA"],
+        extra=[CSRC / "cpu" / "dispatch.cpp", CSRC / "cpu" / "parallel.cpp", Path(__file__).with_name("stubs_fused.cpp")],
+    )
+    assert module
+    return module, runtime
+
+
+@dataclass
+class Step:
+    """One call: tensors are (rows, cols) views of any strides, updated in place."""
+
+    grads: Sequence[Tensor]
+    momenta: Sequence[Tensor] | None
+    params: Sequence[Tensor]
+    schedule: Schedule = field(default_factory=lambda: resolve("keller", None))
+    eps: float = 1e-7
+    grad_scale: float = 1.0
+    mu: float = 0.95
+    nesterov: bool = True
+    dampened: bool = True
+    lr: float = 0.5
+    weight_decay: float = 0.25
+    ratio: float = 0.75
+    device_lr: Tensor | None = None
+    device_weight_decay: Tensor | None = None
+    cautious: bool = False
+    stochastic_rounding: bool = False
+
+    def run(self, built: tuple[ModuleType, Any], profile: bool = False, **options: Any) -> Any:
+        """Returns the runtime's log, or the kernel's profile."""
+        module, runtime = built
+        rows, cols = self.grads[0].shape
+        tensors = [*self.grads, *(self.momenta or ()), *self.params]
+        scalars = [t for t in (self.device_lr, self.device_weight_decay) if t is not None]
+        dtypes = {torch.float32: module.DType.f32, torch.bfloat16: module.DType.bf16, torch.float16: module.DType.f16}
+        grads, params = refs(self.grads), refs(self.params)
+        momenta = refs(self.momenta) if self.momenta is not None else None
+        ratio = torch.full((len(self.grads),), self.ratio, dtype=torch.float64)
+        stack = (0, len(self.grads), rows, cols, rows * cols, cols)
+        momentum = module.MomentumUpdate(
+            grads.data_ptr(), dtypes[self.grads[0].dtype], 0 if momenta is None else momenta.data_ptr(),
+            dtypes[self.momenta[0].dtype] if self.momenta else module.DType.f32, stack, 0, self.eps,
+            self.schedule.margin, self.grad_scale, self.mu, self.nesterov, self.dampened,
+        )  # fmt: skip
+        apply = module.ApplyUpdate(
+            params.data_ptr(), dtypes[self.params[0].dtype], stack, self.lr, self.weight_decay, ratio.data_ptr()
+        )
+        address = [0 if t is None else t.data_ptr() for t in (self.device_lr, self.device_weight_decay)]
+        chosen = module.cuda.ApplyOptions(*address, self.cautious, self.stochastic_rounding, 0)
+        coefficients = [x for triple in self.schedule.triples for x in triple]
+        with runtime.options(profile=profile, **options):
+            runtime.register(*tensors, *scalars)
+            try:
+                module.cuda.fused_step(len(self.grads), rows, cols, momentum, apply, coefficients, chosen, 0)
+            except RuntimeError as error:
+                raise AssertionError([*map(str, runtime.failures), *runtime.build_errors]) from error
+            finally:
+                runtime.forget_memory()
+            assert not any(entry.warnings for entry in runtime.log), runtime.log
+            return next(iter(runtime.profiles.values())) if profile else runtime.log
+
+    def clone(self, **changes: Any) -> Step:
+        copy = replace(self, **changes)
+        copy.grads = [like(t) for t in self.grads]
+        copy.momenta = None if self.momenta is None else [like(t) for t in self.momenta]
+        copy.params = [like(t) for t in self.params]
+        return copy
+
+
+def like(t: Tensor) -> Tensor:
+    """A copy with the same strides and the same place in a storage of the same size."""
+    base = torch.tensor([], dtype=t.dtype).set_(t.untyped_storage().clone())
+    return base.as_strided(t.shape, t.stride(), t.storage_offset())
+
+
+def refs(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.tensor([[t.data_ptr(), *t.stride()] for t in tensors], dtype=torch.int64)
+
+
+LAYOUTS = ["rows", "columns", "padded", "odd", "both"]
+
+
+def place(values: Tensor, layout: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The values in memory of that layout, in the middle of a storage of NaN."""
+    rows, cols = values.shape
+    strides, offset = {
+        "rows": ((cols, 1), 8),
+        "columns": ((1, rows), 8),
+        "padded": ((cols + 12 - cols % 4, 1), 8),
+        "odd": ((cols + 3, 1), 7),
+        "both": ((2 * cols + 1, 2), 3),
+    }[layout]
+    size = offset + (rows - 1) * strides[0] + (cols - 1) * strides[1] + 9
+    to = torch.full((size,), POISON, dtype=dtype).as_strided((rows, cols), strides, offset)
+    return to.copy_(values)
+
+
+def untouched(before: Tensor, after: Tensor) -> bool:
+    """Whether nothing but the view has changed in the storage."""
+    storage = torch.tensor([], dtype=after.dtype).set_(after.untyped_storage())
+    rest = torch.ones_like(storage, dtype=torch.bool)
+    rest.as_strided(after.shape, after.stride(), after.storage_offset()).fill_(False)
+    assert before.stride() == after.stride()
+    return bool(storage[rest].isnan().all())
+
+
+def direction(step: Step, grad: Tensor, momentum: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """(direction, new momentum) in float64; the momentum is rounded to its dtype where the kernel rounds it."""
+    g = grad.double() * step.grad_scale
+    if momentum is None:
+        return g, None
+    old = momentum.double()
+    new = (step.mu * old + (1 - step.mu) * g) if step.dampened else step.mu * old + g
+    stored = new.to(momentum.dtype).double()
+    if not step.nesterov:
+        return stored, new
+    return ((1 - step.mu) * g + step.mu * stored) if step.dampened else g + step.mu * stored, new
+
+
+def newton_schulz(X: Tensor, schedule: Schedule) -> Tensor:
+    X = X.double()
+    norm = X.norm()
+    X = X / (schedule.margin * norm) if norm else X
+    for a, b, c in schedule.triples:
+        A = X @ X.mT
+        X = a * X + (b * A + c * A @ A) @ X
+    return X
+
+
+def check(step: Step, built: tuple[ModuleType, Any], tolerance: float = 2e-3, **options: Any) -> None:
+    """Runs it and compares everything with float64."""
+    before = step.clone()
+    log = step.run(built, **options)
+    assert len(log) == 1 and log[0].grid[0] == len(step.grads)
+    for i, param in enumerate(step.params):
+        d, momentum = direction(before, before.grads[i], before.momenta[i] if before.momenta else None)
+        if step.momenta is not None and momentum is not None:
+            assert untouched(before.momenta[i], step.momenta[i])
+            unit = 2.0**-8 if step.momenta[i].dtype == torch.bfloat16 else 2.0**-22
+            torch.testing.assert_close(step.momenta[i].double(), momentum, rtol=unit, atol=unit * float(d.abs().max()))
+        assert untouched(before.params[i], param)
+        assert torch.equal(step.grads[i], before.grads[i]), "gradient written to"
+        update, old = newton_schulz(d, step.schedule), before.params[i].double()
+        lr = step.lr if step.device_lr is None else float(step.device_lr)
+        weight_decay = step.weight_decay if step.device_weight_decay is None else float(step.device_weight_decay)
+        decay = 1 - lr * weight_decay * ((update * old >= 0) if step.cautious else 1)
+        expected = old * decay - lr * step.ratio * update
+        unit = 2.0**-8 if param.dtype == torch.bfloat16 else 2.0**-22
+        error = (param.double() - expected).abs()
+        if step.cautious:  # where the update is about 0 its sign is anybody's
+            error = error[update.abs() > 1e-3]
+        bound = tolerance * float(update.abs().max()) + unit * float(old.abs().max())
+        assert not error.numel() or float(error.max()) <= bound, f"matrix {i}: {float(error.max())} > {bound}"
+
+
+def make_step(
+    shape: tuple[int, int],
+    count: int = 1,
+    layout: str = "rows",
+    dtypes: Sequence[torch.dtype] = (torch.float32,) * 3,
+    seed: int = 0,
+    momentum: bool = True,
+    **changes: Any,
+) -> Step:
+    g = torch.Generator().manual_seed(seed)
+
+    def tensors(dtype: torch.dtype) -> list[Tensor]:
+        return [place(torch.randn(*shape, generator=g), layout, dtype) for _ in range(count)]
+
+    return Step(
+        tensors(dtypes[0]), tensors(dtypes[1]) if momentum else None, tensors(dtypes[2]), **changes
+    )  # fmt: skip
+
+
+SHAPES = [(1, 1), (3, 17), (16, 160), (29, 32), (64, 64), (64, 129), (65, 70), (128, 200)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_step(built: tuple[ModuleType, Any], shape: tuple[int, int], layout: str) -> None:
+    check(make_step(shape, 2, layout), built)
