@@ -25,7 +25,9 @@ ASYNCHRONY = {"early": 0, "late": 1, "random": 2}
 Order = Literal["forward", "backward", "random"]
 Asynchrony = Literal["early", "late", "random"]
 # -ffp-contract=off: PTX says where an fma is. -fwrapv: PTX integers wrap.
-FLAGS = "-std=c++20 -O1 -fPIC -w -mavx2 -mfma -mf16c -ffp-contract=off -fwrapv -fno-strict-aliasing -fno-gnu-unique".split()
+FLAGS = (
+    "-std=c++20 -O1 -fPIC -w -mavx2 -mfma -mf16c -ffp-contract=off -fwrapv -fno-strict-aliasing -fno-gnu-unique".split()
+)
 
 
 class Range(ctypes.Structure):
@@ -39,7 +41,16 @@ class LineProfile(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.c_uint64)
-        for name in ("threads", "requests", "bytes", "sectors", "ideal_sectors", "wavefronts", "ideal_wavefronts", "unused")
+        for name in (
+            "threads",
+            "requests",
+            "bytes",
+            "sectors",
+            "ideal_sectors",
+            "wavefronts",
+            "ideal_wavefronts",
+            "shared_bytes",
+        )
     ]
 
 
@@ -76,7 +87,13 @@ class LaunchError(PtxError):
     """A kernel did what a kernel must not do."""
 
     def __init__(
-        self, why: str, kernel: str, block: tuple[int, ...], thread: tuple[int, ...], line: int, location: Location | None
+        self,
+        why: str,
+        kernel: str,
+        block: tuple[int, ...],
+        thread: tuple[int, ...],
+        line: int,
+        location: Location | None,
     ) -> None:
         self.why, self.kernel, self.block, self.thread = why, kernel, block, thread
         self.line, self.location = line, location
@@ -92,8 +109,8 @@ def cache_directory() -> Path:
 
 
 def cached(suffix: str, contents: Sequence[str], make: Callable[[Path], None]) -> Path:
-    """The file that `make` writes from `contents`. Its name has a hash of all that went into it: a rebuilt file is never
-    dlopened under an old path, which would return the old module."""
+    """The file that `make` writes from `contents`. Its name has a hash of all that went into it: a rebuilt file is
+    never dlopened under an old path, which would return the old module."""
     key = hashlib.sha256("\0".join(contents).encode()).hexdigest()[:24]
     target = cache_directory() / f"{key}{suffix}"
     if not target.exists():
@@ -115,7 +132,11 @@ def run(command: Sequence[str | os.PathLike[str]], stderr: bool = False) -> str:
 def compile_module(source: str, flags: Sequence[str]) -> Path:
     """A shared object of a translated module. The headers are precompiled: they cost more than most kernels."""
     headers = [p.read_text() for p in sorted(DEVICE.glob("*.h"))]
-    pch = cached(".h.gch", [*flags, *headers], lambda out: run(["g++", *flags, "-x", "c++-header", DEVICE / "async.h", "-o", out]) and None)
+    pch = cached(
+        ".h.gch",
+        [*flags, *headers],
+        lambda out: run(["g++", *flags, "-x", "c++-header", DEVICE / "async.h", "-o", out]) and None,
+    )
     stub = pch.with_suffix("")
 
     def make(out: Path) -> None:
@@ -137,35 +158,59 @@ class Result:
 
 
 class CompiledModule:
-    """A PTX module; variants with race checks or profiling are built when first asked for."""
+    """A PTX module; what is asked for is translated and built when it is: kernels, and their variants with checks."""
 
     def __init__(self, text: str) -> None:
         self.text = text
         self.ptx = parse(text)
-        self.source, kernels = translate(self.ptx)
-        self.kernels = {k.name: (i, k) for i, k in enumerate(kernels)}
+        self.kernels = [f.name for f in self.ptx.functions.values() if f.entry]
         self.locations = {
             s.line: s.location for f in self.ptx.functions.values() for s in f.body if s.location is not None
         }
         self.lines = text.count("\n") + 2
-        self._variants: dict[tuple[bool, bool], ctypes.CDLL] = {}
+        storage = [v.name for v in self.ptx.variables.values() if v.space in ("global", "const")]
+        # String constants of assertions need not be one.
+        self._shared = [name for name in storage if not name.startswith(("$str", "__unnamed", "__func__"))]
+        self._translated: dict[tuple[str, ...], tuple[str, list[Kernel]]] = {}
+        self._libraries: dict[tuple[tuple[str, ...], bool, bool], ctypes.CDLL] = {}
 
-    def library(self, races: bool, profile: bool) -> ctypes.CDLL:
-        if (races, profile) not in self._variants:
+    def _group(self, name: str) -> tuple[str, ...]:
+        """The kernels that are built with this one: all of a small module; of a large one, those that share variables
+        with it."""
+        functions = self.ptx.functions
+        if sum(len(f.body) for f in functions.values()) <= 4000:
+            return tuple(self.kernels)
+        uses = lambda f: any(v in o for s in f.body for o in s.operands for v in self._shared)
+        if not any(uses(f) for f in functions.values() if not f.entry) and not uses(functions[name]):
+            return (name,)
+        return tuple(n for n in self.kernels if uses(functions[n]) or n == name)
+
+    def translated(self, name: str) -> tuple[str, list[Kernel]]:
+        group = self._group(name)
+        if group not in self._translated:
+            self._translated[group] = translate(self.ptx, group)
+        return self._translated[group]
+
+    def library(self, name: str, races: bool, profile: bool) -> ctypes.CDLL:
+        key = (self._group(name), races, profile)
+        if key not in self._libraries:
             flags = [*FLAGS, f"-DPTX_RACES={int(races)}", f"-DPTX_PROFILE={int(profile)}"]
-            self._variants[races, profile] = ctypes.CDLL(str(compile_module(self.source, flags)))
-        return self._variants[races, profile]
+            self._libraries[key] = ctypes.CDLL(str(compile_module(self.translated(name)[0], flags)))
+        return self._libraries[key]
 
-    def variable(self, name: str) -> int:
-        """The address of a .global or .const variable (of the build without checks)."""
+    def variable(self, name: str, races: bool = False, profile: bool = False) -> int:
+        """The address of a .global or .const variable; every variant of a build has its own."""
+        users = [n for n in self.kernels if any(name in o for s in self.ptx.functions[n].body for o in s.operands)]
         symbol = "v_" + re.sub(r"\W", "_S", name)
-        return ctypes.addressof(ctypes.c_uint8.in_dll(self.library(False, False), symbol))
+        library = self.library((users or self.kernels)[0], races, profile)
+        return ctypes.addressof(ctypes.c_uint8.in_dll(library, symbol))
 
     def kernel(self, name: str) -> LaunchableKernel:
         if name not in self.kernels:
             raise PtxError(f"no kernel {name!r}; there are {', '.join(self.kernels)}")
-        index, kernel = self.kernels[name]
-        return LaunchableKernel(self, index, kernel)
+        kernels = self.translated(name)[1]
+        index = [k.name for k in kernels].index(name)
+        return LaunchableKernel(self, index, kernels[index])
 
     def error(self, launch: Launch, kernel: str) -> LaunchError:
         line = launch.line
@@ -211,6 +256,10 @@ class LaunchableKernel:
 
     def __init__(self, module: CompiledModule, index: int, info: Kernel) -> None:
         self.module, self.index, self.info = module, index, info
+
+    def entry(self, races: bool, profile: bool) -> Any:
+        """The function of the built module that runs a Launch; builds it, if need be."""
+        return getattr(self.module.library(self.info.name, races, profile), f"launch_{self.index}")
 
     def pack(self, args: Sequence[Any], guard: bool) -> tuple[bytes, list[tuple[int, int]]]:
         """The parameter buffer, and the memory that the tensors among the arguments own."""
@@ -283,8 +332,7 @@ class LaunchableKernel:
         threads = launch.block[0] * launch.block[1] * launch.block[2]
         if not 0 < threads <= (self.info.max_threads or 1024):
             raise PtxError(f"{self.info.name}: blocks of {threads} threads, at most {self.info.max_threads or 1024}")
-        library = self.module.library(races, profile)
-        getattr(library, f"launch_{self.index}")(ctypes.byref(launch))
+        self.entry(races, profile)(ctypes.byref(launch))
         if launch.failed:
             raise self.module.error(launch, self.info.name)
         return Result(

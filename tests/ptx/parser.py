@@ -15,7 +15,7 @@ class PtxError(Exception):
 
 @dataclass(frozen=True)
 class Location:
-    """Where in the CUDA source an instruction comes from, as .loc says; `inlined_at` is the call that brought it there."""
+    """Where in the CUDA source an instruction comes from; `inlined_at` is the call that brought it there."""
 
     file: str
     line: int
@@ -27,7 +27,7 @@ class Location:
 
 @dataclass(frozen=True)
 class Variable:
-    """A variable of a state space. `count` is None for an array without a size, as dynamic shared memory is declared."""
+    """A variable of a state space. `count` is None for an array without a size: dynamic shared memory."""
 
     name: str
     space: str
@@ -81,7 +81,9 @@ class Module:
 
 NAME = r"[\w$%]+"
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/|\"[^\"\n]*\"", re.S)
-_LINE_DIRECTIVE = re.compile(r"\.(loc|file|version|target|address_size|maxntid|minnctapersm|reqntid|maxnreg|noreturn)\b[^\n]*")
+_LINE_DIRECTIVE = re.compile(
+    r"\.(loc|file|version|target|address_size|maxntid|minnctapersm|reqntid|maxnreg|noreturn)\b[^\n]*"
+)
 _LABEL = re.compile(rf"({NAME})\s*:(?!:)")
 _VARIABLE = re.compile(
     r"((?:\.(?:visible|weak|extern|common)\s+)*)\.(global|const|shared|local|param)\s+((?:\.\w+(?:\s+\d+)?\s+)*)"
@@ -127,7 +129,12 @@ def _header(text: str, line: int) -> Function:
     params = lists[1:] if returns_first else lists
     read = lambda block: [_variable(p, line) for p in split(block)]
     return Function(
-        name[1], entry, line, read(params[0]) if params else [], read(lists[0]) if returns_first else [], max_threads=None
+        name[1],
+        entry,
+        line,
+        read(params[0]) if params else [],
+        read(lists[0]) if returns_first else [],
+        max_threads=None,
     )
 
 
@@ -282,7 +289,11 @@ class _Reader:
         known = set(labels)
         for i, s in enumerate(function.body):
             if s.op.split(".")[0] == "bra" and s.operands[0] not in known:
-                later = [t.operands[0] for t in function.body[i:] if not t.op and t.operands[0].split("$s")[0] == s.operands[0]]
+                later = [
+                    t.operands[0]
+                    for t in function.body[i:]
+                    if not t.op and t.operands[0].split("$s")[0] == s.operands[0]
+                ]
                 if not later:
                     raise PtxError(f"line {s.line}: no label {s.operands[0]}")
                 function.body[i] = Statement(s.line, s.op, (later[0],), s.guard, s.location)

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 from .parser import Location, Statement
 
-_FIELDS = ("threads", "requests", "bytes", "sectors", "ideal_sectors", "wavefronts", "ideal_wavefronts")
+_FIELDS = ("threads", "requests", "bytes", "sectors", "ideal_sectors", "wavefronts", "ideal_wavefronts", "shared_bytes")
 _TENSOR = ("mma", "wgmma", "dmma")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One PTX instruction. `threads`: how often threads ran it. `requests`: of whole warps; `sectors` of 32 bytes of
-    global memory and `wavefronts` of shared memory are what they cost, the ideal ones what their bytes would need."""
+    """One PTX instruction. `threads`: how often threads ran it. `requests`: of whole warps. `bytes` and `sectors` (of
+    32 bytes) of global memory and `wavefronts` of shared memory: their cost. Ideal: what the bytes need."""
 
     line: int
     op: str
@@ -27,10 +27,7 @@ class Row:
     ideal_sectors: int
     wavefronts: int
     ideal_wavefronts: int
-
-    @property
-    def space(self) -> str:
-        return "global" if self.sectors else "shared" if self.wavefronts else ""
+    shared_bytes: int
 
     @property
     def conflicts(self) -> int:
@@ -49,7 +46,7 @@ class Profile:
         self.rows = [
             Row(s.line, s.op, s.location, *(getattr(counters[s.line], f) for f in _FIELDS))
             for s in statements
-            if s.op and getattr(counters[s.line], "threads")
+            if s.op and counters[s.line].threads
         ]
 
     def total(self, field: str, where: Callable[[Row], bool] = lambda row: True) -> int:
@@ -82,7 +79,7 @@ class Profile:
 
     @property
     def global_bytes(self) -> int:
-        return self.total("bytes", lambda row: row.space == "global")
+        return self.total("bytes")
 
     def by_source(self) -> dict[str, list[Row]]:
         """Rows that touch memory, by the outermost source line that they come from."""
@@ -101,11 +98,12 @@ class Profile:
             f"barriers (threads) {self.barriers}; global bytes {self.global_bytes}, "
             f"sectors {self.total('sectors')} of {self.total('ideal_sectors')} ideal; "
             f"bank conflicts {self.bank_conflicts} in {self.total('wavefronts')} wavefronts",
-            f"{'PTX':>6} {'requests':>9} {'bytes':>11} {'sectors':>9} {'ideal':>9} {'waves':>9} {'ideal':>9}  instruction",
+            "   PTX  requests       bytes   sectors     ideal     waves     ideal  instruction",
         ]
         for r in self.rows:
             if r.requests:
-                counts = f"{r.requests:>9} {r.bytes:>11} {r.sectors:>9} {r.ideal_sectors:>9} {r.wavefronts:>9} {r.ideal_wavefronts:>9}"
+                numbers = (r.sectors, r.ideal_sectors, r.wavefronts, r.ideal_wavefronts)
+                counts = f"{r.requests:>9} {r.bytes + r.shared_bytes:>11} " + " ".join(f"{n:>9}" for n in numbers)
                 mark = "" if r.sectors <= r.ideal_sectors and not r.conflicts else "  <"
                 lines.append(f"{r.line:>6} {counts}  {r.op}  {r.location or ''}{mark}")
         return "\n".join(lines)

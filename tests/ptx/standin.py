@@ -7,17 +7,30 @@ import importlib.util
 import os
 import re
 import shutil
-import subprocess
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .module import ASYNCHRONY, DEVICE, ORDERS, Asynchrony, CompiledModule, Launch, LaunchError, LineProfile, Order
-from .module import cached, load, run, tensor_range
+from .module import (
+    ASYNCHRONY,
+    DEVICE,
+    ORDERS,
+    Asynchrony,
+    CompiledModule,
+    Launch,
+    LaunchError,
+    LineProfile,
+    Order,
+    cached,
+    load,
+    run,
+    tensor_range,
+)
 from .parser import PtxError
 from .profile import Profile
 
@@ -159,15 +172,15 @@ class Runtime:
         # An exception must not cross the C++ frames in between: it becomes an error code and a line in build_errors.
         try:
             module = self._module(name.decode())
-            index, kernel = module.kernels[name.decode()]
-            library = module.library(self._races, self._profile)
+            launchable = module.kernel(name.decode())
+            kernel = launchable.info
             count = len(kernel.params)
             numbers = ctypes.c_uint32 * max(count, 1)
             offsets = numbers(*[offset for offset, _ in kernel.params])
             sizes = numbers(*[p.bytes for _, p in kernel.params])
             self._alive += [offsets, sizes]
             target = info.contents
-            target.run = ctypes.cast(getattr(library, f"launch_{index}"), ctypes.c_void_p).value
+            target.run = ctypes.cast(launchable.entry(self._races, self._profile), ctypes.c_void_p).value
             target.param_count, target.offsets, target.sizes = count, offsets, sizes
             target.param_bytes, target.static_shared = kernel.param_bytes, kernel.static_shared
             target.max_threads, target.required_threads = kernel.max_threads or 0, kernel.required_threads or 0
@@ -181,7 +194,7 @@ class Runtime:
 
     def _variable(self, name: bytes) -> int:
         try:
-            return self._module(name.decode()).variable(name.decode())
+            return self._module(name.decode()).variable(name.decode(), self._races, self._profile)
         except Exception as error:
             self.build_errors.append(f"{name.decode()}: {error}")
             return 0
@@ -225,7 +238,9 @@ class Runtime:
 
     @property
     def log(self) -> list[Launched]:
-        entries = [self._library.standin_log(ctypes.c_uint64(i)).contents for i in range(self._library.standin_log_size())]
+        entries = [
+            self._library.standin_log(ctypes.c_uint64(i)).contents for i in range(self._library.standin_log_size())
+        ]
         return [
             Launched(
                 e.kernel.decode(),
@@ -266,21 +281,38 @@ def compile_ptx(source: str | os.PathLike[str], arch: str = "sm_80", flags: Sequ
     return cached(".ptx", contents, lambda out: run([*map(str, command), str(out)]) and None).read_text()
 
 
+@cache
+def _dependencies(source: Path, flags: tuple[str, ...], modified: int) -> list[Path]:
+    """The project's own files that a source includes; `modified`, its time, has nvcc asked again after an edit."""
+    names = run(["nvcc", "-M", "-std=c++17", *flags, source]).replace("\\\n", " ").split(":", 1)[1].split()
+    return [Path(n) for n in names if not n.startswith(("/usr", "/opt")) and Path(n).exists()]
+
+
 def _with_includes(source: Path, flags: Sequence[str]) -> str:
     """What a file depends on, as text: a changed header must lead to a new build."""
-    names = run(["nvcc", "-M", "-std=c++17", *flags, source]).replace("\\\n", " ").split(":", 1)[1].split()
-    system = ("/usr", "/opt")
-    return "\0".join(Path(n).read_text() for n in names if not n.startswith(system) and Path(n).exists())
+    return "\0".join(p.read_text() for p in _dependencies(source, tuple(flags), source.stat().st_mtime_ns))
 
 
 def _object(source: Path, arch: str, flags: Sequence[str]) -> tuple[Path, Path]:
-    """The host object of a .cu and the PTX of the very same compilation: names of kernels without linkage differ between two."""
+    """The host object of a .cu and the PTX of the very same compilation: between two of them the names of kernels
+    without linkage differ."""
     contents = ["object", arch, *flags, _with_includes(source, flags)]
 
     def make(out: Path) -> None:
         keep = out.parent / "keep"
         keep.mkdir()
-        command = ["nvcc", "-c", f"-arch={arch}", "-std=c++17", "-lineinfo", "-Xcompiler", "-fPIC", "-keep", "-keep-dir", keep]
+        command = [
+            "nvcc",
+            "-c",
+            f"-arch={arch}",
+            "-std=c++17",
+            "-lineinfo",
+            "-Xcompiler",
+            "-fPIC",
+            "-keep",
+            "-keep-dir",
+            keep,
+        ]
         out.mkdir()
         run([*map(str, command), *flags, str(source), "-o", str(out / "host.o")])
         ptx = next(keep.glob("*.ptx"))
@@ -311,8 +343,8 @@ def build(
     extra: Sequence[str | os.PathLike[str] | tuple[str | os.PathLike[str], Sequence[str]]] = (),
 ) -> tuple[ModuleType | None, Runtime]:
     """Compiles .cu files, more host sources (`extra`, and pybind11 `bindings` of the module `name`) and the stand-in
-    runtime into one shared object; returns the imported module, if there are bindings, and the runtime in it. An entry of
-    `extra` may be a source, a source with its own flags, or an object or archive."""
+    runtime into one shared object; returns the imported module, if there are bindings, and the runtime in it. An entry
+    of `extra` may be a source, a source with its own flags, or an object or archive."""
     flags = [*flags, *(f"-I{path}" for path in include)]
     which = arch if callable(arch) else lambda path: arch
     parts = [_object(Path(s), which(Path(s)), flags) for s in sources]

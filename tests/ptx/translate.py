@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from .parser import BYTES, NAME, Function, Module, PtxError, Statement, Variable
@@ -195,7 +195,7 @@ class _Body:
             return f"as<{kind}>({special})"
         if found := re.fullmatch(r"0([fFdD])([0-9a-fA-F]+)", text):
             wide = found[1] in "dD"
-            if wide and kind == "f32" or not wide and kind == "f64":
+            if (wide and kind == "f32") or (not wide and kind == "f64"):
                 x = struct.unpack("<d" if wide else "<f", bytes.fromhex(found[2])[::-1])[0]
                 return f"as<{kind}>({float_bits(x, kind)})"
             return f"as<{kind}>({'u64' if wide else 'u32'}(0x{found[2]}))"
@@ -234,7 +234,11 @@ class _Body:
         if self.is_register(name):
             # A 32-bit address wraps.
             if self.register_type(name) == "u32":
-                return f"u64(u32({self.register(name)} + {offset & 0xFFFFFFFF}u))" if offset else f"u64({self.register(name)})"
+                return (
+                    f"u64(u32({self.register(name)} + {offset & 0xFFFFFFFF}u))"
+                    if offset
+                    else f"u64({self.register(name)})"
+                )
             return f"{self.register(name)} + {offset & (1 << 64) - 1}ull" if offset else self.register(name)
         symbol = self.symbol(name)
         if symbol is None:
@@ -246,7 +250,9 @@ class _Body:
         name = re.split(r"[+\s]", text.strip("[] "))[0]
         # Those of an entry are addressed by offset (32-bit registers must hold their addresses), a call's are arrays.
         base = "reinterpret_cast<u64>(t.block->grid->launch.params) + "
-        return f"reinterpret_cast<u8*>({base if name in self.params or self.is_register(name) else ''}{self.address(ins, text)})"
+        if name not in self.params and not self.is_register(name):
+            base = ""
+        return f"reinterpret_cast<u8*>({base}{self.address(ins, text)})"
 
     def translate(self) -> str:
         lines = []
@@ -260,7 +266,9 @@ class _Body:
                 raise ins.fail("unknown opcode")
             code = OPCODES[base](ins)
             if self.accumulators and base != "wgmma":
-                touched = {self.accumulators[r] for o in s.operands for r in re.findall(NAME, o) if r in self.accumulators}
+                touched = {
+                    self.accumulators[r] for o in s.operands for r in re.findall(NAME, o) if r in self.accumulators
+                }
                 moved = str(base == "mov").lower()
                 code = "".join(f"accumulators_ready(t, {g}, {moved}, {s.line}); " for g in sorted(touched)) + code
             if base == "bra" and self.labels[s.operands[0]] <= i:
@@ -275,7 +283,9 @@ class _Body:
             for v in self.function.variables.values()
             if v.space in ("local", "param")
         ]
-        return "\n".join([*locals_, *arrays, "    u32 carry = 0; u128 sink; (void)carry; (void)sink;", *("    " + x for x in lines)])
+        return "\n".join(
+            [*locals_, *arrays, "    u32 carry = 0; u128 sink; (void)carry; (void)sink;", *("    " + x for x in lines)]
+        )
 
     def signature(self) -> str:
         if self.function.entry:
@@ -319,10 +329,12 @@ def _shared_layout(module: Module, function: Function) -> tuple[dict[str, int], 
     return offsets, align_up(end, align) - 1024
 
 
-def translate(module: Module) -> tuple[str, list[Kernel]]:
-    """The C++ of a module and what it takes to launch its kernels."""
+def translate(module: Module, entries: Collection[str]) -> tuple[str, list[Kernel]]:
+    """The C++ of some entries of a module, with all its .funcs, and what it takes to launch them."""
     kernels, bodies, declarations = [], [], []
     for function in module.functions.values():
+        if function.entry and function.name not in entries:
+            continue
         shared, shared_bytes = _shared_layout(module, function)
         body = _Body(module, function, shared)
         code = body.translate()
@@ -331,7 +343,8 @@ def translate(module: Module) -> tuple[str, list[Kernel]]:
         if function.entry:
             index = len(kernels)
             bodies.append(
-                f'extern "C" void launch_{index}(Launch* l) {{ run_grid(*l, {identifier(function.name)}, {shared_bytes}, own()); }}\n'
+                f'extern "C" void launch_{index}(Launch* l) {{\n'
+                f"    run_grid(*l, {identifier(function.name)}, {shared_bytes}, own());\n}}\n"
             )
             params = tuple((body.params[p.name], p) for p in function.params)
             kernels.append(
@@ -352,10 +365,10 @@ def translate(module: Module) -> tuple[str, list[Kernel]]:
         for v in storage
     ]
     own = ", ".join(
-        f"{{reinterpret_cast<u64>({identifier(v.name)}), reinterpret_cast<u64>({identifier(v.name)}) + {v.bytes}}}" for v in storage
+        f"{{reinterpret_cast<u64>({identifier(v.name)}), reinterpret_cast<u64>({identifier(v.name)}) + {v.bytes}}}"
+        for v in storage
     )
     head = [
-
         "using namespace ptx;",
         "#define AT(line) if constexpr (kProfile) ++t.block->grid->launch.profile[line].threads;",
         *variables,
@@ -515,7 +528,7 @@ def _setp(ins: Instruction) -> str:
     third = ins.src(3, "pred") if combine else ""
     sign = {"and": "&&", "or": "||", "xor": "!=", None: ""}[combine]
     wrap = lambda c: f"({c}) {sign} {third}" if combine else c
-    code = "{ const auto a = %s; const auto b = %s; " % (a, b)
+    code = f"{{ const auto a = {a}; const auto b = {b}; "
     if pairs:
         results = [f"compare<{_comparison(ins)}>(a.{half}, b.{half})" for half in ("lo", "hi")]
     else:
@@ -552,12 +565,14 @@ def _mov(ins: Instruction) -> str:
         parts = ins.vector(1)
         each = f"u{8 * size // len(parts)}"
         bits = {4: "u32", 8: "u64", 16: "u128"}[size]
-        values = [f"{bits}({ins.body.value(ins, p, each)}) << {8 * size // len(parts) * i}" for i, p in enumerate(parts)]
+        values = [
+            f"{bits}({ins.body.value(ins, p, each)}) << {8 * size // len(parts) * i}" for i, p in enumerate(parts)
+        ]
         return ins.set(f"{bits}({' | '.join(values)})")
     if ins.ops[0].startswith("{"):
         parts = ins.vector(0)
         each = f"u{8 * size // len(parts)}"
-        code = "{ const auto v = %s; " % ins.src(1)
+        code = f"{{ const auto v = {ins.src(1)}; "
         for i, p in enumerate(parts):
             code += f"set({ins.body.target(ins, p)}, {each}(v >> {8 * size // len(parts) * i})); "
         return code + "}"
@@ -652,11 +667,22 @@ def _atom(ins: Instruction) -> str:
     names = [f"v{i}" for i in range(len(values))]
     body = _ATOMIC[name].format(*names)
     code = "".join(f"const {kind} {n} = {v}; " for n, v in zip(names, values, strict=True))
-    update = f"atomic<{kind}>(t, {ins.space()}, {ins.address(first - 1)}, {ins.line}, [=]({kind} x) -> {kind} {{ return {body}; }})"
+    function = f"[=]({kind} x) -> {kind} {{ return {body}; }}"
+    update = f"atomic<{kind}>(t, {ins.space()}, {ins.address(first - 1)}, {ins.line}, {function})"
     return f"{{ {code}{ins.set(update) if returns else update + ';'} }}"
 
 
-@opcode("prefetch", "prefetchu", "discard", "applypriority", "griddepcontrol", "setmaxnreg", "createpolicy", "brkpt", "pmevent")
+@opcode(
+    "prefetch",
+    "prefetchu",
+    "discard",
+    "applypriority",
+    "griddepcontrol",
+    "setmaxnreg",
+    "createpolicy",
+    "brkpt",
+    "pmevent",
+)
 def _nothing(ins: Instruction) -> str:
     return ins.set("u64(0)") if ins.parts[0] == "createpolicy" else ""
 
@@ -677,7 +703,8 @@ def _bra(ins: Instruction) -> str:
 @opcode("brx")
 def _brx(ins: Instruction) -> str:
     cases = " ".join(f"case {i}: goto {identifier(x)};" for i, x in enumerate(ins.body.function.tables[ins.ops[1]]))
-    return f'back(t, {ins.line}); switch ({ins.src(0, "u32")}) {{ {cases} default: t.fail({ins.line}, "brx.idx outside its table"); }}'
+    default = f'default: t.fail({ins.line}, "brx.idx outside its table");'
+    return f"back(t, {ins.line}); switch ({ins.src(0, 'u32')}) {{ {cases} {default} }}"
 
 
 @opcode("ret")
@@ -760,7 +787,8 @@ def _vote(ins: Instruction) -> str:
         "all": f"ballot(t, {mask}, {ins.line}, !({p})) == 0",
     }
     if ins.parts[2] == "uni":
-        return f"{{ const bool p = {p}; const u32 v = ballot(t, {mask}, {ins.line}, p); {ins.set('v == 0 || v == t.warp->live')} }}"
+        uniform = ins.set("v == 0 || v == t.warp->live")
+        return f"{{ const u32 v = ballot(t, {mask}, {ins.line}, {p}); {uniform} }}"
     return ins.set(results[ins.parts[2]])
 
 
@@ -779,7 +807,8 @@ def _match(ins: Instruction) -> str:
 def _redux(ins: Instruction) -> str:
     kind = ins.type
     body = _ATOMIC[ins.parts[2]].format("y")
-    return ins.set(f"redux(t, {ins.src(2, 'u32')}, {ins.line}, {ins.src(1)}, []({kind} x, {kind} y) -> {kind} {{ return {body}; }})")
+    function = f"[]({kind} x, {kind} y) -> {kind} {{ return {body}; }}"
+    return ins.set(f"redux(t, {ins.src(2, 'u32')}, {ins.line}, {ins.src(1)}, {function})")
 
 
 @opcode("activemask")
@@ -805,13 +834,21 @@ def _mma(ins: Instruction) -> str:
     if shape == "m8n8k4" and d == "f64":
         values = [ins.body.value(ins, e, "f64") for i in (1, 2, 3) for e in ins.vector(i)]
         code = f"DmmaArg x{{{values[0]}, {values[1]}, {{{values[2]}, {values[3]}}}}}; dmma(t, {ins.line}, x); "
-        return f"{{ {code}" + " ".join(f"set({ins.body.target(ins, e)}, x.c[{i}]);" for i, e in enumerate(ins.vector(0))) + " }"
+        return (
+            f"{{ {code}"
+            + " ".join(f"set({ins.body.target(ins, e)}, x.c[{i}]);" for i, e in enumerate(ins.vector(0)))
+            + " }"
+        )
     found = re.fullmatch(r"m16n8k(\d+)", shape)
     if not found or a not in _MMA_TYPES or d not in ("f32", "f16"):
         raise ins.fail("not supported")
     read = lambda i: ", ".join(ins.body.value(ins, e, "u32") for e in ins.vector(i))
     code = f"MmaArg<{a}, {d}, {found[1]}> x{{{{{read(1)}}}, {{{read(2)}}}, {{{read(3)}}}}}; mma(t, {ins.line}, x); "
-    return f"{{ {code}" + " ".join(f"set({ins.body.target(ins, e)}, x.c[{i}]);" for i, e in enumerate(ins.vector(0))) + " }"
+    return (
+        f"{{ {code}"
+        + " ".join(f"set({ins.body.target(ins, e)}, x.c[{i}]);" for i, e in enumerate(ins.vector(0)))
+        + " }"
+    )
 
 
 @opcode("ldmatrix", "stmatrix")
@@ -852,7 +889,7 @@ def _cp(ins: Instruction) -> str:
     size = ins.src(2, "u32")
     # What follows the size is the number of bytes to read, or a predicate that ignores the source, or a cache policy.
     bytes_ = size
-    if len(ins.ops) > 3 and not ins.has("L2::cache_hint") or len(ins.ops) > 4:
+    if (len(ins.ops) > 3 and not ins.has("L2::cache_hint")) or len(ins.ops) > 4:
         register = ins.body.function.registers.get(ins.ops[3])
         bytes_ = f"{ins.src(3, 'pred')} ? 0u : {size}" if register == "pred" else ins.src(3, "u32")
     return f"copy_async(t, {ins.address(0)}, Space::global, {ins.address(1)}, {size}, {bytes_}, {ins.line});"
@@ -878,7 +915,11 @@ def _bulk(ins: Instruction) -> str:
     else:
         pieces = f"linear(t, {ins.address(shared)}, {ins.address(other)}, {ins.src(2, 'u32')}, {ins.line})"
         barrier = 3
-    call = f"load_bulk(t, pieces, fill, {ins.address(barrier)}, {ins.line});" if load else f"store_bulk(t, pieces, {ins.line});"
+    call = (
+        f"load_bulk(t, pieces, fill, {ins.address(barrier)}, {ins.line});"
+        if load
+        else f"store_bulk(t, pieces, {ins.line});"
+    )
     return f"{{ u32 fill = 0; auto pieces = {pieces}; {call} }}"
 
 
@@ -929,9 +970,12 @@ def _wgmma(ins: Instruction) -> str:
     a_descriptor = "0" if registers else ins.src(1, "u64")
     a_values = ", ".join(ins.body.value(ins, e, "u32") for e in ins.vector(1)) if registers else ""
     d_values = ", ".join(ins.body.value(ins, e, "u32") for e in accumulators)
+    scale_d = ins.src(3, "pred")
+    descriptors = f"{a_descriptor}, {ins.src(2, 'u64')}, {str(registers).lower()}"
+    flags_text = f"{scale_d}, {scale_a}, {scale_b}, {trans_a}, {trans_b}, {ins.line}"
     return (
-        f"{{ WgmmaArg x{{{a_descriptor}, {ins.src(2, 'u64')}, {str(registers).lower()}, {ins.src(3, 'pred')}, {scale_a}, {scale_b}, "
-        f"{trans_a}, {trans_b}, {ins.line}, {{{a_values}}}, {{{d_values}}}}}; wgmma<{a}, {d}, {columns}>(t, {ins.line}, x); "
+        f"{{ WgmmaArg x{{{descriptors}, {flags_text}, {{{a_values}}}, {{{d_values}}}}}; "
+        f"wgmma<{a}, {d}, {columns}>(t, {ins.line}, x); "
         + " ".join(f"set({ins.body.target(ins, e)}, x.d[{i}]);" for i, e in enumerate(accumulators))
         + f" {ins.body.accumulators[accumulators[0]]} = t.warp->wgmma_committed + 1; }}"
     )

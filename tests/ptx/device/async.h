@@ -11,7 +11,8 @@ namespace ptx {
 
 inline MBarrier& mbarrier_at(Thread& t, u64 address, u32 line) {
     auto found = t.block->mbarriers.find(u32(address));
-    if (found == t.block->mbarriers.end()) t.fail(line, "no mbarrier was initialised at shared address 0x%llx", (unsigned long long)address);
+    if (found == t.block->mbarriers.end())
+        t.fail(line, "no mbarrier was initialised at shared address 0x%llx", (unsigned long long)address);
     t.resolve(Space::shared, address, 8, line, Kind::read);
     return found->second;
 }
@@ -21,7 +22,9 @@ inline void mbarrier_init(Thread& t, Space space, u64 address, u32 count, u32 li
     t.resolve(Space::shared, address, 8, line, Kind::write);
     MBarrier& b = t.block->mbarriers[u32(address)];
     if (!b.waiting.empty()) t.fail(line, "mbarrier initialised while threads wait for it");
-    const u32 agent = b.agent ? b.agent : kRaces ? new_agent(*t.block, "copies to mbarrier " + std::to_string(address)) : 0;
+    const u32 agent = b.agent  ? b.agent
+                      : kRaces ? new_agent(*t.block, "copies to mbarrier " + std::to_string(address))
+                               : 0;
     b = MBarrier{};
     b.count = b.pending = count;
     b.agent = agent;
@@ -50,7 +53,8 @@ inline u64 mbarrier_arrive(Thread& t, u64 address, u32 count, s64 bytes, u32 lin
     MBarrier& b = mbarrier_at(t, address, line);
     const u64 token = b.phase;
     b.bytes += bytes;
-    if (count > b.pending) t.fail(line, "mbarrier: %u arrive, but only %u are still expected in this phase", count, b.pending);
+    if (count > b.pending)
+        t.fail(line, "mbarrier: %u arrive, but only %u are still expected in this phase", count, b.pending);
     b.pending -= count;
     if constexpr (kRaces) {
         if (count) release_to(t, b.vision);
@@ -67,8 +71,9 @@ inline bool mbarrier_wait(Thread& t, u64 address, bool by_parity, u64 which, boo
             if constexpr (kRaces) t.trace.vision.join(b.done);
             return true;
         }
-        // A try_wait may give up: where time is random it does, which finds kernels that do not try again.
-        if (!may_block || (t.block->grid->launch.asynchrony == kRandomTime && !t.block->grid->random(4))) {
+        // A try_wait may give up: where copies are not early it does every other time, which finds kernels that do not
+        // try again.
+        if (!may_block || (t.block->grid->launch.asynchrony != kEarly && ++t.tries % 2)) {
             t.spin(line);
             return false;
         }
@@ -91,8 +96,10 @@ inline void arrive_after_copies(Thread& t, u64 address, bool counted, u32 line) 
         if constexpr (kRaces) b.vision.join(vision);
         mbarrier_advance(*t.block, b);
     };
-    if (t.block->grid->late()) t.block->in_flight.push_back(arrive);
-    else arrive();
+    if (t.block->grid->late())
+        t.block->in_flight.push_back(arrive);
+    else
+        arrive();
 }
 
 // ---- bulk copies ----------------------------------------------------------------------------------------------------
@@ -108,16 +115,24 @@ struct Piece {
 inline void check_pieces(Thread& t, const std::vector<Piece>& pieces, bool load, u32 agent, u32 clock, u32 line) {
     for (const Piece& p : pieces) {
         if (p.shared < kSharedBase || p.shared - kSharedBase + p.bytes > t.block->shared_bytes) {
-            t.fail(line, "bulk copy outside shared memory: address %u, the block has %u bytes", p.shared, t.block->shared_bytes);
+            t.fail(
+                line, "bulk copy outside shared memory: address %u, the block has %u bytes", p.shared,
+                t.block->shared_bytes
+            );
         }
         const u64 global = reinterpret_cast<u64>(p.global);
         if (global && t.block->grid->launch.check_bounds && !allowed(*t.block->grid, global, p.bytes)) {
             char text[96];
-            t.fail(line, "bulk copy of %u bytes outside every allocation: %s", p.bytes, nearest(*t.block->grid, global, text));
+            t.fail(
+                line, "bulk copy of %u bytes outside every allocation: %s", p.bytes,
+                nearest(*t.block->grid, global, text)
+            );
         }
         if constexpr (kRaces) {
             if (global) global_access(t, global, p.bytes, line, load ? Kind::read : Kind::write, nullptr);
-            shared_access_as(t, agent, clock, true, p.shared - kSharedBase, p.bytes, line, load ? Kind::write : Kind::read, nullptr);
+            shared_access_as(
+                t, agent, clock, true, p.shared - kSharedBase, p.bytes, line, load ? Kind::write : Kind::read, nullptr
+            );
         }
     }
 }
@@ -134,8 +149,10 @@ inline void load_bulk(Thread& t, std::vector<Piece> pieces, u32 fill, u64 barrie
     auto land = [&t, pieces = std::move(pieces), fill, barrier, line] {
         s64 bytes = 0;
         for (const Piece& p : pieces) {
-            if (p.global) std::memcpy(shared_at(t, p.shared), p.global, p.bytes);
-            else std::memset(shared_at(t, p.shared), int(fill), p.bytes);
+            if (p.global)
+                std::memcpy(shared_at(t, p.shared), p.global, p.bytes);
+            else
+                std::memset(shared_at(t, p.shared), int(fill), p.bytes);
             bytes += p.bytes;
         }
         MBarrier& b = mbarrier_at(t, barrier, line);
@@ -155,8 +172,10 @@ inline void store_bulk(Thread& t, std::vector<Piece> pieces, u32 line) {
             if (p.global) std::memcpy(p.global, shared_at(t, p.shared), p.bytes);
         }
     };
-    if (t.block->grid->late()) t.bulk.push_back(land);
-    else land();
+    if (t.block->grid->late())
+        t.bulk.push_back(land);
+    else
+        land();
 }
 
 inline void commit_bulk(Thread& t) {
@@ -184,16 +203,22 @@ inline std::vector<Piece> linear(Thread& t, u64 shared, u64 global, u32 bytes, u
 }
 
 // The box of a tensor map at `at`, in runs of 16 bytes or less where the tensor ends.
-inline std::vector<Piece> box(Thread& t, u64 shared, u64 map_address, std::initializer_list<s32> at, u32& fill, u32 line) {
+inline std::vector<Piece> box(
+    Thread& t, u64 shared, u64 map_address, std::initializer_list<s32> at, u32& fill, u32 line
+) {
     if (map_address % 64) t.fail(line, "a tensor map must lie at a multiple of 64");
     TensorMap m;
     std::memcpy(&m, t.resolve(Space::generic, map_address, 1, line, Kind::read), sizeof m);
     if (m.magic != kTensorMapMagic) t.fail(line, "this is no tensor map");
     if (m.rank != at.size()) t.fail(line, "tensor map of %u dimensions used with %zu coordinates", m.rank, at.size());
-    if (shared % 128) t.fail(line, "a tensor copy's shared address must be a multiple of 128, this is 0x%llx", (unsigned long long)shared);
+    if (shared % 128)
+        t.fail(
+            line, "a tensor copy's shared address must be a multiple of 128, this is 0x%llx", (unsigned long long)shared
+        );
     fill = m.nan_fill ? 0xff : 0;
     const u32 inner = m.box[0] * m.element;
-    if (m.swizzle && inner != 16u << m.swizzle) t.fail(line, "inner box of %u bytes with a swizzle of %u: not supported", inner, 16u << m.swizzle);
+    if (m.swizzle && inner != 16u << m.swizzle)
+        t.fail(line, "inner box of %u bytes with a swizzle of %u: not supported", inner, 16u << m.swizzle);
     u32 rows = 1;
     for (u32 d = 1; d < m.rank; ++d) rows *= m.box[d];
     std::vector<Piece> pieces;
@@ -231,7 +256,9 @@ struct MatrixDescriptor {
     u32 start, leading, stride, swizzle;
 
     explicit MatrixDescriptor(u64 bits)
-        : start((bits & 0x3fff) << 4), leading((bits >> 16 & 0x3fff) << 4), stride((bits >> 32 & 0x3fff) << 4),
+        : start((bits & 0x3fff) << 4),
+          leading((bits >> 16 & 0x3fff) << 4),
+          stride((bits >> 32 & 0x3fff) << 4),
           swizzle((4 - (bits >> 62)) & 3) {}
 
     // The address of the 16 bytes with element (mn, k), of `size` bytes; of `major` the bytes are neighbours.
@@ -262,7 +289,10 @@ struct WgmmaArg {
 template <class T>
 const T* wgmma_chunk(Thread& t, u32 agent, u32 clock, u32 address, u32 line) {
     if (address < kSharedBase || address - kSharedBase + 16 > t.block->shared_bytes) {
-        t.fail(line, "wgmma reads outside shared memory: address %u, the block has %u bytes", address, t.block->shared_bytes);
+        t.fail(
+            line, "wgmma reads outside shared memory: address %u, the block has %u bytes", address,
+            t.block->shared_bytes
+        );
     }
     if constexpr (kRaces) shared_access_as(t, agent, clock, true, address - kSharedBase, 16, line, Kind::read, nullptr);
     return reinterpret_cast<const T*>(shared_at(t, address));
@@ -294,7 +324,8 @@ void wgmma(Thread& t, u32 line, WgmmaArg& arg) {
             for (int lane = 0; lane < 32; ++lane) {
                 for (int r = 0; r < 4; ++r) {
                     for (int e = 0; e < per; ++e) {
-                        a[lane / 4 + 8 * (r & 1)][per * (lane % 4 + 4 * (r >> 1)) + e] = element<T>(at(lane).registers[r], e);
+                        a[lane / 4 + 8 * (r & 1)][per * (lane % 4 + 4 * (r >> 1)) + e] =
+                            element<T>(at(lane).registers[r], e);
                     }
                 }
             }
@@ -304,7 +335,8 @@ void wgmma(Thread& t, u32 line, WgmmaArg& arg) {
         fetch(MatrixDescriptor(first.b), 0, N, first.trans_b, [&](u32 j, u32 k, f32 x) { b[k][j] = x; });
         for (int lane = 0; lane < 32; ++lane) {
             for (int i = 0; i < N / 2; ++i) {
-                c[lane / 4 + i / 2 % 2 * 8][i / 4 * 8 + lane % 4 * 2 + i % 2] = first.scale_d ? accumulator<C>(at(lane).d, i) : 0;
+                c[lane / 4 + i / 2 % 2 * 8][i / 4 * 8 + lane % 4 * 2 + i % 2] =
+                    first.scale_d ? accumulator<C>(at(lane).d, i) : 0;
             }
         }
         const f32 sign = f32(first.scale_a * first.scale_b);
@@ -341,7 +373,8 @@ inline void wait_wgmma(Thread& t, u32 keep, u32 line) {
         if constexpr (kRaces) {
             join_warp(w, lanes);
             if (!w.trace.wgmma_agent || w.wgmma_committed <= keep) return;
-            for (u32 lane = 0; lane < 32; ++lane) w.thread(lane).trace.vision.see(w.trace.wgmma_agent, w.wgmma_committed - keep);
+            for (u32 lane = 0; lane < 32; ++lane)
+                w.thread(lane).trace.vision.see(w.trace.wgmma_agent, w.wgmma_committed - keep);
         }
     });
 }

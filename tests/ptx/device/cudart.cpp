@@ -110,7 +110,8 @@ bool known(Kernel& k) {
 
 cudaError_t check(const Kernel& k, dim3 grid, dim3 block, size_t shared) {
     const u64 threads = u64(block.x) * block.y * block.z;
-    if (!threads || threads > 1024 || block.x > 1024 || block.y > 1024 || block.z > 64) return cudaErrorInvalidConfiguration;
+    if (!threads || threads > 1024 || block.x > 1024 || block.y > 1024 || block.z > 64)
+        return cudaErrorInvalidConfiguration;
     if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
         return cudaErrorInvalidConfiguration;
     }
@@ -125,7 +126,10 @@ cudaError_t check(const Kernel& k, dim3 grid, dim3 block, size_t shared) {
 u32 blocks_per_multiprocessor(const Kernel& k, u32 threads, size_t shared) {
     const Device& d = state().device;
     const u64 bytes = shared + k.info.static_shared + (d.major >= 8 ? 1024 : 0);
-    return std::min<u64>({32, d.threads_multiprocessor / std::max(1u, (threads + 31) / 32 * 32), d.shared_multiprocessor / std::max<u64>(1, bytes)});
+    return std::min<u64>(
+        {32, d.threads_multiprocessor / std::max(1u, (threads + 31) / 32 * 32),
+         d.shared_multiprocessor / std::max<u64>(1, bytes)}
+    );
 }
 
 cudaError_t launch(const void* function, dim3 grid, dim3 block, void** args, size_t shared, bool cooperative) {
@@ -135,7 +139,8 @@ cudaError_t launch(const void* function, dim3 grid, dim3 block, void** args, siz
     if (!k || !known(*k)) return set_last(cudaErrorInvalidDeviceFunction);
     cudaError_t error = check(*k, grid, block, shared);
     const u64 blocks = u64(grid.x) * grid.y * grid.z;
-    if (!error && cooperative && blocks > u64(blocks_per_multiprocessor(*k, block.x * block.y * block.z, shared)) * s.device.multiprocessors) {
+    if (!error && cooperative &&
+        blocks > u64(blocks_per_multiprocessor(*k, block.x * block.y * block.z, shared)) * s.device.multiprocessors) {
         error = cudaErrorCooperativeLaunchTooLarge;
     }
     LogEntry entry{};
@@ -147,7 +152,8 @@ cudaError_t launch(const void* function, dim3 grid, dim3 block, void** args, siz
     if (!error) {
         std::vector<u8> params(k->info.param_bytes + 64);
         u8* aligned = params.data() + (64 - reinterpret_cast<u64>(params.data()) % 64) % 64;
-        for (u32 i = 0; i < k->info.param_count; ++i) std::memcpy(aligned + k->info.offsets[i], args[i], k->info.sizes[i]);
+        for (u32 i = 0; i < k->info.param_count; ++i)
+            std::memcpy(aligned + k->info.offsets[i], args[i], k->info.sizes[i]);
         std::vector<Range> ranges;
         for (auto [begin, end] : s.ranges) ranges.push_back({begin, end});
         Launch l{};
@@ -181,7 +187,8 @@ CUresult encode_tiled(
     CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill
 ) {
     static constexpr u32 sizes[] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4};
-    if (!map || rank < 1 || rank > 5 || u32(type) > 12 || interleave || u32(swizzle) > 3 || reinterpret_cast<u64>(address) % 16) {
+    if (!map || rank < 1 || rank > 5 || u32(type) > 12 || interleave || u32(swizzle) > 3 ||
+        reinterpret_cast<u64>(address) % 16) {
         return CUDA_ERROR_INVALID_VALUE;
     }
     TensorMap m{};
@@ -233,7 +240,8 @@ const char* standin_kernel_name(u64 i) {
     return i < kernels.size() ? std::next(kernels.begin(), i)->first.c_str() : nullptr;
 }
 
-// ---- registration -----------------------------------------------------------------------------------------------------
+// ---- registration
+// -----------------------------------------------------------------------------------------------------
 
 void** __cudaRegisterFatBinary(void*) {
     static void* handle;
@@ -242,12 +250,16 @@ void** __cudaRegisterFatBinary(void*) {
 void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
 char __cudaInitModule(void**) { return 0; }
-void __cudaRegisterFunction(void**, const char* host, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*, int*) {
+void __cudaRegisterFunction(
+    void**, const char* host, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*, int*
+) {
     Kernel& k = state().kernels[name];
     k.name = name;
     state().by_host_function[host] = &k;
 }
-void __cudaRegisterVar(void**, char* host, char*, const char* name, int, size_t, int, int) { state().variables[host] = name; }
+void __cudaRegisterVar(void**, char* host, char*, const char* name, int, size_t, int, int) {
+    state().variables[host] = name;
+}
 cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* host) {
     *kernel = reinterpret_cast<cudaKernel_t>(find(host));
     return *kernel ? cudaSuccess : set_last(cudaErrorInvalidDeviceFunction);
@@ -270,13 +282,17 @@ cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, 
 cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** args, size_t shared, cudaStream_t) {
     return launch(kernel, grid, block, args, shared, false);
 }
-cudaError_t __cudaLaunchKernel_ptsz(cudaKernel_t kernel, dim3 grid, dim3 block, void** args, size_t shared, cudaStream_t) {
+cudaError_t __cudaLaunchKernel_ptsz(
+    cudaKernel_t kernel, dim3 grid, dim3 block, void** args, size_t shared, cudaStream_t
+) {
     return launch(kernel, grid, block, args, shared, false);
 }
 cudaError_t cudaLaunchKernel(const void* f, dim3 grid, dim3 block, void** args, size_t shared, cudaStream_t) {
     return launch(f, grid, block, args, shared, false);
 }
-cudaError_t cudaLaunchCooperativeKernel(const void* f, dim3 grid, dim3 block, void** args, size_t shared, cudaStream_t) {
+cudaError_t cudaLaunchCooperativeKernel(
+    const void* f, dim3 grid, dim3 block, void** args, size_t shared, cudaStream_t
+) {
     return launch(f, grid, block, args, shared, true);
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* c, const void* f, void** args) {
@@ -285,7 +301,8 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* c, const void* f, void
         const cudaLaunchAttribute& a = c->attrs[i];
         if (a.id == cudaLaunchAttributeCooperative) cooperative = a.val.cooperative;
         const dim3 cluster(a.val.clusterDim.x, a.val.clusterDim.y, a.val.clusterDim.z);
-        if (a.id == cudaLaunchAttributeClusterDimension && cluster.x * cluster.y * cluster.z != 1) return set_last(cudaErrorNotSupported);
+        if (a.id == cudaLaunchAttributeClusterDimension && cluster.x * cluster.y * cluster.z != 1)
+            return set_last(cudaErrorNotSupported);
     }
     return launch(f, c->gridDim, c->blockDim, args, c->dynamicSmemBytes, cooperative);
 }
@@ -293,7 +310,8 @@ cudaError_t cudaFuncSetAttribute(const void* f, cudaFuncAttribute attribute, int
     Kernel* k = find(f);
     if (!k || !known(*k)) return set_last(cudaErrorInvalidDeviceFunction);
     if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
-    if (value < 0 || u64(value) + k->info.static_shared > state().device.shared_optin) return set_last(cudaErrorInvalidValue);
+    if (value < 0 || u64(value) + k->info.static_shared > state().device.shared_optin)
+        return set_last(cudaErrorInvalidValue);
     k->dynamic_limit = static_cast<u32>(value);
     return cudaSuccess;
 }
@@ -308,7 +326,9 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* a, const void* f) {
     a->maxDynamicSharedSizeBytes = static_cast<int>(k->dynamic_limit ? k->dynamic_limit : 48 << 10);
     return cudaSuccess;
 }
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* n, const void* f, int threads, size_t shared, unsigned) {
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(
+    int* n, const void* f, int threads, size_t shared, unsigned
+) {
     Kernel* k = find(f);
     if (!k || !known(*k)) return set_last(cudaErrorInvalidDeviceFunction);
     *n = static_cast<int>(blocks_per_multiprocessor(*k, static_cast<u32>(threads), shared));
@@ -318,7 +338,8 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* n, const void* f,
     return cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(n, f, threads, shared, 0);
 }
 
-// ---- device -----------------------------------------------------------------------------------------------------------
+// ---- device
+// -----------------------------------------------------------------------------------------------------------
 
 cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
@@ -355,7 +376,8 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
     p->major = d.major, p->minor = d.minor, p->multiProcessorCount = d.multiprocessors, p->warpSize = 32;
     p->sharedMemPerBlock = 48 << 10, p->sharedMemPerBlockOptin = d.shared_optin;
     p->sharedMemPerMultiprocessor = d.shared_multiprocessor, p->reservedSharedMemPerBlock = 1024;
-    p->maxThreadsPerBlock = 1024, p->maxThreadsPerMultiProcessor = d.threads_multiprocessor, p->maxBlocksPerMultiProcessor = 32;
+    p->maxThreadsPerBlock = 1024, p->maxThreadsPerMultiProcessor = d.threads_multiprocessor,
+    p->maxBlocksPerMultiProcessor = 32;
     p->regsPerBlock = p->regsPerMultiprocessor = 65536;
     p->maxGridSize[0] = 0x7fffffff, p->maxGridSize[1] = p->maxGridSize[2] = 65535;
     p->totalGlobalMem = 80ull << 30, p->l2CacheSize = 40 << 20, p->cooperativeLaunch = 1;
@@ -363,14 +385,17 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
 }
 cudaError_t cudaRuntimeGetVersion(int* v) { return *v = CUDART_VERSION, cudaSuccess; }
 cudaError_t cudaDriverGetVersion(int* v) { return *v = CUDART_VERSION, cudaSuccess; }
-cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** f, unsigned, unsigned long long, cudaDriverEntryPointQueryResult* found) {
+cudaError_t cudaGetDriverEntryPointByVersion(
+    const char* name, void** f, unsigned, unsigned long long, cudaDriverEntryPointQueryResult* found
+) {
     const bool have = !std::strcmp(name, "cuTensorMapEncodeTiled");
     *f = have ? reinterpret_cast<void*>(&encode_tiled) : nullptr;
     if (found) *found = have ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
     return cudaSuccess;
 }
 
-// ---- errors, streams, events, memory ----------------------------------------------------------------------------------
+// ---- errors, streams, events, memory
+// ----------------------------------------------------------------------------------
 
 cudaError_t cudaGetLastError() { return std::exchange(state().last, cudaSuccess); }
 cudaError_t cudaPeekAtLastError() { return state().last; }
@@ -396,7 +421,9 @@ cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaStreamSynchronize(cudaStream_t) { return state().last; }
 cudaError_t cudaStreamQuery(cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
-cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* s) { return *s = cudaStreamCaptureStatusNone, cudaSuccess; }
+cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* s) {
+    return *s = cudaStreamCaptureStatusNone, cudaSuccess;
+}
 cudaError_t cudaDeviceSynchronize() { return state().last; }
 cudaError_t cudaEventCreate(cudaEvent_t* e) { return *e = nullptr, cudaSuccess; }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* e, unsigned) { return *e = nullptr, cudaSuccess; }
@@ -423,12 +450,15 @@ cudaError_t cudaMemset2DAsync(void* p, size_t pitch, int value, size_t width, si
     for (size_t i = 0; i < height; ++i) std::memset(static_cast<char*>(p) + i * pitch, value, width);
     return cudaSuccess;
 }
-cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) { return std::memmove(to, from, bytes), cudaSuccess; }
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+    return std::memmove(to, from, bytes), cudaSuccess;
+}
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
     return cudaMemcpy(to, from, bytes, kind);
 }
 cudaError_t cudaMemcpy2DAsync(
-    void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t height, cudaMemcpyKind, cudaStream_t
+    void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t height, cudaMemcpyKind,
+    cudaStream_t
 ) {
     for (size_t i = 0; i < height; ++i) {
         std::memcpy(static_cast<char*>(to) + i * to_pitch, static_cast<const char*>(from) + i * from_pitch, width);
@@ -442,7 +472,9 @@ cudaError_t cudaGetSymbolAddress(void** p, const void* symbol) {
     *p = reinterpret_cast<void*>(address);
     return address ? cudaSuccess : set_last(cudaErrorInvalidSymbol);
 }
-cudaError_t cudaMemcpyToSymbolAsync(const void* symbol, const void* from, size_t bytes, size_t offset, cudaMemcpyKind kind, cudaStream_t) {
+cudaError_t cudaMemcpyToSymbolAsync(
+    const void* symbol, const void* from, size_t bytes, size_t offset, cudaMemcpyKind kind, cudaStream_t
+) {
     void* p;
     const cudaError_t error = cudaGetSymbolAddress(&p, symbol);
     return error ? error : cudaMemcpy(static_cast<char*>(p) + offset, from, bytes, kind);
@@ -450,7 +482,9 @@ cudaError_t cudaMemcpyToSymbolAsync(const void* symbol, const void* from, size_t
 cudaError_t cudaMemcpyToSymbol(const void* symbol, const void* from, size_t bytes, size_t offset, cudaMemcpyKind kind) {
     return cudaMemcpyToSymbolAsync(symbol, from, bytes, offset, kind, nullptr);
 }
-cudaError_t cudaMemcpyFromSymbolAsync(void* to, const void* symbol, size_t bytes, size_t offset, cudaMemcpyKind kind, cudaStream_t) {
+cudaError_t cudaMemcpyFromSymbolAsync(
+    void* to, const void* symbol, size_t bytes, size_t offset, cudaMemcpyKind kind, cudaStream_t
+) {
     void* p;
     const cudaError_t error = cudaGetSymbolAddress(&p, symbol);
     return error ? error : cudaMemcpy(to, static_cast<char*>(p) + offset, bytes, kind);

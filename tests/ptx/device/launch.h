@@ -21,9 +21,9 @@ struct Range {
     u64 begin, end;
 };
 
-// Counters of one PTX line; all but `threads` count requests of whole warps.
+// Counters of one PTX line; all but `threads` count requests of whole warps. `bytes` are of global memory.
 struct LineProfile {
-    u64 threads, requests, bytes, sectors, ideal_sectors, wavefronts, ideal_wavefronts, unused;
+    u64 threads, requests, bytes, sectors, ideal_sectors, wavefronts, ideal_wavefronts, shared_bytes;
 };
 
 // The whole interface between the host (Python or the stand-in runtime) and a translated module; mirrored in module.py.

@@ -9,40 +9,73 @@
 
 namespace ptx {
 
-struct f16 { u16 bits; };
-struct bf16 { u16 bits; };
-struct tf32 { u32 bits; };
+struct f16 {
+    u16 bits;
+};
+struct bf16 {
+    u16 bits;
+};
+struct tf32 {
+    u32 bits;
+};
 template <class T>
-struct Pair { T lo, hi; };
+struct Pair {
+    T lo, hi;
+};
 using f16x2 = Pair<f16>;
 using bf16x2 = Pair<bf16>;
 
 enum class Round { nearest, zero, down, up };
 
-template <class T> constexpr bool is_half = std::is_same_v<T, f16> || std::is_same_v<T, bf16>;
-template <class T> constexpr bool is_pair = std::is_same_v<T, f16x2> || std::is_same_v<T, bf16x2>;
-template <class T> constexpr bool is_real = std::is_floating_point_v<T> || is_half<T>;
+template <class T>
+constexpr bool is_half = std::is_same_v<T, f16> || std::is_same_v<T, bf16>;
+template <class T>
+constexpr bool is_pair = std::is_same_v<T, f16x2> || std::is_same_v<T, bf16x2>;
+template <class T>
+constexpr bool is_real = std::is_floating_point_v<T> || is_half<T>;
 
-template <size_t N> struct UnsignedOf;
-template <> struct UnsignedOf<1> { using type = u8; };
-template <> struct UnsignedOf<2> { using type = u16; };
-template <> struct UnsignedOf<4> { using type = u32; };
-template <> struct UnsignedOf<8> { using type = u64; };
-template <> struct UnsignedOf<16> { using type = u128; };
-template <class T> using Unsigned = typename UnsignedOf<sizeof(T)>::type;
+template <size_t N>
+struct UnsignedOf;
+template <>
+struct UnsignedOf<1> {
+    using type = u8;
+};
+template <>
+struct UnsignedOf<2> {
+    using type = u16;
+};
+template <>
+struct UnsignedOf<4> {
+    using type = u32;
+};
+template <>
+struct UnsignedOf<8> {
+    using type = u64;
+};
+template <>
+struct UnsignedOf<16> {
+    using type = u128;
+};
+template <class T>
+using Unsigned = typename UnsignedOf<sizeof(T)>::type;
 
 // A register holds bits; an instruction's type says what they mean.
 template <class T, class U>
 T as(U x) {
-    if constexpr (std::is_same_v<T, U>) return x;
-    else if constexpr (std::is_integral_v<T> || std::is_same_v<T, u128>) return static_cast<T>(x);
-    else return std::bit_cast<T>(static_cast<Unsigned<T>>(x));
+    if constexpr (std::is_same_v<T, U>)
+        return x;
+    else if constexpr (std::is_integral_v<T> || std::is_same_v<T, u128>)
+        return static_cast<T>(x);
+    else
+        return std::bit_cast<T>(static_cast<Unsigned<T>>(x));
 }
 
 template <class R, class T>
 void set(R& r, T v) {
-    if constexpr (std::is_integral_v<T> || std::is_same_v<T, u128>) r = static_cast<R>(v);
-    else r = static_cast<R>(std::bit_cast<Unsigned<T>>(v));
+    if constexpr (std::is_integral_v<T> || std::is_same_v<T, u128>)
+        r = static_cast<R>(v);
+    else
+        r = static_cast<R>(std::bit_cast<Unsigned<T>>(v));
 }
 
 // ---- rounding -------------------------------------------------------------------------------------------------------
@@ -97,25 +130,37 @@ inline f64 wide(f64 x) { return x; }
 
 template <class T, Round R = Round::nearest>
 T narrow(f64 x) {
-    if constexpr (std::is_same_v<T, f64>) return x;
-    else if constexpr (std::is_same_v<T, f32>) return rounded<R>([](f64 v) { return static_cast<f32>(v); }, x);
-    else if constexpr (std::is_same_v<T, f16>) return to_f16<R>(to_odd(x));
-    else return to_bf16<R>(to_odd(x));
+    if constexpr (std::is_same_v<T, f64>)
+        return x;
+    else if constexpr (std::is_same_v<T, f32>)
+        return rounded<R>([](f64 v) { return static_cast<f32>(v); }, x);
+    else if constexpr (std::is_same_v<T, f16>)
+        return to_f16<R>(to_odd(x));
+    else
+        return to_bf16<R>(to_odd(x));
 }
 
 inline f32 ftz(f32 x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
-template <class T> T ftz(T x) { return x; }
+template <class T>
+T ftz(T x) {
+    return x;
+}
 
 template <class T>
 T sat(T x) {
-    if constexpr (is_pair<T>) return {sat(x.lo), sat(x.hi)};
-    else if constexpr (is_real<T>) return wide(x) > 0 ? wide(x) < 1 ? x : narrow<T>(1.0) : narrow<T>(0.0);
-    else return x;
+    if constexpr (is_pair<T>)
+        return {sat(x.lo), sat(x.hi)};
+    else if constexpr (is_real<T>)
+        return wide(x) > 0 ? wide(x) < 1 ? x : narrow<T>(1.0) : narrow<T>(0.0);
+    else
+        return x;
 }
 template <class T>
 T relu(T x) {
-    if constexpr (is_pair<T>) return {relu(x.lo), relu(x.hi)};
-    else return std::isnan(wide(x)) || wide(x) > 0 ? x : narrow<T>(0.0);
+    if constexpr (is_pair<T>)
+        return {relu(x.lo), relu(x.hi)};
+    else
+        return std::isnan(wide(x)) || wide(x) > 0 ? x : narrow<T>(0.0);
 }
 
 // ---- arithmetic -----------------------------------------------------------------------------------------------------
@@ -123,20 +168,27 @@ T relu(T x) {
 // `f` on the values of any real type; halves are computed in double, where it is exact before the one rounding.
 template <Round R, class T, class F, class... A>
 T real(F f, T a, A... rest) {
-    if constexpr (is_pair<T>) return {real<R>(f, a.lo, rest.lo...), real<R>(f, a.hi, rest.hi...)};
-    else if constexpr (is_half<T>) return narrow<T, R>(f(f64(wide(a)), f64(wide(rest))...));
-    else return rounded<R>(f, a, rest...);
+    if constexpr (is_pair<T>)
+        return {real<R>(f, a.lo, rest.lo...), real<R>(f, a.hi, rest.hi...)};
+    else if constexpr (is_half<T>)
+        return narrow<T, R>(f(f64(wide(a)), f64(wide(rest))...));
+    else
+        return rounded<R>(f, a, rest...);
 }
 
 template <Round R, class T>
 T add(T a, T b) {
-    if constexpr (std::is_integral_v<T>) return a + b;
-    else return real<R>([](auto x, auto y) { return x + y; }, a, b);
+    if constexpr (std::is_integral_v<T>)
+        return a + b;
+    else
+        return real<R>([](auto x, auto y) { return x + y; }, a, b);
 }
 template <Round R, class T>
 T sub(T a, T b) {
-    if constexpr (std::is_integral_v<T>) return a - b;
-    else return real<R>([](auto x, auto y) { return x - y; }, a, b);
+    if constexpr (std::is_integral_v<T>)
+        return a - b;
+    else
+        return real<R>([](auto x, auto y) { return x - y; }, a, b);
 }
 template <Round R, class T>
 T mul(T a, T b) {
@@ -147,87 +199,170 @@ T fma(T a, T b, T c) {
     return real<R>([](auto x, auto y, auto z) { return std::fma(x, y, z); }, a, b, c);
 }
 template <class T>
-T add_sat(T a, T b) { return static_cast<T>(std::clamp<s64>(s64(a) + b, INT32_MIN, INT32_MAX)); }
+T add_sat(T a, T b) {
+    return static_cast<T>(std::clamp<s64>(s64(a) + b, INT32_MIN, INT32_MAX));
+}
 template <class T>
-T sub_sat(T a, T b) { return static_cast<T>(std::clamp<s64>(s64(a) - b, INT32_MIN, INT32_MAX)); }
+T sub_sat(T a, T b) {
+    return static_cast<T>(std::clamp<s64>(s64(a) - b, INT32_MIN, INT32_MAX));
+}
 
 template <Round R, class T>
 T div(T a, T b) {
-    if constexpr (std::is_integral_v<T>) return b == 0 ? T(-1) : std::is_signed_v<T> && b == T(-1) ? T(0) - a : a / b;
-    else return real<R>([](auto x, auto y) { return x / y; }, a, b);
+    if constexpr (std::is_integral_v<T>)
+        return b == 0 ? T(-1) : std::is_signed_v<T> && b == T(-1) ? T(0) - a : a / b;
+    else
+        return real<R>([](auto x, auto y) { return x / y; }, a, b);
 }
 template <class T>
-T rem(T a, T b) { return b == 0 ? a : std::is_signed_v<T> && b == T(-1) ? 0 : a % b; }
+T rem(T a, T b) {
+    return b == 0 ? a : std::is_signed_v<T> && b == T(-1) ? 0 : a % b;
+}
 
-template <class T> struct WiderOf;
-template <> struct WiderOf<u16> { using type = u32; };
-template <> struct WiderOf<s16> { using type = s32; };
-template <> struct WiderOf<u32> { using type = u64; };
-template <> struct WiderOf<s32> { using type = s64; };
-template <> struct WiderOf<u64> { using type = u128; };
-template <> struct WiderOf<s64> { using type = __int128; };
-template <class T> using Wider = typename WiderOf<T>::type;
+template <class T>
+struct WiderOf;
+template <>
+struct WiderOf<u16> {
+    using type = u32;
+};
+template <>
+struct WiderOf<s16> {
+    using type = s32;
+};
+template <>
+struct WiderOf<u32> {
+    using type = u64;
+};
+template <>
+struct WiderOf<s32> {
+    using type = s64;
+};
+template <>
+struct WiderOf<u64> {
+    using type = u128;
+};
+template <>
+struct WiderOf<s64> {
+    using type = __int128;
+};
+template <class T>
+using Wider = typename WiderOf<T>::type;
 
-template <class T> T mul_lo(T a, T b) { return static_cast<T>(Wider<T>(a) * b); }
-template <class T> T mul_hi(T a, T b) { return static_cast<T>(Wider<T>(a) * b >> 8 * sizeof(T)); }
-template <class T> Wider<T> mul_wide(T a, T b) { return Wider<T>(a) * b; }
-template <class T> T mul24(T a, T b) {
+template <class T>
+T mul_lo(T a, T b) {
+    return static_cast<T>(Wider<T>(a) * b);
+}
+template <class T>
+T mul_hi(T a, T b) {
+    return static_cast<T>(Wider<T>(a) * b >> 8 * sizeof(T));
+}
+template <class T>
+Wider<T> mul_wide(T a, T b) {
+    return Wider<T>(a) * b;
+}
+template <class T>
+T mul24(T a, T b) {
     constexpr int shift = 8;
     return (static_cast<T>(a << shift) >> shift) * (static_cast<T>(b << shift) >> shift);
 }
-template <class T> T sad(T a, T b, T c) { return c + (a > b ? a - b : b - a); }
+template <class T>
+T sad(T a, T b, T c) {
+    return c + (a > b ? a - b : b - a);
+}
 
 template <class T>
 bool is_nan(T x) {
-    if constexpr (is_real<T>) return std::isnan(wide(x));
-    else return false;
+    if constexpr (is_real<T>)
+        return std::isnan(wide(x));
+    else
+        return false;
 }
 template <class T>
 bool less(T a, T b) {
-    if constexpr (is_half<T>) return wide(a) < wide(b);
-    else return a < b;
+    if constexpr (is_half<T>)
+        return wide(a) < wide(b);
+    else
+        return a < b;
 }
 template <bool KeepNan = false, class T>
 T min(T a, T b) {
-    if constexpr (is_pair<T>) return {min<KeepNan>(a.lo, b.lo), min<KeepNan>(a.hi, b.hi)};
+    if constexpr (is_pair<T>)
+        return {min<KeepNan>(a.lo, b.lo), min<KeepNan>(a.hi, b.hi)};
     else if constexpr (is_real<T>) {
         if (is_nan(a) || is_nan(b)) return KeepNan || is_nan(a) == is_nan(b) ? narrow<T>(NAN) : is_nan(a) ? b : a;
         if (wide(a) == wide(b)) return std::signbit(wide(a)) ? a : b;
         return less(a, b) ? a : b;
-    } else return a < b ? a : b;
+    } else
+        return a < b ? a : b;
 }
 template <bool KeepNan = false, class T>
 T max(T a, T b) {
-    if constexpr (is_pair<T>) return {max<KeepNan>(a.lo, b.lo), max<KeepNan>(a.hi, b.hi)};
+    if constexpr (is_pair<T>)
+        return {max<KeepNan>(a.lo, b.lo), max<KeepNan>(a.hi, b.hi)};
     else if constexpr (is_real<T>) {
         if (is_nan(a) || is_nan(b)) return KeepNan || is_nan(a) == is_nan(b) ? narrow<T>(NAN) : is_nan(a) ? b : a;
         if (wide(a) == wide(b)) return std::signbit(wide(a)) ? b : a;
         return less(a, b) ? b : a;
-    } else return a < b ? b : a;
+    } else
+        return a < b ? b : a;
 }
 template <class T>
 T neg(T x) {
-    if constexpr (is_pair<T>) return {neg(x.lo), neg(x.hi)};
-    else if constexpr (is_half<T>) return {static_cast<u16>(x.bits ^ 0x8000)};
-    else return -x;
+    if constexpr (is_pair<T>)
+        return {neg(x.lo), neg(x.hi)};
+    else if constexpr (is_half<T>)
+        return {static_cast<u16>(x.bits ^ 0x8000)};
+    else
+        return -x;
 }
 template <class T>
 T abs(T x) {
-    if constexpr (is_pair<T>) return {abs(x.lo), abs(x.hi)};
-    else if constexpr (is_half<T>) return {static_cast<u16>(x.bits & 0x7fff)};
-    else if constexpr (std::is_floating_point_v<T>) return std::fabs(x);
-    else return x < 0 ? -x : x;
+    if constexpr (is_pair<T>)
+        return {abs(x.lo), abs(x.hi)};
+    else if constexpr (is_half<T>)
+        return {static_cast<u16>(x.bits & 0x7fff)};
+    else if constexpr (std::is_floating_point_v<T>)
+        return std::fabs(x);
+    else
+        return x < 0 ? -x : x;
 }
-template <class T> T copysign(T sign, T x) { return std::copysign(x, sign); }
+template <class T>
+T copysign(T sign, T x) {
+    return std::copysign(x, sign);
+}
 
-template <Round R, class T> T sqrt(T x) { return real<R>([](auto v) { return std::sqrt(v); }, x); }
-template <Round R, class T> T rcp(T x) { return real<R>([](auto v) { return decltype(v)(1) / v; }, x); }
-template <class T> T rsqrt(T x) { return static_cast<T>(1 / std::sqrt(f64(x))); }
-template <class T> T ex2(T x) { return real<Round::nearest>([](auto v) { return std::exp2(v); }, x); }
-template <class T> T lg2(T x) { return std::log2(x); }
-template <class T> T sin(T x) { return std::sin(x); }
-template <class T> T cos(T x) { return std::cos(x); }
-template <class T> T tanh(T x) { return real<Round::nearest>([](auto v) { return std::tanh(v); }, x); }
+template <Round R, class T>
+T sqrt(T x) {
+    return real<R>([](auto v) { return std::sqrt(v); }, x);
+}
+template <Round R, class T>
+T rcp(T x) {
+    return real<R>([](auto v) { return decltype(v)(1) / v; }, x);
+}
+template <class T>
+T rsqrt(T x) {
+    return static_cast<T>(1 / std::sqrt(f64(x)));
+}
+template <class T>
+T ex2(T x) {
+    return real<Round::nearest>([](auto v) { return std::exp2(v); }, x);
+}
+template <class T>
+T lg2(T x) {
+    return std::log2(x);
+}
+template <class T>
+T sin(T x) {
+    return std::sin(x);
+}
+template <class T>
+T cos(T x) {
+    return std::cos(x);
+}
+template <class T>
+T tanh(T x) {
+    return real<Round::nearest>([](auto v) { return std::tanh(v); }, x);
+}
 inline bool testp_infinite(f64 x) { return std::isinf(x); }
 inline bool testp_finite(f64 x) { return std::isfinite(x); }
 inline bool testp_notanumber(f64 x) { return std::isnan(x); }
@@ -239,8 +374,18 @@ enum class Cmp { eq, ne, lt, le, gt, ge, equ, neu, ltu, leu, gtu, geu, num, nan 
 
 template <Cmp C, class T>
 bool compare(T x, T y) {
-    const auto a = [&] { if constexpr (is_half<T>) return wide(x); else return x; }();
-    const auto b = [&] { if constexpr (is_half<T>) return wide(y); else return y; }();
+    const auto a = [&] {
+        if constexpr (is_half<T>)
+            return wide(x);
+        else
+            return x;
+    }();
+    const auto b = [&] {
+        if constexpr (is_half<T>)
+            return wide(y);
+        else
+            return y;
+    }();
     const bool nan = is_nan(x) || is_nan(y);
     switch (C) {
         case Cmp::eq: return a == b;
@@ -263,28 +408,42 @@ bool compare(T x, T y) {
 // What `set` writes for true: 1.0 in a real destination, all ones in an integer one.
 template <class D>
 D truth(bool x) {
-    if constexpr (is_pair<D>) return {truth<decltype(D{}.lo)>(x), truth<decltype(D{}.lo)>(x)};
-    else if constexpr (is_real<D>) return narrow<D>(x ? 1.0 : 0.0);
-    else return x ? D(-1) : D(0);
+    if constexpr (is_pair<D>)
+        return {truth<decltype(D{}.lo)>(x), truth<decltype(D{}.lo)>(x)};
+    else if constexpr (is_real<D>)
+        return narrow<D>(x ? 1.0 : 0.0);
+    else
+        return x ? D(-1) : D(0);
 }
 template <class D, Cmp C, class T>
 D compare_set(T a, T b) {
     if constexpr (is_pair<T>) {
         const bool lo = compare<C>(a.lo, b.lo), hi = compare<C>(a.hi, b.hi);
-        if constexpr (is_pair<D>) return {truth<decltype(D{}.lo)>(lo), truth<decltype(D{}.lo)>(hi)};
-        else return D(lo ? 0xffff : 0) | D(hi ? 0xffff0000 : 0);
-    } else return truth<D>(compare<C>(a, b));
+        if constexpr (is_pair<D>)
+            return {truth<decltype(D{}.lo)>(lo), truth<decltype(D{}.lo)>(hi)};
+        else
+            return D(lo ? 0xffff : 0) | D(hi ? 0xffff0000 : 0);
+    } else
+        return truth<D>(compare<C>(a, b));
 }
 
 // ---- bits -----------------------------------------------------------------------------------------------------------
 
-template <class T> T shl(T a, u32 n) { return n >= 8 * sizeof(T) ? 0 : T(a << n); }
-template <class T> T shr(T a, u32 n) { return a >> std::min<u32>(n, 8 * sizeof(T) - 1) >> (n >= 8 * sizeof(T)); }
-template <bool Wrap> u32 shf_l(u32 lo, u32 hi, u32 n) {
+template <class T>
+T shl(T a, u32 n) {
+    return n >= 8 * sizeof(T) ? 0 : T(a << n);
+}
+template <class T>
+T shr(T a, u32 n) {
+    return a >> std::min<u32>(n, 8 * sizeof(T) - 1) >> (n >= 8 * sizeof(T));
+}
+template <bool Wrap>
+u32 shf_l(u32 lo, u32 hi, u32 n) {
     n = Wrap ? n & 31 : std::min(n, 32u);
     return static_cast<u32>((u64(hi) << 32 | lo) << n >> 32);
 }
-template <bool Wrap> u32 shf_r(u32 lo, u32 hi, u32 n) {
+template <bool Wrap>
+u32 shf_r(u32 lo, u32 hi, u32 n) {
     n = Wrap ? n & 31 : std::min(n, 32u);
     return static_cast<u32>((u64(hi) << 32 | lo) >> n);
 }
@@ -321,8 +480,14 @@ u32 bfind(T x) {
     const auto v = static_cast<Unsigned<T>>(std::is_signed_v<T> && x < 0 ? ~x : x);
     return v ? 8 * sizeof(T) - 1 - std::countl_zero(v) : ~0u;
 }
-template <class T> u32 popc(T x) { return std::popcount(x); }
-template <class T> u32 clz(T x) { return std::countl_zero(x); }
+template <class T>
+u32 popc(T x) {
+    return std::popcount(x);
+}
+template <class T>
+u32 clz(T x) {
+    return std::countl_zero(x);
+}
 template <class T>
 T brev(T x) {
     T r = 0;
@@ -345,12 +510,14 @@ inline s32 dp4a(s32 a, s32 b, s32 c) {
     return c;
 }
 
-template <class T> T add_carry(T a, T b, u32& carry, bool in, bool out) {
+template <class T>
+T add_carry(T a, T b, u32& carry, bool in, bool out) {
     const u128 sum = u128(Unsigned<T>(a)) + Unsigned<T>(b) + (in ? carry : 0);
     if (out) carry = u32(sum >> 8 * sizeof(T)) & 1;
     return static_cast<T>(sum);
 }
-template <class T> T sub_carry(T a, T b, u32& carry, bool in, bool out) {
+template <class T>
+T sub_carry(T a, T b, u32& carry, bool in, bool out) {
     const u128 sum = u128(Unsigned<T>(a)) - Unsigned<T>(b) - (in ? carry : 0);
     if (out) carry = u32(sum >> 8 * sizeof(T)) & 1;
     return static_cast<T>(sum);
@@ -360,21 +527,30 @@ template <class T> T sub_carry(T a, T b, u32& carry, bool in, bool out) {
 
 template <Round R, class T>
 T to_integral(T x) {
-    if constexpr (R == Round::nearest) return std::nearbyint(x);
-    else if constexpr (R == Round::zero) return std::trunc(x);
-    else if constexpr (R == Round::down) return std::floor(x);
-    else return std::ceil(x);
+    if constexpr (R == Round::nearest)
+        return std::nearbyint(x);
+    else if constexpr (R == Round::zero)
+        return std::trunc(x);
+    else if constexpr (R == Round::down)
+        return std::floor(x);
+    else
+        return std::ceil(x);
 }
 
 // `Integral`: rounds to an integer (.rni and its kin), also where the destination is real.
 template <class D, Round R, bool Integral, bool Sat, class S>
 D cvt(S x) {
     if constexpr (std::is_integral_v<S> && std::is_integral_v<D>) {
-        if constexpr (Sat) return static_cast<D>(std::clamp<__int128>(x, std::numeric_limits<D>::min(), std::numeric_limits<D>::max()));
+        if constexpr (Sat)
+            return static_cast<D>(
+                std::clamp<__int128>(x, std::numeric_limits<D>::min(), std::numeric_limits<D>::max())
+            );
         return static_cast<D>(x);
     } else if constexpr (std::is_integral_v<S>) {
-        if constexpr (is_half<D>) return narrow<D, R>(f64(x));
-        else return rounded<R>([](S v) { return static_cast<D>(v); }, x);
+        if constexpr (is_half<D>)
+            return narrow<D, R>(f64(x));
+        else
+            return rounded<R>([](S v) { return static_cast<D>(v); }, x);
     } else if constexpr (std::is_integral_v<D>) {
         const f64 v = to_integral<R>(f64(wide(x)));
         if (std::isnan(v)) return 0;
@@ -384,13 +560,23 @@ D cvt(S x) {
     } else if constexpr (std::is_same_v<D, tf32>) {
         const u32 bits = std::bit_cast<u32>(x);
         if (std::isnan(x)) return {0x7fffffff};
-        const u32 up = R == Round::zero ? 0 : R == Round::up ? 0x1000 : 0xfff + (bits >> 13 & 1);  // up: .rna, ties away
+        const u32 up = R == Round::zero ? 0
+                       : R == Round::up ? 0x1000
+                                        : 0xfff + (bits >> 13 & 1);  // up: .rna, ties away
         return {(bits + up) & ~0x1fffu};
     } else {
-        const auto v = [&] { if constexpr (Integral) return to_integral<R>(wide(x)); else return wide(x); }();
-        if constexpr (std::is_same_v<D, f16> && std::is_same_v<decltype(v), const f32>) return to_f16<R>(v);
-        else if constexpr (std::is_same_v<D, bf16> && std::is_same_v<decltype(v), const f32>) return to_bf16<R>(v);
-        else return narrow<D, R>(v);
+        const auto v = [&] {
+            if constexpr (Integral)
+                return to_integral<R>(wide(x));
+            else
+                return wide(x);
+        }();
+        if constexpr (std::is_same_v<D, f16> && std::is_same_v<decltype(v), const f32>)
+            return to_f16<R>(v);
+        else if constexpr (std::is_same_v<D, bf16> && std::is_same_v<decltype(v), const f32>)
+            return to_bf16<R>(v);
+        else
+            return narrow<D, R>(v);
     }
 }
 
@@ -413,7 +599,9 @@ struct Special {
     static u64 clock(Thread& t) { return t.block->grid->ticks += 16; }
 };
 
-[[noreturn]] inline void assert_failed(Thread& t, u32 line, const u8* message, const u8* file, const u8* at, const u8* function) {
+[[noreturn]] inline void assert_failed(
+    Thread& t, u32 line, const u8* message, const u8* file, const u8* at, const u8* function
+) {
     u64 text[3];
     u32 source_line;
     std::memcpy(&text[0], message, 8);

@@ -9,7 +9,8 @@ struct Request {
     u64 address[32];
 };
 
-// 32 banks of 4 bytes; lanes go in phases of 128 bytes, and a phase costs as many wavefronts as its worst bank has words.
+// 32 banks of 4 bytes; lanes go in phases of 128 bytes, and a phase costs as many wavefronts as its worst bank has
+// words.
 inline u32 wavefronts(const Request& r, u32 lanes_per_phase, u32& phases) {
     u32 total = 0;
     phases = 0;
@@ -33,7 +34,7 @@ inline u32 wavefronts(const Request& r, u32 lanes_per_phase, u32& phases) {
 inline void account(LineProfile& p, const Request& r) {
     const u32 lanes = std::popcount(r.mask);
     ++p.requests;
-    p.bytes += u64(lanes) * r.size;
+    (r.shared ? p.shared_bytes : p.bytes) += u64(lanes) * r.size;
     if (r.shared) {
         u32 phases;
         p.wavefronts += wavefronts(r, r.size <= 4 ? 32 : 128 / r.size, phases);
@@ -58,13 +59,14 @@ inline void account(LineProfile& p, const Request& r) {
     p.ideal_sectors += (distinct + 31) / 32;
 }
 
-// Lanes run one after another: an access joins those that other lanes of its warp made at the same line in the same trip.
+// Lanes run one after another: an access joins those that other lanes of its warp made at the same line in the same
+// trip.
 class Requests {
     std::unordered_map<u64, Request> open_;
 
   public:
     void add(LineProfile* lines, u32 lane, u32 lanes, u32 line, u64 when, bool shared, u64 address, u32 size) {
-        const u64 key = when * 1000003 + line;
+        const u64 key = (when * 2 + shared) * 1000003 + line;
         Request& r = open_[key];
         if (r.mask >> lane & 1) {
             account(lines[r.line], r);

@@ -1,5 +1,5 @@
-// Who may touch a byte when: vector clocks over agents. An agent is a thread, the asynchronous copies of a thread, a TMA
-// target (an mbarrier), the wgmmas of a warp; for global memory, a block. Included by simt.h.
+// Who may touch a byte when: vector clocks over agents. An agent is a thread, the asynchronous copies of a thread, a
+// TMA target (an mbarrier), the wgmmas of a warp; for global memory, a block. Included by simt.h.
 #pragma once
 
 namespace ptx {
@@ -46,7 +46,8 @@ class Shadow {
 
     Conflict read_after_write(const Cell& c, u32 agent, const Vision& v, bool async) const {
         if (!c.write.clock || c.write.agent == agent) return {};
-        if (!Vision::has(v.seen, c.write.agent, c.write.clock)) return {Conflict::race, true, c.write.agent, c.write.line};
+        if (!Vision::has(v.seen, c.write.agent, c.write.clock))
+            return {Conflict::race, true, c.write.agent, c.write.line};
         if (async && c.write_generic && !Vision::has(v.fenced, c.write.agent, c.write.clock)) {
             return {Conflict::unfenced, true, c.write.agent, c.write.line};
         }
@@ -57,7 +58,9 @@ class Shadow {
     explicit Shadow(size_t max_reads) : max_reads_(max_reads) {}
 
     // One access by `agent`, at its `clock`, that knows `v`. `async`: through the asynchronous proxy.
-    Conflict access(u32 agent, u32 clock, const Vision& v, u64 at, u32 size, u32 line, Kind kind, bool async, bool same_value) {
+    Conflict access(
+        u32 agent, u32 clock, const Vision& v, u64 at, u32 size, u32 line, Kind kind, bool async, bool same_value
+    ) {
         for (u64 a = at; a < at + size; ++a) {
             auto& page = pages_[a / kPage];
             if (!page) page = std::make_unique<Cell[]>(kPage);
@@ -79,7 +82,8 @@ class Shadow {
             }
             if (found.kind == Conflict::race && same_value) found.kind = Conflict::same_value;
             for (const Access& r : c.reads) {
-                if (r.agent != agent && !Vision::has(v.seen, r.agent, r.clock)) found = {Conflict::race, false, r.agent, r.line};
+                if (r.agent != agent && !Vision::has(v.seen, r.agent, r.clock))
+                    found = {Conflict::race, false, r.agent, r.line};
             }
             if (found.kind) return found;
             c.write = {agent, clock, line};
@@ -94,7 +98,7 @@ struct ThreadTrace {
     Vision vision;
     u32 async_agent = 0;  // of its cp.async; 0: none yet
     u32 bulk_agent = 0;
-    u32 as_async = 0;     // the agent in whose name the next access is made
+    u32 as_async = 0;  // the agent in whose name the next access is made
     u32 trips = 0, syncs = 0;
 };
 

@@ -105,11 +105,12 @@ struct Thread {
     Warp* warp = nullptr;
     u32 tid[3] = {}, index = 0, lane = 0;
     u32 fuel = kFuel;
-    u32 line = 0;               // where it waits
-    const char* waits = "";     // for what
+    u32 line = 0;            // where it waits
+    const char* waits = "";  // for what
     u32 barrier_result = 0;
-    std::vector<Copy> copies;   // cp.async that have not landed, oldest first
-    std::vector<size_t> groups; // for every committed group not waited for: one past its last entry of `copies`
+    u32 tries = 0;               // of mbarriers
+    std::vector<Copy> copies;    // cp.async that have not landed, oldest first
+    std::vector<size_t> groups;  // for every committed group not waited for: one past its last entry of `copies`
     u32 committed = 0, bulk_committed = 0;
     std::vector<std::function<void()>> bulk;  // bulk stores that have not landed
     std::vector<size_t> bulk_groups;
@@ -136,10 +137,10 @@ struct Meeting {
 struct Warp {
     Block* block = nullptr;
     u32 index = 0;
-    u32 lanes = 0;   // that exist
-    u32 live = 0;    // that have not exited
-    u32 ready = 0;   // that can run
-    u32 yielded = 0; // that can run in the next pass
+    u32 lanes = 0;    // that exist
+    u32 live = 0;     // that have not exited
+    u32 ready = 0;    // that can run
+    u32 yielded = 0;  // that can run in the next pass
     std::vector<Meeting> meetings;
     u32 wgmma_committed = 0, wgmma_waited = 0;
     WarpTrace trace;
@@ -191,7 +192,7 @@ struct Grid {
     GridTrace trace;
     u64 ticks = 0;
     alignas(16) u8 workspace[64] = {};  // of cooperative groups' grid barrier
-    u32 events = 0;  // anything that could let another thread go on
+    u32 events = 0;                     // anything that could let another thread go on
 
     bool late() { return launch.asynchrony == kLate || (launch.asynchrony == kRandomTime && random(2)); }
     void warn(u32 line, const char* text) {
@@ -281,13 +282,16 @@ inline void join_warp(Warp& w, u32 lanes) {
     for (u32 m = lanes; m; m &= m - 1) w.thread(std::countr_zero(m)).trace.vision.join(all);
 }
 
-inline void judge(Thread& t, const Conflict& c, u32 line, Kind kind, const char* space, const std::string& who, const std::string& other) {
+inline void judge(
+    Thread& t, const Conflict& c, u32 line, Kind kind, const char* space, const std::string& who,
+    const std::string& other
+) {
     static constexpr const char* kinds[] = {"reads", "writes", "updates"};
     if (!c.kind) return;
     char text[512];
     std::snprintf(
-        text, sizeof text, "race on %s memory: %s %s what %s %s at line %u, and nothing orders the two%s", space, who.c_str(),
-        kinds[static_cast<int>(kind)], other.c_str(), c.other_wrote ? "wrote" : "read", c.line,
+        text, sizeof text, "race on %s memory: %s %s what %s %s at line %u, and nothing orders the two%s", space,
+        who.c_str(), kinds[static_cast<int>(kind)], other.c_str(), c.other_wrote ? "wrote" : "read", c.line,
         c.kind == Conflict::same_value ? " (the same value)"
         : c.kind == Conflict::unfenced ? " but barriers: fence.proxy.async is missing"
                                        : ""
@@ -296,7 +300,9 @@ inline void judge(Thread& t, const Conflict& c, u32 line, Kind kind, const char*
     t.fail(line, "%s", text);
 }
 
-inline void shared_access_as(Thread& t, u32 agent, u32 clock, bool async, u32 offset, u32 size, u32 line, Kind kind, const void* data) {
+inline void shared_access_as(
+    Thread& t, u32 agent, u32 clock, bool async, u32 offset, u32 size, u32 line, Kind kind, const void* data
+) {
     Block& b = *t.block;
     const bool same = data && !std::memcmp(b.shared + offset, data, size);
     const Conflict c = b.trace.shadow->access(agent, clock, t.trace.vision, offset, size, line, kind, async, same);
@@ -309,7 +315,8 @@ inline void shared_access(Thread& t, u32 offset, u32 size, u32 line, Kind kind, 
         t.trace.vision.join(at);
         release_to(t, at);
     }
-    if (t.trace.as_async) return shared_access_as(t, t.trace.as_async, t.committed + 1, false, offset, size, line, kind, data);
+    if (t.trace.as_async)
+        return shared_access_as(t, t.trace.as_async, t.committed + 1, false, offset, size, line, kind, data);
     shared_access_as(t, t.index, t.trace.vision.seen[t.index], false, offset, size, line, kind, data);
 }
 
@@ -342,9 +349,9 @@ inline bool in_range(const Range& r, u64 address, u32 size) { return address >= 
 
 inline bool allowed(Grid& grid, u64 address, u32 size) {
     if (in_range(grid.recent, address, size)) return true;
-    auto after = std::upper_bound(
-        grid.ranges.begin(), grid.ranges.end(), address, [](u64 a, const Range& r) { return a < r.begin; }
-    );
+    auto after = std::upper_bound(grid.ranges.begin(), grid.ranges.end(), address, [](u64 a, const Range& r) {
+        return a < r.begin;
+    });
     if (after == grid.ranges.begin() || !in_range(after[-1], address, size)) return false;
     grid.recent = after[-1];
     return true;
@@ -456,8 +463,8 @@ inline void meet(
         if (other.mask == mask && !std::strcmp(other.what, what) && (!aligned || other.line == line)) m = &other;
         if ((aligned && other.line != line) || (!m && (other.mask & mask) && other.mask != mask)) {
             t.fail(
-                line, "divergent %s: lane %u is here with mask %08x, but lanes %08x wait at line %u in %s, mask %08x", what,
-                t.lane, mask, other.arrived, other.line, other.what, other.mask
+                line, "divergent %s: lane %u is here with mask %08x, but lanes %08x wait at line %u in %s, mask %08x",
+                what, t.lane, mask, other.arrived, other.line, other.what, other.mask
             );
         }
     }
@@ -510,11 +517,16 @@ inline u32 barrier(Thread& t, u32 id, u32 count, u32 line, bool wait, Reduce red
     if (id >= 16) t.fail(line, "barrier %u does not exist", id);
     Barrier& b = block.barriers[id];
     if (!count) count = static_cast<u32>(block.threads.size());
-    if (count > block.threads.size()) t.fail(line, "barrier %u for %u threads in a block of %zu", id, count, block.threads.size());
-    if (b.arrived && b.expected != count) t.fail(line, "barrier %u: %u threads expected here, %u elsewhere", id, count, b.expected);
+    if (count > block.threads.size())
+        t.fail(line, "barrier %u for %u threads in a block of %zu", id, count, block.threads.size());
+    if (b.arrived && b.expected != count)
+        t.fail(line, "barrier %u: %u threads expected here, %u elsewhere", id, count, b.expected);
     for (auto& [other, at] : b.waiting) {
         if (other->warp == t.warp && at != line) {
-            t.fail(line, "divergent barrier %u: lane %u is here, lane %u of the same warp at line %u", id, t.lane, other->lane, at);
+            t.fail(
+                line, "divergent barrier %u: lane %u is here, lane %u of the same warp at line %u", id, t.lane,
+                other->lane, at
+            );
         }
     }
     b.expected = count;
@@ -616,7 +628,8 @@ struct Scheduler {
         blocks[slot] = std::make_unique<Block>();
         Block& b = *blocks[slot];
         b.grid = &grid, b.linear = linear;
-        b.id[0] = linear % l.grid[0], b.id[1] = linear / l.grid[0] % l.grid[1], b.id[2] = linear / l.grid[0] / l.grid[1];
+        b.id[0] = linear % l.grid[0], b.id[1] = linear / l.grid[0] % l.grid[1],
+        b.id[2] = linear / l.grid[0] / l.grid[1];
         b.shared = shared[slot].get();
         b.shared_bytes = static_shared + l.dynamic_shared;
         b.dynamic = kSharedBase + static_shared;
@@ -643,7 +656,7 @@ struct Scheduler {
         const u32 order = grid.launch.order;
         u32 lane = order == kBackward ? 31 - std::countl_zero(w.ready) : std::countr_zero(w.ready);
         if (order == kRandomOrder) {
-            for (u32 skip = grid.random(std::popcount(w.ready)), m = w.ready; ; m &= m - 1) {
+            for (u32 skip = grid.random(std::popcount(w.ready)), m = w.ready;; m &= m - 1) {
                 lane = std::countr_zero(m);
                 if (!skip--) break;
             }
@@ -716,8 +729,8 @@ struct Scheduler {
         }
         std::string text = kind;
         for (auto& [at, who] : where) {
-            text += "; " + std::to_string(who.size()) + " threads (first: " + std::to_string(who[0]->index) + ") at line " +
-                    std::to_string(at.first) + " wait for " + at.second;
+            text += "; " + std::to_string(who.size()) + " threads (first: " + std::to_string(who[0]->index) +
+                    ") at line " + std::to_string(at.first) + " wait for " + at.second;
         }
         if (exited) text += "; " + std::to_string(exited) + " threads have exited";
         report(grid.launch, *first, first->line, text.c_str());
@@ -772,7 +785,8 @@ struct Scheduler {
                 ran |= w->yielded != 0;
                 if (grid.launch.order != kRandomOrder || !w->ready) w->ready |= std::exchange(w->yielded, 0);
             }
-            if (!ran && !land_one() && std::any_of(blocks.begin(), blocks.end(), [](auto& b) { return b && b->live; })) {
+            if (!ran && !land_one() &&
+                std::any_of(blocks.begin(), blocks.end(), [](auto& b) { return b && b->live; })) {
                 return stuck("deadlock");
             }
             idle = grid.events == before ? idle + 1 : 0;

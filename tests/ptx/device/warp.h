@@ -29,7 +29,8 @@ u32 shfl(Thread& t, u32 value, u32 lane, u32 clamp, u32 mask, bool& valid, u32 l
                                             : first | (by & ~segment);
             a.valid = Mode == Shfl::up ? from >= last : from <= last;
             if (!a.valid) from = lane;
-            if (!(mask >> from & 1)) w.thread(lane).fail(a.line, "shfl.sync reads lane %d, which is not in its mask %08x", from, mask);
+            if (!(mask >> from & 1))
+                w.thread(lane).fail(a.line, "shfl.sync reads lane %d, which is not in its mask %08x", from, mask);
             a.result = static_cast<ShflArg*>(args[from])->value;
         }
     });
@@ -82,45 +83,55 @@ inline u32 match_all(Thread& t, u32 mask, u32 line, u64 v, bool& p) {
     return r;
 }
 inline bool elect(Thread& t, u32 mask, u32 line, u32& leader) {
-    leader = u32(vote(t, mask, line, "elect.sync", 0, [](u32 mask, u32, void**) { return u64(std::countr_zero(mask)); }));
+    leader =
+        u32(vote(t, mask, line, "elect.sync", 0, [](u32 mask, u32, void**) { return u64(std::countr_zero(mask)); }));
     return leader == t.lane;
 }
 template <class T, class F>
 T redux(Thread& t, u32 mask, u32 line, T v, F) {
-    return as<T>(vote(t, mask, line, "redux.sync", Unsigned<T>(std::bit_cast<Unsigned<T>>(v)), [](u32 mask, u32, void** args) {
-        T r = as<T>(voted(args, std::countr_zero(mask)));
-        for (u32 m = mask & (mask - 1); m; m &= m - 1) r = F{}(r, as<T>(voted(args, std::countr_zero(m))));
-        return u64(std::bit_cast<Unsigned<T>>(r));
-    }));
+    return as<T>(
+        vote(t, mask, line, "redux.sync", Unsigned<T>(std::bit_cast<Unsigned<T>>(v)), [](u32 mask, u32, void** args) {
+            T r = as<T>(voted(args, std::countr_zero(mask)));
+            for (u32 m = mask & (mask - 1); m; m &= m - 1) r = F{}(r, as<T>(voted(args, std::countr_zero(m))));
+            return u64(std::bit_cast<Unsigned<T>>(r));
+        })
+    );
 }
 
 // ---- mma ------------------------------------------------------------------------------------------------------------
 // Lane l holds rows g = l / 4 (and g + 8) and columns of q = l % 4: a register holds `per` neighbouring elements of k.
 
-template <class T> constexpr int kPer = 4 / sizeof(T);
+template <class T>
+constexpr int kPer = 4 / sizeof(T);
 
 template <class T>
 f32 element(u32 r, int e) {
-    if constexpr (sizeof(T) == 4) return wide(std::bit_cast<T>(r));
-    else return wide(T{static_cast<u16>(r >> 16 * e)});
+    if constexpr (sizeof(T) == 4)
+        return wide(std::bit_cast<T>(r));
+    else
+        return wide(T{static_cast<u16>(r >> 16 * e)});
 }
 
 template <class T, class C, int K>
 struct MmaArg {
-    static constexpr int A = K / (4 * kPer<T>) * 2, B = A / 2, D = sizeof(C) == 4 ? 4 : 2;
+    static constexpr int A = K / (4 * kPer<T>)*2, B = A / 2, D = sizeof(C) == 4 ? 4 : 2;
     u32 a[A], b[B], c[D];
 };
 
 // c is m16 x n8, either four f32 or two f16x2.
 template <class C>
 f32 accumulator(const u32* c, int i) {
-    if constexpr (sizeof(C) == 4) return std::bit_cast<f32>(c[i]);
-    else return wide(f16{static_cast<u16>(c[i / 2] >> 16 * (i % 2))});
+    if constexpr (sizeof(C) == 4)
+        return std::bit_cast<f32>(c[i]);
+    else
+        return wide(f16{static_cast<u16>(c[i / 2] >> 16 * (i % 2))});
 }
 template <class C>
 void accumulate(u32* c, int i, f32 v) {
-    if constexpr (sizeof(C) == 4) c[i] = std::bit_cast<u32>(v);
-    else c[i / 2] = (c[i / 2] & (i % 2 ? 0xffff : 0xffff0000)) | u32(to_f16<Round::nearest>(v).bits) << 16 * (i % 2);
+    if constexpr (sizeof(C) == 4)
+        c[i] = std::bit_cast<u32>(v);
+    else
+        c[i / 2] = (c[i / 2] & (i % 2 ? 0xffff : 0xffff0000)) | u32(to_f16<Round::nearest>(v).bits) << 16 * (i % 2);
 }
 
 template <class T, class C, int K>
@@ -192,9 +203,14 @@ void matrix_access(Thread& t, u32 line, MatrixArg& arg) {
             for (int row = 0; row < 8; ++row) {
                 auto& from = *static_cast<MatrixArg*>(args[8 * i + row]);
                 Thread& t = w.thread(8 * i + row);
-                u8* p = t.resolve(from.space, from.address, 16, from.line, Store ? Kind::write : Kind::read, Store ? rows[row] : nullptr);
-                if constexpr (Store) std::memcpy(p, rows[row], 16);
-                else std::memcpy(rows[row], p, 16);
+                u8* p = t.resolve(
+                    from.space, from.address, 16, from.line, Store ? Kind::write : Kind::read,
+                    Store ? rows[row] : nullptr
+                );
+                if constexpr (Store)
+                    std::memcpy(p, rows[row], 16);
+                else
+                    std::memcpy(rows[row], p, 16);
             }
             if constexpr (!Store) {
                 for (int lane = 0; lane < 32; ++lane) {

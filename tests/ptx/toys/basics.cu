@@ -1,9 +1,9 @@
 // Small kernels, one idea each, for the executor's own tests.
-#include <cassert>
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cassert>
 #include <cstdint>
 
 extern "C" {
@@ -34,12 +34,18 @@ __global__ void atomics(float* f, double* d, int* i, unsigned long long* u, unsi
     atomicMax(i, int(threadIdx.x));
     atomicAdd(u, 3ull);
     unsigned old = *m, seen;
-    do { seen = old; old = atomicCAS(m, seen, seen + 2); } while (old != seen);
+    do {
+        seen = old;
+        old = atomicCAS(m, seen, seen + 2);
+    } while (old != seen);
     __syncthreads();
     if (threadIdx.x == 0) atomicAdd(i + 1, count), atomicExch(f + 1, fcount);
 }
 
-struct Pointers { const float* in[3]; float scale; };
+struct Pointers {
+    const float* in[3];
+    float scale;
+};
 
 __global__ void struct_param(Pointers p, float* out, int n) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -95,7 +101,8 @@ __global__ void halves(const __nv_bfloat162* b, const __half2* h, __nv_bfloat162
     const int i = threadIdx.x;
     bo[i] = __hfma2(b[i], b[i], __float22bfloat162_rn(make_float2(1.5f, -0.3f)));
     ho[i] = __hadd2(__hmul2(h[i], h[i]), __hmax2(h[i], __float2half2_rn(0.1f)));
-    f[2 * i] = __bfloat162float(__float2bfloat16_rz(__low2float(h[i]))) + float(__low2bfloat16(b[i]) > __high2bfloat16(b[i]));
+    f[2 * i] =
+        __bfloat162float(__float2bfloat16_rz(__low2float(h[i]))) + float(__low2bfloat16(b[i]) > __high2bfloat16(b[i]));
     f[2 * i + 1] = __half2float(__float2half_ru(__high2float(b[i])));
 }
 
@@ -110,12 +117,15 @@ __global__ void transpose(const float* x, float* out, int n) {
 #ifndef NO_BARRIER
     __syncthreads();
 #endif
-    for (int j = threadIdx.y; j < 32; j += blockDim.y) out[int64_t(bx + j) * n + by + threadIdx.x] = tile[threadIdx.x][j];
+    for (int j = threadIdx.y; j < 32; j += blockDim.y)
+        out[int64_t(bx + j) * n + by + threadIdx.x] = tile[threadIdx.x][j];
 }
 
 __global__ void asserts(const int* x) { assert(x[threadIdx.x] < 5); }
 
-__global__ void misaligned(const char* x, float* out) { out[threadIdx.x] = *reinterpret_cast<const float*>(x + 4 * threadIdx.x + 2); }
+__global__ void misaligned(const char* x, float* out) {
+    out[threadIdx.x] = *reinterpret_cast<const float*>(x + 4 * threadIdx.x + 2);
+}
 
 __global__ void half_warp_barrier(float* out) {
     __shared__ float s[64];
@@ -127,11 +137,13 @@ __global__ void half_warp_barrier(float* out) {
 __global__ void divergent_shuffle(float* out) {
     float v = threadIdx.x;
     if (threadIdx.x < 16) v = __shfl_xor_sync(~0u, v, 1);
+    __syncthreads();
     out[threadIdx.x] = v;
 }
 
 __global__ void spin(volatile int* flag) {
-    while (*flag == 0) {}
+    while (*flag == 0) {
+    }
 }
 
 __global__ void last_block(const float* x, float* partial, unsigned* count, float* out) {
@@ -158,9 +170,12 @@ __global__ void grid_sync(int* a, int* out) {
 
 __global__ void blocks_collide(float* out) { out[threadIdx.x] = blockIdx.x; }
 
+__global__ void blocks_agree(float* out) { out[threadIdx.x] = 3; }
+
 __global__ void double_math(const double* x, double* out) {
     const int i = threadIdx.x;
-    out[i] = sqrt(x[i]) / 3.0 + fma(x[i], 2.0, -1.0) * rsqrt(x[i]) + floor(x[i]) - double(float(x[i])) + double(int64_t(x[i] * 1e10));
+    out[i] = sqrt(x[i]) / 3.0 + fma(x[i], 2.0, -1.0) * rsqrt(x[i]) + floor(x[i]) - double(float(x[i])) +
+             double(int64_t(x[i] * 1e10));
 }
 
 }  // extern "C"

@@ -30,14 +30,17 @@ __device__ void ldmatrix_x4(uint32_t (&r)[4], const void* shared) {
 }
 
 __device__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-                 "{%0, %1, %2, %3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1)
+    );
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32)
-    gemm(const __nv_bfloat16* a, const __nv_bfloat16* b, float* c, int m, int n, int k) {
+extern "C" __global__ void __launch_bounds__(WARPS * 32) gemm(
+    const __nv_bfloat16* a, const __nv_bfloat16* b, float* c, int m, int n, int k
+) {
     extern __shared__ __align__(16) __nv_bfloat16 shared[];
     __nv_bfloat16* shared_a = shared;
     __nv_bfloat16* shared_b = shared + NUM_STAGES * BLOCK_M * PITCH;
@@ -48,8 +51,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
         for (int i = threadIdx.x; i < BLOCK_M * BLOCK_K / 8; i += WARPS * 32) {
             const int r = i / (BLOCK_K / 8), kk = i % (BLOCK_K / 8) * 8;
             const bool in_a = row0 + r < m && k0 + kk < k, in_b = col0 + r < n && k0 + kk < k;
-            cp_async(shared_a + (stage * BLOCK_M + r) * PITCH + kk, in_a ? a + int64_t(row0 + r) * k + k0 + kk : a, in_a);
-            cp_async(shared_b + (stage * BLOCK_N + r) * PITCH + kk, in_b ? b + int64_t(col0 + r) * k + k0 + kk : b, in_b);
+            cp_async(
+                shared_a + (stage * BLOCK_M + r) * PITCH + kk, in_a ? a + int64_t(row0 + r) * k + k0 + kk : a, in_a
+            );
+            cp_async(
+                shared_b + (stage * BLOCK_N + r) * PITCH + kk, in_b ? b + int64_t(col0 + r) * k + k0 + kk : b, in_b
+            );
         }
         asm volatile("cp.async.commit_group;");
     };
@@ -64,11 +71,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
         const int stage = t % NUM_STAGES;
         for (int kk = 0; kk < BLOCK_K; kk += 16) {
             uint32_t fragment_a[4];
-            ldmatrix_x4(fragment_a, shared_a + (stage * BLOCK_M + warp * 16 + LDMATRIX_ROW) * PITCH + kk + lane / 16 * 8);
+            ldmatrix_x4(
+                fragment_a, shared_a + (stage * BLOCK_M + warp * 16 + LDMATRIX_ROW) * PITCH + kk + lane / 16 * 8
+            );
             for (int j = 0; j < BLOCK_N / 8; j += 2) {
                 uint32_t fragment_b[4];
-                ldmatrix_x4(fragment_b, shared_b + (stage * BLOCK_N + j * 8 + lane / 16 * 8 + lane % 8) * PITCH + kk +
-                                            lane % 16 / 8 * 8);
+                ldmatrix_x4(
+                    fragment_b,
+                    shared_b + (stage * BLOCK_N + j * 8 + lane / 16 * 8 + lane % 8) * PITCH + kk + lane % 16 / 8 * 8
+                );
                 mma(acc[j], fragment_a, fragment_b[0], fragment_b[1]);
                 mma(acc[j + 1], fragment_a, fragment_b[2], fragment_b[3]);
             }
