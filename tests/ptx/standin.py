@@ -325,7 +325,7 @@ def _object(source: Path, arch: str, flags: Sequence[str]) -> tuple[Path, Path]:
 def _host_object(source: Path, flags: Sequence[str]) -> Path:
     import pybind11
 
-    toolkit = re.findall(r"-I(\S+?)\"", run(["nvcc", "-dryrun", "-E", source, *flags], stderr=True))
+    toolkit = re.findall(r"-I\"?([^\"\s]+)\"", run(["nvcc", "-dryrun", "-E", source, *flags], stderr=True))
     include = [pybind11.get_include(), sysconfig.get_path("include"), *toolkit]
     own = ["-O1", "-fPIC", "-std=c++17", "-w", *flags, *(f"-I{path}" for path in include)]
     contents = ["host", *own, _with_includes(source, [f for f in own if f.startswith(("-I", "-D"))])]
