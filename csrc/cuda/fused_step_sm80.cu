@@ -20,13 +20,13 @@
 namespace muon_kernels::cuda {
 namespace {
 
-constexpr int kTerms = 3;        // at most, of a number
-constexpr int kMaxRows = 128;    // R and Q of more do not fit in registers
-constexpr int kMaxSteps = 99;    // coefficients.py's limit
-constexpr int kWarpRows = 16;    // of mma
-constexpr int BLOCK_K = 32;      // columns of X in a tile
-constexpr int kUnit = 4;         // consecutive elements that a thread handles at once: 16 bytes of fp32
-constexpr int kUnits = 4;        // of a tile, per thread
+constexpr int kTerms = 3;      // at most, of a number
+constexpr int kMaxRows = 128;  // R and Q of more do not fit in registers
+constexpr int kMaxSteps = 99;  // coefficients.py's limit
+constexpr int kWarpRows = 16;  // of mma
+constexpr int BLOCK_K = 32;    // columns of X in a tile
+constexpr int kUnit = 4;       // consecutive elements that a thread handles at once: 16 bytes of fp32
+constexpr int kUnits = 4;      // of a tile, per thread
 constexpr int kParameterBytes = 32764;
 
 struct Matrix {
@@ -200,8 +200,8 @@ struct Direction {
     }
 };
 
-// The same value, but the compiler does not know: what is derived from it is calculated again and not kept in registers,
-// which the iteration has none to spare of.
+// The same value, but the compiler does not know: what is derived from it is calculated again and not kept in
+// registers, which the iteration has none to spare of.
 __device__ uint32_t opaque(uint32_t value) {
     asm volatile("" : "+r"(value));
     return value;
@@ -237,24 +237,28 @@ __device__ uint32_t chunk_offset(int line, int chunk) {
 template <int CHUNKS, bool TRANS>
 __device__ void load_fragment(uint32_t (&r)[4], uint32_t base, int lane, int line, int column, bool across) {
     const int second = lane / 8 & 1, third = lane / 16;
-    const uint32_t from = base + chunk_offset<CHUNKS>(
-                                     line + lane % 8 + 8 * (across ? third : second),
-                                     column / 8 + (across ? second : third)
-                                 );
+    const uint32_t from =
+        base +
+        chunk_offset<CHUNKS>(line + lane % 8 + 8 * (across ? third : second), column / 8 + (across ? second : third));
     TRANS ? ldmatrix_x4_trans(r, from) : ldmatrix_x4(r, from);
 }
 
 using Fragment = uint32_t[kTerms][4];
 
-// Two tiles of eight columns, smallest products first.
-__device__ void multiply(float (&c)[2][4], const Fragment& a, const Fragment& b, int terms) {
+// Adds to two tiles of eight columns; load(r, t) fetches term t of the right operand. The smallest products come about
+// first, and only one term of the right operand occupies registers.
+template <typename Load>
+__device__ void multiply(float (&c)[2][4], const Fragment& a, int terms, Load load) {
 #pragma unroll
-    for (int sum = kTerms - 1; sum >= 0; --sum) {
-        if (sum >= terms) continue;
+    for (int t = kTerms - 1; t >= 0; --t) {
+        if (t >= terms) continue;
+        uint32_t b[4];
+        load(b, t);
 #pragma unroll
-        for (int t = 0; t <= sum; ++t) {
-            mma_m16n8k16_bf16(c[0], a[t], b[sum - t][0], b[sum - t][1]);
-            mma_m16n8k16_bf16(c[1], a[t], b[sum - t][2], b[sum - t][3]);
+        for (int of_a = kTerms - 1 - t; of_a >= 0; --of_a) {
+            if (of_a + t >= terms) continue;
+            mma_m16n8k16_bf16(c[0], a[of_a], b[0], b[1]);
+            mma_m16n8k16_bf16(c[1], a[of_a], b[2], b[3]);
         }
     }
 }
@@ -297,7 +301,8 @@ struct Square {
     uint32_t base;
 
     __device__ void store(const Rows<M>& x, int terms) const {
-        const int thread = static_cast<int>(opaque(threadIdx.x)), lane = thread % 32, row = thread / 32 * kWarpRows + lane / 4;
+        const int thread = static_cast<int>(opaque(threadIdx.x)), lane = thread % 32,
+                  row = thread / 32 * kWarpRows + lane / 4;
 #pragma unroll
         for (int j = 0; j < M / 8; ++j) {
 #pragma unroll
@@ -323,16 +328,14 @@ struct Square {
         }
 #pragma unroll
         for (int k = 0; k < M / 16; ++k) {
-            Fragment left, right;
+            Fragment left;
             left_operand<M>(left, a, k);
 #pragma unroll
             for (int j = 0; j < M / 8; j += 2) {
-#pragma unroll
-                for (int t = 0; t < kTerms; ++t) {
-                    if (t < terms) load_fragment<M / 8, false>(right[t], base + t * kTermBytes, lane, 8 * j, 16 * k, true);
-                }
                 float sum[2][4] = {};
-                multiply(sum, left, right, terms);
+                multiply(sum, left, terms, [&](uint32_t (&r)[4], int t) {
+                    load_fragment<M / 8, false>(r, base + t * kTermBytes, lane, 8 * j, 16 * k, true);
+                });
                 add(out[j], sum[0]);
                 add(out[j + 1], sum[1]);
             }
@@ -361,27 +364,20 @@ struct SharedTile {
     // r += this warp's rows of X Xᵀ
     __device__ void add_gram(Rows<M>& r, int terms) const {
         const int row = threadIdx.x / 32 * kWarpRows;
-        Fragment left[BLOCK_K / 16], right;
-#pragma unroll
-        for (int k = 0; k < BLOCK_K / 16; ++k) {
+#pragma unroll 1
+        for (int k = 0; k < BLOCK_K; k += 16) {
+            Fragment left;
 #pragma unroll
             for (int t = 0; t < kTerms; ++t) {
-                if (t < terms) load(left[k][t], t, row, 16 * k, TALL);
+                if (t < terms) load(left[t], t, row, k, TALL);
             }
-        }
 #pragma unroll
-        for (int j = 0; j < M / 8; j += 2) {
-            float sum[2][4] = {};
-#pragma unroll
-            for (int k = 0; k < BLOCK_K / 16; ++k) {
-#pragma unroll
-                for (int t = 0; t < kTerms; ++t) {
-                    if (t < terms) load(right[t], t, 8 * j, 16 * k, !TALL);
-                }
-                multiply(sum, left[k], right, terms);
+            for (int j = 0; j < M / 8; j += 2) {
+                float sum[2][4] = {};
+                multiply(sum, left, terms, [&](uint32_t (&r)[4], int t) { load(r, t, 8 * j, k, !TALL); });
+                add(r[j], sum[0]);
+                add(r[j + 1], sum[1]);
             }
-            add(r[j], sum[0]);
-            add(r[j + 1], sum[1]);
         }
     }
 
@@ -394,19 +390,12 @@ struct SharedTile {
         }
 #pragma unroll
         for (int k = 0; k < M / 16; ++k) {
-            Fragment right;
-#pragma unroll
-            for (int t = 0; t < kTerms; ++t) {
-                if (t >= terms) continue;
-                const uint32_t from = base + t * kTermBytes;
-                if (TALL) {
-                    load_fragment<T::kChunks, false>(right[t], from, threadIdx.x % 32, col, 16 * k, true);
-                } else {
-                    load_fragment<T::kChunks, true>(right[t], from, threadIdx.x % 32, 16 * k, col, false);
-                }
-            }
             float sum[2][4] = {};
-            multiply(sum, q[k], right, terms);
+            multiply(sum, q[k], terms, [&](uint32_t (&r)[4], int t) {
+                const uint32_t from = base + t * kTermBytes;
+                TALL ? load_fragment<T::kChunks, false>(r, from, threadIdx.x % 32, col, 16 * k, true)
+                     : load_fragment<T::kChunks, true>(r, from, threadIdx.x % 32, 16 * k, col, false);
+            });
             add(out[0], sum[0]);
             add(out[1], sum[1]);
         }
@@ -500,44 +489,42 @@ __device__ void newton_schulz(Rows<M>& R, Rows<M>& Q, const Settings& s, const S
     }
 }
 
-// As many as registers allow without spilling.
-constexpr int blocks_per_multiprocessor(int m) { return m == 128 ? 1 : m == 64 ? 3 : m == 32 ? 6 : 16; }
-
 // What a block is about, all of it in constant memory.
-template <bool TALL>
 struct Operands {
-    int index;
-    Span grad, momentum, param;
+    const Settings& settings;
+    const Matrix& matrix;
 
-    __device__ Operands(const Arguments& args, int i)
-        : index(i),
-          grad(args.matrices[i].grad, args.settings.grad_dtype, TALL),
-          momentum(args.matrices[i].momentum, args.settings.momentum_dtype, TALL),
-          param(args.matrices[i].param, args.settings.param_dtype, TALL) {}
-    explicit __device__ Operands(const Arguments& args) : Operands(args, static_cast<int>(opaque(blockIdx.x))) {}
+    explicit __device__ Operands(const Arguments& args)
+        : settings(args.settings), matrix(args.matrices[opaque(blockIdx.x)]) {}
+    template <bool TALL>
+    __device__ Span grad() const {
+        return {matrix.grad, settings.grad_dtype, TALL};
+    }
+    template <bool TALL>
+    __device__ Span momentum() const {
+        return {matrix.momentum, settings.momentum_dtype, TALL};
+    }
+    template <bool TALL>
+    __device__ Span param() const {
+        return {matrix.param, settings.param_dtype, TALL};
+    }
+    __device__ bool tall() const { return matrix.param.row_stride == 1 && matrix.param.col_stride != 1; }
 };
 
+// The first pass: R = (X 2^-exponent) (X 2^-exponent)ᵀ. X may have any scale: it is taken times the power of two that
+// brings its largest element so far to [1, 2).
 template <int M, bool TALL>
-__global__ void __launch_bounds__(2 * M, blocks_per_multiprocessor(M)) fused_step_kernel(const __grid_constant__ Arguments args) {
-    extern __shared__ uint4 shared[];
+__device__ void gram(Rows<M>& R, int& exponent, const Operands& on, uint32_t shared) {
     __shared__ uint32_t maxima[M / kWarpRows];
-    __shared__ float traces[M / kWarpRows];
-    using T = Tile<M, TALL>;
-    const Settings& s = args.settings;
-    const SharedTile<M, TALL> tile{shared_address(shared)};
-    const int lane = threadIdx.x % 32, first_row = threadIdx.x / 32 * kWarpRows + lane / 4;
-
-    // X, which may have any scale, is taken times the power of two that brings its largest element so far to [1, 2).
-    int exponent = -126;
-    Rows<M> R = {}, Q;
+    const Settings& s = on.settings;
+    const Span grad = on.grad<TALL>(), momentum = on.momentum<TALL>();
+    const SharedTile<M, TALL> tile{shared};
     Direction<M, TALL> x;
-    {
-    const Operands<TALL> on(args);
-    x.load(s, on.grad, on.momentum, 0, true);
+    x.load(s, grad, momentum, 0, true);
     for (int col = 0; col < s.cols; col += BLOCK_K) {
         float d[kUnits][kUnit];
         uint32_t largest = 0;
-        x.update_momentum(s, on.momentum, col);
+        x.update_momentum(s, momentum, col);
 #pragma unroll
         for (int u = 0; u < kUnits; ++u) {
 #pragma unroll
@@ -546,7 +533,7 @@ __global__ void __launch_bounds__(2 * M, blocks_per_multiprocessor(M)) fused_ste
                 largest = max(largest, __float_as_uint(fabsf(d[u][i])));
             }
         }
-        if (col + BLOCK_K < s.cols) x.load(s, on.grad, on.momentum, col + BLOCK_K, true);
+        if (col + BLOCK_K < s.cols) x.load(s, grad, momentum, col + BLOCK_K, true);
         // Its barrier is also the one after which the tile may be written over.
         largest = block_reduce<M>(largest, maxima, [](uint32_t a, uint32_t b) { return max(a, b); });
         const int larger = min(static_cast<int>(largest >> 23) - 127, 126);
@@ -569,39 +556,24 @@ __global__ void __launch_bounds__(2 * M, blocks_per_multiprocessor(M)) fused_ste
         __syncthreads();
         tile.add_gram(R, s.terms);
     }
-    }
+}
 
-    // The squared norm is R's trace. See MomentumUpdate for eps.
-    float trace = 0;
-    const Diagonal diagonal;
-#pragma unroll
-    for (int j = 0; j < M / 8; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            if (diagonal.has(j, i)) trace += R[j][i];
-        }
-    }
-    trace = block_reduce<M>(trace, traces, [](float a, float b) { return a + b; });
-    const float norm = sqrtf(trace), power = __uint_as_float(__float_as_uint(norm) & 0x7f800000);
-    const float scale = norm == 0 ? 0 : 1 / (fmaxf(norm, s.eps * power) * s.margin);
-#pragma unroll
-    for (int j = 0; j < M / 8; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) R[j][i] *= scale * scale;
-    }
-
-    newton_schulz<M>(R, Q, s, Square<M>{shared_address(shared)});
-
-    const Operands<TALL> on(args);
-    Fragment q[M / 16];
-#pragma unroll
-    for (int k = 0; k < M / 16; ++k) left_operand<M>(q[k], Q, k);
+// The second pass: the parameter moves by scale Q X 2^-exponent.
+template <int M, bool TALL>
+__device__ void apply(const Fragment (&q)[M / 16], float scale, int exponent, const Operands& on, uint4* shared) {
+    using T = Tile<M, TALL>;
+    using D = Direction<M, TALL>;
+    const Settings& s = on.settings;
+    const Span grad = on.grad<TALL>(), momentum = on.momentum<TALL>(), param = on.param<TALL>();
+    const SharedTile<M, TALL> tile{shared_address(shared)};
+    float* update = reinterpret_cast<float*>(shared) + kTerms * T::kElements / 2;
+    const int lane = threadIdx.x % 32, first_row = threadIdx.x / 32 * kWarpRows + lane / 4;
     const double lr = s.device_lr ? *s.device_lr : s.lr;
     const double weight_decay = s.device_weight_decay ? *s.device_weight_decay : s.weight_decay;
-    const float decay = static_cast<float>(1 - lr * weight_decay), step_size = static_cast<float>(lr * args.matrices[on.index].ratio);
-    float* update = reinterpret_cast<float*>(shared) + kTerms * T::kElements / 2;
+    const float decay = static_cast<float>(1 - lr * weight_decay), step_size = static_cast<float>(lr * on.matrix.ratio);
     const bool with_grad = !s.has_momentum || s.nesterov;
-    x.load(s, on.grad, on.momentum, 0, with_grad);
+    D x;
+    x.load(s, grad, momentum, 0, with_grad);
     for (int col = 0; col < s.cols; col += BLOCK_K) {
         __syncthreads();
 #pragma unroll
@@ -611,9 +583,9 @@ __global__ void __launch_bounds__(2 * M, blocks_per_multiprocessor(M)) fused_ste
             for (int i = 0; i < kUnit; ++i) d[i] = x.at(s, u, i) * power_of_two(-exponent);
             tile.store(d, u, s.terms);
         }
-        if (col + BLOCK_K < s.cols) x.load(s, on.grad, on.momentum, col + BLOCK_K, with_grad);
+        if (col + BLOCK_K < s.cols) x.load(s, grad, momentum, col + BLOCK_K, with_grad);
         __syncthreads();
-#pragma unroll
+#pragma unroll 1
         for (int c = 0; c < BLOCK_K; c += 16) {
             float out[2][4];
             tile.left_multiply(out, q, c, s.terms);
@@ -629,19 +601,66 @@ __global__ void __launch_bounds__(2 * M, blocks_per_multiprocessor(M)) fused_ste
         __syncthreads();
 #pragma unroll
         for (int u = 0; u < kUnits; ++u) {
-            using D = Direction<M, TALL>;
             const int count = D::count(s, col, u);
             const float* from = update + T::line(u) * T::kWideStride + T::place(u);
             float p[kUnit];
-            load(p, on.param, D::line(col, u), D::place(col, u), count);
+            load(p, param, D::line(col, u), D::place(col, u), count);
 #pragma unroll
             for (int i = 0; i < kUnit; ++i) {
                 const bool decays = !s.cautious || from[i] * p[i] >= 0;
                 p[i] = fmaf(-step_size, from[i], decays ? p[i] * decay : p[i]);
             }
-            store(p, on.param, D::line(col, u), D::place(col, u), count);
+            store(p, param, D::line(col, u), D::place(col, u), count);
         }
     }
+}
+
+// Of R's trace, the squared norm: what brings the norm to 1 / margin. See MomentumUpdate for eps.
+template <int M>
+__device__ float reciprocal_norm(const Rows<M>& R, const Settings& s) {
+    __shared__ float traces[M / kWarpRows];
+    const Diagonal diagonal;
+    float trace = 0;
+#pragma unroll
+    for (int j = 0; j < M / 8; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if (diagonal.has(j, i)) trace += R[j][i];
+        }
+    }
+    trace = block_reduce<M>(trace, traces, [](float a, float b) { return a + b; });
+    const float norm = sqrtf(trace), power = __uint_as_float(__float_as_uint(norm) & 0x7f800000);
+    return norm == 0 ? 0 : 1 / (fmaxf(norm, s.eps * power) * s.margin);
+}
+
+// As many as registers allow without spilling.
+constexpr int blocks_per_multiprocessor(int m) { return m == 128 ? 1 : m == 64 ? 2 : m == 32 ? 6 : 12; }
+
+template <int M>
+__global__ void __launch_bounds__(2 * M, blocks_per_multiprocessor(M)) fused_step_kernel(
+    const __grid_constant__ Arguments args
+) {
+    extern __shared__ uint4 shared[];
+    const uint32_t memory = shared_address(shared);
+    const Settings& s = args.settings;
+    int exponent = -126;
+    Rows<M> R = {}, Q;
+    {
+        const Operands on(args);
+        on.tall() ? gram<M, true>(R, exponent, on, memory) : gram<M, false>(R, exponent, on, memory);
+    }
+    const float scale = reciprocal_norm<M>(R, s);
+#pragma unroll
+    for (int j = 0; j < M / 8; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) R[j][i] *= scale * scale;
+    }
+    newton_schulz<M>(R, Q, s, Square<M>{memory});
+    Fragment q[M / 16];
+#pragma unroll
+    for (int k = 0; k < M / 16; ++k) left_operand<M>(q[k], Q, k);
+    const Operands on(args);
+    on.tall() ? apply<M, true>(q, scale, exponent, on, shared) : apply<M, false>(q, scale, exponent, on, shared);
 }
 
 // --- The launch ---
@@ -669,27 +688,30 @@ int terms_needed(const float* coefficients, int steps, double margin) {
 }
 
 template <int M, bool TALL>
-cudaError_t launch(const Arguments& args, int count, cudaStream_t stream) {
+constexpr int tile_bytes() {
     using T = Tile<M, TALL>;
+    return kTerms * SharedTile<M, TALL>::kTermBytes + T::kLines * T::kWideStride * 4;
+}
+
+template <int M>
+cudaError_t launch(const Arguments& args, int count, cudaStream_t stream) {
     const int square = args.settings.terms * Square<M>::kTermBytes;
-    const int tile = kTerms * SharedTile<M, TALL>::kTermBytes + T::kLines * T::kWideStride * 4;
-    const int bytes = std::max(square, tile);
-    const auto kernel = fused_step_kernel<M, TALL>;
+    const int bytes = std::max(square, std::max(tile_bytes<M, false>(), tile_bytes<M, true>()));
+    const auto kernel = fused_step_kernel<M>;
     if (bytes > 48 << 10) {
         const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
         if (error != cudaSuccess) return error;
     }
-    kernel<<<count, T::kThreads, bytes, stream>>>(args);
+    kernel<<<count, 2 * M, bytes, stream>>>(args);
     return cudaGetLastError();
 }
 
-template <bool TALL>
 cudaError_t launch(const Arguments& args, int count, cudaStream_t stream) {
     const int rows = args.settings.rows;
-    if (rows <= 16) return launch<16, TALL>(args, count, stream);
-    if (rows <= 32) return launch<32, TALL>(args, count, stream);
-    if (rows <= 64) return launch<64, TALL>(args, count, stream);
-    return launch<128, TALL>(args, count, stream);
+    if (rows <= 16) return launch<16>(args, count, stream);
+    if (rows <= 32) return launch<32>(args, count, stream);
+    if (rows <= 64) return launch<64>(args, count, stream);
+    return launch<128>(args, count, stream);
 }
 
 bool supported(const FusedStep& f, const ApplyOptions& options) {
@@ -746,10 +768,7 @@ Result fused_step(const FusedStep& f, const ApplyOptions& options, Stream stream
                 f.apply.ratio[from]
             };
         }
-        const MatrixRef& param = f.apply.param[first];
-        const bool tall = param.row_stride == 1 && param.col_stride != 1;
-        const auto on = static_cast<cudaStream_t>(stream);
-        error = tall ? launch<true>(args, count, on) : launch<false>(args, count, on);
+        error = launch(args, count, static_cast<cudaStream_t>(stream));
         if (error != cudaSuccess) return {Status::launch_failed, error};
     }
     return {Status::ok, 0};
