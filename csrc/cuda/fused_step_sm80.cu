@@ -328,6 +328,7 @@ struct Square {
         }
 #pragma unroll
         for (int k = 0; k < M / 16; ++k) {
+            __syncwarp();  // keeps the compiler from loading ahead: it would run out of registers
             Fragment left;
             left_operand<M>(left, a, k);
 #pragma unroll
@@ -428,21 +429,23 @@ __device__ Value block_reduce(Value value, Value* scratch, Combine combine) {
     return value;
 }
 
+template <int M>
+__device__ void copy(Rows<M>& to, const Rows<M>& from) {
+#pragma unroll
+    for (int j = 0; j < M / 8; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) to[j][i] = from[j][i];
+    }
+}
+
 // The iteration: R in, Q out.
 template <int M>
 __device__ void newton_schulz(Rows<M>& R, Rows<M>& Q, const Settings& s, const Square<M>& square) {
     const Diagonal diagonal;
     Rows<M> product;
     const auto swap = [&] {
-#pragma unroll
-        for (int j = 0; j < M / 8; ++j) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const float r = R[j][i];
-                R[j][i] = Q[j][i];
-                Q[j][i] = r;
-            }
-        }
+        Rows<M> r;
+        copy<M>(r, R), copy<M>(R, Q), copy<M>(Q, r);
     };
 #pragma unroll
     for (int j = 0; j < M / 8; ++j) {
@@ -469,23 +472,14 @@ __device__ void newton_schulz(Rows<M>& R, Rows<M>& Q, const Settings& s, const S
                     product[j][i] = fmaf(triple[2], product[j][i], fmaf(triple[1], R[j][i], a));
                 }
             }
+        }
+        if (phase == 0 || phase == 3) {
             __syncthreads();
             square.store(product, s.terms);
             __syncthreads();
-            swap();
-        } else {
-#pragma unroll
-            for (int j = 0; j < M / 8; ++j) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) R[j][i] = product[j][i];
-            }
-            if (phase == 1) swap();
-            if (phase == 3) {
-                __syncthreads();
-                square.store(R, s.terms);
-                __syncthreads();
-            }
         }
+        if (phase != 0) copy<M>(R, product);
+        if (phase < 2) swap();
     }
 }
 
@@ -643,13 +637,19 @@ __global__ void __launch_bounds__(2 * M, blocks_per_multiprocessor(M)) fused_ste
     extern __shared__ uint4 shared[];
     const uint32_t memory = shared_address(shared);
     const Settings& s = args.settings;
-    int exponent = -126;
+    __shared__ struct {
+        float scale;
+        int exponent;
+    } of_x;  // waits for the second pass here, since the iteration needs every register
     Rows<M> R = {}, Q;
     {
+        int exponent = -126;
         const Operands on(args);
         on.tall() ? gram<M, true>(R, exponent, on, memory) : gram<M, false>(R, exponent, on, memory);
+        if (threadIdx.x == 0) of_x.exponent = exponent;
     }
     const float scale = reciprocal_norm<M>(R, s);
+    if (threadIdx.x == 0) of_x.scale = scale;
 #pragma unroll
     for (int j = 0; j < M / 8; ++j) {
 #pragma unroll
@@ -660,7 +660,8 @@ __global__ void __launch_bounds__(2 * M, blocks_per_multiprocessor(M)) fused_ste
 #pragma unroll
     for (int k = 0; k < M / 16; ++k) left_operand<M>(q[k], Q, k);
     const Operands on(args);
-    on.tall() ? apply<M, true>(q, scale, exponent, on, shared) : apply<M, false>(q, scale, exponent, on, shared);
+    on.tall() ? apply<M, true>(q, of_x.scale, of_x.exponent, on, shared)
+              : apply<M, false>(q, of_x.scale, of_x.exponent, on, shared);
 }
 
 // --- The launch ---
