@@ -318,8 +318,9 @@ struct Square {
         }
     }
 
-    // out = a * this matrix transposed
-    __device__ void multiply_transposed(Rows<M>& out, const Rows<M>& a, int terms) const {
+    // out = a * this matrix. Every matrix here is symmetric but for its rounding, yet its transpose must not be taken
+    // for it: in R Sᵀ Sᵀ the antisymmetric part grows a thousand times faster than in R S S.
+    __device__ void right_multiply(Rows<M>& out, const Rows<M>& a, int terms) const {
         const int lane = static_cast<int>(opaque(threadIdx.x) % 32);
 #pragma unroll
         for (int j = 0; j < M / 8; ++j) {
@@ -335,7 +336,7 @@ struct Square {
             for (int j = 0; j < M / 8; j += 2) {
                 float sum[2][4] = {};
                 multiply(sum, left, terms, [&](uint32_t (&r)[4], int t) {
-                    load_fragment<M / 8, false>(r, base + t * kTermBytes, lane, 8 * j, 16 * k, true);
+                    load_fragment<M / 8, true>(r, base + t * kTermBytes, lane, 16 * k, 8 * j, false);
                 });
                 add(out[j], sum[0]);
                 add(out[j + 1], sum[1]);
@@ -454,13 +455,13 @@ __device__ void newton_schulz(Rows<M>& R, Rows<M>& Q, const Settings& s, const S
     }
     square.store(R, s.terms);
     __syncthreads();
-    // Four products a step, R Rᵀ, Q Sᵀ, R Sᵀ and (R S) Sᵀ, which share their code: it is most of the kernel's. The left
+    // Four products a step, R R, Q S, R S and (R S) S, which share their code: it is most of the kernel's. The left
     // operand is always in R; the last step ends with Q.
     const int products = 4 * s.steps - 2;
 #pragma unroll 1
     for (int p = 0; p < products; ++p) {
         const int phase = p % 4;
-        square.multiply_transposed(product, R, s.terms);
+        square.right_multiply(product, R, s.terms);
         if (phase == 0) {
             const float* triple = s.coefficients[p / 4];
             const Diagonal diagonal;
@@ -596,13 +597,14 @@ __device__ void apply(const Fragment (&q)[M / 16], float scale, int exponent, co
 #pragma unroll
         for (int u = 0; u < kUnits; ++u) {
             const int count = D::count(s, col, u);
-            const float* from = update + T::line(u) * T::kWideStride + T::place(u);
+            const auto* from = reinterpret_cast<float4*>(update + T::line(u) * T::kWideStride + T::place(u));
+            const float change[kUnit] = {from->x, from->y, from->z, from->w};
             float p[kUnit];
             load(p, param, D::line(col, u), D::place(col, u), count);
 #pragma unroll
             for (int i = 0; i < kUnit; ++i) {
-                const bool decays = !s.cautious || from[i] * p[i] >= 0;
-                p[i] = fmaf(-step_size, from[i], decays ? p[i] * decay : p[i]);
+                const bool decays = !s.cautious || change[i] * p[i] >= 0;
+                p[i] = fmaf(-step_size, change[i], decays ? p[i] * decay : p[i]);
             }
             store(p, param, D::line(col, u), D::place(col, u), count);
         }

@@ -120,8 +120,8 @@ def place(values: Tensor, layout: str, dtype: torch.dtype = torch.float32) -> Te
     """The values in memory of that layout, in the middle of a storage of NaN."""
     rows, cols = values.shape
     strides, offset = {
-        "rows": ((cols, 1), 8),
-        "columns": ((1, rows), 8),
+        "rows": ((cols, 1), 16),
+        "columns": ((1, rows), 16),
         "padded": ((cols + 12 - cols % 4, 1), 8),
         "odd": ((cols + 3, 1), 7),
         "both": ((2 * cols + 1, 2), 3),
@@ -275,7 +275,7 @@ def accuracy(built: tuple[ModuleType, Any], name: str, shape: tuple[int, int]) -
             assert not result.any()
             continue
         truth = spectral_truth(*factors(spectrum, *shape), schedule.triples, schedule.margin)
-        ours, torchs = relative_error(result, truth), relative_error(bf16_loop(grad, schedule), truth)
+        ours, torchs = relative_error(result, truth), relative_error(bf16_loop(grad[None], schedule), truth)
         if not ours <= max(1.3 * torchs, 0.025):
             missed.append(f"{spectrum}: {ours:.4f}, torch {torchs:.4f}")
     return missed
