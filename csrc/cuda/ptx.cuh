@@ -39,6 +39,10 @@ __device__ __forceinline__ void ld_shared_v4(uint32_t (&r)[4], uint32_t from) {
                  : "memory");
 }
 
+__device__ __forceinline__ void st_shared_v2(uint32_t to, uint32_t first, uint32_t second) {
+    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to), "r"(first), "r"(second) : "memory");
+}
+
 __device__ __forceinline__ void st_shared_v4(uint32_t to, const uint32_t (&r)[4]) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
                  : "memory");

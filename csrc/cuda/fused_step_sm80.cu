@@ -1,0 +1,780 @@
+// A whole Muon step of a matrix by one block: the gradient, the momentum and the parameter stream through once or
+// twice, and the Newton-Schulz iteration, in its Gram form, never leaves the registers.
+//
+// Warp w owns rows 16w .. 16w + 15 of every M x M matrix. R and Q stay in its registers as accumulators of mma, whose
+// layout is that of the next product's left operand; the right operand is the only matrix in shared memory.
+//
+// Precision. The Gram form multiplies X by a polynomial of R = X Xᵀ, and what rounding does to a small eigenvalue of R
+// grows with the square of every `a` that follows. bf16 products would need a visit to X every other step. Here every
+// number is a sum of two or three bf16 numbers, and a product is three or six on the tensor cores: 17 or 22 bits carry
+// five to eight steps (see terms_needed). Nothing else is rounded: accumulators, R, Q and the result are fp32.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "../muon_kernels.h"
+#include "ptx.cuh"
+
+namespace muon_kernels::cuda {
+namespace {
+
+constexpr int kTerms = 3;      // at most, of a number
+constexpr int kMaxRows = 128;  // R and Q of more do not fit in registers
+constexpr int kMaxSteps = 99;  // coefficients.py's limit
+constexpr int kWarpRows = 16;  // of mma
+constexpr int BLOCK_K = 32;    // columns of X in a tile
+constexpr int kUnit = 4;       // consecutive elements that a thread handles at once: 16 bytes of fp32
+constexpr int kUnits = 4;      // of a tile, per thread
+constexpr int kParameterBytes = 32764;
+
+struct Matrix {
+    MatrixRef grad, momentum, param;
+    double ratio;
+};
+
+struct Settings {
+    int rows, cols, steps, terms;
+    DType grad_dtype, momentum_dtype, param_dtype;
+    bool has_momentum, nesterov, dampened, cautious;
+    float grad_scale, mu, rest;  // rest = 1 - mu
+    float eps, margin;
+    double lr, weight_decay;
+    const float* device_lr;
+    const float* device_weight_decay;
+    float coefficients[kMaxSteps][3];
+};
+
+constexpr int kCapacity = (kParameterBytes - sizeof(Settings)) / sizeof(Matrix) / 4 * 4;
+
+struct Arguments {
+    Settings settings;
+    Matrix matrices[kCapacity];
+};
+static_assert(sizeof(Arguments) <= kParameterBytes);
+
+// --- A matrix in global memory, walked in units along the lines of the tile ---
+
+// Tall: X is stored column by column, so the lines of its tiles are columns.
+template <int M, bool TALL>
+struct Tile {
+    static constexpr int kThreads = 2 * M;
+    static constexpr int kLines = TALL ? BLOCK_K : M;
+    static constexpr int kLength = TALL ? M : BLOCK_K;
+    static constexpr int kChunks = kLength / 8;  // of 16 bytes in a line of bf16
+    static constexpr int kElements = kLines * kLength;
+    // fp32; padded so that neither the fragments of mma nor whole lines meet a bank twice
+    static constexpr int kWideStride = kLength + (TALL ? 4 : 8);
+    static_assert(kElements == kThreads * kUnits * kUnit);
+
+    // Of unit `u` of this thread.
+    static __device__ int line(int u) { return (u * kThreads + threadIdx.x) / (kLength / kUnit); }
+    static __device__ int place(int u) { return (u * kThreads + threadIdx.x) % (kLength / kUnit) * kUnit; }
+};
+
+struct Span {
+    int64_t address;
+    int64_t line_stride;
+    int64_t stride;
+    bool bf16;
+    bool vectors;  // units are contiguous and aligned
+
+    __device__ Span(const MatrixRef& ref, DType dtype, bool tall)
+        : address(ref.address),
+          line_stride(tall ? ref.col_stride : ref.row_stride),
+          stride(tall ? ref.row_stride : ref.col_stride),
+          bf16(dtype == DType::bf16) {
+        vectors = stride == 1 && line_stride % kUnit == 0 && address % (bf16 ? 8 : 16) == 0;
+    }
+};
+
+__device__ float to_float(uint32_t bf16_bits) { return __uint_as_float(bf16_bits << 16); }
+
+// `count` elements, the others zero.
+__device__ void load(float (&x)[kUnit], const Span& from, int64_t line, int64_t place, int count) {
+    const int64_t offset = line * from.line_stride + place * from.stride;
+    if (from.bf16) {
+        const uint16_t* p = reinterpret_cast<const uint16_t*>(from.address) + offset;
+        if (from.vectors && count == kUnit) {
+            const uint2 bits = *reinterpret_cast<const uint2*>(p);
+            x[0] = to_float(bits.x);
+            x[1] = __uint_as_float(bits.x & 0xffff0000);
+            x[2] = to_float(bits.y);
+            x[3] = __uint_as_float(bits.y & 0xffff0000);
+        } else {
+#pragma unroll
+            for (int i = 0; i < kUnit; ++i) x[i] = i < count ? to_float(p[i * from.stride]) : 0.0f;
+        }
+    } else {
+        const float* p = reinterpret_cast<const float*>(from.address) + offset;
+        if (from.vectors && count == kUnit) {
+            const float4 v = *reinterpret_cast<const float4*>(p);
+            x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
+        } else {
+#pragma unroll
+            for (int i = 0; i < kUnit; ++i) x[i] = i < count ? p[i * from.stride] : 0.0f;
+        }
+    }
+}
+
+// Leaves in x what was stored.
+__device__ void store(float (&x)[kUnit], const Span& to, int64_t line, int64_t place, int count) {
+    const int64_t offset = line * to.line_stride + place * to.stride;
+    if (to.bf16) {
+        uint16_t* p = reinterpret_cast<uint16_t*>(to.address) + offset;
+        const uint2 bits = {cvt_rn_bf16x2(x[0], x[1]), cvt_rn_bf16x2(x[2], x[3])};
+        x[0] = to_float(bits.x);
+        x[1] = __uint_as_float(bits.x & 0xffff0000);
+        x[2] = to_float(bits.y);
+        x[3] = __uint_as_float(bits.y & 0xffff0000);
+        if (to.vectors && count == kUnit) {
+            *reinterpret_cast<uint2*>(p) = bits;
+        } else {
+#pragma unroll
+            for (int i = 0; i < kUnit; ++i) {
+                if (i < count) p[i * to.stride] = static_cast<uint16_t>(__float_as_uint(x[i]) >> 16);
+            }
+        }
+    } else {
+        float* p = reinterpret_cast<float*>(to.address) + offset;
+        if (to.vectors && count == kUnit) {
+            *reinterpret_cast<float4*>(p) = make_float4(x[0], x[1], x[2], x[3]);
+        } else {
+#pragma unroll
+            for (int i = 0; i < kUnit; ++i) {
+                if (i < count) p[i * to.stride] = x[i];
+            }
+        }
+    }
+}
+
+// torch.lerp, with its two branches: a momentum buffer equals torch.optim.Muon's to the bit.
+__device__ float lerp(float from, float to, float weight) {
+    return weight < 0.5f ? fmaf(weight, to - from, from) : fmaf(weight - 1.0f, to - from, to);
+}
+
+// What a thread reads of a tile of X.
+template <int M, bool TALL>
+struct Direction {
+    using T = Tile<M, TALL>;
+    float grad[kUnits][kUnit], momentum[kUnits][kUnit];
+
+    static __device__ int count(const Settings& s, int col, int u) {
+        const int line = T::line(u), place = T::place(u);
+        const int lines = TALL ? s.cols - col : s.rows, length = TALL ? s.rows : s.cols - col;
+        return line < lines ? min(kUnit, length - place) : 0;  // may be negative
+    }
+
+    static __device__ int64_t line(int col, int u) { return T::line(u) + (TALL ? col : 0); }
+    static __device__ int64_t place(int col, int u) { return T::place(u) + (TALL ? 0 : col); }
+
+    __device__ void load(const Settings& s, const Span& g, const Span& b, int col, bool with_grad) {
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u) {
+            const int n = count(s, col, u);
+            if (with_grad) cuda::load(grad[u], g, line(col, u), place(col, u), n);
+            if (s.has_momentum) cuda::load(momentum[u], b, line(col, u), place(col, u), n);
+        }
+    }
+
+    // From here on `momentum` is what the buffer holds, after its rounding: the second pass reads the same.
+    __device__ void update_momentum(const Settings& s, const Span& b, int col) {
+        if (!s.has_momentum) return;
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u) {
+#pragma unroll
+            for (int i = 0; i < kUnit; ++i) {
+                const float g = grad[u][i] * s.grad_scale;
+                momentum[u][i] = s.dampened ? lerp(momentum[u][i], g, s.rest) : fmaf(s.mu, momentum[u][i], g);
+            }
+            cuda::store(momentum[u], b, line(col, u), place(col, u), count(s, col, u));
+        }
+    }
+
+    __device__ float at(const Settings& s, int u, int i) const {
+        if (s.has_momentum && !s.nesterov) return momentum[u][i];
+        const float g = grad[u][i] * s.grad_scale;
+        if (!s.has_momentum) return g;
+        return s.dampened ? lerp(g, momentum[u][i], s.mu) : fmaf(s.mu, momentum[u][i], g);
+    }
+};
+
+// The same value, but the compiler does not know: what is derived from it is calculated again and not kept in
+// registers, which the iteration has none to spare of.
+__device__ uint32_t opaque(uint32_t value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
+__device__ float opaque(float value) {
+    asm volatile("" : "+f"(value));
+    return value;
+}
+
+// --- Numbers as sums of bf16 numbers, in shared memory and in fragments ---
+
+__device__ void split(uint32_t (&terms)[kTerms], float low, float high) {
+#pragma unroll
+    for (int t = 0; t < kTerms; ++t) {
+        terms[t] = cvt_rn_bf16x2(low, high);
+        low -= to_float(terms[t]);
+        high -= __uint_as_float(terms[t] & 0xffff0000);
+    }
+}
+
+// Lines of bf16 in shared memory, their 16-byte chunks permuted so that eight consecutive lines' chunks, ldmatrix's
+// rows, lie in different banks.
+template <int CHUNKS>
+__device__ uint32_t chunk_offset(int line, int chunk) {
+    constexpr int kLinesOfBanks = CHUNKS < 8 ? 8 / CHUNKS : 1;
+    constexpr int kMask = CHUNKS < 8 ? CHUNKS - 1 : 7;
+    return (line * CHUNKS + (chunk ^ (line / kLinesOfBanks & kMask))) * 16;
+}
+
+// The four 8x8 matrices of 16 lines and 16 columns. As a left operand with rows as lines, or a right operand with k as
+// lines (then transposed), the matrices go down first; else across first.
+template <int CHUNKS, bool TRANS>
+__device__ void load_fragment(uint32_t (&r)[4], uint32_t base, int lane, int line, int column, bool across) {
+    const int second = lane / 8 & 1, third = lane / 16;
+    const uint32_t from =
+        base +
+        chunk_offset<CHUNKS>(line + lane % 8 + 8 * (across ? third : second), column / 8 + (across ? second : third));
+    TRANS ? ldmatrix_x4_trans(r, from) : ldmatrix_x4(r, from);
+}
+
+using Fragment = uint32_t[kTerms][4];
+
+// Adds to two tiles of eight columns; load(r, t) fetches term t of the right operand. The smallest products come about
+// first, and only one term of the right operand occupies registers.
+template <typename Load>
+__device__ void multiply(float (&c)[2][4], const Fragment& a, int terms, Load load) {
+#pragma unroll
+    for (int t = kTerms - 1; t >= 0; --t) {
+        if (t >= terms) continue;
+        uint32_t b[4];
+        load(b, t);
+#pragma unroll
+        for (int of_a = kTerms - 1 - t; of_a >= 0; --of_a) {
+            if (of_a + t >= terms) continue;
+            mma_m16n8k16_bf16(c[0], a[of_a], b[0], b[1]);
+            mma_m16n8k16_bf16(c[1], a[of_a], b[2], b[3]);
+        }
+    }
+}
+
+// Tensor cores cut off what they add to an accumulator, so long sums drift: they only add up one tile, and the tiles
+// are added in fp32.
+__device__ void add(float (&to)[4], const float (&c)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to[i] += c[i];
+}
+
+// A warp's 16 rows of an M x M matrix: element i of tile j is in row lane / 4 + 8 (i / 2), column 8 j + 2 (lane % 4) +
+// i % 2.
+template <int M>
+using Rows = float[M / 8][4];
+
+// The diagonal of this thread's part of such a matrix.
+struct Diagonal {
+    int row_minus_column = static_cast<int>(opaque(threadIdx.x / 32 * kWarpRows + threadIdx.x % 32 / 4)) -
+                           static_cast<int>(threadIdx.x % 4 * 2);
+
+    __device__ bool has(int j, int i) const { return row_minus_column + 8 * (i / 2) - i % 2 == 8 * j; }
+};
+
+template <int M>
+__device__ void left_operand(Fragment& a, const Rows<M>& x, int k) {
+    uint32_t terms[kTerms];
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+        const float* pair = &x[2 * k + q / 2][q % 2 * 2];
+        split(terms, opaque(pair[0]), opaque(pair[1]));
+#pragma unroll
+        for (int t = 0; t < kTerms; ++t) a[t][q] = terms[t];
+    }
+}
+
+template <int M>
+struct Square {
+    static constexpr int kTermBytes = M * M * 2;
+    uint32_t base;
+
+    __device__ void store(const Rows<M>& x, int terms) const {
+        const int thread = static_cast<int>(opaque(threadIdx.x)), lane = thread % 32,
+                  row = thread / 32 * kWarpRows + lane / 4;
+#pragma unroll
+        for (int j = 0; j < M / 8; ++j) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                uint32_t parts[kTerms];
+                split(parts, x[j][2 * half], x[j][2 * half + 1]);
+                const uint32_t to = base + chunk_offset<M / 8>(row + 8 * half, j) + lane % 4 * 4;
+#pragma unroll
+                for (int t = 0; t < kTerms; ++t) {
+                    if (t < terms) st_shared_b32(to + t * kTermBytes, parts[t]);
+                }
+            }
+        }
+    }
+
+    // out = a * this matrix. Every matrix here is symmetric but for its rounding, yet its transpose must not be taken
+    // for it: in R Sᵀ Sᵀ the antisymmetric part grows a thousand times faster than in R S S.
+    __device__ void right_multiply(Rows<M>& out, const Rows<M>& a, int terms) const {
+        const int lane = static_cast<int>(opaque(threadIdx.x) % 32);
+#pragma unroll
+        for (int j = 0; j < M / 8; ++j) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) out[j][i] = 0;
+        }
+#pragma unroll
+        for (int k = 0; k < M / 16; ++k) {
+            __syncwarp();  // keeps the compiler from loading ahead: it would run out of registers
+            Fragment left;
+            left_operand<M>(left, a, k);
+#pragma unroll
+            for (int j = 0; j < M / 8; j += 2) {
+                float sum[2][4] = {};
+                multiply(sum, left, terms, [&](uint32_t (&r)[4], int t) {
+                    load_fragment<M / 8, true>(r, base + t * kTermBytes, lane, 16 * k, 8 * j, false);
+                });
+                add(out[j], sum[0]);
+                add(out[j + 1], sum[1]);
+            }
+        }
+    }
+};
+
+template <int M, bool TALL>
+struct SharedTile {
+    using T = Tile<M, TALL>;
+    static constexpr int kTermBytes = T::kElements * 2;
+    uint32_t base;
+
+    __device__ void store(const float (&x)[kUnit], int u, int terms) const {
+        uint32_t low[kTerms], high[kTerms];
+        split(low, x[0], x[1]);
+        split(high, x[2], x[3]);
+        const int place = T::place(u);
+        const uint32_t to = base + chunk_offset<T::kChunks>(T::line(u), place / 8) + place % 8 * 2;
+#pragma unroll
+        for (int t = 0; t < kTerms; ++t) {
+            if (t < terms) st_shared_v2(to + t * kTermBytes, low[t], high[t]);
+        }
+    }
+
+    // r += this warp's rows of X Xᵀ
+    __device__ void add_gram(Rows<M>& r, int terms) const {
+        const int row = threadIdx.x / 32 * kWarpRows;
+#pragma unroll 1
+        for (int k = 0; k < BLOCK_K; k += 16) {
+            Fragment left;
+#pragma unroll
+            for (int t = 0; t < kTerms; ++t) {
+                if (t < terms) load(left[t], t, row, k, TALL);
+            }
+#pragma unroll
+            for (int j = 0; j < M / 8; j += 2) {
+                float sum[2][4] = {};
+                multiply(sum, left, terms, [&](uint32_t (&r)[4], int t) { load(r, t, 8 * j, k, !TALL); });
+                add(r[j], sum[0]);
+                add(r[j + 1], sum[1]);
+            }
+        }
+    }
+
+    // out = this warp's rows of Q X, two tiles of columns at `col`
+    __device__ void left_multiply(float (&out)[2][4], const Fragment (&q)[M / 16], int col, int terms) const {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) out[j][i] = 0;
+        }
+#pragma unroll
+        for (int k = 0; k < M / 16; ++k) {
+            float sum[2][4] = {};
+            multiply(sum, q[k], terms, [&](uint32_t (&r)[4], int t) {
+                const uint32_t from = base + t * kTermBytes;
+                TALL ? load_fragment<T::kChunks, false>(r, from, threadIdx.x % 32, col, 16 * k, true)
+                     : load_fragment<T::kChunks, true>(r, from, threadIdx.x % 32, 16 * k, col, false);
+            });
+            add(out[0], sum[0]);
+            add(out[1], sum[1]);
+        }
+    }
+
+  private:
+    __device__ void load(uint32_t (&r)[4], int t, int row, int k, bool across) const {
+        const uint32_t from = base + t * kTermBytes;
+        TALL ? load_fragment<T::kChunks, true>(r, from, threadIdx.x % 32, k, row, across)
+             : load_fragment<T::kChunks, false>(r, from, threadIdx.x % 32, row, k, across);
+    }
+};
+
+// --- The kernel ---
+
+__device__ float power_of_two(int exponent) { return __uint_as_float((exponent + 127) << 23); }  // -126 .. 127
+
+// Of the threads' values, the same for all of them. What a block has in `scratch` is safe until its next barrier.
+template <int M, typename Value, typename Combine>
+__device__ Value block_reduce(Value value, Value* scratch, Combine combine) {
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) {
+        value = combine(value, __shfl_xor_sync(0xffffffff, value, distance));
+    }
+    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
+    __syncthreads();
+    value = scratch[0];
+#pragma unroll
+    for (int warp = 1; warp < M / kWarpRows; ++warp) value = combine(value, scratch[warp]);
+    return value;
+}
+
+template <int M>
+__device__ void copy(Rows<M>& to, const Rows<M>& from) {
+#pragma unroll
+    for (int j = 0; j < M / 8; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) to[j][i] = from[j][i];
+    }
+}
+
+// The iteration: R in, Q out.
+template <int M>
+__device__ void newton_schulz(Rows<M>& R, Rows<M>& Q, const Settings& s, const Square<M>& square) {
+    const Diagonal diagonal;
+    Rows<M> product;
+    const auto swap = [&] {
+        Rows<M> r;
+        copy<M>(r, R), copy<M>(R, Q), copy<M>(Q, r);
+    };
+#pragma unroll
+    for (int j = 0; j < M / 8; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) Q[j][i] = diagonal.has(j, i) ? 1.0f : 0.0f;
+    }
+    square.store(R, s.terms);
+    __syncthreads();
+    // Four products a step, R R, Q S, R S and (R S) S, which share their code: it is most of the kernel's. The left
+    // operand is always in R; the last step ends with Q.
+    const int products = 4 * s.steps - 2;
+#pragma unroll 1
+    for (int p = 0; p < products; ++p) {
+        const int phase = p % 4;
+        square.right_multiply(product, R, s.terms);
+        if (phase == 0) {
+            const float* triple = s.coefficients[p / 4];
+            const Diagonal diagonal;
+#pragma unroll
+            for (int j = 0; j < M / 8; ++j) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const float a = diagonal.has(j, i) ? triple[0] : 0.0f;
+                    product[j][i] = fmaf(triple[2], product[j][i], fmaf(triple[1], R[j][i], a));
+                }
+            }
+        }
+        if (phase == 0 || phase == 3) {
+            __syncthreads();
+            square.store(product, s.terms);
+            __syncthreads();
+        }
+        if (phase != 0) copy<M>(R, product);
+        if (phase < 2) swap();
+    }
+}
+
+// What a block is about, all of it in constant memory.
+struct Operands {
+    const Settings& settings;
+    const Matrix& matrix;
+
+    explicit __device__ Operands(const Arguments& args)
+        : settings(args.settings), matrix(args.matrices[opaque(blockIdx.x)]) {}
+    template <bool TALL>
+    __device__ Span grad() const {
+        return {matrix.grad, settings.grad_dtype, TALL};
+    }
+    template <bool TALL>
+    __device__ Span momentum() const {
+        return {matrix.momentum, settings.momentum_dtype, TALL};
+    }
+    template <bool TALL>
+    __device__ Span param() const {
+        return {matrix.param, settings.param_dtype, TALL};
+    }
+    __device__ bool tall() const { return matrix.param.row_stride == 1 && matrix.param.col_stride != 1; }
+};
+
+// The first pass: R = (X 2^-exponent) (X 2^-exponent)ᵀ. X may have any scale: it is taken times the power of two that
+// brings its largest element so far to [1, 2).
+template <int M, bool TALL>
+__device__ void gram(Rows<M>& R, int& exponent, const Operands& on, uint32_t shared) {
+    __shared__ uint32_t maxima[M / kWarpRows];
+    const Settings& s = on.settings;
+    const Span grad = on.grad<TALL>(), momentum = on.momentum<TALL>();
+    const SharedTile<M, TALL> tile{shared};
+    Direction<M, TALL> x;
+    x.load(s, grad, momentum, 0, true);
+    for (int col = 0; col < s.cols; col += BLOCK_K) {
+        float d[kUnits][kUnit];
+        uint32_t largest = 0;
+        x.update_momentum(s, momentum, col);
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u) {
+#pragma unroll
+            for (int i = 0; i < kUnit; ++i) {
+                d[u][i] = x.at(s, u, i);
+                largest = max(largest, __float_as_uint(fabsf(d[u][i])));
+            }
+        }
+        if (col + BLOCK_K < s.cols) x.load(s, grad, momentum, col + BLOCK_K, true);
+        // Its barrier is also the one after which the tile may be written over.
+        largest = block_reduce<M>(largest, maxima, [](uint32_t a, uint32_t b) { return max(a, b); });
+        const int larger = min(static_cast<int>(largest >> 23) - 127, 126);
+        if (larger > exponent) {
+            const float shrink = power_of_two(max(exponent - larger, -126));
+            exponent = larger;
+#pragma unroll
+            for (int j = 0; j < M / 8; ++j) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) R[j][i] = R[j][i] * shrink * shrink;
+            }
+        }
+        const float scale = power_of_two(-exponent);
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u) {
+#pragma unroll
+            for (int i = 0; i < kUnit; ++i) d[u][i] *= scale;
+            tile.store(d[u], u, s.terms);
+        }
+        __syncthreads();
+        tile.add_gram(R, s.terms);
+    }
+}
+
+// The second pass: the parameter moves by scale Q X 2^-exponent.
+template <int M, bool TALL>
+__device__ void apply(const Fragment (&q)[M / 16], float scale, int exponent, const Operands& on, uint4* shared) {
+    using T = Tile<M, TALL>;
+    using D = Direction<M, TALL>;
+    const Settings& s = on.settings;
+    const Span grad = on.grad<TALL>(), momentum = on.momentum<TALL>(), param = on.param<TALL>();
+    const SharedTile<M, TALL> tile{shared_address(shared)};
+    float* update = reinterpret_cast<float*>(shared) + kTerms * T::kElements / 2;
+    const int lane = threadIdx.x % 32, first_row = threadIdx.x / 32 * kWarpRows + lane / 4;
+    const double lr = s.device_lr ? *s.device_lr : s.lr;
+    const double weight_decay = s.device_weight_decay ? *s.device_weight_decay : s.weight_decay;
+    const float decay = static_cast<float>(1 - lr * weight_decay), step_size = static_cast<float>(lr * on.matrix.ratio);
+    const bool with_grad = !s.has_momentum || s.nesterov;
+    D x;
+    x.load(s, grad, momentum, 0, with_grad);
+    for (int col = 0; col < s.cols; col += BLOCK_K) {
+        __syncthreads();
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u) {
+            float d[kUnit];
+#pragma unroll
+            for (int i = 0; i < kUnit; ++i) d[i] = x.at(s, u, i) * power_of_two(-exponent);
+            tile.store(d, u, s.terms);
+        }
+        if (col + BLOCK_K < s.cols) x.load(s, grad, momentum, col + BLOCK_K, with_grad);
+        __syncthreads();
+#pragma unroll 1
+        for (int c = 0; c < BLOCK_K; c += 16) {
+            float out[2][4];
+            tile.left_multiply(out, q, c, s.terms);
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int row = first_row + 8 * (i / 2), column = c + 8 * j + lane % 4 * 2 + i % 2;
+                    update[TALL ? column * T::kWideStride + row : row * T::kWideStride + column] = scale * out[j][i];
+                }
+            }
+        }
+        __syncthreads();
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u) {
+            const int count = D::count(s, col, u);
+            const auto* from = reinterpret_cast<float4*>(update + T::line(u) * T::kWideStride + T::place(u));
+            const float change[kUnit] = {from->x, from->y, from->z, from->w};
+            float p[kUnit];
+            load(p, param, D::line(col, u), D::place(col, u), count);
+#pragma unroll
+            for (int i = 0; i < kUnit; ++i) {
+                const bool decays = !s.cautious || change[i] * p[i] >= 0;
+                p[i] = fmaf(-step_size, change[i], decays ? p[i] * decay : p[i]);
+            }
+            store(p, param, D::line(col, u), D::place(col, u), count);
+        }
+    }
+}
+
+// Of R's trace, the squared norm: what brings the norm to 1 / margin. See MomentumUpdate for eps.
+template <int M>
+__device__ float reciprocal_norm(const Rows<M>& R, const Settings& s) {
+    __shared__ float traces[M / kWarpRows];
+    const Diagonal diagonal;
+    float trace = 0;
+#pragma unroll
+    for (int j = 0; j < M / 8; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if (diagonal.has(j, i)) trace += R[j][i];
+        }
+    }
+    trace = block_reduce<M>(trace, traces, [](float a, float b) { return a + b; });
+    const float norm = sqrtf(trace), power = __uint_as_float(__float_as_uint(norm) & 0x7f800000);
+    return norm == 0 ? 0 : 1 / (fmaxf(norm, s.eps * power) * s.margin);
+}
+
+// As many as registers allow without spilling.
+constexpr int blocks_per_multiprocessor(int m) { return m == 128 ? 1 : m == 64 ? 2 : m == 32 ? 6 : 12; }
+
+template <int M>
+__global__ void __launch_bounds__(2 * M, blocks_per_multiprocessor(M)) fused_step_kernel(
+    const __grid_constant__ Arguments args
+) {
+    extern __shared__ uint4 shared[];
+    const uint32_t memory = shared_address(shared);
+    const Settings& s = args.settings;
+    __shared__ struct {
+        float scale;
+        int exponent;
+    } of_x;  // waits for the second pass here, since the iteration needs every register
+    Rows<M> R = {}, Q;
+    {
+        int exponent = -126;
+        const Operands on(args);
+        on.tall() ? gram<M, true>(R, exponent, on, memory) : gram<M, false>(R, exponent, on, memory);
+        if (threadIdx.x == 0) of_x.exponent = exponent;
+    }
+    const float scale = reciprocal_norm<M>(R, s);
+    if (threadIdx.x == 0) of_x.scale = scale;
+#pragma unroll
+    for (int j = 0; j < M / 8; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) R[j][i] *= scale * scale;
+    }
+    newton_schulz<M>(R, Q, s, Square<M>{memory});
+    Fragment q[M / 16];
+#pragma unroll
+    for (int k = 0; k < M / 16; ++k) left_operand<M>(q[k], Q, k);
+    const Operands on(args);
+    on.tall() ? apply<M, true>(q, of_x.scale, of_x.exponent, on, shared)
+              : apply<M, false>(q, of_x.scale, of_x.exponent, on, shared);
+}
+
+// --- The launch ---
+
+// How many bf16 numbers a number must be a sum of, or 0 if three are not enough.
+//
+// An eigenvalue of R that should be 0 is `loss` too small, negative, and so S is too large there: that multiplies the
+// loss by S² in every step, while the step's own rounding adds to it. Small errors of Q do not matter, for they meet
+// singular values of that size only. When Q is several times too large the iteration is about to explode. The limit
+// is where it still keeps the accuracy rule on every spectrum of tests/matrices.py, with a factor of two to spare.
+int terms_needed(const float* coefficients, int steps, double margin) {
+    constexpr double kUnitRoundoff[] = {0x1p-17, 0x1p-22};  // the second is the tensor cores' truncation
+    constexpr double kLimit = 4;
+    for (int t = 0; t < 2; ++t) {
+        double loss = kUnitRoundoff[t] / (margin * margin), change = 0;
+        for (int i = 0; i < steps; ++i) {
+            const double a = coefficients[3 * i], b = coefficients[3 * i + 1], c = coefficients[3 * i + 2];
+            const double s = std::abs(a) + std::abs(b) * loss + std::abs(c) * loss * loss;
+            change += s / std::abs(a) - 1;
+            loss = loss * s * s + kUnitRoundoff[t] * (1 + std::abs(a));
+        }
+        if (change <= kLimit) return t + 2;
+    }
+    return 0;
+}
+
+template <int M, bool TALL>
+constexpr int tile_bytes() {
+    using T = Tile<M, TALL>;
+    return kTerms * SharedTile<M, TALL>::kTermBytes + T::kLines * T::kWideStride * 4;
+}
+
+template <int M>
+cudaError_t launch(const Arguments& args, int count, cudaStream_t stream) {
+    const int square = args.settings.terms * Square<M>::kTermBytes;
+    const int bytes = std::max(square, std::max(tile_bytes<M, false>(), tile_bytes<M, true>()));
+    const auto kernel = fused_step_kernel<M>;
+    if (bytes > 48 << 10) {
+        const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+        if (error != cudaSuccess) return error;
+    }
+    kernel<<<count, 2 * M, bytes, stream>>>(args);
+    return cudaGetLastError();
+}
+
+cudaError_t launch(const Arguments& args, int count, cudaStream_t stream) {
+    const int rows = args.settings.rows;
+    if (rows <= 16) return launch<16>(args, count, stream);
+    if (rows <= 32) return launch<32>(args, count, stream);
+    if (rows <= 64) return launch<64>(args, count, stream);
+    return launch<128>(args, count, stream);
+}
+
+bool supported(const FusedStep& f, const ApplyOptions& options) {
+    const auto plain = [](DType dtype) { return dtype == DType::f32 || dtype == DType::bf16; };
+    return f.rows <= f.cols && f.rows <= kMaxRows && f.cols <= INT32_MAX - BLOCK_K && f.steps >= 1 &&
+           f.steps <= kMaxSteps && plain(f.momentum.grad_dtype) && plain(f.apply.param_dtype) &&
+           (!f.momentum.momentum || plain(f.momentum.momentum_dtype)) && !options.stochastic_rounding;
+}
+
+}  // namespace
+
+int64_t fused_rows() { return kMaxRows; }
+
+Result fused_step(const FusedStep& f, const ApplyOptions& options, Stream stream) {
+    if (!supported(f, options)) return {Status::invalid_argument, 0};
+    const int terms = terms_needed(f.coefficients, f.steps, f.momentum.margin);
+    if (!terms) return {Status::invalid_argument, 0};
+    if (!f.count || !f.rows) return {Status::ok, 0};
+    int device, major;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (error != cudaSuccess) return {Status::launch_failed, error};
+    if (major < 8) return {Status::unsupported_isa, 0};
+
+    Arguments args;
+    Settings& s = args.settings;
+    s.rows = static_cast<int>(f.rows);
+    s.cols = static_cast<int>(f.cols);
+    s.steps = f.steps;
+    s.terms = terms;
+    s.grad_dtype = f.momentum.grad_dtype;
+    s.momentum_dtype = f.momentum.momentum_dtype;
+    s.param_dtype = f.apply.param_dtype;
+    s.has_momentum = f.momentum.momentum != nullptr;
+    s.nesterov = f.momentum.nesterov;
+    s.dampened = f.momentum.dampened;
+    s.cautious = options.cautious;
+    s.grad_scale = f.momentum.grad_scale;
+    s.mu = static_cast<float>(f.momentum.mu);
+    s.rest = static_cast<float>(1.0 - f.momentum.mu);
+    s.eps = static_cast<float>(f.momentum.eps);
+    s.margin = static_cast<float>(f.momentum.margin);
+    s.lr = f.apply.lr;
+    s.weight_decay = f.apply.weight_decay;
+    s.device_lr = options.lr;
+    s.device_weight_decay = options.weight_decay;
+    std::copy(f.coefficients, f.coefficients + 3 * f.steps, s.coefficients[0]);
+    for (int64_t first = 0; first < f.count; first += kCapacity) {
+        const int count = static_cast<int>(std::min<int64_t>(kCapacity, f.count - first));
+        for (int i = 0; i < count; ++i) {
+            const int64_t from = first + i;
+            args.matrices[i] = {
+                f.momentum.grad[from], s.has_momentum ? f.momentum.momentum[from] : MatrixRef{}, f.apply.param[from],
+                f.apply.ratio[from]
+            };
+        }
+        error = launch(args, count, static_cast<cudaStream_t>(stream));
+        if (error != cudaSuccess) return {Status::launch_failed, error};
+    }
+    return {Status::ok, 0};
+}
+
+}  // namespace muon_kernels::cuda
