@@ -321,7 +321,6 @@ struct Square {
     // out = a * this matrix. Every matrix here is symmetric but for its rounding, yet its transpose must not be taken
     // for it: in R Sᵀ Sᵀ the antisymmetric part grows a thousand times faster than in R S S.
     __device__ void right_multiply(Rows<M>& out, const Rows<M>& a, int terms) const {
-        const int lane = static_cast<int>(opaque(threadIdx.x) % 32);
 #pragma unroll
         for (int j = 0; j < M / 8; ++j) {
 #pragma unroll
@@ -329,7 +328,9 @@ struct Square {
         }
 #pragma unroll
         for (int k = 0; k < M / 16; ++k) {
-            __syncwarp();  // keeps the compiler from loading ahead: it would run out of registers
+            // Neither may addresses stay in registers nor fragments be loaded ahead: there is no room.
+            __syncwarp();
+            const int lane = static_cast<int>(opaque(threadIdx.x) % 32);
             Fragment left;
             left_operand<M>(left, a, k);
 #pragma unroll

@@ -151,7 +151,7 @@ def caught(work: Path, mutant: Mutant) -> str | None:
             "-q",
             "-p",
             "no:cacheprovider",
-            "tests/cuda/test_elementwise.py",
+            "tests/cuda/test_elementwise_cuda.py",
         ]
         done = subprocess.run([*command, "-k", mutant.tests], cwd=work, capture_output=True, text=True, check=False)
         if done.returncode == 0:

@@ -44,22 +44,6 @@ def kernel_of(name: str) -> Kernel:
     return Kernel(int(found[1]), int(found[2]), found[3] == "1", found[4] == "1")
 
 
-def build() -> tuple[ModuleType, standin.Runtime]:
-    module, runtime = standin.build(
-        "_C",
-        [SOURCE],
-        ROOT / "python" / "bindings.cpp",
-        include=[ROOT / "csrc"],
-        flags=["-DMUON_KERNELS_CUDA"],
-        extra=[
-            *(ROOT / "csrc" / "cpu" / name for name in ("dispatch.cpp", "parallel.cpp")),
-            Path(__file__).with_name("stubs_products.cpp"),
-        ],
-    )
-    assert module
-    return module, runtime
-
-
 def _stack(t: Tensor | None) -> tuple[int, ...] | None:
     return None if t is None else (t.data_ptr(), *t.shape, t.stride(0), t.stride(1))
 

@@ -24,20 +24,6 @@ needs_nvcc = pytest.mark.skipif(standin.nvcc() is None, reason="no nvcc: kernels
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def built() -> tuple[ModuleType, standin.Runtime]:
-    module, runtime = standin.build(
-        "_C",
-        sorted((ROOT / "csrc" / "cuda").glob("*.cu")),
-        ROOT / "python" / "bindings.cpp",
-        include=[ROOT / "csrc"],
-        flags=["-DMUON_KERNELS_CUDA"],
-        extra=[ROOT / "csrc" / "cpu" / name for name in ("dispatch.cpp", "parallel.cpp")],
-    )
-    assert module
-    return module, runtime
-
-
 @pytest.fixture
 def emulated(built: tuple[ModuleType, standin.Runtime], monkeypatch: pytest.MonkeyPatch) -> Iterator[standin.Runtime]:
     """The backend takes CPU tensors, and launches go to the executor. Nothing outside the tests can switch this on."""

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, SOURCES
+from emulated import ROOT
+
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 from elementwise import TILE, Verbs, wide
 from ptx.standin import Runtime
 from torch import Tensor
