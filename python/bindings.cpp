@@ -52,21 +52,24 @@ void check(mk::cuda::Result result, const char* verb) {
 
 }  // namespace
 
+// Types are local to the module: the tests have a second one in the same process.
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Native kernels of muon_kernels.";
 
-    py::enum_<mk::DType>(m, "DType")
+    py::enum_<mk::DType>(m, "DType", py::module_local())
         .value("f32", mk::DType::f32)
         .value("bf16", mk::DType::bf16)
         .value("f16", mk::DType::f16);
 
     py::module_ cpu = m.def_submodule("cpu", "Kernels for this processor.");
-    py::enum_<mk::cpu::Isa>(cpu, "Isa").value("avx512bf16", mk::cpu::Isa::avx512bf16).value("avx2", mk::cpu::Isa::avx2);
+    py::enum_<mk::cpu::Isa>(cpu, "Isa", py::module_local())
+        .value("avx512bf16", mk::cpu::Isa::avx512bf16)
+        .value("avx2", mk::cpu::Isa::avx2);
     cpu.def("isa_supported", &mk::cpu::isa_supported);
     cpu.def("has_amx_bf16", &mk::cpu::has_amx_bf16);
     cpu.def("thread_runtime", &mk::cpu::thread_runtime);
 
-    py::class_<mk::Product>(m, "Product")
+    py::class_<mk::Product>(m, "Product", py::module_local())
         .def(
             py::init([](const StackTuple& a, int64_t a_diagonal, const StackTuple& b, bool b_transposed,
                         int64_t b_diagonal, const std::optional<StackTuple>& c, int64_t c_diagonal,
@@ -94,7 +97,7 @@ PYBIND11_MODULE(_C, m) {
         py::gil_scoped_release release;
         check(mk::cpu::products(isa, list.data(), static_cast<int>(list.size()), threads), "products");
     });
-    py::class_<mk::MomentumUpdate>(m, "MomentumUpdate")
+    py::class_<mk::MomentumUpdate>(m, "MomentumUpdate", py::module_local())
         .def(
             py::init([](int64_t grad, mk::DType grad_dtype, int64_t momentum, mk::DType momentum_dtype,
                         const StackTuple& x, int64_t scale, double eps, double margin, float grad_scale, double mu,
@@ -119,7 +122,7 @@ PYBIND11_MODULE(_C, m) {
         py::gil_scoped_release release;
         check(mk::cpu::momentum_update(isa, u, threads), "momentum_update");
     });
-    py::class_<mk::ApplyUpdate>(m, "ApplyUpdate")
+    py::class_<mk::ApplyUpdate>(m, "ApplyUpdate", py::module_local())
         .def(
             py::init([](int64_t param, mk::DType param_dtype, const StackTuple& x, double lr, double weight_decay,
                         int64_t ratio) {
@@ -142,7 +145,7 @@ PYBIND11_MODULE(_C, m) {
 
 #ifdef MUON_KERNELS_CUDA
     py::module_ cuda = m.def_submodule("cuda", "Kernels for NVIDIA GPUs.");
-    py::class_<mk::cuda::ApplyOptions>(cuda, "ApplyOptions")
+    py::class_<mk::cuda::ApplyOptions>(cuda, "ApplyOptions", py::module_local())
         .def(py::init([](int64_t lr, int64_t weight_decay, bool cautious, bool stochastic_rounding, uint64_t seed) {
             return mk::cuda::ApplyOptions{
                 at<const float>(lr), at<const float>(weight_decay), cautious, stochastic_rounding, seed

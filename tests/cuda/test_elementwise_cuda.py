@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from emulated import ROOT
-
-SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 from elementwise import TILE, Verbs, wide
+from emulated import ROOT
 from ptx.standin import Runtime
 from torch import Tensor
+
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
 # How a parameter of (rows, cols) lies in a block of memory: the block, and the parameter in it.
 LAYOUTS: dict[str, Callable[[int, int], tuple[Tensor, Tensor]]] = {
