@@ -52,10 +52,6 @@ __device__ __forceinline__ void st_shared_b32(uint32_t to, uint32_t value) {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
 }
 
-__device__ __forceinline__ void st_shared_b16(uint32_t to, uint16_t value) {
-    asm volatile("st.shared.b16 [%0], %1;" ::"r"(to), "h"(value) : "memory");
-}
-
 // Four 8x8 matrices of 16-bit elements. Lane l names row l % 8 of matrix l / 8; of every matrix it gets elements
 // 2 (l % 4) and 2 (l % 4) + 1 of row l / 4, the first one in the low half.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t row) {

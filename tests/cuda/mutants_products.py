@@ -163,7 +163,7 @@ MUTANTS = [
         "what rounding took: of the sum before",
         "= value - widen<DTYPE>(round_pair<DTYPE>(value, 0.0f), 0)",
         "= value - more - widen<DTYPE>(round_pair<DTYPE>(value - more, 0.0f), 0)",
-        SQUARES,
+        "test_precise_squares and 17",
     ),
     # The launch.
     Mutant("only the first product", "i < count && !error; ++i", "i < 1 && !error; ++i", "test_products_run_in_order"),
