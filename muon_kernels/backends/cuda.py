@@ -32,7 +32,8 @@ class _Device:
             return "the compiled module is missing; install muon_kernels with a C++17 compiler and nvcc on PATH"
         if not hasattr(native.module(), "cuda"):
             return (
-                "muon_kernels was built without CUDA; put nvcc on PATH or pip install nvidia-cuda-nvcc, and reinstall"
+                "muon_kernels was built without CUDA; put nvcc on PATH or pip install nvidia-cuda-nvcc, and reinstall "
+                "with MUON_KERNELS_CUDA=1"
             )
         if torch.version.cuda is None:
             return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
