@@ -145,9 +145,10 @@ class Workspace:
             return take(m, ops.leading_dimension(cols), torch.bfloat16)[..., :cols]
 
         X, Y, *highs = stack(n), stack(n), *(stack(m) for _ in range(ALGORITHMS[bucket.algorithm].squares))
-        # The diagonals last: no backend's leading dimension leaves them unaligned.
-        diagonals = [take(1, m, torch.float32)[:, 0] for _ in highs]
-        return X, Y, [Square(h, d if ops.precise_squares() else None) for h, d in zip(highs, diagonals, strict=True)]
+        if not ops.precise_squares():
+            return X, Y, [Square(high) for high in highs]
+        # The diagonals last: the leading dimensions of a backend that has them leave them aligned.
+        return X, Y, [Square(high, take(1, m, torch.float32)[:, 0]) for high in highs]
 
 
 class _Source(NamedTuple):

@@ -199,9 +199,9 @@ def _count_on(backend: str, algorithm: str, m: int, n: int, schedule: Schedule) 
 
 def workspace_bytes(backend: str, algorithm: str, m: int, n: int) -> int:
     """Workspace of one m x n matrix."""
-    pad = backends.get(backend).leading_dimension
-    squares = ALGORITHMS[algorithm].squares
-    return 2 * m * (2 * pad(n) + squares * pad(m)) + 4 * m * squares
+    ops, squares = backends.get(backend), ALGORITHMS[algorithm].squares
+    stacks = 2 * m * (2 * ops.leading_dimension(n) + squares * ops.leading_dimension(m))
+    return stacks + (4 * m * squares if ops.precise_squares() else 0)
 
 
 def chunk_counts(total: int, each: int, cap: int | None, backend: str) -> tuple[int, ...]:

@@ -271,7 +271,7 @@ def test_fused_step_is_its_parts(
         g, b, p = ([matrices(t) for t in ts] for ts in (grads, momenta, params))
         X, block, iterate = iteration(slots if fused else count)
         if fused:
-            ops.fused_step(p, g, b, X, iterate, **scalars, **update)
+            ops.fused_step(p, g, b, X, iterate, triples=(), **scalars, **update)
         else:
             scale = ops.momentum_update(g, b, X, **scalars)
             assert scale is not None
