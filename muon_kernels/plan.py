@@ -266,7 +266,7 @@ def plan_bucket(
         fused=fused,
         chunks=chunks,
         slots=slots,
-        launches=1 if fused else len(chunks) * (launches + 2),
+        launches=1 if fused else len(chunks) * (launches + ops.update_launches()),
         flops=count_ * flops,
         product_bytes=0 if fused else count_ * product_bytes,
         bytes=count_ * m * n * (bytes_per_element + (0 if fused else 2 * 2)),

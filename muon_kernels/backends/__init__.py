@@ -88,6 +88,9 @@ class Backend(Products, Protocol):
     ) -> None:
         """Write (1 - lr·weight_decay)·param - lr·ratios[i]·X[i] to every matrix i of params."""
 
+    def update_launches(self) -> int:
+        """Launches of `momentum_update` and `apply_update` together."""
+
     def fused_slots(self, rows: int, cols: int, count: int) -> int | None:
         """How many matrices the workspace of `fused_step` holds for a bucket; None if it is not stepped that way."""
 

@@ -213,6 +213,11 @@ def apply_update(
     torch.autograd.graph.increment_version([p.tensor for p in params])
 
 
+def update_launches() -> int:
+    """One each."""
+    return 2
+
+
 def fused_slots(rows: int, cols: int, count: int) -> int | None:
     """One for each thread, where there are enough matrices to keep all busy to the end."""
     threads = torch.get_num_threads()

@@ -143,9 +143,9 @@ def test_the_module_knows_how_many_rows_fuse(built: tuple[ModuleType, standin.Ru
 
 @needs_nvcc
 def test_a_failed_launch_is_an_exception(emulated: standin.Runtime) -> None:
-    emulated.pretend(7, 5)
+    emulated.device.major = 7
     try:
         with pytest.raises((RuntimeError, ValueError), match=r"momentum_update|fused_step"):
             stepped("cuda", steps=1)
     finally:
-        emulated.pretend(8, 0)
+        emulated.device.major = 8
