@@ -156,20 +156,23 @@ struct ApplyOptions {
 };
 Result apply_update(const ApplyUpdate& args, const ApplyOptions& options, DType dtype, Stream stream);
 
-// A whole step in one launch, a block a matrix, where the smaller side is at most fused_rows(): X streams through
-// twice, once for the momentum and its Gram matrix, once for the update. `coefficients` has 3 * steps numbers; the
-// iteration itself never leaves the chip and is at least as accurate as the standard form's in bf16. momentum.x,
+// A whole step in one launch, a block a matrix, where the smaller side is at most 128: X streams through twice, once
+// for the momentum and its Gram matrix, once for the update. The iteration itself never leaves the chip. momentum.x,
 // momentum.scale and apply.x are not used.
+//
+// The Gram form runs without a restart, which takes more bits than bf16 has: every number is a sum of `terms` bf16
+// numbers. Two hold 17 bits, three 22; how many a schedule needs is for the caller to know. Three are for at most 64
+// rows.
 struct FusedStep {
     int64_t count;  // matrices, all rows x cols, rows <= cols
     int64_t rows;
     int64_t cols;
     MomentumUpdate momentum;
     ApplyUpdate apply;
-    const float* coefficients;  // on the host
+    const float* coefficients;  // [steps, 3], on the host
     int steps;
+    int terms;
 };
-int64_t fused_rows();
 Result fused_step(const FusedStep& args, const ApplyOptions& options, Stream stream);
 
 const char* error_string(int32_t error);

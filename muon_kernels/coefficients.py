@@ -21,6 +21,8 @@ from functools import lru_cache
 from numbers import Real
 from typing import Any, NamedTuple
 
+import torch
+
 Triple = tuple[float, float, float]
 
 DEFAULT = "keller"
@@ -204,6 +206,8 @@ def resolve(
             raise ValueError(f"ns_steps should be >= 1 but is: {ns_steps}")
         if ns_steps >= 100:
             raise ValueError(f"Number of steps must be less than 100 for computational efficiency but is: {ns_steps}")
+    if torch.compiler.is_compiling():  # which traces through caches and warns of them
+        return _resolve.__wrapped__(ns_coefficients, ns_steps)
     try:
         hash(ns_coefficients)
     except TypeError:  # a list

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, options
 from .coefficients import DEFAULT, NS_STEPS, Schedule, resolve
 from .layout import (
     Bundle,
@@ -27,7 +27,6 @@ from .layout import (
     split_shape,
 )
 from .newton_schulz import ALGORITHMS, Square
-from .options import check_eps
 from .plan import Bucket, plan_bucket
 from .scaling import lr_ratio
 
@@ -142,7 +141,7 @@ class Workspace:
             return block[begin:offset].view(dtype).view(batch, rows, cols)
 
         def stack(cols: int) -> Tensor:
-            return take(m, ops.leading_dimension(cols), torch.bfloat16)[..., :cols]
+            return take(m, ops.leading_dimension(cols), bucket.workspace_dtype)[..., :cols]
 
         X, Y, *highs = stack(n), stack(n), *(stack(m) for _ in range(ALGORITHMS[bucket.algorithm].squares))
         if not ops.precise_squares():
@@ -255,8 +254,7 @@ def _check_operands(p: Tensor, g: Tensor, buffer: Tensor) -> None:
 
 
 def _scalar(x: float | Tensor) -> float | Tensor:
-    """A number where that costs no synchronisation."""
-    return float(x) if not isinstance(x, Tensor) or x.device.type == "cpu" else x.reshape(())
+    return float(x) if options.on_host(x) else cast(Tensor, x).reshape(())
 
 
 def signature(p: Tensor, g: Tensor, buffer: Tensor) -> tuple[object, ...]:
@@ -291,6 +289,7 @@ def prepare(
     ns_algorithm: str = "auto",
     backend: str = "auto",
     max_workspace_bytes: int | None = None,
+    workspace_dtype: torch.dtype = torch.bfloat16,
 ) -> Prepared:
     """Everything that steps of one group have in common; nothing is written.
 
@@ -298,7 +297,8 @@ def prepare(
         params: of any floating-point dtype and strides.
         grads: one a parameter; only looked at.
         momentum_bufs: one a parameter.
-        ns_coefficients, ns_steps, adjust_lr_fn, flatten, ns_algorithm, backend, max_workspace_bytes: see `Muon`.
+        ns_coefficients, ns_steps, adjust_lr_fn, flatten, ns_algorithm, backend, max_workspace_bytes, workspace_dtype:
+            see `Muon`.
 
     Raises:
         ValueError, TypeError: an operand or an option that cannot be used, with what was expected.
@@ -336,8 +336,9 @@ def prepare(
             sum(count for _, count in counts),
             schedule,
             ns_algorithm=ns_algorithm,
-            backend=backends.choose(backend, kind.device, dtypes),
+            backend=backends.choose(backend, kind.device, dtypes, workspace_dtype),
             max_workspace_bytes=max_workspace_bytes,
+            workspace_dtype=workspace_dtype,
             bytes_per_element=kind.grad_dtype.itemsize + 2 * (kind.momentum_dtype.itemsize + kind.param_dtype.itemsize),
         )
         chunks = []
@@ -420,7 +421,6 @@ def reserve(prepared: Prepared, workspace: Workspace) -> None:
         workspace.reserve(work.device, work.bucket.workspace_bytes)
 
 
-@torch.no_grad()
 def orthogonalize(
     G: Tensor,
     ns_coefficients: Coefficients = DEFAULT,
@@ -430,13 +430,15 @@ def orthogonalize(
     ns_algorithm: str = "auto",
     backend: str = "auto",
     max_workspace_bytes: int | None = None,
+    workspace_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
     """Approximate the orthogonal polar factor U Vᵀ of every matrix G = U Σ Vᵀ by Newton-Schulz.
 
-    Precisely: U p(Σ / (margin ‖G‖_F)) Vᵀ with p the composition of the steps' polynomials, in bf16 products with fp32
-    accumulation. Invariant to the scale of G, from 1e-30 to 1e30; a zero matrix gives zero; NaN or infinity spoils
-    its own matrix only.
-    Not differentiated: the result is detached, whether or not G requires a gradient.
+    Precisely: U p(Σ / (margin ‖G‖_F)) Vᵀ with p the composition of the steps' polynomials, in products of
+    `workspace_dtype` with fp32 accumulation. Invariant to the scale of G, from 1e-30 to 1e30; a zero matrix gives zero;
+    NaN or infinity spoils its own matrix only.
+    Not differentiated: the result is detached, whether or not G requires a gradient. Inside `torch.compile` it is one
+    operation, torch.ops.muon_kernels.orthogonalize.
 
     Args:
         G: (..., m, n), any m, n and strides, of dtype float32, bfloat16, float16 or float64. Leading dimensions count
@@ -447,6 +449,7 @@ def orthogonalize(
         ns_algorithm: "standard", "gram", or "auto" for the one with fewer FLOPs.
         backend: a name of `muon_kernels.backends.BACKENDS`, or "auto".
         max_workspace_bytes: cap on the workspace, an int; None for the backend's default.
+        workspace_dtype: torch.bfloat16 or torch.float16, see `Muon`.
 
     Returns:
         A new tensor of G's shape and dtype.
@@ -455,10 +458,28 @@ def orthogonalize(
         ValueError, TypeError: an argument that cannot be used.
         RuntimeError: a named backend that cannot run here.
     """
-    check_matrices("G", G)
-    check_eps(eps)
-    name = backends.choose(backend, G.device, [G.dtype])
     schedule = resolve(ns_coefficients, ns_steps)
+    coefficients = [c for triple in schedule.triples for c in triple]
+    rest = (coefficients, schedule.margin, eps, ns_algorithm, backend, max_workspace_bytes, workspace_dtype)
+    return _operation(G.detach(), *rest) if torch.compiler.is_compiling() else _orthogonalize(G, *rest)
+
+
+@torch.no_grad()
+def _orthogonalize(
+    G: Tensor,
+    coefficients: Sequence[float],
+    margin: float,
+    eps: float,
+    ns_algorithm: str,
+    backend: str,
+    max_workspace_bytes: int | None,
+    workspace_dtype: torch.dtype,
+) -> Tensor:
+    check_matrices("G", G)
+    options.check_eps(eps)
+    name = backends.choose(backend, G.device, [G.dtype], workspace_dtype)
+    a, b, c = (coefficients[i::3] for i in range(3))
+    schedule = Schedule(tuple(zip(a, b, c, strict=True)), margin, "custom")
     count, rows, cols = split_shape(G.shape, False)
     bucket = plan_bucket(
         (min(rows, cols), max(rows, cols)),
@@ -468,10 +489,11 @@ def orthogonalize(
         backend=name,
         max_workspace_bytes=max_workspace_bytes,
         bytes_per_element=2 * G.itemsize,
+        workspace_dtype=workspace_dtype,
         stepped=False,
     )
     if G.numel() == 0:
-        return torch.empty_like(G)
+        return torch.empty(G.shape, dtype=G.dtype, device=G.device)
     source, view = _source(G, False, ())
     if view is not None:
         source.tensor.copy_(view)
@@ -485,3 +507,17 @@ def orthogonalize(
         result = _iterate(work, [Matrices(source.tensor, at)], None, workspace, scalars)
         out[part.start : part.stop].copy_(result.mT if at.transposed else result)
     return out.reshape(G.shape)
+
+
+_operation = torch.library.custom_op(
+    "muon_kernels::orthogonalize",
+    _orthogonalize,
+    mutates_args=(),
+    schema="(Tensor G, float[] coefficients, float margin, float eps, str ns_algorithm, str backend, "
+    "int? max_workspace_bytes, ScalarType workspace_dtype) -> Tensor",
+)
+
+
+@_operation.register_fake
+def _(G: Tensor, *_: object) -> Tensor:
+    return torch.empty(G.shape, dtype=G.dtype, device=G.device)

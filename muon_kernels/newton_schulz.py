@@ -24,7 +24,7 @@ class Square(NamedTuple):
     """A stack of symmetric matrices: high + diag(diagonal).
 
     Attributes:
-        high: (batch, m, m) bf16, what is multiplied.
+        high: (batch, m, m) bf16 or fp16, what is multiplied.
         diagonal: (batch, m) fp32, what rounding took from the diagonal; None on a backend that cannot use it. Gram
             matrices and their polynomials are near a multiple of the identity for flat spectra, and an error there is
             systematic.
@@ -37,8 +37,8 @@ class Square(NamedTuple):
 class Products(Protocol):
     """The verbs that the iteration is written in; every backend has them.
 
-    All stacks are (batch, rows, cols) bf16. `scale`, (batch,) fp32, stands for a factor of X, which is only multiplied
-    where X is used: twice in X Xᵀ.
+    All stacks are (batch, rows, cols), bf16 or fp16. `scale`, (batch,) fp32, stands for a factor of X, which is only
+    multiplied where X is used: twice in X Xᵀ.
     """
 
     def precise_squares(self) -> bool:
@@ -81,7 +81,7 @@ class Segment(NamedTuple):
     stop: int
 
 
-_ROUNDOFF = 2.0**-9  # of bf16
+_ROUNDOFF = 2.0**-9  # of bf16; fp16 is stepped in the same segments and keeps its advantage
 # By how much rounding may change an eigenvalue of Q, in the worst case that is simulated. Real errors are random and
 # smaller; segments within these bounds stay within the accuracy rule on every spectrum of tests/matrices.py, longer
 # ones do not. The bound of three steps is for 256 rows: their errors average out as 1/√rows.
@@ -168,7 +168,7 @@ def standard(
 
     Args:
         ops: the backend.
-        X: (batch, m, n) bf16, m ≤ n, overwritten.
+        X: (batch, m, n) bf16 or fp16, m ≤ n, overwritten.
         Y: like X, overwritten.
         squares: as many as the algorithm's `squares`, overwritten.
         scale: (batch,) fp32, what brings the Frobenius norms of X to 1/margin; None if that is where they are.

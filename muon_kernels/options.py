@@ -5,17 +5,25 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .newton_schulz import ALGORITHMS
 
 
+def on_host(value: Any) -> bool:
+    """Whether it costs no synchronisation to look at the number."""
+    return not isinstance(value, Tensor) or value.device.type == "cpu"
+
+
 def check_number(name: str, value: Any) -> None:
-    """Raise unless `value` is a finite number >= 0, or a tensor of one."""
+    """Raise unless `value` is a finite number >= 0, or a tensor of one; on a device only its size is looked at."""
     if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
         raise TypeError(f"{name} should be a number but is: {value!r}")
     if isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex()):
         raise ValueError(f"{name} should be one real number but is a tensor of size {tuple(value.shape)}")
+    if not on_host(value):
+        return
     number = float(value)
     if not 0.0 <= number:
         raise ValueError(f"{name} should be >= 0 but is: {value}")
@@ -44,3 +52,12 @@ def check_workspace(cap: Any) -> None:
         raise TypeError(f"max_workspace_bytes should be a positive int or None but is: {cap!r}")
     if cap <= 0:
         raise ValueError(f"max_workspace_bytes should be a positive int or None but is: {cap}")
+
+
+WORKSPACE_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def check_workspace_dtype(dtype: Any) -> None:
+    """Raise ValueError unless stacks can be of that dtype."""
+    if dtype not in WORKSPACE_DTYPES:
+        raise ValueError(f"workspace_dtype should be torch.bfloat16 or torch.float16 but is: {dtype!r}")

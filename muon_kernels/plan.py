@@ -17,7 +17,7 @@ from torch import Tensor
 from . import backends
 from .coefficients import DEFAULT, Schedule, resolve
 from .newton_schulz import ALGORITHMS, Square
-from .options import check_algorithm, check_workspace
+from .options import check_algorithm, check_workspace, check_workspace_dtype
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Bucket:
         count: number of matrices.
         algorithm: "standard" or "gram".
         backend: who runs it.
+        workspace_dtype: of the stacks that are multiplied; a fused step may have none.
         fused: whether a pass is one call of the backend's `fused_step`.
         chunks: number of matrices in each pass.
         slots: most matrices that are in the workspace at a time.
@@ -44,6 +45,7 @@ class Bucket:
     count: int
     algorithm: str
     backend: str
+    workspace_dtype: torch.dtype
     fused: bool
     chunks: tuple[int, ...]
     slots: int
@@ -226,6 +228,7 @@ def plan_bucket(
     backend: str,
     max_workspace_bytes: int | None,
     bytes_per_element: int,
+    workspace_dtype: torch.dtype = torch.bfloat16,
     stepped: bool = True,
 ) -> Bucket:
     """Plan `count_` matrices of one shape (m ≤ n) on a backend that was chosen.
@@ -238,21 +241,23 @@ def plan_bucket(
         backend: a name in BACKENDS.
         max_workspace_bytes: the user's cap, None for the backend's.
         bytes_per_element: of gradient once, momentum and parameter twice.
+        workspace_dtype: torch.bfloat16 or torch.float16.
         stepped: whether parameters are updated, so that a whole step may be fused.
 
     Raises:
-        ValueError, TypeError: an algorithm that there is not, a cap that is none or holds no matrix.
+        ValueError, TypeError: an algorithm or a dtype that there is not, a cap that is none or holds no matrix.
     """
     check_algorithm(ns_algorithm)
     check_workspace(max_workspace_bytes)
+    check_workspace_dtype(workspace_dtype)
     m, n = shape
     algorithm = choose_algorithm(ns_algorithm, backend, m, n, schedule)
     if m == 0 or count_ == 0:
-        return Bucket(shape, count_, algorithm, backend, False, (), 0, 0, 0, 0, 0, 0)
+        return Bucket(shape, count_, algorithm, backend, workspace_dtype, False, (), 0, 0, 0, 0, 0, 0)
     each = workspace_bytes(backend, algorithm, m, n)
     ops = backends.get(backend)
     cap = ops.default_workspace_bytes() if max_workspace_bytes is None else max_workspace_bytes
-    slots = ops.fused_slots(m, n, count_) if stepped else None
+    slots = ops.fused_slots(m, n, count_, schedule) if stepped else None
     fused = slots is not None and slots * each <= cap
     chunks = (count_,) if fused else chunk_counts(count_, each, max_workspace_bytes, backend)
     if slots is None or not fused:
@@ -263,6 +268,7 @@ def plan_bucket(
         count=count_,
         algorithm=algorithm,
         backend=backend,
+        workspace_dtype=workspace_dtype,
         fused=fused,
         chunks=chunks,
         slots=slots,
@@ -283,6 +289,7 @@ def plan_for_shapes(
     backend: str = "auto",
     ns_algorithm: str = "auto",
     max_workspace_bytes: int | None = None,
+    workspace_dtype: torch.dtype = torch.bfloat16,
     available: bool = True,
 ) -> Plan:
     """The plan of a step for (rows, cols, count) of every kind of matrix, without any tensor.
@@ -290,13 +297,13 @@ def plan_for_shapes(
     Args:
         shapes: (rows, cols, count).
         available: False to plan for a named backend that need not be able to run here.
-        schedule, device, dtype, backend, ns_algorithm, max_workspace_bytes: as in a step.
+        schedule, device, dtype, backend, ns_algorithm, max_workspace_bytes, workspace_dtype: as in a step.
     """
     shapes = list(shapes)
     for given in shapes:
         if len(given) != 3 or not all(type(n) is int and n >= 0 for n in given):
             raise ValueError(f"shapes should be (rows, cols, count), three integers >= 0, but one is: {given!r}")
-    name = backends.choose(backend, torch.device(device), [dtype]) if available else backend
+    name = backends.choose(backend, torch.device(device), [dtype], workspace_dtype) if available else backend
     counts: dict[tuple[int, int], int] = {}
     for rows, cols, count_ in shapes:  # tall and wide ones share a bucket
         shape = min(rows, cols), max(rows, cols)
@@ -311,6 +318,7 @@ def plan_for_shapes(
                 backend=name,
                 max_workspace_bytes=max_workspace_bytes,
                 bytes_per_element=5 * dtype.itemsize,
+                workspace_dtype=workspace_dtype,
             )
             for shape, count_ in counts.items()
         )

@@ -164,13 +164,13 @@ PYBIND11_MODULE(_C, m) {
             check(mk::cuda::apply_update(u, options, dtype, stream_at(stream)), "apply_update");
         }
     );
-    cuda.def("fused_rows", &mk::cuda::fused_rows);
     cuda.def(
         "fused_step",
         [](int64_t count, int64_t rows, int64_t cols, const mk::MomentumUpdate& momentum, const mk::ApplyUpdate& apply,
-           const std::vector<float>& coefficients, const mk::cuda::ApplyOptions& options, int64_t stream) {
+           const std::vector<float>& coefficients, int terms, const mk::cuda::ApplyOptions& options, int64_t stream) {
             const mk::cuda::FusedStep step{
-                count, rows, cols, momentum, apply, coefficients.data(), static_cast<int>(coefficients.size() / 3)
+                count, rows, cols, momentum, apply, coefficients.data(), static_cast<int>(coefficients.size() / 3),
+                terms
             };
             check(mk::cuda::fused_step(step, options, stream_at(stream)), "fused_step");
         }

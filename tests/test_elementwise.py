@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from muon_kernels import backends
+from muon_kernels.coefficients import resolve
 from muon_kernels.layout import Matrices, layout
 from muon_kernels.newton_schulz import Square
 
@@ -239,10 +240,11 @@ def test_fused_step_is_its_parts(
     ops = backends.get(backend)
     m, n = sorted(shape)
     count = 4 * torch.get_num_threads() + 3
-    slots = ops.fused_slots(m, n, count)
+    schedule = resolve("keller", None)
+    slots = ops.fused_slots(m, n, count, schedule)
     if slots is None:
         pytest.skip("the backend says that it has none")
-    assert ops.fused_slots(m, n, 1) is None
+    assert ops.fused_slots(m, n, 1, schedule) is None
     # Norms on both sides of where a matrix is rescaled.
     scales = [10.0 ** (7 * (i - count // 2)) for i in range(count)]
     grads = [random(shape, kind, torch.float32) * s for s in scales]

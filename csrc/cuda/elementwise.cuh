@@ -16,6 +16,7 @@
 #include <type_traits>
 
 #include "device.h"
+#include "ptx.cuh"
 
 namespace muon_kernels::cuda {
 
@@ -261,28 +262,6 @@ __device__ T rounded(float value) {
         return __float2half_rn(value);
     else
         return __float2bfloat16_rn(value);
-}
-
-// Two neighbours of x, which holds bf16 or f16.
-__device__ inline uint32_t pack(float low, float high, bool half) {
-    uint32_t word;
-    if (half) {
-        const __half2 pair = __floats2half2_rn(low, high);
-        memcpy(&word, &pair, sizeof(word));
-    } else {
-        const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-        memcpy(&word, &pair, sizeof(word));
-    }
-    return word;
-}
-
-__device__ inline float2 unpack(uint32_t word, bool half) {
-    if (half) {
-        __half2 pair;
-        memcpy(&pair, &word, sizeof(word));
-        return __half22float2(pair);
-    }
-    return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
 }
 
 // ---- x ----

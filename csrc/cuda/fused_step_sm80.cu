@@ -7,20 +7,19 @@
 // Precision. The Gram form multiplies X by a polynomial of R = X Xᵀ, and what rounding does to a small eigenvalue of R
 // grows with the square of every `a` that follows. bf16 products would need a visit to X every other step. Here every
 // number is a sum of two or three bf16 numbers, and a product is three or six on the tensor cores: 17 or 22 bits carry
-// five to eight steps (see terms_needed). Nothing else is rounded: accumulators, R, Q and the result are fp32.
+// five to seven steps (see FusedStep). Nothing else is rounded: accumulators, R, Q and the result are fp32.
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 
 #include "../muon_kernels.h"
+#include "device.h"
 #include "ptx.cuh"
 
 namespace muon_kernels::cuda {
 namespace {
 
-constexpr int kTerms = 3;      // at most, of a number
 constexpr int kMaxRows = 128;  // R and Q of more do not fit in registers
 constexpr int kMaxSteps = 99;  // coefficients.py's limit
 constexpr int kWarpRows = 16;  // of mma
@@ -28,6 +27,10 @@ constexpr int BLOCK_K = 32;    // columns of X in a tile
 constexpr int kUnit = 4;       // consecutive elements that a thread handles at once: 16 bytes of fp32
 constexpr int kUnits = 4;      // of a tile, per thread
 constexpr int kParameterBytes = 32764;
+
+// Of a number, at most. R, Q and their product take 192 registers of 255 where there are 128 rows: no room for more.
+template <int M>
+constexpr int kTerms = M == 128 ? 2 : 3;
 
 struct Matrix {
     MatrixRef grad, momentum, param;
@@ -77,74 +80,78 @@ struct Span {
     int64_t address;
     int64_t line_stride;
     int64_t stride;
-    bool bf16;
+    bool wide;     // fp32
+    bool half;     // f16, else bf16
     bool vectors;  // units are contiguous and aligned
 
     __device__ Span(const MatrixRef& ref, DType dtype, bool tall)
         : address(ref.address),
           line_stride(tall ? ref.col_stride : ref.row_stride),
           stride(tall ? ref.row_stride : ref.col_stride),
-          bf16(dtype == DType::bf16) {
-        vectors = stride == 1 && line_stride % kUnit == 0 && address % (bf16 ? 8 : 16) == 0;
+          wide(dtype == DType::f32),
+          half(dtype == DType::f16) {
+        vectors = stride == 1 && line_stride % kUnit == 0 && address % (wide ? 16 : 8) == 0;
     }
 };
 
-__device__ float to_float(uint32_t bf16_bits) { return __uint_as_float(bf16_bits << 16); }
+__device__ void widen(float (&x)[kUnit], uint2 bits, bool half) {
+    const float2 first = unpack(bits.x, half), second = unpack(bits.y, half);
+    x[0] = first.x, x[1] = first.y, x[2] = second.x, x[3] = second.y;
+}
 
 // `count` elements, the others zero.
 __device__ void load(float (&x)[kUnit], const Span& from, int64_t line, int64_t place, int count) {
     const int64_t offset = line * from.line_stride + place * from.stride;
-    if (from.bf16) {
-        const uint16_t* p = reinterpret_cast<const uint16_t*>(from.address) + offset;
-        if (from.vectors && count == kUnit) {
-            const uint2 bits = *reinterpret_cast<const uint2*>(p);
-            x[0] = to_float(bits.x);
-            x[1] = __uint_as_float(bits.x & 0xffff0000);
-            x[2] = to_float(bits.y);
-            x[3] = __uint_as_float(bits.y & 0xffff0000);
-        } else {
-#pragma unroll
-            for (int i = 0; i < kUnit; ++i) x[i] = i < count ? to_float(p[i * from.stride]) : 0.0f;
-        }
-    } else {
+    const bool whole = from.vectors && count == kUnit;
+    if (from.wide) {
         const float* p = reinterpret_cast<const float*>(from.address) + offset;
-        if (from.vectors && count == kUnit) {
+        if (whole) {
             const float4 v = *reinterpret_cast<const float4*>(p);
             x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
         } else {
 #pragma unroll
             for (int i = 0; i < kUnit; ++i) x[i] = i < count ? p[i * from.stride] : 0.0f;
         }
+    } else {
+        const uint16_t* p = reinterpret_cast<const uint16_t*>(from.address) + offset;
+        uint2 bits = {};
+        if (whole) {
+            bits = *reinterpret_cast<const uint2*>(p);
+        } else {
+            if (count > 0) bits.x = p[0];
+            if (count > 1) bits.x |= p[from.stride] << 16;
+            if (count > 2) bits.y = p[2 * from.stride];
+            if (count > 3) bits.y |= p[3 * from.stride] << 16;
+        }
+        widen(x, bits, from.half);
     }
 }
 
 // Leaves in x what was stored.
 __device__ void store(float (&x)[kUnit], const Span& to, int64_t line, int64_t place, int count) {
     const int64_t offset = line * to.line_stride + place * to.stride;
-    if (to.bf16) {
-        uint16_t* p = reinterpret_cast<uint16_t*>(to.address) + offset;
-        const uint2 bits = {cvt_rn_bf16x2(x[0], x[1]), cvt_rn_bf16x2(x[2], x[3])};
-        x[0] = to_float(bits.x);
-        x[1] = __uint_as_float(bits.x & 0xffff0000);
-        x[2] = to_float(bits.y);
-        x[3] = __uint_as_float(bits.y & 0xffff0000);
-        if (to.vectors && count == kUnit) {
-            *reinterpret_cast<uint2*>(p) = bits;
-        } else {
-#pragma unroll
-            for (int i = 0; i < kUnit; ++i) {
-                if (i < count) p[i * to.stride] = static_cast<uint16_t>(__float_as_uint(x[i]) >> 16);
-            }
-        }
-    } else {
+    const bool whole = to.vectors && count == kUnit;
+    if (to.wide) {
         float* p = reinterpret_cast<float*>(to.address) + offset;
-        if (to.vectors && count == kUnit) {
+        if (whole) {
             *reinterpret_cast<float4*>(p) = make_float4(x[0], x[1], x[2], x[3]);
         } else {
 #pragma unroll
             for (int i = 0; i < kUnit; ++i) {
                 if (i < count) p[i * to.stride] = x[i];
             }
+        }
+    } else {
+        uint16_t* p = reinterpret_cast<uint16_t*>(to.address) + offset;
+        const uint2 bits = {pack(x[0], x[1], to.half), pack(x[2], x[3], to.half)};
+        widen(x, bits, to.half);
+        if (whole) {
+            *reinterpret_cast<uint2*>(p) = bits;
+        } else {
+            if (count > 0) p[0] = static_cast<uint16_t>(bits.x);
+            if (count > 1) p[to.stride] = static_cast<uint16_t>(bits.x >> 16);
+            if (count > 2) p[2 * to.stride] = static_cast<uint16_t>(bits.y);
+            if (count > 3) p[3 * to.stride] = static_cast<uint16_t>(bits.y >> 16);
         }
     }
 }
@@ -214,12 +221,14 @@ __device__ float opaque(float value) {
 
 // --- Numbers as sums of bf16 numbers, in shared memory and in fragments ---
 
-__device__ void split(uint32_t (&terms)[kTerms], float low, float high) {
+template <int TERMS>
+__device__ void split(uint32_t (&terms)[TERMS], float low, float high) {
 #pragma unroll
-    for (int t = 0; t < kTerms; ++t) {
+    for (int t = 0; t < TERMS; ++t) {
         terms[t] = cvt_rn_bf16x2(low, high);
-        low -= to_float(terms[t]);
-        high -= __uint_as_float(terms[t] & 0xffff0000);
+        const float2 term = unpack(terms[t], false);
+        low -= term.x;
+        high -= term.y;
     }
 }
 
@@ -243,19 +252,20 @@ __device__ void load_fragment(uint32_t (&r)[4], uint32_t base, int lane, int lin
     TRANS ? ldmatrix_x4_trans(r, from) : ldmatrix_x4(r, from);
 }
 
-using Fragment = uint32_t[kTerms][4];
+template <int M>
+using Fragment = uint32_t[kTerms<M>][4];
 
 // Adds to two tiles of eight columns; load(r, t) fetches term t of the right operand. The smallest products come about
 // first, and only one term of the right operand occupies registers.
-template <typename Load>
-__device__ void multiply(float (&c)[2][4], const Fragment& a, int terms, Load load) {
+template <int TERMS, typename Load>
+__device__ void multiply(float (*c)[4], const uint32_t (&a)[TERMS][4], int terms, Load load) {
 #pragma unroll
-    for (int t = kTerms - 1; t >= 0; --t) {
+    for (int t = TERMS - 1; t >= 0; --t) {
         if (t >= terms) continue;
         uint32_t b[4];
         load(b, t);
 #pragma unroll
-        for (int of_a = kTerms - 1 - t; of_a >= 0; --of_a) {
+        for (int of_a = TERMS - 1 - t; of_a >= 0; --of_a) {
             if (of_a + t >= terms) continue;
             mma_m16n8k16_bf16(c[0], a[of_a], b[0], b[1]);
             mma_m16n8k16_bf16(c[1], a[of_a], b[2], b[3]);
@@ -283,15 +293,16 @@ struct Diagonal {
     __device__ bool has(int j, int i) const { return row_minus_column + 8 * (i / 2) - i % 2 == 8 * j; }
 };
 
+// Columns 16k .. 16k + 15 of x or y.
 template <int M>
-__device__ void left_operand(Fragment& a, const Rows<M>& x, int k) {
-    uint32_t terms[kTerms];
+__device__ void left_operand(Fragment<M>& a, const Rows<M>& x, const Rows<M>& y, bool of_x, int k) {
+    uint32_t terms[kTerms<M>];
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
-        const float* pair = &x[2 * k + q / 2][q % 2 * 2];
-        split(terms, opaque(pair[0]), opaque(pair[1]));
+        const int j = 2 * k + q / 2, i = q % 2 * 2;
+        split(terms, opaque(of_x ? x[j][i] : y[j][i]), opaque(of_x ? x[j][i + 1] : y[j][i + 1]));
 #pragma unroll
-        for (int t = 0; t < kTerms; ++t) a[t][q] = terms[t];
+        for (int t = 0; t < kTerms<M>; ++t) a[t][q] = terms[t];
     }
 }
 
@@ -307,20 +318,27 @@ struct Square {
         for (int j = 0; j < M / 8; ++j) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                uint32_t parts[kTerms];
+                uint32_t parts[kTerms<M>];
                 split(parts, x[j][2 * half], x[j][2 * half + 1]);
                 const uint32_t to = base + chunk_offset<M / 8>(row + 8 * half, j) + lane % 4 * 4;
 #pragma unroll
-                for (int t = 0; t < kTerms; ++t) {
+                for (int t = 0; t < kTerms<M>; ++t) {
                     if (t < terms) st_shared_b32(to + t * kTermBytes, parts[t]);
                 }
             }
         }
     }
 
-    // out = a * this matrix. Every matrix here is symmetric but for its rounding, yet its transpose must not be taken
-    // for it: in R Sᵀ Sᵀ the antisymmetric part grows a thousand times faster than in R S S.
-    __device__ void right_multiply(Rows<M>& out, const Rows<M>& a, int terms) const {
+    // The same, once nobody reads what was there.
+    __device__ void replace(const Rows<M>& x, int terms) const {
+        __syncthreads();
+        store(x, terms);
+        __syncthreads();
+    }
+
+    // out = (of_x ? x : y) * this matrix. Every matrix here is symmetric but for its rounding, yet its transpose must
+    // not be taken for it: in R Sᵀ Sᵀ the antisymmetric part grows a thousand times faster than in R S S.
+    __device__ void right_multiply(Rows<M>& out, const Rows<M>& x, const Rows<M>& y, bool of_x, int terms) const {
 #pragma unroll
         for (int j = 0; j < M / 8; ++j) {
 #pragma unroll
@@ -331,16 +349,21 @@ struct Square {
             // Neither may addresses stay in registers nor fragments be loaded ahead: there is no room.
             __syncwarp();
             const int lane = static_cast<int>(opaque(threadIdx.x) % 32);
-            Fragment left;
-            left_operand<M>(left, a, k);
+            Fragment<M> left;
+            left_operand<M>(left, x, y, of_x, k);
 #pragma unroll
             for (int j = 0; j < M / 8; j += 2) {
-                float sum[2][4] = {};
-                multiply(sum, left, terms, [&](uint32_t (&r)[4], int t) {
+                const auto load = [&](uint32_t (&r)[4], int t) {
                     load_fragment<M / 8, true>(r, base + t * kTermBytes, lane, 16 * k, 8 * j, false);
-                });
-                add(out[j], sum[0]);
-                add(out[j + 1], sum[1]);
+                };
+                if constexpr (M == 128) {  // no registers for sums: 24 truncations, a fifth of what two terms round off
+                    multiply(&out[j], left, terms, load);
+                } else {
+                    float sum[2][4] = {};
+                    multiply(sum, left, terms, load);
+                    add(out[j], sum[0]);
+                    add(out[j + 1], sum[1]);
+                }
             }
         }
     }
@@ -353,13 +376,13 @@ struct SharedTile {
     uint32_t base;
 
     __device__ void store(const float (&x)[kUnit], int u, int terms) const {
-        uint32_t low[kTerms], high[kTerms];
+        uint32_t low[kTerms<M>], high[kTerms<M>];
         split(low, x[0], x[1]);
         split(high, x[2], x[3]);
         const int place = T::place(u);
         const uint32_t to = base + chunk_offset<T::kChunks>(T::line(u), place / 8) + place % 8 * 2;
 #pragma unroll
-        for (int t = 0; t < kTerms; ++t) {
+        for (int t = 0; t < kTerms<M>; ++t) {
             if (t < terms) st_shared_v2(to + t * kTermBytes, low[t], high[t]);
         }
     }
@@ -369,9 +392,9 @@ struct SharedTile {
         const int row = threadIdx.x / 32 * kWarpRows;
 #pragma unroll 1
         for (int k = 0; k < BLOCK_K; k += 16) {
-            Fragment left;
+            Fragment<M> left;
 #pragma unroll
-            for (int t = 0; t < kTerms; ++t) {
+            for (int t = 0; t < kTerms<M>; ++t) {
                 if (t < terms) load(left[t], t, row, k, TALL);
             }
 #pragma unroll
@@ -385,7 +408,7 @@ struct SharedTile {
     }
 
     // out = this warp's rows of Q X, two tiles of columns at `col`
-    __device__ void left_multiply(float (&out)[2][4], const Fragment (&q)[M / 16], int col, int terms) const {
+    __device__ void left_multiply(float (&out)[2][4], const Fragment<M> (&q)[M / 16], int col, int terms) const {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
 #pragma unroll
@@ -431,38 +454,23 @@ __device__ Value block_reduce(Value value, Value* scratch, Combine combine) {
     return value;
 }
 
-template <int M>
-__device__ void copy(Rows<M>& to, const Rows<M>& from) {
-#pragma unroll
-    for (int j = 0; j < M / 8; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) to[j][i] = from[j][i];
-    }
-}
-
 // The iteration: R in, Q out.
 template <int M>
 __device__ void newton_schulz(Rows<M>& R, Rows<M>& Q, const Settings& s, const Square<M>& square) {
-    const Diagonal diagonal;
-    Rows<M> product;
-    const auto swap = [&] {
-        Rows<M> r;
-        copy<M>(r, R), copy<M>(R, Q), copy<M>(Q, r);
-    };
-#pragma unroll
-    for (int j = 0; j < M / 8; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) Q[j][i] = diagonal.has(j, i) ? 1.0f : 0.0f;
-    }
     square.store(R, s.terms);
     __syncthreads();
-    // Four products a step, R R, Q S, R S and (R S) S, which share their code: it is most of the kernel's. The left
-    // operand is always in R; the last step ends with Q.
-    const int products = 4 * s.steps - 2;
+    // In every step S = f(R R), Q S, R S and (R S) S, which share their code: it is most of the kernel's. Only the left
+    // operand and the place of the result differ. At first Q = S, and the last step ends with Q.
+    const int last = 4 * s.steps - 3;
 #pragma unroll 1
-    for (int p = 0; p < products; ++p) {
+    for (int p = 0; p <= last; ++p) {
+        if (p == 1) {
+            if (last == 1) break;
+            ++p;
+        }
         const int phase = p % 4;
-        square.right_multiply(product, R, s.terms);
+        Rows<M> product;
+        square.right_multiply(product, R, Q, phase != 1, s.terms);
         if (phase == 0) {
             const float* triple = s.coefficients[p / 4];
             const Diagonal diagonal;
@@ -475,13 +483,15 @@ __device__ void newton_schulz(Rows<M>& R, Rows<M>& Q, const Settings& s, const S
                 }
             }
         }
-        if (phase == 0 || phase == 3) {
-            __syncthreads();
-            square.store(product, s.terms);
-            __syncthreads();
+        if (phase == 0 || phase == 3) square.replace(product, s.terms);
+#pragma unroll
+        for (int j = 0; j < M / 8; ++j) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                R[j][i] = phase > 1 ? product[j][i] : R[j][i];
+                Q[j][i] = phase == 1 || p == 0 ? product[j][i] : Q[j][i];
+            }
         }
-        if (phase != 0) copy<M>(R, product);
-        if (phase < 2) swap();
     }
 }
 
@@ -556,13 +566,13 @@ __device__ void gram(Rows<M>& R, int& exponent, const Operands& on, uint32_t sha
 
 // The second pass: the parameter moves by scale Q X 2^-exponent.
 template <int M, bool TALL>
-__device__ void apply(const Fragment (&q)[M / 16], float scale, int exponent, const Operands& on, uint4* shared) {
+__device__ void apply(const Fragment<M> (&q)[M / 16], float scale, int exponent, const Operands& on, uint32_t shared) {
     using T = Tile<M, TALL>;
     using D = Direction<M, TALL>;
     const Settings& s = on.settings;
     const Span grad = on.grad<TALL>(), momentum = on.momentum<TALL>(), param = on.param<TALL>();
-    const SharedTile<M, TALL> tile{shared_address(shared)};
-    float* update = reinterpret_cast<float*>(shared) + kTerms * T::kElements / 2;
+    const SharedTile<M, TALL> tile{shared};
+    const uint32_t update = shared + kTerms<M> * SharedTile<M, TALL>::kTermBytes;
     const int lane = threadIdx.x % 32, first_row = threadIdx.x / 32 * kWarpRows + lane / 4;
     const double lr = s.device_lr ? *s.device_lr : s.lr;
     const double weight_decay = s.device_weight_decay ? *s.device_weight_decay : s.weight_decay;
@@ -588,9 +598,16 @@ __device__ void apply(const Fragment (&q)[M / 16], float scale, int exponent, co
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int row = first_row + 8 * (i / 2), column = c + 8 * j + lane % 4 * 2 + i % 2;
-                    update[TALL ? column * T::kWideStride + row : row * T::kWideStride + column] = scale * out[j][i];
+                for (int half = 0; half < 2; ++half) {
+                    const int row = first_row + 8 * half, column = c + 8 * j + lane % 4 * 2;
+                    const uint32_t first = __float_as_uint(scale * out[j][2 * half]),
+                                   second = __float_as_uint(scale * out[j][2 * half + 1]);
+                    if constexpr (TALL) {
+                        st_shared_b32(update + (column * T::kWideStride + row) * 4, first);
+                        st_shared_b32(update + ((column + 1) * T::kWideStride + row) * 4, second);
+                    } else {
+                        st_shared_v2(update + (row * T::kWideStride + column) * 4, first, second);
+                    }
                 }
             }
         }
@@ -598,14 +615,15 @@ __device__ void apply(const Fragment (&q)[M / 16], float scale, int exponent, co
 #pragma unroll
         for (int u = 0; u < kUnits; ++u) {
             const int count = D::count(s, col, u);
-            const auto* from = reinterpret_cast<float4*>(update + T::line(u) * T::kWideStride + T::place(u));
-            const float change[kUnit] = {from->x, from->y, from->z, from->w};
+            uint32_t change_bits[4];
+            ld_shared_v4(change_bits, update + (T::line(u) * T::kWideStride + T::place(u)) * 4);
             float p[kUnit];
             load(p, param, D::line(col, u), D::place(col, u), count);
 #pragma unroll
             for (int i = 0; i < kUnit; ++i) {
-                const bool decays = !s.cautious || change[i] * p[i] >= 0;
-                p[i] = fmaf(-step_size, change[i], decays ? p[i] * decay : p[i]);
+                const float change = __uint_as_float(change_bits[i]);
+                const bool decays = !s.cautious || change * p[i] >= 0;
+                p[i] = fmaf(-step_size, change, decays ? p[i] * decay : p[i]);
             }
             store(p, param, D::line(col, u), D::place(col, u), count);
         }
@@ -643,6 +661,7 @@ __global__ void __launch_bounds__(2 * M, blocks_per_multiprocessor(M)) fused_ste
     __shared__ struct {
         float scale;
         int exponent;
+        uint32_t memory;
     } of_x;  // waits for the second pass here, since the iteration needs every register
     Rows<M> R = {}, Q;
     {
@@ -652,65 +671,43 @@ __global__ void __launch_bounds__(2 * M, blocks_per_multiprocessor(M)) fused_ste
         if (threadIdx.x == 0) of_x.exponent = exponent;
     }
     const float scale = reciprocal_norm<M>(R, s);
-    if (threadIdx.x == 0) of_x.scale = scale;
+    if (threadIdx.x == 0) of_x.scale = scale, of_x.memory = memory;
 #pragma unroll
     for (int j = 0; j < M / 8; ++j) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) R[j][i] *= scale * scale;
     }
     newton_schulz<M>(R, Q, s, Square<M>{memory});
-    Fragment q[M / 16];
+    Fragment<M> q[M / 16];
 #pragma unroll
-    for (int k = 0; k < M / 16; ++k) left_operand<M>(q[k], Q, k);
+    for (int k = 0; k < M / 16; ++k) left_operand<M>(q[k], Q, Q, true, k);
     const Operands on(args);
-    on.tall() ? apply<M, true>(q, of_x.scale, of_x.exponent, on, shared)
-              : apply<M, false>(q, of_x.scale, of_x.exponent, on, shared);
+    on.tall() ? apply<M, true>(q, of_x.scale, of_x.exponent, on, of_x.memory)
+              : apply<M, false>(q, of_x.scale, of_x.exponent, on, of_x.memory);
 }
 
 // --- The launch ---
 
-// How many bf16 numbers a number must be a sum of, or 0 if three are not enough.
-//
-// An eigenvalue of R that should be 0 is `loss` too small, negative, and so S is too large there: that multiplies the
-// loss by S² in every step, while the step's own rounding adds to it. Small errors of Q do not matter, for they meet
-// singular values of that size only. When Q is several times too large the iteration is about to explode. The limit
-// is where it still keeps the accuracy rule on every spectrum of tests/matrices.py, with a factor of two to spare.
-int terms_needed(const float* coefficients, int steps, double margin) {
-    constexpr double kUnitRoundoff[] = {0x1p-17, 0x1p-22};  // the second is the tensor cores' truncation
-    constexpr double kLimit = 4;
-    for (int t = 0; t < 2; ++t) {
-        double loss = kUnitRoundoff[t] / (margin * margin), change = 0;
-        for (int i = 0; i < steps; ++i) {
-            const double a = coefficients[3 * i], b = coefficients[3 * i + 1], c = coefficients[3 * i + 2];
-            const double s = std::abs(a) + std::abs(b) * loss + std::abs(c) * loss * loss;
-            change += s / std::abs(a) - 1;
-            loss = loss * s * s + kUnitRoundoff[t] * (1 + std::abs(a));
-        }
-        if (change <= kLimit) return t + 2;
-    }
-    return 0;
-}
-
 template <int M, bool TALL>
 constexpr int tile_bytes() {
     using T = Tile<M, TALL>;
-    return kTerms * SharedTile<M, TALL>::kTermBytes + T::kLines * T::kWideStride * 4;
+    return kTerms<M> * SharedTile<M, TALL>::kTermBytes + T::kLines * T::kWideStride * 4;
 }
 
 template <int M>
-cudaError_t launch(const Arguments& args, int count, cudaStream_t stream) {
+Result launch(const Arguments& args, int count, cudaStream_t stream) {
     const int square = args.settings.terms * Square<M>::kTermBytes;
     const int bytes = std::max(square, std::max(tile_bytes<M, false>(), tile_bytes<M, true>()));
     const auto kernel = fused_step_kernel<M>;
     if (bytes > 48 << 10) {
         const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-        if (error != cudaSuccess) return error;
+        if (error) return {Status::launch_failed, static_cast<int32_t>(error)};
     }
     kernel<<<count, 2 * M, bytes, stream>>>(args);
-    return cudaGetLastError();
+    return launched();
 }
 
-cudaError_t launch(const Arguments& args, int count, cudaStream_t stream) {
+Result launch(const Arguments& args, int count, cudaStream_t stream) {
     const int rows = args.settings.rows;
     if (rows <= 16) return launch<16>(args, count, stream);
     if (rows <= 32) return launch<32>(args, count, stream);
@@ -719,33 +716,25 @@ cudaError_t launch(const Arguments& args, int count, cudaStream_t stream) {
 }
 
 bool supported(const FusedStep& f, const ApplyOptions& options) {
-    const auto plain = [](DType dtype) { return dtype == DType::f32 || dtype == DType::bf16; };
     return f.rows <= f.cols && f.rows <= kMaxRows && f.cols <= INT32_MAX - BLOCK_K && f.steps >= 1 &&
-           f.steps <= kMaxSteps && plain(f.momentum.grad_dtype) && plain(f.apply.param_dtype) &&
-           (!f.momentum.momentum || plain(f.momentum.momentum_dtype)) && !options.stochastic_rounding;
+           f.steps <= kMaxSteps && f.terms >= 2 && f.terms <= (f.rows > 64 ? kTerms<128> : kTerms<64>) &&
+           !options.stochastic_rounding;
 }
 
 }  // namespace
 
-int64_t fused_rows() { return kMaxRows; }
-
 Result fused_step(const FusedStep& f, const ApplyOptions& options, Stream stream) {
     if (!supported(f, options)) return {Status::invalid_argument, 0};
-    const int terms = terms_needed(f.coefficients, f.steps, f.momentum.margin);
-    if (!terms) return {Status::invalid_argument, 0};
     if (!f.count || !f.rows) return {Status::ok, 0};
-    int device, major;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    if (error != cudaSuccess) return {Status::launch_failed, error};
-    if (major < 8) return {Status::unsupported_isa, 0};
+    const Result device = supported();
+    if (device.status != Status::ok) return device;
 
     Arguments args;
     Settings& s = args.settings;
     s.rows = static_cast<int>(f.rows);
     s.cols = static_cast<int>(f.cols);
     s.steps = f.steps;
-    s.terms = terms;
+    s.terms = f.terms;
     s.grad_dtype = f.momentum.grad_dtype;
     s.momentum_dtype = f.momentum.momentum_dtype;
     s.param_dtype = f.apply.param_dtype;
@@ -772,8 +761,8 @@ Result fused_step(const FusedStep& f, const ApplyOptions& options, Stream stream
                 f.apply.ratio[from]
             };
         }
-        error = launch(args, count, static_cast<cudaStream_t>(stream));
-        if (error != cudaSuccess) return {Status::launch_failed, error};
+        const Result result = launch(args, count, static_cast<cudaStream_t>(stream));
+        if (result.status != Status::ok) return result;
     }
     return {Status::ok, 0};
 }

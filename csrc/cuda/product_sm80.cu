@@ -80,16 +80,13 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint3
 
 template <DType DTYPE>
 __device__ __forceinline__ uint32_t round_pair(float low, float high) {
-    return DTYPE == DType::bf16 ? cvt_rn_bf16x2(low, high) : cvt_rn_f16x2(low, high);
+    return pack(low, high, DTYPE == DType::f16);
 }
 
 template <DType DTYPE>
 __device__ __forceinline__ float widen(uint32_t pair, int which) {
-    if constexpr (DTYPE == DType::bf16) {
-        return __uint_as_float(which ? pair & 0xffff0000 : pair << 16);
-    } else {
-        return cvt_f32_f16(static_cast<uint16_t>(which ? pair >> 16 : pair));
-    }
+    const float2 both = unpack(pair, DTYPE == DType::f16);
+    return which ? both.y : both.x;
 }
 
 // Where the eight elements from 8 * chunk on of a row lie in a tile of COLS columns. Any eight neighbouring rows of one

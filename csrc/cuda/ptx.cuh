@@ -2,6 +2,8 @@
 // instructions want it: see shared_address.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include <cstdint>
 
 namespace muon_kernels::cuda {
@@ -102,6 +104,16 @@ __device__ __forceinline__ float cvt_f32_f16(uint16_t value) {
     float wide;
     asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value));
     return wide;
+}
+
+// Two neighbours, f16 if `half`, else bf16; `low` in the low half.
+__device__ __forceinline__ uint32_t pack(float low, float high, bool half) {
+    return half ? cvt_rn_f16x2(low, high) : cvt_rn_bf16x2(low, high);
+}
+
+__device__ __forceinline__ float2 unpack(uint32_t word, bool half) {
+    if (half) return {cvt_f32_f16(static_cast<uint16_t>(word)), cvt_f32_f16(static_cast<uint16_t>(word >> 16))};
+    return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
 }
 
 }  // namespace muon_kernels::cuda

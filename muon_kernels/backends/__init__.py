@@ -14,6 +14,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from ..coefficients import Schedule
 from ..layout import Matrices
 from ..newton_schulz import Products
 
@@ -27,8 +28,8 @@ class Backend(Products, Protocol):
     def unavailable(self) -> str | None:
         """Why nothing can run here, and the mend; None if ready. Raises what only the user can mend."""
 
-    def refuses(self, device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
-        """Why tensors of this kind cannot be taken, and what could be; None if they can."""
+    def refuses(self, device: torch.device, dtypes: Sequence[torch.dtype], workspace_dtype: torch.dtype) -> str | None:
+        """Why tensors of this kind, or stacks of that dtype, cannot be taken, and what could be; None if they can."""
 
     def describe(self) -> str:
         """What will run, in a few words."""
@@ -63,7 +64,7 @@ class Backend(Products, Protocol):
         Args:
             grads: matrices in the order of X's batch; only read.
             momenta: the same of the momentum buffers, updated in place; None: the direction is the gradient.
-            X: (batch, m, n) bf16, written. A matrix may be written times a factor that brings its norm nearer to
+            X: (batch, m, n), a stack, written. A matrix may be written times a factor that brings its norm nearer to
                 1/margin.
             momentum: the factor mu.
             nesterov: whether the direction looks one step ahead.
@@ -91,7 +92,7 @@ class Backend(Products, Protocol):
     def update_launches(self) -> int:
         """Launches of `momentum_update` and `apply_update` together."""
 
-    def fused_slots(self, rows: int, cols: int, count: int) -> int | None:
+    def fused_slots(self, rows: int, cols: int, count: int, schedule: Schedule) -> int | None:
         """How many matrices the workspace of `fused_step` holds for a bucket; None if it is not stepped that way."""
 
     def fused_step(
@@ -138,7 +139,9 @@ def unavailable(name: str) -> str | None:
     return get(name).unavailable()
 
 
-def choose(name: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> str:
+def choose(
+    name: str, device: torch.device, dtypes: Sequence[torch.dtype], workspace_dtype: torch.dtype = torch.bfloat16
+) -> str:
     """The name of the backend that will run; "auto" takes the first that can.
 
     Raises:
@@ -146,13 +149,13 @@ def choose(name: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> st
         RuntimeError: a named backend that cannot run on this machine.
     """
     if name == "auto":
-        reasons = {n: get(n).unavailable() or get(n).refuses(device, dtypes) for n in BACKENDS}
+        reasons = {n: get(n).unavailable() or get(n).refuses(device, dtypes, workspace_dtype) for n in BACKENDS}
         if name := next((n for n, reason in reasons.items() if reason is None), ""):
             return name
         raise ValueError("no backend can take these tensors: " + "; ".join(f"{n}: {r}" for n, r in reasons.items()))
     backend = get(name)
     if reason := backend.unavailable():
         raise RuntimeError(f"backend {name!r} cannot run here: {reason}")
-    if reason := backend.refuses(device, dtypes):
+    if reason := backend.refuses(device, dtypes, workspace_dtype):
         raise ValueError(f"backend {name!r} cannot take these tensors: {reason}")
     return name

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ..coefficients import Schedule
 from ..layout import Bundle, Matrices
 from ..newton_schulz import Square
 from . import eager, native
@@ -79,10 +80,12 @@ def unavailable() -> str | None:
     return None
 
 
-def refuses(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
+def refuses(device: torch.device, dtypes: Sequence[torch.dtype], workspace_dtype: torch.dtype) -> str | None:
     """See `Backend.refuses`."""
     if device.type != "cpu":
         return f"expected tensors on the CPU, got {device}; use backend='auto'"
+    if workspace_dtype != torch.bfloat16:
+        return f"expected workspace_dtype torch.bfloat16, got {workspace_dtype}; use backend='eager'"
     bad = [d for d in dtypes if d not in (torch.float32, torch.bfloat16)]
     return f"expected float32 or bfloat16 tensors, got {bad[0]}; use backend='auto'" if bad else None
 
@@ -218,7 +221,7 @@ def update_launches() -> int:
     return 2
 
 
-def fused_slots(rows: int, cols: int, count: int) -> int | None:
+def fused_slots(rows: int, cols: int, count: int, schedule: Schedule) -> int | None:
     """One for each thread, where there are enough matrices to keep all busy to the end."""
     threads = torch.get_num_threads()
     return threads if _choice().products == "native" and count >= 4 * threads else None

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..coefficients import Schedule
 from ..layout import Matrices
 from ..newton_schulz import Square
 from . import native
 
-FUSED_ROWS = 128  # csrc's cuda::fused_rows(), for plans made on a machine without the module
+# Most rows of `fused_step`, and with three terms. Registers hold R, Q and their product.
+FUSED_ROWS = {2: 128, 3: 64}
+# Largest relative error of the number that a sum of so many bf16 numbers stands for. For two, with what 24 additions in
+# tensor cores, which truncate, take from sums of 128 rows; for three, with that of one tile.
+_UNIT_ROUNDOFF = {2: 1.2 * 2.0**-17, 3: 2.0**-22}
+# The sum over the steps of S's relative error where S should be a: up to twice as much the accuracy rule holds on every
+# spectrum of tests/matrices.py.
+_ALLOWED_CHANGE = 4.0
 
 
 class _Device:
@@ -62,7 +72,7 @@ def unavailable() -> str | None:
     return _device.unavailable()
 
 
-def refuses(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
+def refuses(device: torch.device, dtypes: Sequence[torch.dtype], workspace_dtype: torch.dtype) -> str | None:
     """See `Backend.refuses`."""
     if device.type != _device.type:
         return f"expected CUDA tensors, got {device}; use backend='auto'"
@@ -191,9 +201,29 @@ def update_launches() -> int:
     return 3
 
 
-def fused_slots(rows: int, cols: int, count: int) -> int | None:
+@lru_cache(maxsize=256)
+def _terms(triples: tuple[tuple[float, float, float], ...], margin: float) -> int | None:
+    """How many bf16 numbers a number of `fused_step` must be a sum of; None if three are not enough.
+
+    An eigenvalue of R that should be 0 is `loss` too small, negative, and so S is too large there: that multiplies the
+    loss by S² in every step, while the step's own rounding adds to it. Small errors of Q do not matter, for they meet
+    singular values of that size only. When Q is several times too large the iteration is about to explode.
+    """
+    for terms, roundoff in _UNIT_ROUNDOFF.items():
+        loss, change = roundoff / margin**2, 0.0
+        for a, b, c in triples:
+            largest = abs(a) + abs(b) * loss + abs(c) * loss * loss
+            change += largest / abs(a) - 1 if a else math.inf
+            loss = loss * largest * largest + roundoff * (1 + abs(a))
+        if change <= _ALLOWED_CHANGE:  # not so if it is NaN
+            return terms
+    return None
+
+
+def fused_slots(rows: int, cols: int, count: int, schedule: Schedule) -> int | None:
     """None of the workspace: where the smaller side fits on the chip, the matrix stays there."""
-    return 0 if rows <= FUSED_ROWS else None
+    terms = _terms(schedule.triples, schedule.margin)
+    return 0 if terms is not None and rows <= FUSED_ROWS[terms] else None
 
 
 def fused_step(
@@ -222,7 +252,7 @@ def fused_step(
     options, lr, weight_decay, _tensors = _apply_options(device, lr, weight_decay)
     after, _also_alive = native.apply_update(_C, params, None, lr, weight_decay, ratios)
     _, m, n = X.shape
-    coefficients = [c for triple in triples for c in triple]
+    coefficients, terms = [c for triple in triples for c in triple], _terms(tuple(triples), margin)
     with _device.guard(device):
-        _C.cuda.fused_step(len(ratios), m, n, before, after, coefficients, options, _device.stream(device))
+        _C.cuda.fused_step(len(ratios), m, n, before, after, coefficients, terms, options, _device.stream(device))
     torch.autograd.graph.increment_version([t.tensor for t in (*params, *momenta)])

@@ -1,5 +1,5 @@
 """The verbs in plain torch operations: any device, any floating-point dtype, and the twin that native kernels are read
-beside. Products run in bf16 with fp32 accumulation, as in torch.optim.Muon, but batched.
+beside. Products run in 16 bits with fp32 accumulation, as in torch.optim.Muon, but batched.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from ..coefficients import Schedule
 from ..layout import Matrices
 from ..newton_schulz import Square
 
@@ -19,7 +20,7 @@ def unavailable() -> str | None:
     return None
 
 
-def refuses(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
+def refuses(device: torch.device, dtypes: Sequence[torch.dtype], workspace_dtype: torch.dtype) -> str | None:
     """Take any real floating-point dtype on any device."""
     bad = [d for d in dtypes if not d.is_floating_point]
     return f"expected floating-point tensors, got {bad[0]}" if bad else None
@@ -36,7 +37,7 @@ def symmetric_products() -> bool:
 
 
 def precise_squares() -> bool:
-    """No: torch's bf16 products round their result as a whole."""
+    """No: torch's 16-bit products round their result as a whole."""
     return False
 
 
@@ -55,7 +56,7 @@ def update_launches() -> int:
     return 2
 
 
-def fused_slots(rows: int, cols: int, count: int) -> None:
+def fused_slots(rows: int, cols: int, count: int, schedule: Schedule) -> None:
     """No: torch has nothing that runs a whole step."""
 
 

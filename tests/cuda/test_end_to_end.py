@@ -10,15 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from matrices import make
+from matrices import SPECTRA, factors, make, spectral_truth
 from ptx import standin
-from test_newton_schulz import misses
+from test_newton_schulz import bf16_loop, misses, relative_error
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from muon_kernels import Muon, backends, orthogonalize
+from muon_kernels import Muon, backends, options, orthogonalize
 from muon_kernels.backends import cuda
 from muon_kernels.cli.ledger import ledger
-from muon_kernels.plan import plan_for_shapes
+from muon_kernels.coefficients import resolve
 
 needs_nvcc = pytest.mark.skipif(standin.nvcc() is None, reason="no nvcc: kernels cannot be compiled")
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,6 +128,95 @@ def test_a_learning_rate_on_the_device(emulated: standin.Runtime) -> None:
     assert torch.equal(*results)
 
 
+class NothingWaits(TorchDispatchMode):
+    """Fails where the host would wait for the device; keeps what is allocated, as a graph's own memory pool does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default), func
+        out = func(*args, **(kwargs or {}))
+        self.kept.append(out)
+        return out
+
+
+@needs_nvcc
+def test_a_captured_step_replays(emulated: standin.Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a CUDA graph: new gradients and a new learning rate, written where the old ones were, take effect."""
+    monkeypatch.setattr(options, "on_host", lambda value: not isinstance(value, Tensor))
+
+    def make_muon() -> tuple[list[nn.Parameter], Tensor, Muon]:
+        params = [nn.Parameter(make("power -1/2", *s[-2:], batch=s[:-2])) for s in SHAPES]
+        for p in params:
+            p.grad = torch.empty_like(p)
+        lr = torch.tensor(0.1)
+        return params, lr, Muon(params, lr=lr, weight_decay=torch.tensor(0.5), backend="cuda")
+
+    def feed(params: list[nn.Parameter], lr: Tensor, t: int) -> None:
+        lr.fill_(0.1 / (t + 1))
+        for i, p in enumerate(params):
+            assert p.grad is not None
+            p.grad.copy_(make("power -1", *p.shape[-2:], batch=tuple(p.shape[:-2]), seed=10 * t + i))
+
+    ours, our_lr, captured = make_muon()
+    theirs, their_lr, plain = make_muon()
+    for t in range(4):
+        feed(ours, our_lr, t)
+        feed(theirs, their_lr, t)
+        plain.step()
+        if t == 0:
+            captured.step()
+        elif t == 1:
+            before = [p.detach().clone() for p in ours]
+            with emulated.capture(), NothingWaits() as memory:
+                captured.step()
+            assert memory.kept and all(map(torch.equal, ours, before)), "a capture runs nothing"
+        if t:
+            assert emulated.replay() == 0
+        for p, q in zip(ours, theirs, strict=True):
+            assert torch.equal(p, q), f"step {t}"
+
+
+@needs_nvcc
+def test_autograd_sees_that_tensors_were_written(emulated: standin.Runtime) -> None:
+    """A graph that saved a parameter before the step must not run backward on what the step made of it."""
+    params = [nn.Parameter(torch.randn(*s)) for s in ((24, 40), (130, 150))]  # in one launch, and in several
+    muon = Muon(params, backend="cuda")
+    for p in params:
+        p.grad = torch.randn_like(p)
+    muon.step()
+    before = [[t._version for t in (p, p.grad, muon.state[p]["momentum_buffer"])] for p in params]
+    losses = [(p * p).sum() for p in params]
+    muon.step()
+    for loss, p, (param, grad, momentum) in zip(losses, params, before, strict=True):
+        assert p._version > param and muon.state[p]["momentum_buffer"]._version > momentum
+        assert p.grad is not None and p.grad._version == grad
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+@needs_nvcc
+def test_orthogonalize_in_a_compiled_function(emulated: standin.Runtime) -> None:
+    G = torch.randn(2, 20, 30)
+    f = lambda G: orthogonalize(2 * G, backend="cuda").sin()
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(f, backend="aot_eager", fullgraph=True)(G), f(G))
+
+
+@needs_nvcc
+@pytest.mark.parametrize("spectrum", [name for name in SPECTRA if name != "zero"])
+@pytest.mark.parametrize("shape", [(136, 160), (64, 100)], ids=str)
+def test_fp16_is_four_times_more_accurate(emulated: standin.Runtime, shape: tuple[int, int], spectrum: str) -> None:
+    schedule = resolve("keller")
+    U, s, V = factors(spectrum, *shape)
+    G = ((U * s) @ V.mT).float()
+    truth = spectral_truth(U, s, V, schedule.triples, schedule.margin)
+    ours = orthogonalize(G, backend="cuda", workspace_dtype=torch.float16)
+    assert 4 * relative_error(ours, truth) <= max(0.01, relative_error(bf16_loop(G[None], schedule)[0], truth))
+
+
 def test_without_a_device() -> None:
     if cuda.unavailable() is None:
         pytest.skip("there is a device")
@@ -136,9 +226,12 @@ def test_without_a_device() -> None:
 
 
 @needs_nvcc
-def test_the_module_knows_how_many_rows_fuse(built: tuple[ModuleType, standin.Runtime]) -> None:
-    assert built[0].cuda.fused_rows() == cuda.FUSED_ROWS
-    assert plan_for_shapes([(cuda.FUSED_ROWS + 1, 300, 9)], backend="cuda", device="cuda", available=False).launches > 9
+@pytest.mark.parametrize("name", ["keller", "you6", "deepseek_v4"])
+def test_what_is_not_fused_is_stepped_all_the_same(emulated: standin.Runtime, name: str) -> None:
+    """The plan knows which schedules and sizes the fused kernel does not take."""
+    *_, muon = stepped("cuda", steps=1, ns_coefficients=name)
+    assert [b.fused for b in muon.plan().buckets[:2]] == [name != "deepseek_v4"] * 2
+    assert len(emulated.log) == muon.plan().launches
 
 
 @needs_nvcc

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 import shutil
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +18,7 @@ from matrices import SPECTRA, factors, spectral_truth
 from test_newton_schulz import bf16_loop, relative_error
 from torch import Tensor
 
+from muon_kernels.backends import cuda
 from muon_kernels.coefficients import COEFFICIENTS, Schedule, resolve
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc: kernels cannot be compiled")
@@ -22,6 +26,10 @@ pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc: k
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 SOURCE = CSRC / "cuda" / "fused_step_sm80.cu"
 POISON = float("nan")
+
+
+def shape_id(shape: tuple[int, int]) -> str:
+    return f"{shape[0]}x{shape[1]}"
 
 
 @dataclass
@@ -44,6 +52,7 @@ class Step:
     device_weight_decay: Tensor | None = None
     cautious: bool = False
     stochastic_rounding: bool = False
+    terms: int | None = None  # None: as many as the backend takes
 
     def run(self, built: tuple[ModuleType, Any], profile: bool = False, **options: Any) -> Any:
         """Returns the runtime's log, or the kernel's profile."""
@@ -67,10 +76,11 @@ class Step:
         address = [0 if t is None else t.data_ptr() for t in (self.device_lr, self.device_weight_decay)]
         chosen = module.cuda.ApplyOptions(*address, self.cautious, self.stochastic_rounding, 0)
         coefficients = [x for triple in self.schedule.triples for x in triple]
+        terms = self.terms or cuda._terms(self.schedule.triples, self.schedule.margin)
         with runtime.options(profile=profile, **options):
             runtime.register(*tensors, *scalars)
             try:
-                module.cuda.fused_step(len(self.grads), rows, cols, momentum, apply, coefficients, chosen, 0)
+                module.cuda.fused_step(len(self.grads), rows, cols, momentum, apply, coefficients, terms, chosen, 0)
             except RuntimeError as error:
                 raise AssertionError([*map(str, runtime.failures), *runtime.build_errors]) from error
             finally:
@@ -155,7 +165,7 @@ def check(step: Step, built: tuple[ModuleType, Any], tolerance: float = 2e-3, **
         d, momentum = direction(before, before.grads[i], before.momenta[i] if before.momenta else None)
         if step.momenta is not None and momentum is not None:
             assert untouched(before.momenta[i], step.momenta[i])
-            unit = 2.0**-8 if step.momenta[i].dtype == torch.bfloat16 else 2.0**-22
+            unit = max(2.0**-22, torch.finfo(step.momenta[i].dtype).eps)
             torch.testing.assert_close(step.momenta[i].double(), momentum, rtol=unit, atol=unit * float(d.abs().max()))
         assert untouched(before.params[i], param)
         assert torch.equal(step.grads[i], before.grads[i]), "gradient written to"
@@ -164,7 +174,7 @@ def check(step: Step, built: tuple[ModuleType, Any], tolerance: float = 2e-3, **
         weight_decay = step.weight_decay if step.device_weight_decay is None else float(step.device_weight_decay)
         decay = 1 - lr * weight_decay * ((update * old >= 0) if step.cautious else 1)
         expected = old * decay - lr * step.ratio * update
-        unit = 2.0**-8 if param.dtype == torch.bfloat16 else 2.0**-22
+        unit = max(2.0**-22, torch.finfo(param.dtype).eps)
         error = (param.double() - expected).abs()
         if step.cautious:  # where the update is about 0 its sign is anybody's
             error = error[update.abs() > 1e-3]
@@ -195,15 +205,19 @@ SHAPES = [(1, 1), (3, 17), (16, 160), (29, 32), (64, 64), (64, 129), (65, 70), (
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
 def test_step(built: tuple[ModuleType, Any], shape: tuple[int, int], layout: str) -> None:
     check(make_step(shape, 2, layout), built)
 
 
-FLOAT, BF16 = torch.float32, torch.bfloat16
+FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
 
 
-@pytest.mark.parametrize("dtypes", [(FLOAT, FLOAT, BF16), (BF16, FLOAT, FLOAT), (BF16, BF16, BF16)], ids=str)
+@pytest.mark.parametrize(
+    "dtypes",
+    [(FLOAT, FLOAT, BF16), (BF16, FLOAT, FLOAT), (BF16, BF16, BF16), (HALF, FLOAT, HALF), (FLOAT, HALF, HALF)],
+    ids=str,
+)
 @pytest.mark.parametrize("layout", ["rows", "columns", "odd"])
 def test_dtypes(built: tuple[ModuleType, Any], layout: str, dtypes: Sequence[torch.dtype]) -> None:
     check(make_step((24, 76), 1, layout, dtypes), built, tolerance=1e-2)
@@ -240,9 +254,10 @@ def test_layouts_may_differ(built: tuple[ModuleType, Any]) -> None:
     check(mixed, built)
 
 
+@pytest.mark.parametrize("mu", [0.95, 0.3])
 @pytest.mark.parametrize("dampened", [True, False])
-def test_momentum_is_torchs_to_the_bit(built: tuple[ModuleType, Any], dampened: bool) -> None:
-    step = make_step((16, 64), dampened=dampened)
+def test_momentum_is_torchs_to_the_bit(built: tuple[ModuleType, Any], dampened: bool, mu: float) -> None:
+    step = make_step((16, 64), dampened=dampened, mu=mu)
     expected, g = step.momenta[0].clone(), step.grads[0].contiguous()
     expected = expected.lerp_(g, 1 - step.mu) if dampened else torch.addcmul(g, expected, torch.tensor(step.mu))
     step.run(built)
@@ -269,30 +284,47 @@ def accuracy(built: tuple[ModuleType, Any], name: str, shape: tuple[int, int]) -
 RESTART_FREE = [name for name in COEFFICIENTS if name != "deepseek_v4"]
 
 
-@pytest.mark.parametrize("shape", [(8, 8), (16, 160), (64, 129)], ids=str)
+@pytest.mark.parametrize("shape", [(8, 8), (16, 160), (64, 129)], ids=shape_id)
 @pytest.mark.parametrize("name", RESTART_FREE)
 def test_accuracy(built: tuple[ModuleType, Any], name: str, shape: tuple[int, int]) -> None:
     assert not accuracy(built, name, shape)
 
 
-@pytest.mark.parametrize("name", ["keller", "you6", "polar_express"])
+@pytest.mark.parametrize("name", ["keller", "polar_express", "cans"])
 def test_accuracy_of_the_largest(built: tuple[ModuleType, Any], name: str) -> None:
     assert not accuracy(built, name, (128, 200))
 
 
-def test_what_needs_a_restart_is_refused(built: tuple[ModuleType, Any]) -> None:
-    """So that somebody else does it."""
+def test_what_needs_a_restart_goes_another_way() -> None:
     for schedule in (resolve("deepseek_v4"), resolve("keller", 12), resolve((0.0, 0.0, 0.0)), resolve((1e30, 1, 1))):
-        step = make_step((8, 40), schedule=schedule)
-        with pytest.raises(ValueError):
-            step.run(built)
-    assert len(make_step((8, 40), schedule=resolve("polar_express", 7)).run(built)) == 1
-    for changes in ({"stochastic_rounding": True}, {"dtypes": (torch.float16,) * 3}):
-        with pytest.raises(ValueError):
-            make_step((8, 40), **changes).run(built)  # type: ignore[arg-type]
-    for shape in ((129, 200), (20, 10)):
-        with pytest.raises(ValueError):
-            make_step(shape).run(built)
+        assert cuda.fused_slots(8, 40, 1, schedule) is None
+    for schedule in (resolve("you6"), resolve("polar_express", 7)):  # three terms
+        assert cuda.fused_slots(64, 70, 1, schedule) == 0
+        assert cuda.fused_slots(65, 70, 1, schedule) is None
+    assert cuda.fused_slots(128, 200, 1, resolve("keller")) == 0
+    assert cuda.fused_slots(129, 200, 1, resolve("keller")) is None
+
+
+@pytest.mark.parametrize(
+    ("shape", "changes"),
+    [
+        ((8, 40), {"stochastic_rounding": True}),
+        ((8, 40), {"terms": 1}),
+        ((8, 40), {"terms": 4}),
+        ((65, 70), {"terms": 3}),
+        ((129, 200), {}),
+        ((20, 10), {}),
+    ],
+    ids=str,
+)
+def test_what_there_is_no_kernel_for(
+    built: tuple[ModuleType, Any], shape: tuple[int, int], changes: dict[str, Any]
+) -> None:
+    step = make_step(shape, **changes)
+    before = step.clone()
+    with pytest.raises(ValueError, match="fused_step"):
+        step.run(built)
+    assert torch.equal(step.params[0], before.params[0])
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns"])
@@ -329,7 +361,7 @@ def test_zero_nan_and_infinity(built: tuple[ModuleType, Any]) -> None:
     assert step.params[3].isfinite().all()
 
 
-@pytest.mark.parametrize("shape", [(17, 70), (64, 64)], ids=str)
+@pytest.mark.parametrize("shape", [(17, 70), (64, 64)], ids=shape_id)
 def test_every_order_gives_the_same_bits(built: tuple[ModuleType, Any], shape: tuple[int, int]) -> None:
     step = make_step(shape, 3)
     first = step.clone()
@@ -375,15 +407,31 @@ def test_old_devices_are_refused(built: tuple[ModuleType, Any]) -> None:
         runtime.device.major = 8
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_machine_code(arch: str, tmp_path: Path) -> None:
+    """Tensor instructions and no spills, though 128 rows take all 255 registers."""
+    cubin = tmp_path / "fused.cubin"
+    command = ["nvcc", "-cubin", f"-arch={arch}", "-std=c++17", "-Xptxas", "-v", str(SOURCE), "-o", str(cubin)]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spills = sorted(int(n) for n in re.findall(r"(\d+) bytes spill stores", report))
+    assert len(spills) == 4 and not any(spills), report
+    triton = importlib.util.find_spec("triton")
+    bundled = Path(triton.origin or "").parent / "backends" / "nvidia" / "bin" / "nvdisasm" if triton else None
+    disassembler = shutil.which("nvdisasm") or (str(bundled) if bundled and bundled.exists() else None)
+    if disassembler:
+        code = subprocess.run([disassembler, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+        assert code.count("HMMA.16816.F32.BF16") > 1000
+
+
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 @pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
-@pytest.mark.parametrize("shape", [(16, 160), (32, 96)], ids=str)
+@pytest.mark.parametrize("shape", [(16, 160), (32, 96)], ids=shape_id)
 def test_memory_traffic(built: tuple[ModuleType, Any], shape: tuple[int, int], dtype: torch.dtype, layout: str) -> None:
     """Least: gradient and momentum read twice, momentum written, parameter read and written."""
     profile = make_step(shape, 1, layout, (dtype,) * 3).run(built, profile=True)
     least = 7 * shape[0] * shape[1] * torch.finfo(dtype).bits // 8
     assert profile.sector_efficiency >= 0.95, profile.table()
     assert profile.global_bytes <= 1.02 * least, profile.table()
-    ldmatrix = [row for row in profile.rows if row.op.startswith("ldmatrix")]
-    assert ldmatrix and not any(row.conflicts for row in ldmatrix), profile.table()
-    assert profile.bank_conflicts <= 0.06 * profile.total("wavefronts"), profile.table()
+    conflicts = {row.op for row in profile.rows if row.conflicts}
+    # With 16 rows, two columns of the update lie in 32 banks however they are padded: its few reads meet.
+    assert conflicts <= ({"ld.shared.v4.f32"} if shape[0] == 16 and layout == "columns" else set()), profile.table()

@@ -236,6 +236,19 @@ class Runtime:
     def forget_memory(self) -> None:
         self._library.standin_clear_ranges()
 
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        """Launches inside are kept for `replay`, as in a CUDA graph; whatever waits for the device fails."""
+        self._library.standin_begin_capture()
+        try:
+            yield
+        finally:
+            self._library.standin_end_capture()
+
+    def replay(self) -> int:
+        """Runs what was captured, with the parameters of then; a cudaError_t, not 0 if nothing was captured."""
+        return int(self._library.standin_replay())
+
     @property
     def log(self) -> list[Launched]:
         entries = [

@@ -58,6 +58,15 @@ struct Kernel {
     KernelInfo info{};
 };
 
+// A launch that a graph holds, with its own copy of the parameters, as cudaStreamBeginCapture makes.
+struct Node {
+    Kernel* kernel;
+    dim3 grid, block;
+    std::vector<u8> params;
+    size_t shared;
+    bool cooperative;
+};
+
 struct State {
     Device device;
     Options options;
@@ -69,6 +78,8 @@ struct State {
     std::vector<Launch> failures;
     std::vector<std::string> failed_kernels;
     cudaError_t last = cudaSuccess;
+    bool capturing = false;
+    std::vector<Node> graph;
     int (*resolve)(const char* name, KernelInfo*) = nullptr;
     u64 (*variable)(const char* name) = nullptr;
     std::recursive_mutex mutex;
@@ -132,6 +143,48 @@ u32 blocks_per_multiprocessor(const Kernel& k, u32 threads, size_t shared) {
     );
 }
 
+LogEntry entry_of(const Node& node) {
+    LogEntry entry{};
+    std::snprintf(entry.kernel, sizeof entry.kernel, "%s", node.kernel->name.c_str());
+    const u32 g[3] = {node.grid.x, node.grid.y, node.grid.z}, b[3] = {node.block.x, node.block.y, node.block.z};
+    std::copy_n(g, 3, entry.grid);
+    std::copy_n(b, 3, entry.block);
+    entry.shared = node.shared, entry.cooperative = node.cooperative;
+    return entry;
+}
+
+cudaError_t execute(const Node& node) {
+    State& s = state();
+    const Kernel& k = *node.kernel;
+    LogEntry entry = entry_of(node);
+    std::vector<u8> params(node.params.size() + 64);
+    u8* aligned = params.data() + (64 - reinterpret_cast<u64>(params.data()) % 64) % 64;
+    std::memcpy(aligned, node.params.data(), node.params.size());
+    std::vector<Range> ranges;
+    for (auto [begin, end] : s.ranges) ranges.push_back({begin, end});
+    Launch l{};
+    std::copy_n(entry.grid, 3, l.grid);
+    std::copy_n(entry.block, 3, l.block);
+    l.dynamic_shared = static_cast<u32>(node.shared);
+    l.order = s.options.order, l.asynchrony = s.options.asynchrony, l.spin_limit = s.options.spin_limit;
+    l.seed = s.options.seed;
+    l.resident = node.cooperative ? node.grid.x * node.grid.y * node.grid.z : 1;
+    l.check_bounds = !s.device.any_memory;
+    l.params = aligned, l.param_bytes = static_cast<u32>(node.params.size());
+    l.ranges = ranges.data(), l.range_count = ranges.size();
+    l.profile = k.info.profile;
+    k.info.run(&l);
+    entry.warnings = l.warning_count;
+    std::memcpy(entry.warning, l.warning, sizeof entry.warning);
+    if (l.failed) {
+        entry.error = cudaErrorLaunchFailure;
+        s.failures.push_back(l);
+        s.failed_kernels.push_back(k.name);
+    }
+    s.log.push_back(entry);
+    return set_last(static_cast<cudaError_t>(entry.error));
+}
+
 cudaError_t launch(const void* function, dim3 grid, dim3 block, void** args, size_t shared, bool cooperative) {
     State& s = state();
     std::lock_guard lock(s.mutex);
@@ -143,42 +196,25 @@ cudaError_t launch(const void* function, dim3 grid, dim3 block, void** args, siz
         blocks > u64(blocks_per_multiprocessor(*k, block.x * block.y * block.z, shared)) * s.device.multiprocessors) {
         error = cudaErrorCooperativeLaunchTooLarge;
     }
-    LogEntry entry{};
-    std::snprintf(entry.kernel, sizeof entry.kernel, "%s", k->name.c_str());
-    const u32 g[3] = {grid.x, grid.y, grid.z}, b[3] = {block.x, block.y, block.z};
-    std::copy_n(g, 3, entry.grid);
-    std::copy_n(b, 3, entry.block);
-    entry.shared = shared, entry.cooperative = cooperative;
-    if (!error) {
-        std::vector<u8> params(k->info.param_bytes + 64);
-        u8* aligned = params.data() + (64 - reinterpret_cast<u64>(params.data()) % 64) % 64;
-        for (u32 i = 0; i < k->info.param_count; ++i)
-            std::memcpy(aligned + k->info.offsets[i], args[i], k->info.sizes[i]);
-        std::vector<Range> ranges;
-        for (auto [begin, end] : s.ranges) ranges.push_back({begin, end});
-        Launch l{};
-        std::copy_n(g, 3, l.grid);
-        std::copy_n(b, 3, l.block);
-        l.dynamic_shared = static_cast<u32>(shared);
-        l.order = s.options.order, l.asynchrony = s.options.asynchrony, l.spin_limit = s.options.spin_limit;
-        l.seed = s.options.seed;
-        l.resident = cooperative ? static_cast<u32>(blocks) : 1;
-        l.check_bounds = !s.device.any_memory;
-        l.params = aligned, l.param_bytes = k->info.param_bytes;
-        l.ranges = ranges.data(), l.range_count = ranges.size();
-        l.profile = k->info.profile;
-        k->info.run(&l);
-        entry.warnings = l.warning_count;
-        std::memcpy(entry.warning, l.warning, sizeof entry.warning);
-        if (l.failed) {
-            error = cudaErrorLaunchFailure;
-            s.failures.push_back(l);
-            s.failed_kernels.push_back(k->name);
-        }
+    Node node{k, grid, block, std::vector<u8>(k->info.param_bytes), shared, cooperative};
+    if (error) {
+        s.log.push_back(entry_of(node));
+        s.log.back().error = error;
+        return set_last(error);
     }
-    entry.error = error;
-    s.log.push_back(entry);
-    return set_last(error);
+    for (u32 i = 0; i < k->info.param_count; ++i)
+        std::memcpy(node.params.data() + k->info.offsets[i], args[i], k->info.sizes[i]);
+    if (!s.capturing) return execute(node);
+    s.graph.push_back(std::move(node));
+    return cudaSuccess;
+}
+
+// What waits for the device or changes memory at once; while a graph is captured that is an error, and the graph lost.
+cudaError_t waits() {
+    State& s = state();
+    if (!s.capturing) return s.last;
+    s.graph.clear();
+    return set_last(cudaErrorStreamCaptureUnsupported);
 }
 
 CUresult encode_tiled(
@@ -234,6 +270,18 @@ void standin_clear() {
     s.failures.clear();
     s.failed_kernels.clear();
     s.last = cudaSuccess;
+}
+void standin_begin_capture() {
+    state().graph.clear();
+    state().capturing = true;
+}
+void standin_end_capture() { state().capturing = false; }
+s32 standin_replay() {
+    const std::vector<Node> graph = state().graph;
+    for (const Node& node : graph) {
+        if (const cudaError_t error = execute(node)) return error;
+    }
+    return graph.empty() ? cudaErrorInvalidValue : cudaSuccess;
 }
 const char* standin_kernel_name(u64 i) {
     auto& kernels = state().kernels;
@@ -418,39 +466,45 @@ const char* cudaGetErrorString(cudaError_t error) { return cudaGetErrorName(erro
 cudaError_t cudaStreamCreate(cudaStream_t* s) { return *s = nullptr, cudaSuccess; }
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* s, unsigned) { return *s = nullptr, cudaSuccess; }
 cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return state().last; }
-cudaError_t cudaStreamQuery(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return waits(); }
+cudaError_t cudaStreamQuery(cudaStream_t) { return waits(); }
 cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* s) {
-    return *s = cudaStreamCaptureStatusNone, cudaSuccess;
+    return *s = state().capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone, cudaSuccess;
 }
-cudaError_t cudaDeviceSynchronize() { return state().last; }
+cudaError_t cudaDeviceSynchronize() { return waits(); }
 cudaError_t cudaEventCreate(cudaEvent_t* e) { return *e = nullptr, cudaSuccess; }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* e, unsigned) { return *e = nullptr, cudaSuccess; }
 cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
-cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+cudaError_t cudaEventSynchronize(cudaEvent_t) { return waits(); }
 cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }
 
 cudaError_t cudaMalloc(void** p, size_t bytes) {
+    if (state().capturing) return waits();
     *p = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
     std::memset(*p, 0xff, bytes);
     standin_add_range(reinterpret_cast<u64>(*p), reinterpret_cast<u64>(*p) + bytes);
     return cudaSuccess;
 }
 cudaError_t cudaFree(void* p) {
+    if (state().capturing) return waits();
     state().ranges.erase(reinterpret_cast<u64>(p));
     std::free(p);
     return cudaSuccess;
 }
 cudaError_t cudaMallocAsync(void** p, size_t bytes, cudaStream_t) { return cudaMalloc(p, bytes); }
 cudaError_t cudaFreeAsync(void* p, cudaStream_t) { return cudaFree(p); }
-cudaError_t cudaMemset(void* p, int value, size_t bytes) { return std::memset(p, value, bytes), cudaSuccess; }
+cudaError_t cudaMemset(void* p, int value, size_t bytes) {
+    if (state().capturing) return waits();
+    return std::memset(p, value, bytes), cudaSuccess;
+}
 cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) { return cudaMemset(p, value, bytes); }
 cudaError_t cudaMemset2DAsync(void* p, size_t pitch, int value, size_t width, size_t height, cudaStream_t) {
     for (size_t i = 0; i < height; ++i) std::memset(static_cast<char*>(p) + i * pitch, value, width);
     return cudaSuccess;
 }
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+    if (state().capturing) return waits();
     return std::memmove(to, from, bytes), cudaSuccess;
 }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
