@@ -339,6 +339,7 @@ def prepare(
             backend=backends.choose(backend, kind.device, dtypes),
             max_workspace_bytes=max_workspace_bytes,
             bytes_per_element=kind.grad_dtype.itemsize + 2 * (kind.momentum_dtype.itemsize + kind.param_dtype.itemsize),
+            direction_bytes=kind.grad_dtype.itemsize + kind.momentum_dtype.itemsize,
         )
         chunks = []
         for parts in _deal(counts, bucket.chunks):

@@ -191,6 +191,16 @@ def update_launches() -> int:
     return 3
 
 
+def product_tiles() -> tuple[int, int]:
+    """Of product_sm80.cu."""
+    return 64, 128
+
+
+def fused_reads() -> int:
+    """For the first Gram matrix, and for the update."""
+    return 2
+
+
 def fused_slots(rows: int, cols: int, count: int) -> int | None:
     """None of the workspace: where the smaller side fits on the chip, the matrix stays there."""
     return 0 if rows <= FUSED_ROWS else None
