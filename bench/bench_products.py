@@ -39,7 +39,8 @@ def calls(implementation: str, batch: int, m: int, n: int, device: str) -> dict[
     pad = backends.get(implementation).leading_dimension if implementation != TORCH else lambda cols: cols
 
     def stack(cols: int) -> Tensor:
-        return torch.randn(batch, m, pad(cols), device=device).bfloat16()[..., :cols]
+        values = torch.randn(batch, m, cols, device=device)
+        return values.new_empty(batch, m, pad(cols), dtype=torch.bfloat16)[..., :cols].copy_(values)
 
     def square() -> Square:
         high = stack(m)

@@ -2,7 +2,7 @@
 
 torch.optim.Muon and the batched loop are run on tensors without memory and their operations counted; ours are counted
 by the plan that a step follows. Nothing here is a measured time: the bound is the largest of three quotients, and no
-implementation reaches it, except where a cache keeps what one launch writes for the next: nobody is credited with that.
+implementation reaches it, except where a cache keeps what is needed again: nobody is credited with that.
 """
 
 from __future__ import annotations
