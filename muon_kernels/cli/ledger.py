@@ -214,7 +214,7 @@ def run(args: argparse.Namespace) -> int:
     base = costs["torch.optim.Muon"]
     print(" + ".join(f"{c} of {m}x{n}" for m, n, c in shapes))
     print(f"least time on {args.gpu}: {gpu.flops / 1e12:.0f} TFLOP/s, {gpu.bytes / 1e12:.2f} TB/s,", end=" ")
-    print(f"{args.launch_us:g} µs a launch (assumed)\n")
+    print(f"from NVIDIA's data sheet; {args.launch_us:g} µs a launch, assumed\n")
     print(f"{'':24}launches    GFLOP         MB   launch, ms  FLOP, ms  bytes, ms   at least, ms")
     for name, cost in costs.items():
         terms = cost.launches * args.launch_us / 1e3, cost.flops / gpu.flops * 1e3, cost.bytes / gpu.bytes * 1e3
