@@ -1,50 +1,118 @@
-"""The products alone, counted on the FLOPs of a symmetric result's triangle, beside torch.matmul at 2048³ in bf16.
+"""The products alone beside torch's, all counted on the FLOPs of a symmetric result's triangle, in percent of
+torch.matmul in bf16; on a GPU too, where there is one.
 
-python bench/bench_products.py
+    pytest bench/bench_products.py --benchmark-columns=median,iqr,rounds
+    python bench/bench_products.py
 """
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
 
+import measure
+import pytest
 import torch
-from measure import measured_peak
+from torch import Tensor
 
 from muon_kernels import backends
 from muon_kernels.newton_schulz import Square
 
 # (batch, m, n): GPT-2's MLP and attention, a Llama-style MLP, MoE experts, heads
 SHAPES = [(4, 768, 3072), (4, 768, 768), (1, 2048, 5632), (16, 384, 1024), (128, 64, 768)]
+PRODUCTS = ("syrk", "syrk + C", "gemm + C")
+TORCH = "torch"
+ROUNDS = 7
 
 
-def seconds(f: Callable[[], None]) -> float:
-    taken = []
-    for _ in range(8):
-        start = time.perf_counter()
-        f()
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken[1:])
+class Call(NamedTuple):
+    """A product, and where its result is."""
+
+    run: Callable[[], object]
+    out: Tensor
 
 
-def rates(batch: int, m: int, n: int) -> dict[str, float]:
-    """FLOP/s of X Xᵀ, of b A + c A² and of a X + B X, squares with their fp32 diagonals."""
-    ops = backends.get("cpu")
-    pad = ops.leading_dimension
-    X, Y = (torch.randn(batch, m, pad(n)).bfloat16()[..., :n] for _ in range(2))
-    A, B = (Square(torch.randn(batch, m, pad(m)).bfloat16()[..., :m], torch.randn(batch, m) * 1e-3) for _ in range(2))
-    triangle = batch * m * (m + 1)
+def calls(implementation: str, batch: int, m: int, n: int, device: str) -> dict[str, Call]:
+    """X Xᵀ, b A + c A² and a X + B X of memory of their own; our squares with their fp32 diagonals."""
+    pad = backends.get(implementation).leading_dimension if implementation != TORCH else lambda cols: cols
+
+    def stack(cols: int) -> Tensor:
+        values = torch.randn(batch, m, cols, device=device)
+        return values.new_empty(batch, m, pad(cols), dtype=torch.bfloat16)[..., :cols].copy_(values)
+
+    def square() -> Square:
+        high = stack(m)
+        return Square(high.copy_(high + high.mT), torch.randn(batch, m, device=device) * 1e-3)
+
+    X, Y, A, B, out = stack(n), stack(n), square(), square(), square()
+    if implementation == TORCH:
+        return {
+            "syrk": Call(lambda: torch.bmm(X, X.mT, out=out.high), out.high),
+            "syrk + C": Call(
+                lambda: torch.baddbmm(A.high, A.high, A.high.mT, alpha=0.5, beta=0.5, out=out.high), out.high
+            ),
+            "gemm + C": Call(lambda: torch.baddbmm(X, B.high, X, beta=0.5, out=Y), Y),
+        }
+    ops = backends.get(implementation)
     return {
-        "syrk": triangle * n / seconds(lambda: ops.syrk(X, out=A)),
-        "syrk + C": triangle * m / seconds(lambda: ops.syrk(A, C=A, alpha=0.5, beta=0.5, out=B)),
-        "gemm + C": 2 * batch * m * m * n / seconds(lambda: ops.gemm(B, X, C=X, beta=0.5, out=Y)),
+        "syrk": Call(lambda: ops.syrk(X, out=out), out.high),
+        "syrk + C": Call(lambda: ops.syrk(A, C=A, alpha=0.5, beta=0.5, out=out), out.high),
+        "gemm + C": Call(lambda: ops.gemm(B, X, C=X, beta=0.5, out=Y), Y),
     }
 
 
-if __name__ == "__main__":
-    peak = measured_peak()
-    print(f"torch.matmul, bf16, 2048³: {peak / 1e9:.0f} GFLOP/s; ours in percent of it\n")
+def flops(product: str, batch: int, m: int, n: int) -> int:
+    return batch * m * {"syrk": (m + 1) * n, "syrk + C": (m + 1) * m, "gemm + C": 2 * m * n}[product]
+
+
+@cache
+def times(implementation: str, shape: tuple[int, int, int], device: str) -> dict[str, list[float]]:
+    """Seconds of each product, a mean over operands that no cache holds, in every round."""
+    batch, m, n = shape
+    fewest = 2 * 2 * batch * m * min(m, n)  # bytes of what the smallest product reads and writes
+    ring = measure.ring(lambda: calls(implementation, *shape, device), fewest, measure.cache_bytes(device))
+    taken = {}
+    for product in PRODUCTS:
+        run = measure.one_after_another([member[product].run for member in ring], device)
+        taken[product] = [measure.seconds(run, device) / len(ring) for _ in range(ROUNDS + 1)][1:]
+    return taken
+
+
+def percent(implementation: str, shape: tuple[int, int, int], product: str, device: str) -> float:
+    """Of torch.matmul's rate."""
+    median = statistics.median(times(implementation, shape, device)[product])
+    return 100 * flops(product, *shape) / median / measure.measured_peak(device)
+
+
+ROWS = [(device, name) for device in measure.DEVICES for name in (TORCH, measure.own(device)[0])]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize(("device", "implementation"), ROWS)
+def test_product(benchmark, device: str, implementation: str, product: str, shape: tuple[int, int, int]) -> None:
+    if reason := measure.missing(device):
+        pytest.skip(reason)
+    benchmark.group = f"{product}, {shape}, {device}"
+    measure.report(benchmark, times(implementation, shape, device)[product])
+    benchmark.extra_info["percent_of_bf16_rate"] = percent(implementation, shape, product, device)
+
+
+def table(device: str) -> str:
+    """A line for every shape: ours, and in parentheses torch's."""
+    own = measure.own(device)[0]
+    lines = [f"{measure.describe(device)}\n{measure.peak_line(device)}; {own} (torch) in percent of it\n"]
     for shape in SHAPES:
-        found = {name: 100 * rate / peak for name, rate in rates(*shape).items()}
-        print(f"{shape!s:16}", "  ".join(f"{name} {percent:4.0f}" for name, percent in found.items()))
+        cells = (
+            f"{p} {percent(own, shape, p, device):4.0f} ({percent(TORCH, shape, p, device):3.0f})" for p in PRODUCTS
+        )
+        lines.append(f"{shape!s:16} " + "  ".join(cells))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    for device in measure.DEVICES:
+        reason = measure.missing(device)
+        print(f"{device}: {reason}" if reason else table(device), end="\n\n")

@@ -1,7 +1,9 @@
 """A whole optimizer step: torch.optim.Muon, the reference in bf16, and ours by backend, on every workload.
 
+On a GPU too, where there is one: with everything in its memory, and so many copies of it that its cache does not help.
+
 The implementations take turns, so that whatever else the machine does meets all of them; each benchmark then reports
-its own times, with the ratio to torch.optim.Muon and the share of the processor's bf16 rate in `extra_info`.
+its own times, with the ratio to torch.optim.Muon and the share of the device's bf16 rate in `extra_info`.
 
     pytest bench/ --benchmark-columns=median,iqr,rounds
     python bench/bench_step.py            a Markdown table, for RESULTS.md and README.md
@@ -9,16 +11,14 @@ its own times, with the ratio to torch.optim.Muon and the share of the processor
 
 from __future__ import annotations
 
-import copy
 import gc
 import statistics
-import time
 from collections.abc import Callable
 from functools import cache
 
+import measure
 import pytest
 import torch
-from measure import measured_peak, parameters
 from shapes import WORKLOADS
 from torch import nn
 
@@ -47,93 +47,95 @@ def reference_step(params: list[nn.Parameter]) -> Callable[[], object]:
     return step
 
 
-# Name -> a function from parameters to the step that is timed. A backend added to the package appears by itself.
-IMPLEMENTATIONS: dict[str, Callable[[list[nn.Parameter]], Callable[[], object]]] = {
-    TORCH: lambda params: torch.optim.Muon(params).step,
-    "reference": reference_step,
-    **{
-        name: lambda params, name=name: muon_kernels.Muon(params, backend=name).step
-        for name in backends.BACKENDS
-        if backends.unavailable(name) is None
-    },
-}
+def implementations(device: str) -> dict[str, Callable[[list[nn.Parameter]], Callable[[], object]]]:
+    """Name -> a function from parameters to the step that is timed. A backend of ours appears by itself."""
+    return {
+        TORCH: lambda params: torch.optim.Muon(params).step,
+        "reference": reference_step,
+        **{
+            name: lambda params, name=name: muon_kernels.Muon(params, backend=name).step for name in measure.own(device)
+        },
+    }
 
 
 @cache
-def times(workload: str) -> dict[str, list[float]]:
-    """Seconds of every implementation's steps, taken in turn."""
-    params = parameters(WORKLOADS[workload])
-    steps = {name: make(copy_with_grads(params)) for name, make in IMPLEMENTATIONS.items()}
-    for step in steps.values():
-        step()
+def times(workload: str, device: str) -> dict[str, list[float]]:
+    """Seconds of every implementation's steps, taken in turn; parameters are in no cache that must not help."""
+    params = measure.parameters(WORKLOADS[workload])
+    bytes_ = 3 * sum(p.numel() * p.itemsize for p in params)  # with gradients and momenta
+    steps = {
+        name: measure.ring(lambda make=make: make(copied(params, device)), bytes_, measure.cache_bytes(device))
+        for name, make in implementations(device).items()
+    }
+    for ring in steps.values():
+        for step in ring:
+            step()
     taken: dict[str, list[float]] = {name: [] for name in steps}
     gc.collect()
-    for _ in range(ROUNDS):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            taken[name].append(time.perf_counter() - start)
+    for i in range(ROUNDS):
+        for name, ring in steps.items():
+            taken[name].append(measure.seconds(ring[i % len(ring)], device))
     return taken
 
 
-def copy_with_grads(params: list[nn.Parameter]) -> list[nn.Parameter]:
-    copies = copy.deepcopy(params)
-    for p, original in zip(copies, params, strict=True):
-        assert original.grad is not None
-        p.grad = original.grad.clone()
+def copied(params: list[nn.Parameter], device: str) -> list[nn.Parameter]:
+    """With their gradients, in memory of their own."""
+    copies = []
+    for p in params:
+        assert p.grad is not None
+        copies.append(nn.Parameter(p.detach().clone().to(device)))
+        copies[-1].grad = p.grad.clone().to(device)
     return copies
 
 
-def facts(workload: str, implementation: str) -> dict[str, float]:
+def facts(workload: str, implementation: str, device: str) -> dict[str, float]:
     """Median seconds, the ratio to torch.optim.Muon, and for ours the FLOPs and their share of the bf16 rate."""
-    taken = times(workload)
+    taken = times(workload, device)
     median = statistics.median(taken[implementation])
     found = {"median_ms": median * 1e3, "faster_than_torch": statistics.median(taken[TORCH]) / median}
     if implementation in backends.BACKENDS:
         shapes = [(m, n, c) for m, n, c in WORKLOADS[workload]]
-        flops = muon_kernels.plan.plan_for_shapes(shapes, backend=implementation).flops
+        flops = muon_kernels.plan.plan_for_shapes(shapes, device=device, backend=implementation).flops
         found["gflop"] = flops / 1e9
-        found["percent_of_bf16_rate"] = 100 * flops / median / measured_peak()
+        found["percent_of_bf16_rate"] = 100 * flops / median / measure.measured_peak(device)
     return found
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_step(benchmark, workload: str, implementation: str) -> None:
-    benchmark.group = workload
-    taken = iter(times(workload)[implementation])
-    clock = [0.0]
-
-    # The steps were timed in turns above; the plugin is handed those times through its own clock.
-    benchmark._timer = lambda: clock[0]
-
-    def replay() -> None:
-        clock[0] += next(taken)
-
-    benchmark.pedantic(replay, rounds=ROUNDS, iterations=1)
-    benchmark.extra_info.update(facts(workload, implementation))
+ROWS = [(device, name) for device in measure.DEVICES for name in implementations(device)]
 
 
-def table() -> str:
+@pytest.mark.parametrize(("device", "implementation"), ROWS)
+def test_step(benchmark, workload: str, device: str, implementation: str) -> None:
+    if reason := measure.missing(device):
+        pytest.skip(reason)
+    benchmark.group = f"{workload}, {device}"
+    # The steps were timed in turns.
+    measure.report(benchmark, times(workload, device)[implementation])
+    benchmark.extra_info.update(facts(workload, implementation, device))
+
+
+def table(device: str) -> str:
     """Every workload's medians in milliseconds, and how much faster than torch.optim.Muon the best of ours is."""
-    best = next(name for name in backends.BACKENDS if backends.unavailable(name) is None)
+    names, best = list(implementations(device)), measure.own(device)[0]
     lines = [
-        f"| workload | {', ms | '.join(IMPLEMENTATIONS)}, ms | {best}: times faster | % of bf16 rate |",
-        "|---" * (len(IMPLEMENTATIONS) + 3) + "|",
+        f"| workload | {', ms | '.join(names)}, ms | {best}: times faster | % of bf16 rate |",
+        "|---" * (len(names) + 3) + "|",
     ]
     ratios = []
     for workload in WORKLOADS:
-        figures = {name: facts(workload, name) for name in IMPLEMENTATIONS}
+        figures = {name: facts(workload, name, device) for name in names}
         ratios.append(figures[best]["faster_than_torch"])
-        cells = " | ".join(f"{figures[name]['median_ms']:.1f}" for name in IMPLEMENTATIONS)
+        cells = " | ".join(f"{figures[name]['median_ms']:.{1 if device == 'cpu' else 3}f}" for name in names)
         share = figures[best]["percent_of_bf16_rate"]
         lines.append(f"| {workload} | {cells} | **{ratios[-1]:.2f}** | {share:.0f} |")
-    lines.append(
-        f"| geometric mean | {' | ' * (len(IMPLEMENTATIONS) - 1)} | **{statistics.geometric_mean(ratios):.2f}** | |"
-    )
+    lines.append(f"| geometric mean | {' | ' * (len(names) - 1)} | **{statistics.geometric_mean(ratios):.2f}** | |")
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {backends.get('cpu').describe()}")
-    print(f"torch.matmul, bf16, 2048³: {measured_peak() / 1e9:.0f} GFLOP/s\n")
-    print(table())
+    for device in measure.DEVICES:
+        if reason := measure.missing(device):
+            print(f"{device}: {reason}")
+            continue
+        print(f"{measure.describe(device)}\n{measure.peak_line(device)}\n")
+        print(table(device), end="\n\n")

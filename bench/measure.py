@@ -1,13 +1,21 @@
-"""Parameters with gradients, and this processor's bf16 rate."""
+"""Parameters with gradients, and how time is taken, and how fast a device multiplies, on a processor or a GPU."""
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any, TypeVar
 
 import torch
 from shapes import Shapes
 from torch import nn
+
+from muon_kernels import backends
+
+T = TypeVar("T")
+DEVICES = ("cpu", "cuda")
 
 
 def parameters(shapes: Shapes) -> list[nn.Parameter]:
@@ -21,13 +29,102 @@ def parameters(shapes: Shapes) -> list[nn.Parameter]:
     return params
 
 
-@cache
-def measured_peak() -> float:
-    """FLOP/s of torch.matmul in bf16 at 2048³, the median of seven."""
-    A = torch.randn(2048, 2048).bfloat16()
-    times = []
-    for _ in range(8):
+def missing(device: str) -> str | None:
+    """Why nothing is measured on this device; None if it is."""
+    return backends.unavailable("cuda") if device == "cuda" else None
+
+
+def own(device: str) -> list[str]:
+    """Our backends that run there, the one that "auto" takes first; on a GPU that is not there, what would."""
+    if missing(device):
+        return ["cuda"]
+    names = [name for name in backends.BACKENDS if backends.unavailable(name) is None]
+    return [name for name in names if backends.get(name).refuses(torch.device(device), [torch.float32]) is None]
+
+
+def describe(device: str) -> str:
+    """What the figures are of."""
+    if device == "cuda":
+        return f"torch {torch.__version__}, {torch.cuda.get_device_name()}"
+    return f"torch {torch.__version__}, {torch.get_num_threads()} threads, {backends.get('cpu').describe()}"
+
+
+def cache_bytes(device: str) -> int:
+    """Of the cache that must not help. On a processor none: between its benchmarks of one product it stays as it is."""
+    return int(torch.cuda.get_device_properties(device).L2_cache_size) if device == "cuda" else 0
+
+
+def ring(make: Callable[[], T], bytes_: int, cache: int) -> list[T]:
+    """So many of them that each has left the cache when its turn comes again.
+
+    Args:
+        make: what uses memory of its own.
+        bytes_: of that, at least.
+        cache: its bytes; the ring takes more than twice as many.
+    """
+    return [make() for _ in range(2 * cache // max(1, bytes_) + 1)]
+
+
+def one_after_another(calls: Sequence[Callable[[], object]], device: str) -> Callable[[], object]:
+    """All of them; on a GPU a recorded graph, in which no kernel waits for the host."""
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    if device == "cpu":
+        return run
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):  # what a first call allocates must not be recorded
+        run()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def seconds(run: Callable[[], object], device: str) -> float:
+    """Of one run: by the clock, or between two events on the GPU."""
+    if device == "cpu":
         start = time.perf_counter()
-        torch.matmul(A, A)
-        times.append(time.perf_counter() - start)
-    return 2 * 2048**3 / sorted(times[1:])[3]
+        run()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+@cache
+def measured_peak(device: str = "cpu") -> float:
+    """FLOP/s of torch.matmul in bf16 at `peak_size`³, the median of seven."""
+    size = peak_size(device)
+    A = torch.randn(size, size, device=device).bfloat16()
+    return 2 * size**3 / statistics.median([seconds(lambda: torch.matmul(A, A), device) for _ in range(8)][1:])
+
+
+def peak_size(device: str) -> int:
+    """At which torch.matmul is at its best: a GPU takes 2048³ in the time of a few launches."""
+    return 2048 if device == "cpu" else 8192
+
+
+def peak_line(device: str) -> str:
+    """What percents are of."""
+    return f"torch.matmul, bf16, {peak_size(device)}³: {measured_peak(device) / 1e9:.0f} GFLOP/s"
+
+
+def report(benchmark: Any, taken: Sequence[float]) -> None:
+    """Hand these seconds to pytest-benchmark, a round each, through its own clock."""
+    times = iter(taken)
+    clock = [0.0]
+    benchmark._timer = lambda: clock[0]
+
+    def replay() -> None:
+        clock[0] += next(times)
+
+    benchmark.pedantic(replay, rounds=len(taken), iterations=1)

@@ -340,6 +340,7 @@ def prepare(
             max_workspace_bytes=max_workspace_bytes,
             workspace_dtype=workspace_dtype,
             bytes_per_element=kind.grad_dtype.itemsize + 2 * (kind.momentum_dtype.itemsize + kind.param_dtype.itemsize),
+            direction_bytes=kind.grad_dtype.itemsize + kind.momentum_dtype.itemsize,
         )
         chunks = []
         for parts in _deal(counts, bucket.chunks):

@@ -37,7 +37,8 @@ class Bucket:
         flops: FLOPs that are executed, 2 a multiply-add, all matrices.
         product_bytes: traffic of the products if each operand is read and each result written once; none if fused.
         bytes: traffic of prologue and epilogue: gradients, momenta and parameters read, momenta and parameters written,
-            and, unless fused, the workspace written and read once each.
+            and, unless fused, the workspace written and read once each. Where the backend reads twice, so counted.
+        least_bytes: the same if everything were read once.
         workspace_bytes: of all slots.
     """
 
@@ -53,6 +54,7 @@ class Bucket:
     flops: int
     product_bytes: int
     bytes: int
+    least_bytes: int
     workspace_bytes: int
 
 
@@ -81,6 +83,11 @@ class Plan:
     def bytes(self) -> int:
         """Bytes moved by prologue and epilogue in a step."""
         return sum(b.bytes for b in self.buckets)
+
+    @property
+    def least_bytes(self) -> int:
+        """What `bytes` would be if everything were read once."""
+        return sum(b.least_bytes for b in self.buckets)
 
     @property
     def workspace_bytes(self) -> int:
@@ -136,24 +143,51 @@ class Counter:
         """Whether the counted backend has them."""
         return self._precise
 
-    def _count(self, A: Tensor, n: int, *others: Tensor, symmetric: bool) -> None:
-        batch, m, k = A.shape
+    def traffic(self, A: Square, B: Square, C: Tensor | None, out: Tensor, triangle: bool) -> int:
+        """Bytes of a product of A, (batch, m, k), and B plus C: each operand read and the result written once."""
+        operands = {id(t): t for t in (A.high, B.high, C, out) if t is not None}
+        return sum(t.numel() * t.itemsize for t in operands.values())
+
+    def _count(self, A: Square, B: Square, C: Tensor | None, out: Tensor, symmetric: bool) -> None:
+        triangle = symmetric and self._symmetric
+        batch, m, n = out.shape
         self.launches += 1
-        self.bytes += sum(t.numel() * t.itemsize for t in {id(t): t for t in (A, *others)}.values())
-        self.flops += batch * k * (m * (m + 1) if symmetric and self._symmetric else 2 * m * n)
+        self.bytes += self.traffic(A, B, C, out, triangle)
+        self.flops += batch * A.high.shape[2] * (m * (m + 1) if triangle else 2 * m * n)
 
     def syrk(self, A: Tensor | Square, *, out: Square, C: Square | None = None, **_: object) -> None:
         """Count one."""
-        A = A.high if isinstance(A, Square) else A
-        self._count(A, A.shape[1], out.high, *([C.high] if C else []), symmetric=True)
+        A = A if isinstance(A, Square) else Square(A)
+        self._count(A, A, C.high if C else None, out.high, symmetric=True)
 
     def syrkx(self, A: Square, B: Square, *, out: Square) -> None:
         """Count one."""
-        self._count(A.high, B.high.shape[2], B.high, out.high, symmetric=True)
+        self._count(A, B, None, out.high, symmetric=True)
 
     def gemm(self, A: Square, X: Tensor, *, out: Tensor, C: Tensor | None = None, **_: object) -> None:
         """Count one."""
-        self._count(A.high, X.shape[2], X, out, *([C] if C is not None else []), symmetric=False)
+        self._count(A, Square(X), C, out, symmetric=False)
+
+
+def count_iteration(
+    counter: Counter,
+    algorithm: str,
+    m: int,
+    n: int,
+    triples: tuple[tuple[float, float, float], ...],
+    margin: float,
+) -> None:
+    """Run the iteration on one m x n matrix that has no memory."""
+    run, squares = ALGORITHMS[algorithm]
+
+    def empty(cols: int) -> Tensor:
+        return torch.empty(1, m, cols, dtype=torch.bfloat16, device="meta")
+
+    def square() -> Square:
+        return Square(empty(m), torch.empty(1, m, device="meta") if counter.precise_squares() else None)
+
+    scale = torch.empty(1, device="meta")
+    run(counter, empty(n), empty(n), [square() for _ in range(squares)], scale, triples, margin)
 
 
 @lru_cache(maxsize=4096)
@@ -168,20 +202,7 @@ def count(
 ) -> tuple[int, int, int]:
     """(launches, FLOPs, bytes) of the iteration on one m x n matrix."""
     counter = Counter(symmetric, precise)
-    run, squares = ALGORITHMS[algorithm]
-
-    def empty(cols: int) -> Tensor:
-        return torch.empty(1, m, cols, dtype=torch.bfloat16, device="meta")
-
-    run(
-        counter,
-        empty(n),
-        empty(n),
-        [Square(empty(m)) for _ in range(squares)],
-        torch.empty(1, device="meta"),
-        triples,
-        margin,
-    )
+    count_iteration(counter, algorithm, m, n, triples, margin)
     return counter.launches, counter.flops, counter.bytes
 
 
@@ -229,6 +250,7 @@ def plan_bucket(
     max_workspace_bytes: int | None,
     bytes_per_element: int,
     workspace_dtype: torch.dtype = torch.bfloat16,
+    direction_bytes: int = 0,
     stepped: bool = True,
 ) -> Bucket:
     """Plan `count_` matrices of one shape (m ≤ n) on a backend that was chosen.
@@ -242,6 +264,7 @@ def plan_bucket(
         max_workspace_bytes: the user's cap, None for the backend's.
         bytes_per_element: of gradient once, momentum and parameter twice.
         workspace_dtype: torch.bfloat16 or torch.float16.
+        direction_bytes: of these, what is read of an element for its direction; only counts where a step may be fused.
         stepped: whether parameters are updated, so that a whole step may be fused.
 
     Raises:
@@ -253,7 +276,7 @@ def plan_bucket(
     m, n = shape
     algorithm = choose_algorithm(ns_algorithm, backend, m, n, schedule)
     if m == 0 or count_ == 0:
-        return Bucket(shape, count_, algorithm, backend, workspace_dtype, False, (), 0, 0, 0, 0, 0, 0)
+        return Bucket(shape, count_, algorithm, backend, workspace_dtype, False, (), 0, 0, 0, 0, 0, 0, 0)
     each = workspace_bytes(backend, algorithm, m, n)
     ops = backends.get(backend)
     cap = ops.default_workspace_bytes() if max_workspace_bytes is None else max_workspace_bytes
@@ -263,6 +286,8 @@ def plan_bucket(
     if slots is None or not fused:
         slots = max(chunks)
     launches, flops, product_bytes = _count_on(backend, algorithm, m, n, schedule)
+    least_bytes = count_ * m * n * (bytes_per_element + (0 if fused else 2 * 2))
+    again = count_ * m * n * direction_bytes * (ops.fused_reads() - 1) if fused else 0
     return Bucket(
         shape=shape,
         count=count_,
@@ -275,7 +300,8 @@ def plan_bucket(
         launches=1 if fused else len(chunks) * (launches + ops.update_launches()),
         flops=count_ * flops,
         product_bytes=0 if fused else count_ * product_bytes,
-        bytes=count_ * m * n * (bytes_per_element + (0 if fused else 2 * 2)),
+        bytes=least_bytes + again,
+        least_bytes=least_bytes,
         workspace_bytes=slots * each,
     )
 
@@ -319,6 +345,7 @@ def plan_for_shapes(
                 max_workspace_bytes=max_workspace_bytes,
                 bytes_per_element=5 * dtype.itemsize,
                 workspace_dtype=workspace_dtype,
+                direction_bytes=2 * dtype.itemsize,
             )
             for shape, count_ in counts.items()
         )

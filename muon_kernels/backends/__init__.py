@@ -92,6 +92,12 @@ class Backend(Products, Protocol):
     def update_launches(self) -> int:
         """Launches of `momentum_update` and `apply_update` together."""
 
+    def product_tiles(self) -> tuple[int, int] | None:
+        """Smallest and largest side of the tiles in which memory is asked for operands; None if that is not known."""
+
+    def fused_reads(self) -> int:
+        """How often `fused_step` reads gradients and momenta."""
+
     def fused_slots(self, rows: int, cols: int, count: int, schedule: Schedule) -> int | None:
         """How many matrices the workspace of `fused_step` holds for a bucket; None if it is not stepped that way."""
 

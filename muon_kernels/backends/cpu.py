@@ -221,6 +221,15 @@ def update_launches() -> int:
     return 2
 
 
+def product_tiles() -> None:
+    """Its panels suit caches of a processor."""
+
+
+def fused_reads() -> int:
+    """A matrix stays in a slot until it is stepped."""
+    return 1
+
+
 def fused_slots(rows: int, cols: int, count: int, schedule: Schedule) -> int | None:
     """One for each thread, where there are enough matrices to keep all busy to the end."""
     threads = torch.get_num_threads()

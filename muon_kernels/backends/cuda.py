@@ -201,6 +201,16 @@ def update_launches() -> int:
     return 3
 
 
+def product_tiles() -> tuple[int, int]:
+    """Of product_sm80.cu."""
+    return 64, 128
+
+
+def fused_reads() -> int:
+    """For the first Gram matrix, and for the update."""
+    return 2
+
+
 @lru_cache(maxsize=256)
 def _terms(triples: tuple[tuple[float, float, float], ...], margin: float) -> int | None:
     """How many bf16 numbers a number of `fused_step` must be a sum of; None if three are not enough.

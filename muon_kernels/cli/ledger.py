@@ -2,7 +2,7 @@
 
 torch.optim.Muon and the batched loop are run on tensors without memory and their operations counted; ours are counted
 by the plan that a step follows. Nothing here is a measured time: the bound is the largest of three quotients, and no
-implementation reaches it.
+implementation reaches it, except where a cache keeps what is needed again: nobody is credited with that.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import backends
-from ..plan import plan_for_shapes
+from ..coefficients import DEFAULT, resolve
+from ..newton_schulz import Square
+from ..plan import Counter, Plan, count_iteration, plan_for_shapes
 
 Shapes = Sequence[tuple[int, int, int]]
 
@@ -46,7 +48,7 @@ GPUS = {
 
 
 class Cost(NamedTuple):
-    """Of one step; bytes with each operand of a launch read, and each result written, once."""
+    """Of one step; bytes with each operand of a launch read once unless a plan knows more, and each result written."""
 
     launches: int
     flops: float
@@ -123,14 +125,68 @@ def batched_loop(params: Sequence[nn.Parameter]) -> Callable[[], None]:
     return step
 
 
+class Requests(Counter):
+    """Counts as traffic what tile x tile elements at a time ask memory for: caches answer most of it.
+
+    A tile needs its rows of A, its columns of B and its own elements of every addend.
+    """
+
+    def __init__(self, symmetric: bool, precise: bool, tile: int) -> None:
+        super().__init__(symmetric, precise)
+        self._tile = tile
+
+    def traffic(self, A: Square, B: Square, C: Tensor | None, out: Tensor, triangle: bool) -> int:
+        """Bytes that a product asks for; tiles at an edge count as whole ones."""
+        batch, m, n = out.shape
+        rows, cols = -(-m // self._tile), -(-n // self._tile)
+        tiles = rows * (rows + 1) // 2 if triangle else rows * cols
+        # diag(d) B is an addend too, but B is read once if it is C as well.
+        diagonal_times = [other.high for of, other in ((A, B), (B, A)) if of.diagonal is not None]
+        addends = {id(t) for t in (C, *diagonal_times) if t is not None}
+        each = 2 * self._tile * A.high.shape[2] + len(addends) * self._tile**2
+        return batch * out.itemsize * (tiles * each + m * n)
+
+
+def requested(plan: Plan, tile: int) -> int:
+    """Bytes that the products of a step by the default coefficients ask for in tiles of this size."""
+    schedule, total = resolve(DEFAULT, None), 0
+    for b in plan.buckets:
+        if not b.fused:
+            ops = backends.get(b.backend)
+            counter = Requests(ops.symmetric_products(), ops.precise_squares(), tile)
+            count_iteration(counter, b.algorithm, *b.shape, schedule.triples, schedule.margin)
+            total += b.count * counter.bytes
+    return total
+
+
+def traffic(plan: Plan, backend: str) -> str:
+    """What the bytes of a plan are made of, in words."""
+    ops = backends.get(backend)
+    text = f"prologue and epilogue move {plan.bytes / 1e6:.0f} MB,"
+    text += f" {plan.bytes / max(1, plan.least_bytes):.2f} of the least"
+    if plan.bytes > plan.least_bytes:
+        text += f" (a fused step reads gradient and momentum {ops.fused_reads()} times)"
+    if plan.product_bytes:
+        text += f";\nproducts {plan.product_bytes / 1e6:.0f} MB with each operand read once"
+        if tiles := ops.product_tiles():
+            most, least = (requested(plan, tile) / 1e6 for tile in tiles)
+            text += f", of caches they ask {least:.0f} to {most:.0f} MB, by tiles of {tiles[1]} to {tiles[0]}"
+    return text
+
+
+def own_plans(shapes: Shapes) -> dict[str, Plan]:
+    """The plan of every backend of ours for GPUs."""
+    names = (n for n in backends.BACKENDS if n not in ("cpu", "eager"))
+    return {n: plan_for_shapes(shapes, device="cuda", backend=n, available=False) for n in names}
+
+
 def ledger(shapes: Shapes) -> dict[str, Cost]:
     """The cost of a step of every implementation."""
     costs = {
         "torch.optim.Muon": counted(torch.optim.Muon(parameters(shapes)).step),
         "batched bf16 loop": counted(batched_loop(parameters(shapes))),
     }
-    for name in (n for n in backends.BACKENDS if n not in ("cpu", "eager")):
-        plan = plan_for_shapes(shapes, device="cuda", backend=name, available=False)
+    for name, plan in own_plans(shapes).items():
         costs[f"muon_kernels, {name}"] = Cost(plan.launches, plan.flops, plan.bytes + plan.product_bytes)
     return costs
 
@@ -158,7 +214,7 @@ def run(args: argparse.Namespace) -> int:
     base = costs["torch.optim.Muon"]
     print(" + ".join(f"{c} of {m}x{n}" for m, n, c in shapes))
     print(f"least time on {args.gpu}: {gpu.flops / 1e12:.0f} TFLOP/s, {gpu.bytes / 1e12:.2f} TB/s,", end=" ")
-    print(f"{args.launch_us:g} µs a launch (assumed)\n")
+    print(f"from NVIDIA's data sheet; {args.launch_us:g} µs a launch, assumed\n")
     print(f"{'':24}launches    GFLOP         MB   launch, ms  FLOP, ms  bytes, ms   at least, ms")
     for name, cost in costs.items():
         terms = cost.launches * args.launch_us / 1e3, cost.flops / gpu.flops * 1e3, cost.bytes / gpu.bytes * 1e3
@@ -166,4 +222,7 @@ def run(args: argparse.Namespace) -> int:
             f"{name:24}{cost.launches:8}{cost.flops / 1e9:9.1f} ({cost.flops / base.flops:4.0%}){cost.bytes / 1e6:8.0f}"
             f"{terms[0]:11.3f}{terms[1]:10.3f}{terms[2]:11.3f}{max(terms):15.3f}"
         )
+    print()
+    for name, plan in own_plans(shapes).items():
+        print(f"muon_kernels, {name}: {traffic(plan, name)}")
     return 0

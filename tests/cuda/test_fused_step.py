@@ -434,4 +434,4 @@ def test_memory_traffic(built: tuple[ModuleType, Any], shape: tuple[int, int], d
     assert profile.global_bytes <= 1.02 * least, profile.table()
     conflicts = {row.op for row in profile.rows if row.conflicts}
     # With 16 rows, two columns of the update lie in 32 banks however they are padded: its few reads meet.
-    assert conflicts <= ({"ld.shared.v4.f32"} if shape[0] == 16 and layout == "columns" else set()), profile.table()
+    assert conflicts <= ({"ld.shared.v4.b32"} if shape[0] == 16 and layout == "columns" else set()), profile.table()

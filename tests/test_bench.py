@@ -1,0 +1,106 @@
+"""What bench/ measures with is right, as far as a machine without a GPU can tell."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import bench_products
+import bench_step
+import measure
+import pytest
+import torch
+from torch import nn
+
+from muon_kernels import backends
+
+
+@pytest.mark.parametrize(("bytes_", "cache"), [(1, 0), (0, 7), (10, 49), (10, 50), (1000, 3), (40 << 20, 50 << 20)])
+def test_a_ring_is_more_than_twice_the_cache(bytes_: int, cache: int) -> None:
+    made: list[object] = []
+    ring = measure.ring(lambda: made.append(object()) or made[-1], bytes_, cache)
+    assert ring == made and max(bytes_, 1) * len(ring) > 2 * cache
+    assert len(ring) == 1 or max(bytes_, 1) * (len(ring) - 1) <= 2 * cache
+
+
+def test_a_pass_runs_every_call_in_turn() -> None:
+    seen: list[int] = []
+    run = measure.one_after_another([lambda i=i: seen.append(i) for i in range(3)], "cpu")
+    assert measure.seconds(run, "cpu") > 0
+    assert seen == [0, 1, 2]
+
+
+def test_a_gpu_s_events_are_in_milliseconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    queue: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            queue.append("event")
+
+        def synchronize(self) -> None:
+            queue.append("wait")
+
+        def elapsed_time(self, end: Event) -> float:
+            assert end is not self
+            return 250.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: queue.append("idle"))
+    assert measure.seconds(lambda: queue.append("run"), "cuda") == 0.25
+    assert queue == ["idle", "event", "run", "event", "wait"]
+
+
+def assert_same_products(implementation: str, shape: tuple[int, int, int], device: str) -> None:
+    """Of one and the same operands as torch's row."""
+    results = []
+    for name in (implementation, bench_products.TORCH):
+        torch.manual_seed(0)
+        calls = bench_products.calls(name, *shape, device)
+        assert tuple(calls) == bench_products.PRODUCTS
+        for call in calls.values():
+            call.out.fill_(torch.nan)
+        results.append({product: (call.run(), call.out.float())[1] for product, call in calls.items()})
+    for product, ours in results[0].items():
+        torchs = results[1][product]
+        # bf16's rounding, and the diagonals, a thousandth, which torch's do not have.
+        assert float((ours - torchs).norm() / torchs.norm()) < 0.01, product
+
+
+@pytest.mark.parametrize("shape", [(2, 24, 40), (1, 70, 70)], ids=str)
+def test_ours_and_torch_s_are_the_same_products(backend: str, shape: tuple[int, int, int]) -> None:
+    assert_same_products(backend, shape, "cuda" if backend == "cuda" else "cpu")
+
+
+def test_flops_are_of_the_triangle() -> None:
+    assert [bench_products.flops(p, 3, 4, 5) for p in bench_products.PRODUCTS] == [3 * 20 * 5, 3 * 20 * 4, 3 * 2 * 80]
+
+
+def test_percents(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_products, "times", lambda *_: {p: [2.0, 1.0, 4.0] for p in bench_products.PRODUCTS})
+    monkeypatch.setattr(measure, "measured_peak", lambda device: 600.0)
+    assert bench_products.percent("cpu", (3, 4, 5), "syrk", "cpu") == pytest.approx(100 * 300 / 2 / 600)
+
+
+def test_rows_of_a_gpu_are_there_and_say_why_they_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {("cuda", "torch"), ("cuda", "cuda")} <= set(bench_products.ROWS)
+    assert {("cuda", "torch.optim.Muon"), ("cuda", "cuda")} <= set(bench_step.ROWS)
+    monkeypatch.setattr(backends, "unavailable", lambda name: "no GPU; buy one" if name == "cuda" else None)
+    tests: list[tuple[Any, dict[str, Any]]] = [
+        (bench_products.test_product, {"product": "syrk", "shape": (1, 8, 8)}),
+        (bench_step.test_step, {"workload": "ragged"}),
+    ]
+    for test, options in tests:
+        with pytest.raises(pytest.skip.Exception, match="no GPU; buy one"):
+            test(None, device="cuda", implementation="cuda", **options)
+
+
+def test_implementations_step_what_they_are_given() -> None:
+    params = measure.parameters([(6, 9, 2), (8, 4, 1)])
+    for name, make in bench_step.implementations("cpu").items():
+        copies = bench_step.copied(params, "cpu")
+        assert all(torch.equal(p, c) and p.grad is not c.grad for p, c in zip(params, copies, strict=True))
+        make(copies)()
+        assert not any(torch.equal(p, c) for p, c in zip(params, copies, strict=True)), name
+        assert all(isinstance(c, nn.Parameter) for c in copies)
