@@ -25,8 +25,7 @@ def find_nvcc() -> str | None:
 
 def cuda_options() -> list[str]:
     """CMake's options for the CUDA kernels, by MUON_KERNELS_CUDA (0, 1, auto) and MUON_KERNELS_CUDA_ARCHS."""
-    # Not "auto" yet: the kernels are proven one by one in tests/cuda, but the backend is not finished.
-    wanted = os.environ.get("MUON_KERNELS_CUDA", "0")
+    wanted = os.environ.get("MUON_KERNELS_CUDA", "auto")
     if wanted not in ("0", "1", "auto"):
         raise SystemExit(f"MUON_KERNELS_CUDA should be 0, 1 or auto but is: {wanted!r}")
     nvcc = find_nvcc() if wanted != "0" else None

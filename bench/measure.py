@@ -39,7 +39,11 @@ def own(device: str) -> list[str]:
     if missing(device):
         return ["cuda"]
     names = [name for name in backends.BACKENDS if backends.unavailable(name) is None]
-    return [name for name in names if backends.get(name).refuses(torch.device(device), [torch.float32]) is None]
+    return [
+        name
+        for name in names
+        if backends.get(name).refuses(torch.device(device), [torch.float32], torch.bfloat16) is None
+    ]
 
 
 def describe(device: str) -> str:

@@ -65,9 +65,10 @@ class Chunk(NamedTuple):
 
 
 class Work(NamedTuple):
-    """A bucket with all that is settled before a step."""
+    """A bucket with all that is settled before a step; `notes` is `Plan`'s."""
 
     bucket: Bucket
+    notes: tuple[str, ...]
     schedule: Schedule
     device: torch.device
     chunks: list[Chunk]
@@ -331,12 +332,14 @@ def prepare(
 
     for kind, counts in by_kind.items():
         dtypes = (kind.grad_dtype, kind.momentum_dtype, kind.param_dtype)
+        name = backends.choose(backend, kind.device, dtypes, workspace_dtype)
+        notes = backends.passed_over(name, kind.device, dtypes, workspace_dtype) if backend == "auto" else ()
         bucket = plan_bucket(
             (kind.rows, kind.cols),
             sum(count for _, count in counts),
             schedule,
             ns_algorithm=ns_algorithm,
-            backend=backends.choose(backend, kind.device, dtypes, workspace_dtype),
+            backend=name,
             max_workspace_bytes=max_workspace_bytes,
             workspace_dtype=workspace_dtype,
             bytes_per_element=kind.grad_dtype.itemsize + 2 * (kind.momentum_dtype.itemsize + kind.param_dtype.itemsize),
@@ -352,7 +355,7 @@ def prepare(
                 chunk.grads.append((part.parameter, grad.layout(part)))
                 chunk.ratios.extend([ratios[part.parameter]] * (part.stop - part.start))
             chunks.append(chunk)
-        prepared.works.append(Work(bucket, schedule, kind.device, chunks))
+        prepared.works.append(Work(bucket, notes, schedule, kind.device, chunks))
     return prepared
 
 
@@ -498,7 +501,7 @@ def _orthogonalize(
     source, view = _source(G, False, ())
     if view is not None:
         source.tensor.copy_(view)
-    work = Work(bucket, schedule, G.device, [])
+    work = Work(bucket, (), schedule, G.device, [])
     workspace = Workspace()
     workspace.reserve(G.device, bucket.workspace_bytes)
     scalars = Scalars(0.0, 0.0, 0.0, False, True, eps, 1.0)

@@ -60,9 +60,15 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a step does, bucket by bucket; `print` it."""
+    """What a step does, bucket by bucket; `print` it.
+
+    Attributes:
+        buckets: equal matrices.
+        notes: what "auto" could not use here, and the mend.
+    """
 
     buckets: tuple[Bucket, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def launches(self) -> int:
@@ -114,7 +120,7 @@ class Plan:
         note = ["A launch is a call of a kernel; where it is one, the whole step is fused."]
         if any(b.shape[0] < b.shape[1] for b in self.buckets):
             note.append("A matrix taller than wide is stepped, and shown, as its transpose.")
-        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], *note])
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], *note, *self.notes])
 
 
 def _figures(of: Bucket | Plan) -> tuple[str, str, str, str]:
@@ -329,7 +335,12 @@ def plan_for_shapes(
     for given in shapes:
         if len(given) != 3 or not all(type(n) is int and n >= 0 for n in given):
             raise ValueError(f"shapes should be (rows, cols, count), three integers >= 0, but one is: {given!r}")
-    name = backends.choose(backend, torch.device(device), [dtype], workspace_dtype) if available else backend
+    name = backend
+    notes: tuple[str, ...] = ()
+    if available:
+        kind = torch.device(device), [dtype], workspace_dtype
+        name = backends.choose(backend, *kind)
+        notes = backends.passed_over(name, *kind) if backend == "auto" else ()
     counts: dict[tuple[int, int], int] = {}
     for rows, cols, count_ in shapes:  # tall and wide ones share a bucket
         shape = min(rows, cols), max(rows, cols)
@@ -348,5 +359,6 @@ def plan_for_shapes(
                 direction_bytes=2 * dtype.itemsize,
             )
             for shape, count_ in counts.items()
-        )
+        ),
+        notes,
     )

@@ -41,12 +41,15 @@ void check(mk::Status status, const char* verb) {
 }
 
 #ifdef MUON_KERNELS_CUDA
+// RuntimeError(what, cudaError_t): the backend knows what helps against which error.
 void check(mk::cuda::Result result, const char* verb) {
+    if (result.status == mk::Status::unsupported_isa) {
+        throw std::invalid_argument(std::string(verb) + ": the device's compute capability is below 8.0");
+    }
     if (result.status != mk::Status::launch_failed) return check(result.status, verb);
-    throw std::runtime_error(
-        std::string(verb) + ": " + mk::cuda::error_string(result.error) + " (CUDA error " +
-        std::to_string(result.error) + ")"
-    );
+    const std::string what = std::string(verb) + ": " + mk::cuda::error_string(result.error);
+    py::set_error(PyExc_RuntimeError, py::make_tuple(what, result.error));
+    throw py::error_already_set();
 }
 #endif
 

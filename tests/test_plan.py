@@ -270,3 +270,17 @@ def test_a_step_is_settled_once(backend: str, monkeypatch: pytest.MonkeyPatch) -
     muon.state[params[0]]["momentum_buffer"] = torch.zeros(20, 60)
     assert prepared() == 1
     assert prepared() == 0
+
+
+def test_a_plan_says_what_auto_could_not_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends.get("cpu"), "unavailable", lambda: "it is gone; bring it back")
+    p = nn.Parameter(torch.ones(3, 4))
+    assert "cpu was not chosen: it is gone; bring it back" in str(Muon([p]).plan())
+    assert "not chosen" not in str(Muon([p], backend="eager").plan())
+    monkeypatch.undo()
+    assert "cpu was not chosen: expected float32" in str(plan_for_shapes([(3, 4, 1)], dtype=torch.float64))
+    assert "not chosen" not in str(plan_for_shapes([(3, 4, 1)]))
+    if backends.unavailable("cuda"):
+        assert f"cuda was not chosen: {backends.unavailable('cuda')}" in str(
+            plan_for_shapes([(3, 4, 1)], device="cuda")
+        )

@@ -31,6 +31,9 @@ class Backend(Products, Protocol):
     def refuses(self, device: torch.device, dtypes: Sequence[torch.dtype], workspace_dtype: torch.dtype) -> str | None:
         """Why tensors of this kind, or stacks of that dtype, cannot be taken, and what could be; None if they can."""
 
+    def device_type(self) -> str | None:
+        """Of the tensors that it is made for; None for any."""
+
     def describe(self) -> str:
         """What will run, in a few words."""
 
@@ -165,3 +168,18 @@ def choose(
     if reason := backend.refuses(device, dtypes, workspace_dtype):
         raise ValueError(f"backend {name!r} cannot take these tensors: {reason}")
     return name
+
+
+def passed_over(
+    chosen: str, device: torch.device, dtypes: Sequence[torch.dtype], workspace_dtype: torch.dtype
+) -> tuple[str, ...]:
+    """Why "auto" did not take the backends, made for such a device, that it would have preferred to the chosen one."""
+    notes = []
+    for name in BACKENDS:
+        if name == chosen:
+            break
+        backend = get(name)
+        if backend.device_type() == device.type:
+            reason = backend.unavailable() or str(backend.refuses(device, dtypes, workspace_dtype)).partition(";")[0]
+            notes.append(f"{name} was not chosen: {reason}")
+    return tuple(notes)

@@ -90,6 +90,11 @@ def refuses(device: torch.device, dtypes: Sequence[torch.dtype], workspace_dtype
     return f"expected float32 or bfloat16 tensors, got {bad[0]}; use backend='auto'" if bad else None
 
 
+def device_type() -> str:
+    """The processor."""
+    return "cpu"
+
+
 def describe() -> str:
     """See `Backend.describe`."""
     choice = _choice()

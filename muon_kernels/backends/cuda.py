@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -66,6 +66,28 @@ class _Device:
 
 _device = _Device()
 
+_NO_CODE = "muon_kernels was built without code for this GPU; reinstall it with MUON_KERNELS_CUDA_ARCHS={}{}"
+_DRIVER = "the driver is older than the nvcc that built muon_kernels; update it, or reinstall with an older nvcc"
+_EARLIER = "an earlier launch may be at fault, not only this one; CUDA_LAUNCH_BLOCKING=1 shows which"
+# By cudaError_t.
+_MENDS = {2: "free memory on the device", 35: _DRIVER, 222: _DRIVER, 98: _NO_CODE, 209: _NO_CODE}
+
+
+@contextmanager
+def _launching(shape: Sequence[int], device: torch.device) -> Iterator[int]:
+    """The address of the stream to launch on; errors inside say what was tried on what, and what helps."""
+    try:
+        with _device.guard(device):
+            yield _device.stream(device)
+    except (RuntimeError, ValueError) as error:
+        what, *code = error.args
+        mend = "please report it"
+        if code:
+            what += f" (CUDA error {code[0]})"
+            mend = _MENDS.get(code[0], _EARLIER).format(*_device.capability(device))
+        count, rows, cols = shape
+        raise type(error)(f"{what}, for {count} matrices of {rows}x{cols} on {device}; {mend}") from None
+
 
 def unavailable() -> str | None:
     """See `Backend.unavailable`."""
@@ -81,6 +103,11 @@ def refuses(device: torch.device, dtypes: Sequence[torch.dtype], workspace_dtype
     if (capability := _device.capability(device)) < (8, 0):
         return "expected compute capability 8.0 or more, {} has {}.{}; use backend='auto'".format(device, *capability)
     return None
+
+
+def device_type() -> str:
+    """NVIDIA GPUs."""
+    return _device.type
 
 
 def describe() -> str:
@@ -127,8 +154,8 @@ def momentum_update(
         _C, grads, momenta, X, scale, momentum, nesterov, dampened, grad_scale, eps, margin
     )
     partial = torch.empty(_C.cuda.momentum_partials(update), dtype=torch.float64, device=X.device)
-    with _device.guard(X.device):
-        _C.cuda.momentum_update(update, native.dtype(_C, X.dtype), partial.data_ptr(), _device.stream(X.device))
+    with _launching(X.shape, X.device) as stream:
+        _C.cuda.momentum_update(update, native.dtype(_C, X.dtype), partial.data_ptr(), stream)
     if momenta is not None:
         torch.autograd.graph.increment_version([b.tensor for b in momenta])
     return scale
@@ -138,8 +165,8 @@ def _run(products: list[object], operands: list[object]) -> None:
     _C = _device.module()
     if products:
         out: Tensor = operands[0][3].high  # type: ignore[index]
-        with _device.guard(out.device):
-            _C.cuda.products(products, native.dtype(_C, out.dtype), _device.stream(out.device))
+        with _launching(out.shape, out.device) as stream:
+            _C.cuda.products(products, native.dtype(_C, out.dtype), stream)
 
 
 _queue = native.Queue(_run)
@@ -191,8 +218,8 @@ def apply_update(
     _C = _device.module()
     options, lr, weight_decay, _tensors = _apply_options(X.device, lr, weight_decay)
     update, _alive = native.apply_update(_C, params, X, lr, weight_decay, ratios)
-    with _device.guard(X.device):
-        _C.cuda.apply_update(update, options, native.dtype(_C, X.dtype), _device.stream(X.device))
+    with _launching(X.shape, X.device) as stream:
+        _C.cuda.apply_update(update, options, native.dtype(_C, X.dtype), stream)
     torch.autograd.graph.increment_version([p.tensor for p in params])
 
 
@@ -263,6 +290,6 @@ def fused_step(
     after, _also_alive = native.apply_update(_C, params, None, lr, weight_decay, ratios)
     _, m, n = X.shape
     coefficients, terms = [c for triple in triples for c in triple], _terms(tuple(triples), margin)
-    with _device.guard(device):
-        _C.cuda.fused_step(len(ratios), m, n, before, after, coefficients, terms, options, _device.stream(device))
+    with _launching((len(ratios), m, n), device) as stream:
+        _C.cuda.fused_step(len(ratios), m, n, before, after, coefficients, terms, options, stream)
     torch.autograd.graph.increment_version([t.tensor for t in (*params, *momenta)])

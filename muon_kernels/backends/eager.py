@@ -26,6 +26,10 @@ def refuses(device: torch.device, dtypes: Sequence[torch.dtype], workspace_dtype
     return f"expected floating-point tensors, got {bad[0]}" if bad else None
 
 
+def device_type() -> None:
+    """Any that torch has."""
+
+
 def describe() -> str:
     """What runs."""
     return f"torch {torch.__version__} operations, batched"

@@ -1,36 +1,17 @@
-"""Plants faults in the elementwise CUDA kernels, one at a time, and sees whether the tests notice.
-
-    python tests/cuda/mutants_elementwise.py [--only NAME] [--log FILE]
-
-A fault costs a compilation; all take about a quarter of an hour. What only costs time is no fault, unless the profile's
-assertions count it.
-"""
+"""Faults in the elementwise CUDA kernels; see planting.py."""
 
 from __future__ import annotations
 
-import argparse
-import re
-import shutil
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
-from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[2]
+import planting
 
 
-class Mutant(NamedTuple):
-    """A fault: `old`, which occurs exactly once in csrc/cuda/`file`, becomes `new`; pytest's -k chooses the tests."""
-
-    name: str
-    file: str
-    old: str
-    new: str
-    tests: str
+def Mutant(name: str, file: str, old: str, new: str, tests: str) -> planting.Mutant:
+    return planting.Mutant(name, old, new, tests, file)
 
 
-MOMENTUM, APPLY, SHARED = "momentum_update.cu", "apply_update.cu", "elementwise.cuh"
+MOMENTUM, APPLY, SHARED = (f"csrc/cuda/{name}" for name in ("momentum_update.cu", "apply_update.cu", "elementwise.cuh"))
 UPDATE = "test_momentum_update and float32-torch.float32"
 DECAY = "test_apply_update and float32-torch.bfloat16"
 
@@ -135,57 +116,5 @@ MUTANTS = [
     Mutant("NaN becomes a number", APPLY, "if (isnan(value)) return __float2bfloat16_rn(value);", "", "special"),
 ]
 
-
-def caught(work: Path, mutant: Mutant) -> str | None:
-    """The first test that fails, or None."""
-    file = work / "csrc" / "cuda" / mutant.file
-    sound = file.read_text()
-    assert sound.count(mutant.old) == 1, f"{mutant.name}: {mutant.old!r} occurs {sound.count(mutant.old)} times"
-    file.write_text(sound.replace(mutant.old, mutant.new))
-    try:
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-x",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "tests/cuda/test_elementwise_cuda.py",
-        ]
-        done = subprocess.run([*command, "-k", mutant.tests], cwd=work, capture_output=True, text=True, check=False)
-        if done.returncode == 0:
-            return None
-        failed = re.search(r"^FAILED \S+::(\S+)", done.stdout, re.MULTILINE)
-        assert failed, f"{mutant.name}: no test ran\n{done.stdout[-2000:]}"
-        return failed[1]
-    finally:
-        file.write_text(sound)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="part of a mutant's name")
-    parser.add_argument("--log", type=Path)
-    options = parser.parse_args()
-    chosen = [m for m in MUTANTS if options.only in m.name]
-    missed = 0
-    with tempfile.TemporaryDirectory() as scratch:
-        # One place for all: the executor's cache keeps what a fault did not touch.
-        work = Path(scratch) / "work"
-        skip = shutil.ignore_patterns(".git", "__pycache__", "build")
-        shutil.copytree(ROOT, work, ignore=skip)
-        for m in chosen:
-            test = caught(work, m)
-            missed += test is None
-            line = f"{m.file:20} {m.name:42} {test or 'NOT NOTICED'}"
-            print(line, flush=True)
-            if options.log:
-                with options.log.open("a") as log:
-                    log.write(line + "\n")
-    print(f"{len(chosen) - missed} of {len(chosen)} noticed")
-    sys.exit(missed > 0)
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(planting.plant(MUTANTS, "tests/cuda/test_elementwise_cuda.py"))

@@ -1,37 +1,14 @@
-"""Plants faults in the CUDA products, one at a time, and sees whether their tests notice.
-
-    python tests/cuda/mutants_products.py [--only NAME] [--log FILE]
-
-As tests/mutants.py, on a copy of the repository; the tests build the kernels themselves. Names of builds are hashes of
-what goes into them, so a mutant's test cannot meet a sound build.
-"""
+"""Faults in the CUDA products; see planting.py."""
 
 from __future__ import annotations
 
-import argparse
-import os
-import re
-import shutil
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
-from typing import NamedTuple
+from functools import partial
 
-ROOT = Path(__file__).resolve().parents[2]
+import planting
+
 KERNEL, PTX = "csrc/cuda/product_sm80.cu", "csrc/cuda/ptx.cuh"
-TESTS = "tests/cuda/test_products_sm80.py"
-
-
-class Mutant(NamedTuple):
-    """A fault: `old`, which occurs exactly once in `file`, becomes `new`; `tests` is pytest's -k."""
-
-    name: str
-    old: str
-    new: str
-    tests: str
-    file: str = KERNEL
-
+Mutant = partial(planting.Mutant, file=KERNEL)
 
 # Few tests, of few kernels: a kernel costs seconds to build.
 SMALL_NT, SMALL_NN, LARGE_NT = "64x64-t-True", "64x64-n-True", "128x128-t-True"
@@ -72,7 +49,7 @@ MUTANTS = [
         '16, %2;" ::"r"(to), "l"(from), "r"(bytes)',
         '16, %2;" ::"r"(to), "l"(from), "r"(16)',
         f"{EXACT} and {SMALL_NT}",
-        PTX,
+        file=PTX,
     ),
     Mutant(
         "rows of neighbours read",
@@ -173,57 +150,7 @@ MUTANTS = [
 ]
 
 # Half of the instantiations, none of which these tests of bf16 need, is left out: it costs a third of the time.
-LEAN = ("dtype == DType::bf16 ? launch<DType::bf16> : launch<DType::f16>", "launch<DType::bf16>")
-
-
-def test(root: Path, expression: str) -> str | None:
-    """What failed, or None."""
-    environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'tests'}", "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", TESTS, "-k", expression]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    if done.returncode == 0:
-        return None
-    failed = re.search(r"^(?:FAILED|ERROR) \S*?::(.*?)(?: - (.*))?$", done.stdout, re.MULTILINE)
-    if done.returncode != 1 or not failed:
-        sys.exit(f"the tests did not run:\n{done.stdout}{done.stderr}")
-    return f"{failed[1]}: {failed[2] or ''}"[:160]
-
-
-def main() -> int:
-    """1 if a mutant survived."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="mutants whose name contains this")
-    parser.add_argument("--log", type=Path, help="where to write the table")
-    arguments = parser.parse_args()
-    rows = []
-    with tempfile.TemporaryDirectory() as temporary:
-        root = Path(temporary).resolve()
-        files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-        for name in filter(None, files.split("\0")):
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, root / name)
-        kernel = root / KERNEL
-        assert kernel.read_text().count(LEAN[0]) == 1
-        kernel.write_text(kernel.read_text().replace(*LEAN))
-        mutants = [m for m in MUTANTS if arguments.only in m.name]
-        for mutant in mutants:
-            if (count := (root / mutant.file).read_text().count(mutant.old)) != 1:
-                sys.exit(f"{mutant.name}: {mutant.old!r} occurs {count} times in {mutant.file}")
-        for expression in dict.fromkeys(m.tests for m in mutants):
-            if failed := test(root, expression):
-                sys.exit(f"fails without a mutant: {failed}")
-        for mutant in mutants:
-            path = root / mutant.file
-            text = path.read_text()
-            path.write_text(text.replace(mutant.old, mutant.new))
-            rows.append((mutant.name, test(root, mutant.tests) or "SURVIVED"))
-            path.write_text(text)
-            print(": ".join(rows[-1]), flush=True)
-    if arguments.log:
-        width = max(len(name) for name, _ in rows)
-        arguments.log.write_text("".join(f"{name.ljust(width)}  {caught}\n" for name, caught in rows))
-    return int(any(caught == "SURVIVED" for _, caught in rows))
-
+LEAN = [(KERNEL, "dtype == DType::bf16 ? launch<DType::bf16> : launch<DType::f16>", "launch<DType::bf16>")]
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(planting.plant(MUTANTS, "tests/cuda/test_products_sm80.py", LEAN))

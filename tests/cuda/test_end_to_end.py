@@ -235,10 +235,38 @@ def test_what_is_not_fused_is_stepped_all_the_same(emulated: standin.Runtime, na
 
 
 @needs_nvcc
-def test_a_failed_launch_is_an_exception(emulated: standin.Runtime) -> None:
-    emulated.device.major = 7
+@pytest.mark.parametrize("shape", [(24, 40), (130, 150)], ids=["fused_step", "momentum_update"])
+def test_old_devices(emulated: standin.Runtime, shape: tuple[int, int]) -> None:
+    """By the plan, and by the kernels if nobody has asked."""
+    p = nn.Parameter(torch.ones(shape))
+    p.grad = torch.ones(shape)
+    emulated.pretend(7, 5)
     try:
-        with pytest.raises((RuntimeError, ValueError), match=r"momentum_update|fused_step"):
-            stepped("cuda", steps=1)
+        with pytest.raises(ValueError, match=r"compute capability is below 8.0, for 1 matrices of \d+x\d+ on cpu; "):
+            Muon([p], backend="cuda").step()
+        cuda._device.capability = lambda device: (7, 5)  # type: ignore[method-assign]
+        with pytest.raises(ValueError, match=r"compute capability 8.0 or more, cpu has 7.5; use backend='auto'"):
+            Muon([p], backend="cuda")
     finally:
-        emulated.device.major = 8
+        emulated.pretend(8, 0)
+    assert torch.equal(p, torch.ones(shape))
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("code", "mend"), [(209, "MUON_KERNELS_CUDA_ARCHS=80"), (35, "driver is older"), (700, "CUDA_LAUNCH_BLOCKING=1")]
+)
+@pytest.mark.parametrize(("shape", "verb"), [((24, 40), "fused_step"), ((130, 150), "momentum_update")])
+def test_an_error_of_a_launch(
+    emulated: standin.Runtime, code: int, mend: str, shape: tuple[int, int], verb: str
+) -> None:
+    p = nn.Parameter(torch.ones(shape))
+    p.grad = torch.ones(shape)
+    muon = Muon([p], backend="cuda")
+    emulated.fail_next(code)
+    sentence = rf"{verb}: .*\(CUDA error {code}\), for 1 matrices of {shape[0]}x{shape[1]} on cpu; .*{mend}"
+    with pytest.raises(RuntimeError, match=sentence):
+        muon.step()
+    assert torch.equal(p, torch.ones(shape)), "the first launch of a step fails before anything is written"
+    muon.step()
+    assert not torch.equal(p, torch.ones(shape))

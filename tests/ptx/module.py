@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import re
@@ -113,7 +114,12 @@ def cached(suffix: str, contents: Sequence[str], make: Callable[[Path], None]) -
     never dlopened under an old path, which would return the old module."""
     key = hashlib.sha256("\0".join(contents).encode()).hexdigest()[:24]
     target = cache_directory() / f"{key}{suffix}"
-    if not target.exists():
+    if target.exists():
+        return target
+    with open(cache_directory() / f"{key}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests in parallel want the same builds
+        if target.exists():
+            return target
         with tempfile.TemporaryDirectory(dir=cache_directory()) as scratch:
             made = Path(scratch) / f"made{suffix}"
             make(made)

@@ -9,6 +9,7 @@ import re
 import shutil
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -245,6 +246,10 @@ class Runtime:
         finally:
             self._library.standin_end_capture()
 
+    def fail_next(self, error: int) -> None:
+        """The next launch does nothing and returns this cudaError_t."""
+        self._library.standin_fail_next(ctypes.c_int32(error))
+
     def replay(self) -> int:
         """Runs what was captured, with the parameters of then; a cudaError_t, not 0 if nothing was captured."""
         return int(self._library.standin_replay())
@@ -360,7 +365,8 @@ def build(
     of `extra` may be a source, a source with its own flags, or an object or archive."""
     flags = [*flags, *(f"-I{path}" for path in include)]
     which = arch if callable(arch) else lambda path: arch
-    parts = [_object(Path(s), which(Path(s)), flags) for s in sources]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        parts = list(pool.map(lambda s: _object(Path(s), which(Path(s)), flags), sources))
     objects = [o for o, _ in parts]
     for item in [*extra, *([bindings] if bindings else [])]:
         source, more = item if isinstance(item, tuple) else (item, ())

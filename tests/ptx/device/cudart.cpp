@@ -78,6 +78,7 @@ struct State {
     std::vector<Launch> failures;
     std::vector<std::string> failed_kernels;
     cudaError_t last = cudaSuccess;
+    cudaError_t fail_next = cudaSuccess;
     bool capturing = false;
     std::vector<Node> graph;
     int (*resolve)(const char* name, KernelInfo*) = nullptr;
@@ -190,7 +191,8 @@ cudaError_t launch(const void* function, dim3 grid, dim3 block, void** args, siz
     std::lock_guard lock(s.mutex);
     Kernel* k = find(function);
     if (!k || !known(*k)) return set_last(cudaErrorInvalidDeviceFunction);
-    cudaError_t error = check(*k, grid, block, shared);
+    cudaError_t error = std::exchange(s.fail_next, cudaSuccess);
+    if (!error) error = check(*k, grid, block, shared);
     const u64 blocks = u64(grid.x) * grid.y * grid.z;
     if (!error && cooperative &&
         blocks > u64(blocks_per_multiprocessor(*k, block.x * block.y * block.z, shared)) * s.device.multiprocessors) {
@@ -271,6 +273,7 @@ void standin_clear() {
     s.failed_kernels.clear();
     s.last = cudaSuccess;
 }
+void standin_fail_next(s32 error) { state().fail_next = static_cast<cudaError_t>(error); }
 void standin_begin_capture() {
     state().graph.clear();
     state().capturing = true;

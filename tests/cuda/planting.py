@@ -1,0 +1,93 @@
+"""Plants faults in csrc/cuda, one at a time in a copy of the repository, and sees whether the tests notice.
+
+The lists are mutants_products.py, mutants_elementwise.py and mutants_fused.py, each a script:
+
+    python tests/cuda/mutants_products.py [--only NAME] [--log FILE]
+
+A fault costs a compilation, a list a quarter of an hour. The tests build the kernels, and names of builds are
+hashes of what goes into them: a fault's test cannot meet a sound build. What only costs time is no fault, unless the
+profile's assertions count it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Mutant(NamedTuple):
+    """A fault: `old`, which occurs exactly once in `file`, becomes `new`; `tests` is pytest's -k."""
+
+    name: str
+    old: str
+    new: str
+    tests: str
+    file: str
+
+
+def _failure(root: Path, tests: str, expression: str) -> str | None:
+    """The first test that fails, or None."""
+    environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'tests'}", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", tests, "-k", expression]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return None
+    failed = re.search(r"^(?:FAILED|ERROR) \S*?::(.*?)(?: - (.*))?$", done.stdout, re.MULTILINE)
+    if done.returncode != 1 or not failed or "nvcc failed" in done.stdout:
+        sys.exit(f"the tests did not run:\n{done.stdout}{done.stderr}")
+    return f"{failed[1]}: {failed[2] or ''}"[:160]
+
+
+def plant(mutants: Sequence[Mutant], tests: str, lean: Sequence[tuple[str, str, str]] = ()) -> int:
+    """Try all; return 1 if one survived.
+
+    Args:
+        mutants: what to plant.
+        tests: the file of tests that must notice.
+        lean: (file, old, new) replaced before: instantiations that no chosen test needs, to save time.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="mutants whose name contains this")
+    parser.add_argument("--log", type=Path, help="where to write the table")
+    arguments = parser.parse_args()
+    chosen = [m for m in mutants if arguments.only in m.name]
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary).resolve()
+        files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        for name in filter(None, files.split("\0")):
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, root / name)
+        for mutant in (*(Mutant("lean", old, new, "", file) for file, old, new in lean), *chosen):
+            path = root / mutant.file
+            text = path.read_text()
+            if (count := text.count(mutant.old)) != 1:
+                sys.exit(f"{mutant.name}: {mutant.old!r} occurs {count} times in {mutant.file}")
+            if not mutant.tests:
+                path.write_text(text.replace(mutant.old, mutant.new))
+        for expression in dict.fromkeys(m.tests for m in chosen):
+            if failed := _failure(root, tests, expression):
+                sys.exit(f"fails without a mutant: {failed}")
+        for mutant in chosen:
+            path = root / mutant.file
+            text = path.read_text()
+            path.write_text(text.replace(mutant.old, mutant.new))
+            rows.append((mutant.name, _failure(root, tests, mutant.tests) or "SURVIVED"))
+            path.write_text(text)
+            print(": ".join(rows[-1]), flush=True)
+    survived = [name for name, failed in rows if failed == "SURVIVED"]
+    print(f"{len(rows) - len(survived)} of {len(rows)} noticed")
+    if arguments.log:
+        width = max(len(name) for name, _ in rows)
+        arguments.log.write_text("".join(f"{name.ljust(width)}  {failed}\n" for name, failed in rows))
+    return int(bool(survived))
