@@ -86,7 +86,7 @@ def _launching(shape: Sequence[int], device: torch.device) -> Iterator[int]:
             what += f" (CUDA error {code[0]})"
             mend = _MENDS.get(code[0], _EARLIER).format(*_device.capability(device))
         count, rows, cols = shape
-        raise type(error)(f"{what}, for {count} matrices of {rows}x{cols} on {device}; {mend}") from None
+        raise type(error)(f"{what}, for {count} of {rows}x{cols} on {device}; {mend}") from None
 
 
 def unavailable() -> str | None:

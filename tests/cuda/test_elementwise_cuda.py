@@ -372,7 +372,7 @@ def test_refusals(verbs: Verbs) -> None:
     try:
         verbs.runtime.device.major = 7
         for call in (lambda: verbs.apply_update([p], X), lambda: verbs.momentum_update([p], None, X)):
-            with pytest.raises(ValueError, match="instruction set"):
+            with pytest.raises(ValueError, match="compute capability is below 8.0"):
                 call()
     finally:
         verbs.runtime.pretend(8, 0)
@@ -386,7 +386,7 @@ def test_refusals(verbs: Verbs) -> None:
         0.0,
         torch.ones(1).double().data_ptr(),
     )
-    with pytest.raises(RuntimeError, match=r"apply_update: .* \(CUDA error 719\)"):
+    with pytest.raises(RuntimeError, match=r"apply_update: .*719"):
         m.cuda.apply_update(update, m.cuda.ApplyOptions(0, 0, False, False, 0), m.DType.bf16, 0)
 
 

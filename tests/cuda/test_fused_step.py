@@ -401,7 +401,7 @@ def test_old_devices_are_refused(built: tuple[ModuleType, Any]) -> None:
     _, runtime = built
     runtime.device.major = 7
     try:
-        with pytest.raises(ValueError, match="instruction set"):
+        with pytest.raises(ValueError, match="compute capability is below 8.0"):
             make_step((4, 32)).run(built)
     finally:
         runtime.device.major = 8
