@@ -388,7 +388,7 @@ def test_devices_before_8_0_are_refused(cuda: Products) -> None:
     A, X, out = torch.ones(1, 8, 8).bfloat16(), torch.ones(1, 8, 9).bfloat16(), torch.ones(1, 8, 9).bfloat16()
     cuda.runtime.device.major = 7
     try:
-        with pytest.raises(ValueError, match="compute capability is below 8.0"):
+        with pytest.raises(ValueError, match="capability is below"):
             cuda(A, X, out)
     finally:
         cuda.runtime.device.major = 8
