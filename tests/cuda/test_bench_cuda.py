@@ -8,7 +8,6 @@ import pytest
 import torch
 from ptx.standin import Runtime
 from test_bench import assert_same_products
-from test_end_to_end import emulated as emulated
 from test_end_to_end import needs_nvcc
 
 pytestmark = needs_nvcc

@@ -9,7 +9,6 @@ import pytest
 import torch
 from products import KERNELS, kernel_of
 from ptx.standin import Runtime
-from test_end_to_end import emulated as emulated
 from test_end_to_end import needs_nvcc
 from torch import nn
 
