@@ -292,6 +292,8 @@ def plan_bucket(
     if slots is None or not fused:
         slots = max(chunks)
     launches, flops, product_bytes = _count_on(backend, algorithm, m, n, schedule)
+    if fused and (executed := ops.fused_flops(m, n, schedule)) is not None:
+        flops = executed
     least_bytes = count_ * m * n * (bytes_per_element + (0 if fused else 2 * 2))
     again = count_ * m * n * direction_bytes * (ops.fused_reads() - 1) if fused else 0
     return Bucket(

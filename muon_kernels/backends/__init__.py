@@ -101,6 +101,9 @@ class Backend(Products, Protocol):
     def fused_reads(self) -> int:
         """How often `fused_step` reads gradients and momenta."""
 
+    def fused_flops(self, rows: int, cols: int, schedule: Schedule) -> int | None:
+        """FLOPs that `fused_step` executes for a matrix; None if they are those of the products."""
+
     def fused_slots(self, rows: int, cols: int, count: int, schedule: Schedule) -> int | None:
         """How many matrices the workspace of `fused_step` holds for a bucket; None if it is not stepped that way."""
 

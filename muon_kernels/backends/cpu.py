@@ -235,6 +235,10 @@ def fused_reads() -> int:
     return 1
 
 
+def fused_flops(rows: int, cols: int, schedule: Schedule) -> None:
+    """They are."""
+
+
 def fused_slots(rows: int, cols: int, count: int, schedule: Schedule) -> int | None:
     """One for each thread, where there are enough matrices to keep all busy to the end."""
     threads = torch.get_num_threads()

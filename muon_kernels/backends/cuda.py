@@ -257,6 +257,14 @@ def _terms(triples: tuple[tuple[float, float, float], ...], margin: float) -> in
     return None
 
 
+def fused_flops(rows: int, cols: int, schedule: Schedule) -> int:
+    """Of products in two or three terms each, whole squares, sizes rounded up to tiles."""
+    terms = _terms(schedule.triples, schedule.margin) or 3
+    m, n = max(16, 1 << (rows - 1).bit_length()), -(-cols // 32) * 32
+    parts, products = terms * (terms + 1) // 2, 4 * len(schedule.triples) - 3
+    return parts * 2 * m * m * (2 * n + products * m)
+
+
 def fused_slots(rows: int, cols: int, count: int, schedule: Schedule) -> int | None:
     """None of the workspace: where the smaller side fits on the chip, the matrix stays there."""
     terms = _terms(schedule.triples, schedule.margin)

@@ -52,10 +52,12 @@ def step(runtime: Runtime, shape: tuple[int, ...], dtype: torch.dtype, momentum_
     ids=str,
 )
 def test_a_fused_step(profiled: Runtime, shape: tuple[int, ...], dtypes: tuple[torch.dtype, torch.dtype]) -> None:
-    """To the byte; gradient and momentum are read once more than would be needed."""
+    """To the byte and the FLOP; gradient and momentum are read once more than would be needed."""
     plan = step(profiled, shape, *dtypes).plan()
     assert [b.fused for b in plan.buckets] == [True]
     assert asked(profiled) == plan.bytes and requested(plan, 64) == 0
+    tensor = [row for profile in profiled.profiles.values() for row in profile.rows if row.tensor]
+    assert sum(row.threads for row in tensor) // 32 * 16 * 8 * 16 * 2 == plan.flops
     again = torch.Size(shape).numel() * (dtypes[0].itemsize + dtypes[1].itemsize)
     assert plan.bytes == plan.least_bytes + again
 
