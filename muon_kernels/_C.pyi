@@ -79,3 +79,33 @@ class cpu:
         apply: ApplyUpdate,
         /,
     ) -> None: ...
+
+class cuda:
+    """Kernels for NVIDIA GPUs (csrc/cuda); absent if built without. A failed launch is RuntimeError(what, cudaError_t)."""
+
+    class ApplyOptions:
+        def __init__(
+            self, lr: int, weight_decay: int, cautious: bool, stochastic_rounding: bool, seed: int, /
+        ) -> None: ...
+
+    @staticmethod
+    def products(products: list[Product], dtype: DType, stream: int, /) -> None: ...
+    @staticmethod
+    def momentum_partials(update: MomentumUpdate, /) -> int: ...
+    @staticmethod
+    def momentum_update(update: MomentumUpdate, dtype: DType, partial: int, stream: int, /) -> None: ...
+    @staticmethod
+    def apply_update(update: ApplyUpdate, options: ApplyOptions, dtype: DType, stream: int, /) -> None: ...
+    @staticmethod
+    def fused_step(
+        count: int,
+        rows: int,
+        cols: int,
+        momentum: MomentumUpdate,
+        apply: ApplyUpdate,
+        coefficients: list[float],
+        terms: int,
+        options: ApplyOptions,
+        stream: int,
+        /,
+    ) -> None: ...
