@@ -81,7 +81,7 @@ class cpu:
     ) -> None: ...
 
 class cuda:
-    """Kernels for NVIDIA GPUs (csrc/cuda); absent if built without. A failed launch is RuntimeError(what, cudaError_t)."""
+    """Kernels for NVIDIA GPUs (csrc/cuda), if built with them. A failed launch: RuntimeError(what, cudaError_t)."""
 
     class ApplyOptions:
         def __init__(
