@@ -83,6 +83,9 @@ class cpu:
 class cuda:
     """Kernels for NVIDIA GPUs (csrc/cuda), if built with them. A failed launch: RuntimeError(what, cudaError_t)."""
 
+    version: str  # of nvcc
+    architectures: str  # compute capabilities without their point
+
     class ApplyOptions:
         def __init__(
             self, lr: int, weight_decay: int, cautious: bool, stochastic_rounding: bool, seed: int, /

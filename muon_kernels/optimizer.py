@@ -84,8 +84,8 @@ class Muon(Optimizer):
         backend: "cuda", "cpu", "eager", or "auto" for the first that can.
         max_workspace_bytes: cap on the memory beside parameters and state; larger buckets are stepped in several
             passes. None: 64 MiB for "cpu", 1 GiB for the others, or one matrix's need if that is more.
-        workspace_dtype: of what is multiplied; torch.float16 is several times more accurate than torch.bfloat16 and as
-            fast on a GPU, but not there on "cpu".
+        workspace_dtype: of what is multiplied. torch.float16 is several times more accurate than torch.bfloat16 and as
+            fast on a GPU; the "cpu" backend has it not, and "auto" then takes "eager", which is slower.
         momentum_dtype: of new momentum buffers; None: the gradient's.
         maximize: ascend.
 

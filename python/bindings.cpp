@@ -30,6 +30,12 @@ T* at(int64_t address) {
 }
 
 #ifdef MUON_KERNELS_CUDA
+// What CMake knows of the build.
+#ifndef MUON_KERNELS_CUDA_ARCHS
+#define MUON_KERNELS_CUDA_ARCHS ""
+#define MUON_KERNELS_CUDA_VERSION ""
+#endif
+
 mk::cuda::Stream stream_at(int64_t stream) { return reinterpret_cast<mk::cuda::Stream>(stream); }
 #endif
 
@@ -148,6 +154,8 @@ PYBIND11_MODULE(_C, m) {
 
 #ifdef MUON_KERNELS_CUDA
     py::module_ cuda = m.def_submodule("cuda", "Kernels for NVIDIA GPUs.");
+    cuda.attr("version") = MUON_KERNELS_CUDA_VERSION;
+    cuda.attr("architectures") = MUON_KERNELS_CUDA_ARCHS;
     py::class_<mk::cuda::ApplyOptions>(cuda, "ApplyOptions", py::module_local())
         .def(py::init([](int64_t lr, int64_t weight_decay, bool cautious, bool stochastic_rounding, uint64_t seed) {
             return mk::cuda::ApplyOptions{

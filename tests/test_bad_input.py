@@ -55,6 +55,16 @@ OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"backend": ["cpu"]}, ValueError, "'auto' or one of 'cuda', 'cpu', 'eager' but is: ['cpu']"),
     ({"backend": "gpu"}, ValueError, "backend should be 'auto' or one of 'cuda', 'cpu', 'eager'"),
     ({"backend": "gpu"}, ValueError, "but is: 'gpu'"),
+    (
+        {"workspace_dtype": torch.float32},
+        ValueError,
+        "workspace_dtype should be torch.bfloat16 or torch.float16 but is",
+    ),
+    (
+        {"workspace_dtype": "fp16"},
+        ValueError,
+        "workspace_dtype should be torch.bfloat16 or torch.float16 but is: 'fp16'",
+    ),
     ({"max_workspace_bytes": 0}, ValueError, "max_workspace_bytes should be a positive int or None but is: 0"),
     ({"max_workspace_bytes": -1}, ValueError, "max_workspace_bytes should be a positive int or None but is: -1"),
     ({"max_workspace_bytes": 1e9}, TypeError, "should be a positive int or None but is: 1000000000.0"),

@@ -1,5 +1,7 @@
 """`orthogonalize` against the float64 spectral truth, for every coefficient set, spectrum, form and backend."""
 
+from typing import Any
+
 import pytest
 import torch
 from matrices import SPECTRA, factors, spectral_truth
@@ -91,3 +93,45 @@ def test_coefficients_that_vanish_or_explode(backend: str, triple: tuple[float, 
     """Such numbers are the user's to choose: the choice of a form must not fall over them."""
     result = orthogonalize(torch.randn(30, 50), triple, backend=backend)
     assert not result.any() or result.isnan().any()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"ns_steps": 7},
+        {"ns_coefficients": "polar_express"},
+        {"ns_coefficients": [(3.4, -4.7, 2.0), (1.5, -0.5, 0.0)]},
+        {"backend": "eager", "workspace_dtype": torch.float16},
+    ],
+    ids=str,
+)
+def test_one_operation_of_a_compiled_function(options: dict[str, Any], recwarn: pytest.WarningsRecorder) -> None:
+    f = lambda G: orthogonalize(2 * G, **options).sin()
+    torch._dynamo.reset()
+    compiled = torch.compile(f, backend="aot_eager", fullgraph=True)
+    for shape in ((3, 20, 30), (30, 20), (3, 0, 4)):
+        G = torch.randn(shape, requires_grad=True)
+        result = compiled(G)
+        assert torch.equal(result, f(G)) and not result.requires_grad
+    assert not [w for w in recwarn if "lru_cache" in str(w.message)]
+
+
+def test_the_operation_keeps_torchs_rules() -> None:
+    G, schedule = torch.randn(2, 6, 9), resolve("keller")
+    coefficients = [c for triple in schedule.triples for c in triple]
+    torch.library.opcheck(
+        torch.ops.muon_kernels.orthogonalize.default,
+        (G, coefficients, schedule.margin, 1e-7, "auto", "auto", None, torch.bfloat16),
+    )
+
+
+def test_fp16_is_more_accurate() -> None:
+    """On torch's own products, in the standard form."""
+    schedule = resolve("keller")
+    for spectrum in ("gaussian", "power -1", "power -2", "exponential", "rank 8"):
+        U, s, V = factors(spectrum, 64, 96)
+        G = ((U * s) @ V.mT).float()
+        truth = spectral_truth(U, s, V, schedule.triples, schedule.margin)
+        result = orthogonalize(G, backend="eager", workspace_dtype=torch.float16)
+        assert 3 * relative_error(result, truth) <= relative_error(bf16_loop(G[None], schedule)[0], truth), spectrum

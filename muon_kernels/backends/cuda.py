@@ -37,19 +37,22 @@ class _Device:
         return native.required()
 
     def unavailable(self) -> str | None:
-        """See `Backend.unavailable`."""
-        if native.module() is None:
-            return "the compiled module is missing; install muon_kernels with a C++17 compiler and nvcc on PATH"
-        if not hasattr(native.module(), "cuda"):
-            return (
-                "muon_kernels was built without CUDA; put nvcc on PATH or pip install nvidia-cuda-nvcc, and reinstall "
-                "with MUON_KERNELS_CUDA=1"
-            )
+        """See `Backend.unavailable`: all that is missing, the device first."""
+        missing = []
         if torch.version.cuda is None:
-            return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
-        if not torch.cuda.is_available():
-            return "torch finds no CUDA device; check the driver with nvidia-smi"
-        return None
+            missing.append(f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch")
+        elif not torch.cuda.is_available():
+            missing.append("torch finds no CUDA device; check the driver with nvidia-smi")
+        if native.module() is None:
+            missing.append(
+                "the compiled module is missing; install muon_kernels with a C++17 compiler and nvcc on PATH"
+            )
+        elif not hasattr(native.module(), "cuda"):
+            missing.append(
+                "muon_kernels was built without CUDA; put nvcc on PATH or pip install nvidia-cuda-nvcc "
+                "nvidia-cuda-runtime nvidia-cuda-cccl, and reinstall with MUON_KERNELS_CUDA=1"
+            )
+        return ", and ".join(missing) or None
 
     def capability(self, device: torch.device) -> tuple[int, int]:
         """(major, minor)."""

@@ -34,6 +34,17 @@ def required() -> ModuleType:
     return _C
 
 
+def built_with() -> str:
+    """What the compiled module has, in words."""
+    _C = module()
+    if _C is None:
+        return "nothing: the compiled module is missing"
+    if not hasattr(_C, "cuda"):
+        return "kernels for this kind of processor, not for GPUs"
+    capabilities = ", ".join(f"{a[:-1]}.{a[-1]}" if a.isdigit() else a for a in _C.cuda.architectures.split())
+    return f"CUDA {_C.cuda.version}, for compute capabilities {capabilities}"
+
+
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 

@@ -16,6 +16,7 @@ import torch
 
 from .. import backends
 from .._version import __version__
+from ..backends import native
 from ..plan import plan_for_shapes
 
 # (rows, columns, how many) of the hidden matrices of known models.
@@ -58,6 +59,7 @@ def _verdict(name: str) -> str:
 def _facts() -> Iterator[tuple[str, str]]:
     """Yield (name, value) of what this machine and this installation are."""
     yield "muon_kernels", __version__
+    yield "built with", native.built_with()
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     yield "torch", torch.__version__
     try:

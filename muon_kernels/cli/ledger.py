@@ -8,6 +8,7 @@ implementation reaches it, except where a cache keeps what is needed again: nobo
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import backends
-from ..coefficients import DEFAULT, resolve
+from ..coefficients import COEFFICIENTS, DEFAULT, Schedule, resolve
 from ..newton_schulz import Square
 from ..plan import Counter, Plan, count_iteration, plan_for_shapes
 
@@ -147,9 +148,9 @@ class Requests(Counter):
         return batch * out.itemsize * (tiles * each + m * n)
 
 
-def requested(plan: Plan, tile: int) -> int:
-    """Bytes that the products of a step by the default coefficients ask for in tiles of this size."""
-    schedule, total = resolve(DEFAULT, None), 0
+def requested(plan: Plan, tile: int, schedule: Schedule) -> int:
+    """Bytes that the products of a step ask for in tiles of this size."""
+    total = 0
     for b in plan.buckets:
         if not b.fused:
             ops = backends.get(b.backend)
@@ -159,58 +160,76 @@ def requested(plan: Plan, tile: int) -> int:
     return total
 
 
-def traffic(plan: Plan, backend: str) -> str:
+def traffic(plan: Plan, backend: str, schedule: Schedule) -> str:
     """What the bytes of a plan are made of, in words."""
     ops = backends.get(backend)
     text = f"prologue and epilogue move {plan.bytes / 1e6:.0f} MB,"
     text += f" {plan.bytes / max(1, plan.least_bytes):.2f} of the least"
     if plan.bytes > plan.least_bytes:
-        text += f" (a fused step reads gradient and momentum {ops.fused_reads()} times)"
+        text += f" (steps of one launch read gradient and momentum {ops.fused_reads()} times)"
     if plan.product_bytes:
         text += f";\nproducts {plan.product_bytes / 1e6:.0f} MB with each operand read once"
         if tiles := ops.product_tiles():
-            most, least = (requested(plan, tile) / 1e6 for tile in tiles)
-            text += f", of caches they ask {least:.0f} to {most:.0f} MB, by tiles of {tiles[1]} to {tiles[0]}"
+            least, most = sorted(requested(plan, tile, schedule) / 1e6 for tile in tiles)
+            text += f";\nthey load {least:.0f} to {most:.0f} MB, most of it from caches"
     return text
 
 
-def own_plans(shapes: Shapes) -> dict[str, Plan]:
+def own_plans(shapes: Shapes, schedule: Schedule) -> dict[str, Plan]:
     """The plan of every backend of ours for GPUs."""
     names = (n for n in backends.BACKENDS if n not in ("cpu", "eager"))
-    return {n: plan_for_shapes(shapes, device="cuda", backend=n, available=False) for n in names}
+    return {n: plan_for_shapes(shapes, schedule=schedule, device="cuda", backend=n, available=False) for n in names}
 
 
-def ledger(shapes: Shapes) -> dict[str, Cost]:
-    """The cost of a step of every implementation."""
+def ledger(shapes: Shapes, schedule: Schedule | None = None) -> dict[str, Cost]:
+    """The cost of a step of every implementation, ours by a schedule or the default one."""
     costs = {
         "torch.optim.Muon": counted(torch.optim.Muon(parameters(shapes)).step),
         "batched bf16 loop": counted(batched_loop(parameters(shapes))),
     }
-    for name, plan in own_plans(shapes).items():
+    for name, plan in own_plans(shapes, schedule or resolve(DEFAULT)).items():
         costs[f"muon_kernels, {name}"] = Cost(plan.launches, plan.flops, plan.bytes + plan.product_bytes)
     return costs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to count, and for which GPU."""
-    parser.add_argument("model", nargs="?", default="gpt2", choices=MODELS, help="default: gpt2")
-    parser.add_argument("--shape", action="append", metavar="ROWSxCOLSxCOUNT", help="in place of a model; repeatable")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("model", nargs="?", default="gpt2", choices=MODELS, help="default: gpt2")
+    what.add_argument(
+        "--shape", action="append", type=_shape, metavar="ROWSxCOLSxCOUNT", help="in place of a model; repeatable"
+    )
     parser.add_argument("--gpu", default="h100", choices=GPUS, help="default: h100")
     parser.add_argument(
-        "--launch-us", type=float, default=2.0, help="assumed time of a launch by one thread, default: 2 µs"
+        "--ns-coefficients", default=DEFAULT, choices=COEFFICIENTS, help=f"of ours only, default: {DEFAULT}"
     )
+    parser.add_argument(
+        "--launch-us", type=_microseconds, default=2.0, help="assumed time of a launch by one thread, default: 2 µs"
+    )
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    try:
+        rows, cols, count = map(int, text.split("x"))
+    except ValueError:
+        rows = cols = count = 0
+    if min(rows, cols, count) < 1:
+        raise argparse.ArgumentTypeError(f"should be ROWSxCOLSxCOUNT, for example 64x768x108, but is: {text}")
+    return rows, cols, count
+
+
+def _microseconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"should be a number of microseconds >= 0 but is: {text}")
+    return value
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the table; return 0."""
-    shapes = MODELS[args.model]
-    if args.shape:
-        try:
-            shapes = [(int(m), int(n), int(c)) for m, n, c in (s.split("x") for s in args.shape)]
-        except ValueError:
-            print(f"--shape should be ROWSxCOLSxCOUNT, for example 64x768x108, but is: {' '.join(args.shape)}")
-            return 2
-    gpu, costs = GPUS[args.gpu], ledger(shapes)
+    shapes: Shapes = args.shape or MODELS[args.model]
+    schedule = resolve(args.ns_coefficients)
+    gpu, costs = GPUS[args.gpu], ledger(shapes, schedule)
     base = costs["torch.optim.Muon"]
     print(" + ".join(f"{c} of {m}x{n}" for m, n, c in shapes))
     print(f"least time on {args.gpu}: {gpu.flops / 1e12:.0f} TFLOP/s, {gpu.bytes / 1e12:.2f} TB/s,", end=" ")
@@ -223,6 +242,6 @@ def run(args: argparse.Namespace) -> int:
             f"{terms[0]:11.3f}{terms[1]:10.3f}{terms[2]:11.3f}{max(terms):15.3f}"
         )
     print()
-    for name, plan in own_plans(shapes).items():
-        print(f"muon_kernels, {name}: {traffic(plan, name)}")
+    for name, plan in own_plans(shapes, schedule).items():
+        print(f"muon_kernels, {name}: {traffic(plan, name, schedule)}")
     return 0

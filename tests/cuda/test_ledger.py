@@ -15,6 +15,7 @@ from torch import nn
 from muon_kernels import Muon
 from muon_kernels.backends import cuda
 from muon_kernels.cli.ledger import Requests, requested, traffic
+from muon_kernels.coefficients import resolve
 from muon_kernels.newton_schulz import Square
 from muon_kernels.plan import plan_for_shapes
 
@@ -55,7 +56,7 @@ def test_a_fused_step(profiled: Runtime, shape: tuple[int, ...], dtypes: tuple[t
     """To the byte and the FLOP; gradient and momentum are read once more than would be needed."""
     plan = step(profiled, shape, *dtypes).plan()
     assert [b.fused for b in plan.buckets] == [True]
-    assert asked(profiled) == plan.bytes and requested(plan, 64) == 0
+    assert asked(profiled) == plan.bytes and requested(plan, 64, resolve("keller")) == 0
     tensor = [row for profile in profiled.profiles.values() for row in profile.rows if row.tensor]
     assert sum(row.threads for row in tensor) // 32 * 16 * 8 * 16 * 2 == plan.flops
     again = torch.Size(shape).numel() * (dtypes[0].itemsize + dtypes[1].itemsize)
@@ -71,7 +72,7 @@ def test_a_step_in_products(profiled: Runtime, dtypes: tuple[torch.dtype, torch.
     products = asked(profiled, "product")
     assert 1 <= (asked(profiled) - products) / plan.bytes < 1.001
     assert plan.bytes == plan.least_bytes
-    assert 1 <= products / requested(plan, cuda.product_tiles()[0]) < 1.03
+    assert 1 <= products / requested(plan, cuda.product_tiles()[0], resolve("keller")) < 1.03
 
 
 @needs_nvcc
@@ -112,7 +113,9 @@ def test_the_tiles_are_those_of_the_kernels() -> None:
 
 def test_in_words() -> None:
     def words(*shapes: tuple[int, int, int]) -> str:
-        return traffic(plan_for_shapes(shapes, device="cuda", backend="cuda", available=False), "cuda")
+        return traffic(
+            plan_for_shapes(shapes, device="cuda", backend="cuda", available=False), "cuda", resolve("keller")
+        )
 
     assert "1.40 of the least" in words((64, 768, 9)) and "products" not in words((64, 768, 9))
     assert "1.00 of the least" in words((768, 768, 9)) and "tiles of 128 to 64" in words((768, 768, 9))
