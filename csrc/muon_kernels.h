@@ -175,6 +175,12 @@ struct FusedStep {
 };
 Result fused_step(const FusedStep& args, const ApplyOptions& options, Stream stream);
 
+// Lists travel as kernel arguments: how many matrices a launch takes, at least. Where matrices follow each other at
+// equal steps, as in a 3-D parameter, momentum_update and apply_update take more.
+int64_t momentum_capacity();
+int64_t apply_capacity();
+int64_t fused_capacity();
+
 const char* error_string(int32_t error);
 
 }  // namespace cuda

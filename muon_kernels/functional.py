@@ -6,6 +6,7 @@ happens or leaves parameters and state as they were.
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
@@ -107,12 +108,21 @@ class Scalars(NamedTuple):
         return {"lr": _scalar(self.lr), "weight_decay": _scalar(self.weight_decay)}
 
 
+class Stacks(NamedTuple):
+    """What a chunk of `batch` matrices needs beside parameters and state."""
+
+    X: Tensor  # (batch, m, n)
+    Y: Tensor
+    squares: list[Square]
+    scratch: Tensor  # (batch * scratch_bytes,) uint8
+
+
 class Workspace:
     """Memory that steps share and keep, one block a device; it grows to the largest chunk and stays."""
 
     def __init__(self) -> None:
         self._blocks: dict[torch.device, Tensor] = {}
-        self._stacks: dict[tuple[Bucket, int, torch.device], tuple[Tensor, Tensor, list[Square]]] = {}
+        self._stacks: dict[tuple[Bucket, int, torch.device], Stacks] = {}
 
     def reserve(self, device: torch.device, bytes_: int) -> None:
         """Have at least `bytes_` on `device`."""
@@ -122,14 +132,14 @@ class Workspace:
             self._blocks.pop(device, None)
             self._blocks[device] = torch.empty(bytes_, dtype=torch.uint8, device=device)
 
-    def stacks(self, bucket: Bucket, batch: int, device: torch.device) -> tuple[Tensor, Tensor, list[Square]]:
-        """X, Y and the squares of a chunk of `batch` matrices; the same tensors every time."""
+    def stacks(self, bucket: Bucket, batch: int, device: torch.device) -> Stacks:
+        """Those of a chunk of `batch` matrices; the same tensors every time."""
         if (bucket, batch, device) not in self._stacks:
             with torch.inference_mode(False):  # what is kept must be of use outside inference mode too
                 self._stacks[bucket, batch, device] = self._cut(bucket, batch, device)
         return self._stacks[bucket, batch, device]
 
-    def _cut(self, bucket: Bucket, batch: int, device: torch.device) -> tuple[Tensor, Tensor, list[Square]]:
+    def _cut(self, bucket: Bucket, batch: int, device: torch.device) -> Stacks:
         m, n = bucket.shape
         ops = backends.get(bucket.backend)
         block = self._blocks[device]
@@ -145,10 +155,11 @@ class Workspace:
             return take(m, ops.leading_dimension(cols), bucket.workspace_dtype)[..., :cols]
 
         X, Y, *highs = stack(n), stack(n), *(stack(m) for _ in range(ALGORITHMS[bucket.algorithm].squares))
-        if not ops.precise_squares():
-            return X, Y, [Square(high) for high in highs]
-        # The diagonals last: the leading dimensions of a backend that has them leave them aligned.
-        return X, Y, [Square(high, take(1, m, torch.float32)[:, 0]) for high in highs]
+        # What needs alignment last, the doubles first: the leading dimensions of a backend that has them leave it.
+        scratch = take(1, ops.scratch_bytes(m, n), torch.uint8).flatten()
+        precise = ops.precise_squares()
+        squares = [Square(high, take(1, m, torch.float32)[:, 0] if precise else None) for high in highs]
+        return Stacks(X, Y, squares, scratch)
 
 
 class _Source(NamedTuple):
@@ -364,8 +375,10 @@ def _iterate(
 ) -> Tensor:
     """Prologue and iteration of a chunk; the result lies in the workspace."""
     ops = backends.get(work.bucket.backend)
-    X, Y, squares = workspace.stacks(work.bucket, sum(g.layout.batch for g in grads), work.device)
-    scale = ops.momentum_update(grads, momenta, X, **scalars.of_momentum(), margin=work.schedule.margin)
+    X, Y, squares, scratch = workspace.stacks(work.bucket, sum(g.layout.batch for g in grads), work.device)
+    scale = ops.momentum_update(
+        grads, momenta, X, **scalars.of_momentum(), margin=work.schedule.margin, scratch=scratch
+    )
     run = ALGORITHMS[work.bucket.algorithm].run
     with ops.fused():
         return run(ops, X, Y, squares, scale, work.schedule.triples, work.schedule.margin)
@@ -373,7 +386,7 @@ def _iterate(
 
 def _fused_step(work: Work, chunk: Chunk, grads: Sequence[Matrices], workspace: Workspace, scalars: Scalars) -> None:
     ops, schedule = backends.get(work.bucket.backend), work.schedule
-    X, Y, squares = workspace.stacks(work.bucket, work.bucket.slots, work.device)
+    X, Y, squares, _ = workspace.stacks(work.bucket, work.bucket.slots, work.device)
 
     def iterate(scale: Tensor) -> Tensor:
         return ALGORITHMS[work.bucket.algorithm].run(ops, X, Y, squares, scale, schedule.triples, schedule.margin)
@@ -482,6 +495,8 @@ def _orthogonalize(
     check_matrices("G", G)
     options.check_eps(eps)
     name = backends.choose(backend, G.device, [G.dtype], workspace_dtype)
+    if not coefficients or len(coefficients) % 3 or not 0 < margin < math.inf:
+        raise ValueError(f"expected a, b, c of every step and a margin > 0 but got {list(coefficients)} and {margin}")
     a, b, c = (coefficients[i::3] for i in range(3))
     schedule = Schedule(tuple(zip(a, b, c, strict=True)), margin, "custom")
     count, rows, cols = split_shape(G.shape, False)

@@ -33,7 +33,7 @@ class Bucket:
         fused: whether a pass is one call of the backend's `fused_step`.
         chunks: number of matrices in each pass.
         slots: most matrices that are in the workspace at a time.
-        launches: calls of a kernel in a step.
+        launches: calls of a kernel in a step, at most.
         flops: FLOPs that are executed, 2 a multiply-add, all matrices.
         product_bytes: traffic of the products if each operand is read and each result written once; none if fused.
         bytes: traffic of prologue and epilogue: gradients, momenta and parameters read, momenta and parameters written,
@@ -230,7 +230,7 @@ def workspace_bytes(backend: str, algorithm: str, m: int, n: int) -> int:
     """Workspace of one m x n matrix."""
     ops, squares = backends.get(backend), ALGORITHMS[algorithm].squares
     stacks = 2 * m * (2 * ops.leading_dimension(n) + squares * ops.leading_dimension(m))
-    return stacks + (4 * m * squares if ops.precise_squares() else 0)
+    return stacks + ops.scratch_bytes(m, n) + (4 * m * squares if ops.precise_squares() else 0)
 
 
 def chunk_counts(total: int, each: int, cap: int | None, backend: str) -> tuple[int, ...]:
@@ -305,7 +305,7 @@ def plan_bucket(
         fused=fused,
         chunks=chunks,
         slots=slots,
-        launches=1 if fused else len(chunks) * (launches + ops.update_launches()),
+        launches=ops.fused_launches(count_) if fused else sum(launches + ops.update_launches(c) for c in chunks),
         flops=count_ * flops,
         product_bytes=0 if fused else count_ * product_bytes,
         bytes=least_bytes + again,

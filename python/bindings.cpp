@@ -165,6 +165,9 @@ PYBIND11_MODULE(_C, m) {
     cuda.def("products", [](const std::vector<mk::Product>& list, mk::DType dtype, int64_t stream) {
         check(mk::cuda::products(list.data(), static_cast<int>(list.size()), dtype, stream_at(stream)), "products");
     });
+    cuda.def("momentum_capacity", &mk::cuda::momentum_capacity);
+    cuda.def("apply_capacity", &mk::cuda::apply_capacity);
+    cuda.def("fused_capacity", &mk::cuda::fused_capacity);
     cuda.def("momentum_partials", &mk::cuda::momentum_partials);
     cuda.def("momentum_update", [](const mk::MomentumUpdate& u, mk::DType dtype, int64_t partial, int64_t stream) {
         check(mk::cuda::momentum_update(u, dtype, at<double>(partial), stream_at(stream)), "momentum_update");

@@ -130,6 +130,8 @@ __global__ __launch_bounds__(THREADS, BLOCKS_PER_SM) void apply_kernel(const __g
 
 }  // namespace
 
+int64_t apply_capacity() { return Runs<1>::CAPACITY; }
+
 Result apply_update(const ApplyUpdate& args, const ApplyOptions& options, DType dtype, Stream stream) {
     if (dtype == DType::f32 || !fits(args.x) || (args.x.batch && !(args.param && args.ratio))) return kInvalidArgument;
     if (options.stochastic_rounding && args.param_dtype == DType::f16) return kInvalidArgument;

@@ -723,6 +723,8 @@ bool supported(const FusedStep& f, const ApplyOptions& options) {
 
 }  // namespace
 
+int64_t fused_capacity() { return kCapacity; }
+
 Result fused_step(const FusedStep& f, const ApplyOptions& options, Stream stream) {
     if (!supported(f, options)) return {Status::invalid_argument, 0};
     if (!f.count || !f.rows) return {Status::ok, 0};

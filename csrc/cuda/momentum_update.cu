@@ -230,6 +230,8 @@ __global__ __launch_bounds__(THREADS) void norm_kernel(const __grid_constant__ N
 
 }  // namespace
 
+int64_t momentum_capacity() { return Runs<2>::CAPACITY; }
+
 int64_t momentum_partials(const MomentumUpdate& args) { return args.x.batch * tiles(args.x); }
 
 Result momentum_update(const MomentumUpdate& args, DType dtype, double* partial, Stream stream) {

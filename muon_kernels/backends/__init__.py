@@ -61,6 +61,7 @@ class Backend(Products, Protocol):
         grad_scale: float,
         eps: float,
         margin: float,
+        scratch: Tensor | None = None,
     ) -> Tensor | None:
         """Update momenta, write the directions to X; see csrc/muon_kernels.h for the formulas.
 
@@ -75,6 +76,7 @@ class Backend(Products, Protocol):
             grad_scale: multiplies every gradient.
             eps: the smallest norm, relative to the power of two below the norm, that is divided by.
             margin: of the coefficient set.
+            scratch: `scratch_bytes` of memory, and what is returned may lie in it; None to allocate.
 
         Returns:
             (batch,) fp32 on X's device: what brings the Frobenius norms of X to 1/margin; 0 for a zero matrix, NaN for
@@ -92,14 +94,20 @@ class Backend(Products, Protocol):
     ) -> None:
         """Write (1 - lr·weight_decay)·param - lr·ratios[i]·X[i] to every matrix i of params."""
 
-    def update_launches(self) -> int:
-        """Launches of `momentum_update` and `apply_update` together."""
+    def scratch_bytes(self, rows: int, cols: int) -> int:
+        """Of `momentum_update`, a multiple of 8 for every matrix."""
+
+    def update_launches(self, count: int) -> int:
+        """Launches of `momentum_update` and `apply_update` together for `count` matrices, at most."""
 
     def product_tiles(self) -> tuple[int, int] | None:
         """Smallest and largest side of the tiles in which memory is asked for operands; None if that is not known."""
 
     def fused_reads(self) -> int:
         """How often `fused_step` reads gradients and momenta."""
+
+    def fused_launches(self, count: int) -> int:
+        """Launches of `fused_step` for `count` matrices."""
 
     def fused_flops(self, rows: int, cols: int, schedule: Schedule) -> int | None:
         """FLOPs that `fused_step` executes for a matrix; None if they are those of the products."""

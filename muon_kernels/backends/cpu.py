@@ -141,6 +141,7 @@ def momentum_update(
     grad_scale: float,
     eps: float,
     margin: float,
+    scratch: Tensor | None = None,
 ) -> Tensor:
     """See `Backend.momentum_update`."""
     _C = native.required()
@@ -221,7 +222,12 @@ def apply_update(
     torch.autograd.graph.increment_version([p.tensor for p in params])
 
 
-def update_launches() -> int:
+def scratch_bytes(rows: int, cols: int) -> int:
+    """None: the scale is small and no device's."""
+    return 0
+
+
+def update_launches(count: int) -> int:
     """One each."""
     return 2
 
@@ -232,6 +238,11 @@ def product_tiles() -> None:
 
 def fused_reads() -> int:
     """A matrix stays in a slot until it is stepped."""
+    return 1
+
+
+def fused_launches(count: int) -> int:
+    """One call."""
     return 1
 
 

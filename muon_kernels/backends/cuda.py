@@ -17,6 +17,8 @@ from ..layout import Matrices
 from ..newton_schulz import Square
 from . import native
 
+# Matrices of a launch, csrc's momentum_capacity() and so on, for plans made on a machine without the module.
+MOMENTUM_CAPACITY, APPLY_CAPACITY, FUSED_CAPACITY = 406, 677, 392
 # Most rows of `fused_step`, and with three terms. Registers hold R, Q and their product.
 FUSED_ROWS = {2: 128, 3: 64}
 # Largest relative error of the number that a sum of so many bf16 numbers stands for. For two, with what 24 additions in
@@ -149,16 +151,19 @@ def momentum_update(
     grad_scale: float,
     eps: float,
     margin: float,
+    scratch: Tensor | None = None,
 ) -> Tensor:
-    """See `Backend.momentum_update`."""
-    _C = _device.module()
-    scale = torch.empty(X.shape[0], dtype=torch.float32, device=X.device)
+    """See `Backend.momentum_update`. In scratch: the sums of squares of all tiles, and the scales."""
+    _C, batch = _device.module(), X.shape[0]
+    if scratch is None:
+        scratch = torch.empty(batch * scratch_bytes(*X.shape[1:]), dtype=torch.uint8, device=X.device)
+    scale = scratch[scratch.numel() - 8 * batch :].view(torch.float32)[:batch]
     update, _alive = native.momentum_update(
         _C, grads, momenta, X, scale, momentum, nesterov, dampened, grad_scale, eps, margin
     )
-    partial = torch.empty(_C.cuda.momentum_partials(update), dtype=torch.float64, device=X.device)
+    assert 8 * _C.cuda.momentum_partials(update) + 8 * batch <= scratch.numel()
     with _launching(X.shape, X.device) as stream:
-        _C.cuda.momentum_update(update, native.dtype(_C, X.dtype), partial.data_ptr(), stream)
+        _C.cuda.momentum_update(update, native.dtype(_C, X.dtype), scratch.data_ptr(), stream)
     if momenta is not None:
         torch.autograd.graph.increment_version([b.tensor for b in momenta])
     return scale
@@ -226,9 +231,14 @@ def apply_update(
     torch.autograd.graph.increment_version([p.tensor for p in params])
 
 
-def update_launches() -> int:
-    """Momentum, its norms, update."""
-    return 3
+def scratch_bytes(rows: int, cols: int) -> int:
+    """A double for each tile of 64x64, and as much for the scale."""
+    return 8 * (-(-rows // 64) * -(-cols // 64) + 1)
+
+
+def update_launches(count: int) -> int:
+    """Momentum, its norms, update: as if no matrix lay next to another."""
+    return -(-count // MOMENTUM_CAPACITY) + 1 + -(-count // APPLY_CAPACITY)
 
 
 def product_tiles() -> tuple[int, int]:
@@ -260,6 +270,11 @@ def _terms(triples: tuple[tuple[float, float, float], ...], margin: float) -> in
     return None
 
 
+def fused_launches(count: int) -> int:
+    """As many as their arguments take."""
+    return -(-count // FUSED_CAPACITY)
+
+
 def fused_flops(rows: int, cols: int, schedule: Schedule) -> int:
     """Of products in two or three terms each, whole squares, sizes rounded up to tiles."""
     terms = _terms(schedule.triples, schedule.margin) or 3
@@ -271,7 +286,7 @@ def fused_flops(rows: int, cols: int, schedule: Schedule) -> int:
 def fused_slots(rows: int, cols: int, count: int, schedule: Schedule) -> int | None:
     """None of the workspace: where the smaller side fits on the chip, the matrix stays there."""
     terms = _terms(schedule.triples, schedule.margin)
-    return 0 if terms is not None and rows <= FUSED_ROWS[terms] else None
+    return 0 if terms is not None and rows <= FUSED_ROWS[terms] and cols < 2**31 - 32 else None
 
 
 def fused_step(

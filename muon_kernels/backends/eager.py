@@ -55,7 +55,12 @@ def leading_dimension(cols: int) -> int:
     return cols
 
 
-def update_launches() -> int:
+def scratch_bytes(rows: int, cols: int) -> int:
+    """None: torch allocates."""
+    return 0
+
+
+def update_launches(count: int) -> int:
     """Counted as one each, however many operations they are."""
     return 2
 
@@ -65,6 +70,11 @@ def product_tiles() -> None:
 
 
 def fused_reads() -> int:
+    """It is never called."""
+    return 1
+
+
+def fused_launches(count: int) -> int:
     """It is never called."""
     return 1
 
@@ -93,6 +103,7 @@ def momentum_update(
     grad_scale: float,
     eps: float,
     margin: float,
+    scratch: Tensor | None = None,
 ) -> None:
     """See `Backend.momentum_update`. Arithmetic in fp32, or in the gradient's dtype if that is wider."""
     start = 0

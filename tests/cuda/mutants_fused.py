@@ -81,6 +81,8 @@ MUTANTS = [
     Mutant("cautious where the signs differ", "change * p[i] >= 0", "change * p[i] <= 0", OPTIONS),
     Mutant("bf16 of the wrong bits", "p[to.stride] = static_cast<uint16_t>(bits.x >> 16);", "p[to.stride] = static_cast<uint16_t>(bits.x);", "test_dtypes"),
     Mutant("f16 taken for bf16", "half(dtype == DType::f16)", "half(false)", "test_dtypes"),
+    Mutant("second launch: the first one's ratios", "f.apply.ratio[from]", "f.apply.ratio[i]", "test_counts"),
+    Mutant("exponents up to 127", "(largest >> 23) - 127, 126)", "(largest >> 23) - 127, 127)", SCALES),
     Mutant("second launch begins anew", "const int64_t from = first + i;", "const int64_t from = i;", "test_counts"),
     # Speed.
     Mutant("no swizzle", "(chunk ^ (line / kLinesOfBanks & kMask))", "chunk", TRAFFIC),

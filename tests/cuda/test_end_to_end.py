@@ -201,6 +201,54 @@ def test_without_a_device() -> None:
 
 
 @needs_nvcc
+def test_many_matrices_take_more_launches(emulated: standin.Runtime) -> None:
+    """Their lists are arguments, which are limited, and no two neighbours of these have equal strides."""
+    module = cuda._device.module()
+    capacities = module.cuda.momentum_capacity(), module.cuda.apply_capacity(), module.cuda.fused_capacity()
+    assert capacities == (cuda.MOMENTUM_CAPACITY, cuda.APPLY_CAPACITY, cuda.FUSED_CAPACITY)
+    for count, columns in ((cuda.FUSED_CAPACITY + 1, 3), (cuda.MOMENTUM_CAPACITY + 1, 2)):
+        memory = torch.ones(10 * count)
+        params = [nn.Parameter(memory.as_strided((2, columns), (columns + i % 2, 1), 10 * i)) for i in range(count)]
+        muon = Muon(params, backend="cuda", ns_coefficients="keller" if columns == 3 else "deepseek_v4")
+        for i, p in enumerate(params):
+            p.grad = torch.ones(columns, 2).T * (i + 1) if i % 2 else torch.ones(2, columns) * (i + 1)
+        before = len(emulated.log)
+        muon.step()
+        assert len(emulated.log) - before == muon.plan().launches
+        assert muon.plan().buckets[0].fused == (columns == 3)
+
+
+@needs_nvcc
+def test_a_step_without_memory_changes_nothing(emulated: standin.Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a step allocates it allocates before it writes."""
+    params = make_params("cpu")
+    muon = Muon(params, backend="cuda")
+    for i, p in enumerate(params):
+        p.grad = make_grad(p, i)
+    before = [p.detach().clone() for p in params]
+    allowed = 0
+
+    def empty(*args: Any, **kwargs: Any) -> Tensor:
+        nonlocal allowed
+        allowed -= 1
+        if allowed < 0:
+            raise torch.OutOfMemoryError("planted")
+        return made(*args, **kwargs)
+
+    made = torch.empty
+    for n in range(50):
+        allowed = n
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty", empty)
+            try:
+                muon.step()
+                break
+            except torch.OutOfMemoryError:
+                assert all(map(torch.equal, params, before)) and not muon.state
+    assert n and not any(map(torch.equal, params, before))
+
+
+@needs_nvcc
 @pytest.mark.parametrize("name", ["keller", "you6", "deepseek_v4"])
 def test_what_is_not_fused_is_stepped_all_the_same(emulated: standin.Runtime, name: str) -> None:
     """The plan knows which schedules and sizes the fused kernel does not take."""
