@@ -1,6 +1,7 @@
 """Builds csrc through CMake and Ninja; everything else is in pyproject.toml."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 # The GPUs that get code of their own; PTX of the first for all that come later.
-CUDA_ARCHS = "80;86;89;90;100;120"
+CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
+OLDEST_NVCC = (12, 1)  # kernels with 32 KiB of arguments
 
 
 def find_nvcc() -> str | None:
@@ -23,17 +25,49 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or next(filter(None, places), None)
 
 
+def nvcc_version(nvcc: str) -> tuple[int, int]:
+    """(major, minor); SystemExit if it does not say."""
+    try:
+        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+        major, minor = re.findall(r"release (\d+)\.(\d+)", said)[0]
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        raise SystemExit(f"{nvcc} does not run: {error!r}") from None
+    return int(major), int(minor)
+
+
+def cuda_archs(nvcc: str, wanted: str) -> list[str]:
+    """Compute capabilities without their point, from MUON_KERNELS_CUDA_ARCHS or, of ours, all that this nvcc knows."""
+    if not wanted.strip():
+        listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+        return [arch for arch in CUDA_ARCHS if f"compute_{arch}" in listed.split()]
+    archs = [arch.strip() for arch in re.split("[,; ]+", wanted) if arch.strip()]
+    if not archs or any(not re.fullmatch(r"\d+[af]?", arch) or int(arch.rstrip("af")) < 80 for arch in archs):
+        raise SystemExit(
+            "MUON_KERNELS_CUDA_ARCHS should be compute capabilities from 8.0 on, without the point, such as '80,90', "
+            f"but is: {wanted!r}"
+        )
+    return list(dict.fromkeys(archs))
+
+
 def cuda_options() -> list[str]:
     """CMake's options for the CUDA kernels, by MUON_KERNELS_CUDA (0, 1, auto) and MUON_KERNELS_CUDA_ARCHS."""
-    wanted = os.environ.get("MUON_KERNELS_CUDA", "auto")
+    wanted = os.environ.get("MUON_KERNELS_CUDA") or "auto"
     if wanted not in ("0", "1", "auto"):
         raise SystemExit(f"MUON_KERNELS_CUDA should be 0, 1 or auto but is: {wanted!r}")
-    nvcc = find_nvcc() if wanted != "0" else None
-    if wanted == "1" and nvcc is None:
-        raise SystemExit("MUON_KERNELS_CUDA is 1 but there is no nvcc on PATH, in CUDA_HOME or in this environment")
-    if nvcc is None:
+    if wanted == "0":
         return []
-    first, *others = os.environ.get("MUON_KERNELS_CUDA_ARCHS", CUDA_ARCHS).replace(",", ";").split(";")
+    try:
+        nvcc = find_nvcc()
+        if nvcc is None:
+            raise SystemExit("there is no nvcc on PATH, in CUDA_HOME or in this environment")
+        if (version := nvcc_version(nvcc)) < OLDEST_NVCC:
+            raise SystemExit("{} is {}.{}, but at least {}.{} is needed".format(nvcc, *version, *OLDEST_NVCC))
+    except SystemExit as reason:
+        if wanted == "1":
+            raise SystemExit(f"MUON_KERNELS_CUDA is 1, but {reason}") from None
+        print(f"muon_kernels: no CUDA kernels, for {reason}", file=sys.stderr)
+        return []
+    first, *others = cuda_archs(nvcc, os.environ.get("MUON_KERNELS_CUDA_ARCHS", ""))
     archs = ";".join([first, *(f"{arch}-real" for arch in others)])
     return [f"-DMUON_KERNELS_NVCC={nvcc}", f"-DMUON_KERNELS_CUDA_ARCHS={archs}"]
 
@@ -61,8 +95,13 @@ class CMakeBuild(build_ext):
         if ninja := shutil.which("ninja", path=scripts) or shutil.which("ninja"):
             options.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")
         target.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run([cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(build), *options], check=True)
-        subprocess.run([cmake, "--build", str(build)], check=True)
+        try:
+            subprocess.run([cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(build), *options], check=True)
+            subprocess.run([cmake, "--build", str(build)], check=True)
+        except subprocess.CalledProcessError:
+            if any("NVCC" in option for option in options):
+                print("muon_kernels: MUON_KERNELS_CUDA=0 builds without the CUDA kernels", file=sys.stderr)
+            raise
 
     def run(self) -> None:
         """Say plainly what a machine without a compiler goes without."""
@@ -80,4 +119,5 @@ class CMakeBuild(build_ext):
             )
 
 
-setup(ext_modules=[Extension("muon_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+if __name__ == "__main__":
+    setup(ext_modules=[Extension("muon_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
