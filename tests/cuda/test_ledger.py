@@ -118,4 +118,4 @@ def test_in_words() -> None:
         )
 
     assert "1.40 of the least" in words((64, 768, 9)) and "products" not in words((64, 768, 9))
-    assert "1.00 of the least" in words((768, 768, 9)) and "tiles of 128 to 64" in words((768, 768, 9))
+    assert "1.00 of the least" in words((768, 768, 9)) and "they load 1623 to 2895 MB" in words((768, 768, 9))
