@@ -223,7 +223,7 @@ def apply_update(
 
 
 def scratch_bytes(rows: int, cols: int) -> int:
-    """None: the scale is small and no device's."""
+    """None: the scale is a small tensor of its own."""
     return 0
 
 
