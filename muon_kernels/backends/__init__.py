@@ -95,7 +95,7 @@ class Backend(Products, Protocol):
         """Write (1 - lr·weight_decay)·param - lr·ratios[i]·X[i] to every matrix i of params."""
 
     def scratch_bytes(self, rows: int, cols: int) -> int:
-        """Of `momentum_update`, a multiple of 8 for every matrix."""
+        """Of `momentum_update`, for every matrix a multiple of 8."""
 
     def update_launches(self, count: int) -> int:
         """Launches of `momentum_update` and `apply_update` together for `count` matrices, at most."""

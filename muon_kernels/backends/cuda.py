@@ -232,8 +232,8 @@ def apply_update(
 
 
 def scratch_bytes(rows: int, cols: int) -> int:
-    """A double for each tile of 64x64, and as much for the scale."""
-    return 8 * (-(-rows // 64) * -(-cols // 64) + 1)
+    """A double for each tile of 64x64 and as much for the scale, in whole sectors: the diagonals come behind it."""
+    return -(-8 * (-(-rows // 64) * -(-cols // 64) + 1) // 32) * 32
 
 
 def update_launches(count: int) -> int:

@@ -66,13 +66,13 @@ def test_a_fused_step(profiled: Runtime, shape: tuple[int, ...], dtypes: tuple[t
 @needs_nvcc
 @pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, F32)], ids=str)
 def test_a_step_in_products(profiled: Runtime, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
-    """Only partial norms (here below 0.1 %) and diagonals (below 5 %) are not in the formulas."""
+    """Only partial norms (here below 0.1 %) and diagonals (below 3 %) are not in the formulas."""
     plan = step(profiled, (192, 256), *dtypes).plan()
     assert [b.fused for b in plan.buckets] == [False]
     products = asked(profiled, "product")
     assert 1 <= (asked(profiled) - products) / plan.bytes < 1.001
     assert plan.bytes == plan.least_bytes
-    assert 1 <= products / requested(plan, cuda.product_tiles()[0], resolve("keller")) < 1.05
+    assert 1 <= products / requested(plan, cuda.product_tiles()[0], resolve("keller")) < 1.03
 
 
 @needs_nvcc
