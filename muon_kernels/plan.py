@@ -286,29 +286,34 @@ def plan_bucket(
     each = workspace_bytes(backend, algorithm, m, n)
     ops = backends.get(backend)
     cap = ops.default_workspace_bytes() if max_workspace_bytes is None else max_workspace_bytes
-    slots = ops.fused_slots(m, n, count_, schedule) if stepped else None
-    fused = slots is not None and slots * each <= cap
-    chunks = (count_,) if fused else chunk_counts(count_, each, max_workspace_bytes, backend)
-    if slots is None or not fused:
-        slots = max(chunks)
+    fused = ops.fused_plan(m, n, count_, schedule) if stepped else None
+    if fused is not None and fused.slots * each > cap:
+        fused = None
     launches, flops, product_bytes = _count_on(backend, algorithm, m, n, schedule)
-    if fused and (executed := ops.fused_flops(m, n, schedule)) is not None:
-        flops = executed
-    least_bytes = count_ * m * n * (bytes_per_element + (0 if fused else 2 * 2))
-    again = count_ * m * n * direction_bytes * (ops.fused_reads() - 1) if fused else 0
+    elements = count_ * m * n
+    chunks: tuple[int, ...]
+    if fused is not None:
+        chunks, slots, launches, product_bytes = (count_,), fused.slots, fused.launches, 0
+        flops = flops if fused.flops is None else fused.flops
+        least_bytes = elements * bytes_per_element
+        bytes_ = least_bytes + elements * direction_bytes * (fused.reads - 1)
+    else:
+        chunks = chunk_counts(count_, each, max_workspace_bytes, backend)
+        slots, launches = max(chunks), sum(launches + ops.update_launches(chunk) for chunk in chunks)
+        bytes_ = least_bytes = elements * (bytes_per_element + 2 * workspace_dtype.itemsize)
     return Bucket(
         shape=shape,
         count=count_,
         algorithm=algorithm,
         backend=backend,
         workspace_dtype=workspace_dtype,
-        fused=fused,
+        fused=fused is not None,
         chunks=chunks,
         slots=slots,
-        launches=ops.fused_launches(count_) if fused else sum(launches + ops.update_launches(c) for c in chunks),
+        launches=launches,
         flops=count_ * flops,
-        product_bytes=0 if fused else count_ * product_bytes,
-        bytes=least_bytes + again,
+        product_bytes=count_ * product_bytes,
+        bytes=bytes_,
         least_bytes=least_bytes,
         workspace_bytes=slots * each,
     )

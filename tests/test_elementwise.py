@@ -241,10 +241,11 @@ def test_fused_step_is_its_parts(
     m, n = sorted(shape)
     count = 4 * torch.get_num_threads() + 3
     schedule = resolve("keller", None)
-    slots = ops.fused_slots(m, n, count, schedule)
-    if slots is None:
+    fused = ops.fused_plan(m, n, count, schedule)
+    if fused is None:
         pytest.skip("the backend says that it has none")
-    assert ops.fused_slots(m, n, 1, schedule) is None
+    slots = fused.slots
+    assert ops.fused_plan(m, n, 1, schedule) is None
     # Norms on both sides of where a matrix is rescaled.
     scales = [10.0 ** (7 * (i - count // 2)) for i in range(count)]
     grads = [random(shape, kind, torch.float32) * s for s in scales]

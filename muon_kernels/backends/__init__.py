@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,22 @@ from ..newton_schulz import Products
 
 # In the order in which "auto" prefers them.
 BACKENDS = {"cuda": ".cuda", "cpu": ".cpu", "eager": ".eager"}
+
+
+class Fused(NamedTuple):
+    """What `fused_step` costs a bucket.
+
+    Attributes:
+        slots: how many matrices the workspace holds.
+        launches: calls of a kernel.
+        flops: executed for a matrix; None if they are those of its products.
+        reads: of gradients and momenta.
+    """
+
+    slots: int
+    launches: int = 1
+    flops: int | None = None
+    reads: int = 1
 
 
 class Backend(Products, Protocol):
@@ -103,17 +119,8 @@ class Backend(Products, Protocol):
     def product_tiles(self) -> tuple[int, int] | None:
         """Smallest and largest side of the tiles in which memory is asked for operands; None if that is not known."""
 
-    def fused_reads(self) -> int:
-        """How often `fused_step` reads gradients and momenta."""
-
-    def fused_launches(self, count: int) -> int:
-        """Launches of `fused_step` for `count` matrices."""
-
-    def fused_flops(self, rows: int, cols: int, schedule: Schedule) -> int | None:
-        """FLOPs that `fused_step` executes for a matrix; None if they are those of the products."""
-
-    def fused_slots(self, rows: int, cols: int, count: int, schedule: Schedule) -> int | None:
-        """How many matrices the workspace of `fused_step` holds for a bucket; None if it is not stepped that way."""
+    def fused_plan(self, rows: int, cols: int, count: int, schedule: Schedule) -> Fused | None:
+        """What `fused_step` costs a bucket; None if the bucket is not stepped that way."""
 
     def fused_step(
         self,
@@ -134,7 +141,7 @@ class Backend(Products, Protocol):
         weight_decay: float | Tensor,
         ratios: Sequence[float],
     ) -> None:
-        """Do `momentum_update`, the iteration and `apply_update` in one call. Optional: see `fused_slots`.
+        """Do `momentum_update`, the iteration and `apply_update` in one call. Optional: see `fused_plan`.
 
         Args:
             X: (slots, m, n), the workspace's, and with it all that `iterate` uses.

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..coefficients import Schedule
 from ..layout import Bundle, Matrices
 from ..newton_schulz import Square
-from . import eager, native
+from . import Fused, eager, native
 
 
 @dataclass(frozen=True)
@@ -236,24 +236,10 @@ def product_tiles() -> None:
     """Its panels suit caches of a processor."""
 
 
-def fused_reads() -> int:
-    """A matrix stays in a slot until it is stepped."""
-    return 1
-
-
-def fused_launches(count: int) -> int:
-    """One call."""
-    return 1
-
-
-def fused_flops(rows: int, cols: int, schedule: Schedule) -> None:
-    """They are."""
-
-
-def fused_slots(rows: int, cols: int, count: int, schedule: Schedule) -> int | None:
-    """One for each thread, where there are enough matrices to keep all busy to the end."""
+def fused_plan(rows: int, cols: int, count: int, schedule: Schedule) -> Fused | None:
+    """A slot for each thread, where there are enough matrices to keep all busy to the end."""
     threads = torch.get_num_threads()
-    return threads if _choice().products == "native" and count >= 4 * threads else None
+    return Fused(threads) if _choice().products == "native" and count >= 4 * threads else None
 
 
 class _Program(NamedTuple):

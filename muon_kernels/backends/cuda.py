@@ -15,7 +15,7 @@ from torch import Tensor
 from ..coefficients import Schedule
 from ..layout import Matrices
 from ..newton_schulz import Square
-from . import native
+from . import Fused, native
 
 # Matrices of a launch, csrc's momentum_capacity() and so on, for plans made on a machine without the module.
 MOMENTUM_CAPACITY, APPLY_CAPACITY, FUSED_CAPACITY = 406, 677, 392
@@ -246,11 +246,6 @@ def product_tiles() -> tuple[int, int]:
     return 64, 128
 
 
-def fused_reads() -> int:
-    """For the first Gram matrix, and for the update."""
-    return 2
-
-
 @lru_cache(maxsize=256)
 def _terms(triples: tuple[tuple[float, float, float], ...], margin: float) -> int | None:
     """How many bf16 numbers a number of `fused_step` must be a sum of; None if three are not enough.
@@ -270,23 +265,22 @@ def _terms(triples: tuple[tuple[float, float, float], ...], margin: float) -> in
     return None
 
 
-def fused_launches(count: int) -> int:
-    """As many as their arguments take."""
-    return -(-count // FUSED_CAPACITY)
+def fused_plan(rows: int, cols: int, count: int, schedule: Schedule) -> Fused | None:
+    """Where the smaller side fits on the chip, which needs no workspace but two visits to the longer one.
 
-
-def fused_flops(rows: int, cols: int, schedule: Schedule) -> int:
-    """Of products in two or three terms each, whole squares, sizes rounded up to tiles."""
-    terms = _terms(schedule.triples, schedule.margin) or 3
+    A product is three or six of bf16, of whole squares, and sizes are rounded up to tiles.
+    """
+    terms = _terms(schedule.triples, schedule.margin)
+    if terms is None or rows > FUSED_ROWS[terms] or cols >= 2**31 - 32:
+        return None
     m, n = max(16, 1 << (rows - 1).bit_length()), -(-cols // 32) * 32
     parts, products = terms * (terms + 1) // 2, 4 * len(schedule.triples) - 3
-    return parts * 2 * m * m * (2 * n + products * m)
-
-
-def fused_slots(rows: int, cols: int, count: int, schedule: Schedule) -> int | None:
-    """None of the workspace: where the smaller side fits on the chip, the matrix stays there."""
-    terms = _terms(schedule.triples, schedule.margin)
-    return 0 if terms is not None and rows <= FUSED_ROWS[terms] and cols < 2**31 - 32 else None
+    return Fused(
+        slots=0,
+        launches=-(-count // FUSED_CAPACITY),
+        flops=parts * 2 * m * m * (2 * n + products * m),
+        reads=2,
+    )
 
 
 def fused_step(

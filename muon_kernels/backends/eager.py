@@ -69,21 +69,7 @@ def product_tiles() -> None:
     """torch chooses."""
 
 
-def fused_reads() -> int:
-    """It is never called."""
-    return 1
-
-
-def fused_launches(count: int) -> int:
-    """It is never called."""
-    return 1
-
-
-def fused_flops(rows: int, cols: int, schedule: Schedule) -> None:
-    """It is never called."""
-
-
-def fused_slots(rows: int, cols: int, count: int, schedule: Schedule) -> None:
+def fused_plan(rows: int, cols: int, count: int, schedule: Schedule) -> None:
     """No: torch has nothing that runs a whole step."""
 
 

@@ -298,12 +298,13 @@ def test_accuracy_of_the_largest(built: tuple[ModuleType, Any], name: str) -> No
 
 def test_what_needs_a_restart_goes_another_way() -> None:
     for schedule in (resolve("deepseek_v4"), resolve("keller", 12), resolve((0.0, 0.0, 0.0)), resolve((1e30, 1, 1))):
-        assert cuda.fused_slots(8, 40, 1, schedule) is None
+        assert cuda.fused_plan(8, 40, 1, schedule) is None
     for schedule in (resolve("you6"), resolve("polar_express", 7)):  # three terms
-        assert cuda.fused_slots(64, 70, 1, schedule) == 0
-        assert cuda.fused_slots(65, 70, 1, schedule) is None
-    assert cuda.fused_slots(128, 200, 1, resolve("keller")) == 0
-    assert cuda.fused_slots(129, 200, 1, resolve("keller")) is None
+        assert cuda.fused_plan(64, 70, 1, schedule) is not None
+        assert cuda.fused_plan(65, 70, 1, schedule) is None
+    assert cuda.fused_plan(128, 200, 1, resolve("keller")) is not None
+    assert cuda.fused_plan(129, 200, 1, resolve("keller")) is None
+    assert cuda.fused_plan(8, 2**31, 1, resolve("keller")) is None
 
 
 @pytest.mark.parametrize(
