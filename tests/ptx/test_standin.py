@@ -16,6 +16,7 @@ if not nvcc():
 
 TOYS = Path(__file__).parent / "toys"
 SUCCESS, INVALID_VALUE, INVALID_CONFIGURATION, OUT_OF_RESOURCES, LAUNCH_FAILURE = 0, 1, 9, 701, 719
+CAPTURE_UNSUPPORTED = 900
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +99,28 @@ def test_profiles(toy: tuple[ModuleType, Runtime]) -> None:
         profiles = {("fill" in name): p for name, p in runtime.profiles.items()}
     assert profiles[True].total("bytes", lambda row: row.op.startswith("st.global")) == 4 * 256
     assert profiles[False].total("threads", lambda row: row.op.startswith("st.global")) == 2 * 256
+
+
+def test_capture(toy: tuple[ModuleType, Runtime]) -> None:
+    """Nothing runs until it is replayed, with the parameters of then; what would wait spoils the capture."""
+    module, runtime = toy
+    x, y = torch.randn(300), torch.zeros(300)
+    runtime.forget_memory()
+    runtime.register(x, y)
+    with runtime.options():
+        with runtime.capture():
+            assert module.run(y.data_ptr(), x.data_ptr(), 2.0, 300, 512, 0) == SUCCESS
+        assert not y.any() and not runtime.log
+        x.mul_(3)
+        for _ in range(2):
+            y.fill_(float("nan"))
+            assert runtime.replay() == SUCCESS
+            torch.testing.assert_close(y, 6 + 4 * x)
+        with runtime.capture():
+            assert module.run(y.data_ptr(), x.data_ptr(), 2.0, 300, 512, 0) == SUCCESS
+            assert module.set_scale(1.0) == CAPTURE_UNSUPPORTED  # a copy that waits
+        y.zero_()
+        assert runtime.replay() != SUCCESS and not y.any()
+        runtime.fail_next(LAUNCH_FAILURE)
+        assert module.run_small(y.data_ptr(), 64) == LAUNCH_FAILURE
+        assert not y.any() and module.run_small(y.data_ptr(), 64) == SUCCESS and y.any()
