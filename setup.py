@@ -25,14 +25,20 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or next(filter(None, places), None)
 
 
-def nvcc_version(nvcc: str) -> tuple[int, int]:
-    """(major, minor); SystemExit if it does not say."""
+def usable_nvcc() -> tuple[str, str]:
+    """(nvcc, ""), or ("", why there is none that will do)."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        return "", "there is no nvcc on PATH, in CUDA_HOME or in this environment"
     try:
         said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-        major, minor = re.findall(r"release (\d+)\.(\d+)", said)[0]
-    except (OSError, subprocess.CalledProcessError, IndexError) as error:
-        raise SystemExit(f"{nvcc} does not run: {error!r}") from None
-    return int(major), int(minor)
+    except (OSError, subprocess.CalledProcessError) as error:
+        return "", f"nvcc does not run: {error}"
+    release = re.search(r"release (\d+)\.(\d+)", said)
+    if release is None or tuple(map(int, release.groups())) < OLDEST_NVCC:
+        needed = "at least {}.{} is needed".format(*OLDEST_NVCC)
+        return "", f"{nvcc} is {release[0] if release else 'of an unknown version'}, but {needed}"
+    return nvcc, ""
 
 
 def cuda_archs(nvcc: str, wanted: str) -> list[str]:
@@ -54,18 +60,11 @@ def cuda_options() -> list[str]:
     wanted = os.environ.get("MUON_KERNELS_CUDA") or "auto"
     if wanted not in ("0", "1", "auto"):
         raise SystemExit(f"MUON_KERNELS_CUDA should be 0, 1 or auto but is: {wanted!r}")
-    if wanted == "0":
-        return []
-    try:
-        nvcc = find_nvcc()
-        if nvcc is None:
-            raise SystemExit("there is no nvcc on PATH, in CUDA_HOME or in this environment")
-        if (version := nvcc_version(nvcc)) < OLDEST_NVCC:
-            raise SystemExit("{} is {}.{}, but at least {}.{} is needed".format(nvcc, *version, *OLDEST_NVCC))
-    except SystemExit as reason:
-        if wanted == "1":
-            raise SystemExit(f"MUON_KERNELS_CUDA is 1, but {reason}") from None
-        print(f"muon_kernels: no CUDA kernels, for {reason}", file=sys.stderr)
+    nvcc, reason = usable_nvcc() if wanted != "0" else ("", "")
+    if wanted == "1" and not nvcc:
+        raise SystemExit(f"MUON_KERNELS_CUDA is 1, but {reason}")
+    if not nvcc:
+        print(f"muon_kernels: no CUDA kernels, for {reason or 'MUON_KERNELS_CUDA is 0'}", file=sys.stderr)
         return []
     first, *others = cuda_archs(nvcc, os.environ.get("MUON_KERNELS_CUDA_ARCHS", ""))
     archs = ";".join([first, *(f"{arch}-real" for arch in others)])

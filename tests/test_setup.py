@@ -62,7 +62,7 @@ def test_an_older_nvcc(setup_py: ModuleType, tmp_path: Path, monkeypatch: pytest
     nvcc(tmp_path, "11.8")
     assert setup_py.cuda_options() == []
     monkeypatch.setenv("MUON_KERNELS_CUDA", "1")
-    with pytest.raises(SystemExit, match=r"nvcc is 11\.8, but at least 12\.1 is needed"):
+    with pytest.raises(SystemExit, match=r"nvcc is release 11\.8, but at least 12\.1 is needed"):
         setup_py.cuda_options()
     (tmp_path / "nvcc").write_text("#!/bin/sh\nexit 3\n")
     with pytest.raises(SystemExit, match="nvcc does not run"):
