@@ -95,11 +95,7 @@ def _product(
     a += matrix * (a_batch_stride * STRIDE_UNIT)
     b += matrix * (b_batch_stride * STRIDE_UNIT)
     out += matrix * (out_batch_stride * STRIDE_UNIT)
-    if ADDEND == "a":
-        c, c_row_stride = a, a_row_stride
-    elif ADDEND == "b":
-        c, c_row_stride = b, b_row_stride
-    elif ADDEND == "c":
+    if ADDEND == "c":
         c += matrix * (c_batch_stride * STRIDE_UNIT)
 
     # Rows beyond the last one repeat it: they only make elements that are not stored.
@@ -140,31 +136,33 @@ def _product(
     acc *= alpha
     inside = (rows[:, None] < m) & (cols[None, :] < n)
     of_m = matrix * m + rows  # of the diagonals
-    if ADDEND is not None:
+    if ADDEND == "c":
         acc += beta * _tile(c, c_row_stride, rows, cols, inside)
+    of_a, of_b = beta if ADDEND == "a" else 0.0, beta if ADDEND == "b" else 0.0
     if a_diagonal is not None:
-        by_row = alpha * tl.load(a_diagonal + of_m, mask=rows < m, other=0.0)
+        by_row = (alpha * tl.load(a_diagonal + of_m, mask=rows < m, other=0.0))[:, None]
         if B_TRANSPOSED:
-            acc += by_row[:, None] * _tile(a, a_row_stride, rows, cols, inside)
+            of_a += by_row
         else:
-            acc += by_row[:, None] * _tile(b, b_row_stride, rows, cols, inside)
+            of_b += by_row
     if b_diagonal is not None:
-        by_col = alpha * tl.load(b_diagonal + matrix * n + cols, mask=cols < n, other=0.0)
-        acc += by_col[None, :] * _tile(a, a_row_stride, rows, cols, inside)
+        of_a += (alpha * tl.load(b_diagonal + matrix * n + cols, mask=cols < n, other=0.0))[None, :]
+    if ADDEND == "a" or b_diagonal is not None or (a_diagonal is not None and B_TRANSPOSED):
+        acc += of_a * _tile(a, a_row_stride, rows, cols, inside)
+    if ADDEND == "b" or (a_diagonal is not None and not B_TRANSPOSED):
+        acc += of_b * _tile(b, b_row_stride, rows, cols, inside)
 
     if (row0 < col0 + BLOCK_N) & (col0 < row0 + BLOCK_M):
-        more = tl.full((BLOCK_M,), 0.0, tl.float32) + gamma * factor
-        if a_diagonal is not None and b_diagonal is not None:
-            of_a, of_b = tl.load(a_diagonal + of_m, mask=rows < m), tl.load(b_diagonal + of_m, mask=rows < m)
-            more += alpha * of_a * of_b
-        if c_diagonal is not None:
-            more += beta * tl.load(c_diagonal + of_m, mask=rows < m)
         on_diagonal = rows[:, None] == cols[None, :]
-        acc = tl.where(on_diagonal, acc + more[:, None], acc)
+        value = tl.sum(tl.where(on_diagonal, acc, 0.0), 1) + gamma * factor
+        if a_diagonal is not None and b_diagonal is not None:
+            value += alpha * tl.load(a_diagonal + of_m, mask=rows < m) * tl.load(b_diagonal + of_m, mask=rows < m)
+        if c_diagonal is not None:
+            value += beta * tl.load(c_diagonal + of_m, mask=rows < m)
+        acc = tl.where(on_diagonal, value[:, None], acc)
         if out_diagonal is not None:
-            lost = acc - acc.to(out.dtype.element_ty).to(tl.float32)
             here = (rows < m) & (rows >= col0) & (rows < col0 + BLOCK_N)
-            tl.store(out_diagonal + of_m, tl.sum(tl.where(on_diagonal, lost, 0.0), 1), mask=here)
+            tl.store(out_diagonal + of_m, value - value.to(out.dtype.element_ty).to(tl.float32), mask=here)
 
     result = acc.to(out.dtype.element_ty)
     at = out + rows[:, None].to(tl.int64) * out_row_stride + cols[None, :]

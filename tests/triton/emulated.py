@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,7 +19,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-SHARED_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+# Of shared memory that a block may have.
+SHARED_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376, "gfx942": 65536}
 
 
 class Ran(NamedTuple):
@@ -29,19 +30,23 @@ class Ran(NamedTuple):
     grid: tuple[int, int, int]
     warps: int
     shared_bytes: int
-    result: Result
+    result: Result | None
 
 
 @dataclass
 class Device:
-    """What is there to see of an emulated GPU. `options` go to tests/ptx's launch."""
+    """What is there to see of an emulated GPU. `options` go to tests/ptx's launch; None: nothing is executed."""
 
-    arch: int
+    arch: int | str
     multiprocessors: int = 1
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] | None = field(default_factory=dict)
     memory: list[Any] = field(default_factory=list)  # what kernels reach by addresses in memory
     log: list[Ran] = field(default_factory=list)
-    compiled: list[str] = field(default_factory=list)
+    compiled: list[Any] = field(default_factory=list)  # a JITFunction for every compilation
+
+    def kernels(self, function: Any) -> list[Any]:
+        """Triton's CompiledKernels of a JITFunction for such a device."""
+        return list(function.device_caches[driver.active.get_current_device()][0].values())
 
 
 def _flat(args: Any, signature: Any) -> Iterator[Any]:
@@ -60,7 +65,11 @@ class _Launcher:
         self.signature, self.metadata = tuple(src.signature.values()), metadata
 
     def __call__(self, x: int, y: int, z: int, _stream: Any, text: str, *rest: Any) -> None:
-        args, memory = [], list(driver.active.device.memory)
+        device, m = driver.active.device, self.metadata
+        if device.options is None:
+            device.log.append(Ran(m.name, (x, y, z), m.num_warps, m.shared, None))
+            return
+        args, memory = [], list(device.memory)
         descriptors = iter(self.metadata.tensordesc_meta or ())
         for of, arg in _flat(rest[4:], self.signature):
             if of.startswith("tensordesc"):
@@ -73,7 +82,6 @@ class _Launcher:
                 args.append(float(arg))
             else:
                 args.append(arg)
-        device, m = driver.active.device, self.metadata
         assert not (m.global_scratch_size or m.profile_scratch_size)
         if x * y * z:
             kernel = load(text).kernel(m.name)
@@ -94,7 +102,7 @@ class _Utils:
         return {"max_shared_mem": SHARED_BYTES[device.arch], "multiprocessor_count": device.multiprocessors}
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: Any) -> tuple[Any, ...]:
-        return binary, binary.decode(), 0, 0, 1024
+        return binary, None if self._device.options is None else binary.decode(), 0, 0, 1024
 
     def unload_module(self, _: Any) -> None:
         pass
@@ -115,7 +123,8 @@ class _Driver:
         return 0
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.device.arch, 32)
+        arch = self.device.arch
+        return GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
@@ -131,16 +140,25 @@ def _ptx_is_the_binary(*stage: Any) -> Any:
 
 
 @contextmanager
-def emulated(arch: int = 80, multiprocessors: int = 1, **options: Any) -> Iterator[Device]:
-    """Inside, kernels run on a GPU of compute capability arch / 10."""
-    device = Device(arch, multiprocessors, options)
+def _active(device: Device, stages: Any) -> Iterator[Device]:
     before = driver._active
     driver.set_active(_Driver(device))
     hooks = knobs.runtime.add_stages_inspection_hook, knobs.runtime.jit_cache_hook
-    knobs.runtime.add_stages_inspection_hook = _ptx_is_the_binary
-    knobs.runtime.jit_cache_hook = lambda *, fn, **_: device.compiled.append(fn.name) and None
+    knobs.runtime.add_stages_inspection_hook = stages
+    knobs.runtime.jit_cache_hook = lambda *, fn, **_: device.compiled.append(fn.jit_function) and None
     try:
         yield device
     finally:
         driver._active = before
         knobs.runtime.add_stages_inspection_hook, knobs.runtime.jit_cache_hook = hooks
+
+
+def emulated(arch: int = 80, multiprocessors: int = 1, **options: Any) -> AbstractContextManager[Device]:
+    """Inside, kernels run on a GPU of compute capability arch / 10."""
+    return _active(Device(arch, multiprocessors, options), _ptx_is_the_binary)
+
+
+def compiling(arch: int | str, multiprocessors: int = 1) -> AbstractContextManager[Device]:
+    """Inside, kernels are compiled down to the binary for compute capability arch / 10, or an AMD architecture; calls
+    of them do nothing."""
+    return _active(Device(arch, multiprocessors, None), None)
