@@ -7,7 +7,7 @@ order whatever the tile, so its bits depend on neither batch nor table.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 import triton
@@ -178,7 +178,7 @@ def _product(
         tl.store(at, result, mask=inside)
 
 
-@lru_cache
+@cache
 def _multiprocessors(device: int) -> int:
     """Of a device of this process."""
     return int(driver.active.utils.get_device_properties(device)["multiprocessor_count"])
@@ -267,7 +267,11 @@ def product(
     size_unit = _VECTOR if vectorized and (m | n | k) % _VECTOR == 0 else 1
     strides = [s // stride_unit for t in (a, b, c if addend == "c" else None, out) for s in _strides(t)]
 
-    config = choose(Shape(batch, m, n, k, symmetric), driver.active.get_current_target().arch, _multiprocessors(driver.active.get_current_device()))
+    config = choose(
+        Shape(batch, m, n, k, symmetric),
+        driver.active.get_current_target().arch,
+        _multiprocessors(driver.active.get_current_device()),
+    )
     programs = batch * config.tiles(m, n, symmetric)
     _check(programs < 2**31)
     _product[(programs,)](
@@ -297,4 +301,5 @@ def product(
         BLOCK_K=config.block_k,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        enable_fp_fusion=True,
     )
