@@ -8,30 +8,16 @@ what goes into them, so a mutant's test cannot meet a sound build.
 
 from __future__ import annotations
 
-import argparse
-import os
-import re
-import shutil
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from planting import Mutant, plant
+
 KERNEL, PTX = "csrc/cuda/product_sm80.cu", "csrc/cuda/ptx.cuh"
 TESTS = "tests/cuda/test_products_sm80.py"
-
-
-class Mutant(NamedTuple):
-    """A fault: `old`, which occurs exactly once in `file`, becomes `new`; `tests` is pytest's -k."""
-
-    name: str
-    old: str
-    new: str
-    tests: str
-    file: str = KERNEL
-
 
 # Few tests, of few kernels: a kernel costs seconds to build.
 SMALL_NT, SMALL_NN, LARGE_NT = "64x64-t-True", "64x64-n-True", "128x128-t-True"
@@ -176,54 +162,11 @@ MUTANTS = [
 LEAN = ("dtype == DType::bf16 ? launch<DType::bf16> : launch<DType::f16>", "launch<DType::bf16>")
 
 
-def test(root: Path, expression: str) -> str | None:
-    """What failed, or None."""
-    environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'tests'}", "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", TESTS, "-k", expression]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    if done.returncode == 0:
-        return None
-    failed = re.search(r"^(?:FAILED|ERROR) \S*?::(.*?)(?: - (.*))?$", done.stdout, re.MULTILINE)
-    if done.returncode != 1 or not failed:
-        sys.exit(f"the tests did not run:\n{done.stdout}{done.stderr}")
-    return f"{failed[1]}: {failed[2] or ''}"[:160]
-
-
-def main() -> int:
-    """1 if a mutant survived."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="mutants whose name contains this")
-    parser.add_argument("--log", type=Path, help="where to write the table")
-    arguments = parser.parse_args()
-    rows = []
-    with tempfile.TemporaryDirectory() as temporary:
-        root = Path(temporary).resolve()
-        files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-        for name in filter(None, files.split("\0")):
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, root / name)
-        kernel = root / KERNEL
-        assert kernel.read_text().count(LEAN[0]) == 1
-        kernel.write_text(kernel.read_text().replace(*LEAN))
-        mutants = [m for m in MUTANTS if arguments.only in m.name]
-        for mutant in mutants:
-            if (count := (root / mutant.file).read_text().count(mutant.old)) != 1:
-                sys.exit(f"{mutant.name}: {mutant.old!r} occurs {count} times in {mutant.file}")
-        for expression in dict.fromkeys(m.tests for m in mutants):
-            if failed := test(root, expression):
-                sys.exit(f"fails without a mutant: {failed}")
-        for mutant in mutants:
-            path = root / mutant.file
-            text = path.read_text()
-            path.write_text(text.replace(mutant.old, mutant.new))
-            rows.append((mutant.name, test(root, mutant.tests) or "SURVIVED"))
-            path.write_text(text)
-            print(": ".join(rows[-1]), flush=True)
-    if arguments.log:
-        width = max(len(name) for name, _ in rows)
-        arguments.log.write_text("".join(f"{name.ljust(width)}  {caught}\n" for name, caught in rows))
-    return int(any(caught == "SURVIVED" for _, caught in rows))
+def lean(root: Path) -> None:
+    kernel = root / KERNEL
+    assert kernel.read_text().count(LEAN[0]) == 1
+    kernel.write_text(kernel.read_text().replace(*LEAN))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(plant(__doc__, MUTANTS, KERNEL, [TESTS], lean))

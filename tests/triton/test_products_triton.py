@@ -71,6 +71,11 @@ def test_sizes_of_whole_vectors(run: Products, m: int, n: int) -> None:
     checks.any_shape(run, 2, m, n)
 
 
+def test_nothing_is_read_behind_the_last_element(run: Products) -> None:
+    """Whole vectors are read of ragged rows, but not of the last one."""
+    checks.any_shape(run, 2, 64, 69)
+
+
 def test_f16(run: Products) -> None:
     checks.any_shape(run, 2, 72, 200, dtype=torch.float16)
 
