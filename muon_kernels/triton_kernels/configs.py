@@ -38,30 +38,34 @@ class Config(NamedTuple):
         return tiles_m * (tiles_m + 1) // 2 if symmetric else tiles_m * tiles_n
 
 
-# mma.sync takes a k of 16 for 16 x 8 elements in two clocks; a warp reads its operands from shared memory. Warps of 8
-# share the large tiles: with 4, the addends do not fit into registers beside the sums. All fit into 100 KiB.
+# Every entry, with every kind of addend, compiles without spills, and none has a bank conflict where tests/ptx can
+# count them. The share behind an entry: of the clocks that tensor cores need for the loop, how many a scheduler issues
+# other instructions in, copies and their addresses mostly. Counted in SASS; no GPU was timed.
+#
+# mma.sync takes a k of 16 for 16 x 8 elements in two clocks; a warp reads its operands from shared memory. Eight warps
+# share the large tiles: with four, the addends do not fit into registers beside the sums. All fit into 100 KiB.
 _MMA = (
-    Config(128, 256, 32, 8, 4, 1.0),
-    Config(128, 128, 32, 8, 4, 1.0),
-    Config(128, 64, 32, 4, 4, 1.125),
-    Config(64, 64, 64, 4, 4, 1.5),
+    Config(128, 256, 32, 8, 4, 1.0),  # 24 %
+    Config(128, 128, 32, 8, 4, 1.0),  # 35 %
+    Config(128, 64, 32, 4, 4, 1.125),  # 36 %
+    Config(64, 64, 64, 4, 4, 1.5),  # 42 %
 )
-# By compute capability (10 times major plus minor), or AMD's name of an architecture. Every entry, with every kind of
-# addend, compiles without spills; none has a bank conflict where tests/ptx can count them.
+# By compute capability (10 times major plus minor), or AMD's name of an architecture.
 TABLE: dict[int | str, tuple[Config, ...]] = {
     80: _MMA,
     # wgmma reads both operands from shared memory: 64 x 256 elements in 128 clocks for a k of 16.
     90: (
-        Config(128, 256, 64, 8, 4, 1.0),
-        Config(128, 128, 64, 8, 4, 1.25),
-        Config(128, 64, 64, 4, 4, 1.75),
-        Config(64, 64, 64, 4, 4, 2.0),
+        Config(128, 256, 64, 8, 4, 1.0),  # 24 %
+        Config(128, 128, 64, 8, 4, 1.25),  # 42 %
+        Config(128, 64, 64, 4, 4, 1.75),  # 49 %
+        Config(64, 64, 64, 4, 4, 2.0),  # 84 %
     ),
-    # tcgen05 takes 128 x 128 elements in 64 clocks, but 64 rows in the time of 128. 128 x 256 would spill.
+    # tcgen05 takes 128 x 128 elements in 64 clocks, and 64 rows take as long as 128. 128 x 256 would spill. Copies by
+    # threads are at their limit here: what TMA could take from them counts more than another tile.
     100: (
-        Config(128, 128, 64, 8, 4, 1.0),
-        Config(128, 64, 64, 4, 4, 1.5),
-        Config(64, 64, 64, 4, 4, 2.0),
+        Config(128, 128, 64, 8, 4, 1.0),  # 95 %
+        Config(128, 64, 64, 4, 4, 1.5),  # 105 %
+        Config(64, 64, 64, 4, 4, 2.0),  # 93 %
     ),
     120: _MMA,  # has no wgmma and no tcgen05
     # mfma takes 128 x 128 elements in 256 clocks. A block may have 64 KiB.
