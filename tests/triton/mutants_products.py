@@ -50,7 +50,7 @@ MUTANTS = [
     Mutant("correction of a on the wrong operand", "            of_b += by_row\n", "            of_b += 0.0\n", LOGIC),
     Mutant("both corrections: their product ignored", "if a_diagonal is not None and b_diagonal is not None:", "if False:", LOGIC),
     Mutant("correction of c ignored", "if c_diagonal is not None:", "if False:", LOGIC),
-    Mutant("what rounding took: nothing", "value - value.to(out.dtype.element_ty).to(tl.float32)", "value - value", SQUARES),
+    Mutant("what rounding took: nothing", "value - value.to(out.dtype.element_ty).to(tl.float32)", "value - value", "test_precise_squares and sm80-17"),
     # The launch.
     Mutant("a coefficient is compiled in", "alpha: tl.float32,", "alpha: tl.constexpr,", "test_numbers_do_not and sm80"),
     Mutant("a batch stride is looked at", "m n k a_batch_stride", "m n k", "test_numbers_do_not and sm80"),
