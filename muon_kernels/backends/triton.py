@@ -45,8 +45,8 @@ class _Device:
         return None
 
     def capability(self, device: torch.device) -> tuple[int, int]:
-        """(major, minor); of AMD GPUs, that of the first NVIDIA GPU with matrix units like theirs."""
-        return (8, 0) if torch.version.hip else torch.cuda.get_device_capability(device)
+        """(major, minor)."""
+        return torch.cuda.get_device_capability(device)
 
     def guard(self, device: torch.device) -> AbstractContextManager[Any]:
         """Make it the current device."""
@@ -67,7 +67,7 @@ def refuses(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
         return f"expected tensors on a GPU, got {device}; use backend='auto'"
     if bad := [d for d in dtypes if d not in _DTYPES]:
         return f"expected float32, bfloat16 or float16 tensors, got {bad[0]}; use backend='auto'"
-    if (capability := _device.capability(device)) < (8, 0):
+    if torch.version.hip is None and (capability := _device.capability(device)) < (8, 0):
         return "expected compute capability 8.0 or more, {} has {}.{}; use backend='auto'".format(device, *capability)
     return None
 

@@ -35,14 +35,21 @@ class Ran(NamedTuple):
 
 @dataclass
 class Device:
-    """What is there to see of an emulated GPU. `options` go to tests/ptx's launch; None: nothing is executed."""
+    """What is there to see of an emulated GPU.
+
+    Attributes:
+        options: of tests/ptx's launch; None: nothing is executed.
+        memory: tensors, or (begin, end), that kernels reach by addresses in memory; (1, 1 << 47) is all there is.
+        log: launches.
+        compiled: a JITFunction for every compilation.
+    """
 
     arch: int | str
     multiprocessors: int = 1
     options: dict[str, Any] | None = field(default_factory=dict)
-    memory: list[Any] = field(default_factory=list)  # what kernels reach by addresses in memory
+    memory: list[Any] = field(default_factory=list)
     log: list[Ran] = field(default_factory=list)
-    compiled: list[Any] = field(default_factory=list)  # a JITFunction for every compilation
+    compiled: list[Any] = field(default_factory=list)
 
     def kernels(self, function: Any) -> list[Any]:
         """Triton's CompiledKernels of a JITFunction for such a device."""
