@@ -64,6 +64,8 @@ def test_reference_stands_alone() -> None:
         ("functional.py", ["optimizer", "muon_adamw", "_C", "backends.cpu", "backends.eager"]),
         ("backends/eager.py", ["functional", "optimizer", "plan", "backends.cpu", "_C"]),
         ("backends/cpu.py", ["functional", "optimizer", "plan"]),
+        ("backends/triton.py", ["functional", "optimizer", "plan", "backends.native", "_C"]),
+        ("triton_kernels/products.py", ["functional", "optimizer", "plan", "backends", "_C"]),
     ],
 )
 def test_layers(file: str, forbidden: list[str]) -> None:
@@ -75,6 +77,15 @@ def test_one_file_knows_the_compiled_module() -> None:
     for path in FILES:
         knows = any(inside(name, "muon_kernels._C") for name in imports(path))
         assert knows == (path.relative_to(PACKAGE) == Path("backends/native.py")), path
+
+
+def test_triton_is_imported_by_its_kernels_only() -> None:
+    """At their top; the backend asks for its version, and for the kernels when they are launched."""
+    for path in FILES:
+        if path.parent.name != "triton_kernels" and path != PACKAGE / "backends" / "triton.py":
+            assert not [n for n in imports(path) if inside(n, "triton", "muon_kernels.triton_kernels")], path
+    for path in (PACKAGE / "triton_kernels" / "__init__.py", PACKAGE / "triton_kernels" / "configs.py"):
+        assert not [n for n in imports(path) if inside(n, "triton", "torch")], path
 
 
 def test_what_users_need_not_have_is_imported_by_the_cli_only() -> None:

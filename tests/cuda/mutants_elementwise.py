@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 
 import planting
 
@@ -14,6 +13,8 @@ def Mutant(name: str, file: str, old: str, new: str, tests: str) -> planting.Mut
 MOMENTUM, APPLY, SHARED = (f"csrc/cuda/{name}" for name in ("momentum_update.cu", "apply_update.cu", "elementwise.cuh"))
 UPDATE = "test_momentum_update and float32-torch.float32"
 DECAY = "test_apply_update and float32-torch.bfloat16"
+
+TESTS = ["tests/cuda/test_elementwise_cuda.py"]
 
 MUTANTS = [
     # Momentum and direction.
@@ -115,6 +116,3 @@ MUTANTS = [
     Mutant("numbers of the launch", APPLY, "(u.first + matrix)", "static_cast<uint64_t>(matrix)", "depend_on_launches"),
     Mutant("NaN becomes a number", APPLY, "if (isnan(value)) return __float2bfloat16_rn(value);", "", "special"),
 ]
-
-if __name__ == "__main__":
-    sys.exit(planting.plant(MUTANTS, "tests/cuda/test_elementwise_cuda.py"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 
 import planting
@@ -16,6 +15,8 @@ RACES = "test_no_races"
 SCALES = "scale or quiet or zero"
 OPTIONS = "test_options"
 TRAFFIC = "test_memory_traffic"
+
+TESTS = ["tests/cuda/test_fused_step.py"]
 
 MUTANTS = [
     # Barriers.
@@ -104,6 +105,3 @@ LEAN = [
      "    return {Status::invalid_argument, 0};\n"),
     (KERNEL, "    if (rows <= 32) return launch<32>", "    return launch<32>"),
 ]  # fmt: skip
-
-if __name__ == "__main__":
-    sys.exit(planting.plant(MUTANTS, "tests/cuda/test_fused_step.py", LEAN))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 
 import planting
@@ -15,6 +14,8 @@ SMALL_NT, SMALL_NN, LARGE_NT = "64x64-t-True", "64x64-n-True", "128x128-t-True"
 EXACT = "test_every_kernel_is_exact_on_integers and bf16"
 ORDER, RACES, PROFILE = "test_order_and_time", "test_no_races", "test_profile"
 SQUARES = "test_parts_of_squares and 63-16-bf16"
+
+TESTS = ["tests/cuda/test_products_sm80.py"]
 
 MUTANTS = [
     # The pipeline.
@@ -151,6 +152,3 @@ MUTANTS = [
 
 # Half of the instantiations, none of which these tests of bf16 need, is left out: it costs a third of the time.
 LEAN = [(KERNEL, "dtype == DType::bf16 ? launch<DType::bf16> : launch<DType::f16>", "launch<DType::bf16>")]
-
-if __name__ == "__main__":
-    sys.exit(planting.plant(MUTANTS, "tests/cuda/test_products_sm80.py", LEAN))

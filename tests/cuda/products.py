@@ -14,7 +14,6 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "csrc" / "cuda" / "product_sm80.cu"
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
-UNIT_ROUNDOFF = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
 class Kernel(NamedTuple):
@@ -124,44 +123,3 @@ class Products:
         product = self.product(a, b, out, **keywords)
         self.run(product, dtype=out.dtype, multiprocessors=multiprocessors, **options)
         return out
-
-
-def integers(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Small integers: every partial sum is exact in fp32, so a result can only differ by its one rounding."""
-    return torch.randint(-2, 3, shape).to(dtype)
-
-
-def symmetric(batch: int, m: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    upper = integers(batch, m, m, dtype=dtype).triu()
-    return upper + upper.triu(1).mT
-
-
-def commuting(batch: int, m: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
-    """Two symmetric matrices of small integers whose product is symmetric."""
-    signs = torch.randint(0, 2, (batch, m, 1)).float() * 2 - 1
-    first, second = (x * torch.eye(m) + y * signs * signs.mT for x, y in ((2.0, 1.0), (-3.0, 2.0)))
-    return first.to(dtype), second.to(dtype)
-
-
-def placed(t: Tensor, width: int = 16, outside: float = float("nan")) -> Tensor:
-    """A copy inside a block of `outside` whose rows can be cut into pieces of `width` bytes and of no more."""
-    batch, rows, cols = t.shape
-    offset = width // 2 if width < 16 else 8
-    row_stride = -(-(cols + 2 * offset) // 8) * 8 + (offset if width < 16 else 0)
-    block = torch.full((batch * (rows + 2) * row_stride + 8,), outside, dtype=t.dtype)
-    block = block[(16 - block.data_ptr() % 16) % 16 // 2 :]
-    strides = ((rows + 2) * row_stride, row_stride, 1)
-    return block.as_strided(t.shape, strides, block.storage_offset() + row_stride + offset).copy_(t)
-
-
-def empty(batch: int, m: int, n: int, dtype: torch.dtype = torch.bfloat16, width: int = 16) -> Tensor:
-    """An output full of NaN among sentinels, see `untouched`."""
-    return placed(torch.full((batch, m, n), torch.nan, dtype=dtype), width, 77.0)
-
-
-def untouched(out: Tensor) -> bool:
-    """Whether all sentinels around an `empty` are left."""
-    whole = torch.empty(0, dtype=out.dtype).set_(out.untyped_storage())
-    inside = torch.zeros(len(whole), dtype=torch.bool)
-    inside.as_strided(out.shape, out.stride(), out.storage_offset())[:] = True
-    return bool((whole[~inside] == 77).all())

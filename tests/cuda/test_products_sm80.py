@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import mmap
+from functools import partial
 from itertools import product
 from types import ModuleType
 from typing import Any
 
+import product_checks as checks
 import products as p
 import pytest
 import torch
-from products import Kernel, Products, commuting, empty, integers, placed, symmetric, untouched
+from product_checks import UNIT_ROUNDOFF, empty, exact, integers, placed, symmetric, untouched
+from products import Kernel, Products
 from ptx import LaunchError, standin
 from torch import Tensor
 
@@ -43,10 +45,6 @@ def operands(kernel: Kernel, batch: int, dtype: torch.dtype, make: Any = integer
     return a, b, empty(batch, m, n, dtype, width)
 
 
-def exact(a: Tensor, b: Tensor, transposed: bool) -> Tensor:
-    return a.double() @ (b.double().mT if transposed else b.double())
-
-
 @dtypes
 @kernels
 def test_every_kernel_is_exact_on_integers(cuda: Products, kernel: Kernel, dtype: torch.dtype) -> None:
@@ -65,79 +63,29 @@ def test_every_kernel_is_exact_on_integers(cuda: Products, kernel: Kernel, dtype
 @pytest.mark.parametrize("batch", [0, 1, 7])
 @pytest.mark.parametrize("m", SIZES)
 def test_any_size_and_stride(cuda: Products, m: int, batch: int, width: int) -> None:
-    """syrk, syrkx and gemm; on one multiprocessor and on many, so that large and small tiles have their turn."""
+    """On one multiprocessor and on many, so that large and small tiles have their turn."""
     if m == 129 and batch == 7:
         batch = 2
     for n, multiprocessors in ((m + 5, 1), (2 * m + 1, 108)):
-        X, out = placed(integers(batch, m, n), width), empty(batch, m, m, width=width)
-        cuda(X, X, out, b_transposed=True, symmetric=True, multiprocessors=multiprocessors)
-        assert torch.equal(out, exact(X, X, True).bfloat16()) and untouched(out)
-        A, C = placed(integers(batch, m, m), width), placed(integers(batch, m, n), width)
-        out = empty(batch, m, n, width=width)
-        cuda(A, X, out, c=C, beta=-4.0, multiprocessors=multiprocessors)
-        assert torch.equal(out, (A.double() @ X.double() - 4 * C.double()).bfloat16()) and untouched(out)
-        A, B = (placed(t, width) for t in commuting(batch, m))
-        out = empty(batch, m, m, width=width)
-        cuda(A, B, out, symmetric=True, multiprocessors=multiprocessors)
-        assert torch.equal(out, (A.double() @ B.double()).bfloat16()) and untouched(out)
+        checks.any_shape(partial(cuda, multiprocessors=multiprocessors), batch, m, n, width)
         assert not batch or (cuda.kernel and cuda.kernel.aligned == (width == 16))
 
 
 @pytest.mark.parametrize("which", ["a", "b", "c", "out"])
 @pytest.mark.parametrize("width", [8, 4, 2])
 def test_one_operand_may_be_less_aligned_than_the_others(cuda: Products, which: str, width: int) -> None:
-    at = {"a": 16, "b": 16, "c": 16, "out": 16, which: width}
-    A, X, C = (
-        placed(integers(2, *shape), at[name]) for name, shape in (("a", (20, 30)), ("b", (30, 70)), ("c", (20, 70)))
-    )
-    out = empty(2, 20, 70, width=at["out"])
-    cuda(A, X, out, c=C, beta=3.0)
-    assert torch.equal(out, (A.double() @ X.double() + 3 * C.double()).bfloat16()) and untouched(out)
+    checks.one_less_aligned(cuda, which, width)
     assert cuda.kernel == Kernel(64, 64, False, False)
 
 
 def test_distance_of_matrices_alone_may_be_odd(cuda: Products) -> None:
-    block = lambda t: torch.full((2, 2077), torch.nan).bfloat16().as_strided(t.shape, (2077, 64, 1), 8).copy_(t)
-    A, X, out = block(integers(2, 20, 30)), block(integers(2, 30, 40)), block(torch.zeros(2, 20, 40))
-    cuda(A, X, out)
-    assert torch.equal(out, exact(A, X, False).bfloat16())
+    checks.odd_distance_of_matrices(cuda)
 
 
 @dtypes
 @pytest.mark.parametrize(("m", "width"), [(1, 2), (17, 4), (63, 16), (65, 16), (129, 16), (136, 2), (184, 16)])
 def test_parts_of_squares_are_exact_on_integers(cuda: Products, m: int, width: int, dtype: torch.dtype) -> None:
-    """Corrections of diagonals of any size, so that none can be lost or counted twice unseen."""
-
-    def square() -> tuple[Tensor, Tensor, Tensor]:
-        """A matrix, the correction of its diagonal, and their sum."""
-        matrix, diagonal = placed(symmetric(3, m, dtype), width), integers(3, m).float()
-        return matrix, diagonal, matrix.double() + diagonal.double().diag_embed()
-
-    def check(sums: Tensor, **keywords: Any) -> None:
-        """The result is the lower triangle of `sums`, mirrored, rounded, with what rounding took from the diagonal."""
-        out, diagonal = empty(3, m, m, dtype, width), torch.full((3, m), torch.nan)
-        cuda(out=out, out_diagonal=diagonal, symmetric=True, **keywords)
-        sums = sums.tril() + sums.tril(-1).mT
-        assert torch.equal(out, sums.float().to(dtype)) and untouched(out)
-        on_diagonal = out.double().diagonal(dim1=-2, dim2=-1) + diagonal.double()
-        assert torch.equal(on_diagonal, sums.diagonal(dim1=-2, dim2=-1))
-
-    (A, of_a, a), (B, of_b, b), (C, of_c, c) = square(), square(), square()
-    check(a @ b, a=A, b=B, a_diagonal=of_a, b_diagonal=of_b)
-    scale = torch.tensor([1.0, 0.5, 2.0])
-    eye, scales = torch.eye(m), scale[:, None, None]
-    squared = dict(a=A, b=A, b_transposed=True, a_diagonal=of_a, b_diagonal=of_a, scale=scale)
-    factors = dict(alpha=2.0, beta=-4.0, gamma=8.0)
-    check(scales**2 * (2 * a @ a.mT - 4 * c + 8 * eye), c=C, c_diagonal=of_c, **squared, **factors)
-    check(scales**2 * (2 * a @ a.mT - 4 * a + 8 * eye), c=A, c_diagonal=of_a, **squared, **factors)
-    for n in (m, m + 9):
-        X, Y = (placed(integers(3, m, n, dtype=dtype), width) for _ in range(2))
-        for of in (X, Y):  # added to the product, or another matrix
-            out = empty(3, m, n, dtype, width)
-            cuda(A, X, out, a_diagonal=of_a, c=of, alpha=2.0, beta=-4.0, scale=scale)
-            assert torch.equal(out, (scales * (2 * a @ X.double() - 4 * of.double())).float().to(dtype)) and untouched(
-                out
-            )
+    checks.parts_of_squares(cuda, m, width, dtype)
 
 
 @dtypes
@@ -152,30 +100,13 @@ def test_error_is_that_of_one_rounding(cuda: Products, kernel: Kernel, dtype: to
     alpha, beta = torch.tensor([0.3, 1.7]).double()
     right = alpha * exact(a, b, kernel.transposed) + beta * c.double()
     size = alpha * exact(a.abs(), b.abs(), kernel.transposed) + beta * c.double().abs()
-    bound = p.UNIT_ROUNDOFF[dtype] * right.abs() + (a.shape[2] + 4) * 2**-24 * size + 2**-25  # f16 has subnormals
+    bound = UNIT_ROUNDOFF[dtype] * right.abs() + (a.shape[2] + 4) * 2**-24 * size + 2**-25  # f16 has subnormals
     assert ((out.double() - right).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("m", [17, 72])
 def test_precise_squares(cuda: Products, m: int) -> None:
-    """The diagonal makes up for its rounding, and counts in products."""
-    on_diagonal = lambda t: t.diagonal(dim1=-2, dim2=-1)
-
-    def run(**keywords: Any) -> tuple[Tensor, Tensor, Tensor]:
-        out, diagonal = empty(2, m, m), torch.full((2, m), torch.nan)
-        cuda(out=out, out_diagonal=diagonal, symmetric=True, **keywords)
-        return out, diagonal, out.double() + diagonal.double().diag_embed()
-
-    X = placed(torch.randn(2, m, 2 * m).bfloat16())
-    R, of_r, r = run(a=X, b=X, b_transposed=True, alpha=1 / m, gamma=100.0)
-    right = X.double() @ X.double().mT / m + 100 * torch.eye(m)
-    torch.testing.assert_close(on_diagonal(r), on_diagonal(right), rtol=2**-15, atol=0)
-    _, _, w = run(a=R, b=R, a_diagonal=of_r, b_diagonal=of_r)
-    torch.testing.assert_close(on_diagonal(w), on_diagonal(r @ r), rtol=2e-5, atol=0)
-    both = dict(a_diagonal=of_r, b_diagonal=of_r, c_diagonal=of_r)
-    _, _, s = run(a=R, b=R, c=R, b_transposed=True, alpha=0.5, beta=-2.0, gamma=3.0, **both)
-    right = 0.5 * r @ r - 2 * r + 3 * torch.eye(m)
-    torch.testing.assert_close(on_diagonal(s), on_diagonal(right), rtol=2e-5, atol=0)
+    checks.precise_squares(cuda, m)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -205,16 +136,8 @@ def test_bits_depend_on_nothing_but_the_matrix(cuda: Products, transposed: bool)
 
 
 def test_a_result_is_symmetric_even_if_the_product_is_not(cuda: Products) -> None:
-    A, B, out = (
-        placed(torch.randn(2, 200, 200).bfloat16()),
-        placed(torch.randn(2, 200, 200).bfloat16()),
-        empty(2, 200, 200),
-    )
     for multiprocessors in (1, 108):
-        cuda(A, B, out, symmetric=True, multiprocessors=multiprocessors)
-        assert torch.equal(out, out.mT)
-        lower = (A.double() @ B.double()).tril()
-        assert ((out.double().tril() - lower).abs() <= 2**-8 * lower.abs() + 1e-3).all()
+        checks.result_is_symmetric(partial(cuda, multiprocessors=multiprocessors))
 
 
 def test_many_tiles_of_a_triangle(cuda: Products) -> None:
@@ -292,12 +215,7 @@ def test_profile(cuda: Products, kernel: Kernel) -> None:
 
 @pytest.mark.parametrize("m", [1, 17, 65])
 def test_without_columns_only_the_addends_are_left(cuda: Products, m: int) -> None:
-    X, C = torch.empty(2, m, 0).bfloat16(), placed(symmetric(2, m))
-    out = empty(2, m, m)
-    cuda(X, X, out, b_transposed=True, symmetric=True, c=C, beta=2.0, gamma=3.0)
-    assert torch.equal(out, (2 * C.double() + 3 * torch.eye(m)).bfloat16()) and untouched(out)
-    cuda(torch.empty(2, m, 0).bfloat16(), torch.empty(2, 0, m).bfloat16(), out)
-    assert torch.equal(out, torch.zeros(2, m, m).bfloat16())
+    checks.without_columns(cuda, m)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 3), (2, 0, 3), (2, 3, 0)])
@@ -317,25 +235,11 @@ def test_products_run_in_order(cuda: Products) -> None:
 
 
 def test_nan_stays_in_its_matrix(cuda: Products) -> None:
-    X = torch.randn(3, 33, 65).bfloat16()
-    X[1, 4, 64] = torch.nan
-    out = torch.empty(3, 33, 33, dtype=torch.bfloat16)
-    cuda(X, X, out, b_transposed=True, symmetric=True)
-    assert out[1].isnan().any()
-    assert out[[0, 2]].isfinite().all()
+    checks.nan_stays_in_its_matrix(cuda)
 
 
 def test_offsets_have_64_bits(cuda: Products) -> None:
-    """Rows and matrices four and eight GiB apart, of which only a few pages exist."""
-    row, far = 2**31 + 8, 2**32 + 64
-    # 0x4000: MAP_NORESERVE, which Python has no name for.
-    memory = mmap.mmap(-1, 2 * (far + row + 64), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)
-    block = torch.frombuffer(memory, dtype=torch.bfloat16)
-    spread = lambda t, at: block.as_strided(t.shape, (far, row, 1), at).copy_(t)
-    A, X, C = (spread(integers(2, 2, 2), at) for at in (0, 8, 16))
-    out = spread(torch.full((2, 2, 2), torch.nan).bfloat16(), 24)
-    cuda(A, X, out, c=C, beta=1.0)
-    assert torch.equal(out, (A.double() @ X.double() + C.double()).bfloat16())
+    checks.offsets_have_64_bits(cuda)
 
 
 def chosen(
@@ -365,17 +269,7 @@ def test_choice_of_tiles(cuda: Products, multiprocessors: int) -> None:
 
 def test_what_does_not_fit_is_refused(cuda: Products) -> None:
     A, X, out = torch.ones(2, 8, 8).bfloat16(), torch.ones(2, 8, 9).bfloat16(), torch.ones(2, 8, 9).bfloat16()
-    diagonal = torch.ones(2, 9)
-    for arguments in (
-        dict(a=A, b=torch.ones(2, 7, 9).bfloat16(), out=out),
-        dict(a=A, b=X[:1], out=out),
-        dict(a=A, b=X, out=out, c=A),
-        dict(a=A, b=X, out=out, b_transposed=True),
-        dict(a=A, b=X, out=out, symmetric=True),
-        dict(a=A, b=X, out=out, b_diagonal=diagonal),
-        dict(a=A, b=X, out=out, c_diagonal=diagonal),
-        dict(a=A, b=X, out=out, out_diagonal=diagonal),
-    ):
+    for arguments in checks.unfit():
         good = cuda.product(A, X, out)
         with pytest.raises(ValueError, match="do not fit"):
             cuda.run(good, cuda.product(**arguments))

@@ -1,12 +1,11 @@
-"""Plants faults in csrc/cuda, one at a time in a copy of the repository, and sees whether the tests notice.
+"""Plants faults in GPU kernels, one at a time in a copy of the repository, and sees whether the tests notice.
 
-The lists are mutants_products.py, mutants_elementwise.py and mutants_fused.py, each a script:
+    python tests/planting.py tests/cuda/mutants_products.py [--only NAME] [--log FILE]
 
-    python tests/cuda/mutants_products.py [--only NAME] [--log FILE]
-
-A fault costs a compilation, a list a quarter of an hour. The tests build the kernels, and names of builds are
-hashes of what goes into them: a fault's test cannot meet a sound build. What only costs time is no fault, unless the
-profile's assertions count it.
+A list has MUTANTS; TESTS, the files of tests that must notice; and may have LEAN, (file, old, new) replaced before:
+instantiations that no chosen test needs, to save time. A fault costs a compilation, a list a quarter of an hour.
+The tests build the kernels, and names of builds are hashes of what goes into them: a fault's test cannot meet a sound
+build. What only costs time is no fault, unless the profile's assertions count it.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class Mutant(NamedTuple):
@@ -35,10 +35,10 @@ class Mutant(NamedTuple):
     file: str
 
 
-def _failure(root: Path, tests: str, expression: str) -> str | None:
+def _failure(root: Path, tests: Sequence[str], expression: str) -> str | None:
     """The first test that fails, or None."""
     environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'tests'}", "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", tests, "-k", expression]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests, "-k", expression]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return None
@@ -48,18 +48,15 @@ def _failure(root: Path, tests: str, expression: str) -> str | None:
     return f"{failed[1]}: {failed[2] or ''}"[:160]
 
 
-def plant(mutants: Sequence[Mutant], tests: str, lean: Sequence[tuple[str, str, str]] = ()) -> int:
-    """Try all; return 1 if one survived.
-
-    Args:
-        mutants: what to plant.
-        tests: the file of tests that must notice.
-        lean: (file, old, new) replaced before: instantiations that no chosen test needs, to save time.
-    """
+def main() -> int:
+    """Try all; return 1 if one survived."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("list", type=Path)
     parser.add_argument("--only", default="", help="mutants whose name contains this")
     parser.add_argument("--log", type=Path, help="where to write the table")
     arguments = parser.parse_args()
+    given = runpy.run_path(str(arguments.list))
+    mutants, tests, lean = given["MUTANTS"], given["TESTS"], given.get("LEAN", ())
     chosen = [m for m in mutants if arguments.only in m.name]
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -91,3 +88,7 @@ def plant(mutants: Sequence[Mutant], tests: str, lean: Sequence[tuple[str, str, 
         width = max(len(name) for name, _ in rows)
         arguments.log.write_text("".join(f"{name.ljust(width)}  {failed}\n" for name, failed in rows))
     return int(bool(survived))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

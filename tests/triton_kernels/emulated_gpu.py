@@ -1,0 +1,171 @@
+"""A GPU for Triton on a machine without one: kernels are compiled for it as ever, their PTX is executed on the CPU.
+
+`emulated(80)` puts a driver in the place of Triton's own, so that kernel[grid](...) runs unchanged, from the
+specialisation of its arguments to the launch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from ptx import load, tensor_map
+from ptx.module import Result
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+# Of shared memory that a block may have.
+SHARED_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376, "gfx942": 65536}
+
+
+class Ran(NamedTuple):
+    """A launch."""
+
+    name: str
+    grid: tuple[int, int, int]
+    warps: int
+    shared_bytes: int
+    result: Result | None
+
+
+@dataclass
+class Device:
+    """What is there to see of an emulated GPU.
+
+    Attributes:
+        options: of tests/ptx's launch; None: nothing is executed.
+        memory: tensors, or (begin, end), that kernels reach by addresses in memory; (1, 1 << 47) is all there is.
+        log: launches.
+        compiled: a JITFunction for every compilation.
+    """
+
+    arch: int | str
+    multiprocessors: int = 1
+    options: dict[str, Any] | None = field(default_factory=dict)
+    memory: list[Any] = field(default_factory=list)
+    log: list[Ran] = field(default_factory=list)
+    compiled: list[Any] = field(default_factory=list)
+
+    def kernels(self, function: Any) -> list[Any]:
+        """Triton's CompiledKernels of a JITFunction for such a device."""
+        return list(function.device_caches[driver.active.get_current_device()][0].values())
+
+
+def _flat(args: Any, signature: Any) -> Iterator[Any]:
+    """The arguments that a kernel is passed: neither constants nor None."""
+    for arg, of in zip(args, signature, strict=True):
+        if isinstance(of, tuple):
+            yield from _flat(arg, of)
+        elif of != "constexpr":
+            yield of, arg
+
+
+class _Launcher:
+    """What Triton makes of a compiled kernel to call it."""
+
+    def __init__(self, src: Any, metadata: Any) -> None:
+        self.signature, self.metadata = tuple(src.signature.values()), metadata
+
+    def __call__(self, x: int, y: int, z: int, _stream: Any, text: str, *rest: Any) -> None:
+        device, m = driver.active.device, self.metadata
+        if device.options is None:
+            device.log.append(Ran(m.name, (x, y, z), m.num_warps, m.shared, None))
+            return
+        args, memory = [], list(device.memory)
+        descriptors = iter(self.metadata.tensordesc_meta or ())
+        for of, arg in _flat(rest[4:], self.signature):
+            if of.startswith("tensordesc"):
+                meta = next(descriptors)
+                view = arg.base.as_strided(arg.shape, arg.strides)
+                args += [tensor_map(view, meta["block_size"], (0, 32, 64, 128)[meta["swizzle"]])]
+                args += [*arg.shape, *arg.strides]
+                memory.append(arg.base)
+            elif of.startswith("fp"):
+                args.append(float(arg))
+            else:
+                args.append(arg)
+        assert not (m.global_scratch_size or m.profile_scratch_size)
+        if x * y * z:
+            kernel = load(text).kernel(m.name)
+            result = kernel.launch(
+                (x, y, z), 32 * m.num_warps, [*args, 0, 0], m.shared, memory=memory, **device.options
+            )
+            device.log.append(Ran(m.name, (x, y, z), m.num_warps, m.shared, result))
+
+
+class _Utils:
+    """What Triton asks of the CUDA driver."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+
+    def get_device_properties(self, _: Any) -> dict[str, int]:
+        device = self._device
+        return {"max_shared_mem": SHARED_BYTES[device.arch], "multiprocessor_count": device.multiprocessors}
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: Any) -> tuple[Any, ...]:
+        return binary, None if self._device.options is None else binary.decode(), 0, 0, 1024
+
+    def unload_module(self, _: Any) -> None:
+        pass
+
+
+class _Driver:
+    """Triton's driver, as far as launches need it."""
+
+    launcher_cls = _Launcher
+
+    def __init__(self, device: Device) -> None:
+        self.device, self.utils = device, _Utils(device)
+
+    def get_current_device(self) -> Any:
+        return ("emulated", self.device.arch, self.device.multiprocessors)  # Triton keeps kernels by it
+
+    def get_current_stream(self, _: Any) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        arch = self.device.arch
+        return GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def _ptx_is_the_binary(*stage: Any) -> Any:
+    """Triton's hook into its stages: no ptxas. It also keeps what is so compiled apart from other builds."""
+    if not stage:
+        return "emulated", hashlib.sha256(b"emulated").hexdigest()
+    stages = stage[1]
+    stages["cubin"] = lambda text, metadata: text.encode()
+    return None
+
+
+@contextmanager
+def _active(device: Device, stages: Any) -> Iterator[Device]:
+    before = driver._active
+    driver.set_active(_Driver(device))
+    hooks = knobs.runtime.add_stages_inspection_hook, knobs.runtime.jit_cache_hook
+    knobs.runtime.add_stages_inspection_hook = stages
+    knobs.runtime.jit_cache_hook = lambda *, fn, **_: device.compiled.append(fn.jit_function) and None
+    try:
+        yield device
+    finally:
+        driver._active = before
+        knobs.runtime.add_stages_inspection_hook, knobs.runtime.jit_cache_hook = hooks
+
+
+def emulated(arch: int = 80, multiprocessors: int = 1, **options: Any) -> AbstractContextManager[Device]:
+    """Inside, kernels run on a GPU of compute capability arch / 10."""
+    return _active(Device(arch, multiprocessors, options), _ptx_is_the_binary)
+
+
+def compiling(arch: int | str, multiprocessors: int = 1) -> AbstractContextManager[Device]:
+    """Inside, kernels are compiled down to the binary for compute capability arch / 10, or an AMD architecture; calls
+    of them do nothing."""
+    return _active(Device(arch, multiprocessors, None), None)

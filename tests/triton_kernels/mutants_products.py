@@ -1,0 +1,52 @@
+"""Faults in the products of triton_kernels; see planting.py."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import planting
+
+KERNEL = "muon_kernels/triton_kernels/products.py"
+TESTS = ["tests/triton_kernels/test_products_triton.py", "tests/triton_kernels/test_backend_triton.py"]
+Mutant = partial(planting.Mutant, file=KERNEL)
+
+# Few tests: a kernel costs seconds to build, the interpreter nothing.
+LOGIC = "test_interpreter"
+SIZES, SQUARES = "test_any_size and sm80-65-7-16", "test_parts_of_squares and sm80 and 65-16-bf16"
+
+MUTANTS = [
+    # Tiles.
+    Mutant("triangle: another row's columns", "return row, index - row * (row + 1) // 2", "return row, index - row * (row - 1) // 2", SIZES),
+    Mutant("triangle: a program for every tile", "programs = batch * config.tiles(m, n, symmetric)", "programs = batch * config.tiles(m, n, False)", "test_many_tiles and sm80"),
+    Mutant("rows and columns swapped", "tile_m, tile_n = index % tiles_m, index // tiles_m", "tile_n, tile_m = index % tiles_m, index // tiles_m", LOGIC),
+    Mutant("mirror: dropped", "tl.store(mirrored_at, mirrored, mask=(cols[:, None] < n)", "tl.store(mirrored_at, mirrored, mask=(cols[:, None] < 0)", SIZES),
+    Mutant("mirror: not transposed", "mirrored = tl.trans(result)", "mirrored = result", SIZES),
+    Mutant("mirror: not within tiles on the diagonal", "tl.where(rows[:, None] >= cols[None, :], result, mirrored)", "result", "test_a_result_is_symmetric and sm80"),
+    Mutant("mirror: stored behind the last row", "mask=(cols[:, None] < n) & (rows[None, :] < m))", "mask=cols[:, None] < n)", SIZES),
+    Mutant("stored behind the last column", "inside = (rows[:, None] < m) & (cols[None, :] < n)", "inside = (rows[:, None] < m) & (cols[None, :] < n + 1)", SIZES),
+    # The sum.
+    Mutant("last columns of k skipped", "if left > 0:", "if left > 8:", LOGIC),
+    Mutant("tail of k not zero", "x = tl.load(a_at, mask=ks[None, :] < left, other=0.0)", "x = tl.load(a_at)", SIZES),
+    Mutant("tail of b not zero", "b_left = ks[:, None] < left if B_TRANSPOSED", "b_left = ks[:, None] < 64 if B_TRANSPOSED", SIZES),
+    Mutant("the last row is read whole", "(k if SIZE_UNIT == STRIDE_UNIT else tl.maximum(k - 1, 0)) // BLOCK_K", "k // BLOCK_K", "test_nothing_is_read_behind and sm80"),
+    Mutant("rows of neighbours read", "tl.minimum(rows, m - 1)", "rows", SIZES),
+    Mutant("offsets of 32 bits", "a + tl.minimum(rows, m - 1)[:, None].to(tl.int64) * a_row_stride", "a + tl.minimum(rows, m - 1)[:, None] * a_row_stride.to(tl.int32)", "test_offsets and sm80"),
+    Mutant("matrices of b as far apart as those of a", "b += matrix * (b_batch_stride * STRIDE_UNIT)", "b += matrix * (a_batch_stride * STRIDE_UNIT)", LOGIC),
+    Mutant("narrow matrices read wide", "| 2 * _strides(t)[0] |", "|", "test_distance_of_matrices and sm80"),
+    Mutant("ragged sizes taken for whole vectors", "(m | n | k) % _VECTOR == 0", "(m | k) % _VECTOR == 0", LOGIC),
+    # What is added.
+    Mutant("scale not squared", "            factor *= factor\n", "            factor *= 1.0\n", SQUARES),
+    Mutant("scale of the first matrix", "tl.load(scale + matrix)", "tl.load(scale)", SQUARES),
+    Mutant("gamma not scaled", "+ gamma * factor", "+ gamma", SQUARES),
+    Mutant("alpha and beta swapped", "        alpha,\n        beta,\n        gamma,\n        B_T", "        beta,\n        alpha,\n        gamma,\n        B_T", LOGIC),
+    Mutant("addend of another matrix", "c += matrix * (c_batch_stride * STRIDE_UNIT)", "c += 0", LOGIC),
+    Mutant("correction of a ignored", "            of_a += by_row\n", "            of_a += 0.0\n", LOGIC),
+    Mutant("correction of a on the wrong operand", "            of_b += by_row\n", "            of_b += 0.0\n", LOGIC),
+    Mutant("both corrections: their product ignored", "if a_diagonal is not None and b_diagonal is not None:", "if False:", LOGIC),
+    Mutant("correction of c ignored", "if c_diagonal is not None:", "if False:", LOGIC),
+    Mutant("what rounding took: nothing", "value - value.to(out.dtype.element_ty).to(tl.float32)", "value - value", "test_precise_squares and sm80-17"),
+    # The launch.
+    Mutant("a coefficient is compiled in", "alpha: tl.float32,", "alpha: tl.constexpr,", "test_numbers_do_not and sm80"),
+    Mutant("a batch stride is looked at", "m n k a_batch_stride", "m n k", "test_numbers_do_not and sm80"),
+    Mutant("shapes not checked", "a.shape == (batch, m, k)\n        and b.shape ==", "a.shape == (batch, m, k)\n        or b.shape ==", "test_what_does_not_fit and sm80"),
+]  # fmt: skip
