@@ -34,10 +34,11 @@ OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 
 
 @triton.jit
-def matrix_at(refs, matrix, DTYPE: tl.constexpr):
+def matrix_at(refs, matrix, DTYPE: tl.constexpr, VECTORS: tl.constexpr):
     """Pointer to a matrix of a table, its row stride and its column stride."""
     ref = refs + 3 * matrix
-    return tl.load(ref).to(tl.pointer_type(DTYPE)), tl.load(ref + 1), tl.load(ref + 2)
+    at = tl.load(ref).to(tl.pointer_type(DTYPE))
+    return tl.multiple_of(at, 16) if VECTORS else at, tl.load(ref + 1), tl.load(ref + 2)
 
 
 @triton.jit
@@ -47,19 +48,18 @@ def walks_columns(row_stride, col_stride):
 
 
 @triton.jit
-def walk(at, row_stride, col_stride, tall, line, along, VECTORS: tl.constexpr):
-    """Pointers to the elements of a tile, (lines, along)."""
-    line_stride = tl.where(tall, col_stride, row_stride)
-    if VECTORS:
-        return tl.multiple_of(at, 16) + line[:, None] * tl.multiple_of(line_stride, 8) + along[None, :]
-    along_stride = tl.where(tall, row_stride, col_stride)
-    return at + line[:, None] * line_stride + along[None, :] * along_stride
+def eights(n, VECTORS: tl.constexpr):
+    """The same number. If lines are moved in vectors it is a multiple of 8, and the compiler now knows: a hint on an
+    argument would be lost where a function is inlined."""
+    return n // 8 * 8 if VECTORS else n
 
 
 @triton.jit
-def extent(n, VECTORS: tl.constexpr):
-    """How many elements a line has, said so that a mask is known not to cut through a vector."""
-    return n // 8 * 8 if VECTORS else n
+def walk(at, row_stride, col_stride, tall, line, along, VECTORS: tl.constexpr):
+    """Pointers to the elements of a tile, (lines, along)."""
+    line_stride = eights(tl.where(tall, col_stride, row_stride), VECTORS)
+    along_stride = 1 if VECTORS else tl.where(tall, row_stride, col_stride)
+    return at + line[:, None] * line_stride + along[None, :] * along_stride
 
 
 @triton.jit
@@ -75,8 +75,8 @@ def x_at(x, matrix, batch_stride, row_stride, rows, cols, VECTORS: tl.constexpr)
     """Pointers to the elements of x, (rows, cols)."""
     x += matrix * batch_stride
     if VECTORS:
-        return tl.multiple_of(x, 16) + rows[:, None] * tl.multiple_of(row_stride, 8) + cols[None, :]
-    return x + rows[:, None] * row_stride + cols[None, :]
+        x = tl.multiple_of(x, 16)
+    return x + rows[:, None] * eights(row_stride, VECTORS) + cols[None, :]
 
 
 # ---- powers of two ----
@@ -150,16 +150,16 @@ def momentum_kernel(
     """
     tiles = tl.cdiv(M, BLOCK) * tl.cdiv(N, BLOCK)
     matrix = tl.program_id(0) // tiles
-    grad, grad_row, grad_col = matrix_at(grads, matrix, GRAD)
+    grad, grad_row, grad_col = matrix_at(grads, matrix, GRAD, VECTORS)
     tall = walks_columns(grad_row, grad_col)
     if momenta is not None:
-        momentum, momentum_row, momentum_col = matrix_at(momenta, matrix, MOMENTUM)
+        momentum, momentum_row, momentum_col = matrix_at(momenta, matrix, MOMENTUM, VECTORS)
         tall = walks_columns(momentum_row, momentum_col)
     tile_row, tile_col = tile_of(tl.program_id(0) % tiles, M, N, tall, BLOCK)
     line = tl.where(tall, tile_col, tile_row) * BLOCK + tl.arange(0, BLOCK)
     along = tl.where(tall, tile_row, tile_col) * BLOCK + tl.arange(0, BLOCK)
     lines = tl.where(tall, N, M)
-    inside = (line[:, None] < lines) & (along[None, :] < extent(tl.where(tall, M, N), VECTORS))
+    inside = (line[:, None] < lines) & (along[None, :] < eights(tl.where(tall, M, N), VECTORS))
 
     from_grad = walk(grad, grad_row, grad_col, tall, line, along, VECTORS)
     direction = tl.load(from_grad, inside, 0.0).to(tl.float32) * grad_scale
@@ -177,7 +177,7 @@ def momentum_kernel(
         direction = times_power(direction, tile_power(square, True))
     if tall:
         to_x = x_at(x, matrix, x_batch_stride, x_row_stride, along, line, VECTORS)
-        inside = (along[:, None] < M) & (line[None, :] < extent(lines, VECTORS))
+        inside = (along[:, None] < M) & (line[None, :] < eights(lines, VECTORS))
         tl.store(to_x, tl.trans(direction.to(X)), inside)
     else:
         tl.store(x_at(x, matrix, x_batch_stride, x_row_stride, line, along, VECTORS), direction.to(X), inside)
@@ -354,16 +354,16 @@ def apply_kernel(
     """A tile of a parameter."""
     tiles = tl.cdiv(M, BLOCK) * tl.cdiv(N, BLOCK)
     matrix = tl.program_id(0) // tiles
-    param, row_stride, col_stride = matrix_at(refs, matrix, PARAM)
+    param, row_stride, col_stride = matrix_at(refs, matrix, PARAM, VECTORS)
     tall = walks_columns(row_stride, col_stride)
     tile_row, tile_col = tile_of(tl.program_id(0) % tiles, M, N, tall, BLOCK)
     line = tl.where(tall, tile_col, tile_row) * BLOCK + tl.arange(0, BLOCK)
     along = tl.where(tall, tile_row, tile_col) * BLOCK + tl.arange(0, BLOCK)
     lines = tl.where(tall, N, M)
-    inside = (line[:, None] < lines) & (along[None, :] < extent(tl.where(tall, M, N), VECTORS))
+    inside = (line[:, None] < lines) & (along[None, :] < eights(tl.where(tall, M, N), VECTORS))
     if tall:
         from_x = x_at(x, matrix, x_batch_stride, x_row_stride, along, line, VECTORS)
-        of_x = (along[:, None] < M) & (line[None, :] < extent(lines, VECTORS))
+        of_x = (along[:, None] < M) & (line[None, :] < eights(lines, VECTORS))
         update = tl.trans(tl.load(from_x, of_x, 0.0)).to(tl.float32)
     else:
         from_x = x_at(x, matrix, x_batch_stride, x_row_stride, line, along, VECTORS)
