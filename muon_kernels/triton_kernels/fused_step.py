@@ -1,0 +1,231 @@
+"""A whole Muon step of small matrices in one launch, a program a matrix.
+
+X streams through twice, once for the momentum and R = X Xᵀ, once for the update; the iteration, in its Gram form, never
+leaves the chip. The Gram form multiplies X by a polynomial of R, and what rounding does to a small eigenvalue of R grows
+with the square of every `a` that follows: in bf16 it would need a visit to X every other step. Here every number is a
+sum of three bf16 numbers and a product six on the tensor cores, of any vendor, and R, Q and S stay in fp32: enough for
+five to eight steps (see `refuses`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..layout import Matrices
+from . import tables
+from .elementwise import (
+    TYPES,
+    blend,
+    device_guard,
+    eights,
+    look_ahead,
+    matrix_at,
+    on_device,
+    ratios_on,
+    step_factors,
+    updated,
+    walk,
+    walks_columns,
+)
+
+FUSED_ROWS = 64  # R, Q and S of more would leave the registers
+
+
+@triton.jit
+def power(e):
+    """2^e in fp32, -126 ≤ e ≤ 127."""
+    return ((e + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def exponent(v):
+    """floor(log2(v)) of a normal number that is not negative; 128 for infinity and NaN, -127 for what is too small."""
+    return (v.to(tl.int32, bitcast=True) >> 23) - 127
+
+
+@triton.jit
+def product(a, b):
+    """a · b to 22 bits: tensor cores cut off what they add to an accumulator."""
+    return tl.dot(a, b, input_precision="bf16x6")
+
+
+@triton.jit
+def direction_of(grad, momentum, mu, has_momentum: tl.constexpr, NESTEROV: tl.constexpr, DAMPENED: tl.constexpr):
+    """From a gradient times its scale and the new momentum."""
+    if not has_momentum:
+        return grad
+    return look_ahead(grad, momentum, mu, DAMPENED) if NESTEROV else momentum
+
+
+@triton.jit(do_not_specialize=["M", "N", "steps"])
+def fused_step_kernel(
+    grad_refs, momentum_refs, param_refs, ratios, coefficients, steps, M, N, grad_scale, mu, rest, eps, margin,
+    lr: tl.float64, weight_decay: tl.float64, lr_at, weight_decay_at,
+    GRAD: tl.constexpr, MOMENTUM: tl.constexpr, PARAM: tl.constexpr, NESTEROV: tl.constexpr, DAMPENED: tl.constexpr,
+    CAUTIOUS: tl.constexpr, VECTORS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A matrix of M ≤ BLOCK rows. Its tiles are square: walked along columns, one only has to be transposed."""
+    matrix = tl.program_id(0)
+    HAS_MOMENTUM: tl.constexpr = momentum_refs is not None
+    grad, grad_row, grad_col = matrix_at(grad_refs, matrix, GRAD, VECTORS)
+    param, param_row, param_col = matrix_at(param_refs, matrix, PARAM, VECTORS)
+    if HAS_MOMENTUM:
+        momentum, momentum_row, momentum_col = matrix_at(momentum_refs, matrix, MOMENTUM, VECTORS)
+    tall = walks_columns(param_row, param_col)
+    lines = tl.where(tall, N, M)
+    length = eights(tl.where(tall, M, N), VECTORS)
+    index = tl.arange(0, BLOCK)
+
+    # R = (X 2^-largest)(X 2^-largest)ᵀ for an X of any scale, `largest` that of its largest element so far.
+    R = tl.zeros((BLOCK, BLOCK), tl.float32)
+    largest = -126
+    for begin in range(0, N, BLOCK):
+        line, along = index + tl.where(tall, begin, 0), index + tl.where(tall, 0, begin)
+        inside = (line[:, None] < lines) & (along[None, :] < length)
+        g = tl.load(walk(grad, grad_row, grad_col, tall, line, along, VECTORS), inside, 0.0).to(tl.float32) * grad_scale
+        new = g
+        if HAS_MOMENTUM:
+            at = walk(momentum, momentum_row, momentum_col, tall, line, along, VECTORS)
+            # What the buffer holds, after its rounding: the second pass reads the same.
+            stored = blend(g, tl.load(at, inside, 0.0).to(tl.float32), mu, rest, DAMPENED).to(MOMENTUM)
+            tl.store(at, stored, inside)
+            new = stored.to(tl.float32)
+        x = direction_of(g, new, mu, HAS_MOMENTUM, NESTEROV, DAMPENED)
+        own = tl.minimum(tl.max(exponent(tl.abs(x))), 126)
+        x *= power(-own)
+        if tall:
+            x = tl.trans(x)
+        # The factors of the tile keep the sum out of the tensor cores' accumulator, where long sums drift.
+        before, largest = largest, tl.maximum(largest, own)
+        shrink, of_tile = power(tl.maximum(before - largest, -126)), power(tl.maximum(own - largest, -126))
+        R = R * shrink * shrink + product(x, tl.trans(x)) * of_tile * of_tile
+
+    diagonal = index[:, None] == index[None, :]
+    trace = tl.sum(tl.where(diagonal, R, 0.0))
+    norm = tl.sqrt_rn(trace)
+    least = eps * power(exponent(norm))
+    scale = tl.div_rn(1.0, tl.where(norm > least, norm, least) * margin)
+    scale = tl.where(trace < float("inf"), tl.where(trace == 0, 0.0, scale), float("nan"))
+    R *= scale * scale
+    Q = tl.where(diagonal, 1.0, 0.0)
+    for step in range(steps):
+        of_step = coefficients + 3 * step
+        a, b, c = tl.load(of_step), tl.load(of_step + 1), tl.load(of_step + 2)
+        S = tl.fma(product(R, R), c, tl.fma(R, b, tl.where(diagonal, a, 0.0)))
+        Q = product(Q, S)
+        if step + 1 < steps:
+            R = product(product(R, S), S)
+
+    decay, step_size = step_factors(lr, weight_decay, lr_at, weight_decay_at, tl.load(ratios + matrix))
+    # A thread may read momenta that another one has written.
+    tl.debug_barrier()
+    for begin in range(0, N, BLOCK):
+        line, along = index + tl.where(tall, begin, 0), index + tl.where(tall, 0, begin)
+        inside = (line[:, None] < lines) & (along[None, :] < length)
+        if not HAS_MOMENTUM or NESTEROV:
+            at = walk(grad, grad_row, grad_col, tall, line, along, VECTORS)
+            g = tl.load(at, inside, 0.0).to(tl.float32) * grad_scale
+        new = g if not HAS_MOMENTUM else tl.load(
+            walk(momentum, momentum_row, momentum_col, tall, line, along, VECTORS), inside, 0.0
+        ).to(tl.float32)  # fmt: skip
+        x = direction_of(g, new, mu, HAS_MOMENTUM, NESTEROV, DAMPENED) * power(-largest)
+        if tall:
+            x = tl.trans(x)
+        update = product(Q, x) * scale
+        if tall:
+            update = tl.trans(update)
+        at = walk(param, param_row, param_col, tall, line, along, VECTORS)
+        value = updated(tl.load(at, inside, 0.0).to(tl.float32), update, decay, step_size, CAUTIOUS)
+        tl.store(at, value.to(PARAM), inside)
+
+
+_UNIT_ROUNDOFF = 2.0**-22
+_LIMIT = 4.0
+
+
+@lru_cache(maxsize=256)
+def refuses(triples: tuple[tuple[float, float, float], ...], margin: float) -> str | None:
+    """Why the iteration would need a restart, as csrc's fused_step judges it; None if it does not.
+
+    An eigenvalue of R that should be 0 is `loss` too small, negative, and so S is too large there: that multiplies the
+    loss by S² in every step, while the step's own rounding adds to it. When Q is several times too large the iteration
+    is about to explode.
+    """
+    loss, change = _UNIT_ROUNDOFF / margin**2, 0.0
+    for a, b, c in triples:
+        s = abs(a) + abs(b) * loss + abs(c) * loss**2
+        change += s / abs(a) - 1 if a else math.inf
+        loss = loss * s * s + _UNIT_ROUNDOFF * (1 + abs(a))
+        if not change <= _LIMIT:
+            return "rounding errors would grow; use backend='cuda' or another algorithm for these coefficients"
+    return None
+
+
+def block_of(rows: int) -> int:
+    """The side of a kernel's tiles; two, since each is a compilation."""
+    return 32 if rows <= 32 else 64
+
+
+def fused_step(
+    params: Sequence[Matrices],
+    grads: Sequence[Matrices],
+    momenta: Sequence[Matrices] | None,
+    X: Tensor,
+    iterate: Callable[[Tensor], Tensor] | None,
+    *,
+    triples: Sequence[tuple[float, float, float]],
+    momentum: float,
+    nesterov: bool,
+    dampened: bool,
+    grad_scale: float,
+    eps: float,
+    margin: float,
+    lr: float | Tensor,
+    weight_decay: float | Tensor,
+    ratios: Sequence[float],
+    cautious: bool = False,
+) -> None:
+    """See `Backend.fused_step`; of X, (slots, m, n), only m and n are used, and `iterate` is not. One launch.
+
+    Raises:
+        ValueError: more than FUSED_ROWS rows, or `refuses`.
+    """
+    _, m, n = X.shape
+    if m > min(n, FUSED_ROWS):
+        raise ValueError(f"fused_step takes wide matrices of at most {FUSED_ROWS} rows but they are: {m} x {n}")
+    if reason := refuses(tuple(triples), margin):
+        raise ValueError(f"fused_step: {reason}")
+    if not (len(ratios) and m):
+        return
+    device = params[0].tensor.device
+    lr, lr_at = on_device(lr, device)
+    weight_decay, weight_decay_at = on_device(weight_decay, device)
+    with device_guard(device):
+        p, g = tables.table(params, device), tables.table(grads, device)
+        b = tables.table(momenta, device) if momenta is not None else None
+        coefficients = torch.tensor(triples, dtype=torch.float32).numpy().tobytes()
+        fused_step_kernel[(len(ratios),)](
+            g.refs, b and b.refs, p.refs, ratios_on(device, ratios),
+            tables.on_device(coefficients, torch.float32, device), len(triples),
+            m, n, grad_scale, momentum, 1.0 - momentum, eps, margin,
+            lr, weight_decay, lr_at, weight_decay_at,
+            GRAD=TYPES[grads[0].tensor.dtype],
+            MOMENTUM=TYPES[(momenta or grads)[0].tensor.dtype],
+            PARAM=TYPES[params[0].tensor.dtype],
+            NESTEROV=nesterov,
+            DAMPENED=dampened,
+            CAUTIOUS=cautious,
+            VECTORS=tables.vectors(m, n, p, g, *((b,) if b else ())),
+            BLOCK=block_of(m),
+            num_warps=4 if block_of(m) == 32 else 8,
+            num_stages=1,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+    torch.autograd.graph.increment_version([t.tensor for t in (*params, *(momenta or ()))])
