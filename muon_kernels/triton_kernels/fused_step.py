@@ -51,9 +51,40 @@ def exponent(v):
 
 
 @triton.jit
+def split(v):
+    """Three bf16 numbers whose sum is v, the largest first."""
+    high = v.to(tl.bfloat16)
+    v -= high.to(tl.float32)
+    middle = v.to(tl.bfloat16)
+    return high, middle, (v - middle.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
 def product(a, b):
-    """a · b to 22 bits: tensor cores cut off what they add to an accumulator."""
-    return tl.dot(a, b, input_precision="bf16x6")
+    """a · b to 22 bits. The smallest products come first, and only one term of b occupies registers at a time."""
+    a0, a1, a2 = split(a)
+    b0, b1, b2 = split(b)
+    c = tl.dot(a0, b2)
+    c = tl.dot(a1, b1, c)
+    c = tl.dot(a0, b1, c)
+    c = tl.dot(a2, b0, c)
+    c = tl.dot(a1, b0, c)
+    return tl.dot(a0, b0, c)
+
+
+@triton.jit
+def exchanged(exchange, a, b):
+    """(a, b) or (b, a)."""
+    if exchange:
+        a, b = b, a
+    return a, b
+
+
+@triton.jit
+def turned(x, tall):
+    """The transpose of a square tile, if it was walked along columns. Not by a branch: what follows would be there
+    twice, in other layouts."""
+    return tl.where(tall, tl.trans(x), x)
 
 
 @triton.jit
@@ -100,8 +131,7 @@ def fused_step_kernel(
         x = direction_of(g, new, mu, HAS_MOMENTUM, NESTEROV, DAMPENED)
         own = tl.minimum(tl.max(exponent(tl.abs(x))), 126)
         x *= power(-own)
-        if tall:
-            x = tl.trans(x)
+        x = turned(x, tall)
         # The factors of the tile keep the sum out of the tensor cores' accumulator, where long sums drift.
         before, largest = largest, tl.maximum(largest, own)
         shrink, of_tile = power(tl.maximum(before - largest, -126)), power(tl.maximum(own - largest, -126))
@@ -119,9 +149,11 @@ def fused_step_kernel(
         of_step = coefficients + 3 * step
         a, b, c = tl.load(of_step), tl.load(of_step + 1), tl.load(of_step + 2)
         S = tl.fma(product(R, R), c, tl.fma(R, b, tl.where(diagonal, a, 0.0)))
-        Q = product(Q, S)
-        if step + 1 < steps:
-            R = product(product(R, S), S)
+        # Q S, R S and (R S) S share their code: each would load all of S into registers, and keep it for the others.
+        left, other = Q, R
+        for turn in range(3):
+            left, other = exchanged(turn == 0, product(left, S), other)
+        R, Q = left, other
 
     decay, step_size = step_factors(lr, weight_decay, lr_at, weight_decay_at, tl.load(ratios + matrix))
     # A thread may read momenta that another one has written.
@@ -136,11 +168,7 @@ def fused_step_kernel(
             walk(momentum, momentum_row, momentum_col, tall, line, along, VECTORS), inside, 0.0
         ).to(tl.float32)  # fmt: skip
         x = direction_of(g, new, mu, HAS_MOMENTUM, NESTEROV, DAMPENED) * power(-largest)
-        if tall:
-            x = tl.trans(x)
-        update = product(Q, x) * scale
-        if tall:
-            update = tl.trans(update)
+        update = turned(product(Q, turned(x, tall)) * scale, tall)
         at = walk(param, param_row, param_col, tall, line, along, VECTORS)
         value = updated(tl.load(at, inside, 0.0).to(tl.float32), update, decay, step_size, CAUTIOUS)
         tl.store(at, value.to(PARAM), inside)
