@@ -88,11 +88,114 @@ def turned(x, tall):
 
 
 @triton.jit
-def direction_of(grad, momentum, mu, has_momentum: tl.constexpr, NESTEROV: tl.constexpr, DAMPENED: tl.constexpr):
+def direction_of(grad, momentum, mu, HAS_MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, DAMPENED: tl.constexpr):
     """From a gradient times its scale and the new momentum."""
-    if not has_momentum:
+    if not HAS_MOMENTUM:
         return grad
     return look_ahead(grad, momentum, mu, DAMPENED) if NESTEROV else momentum
+
+
+@triton.jit
+def tile_at(begin, M, N, tall, VECTORS: tl.constexpr, BLOCK: tl.constexpr):
+    """Lines, places along them and what is inside a matrix, of the tile whose first column is `begin`."""
+    line = tl.arange(0, BLOCK) + tl.where(tall, begin, 0)
+    along = tl.arange(0, BLOCK) + tl.where(tall, 0, begin)
+    inside = (line[:, None] < tl.where(tall, N, M)) & (along[None, :] < eights(tl.where(tall, M, N), VECTORS))
+    return line, along, inside
+
+
+@triton.jit
+def is_tall(param_refs, matrix):
+    """Whether a matrix is walked along its columns."""
+    return walks_columns(tl.load(param_refs + 3 * matrix + 1), tl.load(param_refs + 3 * matrix + 2))
+
+
+@triton.jit
+def first_pass(
+    grad_refs, momentum_refs, tall, M, N, grad_scale, mu, rest,
+    GRAD: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, DAMPENED: tl.constexpr,
+    VECTORS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Update the momentum. R = (X 2^-e)(X 2^-e)ᵀ for an X of any scale, and e, that of its largest element."""
+    matrix = tl.program_id(0)
+    grad, grad_row, grad_col = matrix_at(grad_refs, matrix, GRAD, VECTORS)
+    if momentum_refs is not None:
+        momentum, momentum_row, momentum_col = matrix_at(momentum_refs, matrix, MOMENTUM, VECTORS)
+    R = tl.zeros((BLOCK, BLOCK), tl.float32)
+    largest = -126
+    for begin in range(0, N, BLOCK):
+        line, along, inside = tile_at(begin, M, N, tall, VECTORS, BLOCK)
+        from_grad = walk(grad, grad_row, grad_col, tall, line, along, VECTORS)
+        g = tl.load(from_grad, inside, 0.0).to(tl.float32) * grad_scale
+        new = g
+        if momentum_refs is not None:
+            at = walk(momentum, momentum_row, momentum_col, tall, line, along, VECTORS)
+            # What the buffer holds, after its rounding: the second pass reads the same.
+            stored = blend(g, tl.load(at, inside, 0.0).to(tl.float32), mu, rest, DAMPENED).to(MOMENTUM)
+            tl.store(at, stored, inside)
+            new = stored.to(tl.float32)
+        x = direction_of(g, new, mu, momentum_refs is not None, NESTEROV, DAMPENED)
+        own = tl.minimum(tl.max(exponent(tl.abs(x))), 126)
+        x = turned(x * power(-own), tall)
+        # The factors of the tile keep the sum out of the tensor cores' accumulator, where long sums drift.
+        before, largest = largest, tl.maximum(largest, own)
+        shrink, of_tile = power(tl.maximum(before - largest, -126)), power(tl.maximum(own - largest, -126))
+        R = R * shrink * shrink + product(x, tl.trans(x)) * of_tile * of_tile
+    return R, largest
+
+
+@triton.jit
+def newton_schulz(R, coefficients, steps, eps, margin, BLOCK: tl.constexpr):
+    """From R to Q, and the scale of X that Q stands for; `coefficients`, (steps, 3), on the device."""
+    diagonal = tl.arange(0, BLOCK)[:, None] == tl.arange(0, BLOCK)[None, :]
+    trace = tl.sum(tl.where(diagonal, R, 0.0))
+    norm = tl.sqrt_rn(trace)
+    least = eps * power(exponent(norm))
+    scale = tl.div_rn(1.0, tl.where(norm > least, norm, least) * margin)
+    scale = tl.where(trace < float("inf"), tl.where(trace == 0, 0.0, scale), float("nan"))
+    R *= scale * scale
+    Q = tl.where(diagonal, 1.0, 0.0)
+    for step in range(steps):
+        of_step = coefficients + 3 * step
+        a, b, c = tl.load(of_step), tl.load(of_step + 1), tl.load(of_step + 2)
+        # The identity goes in before anything is rounded.
+        S = tl.fma(product(R, R), c, tl.fma(R, b, tl.where(diagonal, a, 0.0)))
+        # Q S, R S and (R S) S share their code: each would load all of S into registers, and keep it for the others.
+        left, other = Q, R
+        for turn in range(3):
+            left, other = exchanged(turn == 0, product(left, S), other)
+        R, Q = left, other
+    return Q, scale
+
+
+@triton.jit
+def second_pass(
+    Q, scale, largest, grad_refs, momentum_refs, param_refs, tall, M, N, grad_scale, mu, decay, step_size,
+    GRAD: tl.constexpr, MOMENTUM: tl.constexpr, PARAM: tl.constexpr, NESTEROV: tl.constexpr, DAMPENED: tl.constexpr,
+    CAUTIOUS: tl.constexpr, VECTORS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The parameter moves by scale Q X 2^-largest."""
+    matrix = tl.program_id(0)
+    # Read once more: the iteration needs every register.
+    grad, grad_row, grad_col = matrix_at(grad_refs, matrix, GRAD, VECTORS)
+    param, param_row, param_col = matrix_at(param_refs, matrix, PARAM, VECTORS)
+    if momentum_refs is not None:
+        momentum, momentum_row, momentum_col = matrix_at(momentum_refs, matrix, MOMENTUM, VECTORS)
+    for begin in range(0, N, BLOCK):
+        line, along, inside = tile_at(begin, M, N, tall, VECTORS, BLOCK)
+        g = 0.0
+        if momentum_refs is None or NESTEROV:
+            from_grad = walk(grad, grad_row, grad_col, tall, line, along, VECTORS)
+            g = tl.load(from_grad, inside, 0.0).to(tl.float32) * grad_scale
+        new = g
+        if momentum_refs is not None:
+            from_momentum = walk(momentum, momentum_row, momentum_col, tall, line, along, VECTORS)
+            new = tl.load(from_momentum, inside, 0.0).to(tl.float32)
+        x = direction_of(g, new, mu, momentum_refs is not None, NESTEROV, DAMPENED) * power(-largest)
+        update = turned(product(Q, turned(x, tall)) * scale, tall)
+        at = walk(param, param_row, param_col, tall, line, along, VECTORS)
+        value = updated(tl.load(at, inside, 0.0).to(tl.float32), update, decay, step_size, CAUTIOUS)
+        tl.store(at, value.to(PARAM), inside)
 
 
 @triton.jit(do_not_specialize=["M", "N", "steps"])
@@ -104,74 +207,18 @@ def fused_step_kernel(
 ):  # fmt: skip
     """A matrix of M ≤ BLOCK rows. Its tiles are square: walked along columns, one only has to be transposed."""
     matrix = tl.program_id(0)
-    HAS_MOMENTUM: tl.constexpr = momentum_refs is not None
-    grad, grad_row, grad_col = matrix_at(grad_refs, matrix, GRAD, VECTORS)
-    param, param_row, param_col = matrix_at(param_refs, matrix, PARAM, VECTORS)
-    if HAS_MOMENTUM:
-        momentum, momentum_row, momentum_col = matrix_at(momentum_refs, matrix, MOMENTUM, VECTORS)
-    tall = walks_columns(param_row, param_col)
-    lines = tl.where(tall, N, M)
-    length = eights(tl.where(tall, M, N), VECTORS)
-    index = tl.arange(0, BLOCK)
-
-    # R = (X 2^-largest)(X 2^-largest)ᵀ for an X of any scale, `largest` that of its largest element so far.
-    R = tl.zeros((BLOCK, BLOCK), tl.float32)
-    largest = -126
-    for begin in range(0, N, BLOCK):
-        line, along = index + tl.where(tall, begin, 0), index + tl.where(tall, 0, begin)
-        inside = (line[:, None] < lines) & (along[None, :] < length)
-        g = tl.load(walk(grad, grad_row, grad_col, tall, line, along, VECTORS), inside, 0.0).to(tl.float32) * grad_scale
-        new = g
-        if HAS_MOMENTUM:
-            at = walk(momentum, momentum_row, momentum_col, tall, line, along, VECTORS)
-            # What the buffer holds, after its rounding: the second pass reads the same.
-            stored = blend(g, tl.load(at, inside, 0.0).to(tl.float32), mu, rest, DAMPENED).to(MOMENTUM)
-            tl.store(at, stored, inside)
-            new = stored.to(tl.float32)
-        x = direction_of(g, new, mu, HAS_MOMENTUM, NESTEROV, DAMPENED)
-        own = tl.minimum(tl.max(exponent(tl.abs(x))), 126)
-        x *= power(-own)
-        x = turned(x, tall)
-        # The factors of the tile keep the sum out of the tensor cores' accumulator, where long sums drift.
-        before, largest = largest, tl.maximum(largest, own)
-        shrink, of_tile = power(tl.maximum(before - largest, -126)), power(tl.maximum(own - largest, -126))
-        R = R * shrink * shrink + product(x, tl.trans(x)) * of_tile * of_tile
-
-    diagonal = index[:, None] == index[None, :]
-    trace = tl.sum(tl.where(diagonal, R, 0.0))
-    norm = tl.sqrt_rn(trace)
-    least = eps * power(exponent(norm))
-    scale = tl.div_rn(1.0, tl.where(norm > least, norm, least) * margin)
-    scale = tl.where(trace < float("inf"), tl.where(trace == 0, 0.0, scale), float("nan"))
-    R *= scale * scale
-    Q = tl.where(diagonal, 1.0, 0.0)
-    for step in range(steps):
-        of_step = coefficients + 3 * step
-        a, b, c = tl.load(of_step), tl.load(of_step + 1), tl.load(of_step + 2)
-        S = tl.fma(product(R, R), c, tl.fma(R, b, tl.where(diagonal, a, 0.0)))
-        # Q S, R S and (R S) S share their code: each would load all of S into registers, and keep it for the others.
-        left, other = Q, R
-        for turn in range(3):
-            left, other = exchanged(turn == 0, product(left, S), other)
-        R, Q = left, other
-
+    R, largest = first_pass(
+        grad_refs, momentum_refs, is_tall(param_refs, matrix), M, N, grad_scale, mu, rest,
+        GRAD, MOMENTUM, NESTEROV, DAMPENED, VECTORS, BLOCK,
+    )  # fmt: skip
+    Q, scale = newton_schulz(R, coefficients, steps, eps, margin, BLOCK)
     decay, step_size = step_factors(lr, weight_decay, lr_at, weight_decay_at, tl.load(ratios + matrix))
     # A thread may read momenta that another one has written.
     tl.debug_barrier()
-    for begin in range(0, N, BLOCK):
-        line, along = index + tl.where(tall, begin, 0), index + tl.where(tall, 0, begin)
-        inside = (line[:, None] < lines) & (along[None, :] < length)
-        if not HAS_MOMENTUM or NESTEROV:
-            at = walk(grad, grad_row, grad_col, tall, line, along, VECTORS)
-            g = tl.load(at, inside, 0.0).to(tl.float32) * grad_scale
-        new = g if not HAS_MOMENTUM else tl.load(
-            walk(momentum, momentum_row, momentum_col, tall, line, along, VECTORS), inside, 0.0
-        ).to(tl.float32)  # fmt: skip
-        x = direction_of(g, new, mu, HAS_MOMENTUM, NESTEROV, DAMPENED) * power(-largest)
-        update = turned(product(Q, turned(x, tall)) * scale, tall)
-        at = walk(param, param_row, param_col, tall, line, along, VECTORS)
-        value = updated(tl.load(at, inside, 0.0).to(tl.float32), update, decay, step_size, CAUTIOUS)
-        tl.store(at, value.to(PARAM), inside)
+    second_pass(
+        Q, scale, largest, grad_refs, momentum_refs, param_refs, is_tall(param_refs, matrix), M, N, grad_scale, mu,
+        decay, step_size, GRAD, MOMENTUM, PARAM, NESTEROV, DAMPENED, CAUTIOUS, VECTORS, BLOCK,
+    )  # fmt: skip
 
 
 _UNIT_ROUNDOFF = 2.0**-22
@@ -252,7 +299,7 @@ def fused_step(
             CAUTIOUS=cautious,
             VECTORS=tables.vectors(m, n, p, g, *((b,) if b else ())),
             BLOCK=block_of(m),
-            num_warps=4 if block_of(m) == 32 else 8,
+            num_warps=block_of(m) // 16,  # each has 16 rows; more would do the same once again
             num_stages=1,
             enable_fp_fusion=False,
         )  # fmt: skip
