@@ -13,6 +13,8 @@ import torch
 from muon_kernels import backends
 from muon_kernels.backends import cpu
 
+pytest.register_assert_rewrite("elementwise_suite", "fused_suite")
+
 # (backend, instruction set, who multiplies); a new backend or instruction set becomes an axis of every test by itself.
 VARIANTS = [
     *[("cpu", isa, "native") for isa in cpu.instruction_sets()],

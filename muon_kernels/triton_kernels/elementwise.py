@@ -331,7 +331,7 @@ def step_factors(lr, weight_decay, lr_at, weight_decay_at, ratio):
         lr = tl.load(lr_at).to(tl.float64)
     if weight_decay_at is not None:
         weight_decay = tl.load(weight_decay_at).to(tl.float64)
-    return (1 - lr * weight_decay).to(tl.float32), (lr * ratio).to(tl.float32)
+    return tl.cast(1 - lr * weight_decay, tl.float32), tl.cast(lr * ratio, tl.float32)
 
 
 @triton.jit

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
 import torch
+from elementwise_suite import RULES, wide
 from ptx.standin import Runtime
 from torch import Tensor
 
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-TILE = 64
-
-
-def wide(t: Tensor) -> Tensor:
-    """As the kernels see a parameter: no more rows than columns."""
-    return t.mT if t.shape[-2] > t.shape[-1] else t
 
 
 def _refs(tensors: Sequence[Tensor]) -> array[int]:
@@ -47,6 +43,18 @@ class Verbs:
             verb(*args)
         except RuntimeError as error:
             raise (self.runtime.failures or [error])[0] from error
+
+    @contextmanager
+    def options(self, **options: Any) -> Iterator[None]:
+        with self.runtime.options(**options):
+            yield
+
+    def warnings(self) -> int:
+        return sum(launch.warnings for launch in self.runtime.log)
+
+    def rules(self, *dtypes: torch.dtype) -> list[tuple[bool, bool, float]]:
+        """All: they cost no compilation."""
+        return RULES
 
     def momentum_update(
         self,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ptx
+import torch
 import triton
 from ptx.module import Result
 from torch import Tensor
@@ -102,3 +103,50 @@ class Device:
 def device(arch: int) -> Device:
     """The device of that architecture: Triton keeps what it compiled for it."""
     return Device(arch)
+
+
+def _repaired_interpreter() -> None:
+    """Triton's interpreter multiplies the bits of bf16 numbers, cuts off what bf16 has no room for, and rounds an fma
+    twice."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def converted(data: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return data.view(np.uint16).astype(np.uint32) << 16
+        if (source, target) == (tl.float32, tl.bfloat16):
+            tensor = torch.from_numpy(np.ascontiguousarray(data, dtype=np.float32))
+            return tensor.bfloat16().view(torch.int16).numpy().view(np.uint16)
+        return convert(data, source, target, rounding)
+
+    def values(x: Any) -> Any:
+        return converted(x.data, tl.bfloat16, tl.float32, None).view(np.float32) if x.dtype == tl.bfloat16 else x.data
+
+    def dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
+        a, b = (interpreter.TensorHandle(values(t), tl.float32) for t in (a, b))
+        return interpreter.TensorHandle(np.matmul(a.data, b.data, dtype=d.data.dtype) + d.data, d.dtype.scalar)
+
+    def fma(self: Any, a: Any, b: Any, c: Any) -> Any:
+        exact = a.data.astype(np.float64) * b.data.astype(np.float64) + c.data.astype(np.float64)
+        return interpreter.TensorHandle(exact.astype(c.data.dtype), c.dtype.scalar)
+
+    interpreter._convert_float = converted
+    interpreter.InterpreterBuilder.create_dot = dot  # type: ignore[method-assign]
+    interpreter.InterpreterBuilder.create_fma = fma  # type: ignore[method-assign]
+
+
+if knobs.runtime.interpret:
+    _repaired_interpreter()
+
+
+@contextmanager
+def executed(place: int, memory: Sequence[Tensor], **options: Any) -> Iterator[list[Entry]]:
+    """Launches inside run on the device of that architecture or, for 0, in the interpreter; their log."""
+    if place:
+        with device(place).active(memory, **options) as log:
+            yield log
+    else:
+        yield []
