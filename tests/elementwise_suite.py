@@ -161,14 +161,14 @@ def test_momentum_update(verbs: Verbs, dtype: torch.dtype, momentum_dtype: torch
             mu=mu,
             nesterov=nesterov,
             dampened=dampened,
-            grad_scale=-0.5,
+            grad_scale=-0.75,
         )
         assert_workspace(X, block)
         for i, (g, b) in enumerate(zip(grads, momenta, strict=True)):
             g.assert_untouched_around()
             b.assert_untouched_around()
             assert torch.equal(g.view.double(), g.before), "a gradient was written"
-            new, direction = directions(-0.5 * g.before, b.before, mu, nesterov, dampened)
+            new, direction = directions(-0.75 * g.before, b.before, mu, nesterov, dampened)
             assert torch.equal(b.view, new.to(momentum_dtype)), (kind, shape)
             check_x(X[i], scale[i], direction)
             if X_dtype == torch.bfloat16:

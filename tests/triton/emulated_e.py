@@ -22,48 +22,72 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 
 # Bytes of shared memory that a block may have.
-SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376, "gfx942": 65536}
+Place = int | str  # compute capability, or AMD's name
+
+
+@dataclass
+class Compilation:
+    """Of a kernel, for one specialisation."""
+
+    kernel: str
+    shared: int
+    files: dict[str, str]  # what the compiler wrote, by name
+
+    def text(self, kind: str) -> str:
+        """ptx, amdgcn, ..."""
+        return self.path(kind).read_text()
+
+    def path(self, kind: str) -> Path:
+        (path,) = (path for file, path in self.files.items() if file.endswith(f".{kind}"))
+        return Path(path)
 
 
 @dataclass
 class Entry:
-    """A launch that was executed."""
+    """A launch."""
 
     kernel: str
     grid: tuple[int, int, int]
-    result: Result
+    result: Result | None  # None if it was not executed
+
+
+def faults(log: Sequence[Entry]) -> list[str]:
+    """What the executor has warned of, but for threads that store the same value: the sums of Triton do."""
+    warnings = [entry.result.warning for entry in log if entry.result]
+    return [warning for warning in warnings if warning and "(the same value)" not in warning]
 
 
 class Device:
-    """A driver for Triton, whose current device is numbered by its architecture."""
+    """A driver for Triton, and its only device."""
 
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
+    def __init__(self, place: Place) -> None:
+        self.place = place
         self.memory: Sequence[Tensor] = ()  # what kernels reach through tables
+        self.execute = True
         self.options: dict[str, Any] = {}  # of the executor
         self.log: list[Entry] = []
-        self.loaded: list[str] = []  # a name for every compilation
+        self.compilations: list[Compilation] = []
         self.utils = self
         self._loading: dict[str, str] = {}
 
     # ---- what Triton asks of a driver ----
 
-    def get_current_device(self) -> int:
-        return self.arch
+    def get_current_device(self) -> Device:
+        return self
 
-    def get_current_stream(self, device: int) -> int:
+    def get_current_stream(self, device: Device) -> int:
         return 0
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
+        return GPUTarget("cuda", self.place, 32) if isinstance(self.place, int) else GPUTarget("hip", self.place, 64)
 
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": SHARED[device]}
+    def get_device_properties(self, device: Device) -> dict[str, int]:
+        return {"max_shared_mem": SHARED[self.place]}
 
-    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, Any, int, int, int]:
-        self.loaded.append(name)
-        (path,) = (path for file, path in self._loading.items() if file.endswith(".ptx"))
-        return 0, ptx.load(Path(path)).kernel(name), 0, 0, 1024
+    def load_binary(self, name: str, binary: bytes, shared: int, device: Device) -> tuple[int, Any, int, int, int]:
+        self.compilations.append(Compilation(name, shared, self._loading))
+        return 0, self.compilations[-1], 0, 0, 1024
 
     def unload_module(self, module: int) -> None: ...
 
@@ -71,18 +95,23 @@ class Device:
         constants = {path[0] for path in source.constants}
 
         def launch(*call: Any) -> None:
-            grid, kernel, args = call[:3], call[4], call[9:]
-            values = [a for i, a in enumerate(args) if i not in constants]
-            values += [0] * (len(kernel.info.params) - len(values))  # scratch memory that nobody uses
-            result = kernel.launch(
-                grid, 32 * metadata.num_warps, values, metadata.shared, memory=self.memory, guard=True, **self.options
-            )
-            self.log.append(Entry(kernel.info.name, grid, result))
+            grid, compilation, args = call[:3], call[4], call[9:]
+            result = None
+            if self.execute:
+                kernel = ptx.load(compilation.path("ptx")).kernel(compilation.kernel)
+                values = [a for i, a in enumerate(args) if i not in constants]
+                values += [0] * (len(kernel.info.params) - len(values))  # scratch memory that nobody uses
+                threads = 32 * metadata.num_warps
+                memory = self.memory
+                result = kernel.launch(
+                    grid, threads, values, metadata.shared, memory=memory, guard=True, **self.options
+                )
+            self.log.append(Entry(compilation.kernel, grid, result))
 
         return launch
 
     @contextmanager
-    def active(self, memory: Sequence[Tensor] = (), **options: Any) -> Iterator[list[Entry]]:
+    def active(self, memory: Sequence[Tensor] = (), execute: bool = True, **options: Any) -> Iterator[list[Entry]]:
         """Launches inside go to this device; their log."""
 
         def loading(module: Any, function: Any, name: str, files: dict[str, str], hash: str) -> None:
@@ -90,7 +119,7 @@ class Device:
 
         driver = triton.runtime.driver
         before, driver._active = driver._active, self  # type: ignore[assignment]
-        self.memory, self.options, self.log = memory, options, []
+        self.memory, self.execute, self.options, self.log = memory, execute, options, []
         with knobs.runtime.scope():
             knobs.runtime.kernel_load_start_hook = loading
             try:
@@ -100,9 +129,9 @@ class Device:
 
 
 @cache
-def device(arch: int) -> Device:
+def device(place: Place) -> Device:
     """The device of that architecture: Triton keeps what it compiled for it."""
-    return Device(arch)
+    return Device(place)
 
 
 def _repaired_interpreter() -> None:
@@ -143,7 +172,7 @@ if knobs.runtime.interpret:
 
 
 @contextmanager
-def executed(place: int, memory: Sequence[Tensor], **options: Any) -> Iterator[list[Entry]]:
+def executed(place: Place, memory: Sequence[Tensor], **options: Any) -> Iterator[list[Entry]]:
     """Launches inside run on the device of that architecture or, for 0, in the interpreter; their log."""
     if place:
         with device(place).active(memory, **options) as log:
