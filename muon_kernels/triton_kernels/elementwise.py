@@ -11,6 +11,7 @@ a step is the same to the bit whoever takes it, but for the order of the sums of
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -388,7 +389,7 @@ def on_device(x: float | Tensor, device: torch.device) -> tuple[float, Tensor | 
 
 def ratios_on(device: torch.device, ratios: Sequence[float]) -> Tensor:
     """(batch,) float64."""
-    return tables.on_device(torch.tensor(ratios, dtype=torch.float64).numpy().tobytes(), torch.float64, device)
+    return tables.on_device(array("d", ratios).tobytes(), torch.float64, device)
 
 
 def apply_update(

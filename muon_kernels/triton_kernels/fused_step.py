@@ -1,17 +1,19 @@
 """A whole Muon step of small matrices in one launch, a program a matrix.
 
-X streams through twice, once for the momentum and R = X Xᵀ, once for the update; the iteration, in its Gram form, never
-leaves the chip. The Gram form multiplies X by a polynomial of R, and what rounding does to a small eigenvalue of R grows
-with the square of every `a` that follows: in bf16 it would need a visit to X every other step. Here every number is a
-sum of three bf16 numbers and a product six on the tensor cores, of any vendor, and R, Q and S stay in fp32: enough for
-five to eight steps (see `refuses`).
+X streams through twice, once for the momentum and R = X Xᵀ, once for the update; the iteration, in its Gram form,
+never leaves the chip. The Gram form multiplies X by a polynomial of R, and what rounding does to a small eigenvalue of
+R grows with the square of every `a` that follows: in bf16 it would need a visit to X every other step. Here every
+number is a sum of three bf16 numbers and a product six on the tensor cores, of any vendor, and R, Q and S stay in
+fp32: enough for five to eight steps (see `refuses`).
 """
 
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import chain
 
 import torch
 import triton
@@ -285,7 +287,7 @@ def fused_step(
     with device_guard(device):
         p, g = tables.table(params, device), tables.table(grads, device)
         b = tables.table(momenta, device) if momenta is not None else None
-        coefficients = torch.tensor(triples, dtype=torch.float32).numpy().tobytes()
+        coefficients = array("f", chain.from_iterable(triples)).tobytes()
         fused_step_kernel[(len(ratios),)](
             g.refs, b and b.refs, p.refs, ratios_on(device, ratios),
             tables.on_device(coefficients, torch.float32, device), len(triples),
