@@ -35,11 +35,11 @@ OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 
 
 @triton.jit
-def matrix_at(refs, matrix, DTYPE: tl.constexpr, VECTORS: tl.constexpr):
+def matrix_at(refs, matrix, DTYPE: tl.constexpr, WIDTH: tl.constexpr):
     """Pointer to a matrix of a table, its row stride and its column stride."""
     ref = refs + 3 * matrix
     at = tl.load(ref).to(tl.pointer_type(DTYPE))
-    return tl.multiple_of(at, 16) if VECTORS else at, tl.load(ref + 1), tl.load(ref + 2)
+    return tl.multiple_of(at, 16) if WIDTH > 1 else at, tl.load(ref + 1), tl.load(ref + 2)
 
 
 @triton.jit
@@ -49,17 +49,17 @@ def walks_columns(row_stride, col_stride):
 
 
 @triton.jit
-def eights(n, VECTORS: tl.constexpr):
-    """The same number. If lines are moved in vectors it is a multiple of 8, and the compiler now knows: a hint on an
-    argument would be lost where a function is inlined."""
-    return n // 8 * 8 if VECTORS else n
+def vectors_of(n, WIDTH: tl.constexpr):
+    """The same number. It is a multiple of what is moved at once, and now the compiler knows: a hint on an argument
+    would be lost where a function is inlined."""
+    return n // WIDTH * WIDTH if WIDTH > 1 else n
 
 
 @triton.jit
-def walk(at, row_stride, col_stride, tall, line, along, VECTORS: tl.constexpr):
+def walk(at, row_stride, col_stride, tall, line, along, WIDTH: tl.constexpr):
     """Pointers to the elements of a tile, (lines, along)."""
-    line_stride = eights(tl.where(tall, col_stride, row_stride), VECTORS)
-    along_stride = 1 if VECTORS else tl.where(tall, row_stride, col_stride)
+    line_stride = vectors_of(tl.where(tall, col_stride, row_stride), WIDTH)
+    along_stride = 1 if WIDTH > 1 else tl.where(tall, row_stride, col_stride)
     return at + line[:, None] * line_stride + along[None, :] * along_stride
 
 
@@ -72,12 +72,12 @@ def tile_of(pid, M, N, tall, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def x_at(x, matrix, batch_stride, row_stride, rows, cols, VECTORS: tl.constexpr):
+def x_at(x, matrix, batch_stride, row_stride, rows, cols, WIDTH: tl.constexpr):
     """Pointers to the elements of x, (rows, cols)."""
     x += matrix * batch_stride
-    if VECTORS:
+    if WIDTH > 1:
         x = tl.multiple_of(x, 16)
-    return x + rows[:, None] * eights(row_stride, VECTORS) + cols[None, :]
+    return x + rows[:, None] * vectors_of(row_stride, WIDTH) + cols[None, :]
 
 
 # ---- powers of two ----
@@ -143,7 +143,7 @@ def look_ahead(grad, momentum, mu, DAMPENED: tl.constexpr):
 def momentum_kernel(
     grads, momenta, x, partial, M, N, x_batch_stride: tl.int64, x_row_stride: tl.int64, grad_scale, mu, rest,
     GRAD: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, DAMPENED: tl.constexpr,
-    VECTORS: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A tile: momentum, direction, and the sum of its squares in float64 to `partial`, [batch, tiles].
 
@@ -151,21 +151,21 @@ def momentum_kernel(
     """
     tiles = tl.cdiv(M, BLOCK) * tl.cdiv(N, BLOCK)
     matrix = tl.program_id(0) // tiles
-    grad, grad_row, grad_col = matrix_at(grads, matrix, GRAD, VECTORS)
+    grad, grad_row, grad_col = matrix_at(grads, matrix, GRAD, WIDTH)
     tall = walks_columns(grad_row, grad_col)
     if momenta is not None:
-        momentum, momentum_row, momentum_col = matrix_at(momenta, matrix, MOMENTUM, VECTORS)
+        momentum, momentum_row, momentum_col = matrix_at(momenta, matrix, MOMENTUM, WIDTH)
         tall = walks_columns(momentum_row, momentum_col)
     tile_row, tile_col = tile_of(tl.program_id(0) % tiles, M, N, tall, BLOCK)
     line = tl.where(tall, tile_col, tile_row) * BLOCK + tl.arange(0, BLOCK)
     along = tl.where(tall, tile_row, tile_col) * BLOCK + tl.arange(0, BLOCK)
     lines = tl.where(tall, N, M)
-    inside = (line[:, None] < lines) & (along[None, :] < eights(tl.where(tall, M, N), VECTORS))
+    inside = (line[:, None] < lines) & (along[None, :] < vectors_of(tl.where(tall, M, N), WIDTH))
 
-    from_grad = walk(grad, grad_row, grad_col, tall, line, along, VECTORS)
+    from_grad = walk(grad, grad_row, grad_col, tall, line, along, WIDTH)
     direction = tl.load(from_grad, inside, 0.0).to(tl.float32) * grad_scale
     if momenta is not None:
-        at_momentum = walk(momentum, momentum_row, momentum_col, tall, line, along, VECTORS)
+        at_momentum = walk(momentum, momentum_row, momentum_col, tall, line, along, WIDTH)
         new = blend(direction, tl.load(at_momentum, inside, 0.0).to(tl.float32), mu, rest, DAMPENED)
         tl.store(at_momentum, new.to(MOMENTUM), inside)
         direction = look_ahead(direction, new, mu, DAMPENED) if NESTEROV else new
@@ -177,11 +177,11 @@ def momentum_kernel(
     if X == tl.float16:
         direction = times_power(direction, tile_power(square, True))
     if tall:
-        to_x = x_at(x, matrix, x_batch_stride, x_row_stride, along, line, VECTORS)
-        inside = (along[:, None] < M) & (line[None, :] < eights(lines, VECTORS))
+        to_x = x_at(x, matrix, x_batch_stride, x_row_stride, along, line, WIDTH)
+        inside = (along[:, None] < M) & (line[None, :] < vectors_of(lines, WIDTH))
         tl.store(to_x, tl.trans(direction.to(X)), inside)
     else:
-        tl.store(x_at(x, matrix, x_batch_stride, x_row_stride, line, along, VECTORS), direction.to(X), inside)
+        tl.store(x_at(x, matrix, x_batch_stride, x_row_stride, line, along, WIDTH), direction.to(X), inside)
 
 
 @triton.jit
@@ -240,7 +240,7 @@ def norm_kernel(
             if (e != 0) & (square != 0):
                 row = tile // across * BLOCK + tl.arange(0, BLOCK)
                 col = tile % across * BLOCK + tl.arange(0, BLOCK)
-                at = x_at(x, matrix, x_batch_stride, x_row_stride, row, col, False)
+                at = x_at(x, matrix, x_batch_stride, x_row_stride, row, col, 1)
                 inside = (row[:, None] < M) & (col[None, :] < N)
                 value = tl.load(at, inside, 0.0).to(tl.float32)
                 tl.store(at, times_power(value, e).to(x.dtype.element_ty), inside)
@@ -249,10 +249,6 @@ def norm_kernel(
 def device_guard(device: torch.device) -> AbstractContextManager[Any]:
     """Make it the current device, which Triton launches on; the interpreter needs none."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _aligned(X: Tensor) -> bool:
-    return X.data_ptr() % 16 == 0 and X.stride(0) % tables.VECTOR == 0 == X.stride(1) % tables.VECTOR
 
 
 def momentum_update(
@@ -286,7 +282,7 @@ def momentum_update(
                 MOMENTUM=TYPES[(momenta or grads)[0].tensor.dtype],
                 NESTEROV=nesterov,
                 DAMPENED=dampened,
-                VECTORS=_aligned(X) and tables.vectors(m, n, *both),
+                WIDTH=tables.width(m, n, max(t[0].tensor.itemsize for t in (grads, momenta) if t), X, *both),
                 BLOCK=BLOCK,
                 **OPTIONS,
             )  # fmt: skip
@@ -350,26 +346,26 @@ def updated(param, update, decay, step_size, CAUTIOUS: tl.constexpr):
 def apply_kernel(
     refs, x, ratios, M, N, x_batch_stride: tl.int64, x_row_stride: tl.int64,
     lr: tl.float64, weight_decay: tl.float64, lr_at, weight_decay_at, seed: tl.int64,
-    PARAM: tl.constexpr, CAUTIOUS: tl.constexpr, STOCHASTIC: tl.constexpr, VECTORS: tl.constexpr, BLOCK: tl.constexpr,
+    PARAM: tl.constexpr, CAUTIOUS: tl.constexpr, STOCHASTIC: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A tile of a parameter."""
     tiles = tl.cdiv(M, BLOCK) * tl.cdiv(N, BLOCK)
     matrix = tl.program_id(0) // tiles
-    param, row_stride, col_stride = matrix_at(refs, matrix, PARAM, VECTORS)
+    param, row_stride, col_stride = matrix_at(refs, matrix, PARAM, WIDTH)
     tall = walks_columns(row_stride, col_stride)
     tile_row, tile_col = tile_of(tl.program_id(0) % tiles, M, N, tall, BLOCK)
     line = tl.where(tall, tile_col, tile_row) * BLOCK + tl.arange(0, BLOCK)
     along = tl.where(tall, tile_row, tile_col) * BLOCK + tl.arange(0, BLOCK)
     lines = tl.where(tall, N, M)
-    inside = (line[:, None] < lines) & (along[None, :] < eights(tl.where(tall, M, N), VECTORS))
+    inside = (line[:, None] < lines) & (along[None, :] < vectors_of(tl.where(tall, M, N), WIDTH))
     if tall:
-        from_x = x_at(x, matrix, x_batch_stride, x_row_stride, along, line, VECTORS)
-        of_x = (along[:, None] < M) & (line[None, :] < eights(lines, VECTORS))
+        from_x = x_at(x, matrix, x_batch_stride, x_row_stride, along, line, WIDTH)
+        of_x = (along[:, None] < M) & (line[None, :] < vectors_of(lines, WIDTH))
         update = tl.trans(tl.load(from_x, of_x, 0.0)).to(tl.float32)
     else:
-        from_x = x_at(x, matrix, x_batch_stride, x_row_stride, line, along, VECTORS)
+        from_x = x_at(x, matrix, x_batch_stride, x_row_stride, line, along, WIDTH)
         update = tl.load(from_x, inside, 0.0).to(tl.float32)
-    at_param = walk(param, row_stride, col_stride, tall, line, along, VECTORS)
+    at_param = walk(param, row_stride, col_stride, tall, line, along, WIDTH)
     decay, step_size = step_factors(lr, weight_decay, lr_at, weight_decay_at, tl.load(ratios + matrix))
     value = updated(tl.load(at_param, inside, 0.0).to(tl.float32), update, decay, step_size, CAUTIOUS)
     if STOCHASTIC:
@@ -429,7 +425,7 @@ def apply_update(
             PARAM=TYPES[dtype],
             CAUTIOUS=cautious,
             STOCHASTIC=stochastic_rounding and dtype == torch.bfloat16,
-            VECTORS=_aligned(X) and tables.vectors(m, n, p),
+            WIDTH=tables.width(m, n, dtype.itemsize, X, p),
             BLOCK=BLOCK,
             **OPTIONS,
         )  # fmt: skip

@@ -26,13 +26,13 @@ from .elementwise import (
     TYPES,
     blend,
     device_guard,
-    eights,
     look_ahead,
     matrix_at,
     on_device,
     ratios_on,
     step_factors,
     updated,
+    vectors_of,
     walk,
     walks_columns,
 )
@@ -98,11 +98,11 @@ def direction_of(grad, momentum, mu, HAS_MOMENTUM: tl.constexpr, NESTEROV: tl.co
 
 
 @triton.jit
-def tile_at(begin, M, N, tall, VECTORS: tl.constexpr, BLOCK: tl.constexpr):
+def tile_at(begin, M, N, tall, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Lines, places along them and what is inside a matrix, of the tile whose first column is `begin`."""
     line = tl.arange(0, BLOCK) + tl.where(tall, begin, 0)
     along = tl.arange(0, BLOCK) + tl.where(tall, 0, begin)
-    inside = (line[:, None] < tl.where(tall, N, M)) & (along[None, :] < eights(tl.where(tall, M, N), VECTORS))
+    inside = (line[:, None] < tl.where(tall, N, M)) & (along[None, :] < vectors_of(tl.where(tall, M, N), WIDTH))
     return line, along, inside
 
 
@@ -116,22 +116,22 @@ def is_tall(param_refs, matrix):
 def first_pass(
     grad_refs, momentum_refs, tall, M, N, grad_scale, mu, rest,
     GRAD: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, DAMPENED: tl.constexpr,
-    VECTORS: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Update the momentum. R = (X 2^-e)(X 2^-e)ᵀ for an X of any scale, and e, that of its largest element."""
     matrix = tl.program_id(0)
-    grad, grad_row, grad_col = matrix_at(grad_refs, matrix, GRAD, VECTORS)
+    grad, grad_row, grad_col = matrix_at(grad_refs, matrix, GRAD, WIDTH)
     if momentum_refs is not None:
-        momentum, momentum_row, momentum_col = matrix_at(momentum_refs, matrix, MOMENTUM, VECTORS)
+        momentum, momentum_row, momentum_col = matrix_at(momentum_refs, matrix, MOMENTUM, WIDTH)
     R = tl.zeros((BLOCK, BLOCK), tl.float32)
     largest = -126
     for begin in range(0, N, BLOCK):
-        line, along, inside = tile_at(begin, M, N, tall, VECTORS, BLOCK)
-        from_grad = walk(grad, grad_row, grad_col, tall, line, along, VECTORS)
+        line, along, inside = tile_at(begin, M, N, tall, WIDTH, BLOCK)
+        from_grad = walk(grad, grad_row, grad_col, tall, line, along, WIDTH)
         g = tl.load(from_grad, inside, 0.0).to(tl.float32) * grad_scale
         new = g
         if momentum_refs is not None:
-            at = walk(momentum, momentum_row, momentum_col, tall, line, along, VECTORS)
+            at = walk(momentum, momentum_row, momentum_col, tall, line, along, WIDTH)
             # What the buffer holds, after its rounding: the second pass reads the same.
             stored = blend(g, tl.load(at, inside, 0.0).to(tl.float32), mu, rest, DAMPENED).to(MOMENTUM)
             tl.store(at, stored, inside)
@@ -174,28 +174,28 @@ def newton_schulz(R, coefficients, steps, eps, margin, BLOCK: tl.constexpr):
 def second_pass(
     Q, scale, largest, grad_refs, momentum_refs, param_refs, tall, M, N, grad_scale, mu, decay, step_size,
     GRAD: tl.constexpr, MOMENTUM: tl.constexpr, PARAM: tl.constexpr, NESTEROV: tl.constexpr, DAMPENED: tl.constexpr,
-    CAUTIOUS: tl.constexpr, VECTORS: tl.constexpr, BLOCK: tl.constexpr,
+    CAUTIOUS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The parameter moves by scale Q X 2^-largest."""
     matrix = tl.program_id(0)
     # Read once more: the iteration needs every register.
-    grad, grad_row, grad_col = matrix_at(grad_refs, matrix, GRAD, VECTORS)
-    param, param_row, param_col = matrix_at(param_refs, matrix, PARAM, VECTORS)
+    grad, grad_row, grad_col = matrix_at(grad_refs, matrix, GRAD, WIDTH)
+    param, param_row, param_col = matrix_at(param_refs, matrix, PARAM, WIDTH)
     if momentum_refs is not None:
-        momentum, momentum_row, momentum_col = matrix_at(momentum_refs, matrix, MOMENTUM, VECTORS)
+        momentum, momentum_row, momentum_col = matrix_at(momentum_refs, matrix, MOMENTUM, WIDTH)
     for begin in range(0, N, BLOCK):
-        line, along, inside = tile_at(begin, M, N, tall, VECTORS, BLOCK)
+        line, along, inside = tile_at(begin, M, N, tall, WIDTH, BLOCK)
         g = 0.0
         if momentum_refs is None or NESTEROV:
-            from_grad = walk(grad, grad_row, grad_col, tall, line, along, VECTORS)
+            from_grad = walk(grad, grad_row, grad_col, tall, line, along, WIDTH)
             g = tl.load(from_grad, inside, 0.0).to(tl.float32) * grad_scale
         new = g
         if momentum_refs is not None:
-            from_momentum = walk(momentum, momentum_row, momentum_col, tall, line, along, VECTORS)
+            from_momentum = walk(momentum, momentum_row, momentum_col, tall, line, along, WIDTH)
             new = tl.load(from_momentum, inside, 0.0).to(tl.float32)
         x = direction_of(g, new, mu, momentum_refs is not None, NESTEROV, DAMPENED) * power(-largest)
         update = turned(product(Q, turned(x, tall)) * scale, tall)
-        at = walk(param, param_row, param_col, tall, line, along, VECTORS)
+        at = walk(param, param_row, param_col, tall, line, along, WIDTH)
         value = updated(tl.load(at, inside, 0.0).to(tl.float32), update, decay, step_size, CAUTIOUS)
         tl.store(at, value.to(PARAM), inside)
 
@@ -205,13 +205,13 @@ def fused_step_kernel(
     grad_refs, momentum_refs, param_refs, ratios, coefficients, steps, M, N, grad_scale, mu, rest, eps, margin,
     lr: tl.float64, weight_decay: tl.float64, lr_at, weight_decay_at,
     GRAD: tl.constexpr, MOMENTUM: tl.constexpr, PARAM: tl.constexpr, NESTEROV: tl.constexpr, DAMPENED: tl.constexpr,
-    CAUTIOUS: tl.constexpr, VECTORS: tl.constexpr, BLOCK: tl.constexpr,
+    CAUTIOUS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A matrix of M ≤ BLOCK rows. Its tiles are square: walked along columns, one only has to be transposed."""
     matrix = tl.program_id(0)
     R, largest = first_pass(
         grad_refs, momentum_refs, is_tall(param_refs, matrix), M, N, grad_scale, mu, rest,
-        GRAD, MOMENTUM, NESTEROV, DAMPENED, VECTORS, BLOCK,
+        GRAD, MOMENTUM, NESTEROV, DAMPENED, WIDTH, BLOCK,
     )  # fmt: skip
     Q, scale = newton_schulz(R, coefficients, steps, eps, margin, BLOCK)
     decay, step_size = step_factors(lr, weight_decay, lr_at, weight_decay_at, tl.load(ratios + matrix))
@@ -219,7 +219,7 @@ def fused_step_kernel(
     tl.debug_barrier()
     second_pass(
         Q, scale, largest, grad_refs, momentum_refs, param_refs, is_tall(param_refs, matrix), M, N, grad_scale, mu,
-        decay, step_size, GRAD, MOMENTUM, PARAM, NESTEROV, DAMPENED, CAUTIOUS, VECTORS, BLOCK,
+        decay, step_size, GRAD, MOMENTUM, PARAM, NESTEROV, DAMPENED, CAUTIOUS, WIDTH, BLOCK,
     )  # fmt: skip
 
 
@@ -287,6 +287,7 @@ def fused_step(
     with device_guard(device):
         p, g = tables.table(params, device), tables.table(grads, device)
         b = tables.table(momenta, device) if momenta is not None else None
+        itemsize = max(t[0].tensor.itemsize for t in (params, grads, momenta) if t)
         coefficients = array("f", chain.from_iterable(triples)).tobytes()
         fused_step_kernel[(len(ratios),)](
             g.refs, b and b.refs, p.refs, ratios_on(device, ratios),
@@ -299,7 +300,7 @@ def fused_step(
             NESTEROV=nesterov,
             DAMPENED=dampened,
             CAUTIOUS=cautious,
-            VECTORS=tables.vectors(m, n, p, g, *((b,) if b else ())),
+            WIDTH=tables.width(m, n, itemsize, None, p, g, *((b,) if b else ())),
             BLOCK=block_of(m),
             num_warps=block_of(m) // 16,  # each has 16 rows; more would do the same once again
             num_stages=1,

@@ -12,6 +12,7 @@ outside of the graph.
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Sequence
 from functools import lru_cache
@@ -31,15 +32,13 @@ class Table(NamedTuple):
     Attributes:
         refs: (3 · batch,) int64 on the device: address, row stride and column stride of each.
         tall: whether each is walked along its columns; the others are walked along their rows.
-        vectors: whether every line of that walk is contiguous and begins at 16 bytes.
+        apart: what every line of that walk begins at a multiple of, in elements from an address that is one of 16
+            bytes; 1 if the lines are not contiguous.
     """
 
     refs: Tensor
     tall: tuple[bool, ...]
-    vectors: bool
-
-
-VECTOR = 8  # elements: the least that is 16 bytes of every dtype
+    apart: int
 
 
 def on_device(content: bytes, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -66,15 +65,15 @@ def _kept(content: bytes, dtype: torch.dtype, device: torch.device, stream: int)
 
 
 @lru_cache(maxsize=1024)
-def _walk(content: bytes) -> tuple[tuple[bool, ...], bool]:
-    """`Table.tall` and `Table.vectors`."""
+def _walk(content: bytes) -> tuple[tuple[bool, ...], int]:
+    """`Table.tall` and `Table.apart`."""
     numbers = array("q", content)
-    tall, vectors = [], True
+    tall, apart = [], 0
     for address, row, col in zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True):
         tall.append(row == 1 != col)
         line, along = (col, row) if tall[-1] else (row, col)
-        vectors &= along == 1 and line % VECTOR == 0 and address % 16 == 0
-    return tuple(tall), vectors
+        apart = math.gcd(apart, line) if along == 1 and address % 16 == 0 else 1
+    return tuple(tall), apart
 
 
 def table(matrices: Sequence[Matrices], device: torch.device) -> Table:
@@ -83,11 +82,17 @@ def table(matrices: Sequence[Matrices], device: torch.device) -> Table:
     return Table(on_device(content, torch.int64, device), *_walk(content))
 
 
-def vectors(rows: int, cols: int, *tables: Table) -> bool:
-    """Whether a walk over matrices of all tables moves 16 bytes at a time: they go the same way, and no line is cut."""
+def width(rows: int, cols: int, itemsize: int, X: Tensor | None, *tables: Table) -> int:
+    """How many elements a walk over matrices of all tables, and over X, may move at once.
+
+    16 bytes of the largest element: of the others less, since a thread then has the same elements of all. 1 unless the
+    tables are walked the same way and nothing cuts through a vector.
+    """
     tall = tables[0].tall
-    return (
-        all(t.vectors and t.tall == tall for t in tables)
-        and cols % VECTOR == 0
-        and (rows % VECTOR == 0 or not any(tall))
-    )
+    n = 16 // itemsize
+    starts = [t.apart for t in tables]
+    if X is not None:
+        starts += [X.stride(0), X.stride(1)]
+    whole = not any(start % n for start in starts) and cols % n == 0 and (rows % n == 0 or not any(tall))
+    same_way = all(t.tall == tall for t in tables)
+    return n if whole and same_way and (X is None or X.data_ptr() % 16 == 0) else 1

@@ -18,8 +18,8 @@ MUTANTS = [
     Mutant("lerp: one branch", FILE, "near = weight < 0.5", "near = weight < 2.0", RAGGED),
     Mutant("grad_scale forgotten", FILE, ".to(tl.float32) * grad_scale", ".to(tl.float32)", UPDATE),
     Mutant("the compiler fuses", FILE, '"enable_fp_fusion": False', '"enable_fp_fusion": True', UPDATE),
-    Mutant("lines beyond the matrix", FILE, "    inside = (line[:, None] < lines) & (along[None, :] < eights(tl.where(tall, M, N), VECTORS))\n\n",
-           "    inside = (line[:, None] < lines + 1) & (along[None, :] < eights(tl.where(tall, M, N), VECTORS))\n\n", RAGGED),
+    Mutant("lines beyond the matrix", FILE, "    inside = (line[:, None] < lines) & (along[None, :] < vectors_of(tl.where(tall, M, N), WIDTH))\n\n",
+           "    inside = (line[:, None] < lines + 1) & (along[None, :] < vectors_of(tl.where(tall, M, N), WIDTH))\n\n", RAGGED),
     Mutant("a tall tile not transposed", FILE, "tl.trans(direction.to(X))", "direction.to(X)", RAGGED),
     Mutant("tall tiles in the order of wide ones", FILE, "tall, pid // tl.cdiv(M, BLOCK), pid % tl.cdiv(N, BLOCK)", "tall, pid // tl.cdiv(N, BLOCK), pid % tl.cdiv(N, BLOCK)", UPDATE),
     # Norms.
@@ -34,9 +34,9 @@ MUTANTS = [
     Mutant("margin forgotten", FILE, "tl.where(norm > eps, norm, eps) * margin", "tl.where(norm > eps, norm, eps)", "no_norm"),
     # Tables.
     Mutant("vectors at any address", TABLES, " and address % 16 == 0", "", UPDATE),
-    Mutant("x taken for aligned", FILE, "X.data_ptr() % 16 == 0 and X.stride(0)", "X.stride(0)", UPDATE),
-    Mutant("lines cut through vectors", TABLES, "        and cols % VECTOR == 0\n", "", UPDATE),
-    Mutant("operands of two directions", TABLES, "t.vectors and t.tall == tall", "t.vectors", UPDATE),
+    Mutant("x taken for aligned", TABLES, " and (X is None or X.data_ptr() % 16 == 0)", "", UPDATE),
+    Mutant("lines cut through vectors", TABLES, " and cols % n == 0", "", UPDATE),
+    Mutant("operands of two directions", TABLES, "all(t.tall == tall for t in tables)", "True", UPDATE),
     # The parameters.
     Mutant("decays against the update's sign", FILE, "-update, update) >= 0", "-update, update) <= 0", DECAY),
     Mutant("cautious by a product", FILE, "tl.where(param.to(tl.int32, bitcast=True) < 0, -update, update) >= 0", "param * update >= 0", "underflows"),

@@ -32,11 +32,11 @@ MUTANTS = [
     Mutant("zero has no guard", FILE, "tl.where(trace == 0, 0.0, scale)", "scale", SCALES),
     # Edges and layouts.
     Mutant("lines beyond the matrix", FILE, "line[:, None] < tl.where(tall, N, M)", "line[:, None] < tl.where(tall, N, M) + 1", SMALL),
-    Mutant("places beyond the matrix", FILE, "along[None, :] < eights(tl.where(tall, M, N), VECTORS)", "along[None, :] < BLOCK + begin", SMALL),
-    Mutant("last tile skipped", FILE, "    for begin in range(0, N, BLOCK):\n        line, along, inside = tile_at(begin, M, N, tall, VECTORS, BLOCK)\n        from_grad", "    for begin in range(0, N - BLOCK, BLOCK):\n        line, along, inside = tile_at(begin, M, N, tall, VECTORS, BLOCK)\n        from_grad", SMALL),
+    Mutant("places beyond the matrix", FILE, "along[None, :] < vectors_of(tl.where(tall, M, N), WIDTH)", "along[None, :] < BLOCK + begin", SMALL),
+    Mutant("last tile skipped", FILE, "    for begin in range(0, N, BLOCK):\n        line, along, inside = tile_at(begin, M, N, tall, WIDTH, BLOCK)\n        from_grad", "    for begin in range(0, N - BLOCK, BLOCK):\n        line, along, inside = tile_at(begin, M, N, tall, WIDTH, BLOCK)\n        from_grad", SMALL),
     Mutant("update of a tall tile not turned back", FILE, "turned(product(Q, turned(x, tall)) * scale, tall)", "product(Q, turned(x, tall)) * scale", SMALL),
     Mutant("a tall tile not turned", FILE, "x = turned(x * power(-own), tall)", "x = x * power(-own)", SMALL),
-    Mutant("alignment not asked for", FILE, "VECTORS=tables.vectors(m, n, p, g, *((b,) if b else ())),", "VECTORS=True,", SMALL),
+    Mutant("alignment not asked for", FILE, "WIDTH=tables.width(m, n, itemsize, None, p, g, *((b,) if b else ())),", "WIDTH=4,", SMALL),
     # Momentum and update.
     Mutant("direction from the momentum before its rounding", FILE, "new = stored.to(tl.float32)\n", "new = blend(g, tl.load(at, inside, 0.0).to(tl.float32), mu, rest, DAMPENED)\n", "test_dtypes and sm_80"),
     Mutant("nesterov ignored", FILE, "look_ahead(grad, momentum, mu, DAMPENED) if NESTEROV else momentum", "momentum", SMALL),

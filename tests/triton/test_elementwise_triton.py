@@ -87,9 +87,9 @@ def test_memory_traffic(verbs: Verbs) -> None:
                 call()
             profile = verbs.log[0].result.profile
             assert profile.sector_efficiency >= 0.95, profile.table()
-            # Every thread of a warp reads the few numbers of the tables.
-            vectors = sum(r.bytes for r in profile.rows if r.sectors and ".v4" in r.op)
-            assert vectors == bytes_ * elements, profile.table()
+            at_once = sum(r.bytes for r in profile.rows if r.sectors and ".v4" in r.op)
+            assert at_once >= 0.7 * bytes_ * elements, "not 16 bytes at a time"
+            assert profile.bank_conflicts == 0, profile.table()
 
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled")
