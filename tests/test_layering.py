@@ -64,6 +64,10 @@ def test_reference_stands_alone() -> None:
         ("functional.py", ["optimizer", "muon_adamw", "_C", "backends.cpu", "backends.eager"]),
         ("backends/eager.py", ["functional", "optimizer", "plan", "backends.cpu", "_C"]),
         ("backends/cpu.py", ["functional", "optimizer", "plan"]),
+        *[
+            (str(path.relative_to(PACKAGE)), ["backends", "functional", "optimizer", "plan", "_C"])
+            for path in sorted((PACKAGE / "triton_kernels").glob("*.py"))
+        ],
     ],
 )
 def test_layers(file: str, forbidden: list[str]) -> None:
