@@ -109,6 +109,11 @@ def direction(step: Step, grad: Tensor, momentum: Tensor | None) -> tuple[Tensor
     return ((1 - step.mu) * g + step.mu * stored) if step.dampened else g + step.mu * stored, new
 
 
+def unit_of(t: Tensor) -> float:
+    """How far a rounded number may be off, relative to it; in fp32 a few roundings."""
+    return {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[t.dtype]
+
+
 def newton_schulz(X: Tensor, schedule: Schedule) -> Tensor:
     X = X.double()
     norm = X.norm()
@@ -127,7 +132,7 @@ def check(step: Step, stepper: Stepper, tolerance: float = 2e-3, **options: Any)
         d, momentum = direction(before, before.grads[i], before.momenta[i] if before.momenta else None)
         if step.momenta is not None and momentum is not None:
             assert untouched(before.momenta[i], step.momenta[i])
-            unit = 2.0**-8 if step.momenta[i].dtype == torch.bfloat16 else 2.0**-22
+            unit = unit_of(step.momenta[i])
             torch.testing.assert_close(step.momenta[i].double(), momentum, rtol=unit, atol=unit * float(d.abs().max()))
         assert untouched(before.params[i], param)
         assert torch.equal(step.grads[i], before.grads[i]), "gradient written to"
@@ -136,7 +141,7 @@ def check(step: Step, stepper: Stepper, tolerance: float = 2e-3, **options: Any)
         weight_decay = step.weight_decay if step.device_weight_decay is None else float(step.device_weight_decay)
         decay = 1 - lr * weight_decay * ((update * old >= 0) if step.cautious else 1)
         expected = old * decay - lr * step.ratio * update
-        unit = 2.0**-8 if param.dtype == torch.bfloat16 else 2.0**-22
+        unit = unit_of(param)
         error = (param.double() - expected).abs()
         if step.cautious:  # where the update is about 0 its sign is anybody's
             error = error[update.abs() > 1e-3]

@@ -22,10 +22,9 @@ def compiled(place: Place, call: Callable[[], object]) -> list[Compilation]:
 
 
 def spilled(c: Compilation) -> int:
-    """Bytes of a thread that registers have no room for."""
-    if c.files and any(file.endswith(".amdgcn") for file in c.files):
-        spills = re.findall(r"\.[sv]gpr_spill_count: *(\d+)", c.text("amdgcn"))
-        return 4 * sum(map(int, spills))
+    """Bytes of a thread that registers have no room for. (Of AMD's vector registers: they have room for scalars.)"""
+    if any(file.endswith(".amdgcn") for file in c.files):
+        return 4 * sum(map(int, re.findall(r"\.vgpr_spill_count: *(\d+)", c.text("amdgcn"))))
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     report = subprocess.run(
         [cuobjdump, "--dump-resource-usage", c.path("cubin")], capture_output=True, text=True, check=True
