@@ -257,12 +257,16 @@ def test_scale_does_not_matter(stepper: Stepper, layout: str) -> None:
         assert relative_error(result, newton_schulz(grad, step.schedule)) < 2e-3
 
 
-def test_a_quiet_beginning_is_not_lost(stepper: Stepper) -> None:
-    """Columns of 1e-25 before columns of 1: R so far has to be scaled down, not thrown away with a NaN."""
-    values = torch.randn(5, 96)
+@pytest.mark.parametrize("backwards", [False, True])
+def test_a_quiet_part_is_not_lost(stepper: Stepper, backwards: bool) -> None:
+    """Columns of 1e-25 before columns of 1: R so far has to be scaled down, not thrown away with a NaN. Or after."""
+    values = torch.randn(5, 192)
     values[:, :32] *= 1e-25
     values[:, 32:64] = 0
-    step = Step([values], None, [torch.zeros(5, 96)], lr=-1.0, ratio=1.0, weight_decay=0.0)
+    values[:, 64:128] /= 64
+    if backwards:
+        values = values.flip(1).contiguous()
+    step = Step([values], None, [torch.zeros(5, 192)], lr=-1.0, ratio=1.0, weight_decay=0.0)
     step.run(stepper)
     assert relative_error(step.params[0], newton_schulz(values, step.schedule)) < 2e-3
 

@@ -14,7 +14,7 @@ SCALES = "(scale_does or quiet or zero_nan) and sm_80"
 
 MUTANTS = [
     # Precision.
-    Mutant("two terms", FILE, "    c = tl.dot(a0, b2)\n    c = tl.dot(a1, b1, c)\n    c = tl.dot(a0, b1, c)\n    c = tl.dot(a2, b0, c)\n", "    c = tl.dot(a0, b1)\n", ACCURATE),
+    Mutant("two terms", FILE, "    c = tl.dot(a0, b2)\n    c = tl.dot(a1, b1, c)\n    c = tl.dot(a0, b1, c)\n    c = tl.dot(a2, b0, c)\n", "    c = tl.dot(a0, b1)\n", "test_accuracy_of_the_largest and you6 and sm_80"),
     Mutant("one term", FILE, "    c = tl.dot(a0, b2)\n    c = tl.dot(a1, b1, c)\n    c = tl.dot(a0, b1, c)\n    c = tl.dot(a2, b0, c)\n    c = tl.dot(a1, b0, c)\n    return tl.dot(a0, b0, c)", "    return tl.dot(a0, b0)", ACCURATE),
     Mutant("second term not of what is left", FILE, "v -= high.to(tl.float32)", "v -= 0.0", ACCURATE),
     Mutant("everything allowed", FILE, "_LIMIT = 4.0", "_LIMIT = 1e300", "refused"),
