@@ -66,9 +66,8 @@ def walk(at, row_stride, col_stride, tall, line, along, WIDTH: tl.constexpr):
 @triton.jit
 def tile_of(pid, M, N, tall, BLOCK: tl.constexpr):
     """(row, column) of a tile, counted in tiles: neighbouring programs are neighbours along the walk."""
-    return tl.where(tall, pid % tl.cdiv(M, BLOCK), pid // tl.cdiv(N, BLOCK)), tl.where(
-        tall, pid // tl.cdiv(M, BLOCK), pid % tl.cdiv(N, BLOCK)
-    )
+    down, across = tl.cdiv(M, BLOCK), tl.cdiv(N, BLOCK)
+    return tl.where(tall, pid % down, pid // across), tl.where(tall, pid // down, pid % across)
 
 
 @triton.jit
@@ -97,7 +96,7 @@ def power(e):
 
 @triton.jit
 def times_power(v, e):
-    """v · 2^e, by two factors: one alone could leave the range of fp32. e // 2 is toward zero on a device only."""
+    """v · 2^e, by two factors: one alone could leave the range of fp32."""
     half = e >> 1
     return v * power(half).to(tl.float32) * power(e - half).to(tl.float32)
 
@@ -141,7 +140,8 @@ def look_ahead(grad, momentum, mu, DAMPENED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["x", "partial", "M", "N", "x_batch_stride", "x_row_stride"])
 def momentum_kernel(
-    grads, momenta, x, partial, M, N, x_batch_stride: tl.int64, x_row_stride: tl.int64, grad_scale, mu, rest,
+    grads, momenta, x, partial, M, N, x_batch_stride: tl.int64, x_row_stride: tl.int64,
+    grad_scale: tl.float32, mu: tl.float32, rest: tl.float32,
     GRAD: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, DAMPENED: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -277,7 +277,7 @@ def momentum_update(
         both = (g,) if b is None else (b, g)
         if tiles:
             momentum_kernel[(batch * tiles,)](
-                g.refs, b and b.refs, X, partial, *sizes, grad_scale, momentum, 1.0 - momentum,
+                g.refs, b and b.refs, X, partial, *sizes, float(grad_scale), float(momentum), 1.0 - momentum,
                 GRAD=TYPES[grads[0].tensor.dtype],
                 MOMENTUM=TYPES[(momenta or grads)[0].tensor.dtype],
                 NESTEROV=nesterov,
@@ -380,7 +380,7 @@ def on_device(x: float | Tensor, device: torch.device) -> tuple[float, Tensor | 
     """A number for the host, and the tensor of it if only the device knows."""
     if isinstance(x, Tensor):
         return math.nan, x.to(device, torch.float32)
-    return x, None
+    return float(x), None
 
 
 def ratios_on(device: torch.device, ratios: Sequence[float]) -> Tensor:

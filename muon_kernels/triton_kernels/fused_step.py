@@ -202,7 +202,8 @@ def second_pass(
 
 @triton.jit(do_not_specialize=["M", "N", "steps"])
 def fused_step_kernel(
-    grad_refs, momentum_refs, param_refs, ratios, coefficients, steps, M, N, grad_scale, mu, rest, eps, margin,
+    grad_refs, momentum_refs, param_refs, ratios, coefficients, steps, M, N, grad_scale: tl.float32,
+    mu: tl.float32, rest: tl.float32, eps: tl.float32, margin: tl.float32,
     lr: tl.float64, weight_decay: tl.float64, lr_at, weight_decay_at,
     GRAD: tl.constexpr, MOMENTUM: tl.constexpr, PARAM: tl.constexpr, NESTEROV: tl.constexpr, DAMPENED: tl.constexpr,
     CAUTIOUS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
@@ -292,7 +293,7 @@ def fused_step(
         fused_step_kernel[(len(ratios),)](
             g.refs, b and b.refs, p.refs, ratios_on(device, ratios),
             tables.on_device(coefficients, torch.float32, device), len(triples),
-            m, n, grad_scale, momentum, 1.0 - momentum, eps, margin,
+            m, n, float(grad_scale), float(momentum), 1.0 - momentum, float(eps), float(margin),
             lr, weight_decay, lr_at, weight_decay_at,
             GRAD=TYPES[grads[0].tensor.dtype],
             MOMENTUM=TYPES[(momenta or grads)[0].tensor.dtype],

@@ -6,6 +6,10 @@ runs what it is good for in a process of its own.
 
 import os
 
+# With lines of the source in it, what Triton compiles is new, and so is translated and built again, when a line moves.
+# For a profile or an error that names them: TRITON_DISABLE_LINE_INFO=0.
+os.environ.setdefault("TRITON_DISABLE_LINE_INFO", "1")
+
 import pytest
 
 pytest.importorskip("triton")

@@ -21,7 +21,7 @@ MUTANTS = [
     Mutant("lines beyond the matrix", FILE, "    inside = (line[:, None] < lines) & (along[None, :] < vectors_of(tl.where(tall, M, N), WIDTH))\n\n",
            "    inside = (line[:, None] < lines + 1) & (along[None, :] < vectors_of(tl.where(tall, M, N), WIDTH))\n\n", RAGGED),
     Mutant("a tall tile not transposed", FILE, "tl.trans(direction.to(X))", "direction.to(X)", RAGGED),
-    Mutant("tall tiles in the order of wide ones", FILE, "tall, pid // tl.cdiv(M, BLOCK), pid % tl.cdiv(N, BLOCK)", "tall, pid // tl.cdiv(N, BLOCK), pid % tl.cdiv(N, BLOCK)", UPDATE),
+    Mutant("tall tiles in the order of wide ones", FILE, "tl.where(tall, pid // down, pid % across)", "tl.where(tall, pid // across, pid % across)", UPDATE),
     # Norms.
     Mutant("squares in fp32", FILE, "precise = direction.to(tl.float64)", "precise = direction", "digits and 1e-30"),
     Mutant("partial sums beyond a chunk", FILE, "range(0, tiles, CHUNK)", "range(0, 1, CHUNK)", "norm_in_double"),

@@ -36,8 +36,7 @@ def noticed(work: Path, mutant: Mutant, module: str) -> str | None:
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/triton/{module}"]
         path = ":".join(str(p) for p in (work, work / "tests", work / "tests" / "triton"))
         done = subprocess.run(
-            # Without the lines of a file that has moved, what a fault did not touch is in the caches.
-            ["env", f"PYTHONPATH={path}", "TRITON_DISABLE_LINE_INFO=1", *command, "-k", mutant.tests],
+            ["env", f"PYTHONPATH={path}", *command, "-k", mutant.tests],
             cwd=work, capture_output=True, text=True, check=False,
         )  # fmt: skip
         if done.returncode == 0:
