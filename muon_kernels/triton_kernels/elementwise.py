@@ -421,7 +421,7 @@ def apply_update(
         p = tables.table(params, X.device)
         apply_kernel[(batch * triton.cdiv(m, BLOCK) * triton.cdiv(n, BLOCK),)](
             p.refs, X, ratios_on(X.device, ratios), m, n, X.stride(0), X.stride(1),
-            lr, weight_decay, lr_at, weight_decay_at, seed,
+            lr, weight_decay, lr_at, weight_decay_at, (seed + 2**63) % 2**64 - 2**63,
             PARAM=TYPES[dtype],
             CAUTIOUS=cautious,
             STOCHASTIC=stochastic_rounding and dtype == torch.bfloat16,

@@ -8,7 +8,7 @@ A fault costs a compilation or two.
 from mutate import Mutant, main
 
 FILE, TABLES = "elementwise.py", "tables.py"
-RAGGED = "test_ragged_sizes and 1-sm_80"
+RAGGED = "test_ragged_sizes and sm_80-1"
 UPDATE = "test_momentum_update and float32-torch.float32-torch.bfloat16"
 DECAY = "test_apply_update and float32-torch.bfloat16"
 
