@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Size, Tensor
@@ -50,6 +51,25 @@ class Bundle(list[Matrices]):
     def __init__(self) -> None:
         super().__init__()
         self.derived: dict[str, Any] = {}
+
+
+def refs(matrices: Sequence[Matrices]) -> array[int]:
+    """The addresses and strides of all matrices as kernels read them: csrc's MatrixRef[]."""
+    if isinstance(matrices, Bundle) and "refs" in matrices.derived:
+        return cast("array[int]", matrices.derived["refs"])
+    numbers: list[int] = []
+    size = matrices[0].tensor.element_size()
+    for tensor, (batch, _, _, offset, batch_stride, row_stride, col_stride, _) in matrices:
+        first = tensor.data_ptr() + offset * size
+        if batch == 1:  # the gradients of many small parameters are worth a short way
+            numbers += first, row_stride, col_stride
+            continue
+        for i in range(batch):
+            numbers += first + i * batch_stride * size, row_stride, col_stride
+    made = array("q", numbers)
+    if isinstance(matrices, Bundle):
+        matrices.derived["refs"] = made
+    return made
 
 
 def flattens(shape: Sequence[int], flatten: bool | None) -> bool:

@@ -17,8 +17,8 @@ from muon_kernels.backends import cpu
 VARIANTS = [
     *[("cpu", isa, "native") for isa in cpu.instruction_sets()],
     *[("cpu", isa, "torch") for isa in cpu.instruction_sets()[:1]],
-    # tests/cuda runs that one.
-    *[(name, None, None) for name in backends.BACKENDS if name not in ("cpu", "cuda")],
+    # tests/cuda and tests/triton_kernels run those two.
+    *[(name, None, None) for name in backends.BACKENDS if name not in ("cpu", "cuda", "triton")],
 ]
 
 

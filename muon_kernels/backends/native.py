@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from ..layout import Bundle, Matrices
+from ..layout import Matrices, refs
 from ..newton_schulz import Square
 
 
@@ -68,25 +67,6 @@ def pointer(t: Tensor | None) -> int:
 def address(numbers: array[int] | array[float]) -> int:
     """Where an array lies, as long as it lives."""
     return numbers.buffer_info()[0]
-
-
-def refs(matrices: Sequence[Matrices]) -> array[int]:
-    """The addresses and strides of all matrices as csrc's MatrixRef[]."""
-    if isinstance(matrices, Bundle) and "refs" in matrices.derived:
-        return cast("array[int]", matrices.derived["refs"])
-    numbers: list[int] = []
-    size = matrices[0].tensor.element_size()
-    for tensor, (batch, _, _, offset, batch_stride, row_stride, col_stride, _) in matrices:
-        first = tensor.data_ptr() + offset * size
-        if batch == 1:  # the gradients of many small parameters are worth a short way
-            numbers += first, row_stride, col_stride
-            continue
-        for i in range(batch):
-            numbers += first + i * batch_stride * size, row_stride, col_stride
-    made = array("q", numbers)
-    if isinstance(matrices, Bundle):
-        matrices.derived["refs"] = made
-    return made
 
 
 def momentum_update(

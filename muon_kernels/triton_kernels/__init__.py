@@ -1,1 +1,1 @@
-"""The verbs in Triton, one file a verb: kernel and launcher. Importing the package brings no triton; its modules do."""
+"""The verbs as Triton kernels, a file a family: kernels and their launchers."""

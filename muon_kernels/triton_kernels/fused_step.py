@@ -1,0 +1,310 @@
+"""A whole Muon step of small matrices in one launch, a program a matrix.
+
+X streams through twice, once for the momentum and R = X Xᵀ, once for the update; the iteration, in its Gram form,
+never leaves the chip. The Gram form multiplies X by a polynomial of R, and what rounding does to a small eigenvalue of
+R grows with the square of every `a` that follows: in bf16 it would need a visit to X every other step. Here every
+number is a sum of three bf16 numbers and a product six on the tensor cores, of any vendor, and R, Q and S stay in
+fp32: enough for five to eight steps (see `refuses`).
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import chain
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..layout import Matrices
+from . import tables
+from .elementwise import (
+    TYPES,
+    blend,
+    device_guard,
+    look_ahead,
+    matrix_at,
+    on_device,
+    ratios_on,
+    step_factors,
+    updated,
+    vectors_of,
+    walk,
+    walks_columns,
+)
+
+FUSED_ROWS = 64  # R, Q and S of more would leave the registers
+
+
+@triton.jit
+def power(e):
+    """2^e in fp32, -126 ≤ e ≤ 127."""
+    return ((e + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def exponent(v):
+    """floor(log2(v)) of a normal number that is not negative; 128 for infinity and NaN, -127 for what is too small."""
+    return (v.to(tl.int32, bitcast=True) >> 23) - 127
+
+
+@triton.jit
+def split(v):
+    """Three bf16 numbers whose sum is v, the largest first."""
+    high = v.to(tl.bfloat16)
+    v -= high.to(tl.float32)
+    middle = v.to(tl.bfloat16)
+    return high, middle, (v - middle.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def product(a, b):
+    """a · b to 22 bits. The smallest products come first, and only one term of b occupies registers at a time."""
+    a0, a1, a2 = split(a)
+    b0, b1, b2 = split(b)
+    c = tl.dot(a0, b2)
+    c = tl.dot(a1, b1, c)
+    c = tl.dot(a0, b1, c)
+    c = tl.dot(a2, b0, c)
+    c = tl.dot(a1, b0, c)
+    return tl.dot(a0, b0, c)
+
+
+@triton.jit
+def exchanged(exchange, a, b):
+    """(a, b) or (b, a)."""
+    if exchange:
+        a, b = b, a
+    return a, b
+
+
+@triton.jit
+def turned(x, tall):
+    """The transpose of a square tile, if it was walked along columns. Not by a branch: what follows would be there
+    twice, in other layouts."""
+    return tl.where(tall, tl.trans(x), x)
+
+
+@triton.jit
+def direction_of(grad, momentum, mu, HAS_MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, DAMPENED: tl.constexpr):
+    """From a gradient times its scale and the new momentum."""
+    if not HAS_MOMENTUM:
+        return grad
+    return look_ahead(grad, momentum, mu, DAMPENED) if NESTEROV else momentum
+
+
+@triton.jit
+def tile_at(begin, M, N, tall, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Lines, places along them and what is inside a matrix, of the tile whose first column is `begin`."""
+    line = tl.arange(0, BLOCK) + tl.where(tall, begin, 0)
+    along = tl.arange(0, BLOCK) + tl.where(tall, 0, begin)
+    inside = (line[:, None] < tl.where(tall, N, M)) & (along[None, :] < vectors_of(tl.where(tall, M, N), WIDTH))
+    return line, along, inside
+
+
+@triton.jit
+def is_tall(param_refs, matrix):
+    """Whether a matrix is walked along its columns."""
+    return walks_columns(tl.load(param_refs + 3 * matrix + 1), tl.load(param_refs + 3 * matrix + 2))
+
+
+@triton.jit
+def first_pass(
+    grad_refs, momentum_refs, tall, M, N, grad_scale, mu, rest,
+    GRAD: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, DAMPENED: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Update the momentum. R = (X 2^-e)(X 2^-e)ᵀ for an X of any scale, and e, that of its largest element."""
+    matrix = tl.program_id(0)
+    grad, grad_row, grad_col = matrix_at(grad_refs, matrix, GRAD, WIDTH)
+    if momentum_refs is not None:
+        momentum, momentum_row, momentum_col = matrix_at(momentum_refs, matrix, MOMENTUM, WIDTH)
+    R = tl.zeros((BLOCK, BLOCK), tl.float32)
+    largest = -126
+    for begin in range(0, N, BLOCK):
+        line, along, inside = tile_at(begin, M, N, tall, WIDTH, BLOCK)
+        from_grad = walk(grad, grad_row, grad_col, tall, line, along, WIDTH)
+        g = tl.load(from_grad, inside, 0.0).to(tl.float32) * grad_scale
+        new = g
+        if momentum_refs is not None:
+            at = walk(momentum, momentum_row, momentum_col, tall, line, along, WIDTH)
+            # What the buffer holds, after its rounding: the second pass reads the same.
+            stored = blend(g, tl.load(at, inside, 0.0).to(tl.float32), mu, rest, DAMPENED).to(MOMENTUM)
+            tl.store(at, stored, inside)
+            new = stored.to(tl.float32)
+        x = direction_of(g, new, mu, momentum_refs is not None, NESTEROV, DAMPENED)
+        own = tl.minimum(tl.max(exponent(tl.abs(x))), 126)
+        x = turned(x * power(-own), tall)
+        # The factors of the tile keep the sum out of the tensor cores' accumulator, where long sums drift.
+        before, largest = largest, tl.maximum(largest, own)
+        shrink, of_tile = power(tl.maximum(before - largest, -126)), power(tl.maximum(own - largest, -126))
+        R = R * shrink * shrink + product(x, tl.trans(x)) * of_tile * of_tile
+    return R, largest
+
+
+@triton.jit
+def newton_schulz(R, coefficients, steps, eps, margin, BLOCK: tl.constexpr):
+    """From R to Q, and the scale of X that Q stands for; `coefficients`, (steps, 3), on the device."""
+    diagonal = tl.arange(0, BLOCK)[:, None] == tl.arange(0, BLOCK)[None, :]
+    trace = tl.sum(tl.where(diagonal, R, 0.0))
+    norm = tl.sqrt_rn(trace)
+    least = eps * power(exponent(norm))
+    scale = tl.div_rn(1.0, tl.where(norm > least, norm, least) * margin)
+    scale = tl.where(trace < float("inf"), tl.where(trace == 0, 0.0, scale), float("nan"))
+    R *= scale * scale
+    Q = tl.where(diagonal, 1.0, 0.0)
+    for step in range(steps):
+        of_step = coefficients + 3 * step
+        a, b, c = tl.load(of_step), tl.load(of_step + 1), tl.load(of_step + 2)
+        # The identity goes in before anything is rounded.
+        S = tl.fma(product(R, R), c, tl.fma(R, b, tl.where(diagonal, a, 0.0)))
+        # Q S, R S and (R S) S share their code: each would load all of S into registers, and keep it for the others.
+        left, other = Q, R
+        for turn in range(3):
+            left, other = exchanged(turn == 0, product(left, S), other)
+        R, Q = left, other
+    return Q, scale
+
+
+@triton.jit
+def second_pass(
+    Q, scale, largest, grad_refs, momentum_refs, param_refs, tall, M, N, grad_scale, mu, decay, step_size,
+    GRAD: tl.constexpr, MOMENTUM: tl.constexpr, PARAM: tl.constexpr, NESTEROV: tl.constexpr, DAMPENED: tl.constexpr,
+    CAUTIOUS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The parameter moves by scale Q X 2^-largest."""
+    matrix = tl.program_id(0)
+    # Read once more: the iteration needs every register.
+    grad, grad_row, grad_col = matrix_at(grad_refs, matrix, GRAD, WIDTH)
+    param, param_row, param_col = matrix_at(param_refs, matrix, PARAM, WIDTH)
+    if momentum_refs is not None:
+        momentum, momentum_row, momentum_col = matrix_at(momentum_refs, matrix, MOMENTUM, WIDTH)
+    for begin in range(0, N, BLOCK):
+        line, along, inside = tile_at(begin, M, N, tall, WIDTH, BLOCK)
+        g = 0.0
+        if momentum_refs is None or NESTEROV:
+            from_grad = walk(grad, grad_row, grad_col, tall, line, along, WIDTH)
+            g = tl.load(from_grad, inside, 0.0).to(tl.float32) * grad_scale
+        new = g
+        if momentum_refs is not None:
+            from_momentum = walk(momentum, momentum_row, momentum_col, tall, line, along, WIDTH)
+            new = tl.load(from_momentum, inside, 0.0).to(tl.float32)
+        x = direction_of(g, new, mu, momentum_refs is not None, NESTEROV, DAMPENED) * power(-largest)
+        update = turned(product(Q, turned(x, tall)) * scale, tall)
+        at = walk(param, param_row, param_col, tall, line, along, WIDTH)
+        value = updated(tl.load(at, inside, 0.0).to(tl.float32), update, decay, step_size, CAUTIOUS)
+        tl.store(at, value.to(PARAM), inside)
+
+
+@triton.jit(do_not_specialize=["M", "N", "steps"])
+def fused_step_kernel(
+    grad_refs, momentum_refs, param_refs, ratios, coefficients, steps, M, N, grad_scale: tl.float32,
+    mu: tl.float32, rest: tl.float32, eps: tl.float32, margin: tl.float32,
+    lr: tl.float64, weight_decay: tl.float64, lr_at, weight_decay_at,
+    GRAD: tl.constexpr, MOMENTUM: tl.constexpr, PARAM: tl.constexpr, NESTEROV: tl.constexpr, DAMPENED: tl.constexpr,
+    CAUTIOUS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A matrix of M ≤ BLOCK rows. Its tiles are square: walked along columns, one only has to be transposed."""
+    matrix = tl.program_id(0)
+    R, largest = first_pass(
+        grad_refs, momentum_refs, is_tall(param_refs, matrix), M, N, grad_scale, mu, rest,
+        GRAD, MOMENTUM, NESTEROV, DAMPENED, WIDTH, BLOCK,
+    )  # fmt: skip
+    Q, scale = newton_schulz(R, coefficients, steps, eps, margin, BLOCK)
+    decay, step_size = step_factors(lr, weight_decay, lr_at, weight_decay_at, tl.load(ratios + matrix))
+    # A thread may read momenta that another one has written.
+    tl.debug_barrier()
+    second_pass(
+        Q, scale, largest, grad_refs, momentum_refs, param_refs, is_tall(param_refs, matrix), M, N, grad_scale, mu,
+        decay, step_size, GRAD, MOMENTUM, PARAM, NESTEROV, DAMPENED, CAUTIOUS, WIDTH, BLOCK,
+    )  # fmt: skip
+
+
+_UNIT_ROUNDOFF = 2.0**-22
+_LIMIT = 4.0
+
+
+@lru_cache(maxsize=256)
+def refuses(triples: tuple[tuple[float, float, float], ...], margin: float) -> str | None:
+    """Why the iteration would need a restart, as csrc's fused_step judges it; None if it does not.
+
+    An eigenvalue of R that should be 0 is `loss` too small, negative, and so S is too large there: that multiplies the
+    loss by S² in every step, while the step's own rounding adds to it. When Q is several times too large the iteration
+    is about to explode.
+    """
+    loss, change = _UNIT_ROUNDOFF / margin**2, 0.0
+    for a, b, c in triples:
+        s = abs(a) + abs(b) * loss + abs(c) * loss**2
+        change += s / abs(a) - 1 if a else math.inf
+        loss = loss * s * s + _UNIT_ROUNDOFF * (1 + abs(a))
+        if not change <= _LIMIT:
+            return "rounding errors would grow; use backend='cuda' or another algorithm for these coefficients"
+    return None
+
+
+def block_of(rows: int) -> int:
+    """The side of a kernel's tiles; two, since each is a compilation."""
+    return 32 if rows <= 32 else 64
+
+
+def fused_step(
+    params: Sequence[Matrices],
+    grads: Sequence[Matrices],
+    momenta: Sequence[Matrices] | None,
+    X: Tensor,
+    iterate: Callable[[Tensor], Tensor] | None,
+    *,
+    triples: Sequence[tuple[float, float, float]],
+    momentum: float,
+    nesterov: bool,
+    dampened: bool,
+    grad_scale: float,
+    eps: float,
+    margin: float,
+    lr: float | Tensor,
+    weight_decay: float | Tensor,
+    ratios: Sequence[float],
+    cautious: bool = False,
+) -> None:
+    """See `Backend.fused_step`; of X, (slots, m, n), only m and n are used, and `iterate` is not. One launch.
+
+    Raises:
+        ValueError: more than FUSED_ROWS rows, or `refuses`.
+    """
+    _, m, n = X.shape
+    if m > min(n, FUSED_ROWS):
+        raise ValueError(f"fused_step takes wide matrices of at most {FUSED_ROWS} rows but they are: {m} x {n}")
+    if reason := refuses(tuple(triples), margin):
+        raise ValueError(f"fused_step: {reason}")
+    if not (len(ratios) and m):
+        return
+    device = params[0].tensor.device
+    lr, lr_at = on_device(lr, device)
+    weight_decay, weight_decay_at = on_device(weight_decay, device)
+    with device_guard(device):
+        p, g = tables.table(params, device), tables.table(grads, device)
+        b = tables.table(momenta, device) if momenta is not None else None
+        itemsize = max(t[0].tensor.itemsize for t in (params, grads, momenta) if t)
+        coefficients = array("f", chain.from_iterable(triples)).tobytes()
+        fused_step_kernel[(len(ratios),)](
+            g.refs, b and b.refs, p.refs, ratios_on(device, ratios),
+            tables.on_device(coefficients, torch.float32, device), len(triples),
+            m, n, float(grad_scale), float(momentum), 1.0 - momentum, float(eps), float(margin),
+            lr, weight_decay, lr_at, weight_decay_at,
+            GRAD=TYPES[grads[0].tensor.dtype],
+            MOMENTUM=TYPES[(momenta or grads)[0].tensor.dtype],
+            PARAM=TYPES[params[0].tensor.dtype],
+            NESTEROV=nesterov,
+            DAMPENED=dampened,
+            CAUTIOUS=cautious,
+            WIDTH=tables.width(m, n, itemsize, None, p, g, *((b,) if b else ())),
+            BLOCK=block_of(m),
+            num_warps=block_of(m) // 16,  # each has 16 rows; more would do the same once again
+            num_stages=1,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+    torch.autograd.graph.increment_version([t.tensor for t in (*params, *(momenta or ()))])

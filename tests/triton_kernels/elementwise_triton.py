@@ -1,0 +1,96 @@
+"""Calls momentum_update and apply_update of muon_kernels.triton_kernels with torch tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from elementwise_suite import RULES
+from emulated_e import Entry, executed, faults
+from torch import Tensor
+
+from muon_kernels.layout import Matrices, layout
+from muon_kernels.triton_kernels import elementwise
+
+
+def matrices(tensors: Sequence[Tensor]) -> list[Matrices]:
+    """As functional.py describes parameters."""
+    found = []
+    for t in tensors:
+        at = layout(t.shape, t.stride(), None, ())
+        assert at
+        found.append(Matrices(t, at))
+    return found
+
+
+class Verbs:
+    """The two verbs, launched at one place."""
+
+    def __init__(self, place: int) -> None:
+        self.place = place
+        self.log: list[Entry] = []
+        self.executor: dict[str, Any] = {}
+
+    @contextmanager
+    def options(self, **options: Any) -> Iterator[None]:
+        self.executor, self.log = options, []
+        try:
+            yield
+        finally:
+            self.executor = {}
+
+    def warnings(self) -> int:
+        return len(faults(self.log))
+
+    def rules(self, *dtypes: torch.dtype) -> Sequence[tuple[bool, bool, float]]:
+        """Each pair of flags is a compilation."""
+        plain = dtypes[:2] == (torch.float32, torch.float32)
+        return RULES if plain or not self.place else [(True, True, 0.9), (False, False, 0.9)]
+
+    @contextmanager
+    def _running(self, memory: Sequence[Tensor | None]) -> Iterator[None]:
+        with executed(self.place, [t for t in memory if t is not None], **self.executor) as log:
+            yield
+        self.log += log
+
+    def momentum_update(
+        self,
+        grads: Sequence[Tensor],
+        momenta: Sequence[Tensor] | None,
+        X: Tensor,
+        *,
+        mu: float = 0.9,
+        nesterov: bool = True,
+        dampened: bool = True,
+        grad_scale: float = 1.0,
+        eps: float = 1e-7,
+        margin: float = 1.0,
+    ) -> Tensor:
+        with self._running([*grads, *(momenta or ()), X]):
+            return elementwise.momentum_update(
+                matrices(grads),
+                None if momenta is None else matrices(momenta),
+                X,
+                momentum=mu,
+                nesterov=nesterov,
+                dampened=dampened,
+                grad_scale=grad_scale,
+                eps=eps,
+                margin=margin,
+            )
+
+    def apply_update(
+        self,
+        params: Sequence[Tensor],
+        X: Tensor,
+        *,
+        lr: float | Tensor = 0.5,
+        weight_decay: float | Tensor = 0.5,
+        ratios: Sequence[float] | None = None,
+        **options: Any,
+    ) -> None:
+        ratios = [1.0] * len(params) if ratios is None else ratios
+        with self._running([*params, X, *(v for v in (lr, weight_decay) if isinstance(v, Tensor))]):
+            elementwise.apply_update(matrices(params), X, lr=lr, weight_decay=weight_decay, ratios=ratios, **options)

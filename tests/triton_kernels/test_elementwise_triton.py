@@ -1,0 +1,109 @@
+"""momentum_update and apply_update in Triton: what it compiles, run on the CPU, against the formulas in float64."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from elementwise_suite import *  # noqa: F403
+from elementwise_suite import check_x, directions, fma
+from elementwise_triton import Verbs
+from emulated_e import Place, device
+from gates import PLACES, compiled, spilled
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.fixture
+def verbs(place: int) -> Verbs:
+    return Verbs(place)
+
+
+def plain(batch: int, shape: tuple[int, int], X_dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    """Gradients, momenta, parameters, and a workspace."""
+    return [*(torch.randn(batch, *shape) for _ in range(3)), torch.empty(batch, *sorted(shape), dtype=X_dtype)]
+
+
+RAGGED = [1, 3, 17, 63, 65, 129]
+
+
+@pytest.mark.parametrize("batch", [0, 1, 7])
+def test_ragged_sizes(verbs: Verbs, batch: int) -> None:
+    """In every combination of one side with another, wide and tall."""
+    for i, rows in enumerate(RAGGED):
+        shape = rows, RAGGED[(2 * i + batch) % len(RAGGED)]
+        grads, momenta, params, X = plain(batch, shape)
+        new, direction = directions(grads, momenta, 0.9, True, True)
+        scale = verbs.momentum_update(list(grads), list(momenta), X)
+        assert torch.equal(momenta, new)
+        expected = fma(-0.5, direction.bfloat16().float(), params * 0.75)
+        verbs.apply_update(list(params), X)
+        assert torch.equal(params, expected)
+        for x, s, d in zip(X, scale, direction, strict=True):
+            check_x(x, s, d)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled")
+def test_launches_and_compilations(verbs: Verbs) -> None:
+    """Two launches and one; and no number that changes from step to step or from bucket to bucket compiles again."""
+    on = device(verbs.place)
+    grads, momenta, params, X = plain(2, (72, 136))
+    changes = [(2, (72, 136)), (3, (136, 72)), (1, (16, 1024)), (1, (1024, 16))]
+    verbs.momentum_update(list(grads), list(momenta), X)
+    verbs.apply_update(list(params), X, stochastic_rounding=True, seed=1)
+    before = len(on.compilations)
+    for i, (batch, shape) in enumerate(changes):
+        grads, momenta, params, X = plain(batch, shape)
+        with verbs.options():
+            verbs.momentum_update(
+                list(grads), list(momenta), X, mu=0.9 - 0.3 * i, grad_scale=1.0 - i, eps=0.1 * i, margin=1.0 + i
+            )
+            verbs.apply_update(
+                list(params),
+                X,
+                lr=0.1 * i,
+                weight_decay=float(i),
+                ratios=[i] * batch,
+                seed=i << 40,
+                stochastic_rounding=True,
+            )
+            assert [e.kernel for e in verbs.log] == ["momentum_kernel", "norm_kernel", "apply_kernel"]
+    assert len(on.compilations) == before
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled")
+def test_memory_traffic(verbs: Verbs) -> None:
+    """Everything in once and out once, in whole sectors, 16 bytes at a time."""
+    for shape in ((128, 192), (192, 128)):
+        grads, momenta, params, X = plain(2, shape)
+        elements = X.numel()
+        for call, bytes_ in [
+            (lambda g=grads, b=momenta, x=X: verbs.momentum_update(list(g), list(b), x), 14),
+            (lambda p=params, x=X: verbs.apply_update(list(p), x), 10),
+        ]:
+            with verbs.options(profile=True):
+                call()
+            profile = verbs.log[0].result.profile
+            assert profile.sector_efficiency >= 0.95, profile.table()
+            at_once = sum(r.bytes for r in profile.rows if r.sectors and ".v4" in r.op)
+            assert at_once >= 0.7 * bytes_ * elements, "not 16 bytes at a time"
+            assert profile.bank_conflicts == 0, profile.table()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled")
+@pytest.mark.parametrize("gate", PLACES, ids=str)
+def test_compiles_without_spills(gate: Place) -> None:
+    verbs = Verbs(0)
+    grads, momenta, params, X = plain(1, (64, 128), torch.float16)
+
+    def step() -> None:
+        verbs.momentum_update(list(grads), list(momenta), X, nesterov=False)
+        verbs.apply_update(list(params.bfloat16()), X, stochastic_rounding=True, cautious=True)
+
+    kernels = compiled(gate, step)
+    assert {c.kernel for c in kernels} == {"momentum_kernel", "norm_kernel", "apply_kernel"}
+    for c in kernels:
+        assert spilled(c) == 0, c.kernel
+        assert c.shared <= 48 << 10, c.kernel

@@ -1,0 +1,133 @@
+"""fused_step in Triton: what it compiles, run on the CPU, against float64."""
+
+from __future__ import annotations
+
+import os
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from elementwise_triton import matrices
+from emulated_e import Place, device, executed, faults
+from fused_suite import *  # noqa: F403
+from fused_suite import RESTART_FREE, Step, accuracy, check, make_step
+from gates import PLACES, compiled, spilled
+
+from muon_kernels.coefficients import resolve
+from muon_kernels.triton_kernels import fused_step
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class Compiled:
+    """Triton's PTX, behind Triton's launch code."""
+
+    rows = fused_step.FUSED_ROWS
+
+    def __init__(self, place: int) -> None:
+        self.place = place
+
+    def step(self, step: Step, **options: Any) -> list[int]:
+        on_device = [t for t in (step.device_lr, step.device_weight_decay) if t is not None]
+        memory = [*step.grads, *(step.momenta or ()), *step.params, *on_device]
+        with executed(self.place, memory, **options) as log:
+            fused_step.fused_step(
+                matrices(step.params),
+                matrices(step.grads),
+                None if step.momenta is None else matrices(step.momenta),
+                torch.empty(0, *step.grads[0].shape),
+                None,
+                triples=step.schedule.triples,
+                momentum=step.mu,
+                nesterov=step.nesterov,
+                dampened=step.dampened,
+                grad_scale=step.grad_scale,
+                eps=step.eps,
+                margin=step.schedule.margin,
+                lr=step.lr if step.device_lr is None else step.device_lr,
+                weight_decay=step.weight_decay if step.device_weight_decay is None else step.device_weight_decay,
+                ratios=[step.ratio] * len(step.grads),
+                cautious=step.cautious,
+            )
+        assert not faults(log)
+        return [entry.grid[0] for entry in log] if self.place else [len(step.grads)]
+
+
+@pytest.fixture
+def stepper(place: int) -> Compiled:
+    return Compiled(place)
+
+
+@pytest.mark.parametrize("name", RESTART_FREE)
+def test_accuracy(stepper: Compiled, name: str) -> None:
+    assert not accuracy(stepper, name, (16, 160))
+
+
+@pytest.mark.parametrize("name", ["keller", "you6", "polar_express"])
+def test_accuracy_of_the_largest(stepper: Compiled, name: str) -> None:
+    assert not accuracy(stepper, name, (64, 129))
+
+
+def test_what_needs_a_restart_is_refused(stepper: Compiled) -> None:
+    """So that somebody else does it."""
+    for schedule in (resolve("deepseek_v4"), resolve("keller", 12), resolve((0.0, 0.0, 0.0)), resolve((1e30, 1, 1))):
+        with pytest.raises(ValueError, match="fused_step"):
+            make_step((8, 40), schedule=schedule).run(stepper)
+    for shape in ((65, 200), (20, 10)):
+        with pytest.raises(ValueError, match="fused_step"):
+            make_step(shape).run(stepper)
+
+
+def test_counts(stepper: Compiled) -> None:
+    check(make_step((3, 17), 7), stepper)
+    no_columns = Step([torch.empty(0, 5)], [torch.empty(0, 5)], [torch.empty(0, 5)])
+    assert INTERPRETED or no_columns.run(stepper) == []
+
+
+def test_ragged_sizes(stepper: Compiled) -> None:
+    for i, (rows, cols) in enumerate(product((1, 3, 17, 63), (63, 65, 129))):
+        check(make_step((rows, cols), 1, "columns" if i % 2 else "rows", schedule=resolve("keller", 1)), stepper)
+
+
+def test_half_precision(stepper: Compiled) -> None:
+    check(make_step((17, 33), 1, dtypes=(torch.float16,) * 3), stepper, tolerance=1e-2)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled")
+def test_compilations(stepper: Compiled) -> None:
+    """No number that changes from step to step or from bucket to bucket compiles again."""
+    on = device(stepper.place)
+    make_step((8, 72), 2).run(stepper)
+    before = len(on.compilations)
+    for i, (count, shape) in enumerate([(1, (16, 16)), (3, (1, 8)), (16, (32, 48)), (1, (8, 80))]):
+        schedule = resolve("polar_express", 1 + i)
+        make_step(
+            shape, count, schedule=schedule, eps=0.1 * i, grad_scale=1.0 - i, mu=0.9 - 0.3 * i, lr=0.1 * i,
+            weight_decay=float(i), ratio=1.0 + i,
+        ).run(stepper)  # fmt: skip
+    assert len(on.compilations) == before
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled")
+@pytest.mark.parametrize("gate", PLACES, ids=str)
+def test_compiles(gate: Place) -> None:
+    """Registers, shared memory, and tensor cores that multiply bf16."""
+    (small, large) = compiled(gate, lambda: [make_step((m, 128)).run(Everywhere()) for m in (16, 64)])
+    for c in (small, large):
+        # A few indices of a thread wait through the iteration; they are read once.
+        assert spilled(c) <= 24, c.kernel
+        assert c.shared <= 64 << 10, c.kernel
+    kind, instruction = {
+        90: ("ptx", "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16"),
+        100: ("ptx", "tcgen05.mma"),
+        "gfx942": ("amdgcn", "v_mfma_f32_"),
+    }.get(gate, ("ptx", "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"))
+    assert instruction in large.text(kind)
+
+
+class Everywhere(Compiled):
+    """Whatever the device is."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
