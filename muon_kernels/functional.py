@@ -115,6 +115,7 @@ class Stacks(NamedTuple):
     Y: Tensor
     squares: list[Square]
     scratch: Tensor  # (batch * scratch_bytes,) uint8
+    derived: dict[str, Any]  # what is computed from them once
 
 
 class Workspace:
@@ -159,7 +160,7 @@ class Workspace:
         scratch = take(1, ops.scratch_bytes(m, n), torch.uint8).flatten()
         precise = ops.precise_squares()
         squares = [Square(high, take(1, m, torch.float32)[:, 0] if precise else None) for high in highs]
-        return Stacks(X, Y, squares, scratch)
+        return Stacks(X, Y, squares, scratch, {})
 
 
 class _Source(NamedTuple):
@@ -374,19 +375,20 @@ def _iterate(
     work: Work, grads: Sequence[Matrices], momenta: Sequence[Matrices] | None, workspace: Workspace, scalars: Scalars
 ) -> Tensor:
     """Prologue and iteration of a chunk; the result lies in the workspace."""
-    ops = backends.get(work.bucket.backend)
-    X, Y, squares, scratch = workspace.stacks(work.bucket, sum(g.layout.batch for g in grads), work.device)
-    scale = ops.momentum_update(
-        grads, momenta, X, **scalars.of_momentum(), margin=work.schedule.margin, scratch=scratch
-    )
-    run = ALGORITHMS[work.bucket.algorithm].run
-    with ops.fused():
-        return run(ops, X, Y, squares, scale, work.schedule.triples, work.schedule.margin)
+    ops, schedule = backends.get(work.bucket.backend), work.schedule
+    X, Y, squares, scratch, derived = workspace.stacks(work.bucket, sum(g.layout.batch for g in grads), work.device)
+    scale = ops.momentum_update(grads, momenta, X, **scalars.of_momentum(), margin=schedule.margin, scratch=scratch)
+    key = schedule, scale is not None and scale.data_ptr()
+    if derived.get("key") != key:
+        run = ALGORITHMS[work.bucket.algorithm].run
+        program = ops.program(lambda: run(ops, X, Y, squares, scale, schedule.triples, schedule.margin))
+        derived.update(key=key, program=program)
+    return cast(Tensor, derived["program"]())
 
 
 def _fused_step(work: Work, chunk: Chunk, grads: Sequence[Matrices], workspace: Workspace, scalars: Scalars) -> None:
     ops, schedule = backends.get(work.bucket.backend), work.schedule
-    X, Y, squares, _ = workspace.stacks(work.bucket, work.bucket.slots, work.device)
+    X, Y, squares, _, _ = workspace.stacks(work.bucket, work.bucket.slots, work.device)
 
     def iterate(scale: Tensor) -> Tensor:
         return ALGORITHMS[work.bucket.algorithm].run(ops, X, Y, squares, scale, schedule.triples, schedule.margin)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol, cast
 
 import torch
@@ -62,8 +61,12 @@ class Backend(Products, Protocol):
     def leading_dimension(self, cols: int) -> int:
         """Row stride, in elements, at which stacks of `cols` columns are multiplied fastest."""
 
-    def fused(self) -> AbstractContextManager[None]:
-        """Products inside may wait for its end and then run together; their operands must not be read before."""
+    def program(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """What does what `run` does, but sooner, whenever it is called: its products are the same every time.
+
+        Args:
+            run: asks for products, which need not be done when it returns; the operands stay where they are.
+        """
 
     def momentum_update(
         self,

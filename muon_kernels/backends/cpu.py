@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, NamedTuple
@@ -144,8 +144,8 @@ def momentum_update(
     scratch: Tensor | None = None,
 ) -> Tensor:
     """See `Backend.momentum_update`."""
-    _C = native.required()
-    scale = torch.empty(X.shape[0], dtype=torch.float32)
+    _C, batch = native.required(), X.shape[0]
+    scale = torch.empty(batch, dtype=torch.float32) if scratch is None else scratch.view(torch.float32)[:batch]
     update, _alive = native.momentum_update(
         _C, grads, momenta, X, scale, momentum, nesterov, dampened, grad_scale, eps, margin
     )
@@ -160,9 +160,9 @@ def _run(products: list[object], _operands: list[object]) -> None:
 _queue = native.Queue(_run)
 
 
-def fused() -> AbstractContextManager[None]:
-    """See `Backend.fused`."""
-    return _queue.fused()
+def program(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """See `Backend.program`."""
+    return _queue.program(run) if _choice().products == "native" else run
 
 
 def _product(A: Square, B: Square, out: Square, **options: Any) -> None:
@@ -223,8 +223,8 @@ def apply_update(
 
 
 def scratch_bytes(rows: int, cols: int) -> int:
-    """None: the scale is a small tensor of its own."""
-    return 0
+    """The scale."""
+    return 8
 
 
 def update_launches(count: int) -> int:

@@ -180,9 +180,9 @@ def _run(products: list[object], operands: list[object]) -> None:
 _queue = native.Queue(_run)
 
 
-def fused() -> AbstractContextManager[None]:
-    """See `Backend.fused`."""
-    return _queue.fused()
+def program(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """See `Backend.program`."""
+    return _queue.program(run)
 
 
 def syrk(A: Tensor | Square, *, out: Square, **options: Any) -> None:

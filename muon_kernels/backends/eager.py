@@ -4,8 +4,7 @@ beside. Products run in 16 bits with fp32 accumulation, as in torch.optim.Muon, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -73,9 +72,9 @@ def fused_plan(rows: int, cols: int, count: int, schedule: Schedule) -> None:
     """No: torch has nothing that runs a whole step."""
 
 
-def fused() -> AbstractContextManager[None]:
-    """Nothing is delayed."""
-    return nullcontext()
+def program(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The same."""
+    return run
 
 
 def momentum_update(

@@ -123,7 +123,7 @@ def apply_update(
 
 
 class Queue(threading.local):
-    """Products, run one by one or, inside `fused`, all at its end.
+    """Products, run one by one or, of a `program`, all together.
 
     `run` is given csrc's Products and the operands, (A, B, C, out, scale), of each.
     """
@@ -144,12 +144,16 @@ class Queue(threading.local):
         finally:
             self._waiting, self._operands = None, []
 
-    @contextmanager
-    def fused(self) -> Iterator[None]:
-        """Products inside run together at the end."""
-        with self.collect() as (waiting, operands):
-            yield
-            self._run(waiting, operands)
+    def program(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """See `Backend.program`."""
+        with self.collect() as (products, operands):
+            result = run()
+
+        def again() -> Tensor:
+            self._run(products, operands)
+            return result
+
+        return again
 
     def product(
         self,

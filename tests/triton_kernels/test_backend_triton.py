@@ -68,8 +68,8 @@ def test_newton_schulz_over_these_verbs(on_the_cpu: None, arch: int, form: str) 
         squares = [Square(torch.full((batch, m, m), torch.nan).bfloat16(), torch.empty(batch, m)) for _ in range(5)]
         algorithm = newton_schulz.ALGORITHMS[form]
         buffers = X.clone(), torch.empty_like(X)
-        with ops.fused():
-            return algorithm.run(ops, *buffers, squares[: algorithm.squares], scale, triples, margin)
+        run = lambda: algorithm.run(ops, *buffers, squares[: algorithm.squares], scale, triples, margin)
+        return ops.program(run)()
 
     with emulated(arch) as device:
         ours = run(backend)
