@@ -79,12 +79,14 @@ class Prepared(NamedTuple):
     """What `prepare` decided for a group; good for every step in which `signature` and options are the same.
 
     Tensors that no strides describe as matrices are stepped in copies: `copies` has (parameter or momentum, its
-    copy), and `grad_copies` the copy of gradient i and the order of dimensions in which it is one.
+    copy), and `grad_copies` the copy of gradient i and the order of dimensions in which it is one. `rehearsed` has the
+    kinds of steps for which backends are ready.
     """
 
     works: list[Work]
     copies: list[tuple[Tensor, Tensor]]
     grad_copies: dict[int, tuple[tuple[int, ...], Tensor]]
+    rehearsed: set[tuple[bool, ...]]
 
 
 class Scalars(NamedTuple):
@@ -328,7 +330,7 @@ def prepare(
         by_kind.setdefault(kind, []).append((index, count))
     check_apart([("parameter", p) for p in params] + [("momentum_buffer", buffer) for buffer in momentum_bufs])
 
-    prepared = Prepared([], [], {})
+    prepared = Prepared([], [], {}, set())
     sources: dict[int, tuple[_Source, _Source, _Source]] = {}
     for index, (p, g, buffer) in enumerate(zip(params, grads, momentum_bufs, strict=True)):
         order = column_order(p.shape, p.stride()) if flattens(p.shape, flatten) else ()
@@ -344,8 +346,7 @@ def prepare(
 
     for kind, counts in by_kind.items():
         dtypes = (kind.grad_dtype, kind.momentum_dtype, kind.param_dtype)
-        name = backends.choose(backend, kind.device, dtypes, workspace_dtype)
-        notes = backends.passed_over(name, kind.device, dtypes, workspace_dtype) if backend == "auto" else ()
+        name, notes = backends.choose(backend, kind.device, dtypes, workspace_dtype, (kind.rows, kind.cols))
         bucket = plan_bucket(
             (kind.rows, kind.cols),
             sum(count for _, count in counts),
@@ -407,6 +408,17 @@ def _fused_step(work: Work, chunk: Chunk, grads: Sequence[Matrices], workspace: 
     )
 
 
+def _step(work: Work, grads: Sequence[Tensor], workspace: Workspace, scalars: Scalars) -> None:
+    ops = backends.get(work.bucket.backend)
+    for chunk in work.chunks:
+        directions = [Matrices(grads[index], at) for index, at in chunk.grads]
+        if work.bucket.fused:
+            _fused_step(work, chunk, directions, workspace, scalars)
+        else:
+            result = _iterate(work, directions, chunk.momenta, workspace, scalars)
+            ops.apply_update(chunk.params, result, **scalars.of_update(), ratios=chunk.ratios)
+
+
 def execute(prepared: Prepared, grads: Sequence[Tensor], scalars: Scalars, workspace: Workspace) -> None:
     """Do a step: parameters and momentum buffers are written, gradients are not.
 
@@ -414,7 +426,7 @@ def execute(prepared: Prepared, grads: Sequence[Tensor], scalars: Scalars, works
         prepared: from `prepare`, for the same tensors.
         grads: one a parameter.
         scalars: of this step.
-        workspace: in which `reserve` has made room.
+        workspace: in which `ready` has made room.
     """
     grads = list(grads)
     for index, (order, copy) in prepared.grad_copies.items():
@@ -422,22 +434,24 @@ def execute(prepared: Prepared, grads: Sequence[Tensor], scalars: Scalars, works
     for target, copy in prepared.copies:
         copy.copy_(target)
     for work in prepared.works:
-        for chunk in work.chunks:
-            directions = [Matrices(grads[index], at) for index, at in chunk.grads]
-            if work.bucket.fused:
-                _fused_step(work, chunk, directions, workspace, scalars)
-                continue
-            result = _iterate(work, directions, chunk.momenta, workspace, scalars)
-            ops = backends.get(work.bucket.backend)
-            ops.apply_update(chunk.params, result, **scalars.of_update(), ratios=chunk.ratios)
+        _step(work, grads, workspace, scalars)
     for target, copy in prepared.copies:
         target.copy_(copy)
 
 
-def reserve(prepared: Prepared, workspace: Workspace) -> None:
-    """Allocate what `execute` needs; the last thing that may raise."""
+def ready(prepared: Prepared, grads: Sequence[Tensor], scalars: Scalars, workspace: Workspace) -> None:
+    """Allocate what `execute` needs and have backends get ready what they will run; the last thing that may raise."""
     for work in prepared.works:
         workspace.reserve(work.device, work.bucket.workspace_bytes)
+    kind = scalars.nesterov, scalars.dampened, isinstance(scalars.lr, Tensor), isinstance(scalars.weight_decay, Tensor)
+    if kind in prepared.rehearsed:
+        return
+    seen = [prepared.grad_copies[i][1] if i in prepared.grad_copies else g for i, g in enumerate(grads)]
+    for work in prepared.works:
+        if (rehearsal := backends.get(work.bucket.backend).rehearsal()) is not None:
+            with rehearsal:
+                _step(work, seen, workspace, scalars)
+    prepared.rehearsed.add(kind)
 
 
 def orthogonalize(
@@ -496,14 +510,15 @@ def _orthogonalize(
 ) -> Tensor:
     check_matrices("G", G)
     options.check_eps(eps)
-    name = backends.choose(backend, G.device, [G.dtype], workspace_dtype)
     if not coefficients or len(coefficients) % 3 or not 0 < margin < math.inf:
         raise ValueError(f"expected a, b, c of every step and a margin > 0 but got {list(coefficients)} and {margin}")
     a, b, c = (coefficients[i::3] for i in range(3))
     schedule = Schedule(tuple(zip(a, b, c, strict=True)), margin, "custom")
     count, rows, cols = split_shape(G.shape, False)
+    shape = min(rows, cols), max(rows, cols)
+    name, _ = backends.choose(backend, G.device, [G.dtype], workspace_dtype, shape)
     bucket = plan_bucket(
-        (min(rows, cols), max(rows, cols)),
+        shape,
         count,
         schedule,
         ns_algorithm=ns_algorithm,

@@ -26,7 +26,7 @@ from .functional import (
     check_matrices,
     execute,
     prepare,
-    reserve,
+    ready,
     signature,
 )
 from .layout import split_shape
@@ -252,21 +252,24 @@ class Muon(Optimizer):
         # What is kept must be of use outside inference mode too.
         with torch.inference_mode(False), torch.no_grad():
             prepared = [self._prepare(group, attrgetter("grad")) for group in self.param_groups]
-            for decided, _, _ in prepared:
-                reserve(decided, self._workspace)
-        for group, (decided, grads, new) in zip(self.param_groups, prepared, strict=True):
+            scalars = [
+                Scalars(
+                    group["lr"],
+                    group["weight_decay"],
+                    group["momentum"],
+                    group["nesterov"],
+                    group["dampened"],
+                    group["eps"],
+                    -grad_scale if group["maximize"] else grad_scale,
+                )
+                for group in self.param_groups
+            ]
+            for (decided, grads, _), numbers in zip(prepared, scalars, strict=True):
+                ready(decided, grads, numbers, self._workspace)
+        for (decided, grads, new), numbers in zip(prepared, scalars, strict=True):
             for p, buffer in new.items():
                 self.state[p]["momentum_buffer"] = buffer
-            scalars = Scalars(
-                group["lr"],
-                group["weight_decay"],
-                group["momentum"],
-                group["nesterov"],
-                group["dampened"],
-                group["eps"],
-                -grad_scale if group["maximize"] else grad_scale,
-            )
-            execute(decided, grads, scalars, self._workspace)
+            execute(decided, grads, numbers, self._workspace)
         return loss
 
     @torch.no_grad()

@@ -342,18 +342,17 @@ def plan_for_shapes(
     for given in shapes:
         if len(given) != 3 or not all(type(n) is int and n >= 0 for n in given):
             raise ValueError(f"shapes should be (rows, cols, count), three integers >= 0, but one is: {given!r}")
-    name = backend
-    notes: tuple[str, ...] = ()
-    if available:
-        kind = torch.device(device), [dtype], workspace_dtype
-        name = backends.choose(backend, *kind)
-        notes = backends.passed_over(name, *kind) if backend == "auto" else ()
     counts: dict[tuple[int, int], int] = {}
     for rows, cols, count_ in shapes:  # tall and wide ones share a bucket
         shape = min(rows, cols), max(rows, cols)
         counts[shape] = counts.get(shape, 0) + count_
-    return Plan(
-        tuple(
+    buckets, notes = [], {}
+    for shape, count_ in counts.items():
+        name = backend
+        if available:
+            name, why = backends.choose(backend, torch.device(device), [dtype], workspace_dtype, shape)
+            notes.update(dict.fromkeys(why))
+        buckets.append(
             plan_bucket(
                 shape,
                 count_,
@@ -365,7 +364,5 @@ def plan_for_shapes(
                 workspace_dtype=workspace_dtype,
                 direction_bytes=2 * dtype.itemsize,
             )
-            for shape, count_ in counts.items()
-        ),
-        notes,
-    )
+        )
+    return Plan(tuple(buckets), tuple(notes))

@@ -52,8 +52,8 @@ OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"ns_steps": 2.5}, TypeError, "ns_steps should be an int or None but is: 2.5"),
     ({"ns_algorithm": "gramm"}, ValueError, "'auto' or one of 'standard', 'gram' but is: 'gramm'"),
     ({"ns_algorithm": ["gram"]}, ValueError, "'auto' or one of 'standard', 'gram' but is: ['gram']"),
-    ({"backend": ["cpu"]}, ValueError, "'auto' or one of 'cuda', 'cpu', 'eager' but is: ['cpu']"),
-    ({"backend": "gpu"}, ValueError, "backend should be 'auto' or one of 'cuda', 'cpu', 'eager'"),
+    ({"backend": ["cpu"]}, ValueError, "'auto' or one of 'cuda', 'triton', 'cpu', 'eager' but is: ['cpu']"),
+    ({"backend": "gpu"}, ValueError, "backend should be 'auto' or one of 'cuda', 'triton', 'cpu', 'eager'"),
     ({"backend": "gpu"}, ValueError, "but is: 'gpu'"),
     (
         {"workspace_dtype": torch.float32},
@@ -320,13 +320,14 @@ def test_backend_that_cannot_take_the_dtype(dtype: torch.dtype) -> None:
 
 
 def test_backend_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = torch.device("cpu"), [torch.float32], torch.bfloat16, (3, 4)
     params, optimizer = stepped(backend="cpu")
     before = Unchanged(optimizer)
     monkeypatch.setattr(cpu, "unavailable", lambda: "the compiled module is missing; reinstall")
     for act in (
         lambda: Muon(params, backend="cpu"),
         lambda: orthogonalize(torch.ones(3, 4), backend="cpu"),
-        lambda: backends.choose("cpu", torch.device("cpu"), [torch.float32]),
+        lambda: backends.choose("cpu", *kind),
     ):
         with pytest.raises(RuntimeError, match="backend 'cpu' cannot run here: the compiled module is missing"):
             act()
@@ -334,7 +335,7 @@ def test_backend_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="cannot run here"):
         optimizer.step()
     before.check()
-    assert backends.choose("auto", torch.device("cpu"), [torch.float32]) == "eager"
+    assert backends.choose("auto", *kind) == ("eager", ("cpu was not chosen: the compiled module is missing",))
 
 
 @pytest.mark.parametrize("backend", ["auto", "cpu"])

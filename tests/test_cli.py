@@ -96,7 +96,7 @@ def test_doctor_survives_a_misspelt_instruction_set(
     out = capsys.readouterr().out
     assert out.count("MUON_KERNELS_CPU_ISA should be one of") == 2
     assert "not ready: MUON_KERNELS_CPU_ISA" in out and "nothing: MUON_KERNELS_CPU_ISA" in out
-    assert "eager  ready:" in out
+    assert "\n  eager   ready:" in out
 
 
 def test_a_reader_that_leaves_early_is_no_error() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol, cast
 
 import torch
@@ -17,8 +18,8 @@ from ..coefficients import Schedule
 from ..layout import Matrices
 from ..newton_schulz import Products
 
-# In the order in which "auto" prefers them.
-BACKENDS = {"cuda": ".cuda", "cpu": ".cpu", "eager": ".eager"}
+# In the order in which "auto" prefers them, but see `Backend.outdone_by`.
+BACKENDS = {"cuda": ".cuda", "triton": ".triton", "cpu": ".cpu", "eager": ".eager"}
 
 
 class Fused(NamedTuple):
@@ -46,8 +47,11 @@ class Backend(Products, Protocol):
     def refuses(self, device: torch.device, dtypes: Sequence[torch.dtype], workspace_dtype: torch.dtype) -> str | None:
         """Why tensors of this kind, or stacks of that dtype, cannot be taken, and what could be; None if they can."""
 
-    def device_type(self) -> str | None:
-        """Of the tensors that it is made for; None for any."""
+    def device_types(self) -> tuple[str, ...]:
+        """Of the tensors that it is made for; none if for any."""
+
+    def outdone_by(self, device: torch.device, rows: int, cols: int) -> tuple[str, str] | None:
+        """A backend that is expected to step such matrices faster there, and why."""
 
     def describe(self) -> str:
         """What will run, in a few words."""
@@ -66,6 +70,12 @@ class Backend(Products, Protocol):
 
         Args:
             run: asks for products, which need not be done when it returns; the operands stay where they are.
+        """
+
+    def rehearsal(self) -> AbstractContextManager[None] | None:
+        """Verbs inside make all ready that they need, and do nothing; None if there is nothing to make ready.
+
+        So that what can go wrong with it goes wrong before a step begins.
         """
 
     def momentum_update(
@@ -170,37 +180,52 @@ def unavailable(name: str) -> str | None:
 
 
 def choose(
-    name: str, device: torch.device, dtypes: Sequence[torch.dtype], workspace_dtype: torch.dtype = torch.bfloat16
-) -> str:
-    """The name of the backend that will run; "auto" takes the first that can.
+    name: str,
+    device: torch.device,
+    dtypes: Sequence[torch.dtype],
+    workspace_dtype: torch.dtype,
+    shape: tuple[int, int],
+) -> tuple[str, tuple[str, ...]]:
+    """The name of the backend that will run, and why "auto" did not take those that it would have preferred.
+
+    "auto" takes the first that can, unless that is outdone by another that can.
+
+    Args:
+        name: in BACKENDS, or "auto".
+        device: of the tensors.
+        dtypes: of the tensors.
+        workspace_dtype: of the stacks.
+        shape: (m, n) of the matrices, m ≤ n.
 
     Raises:
         ValueError: unknown name, a named backend that cannot take such tensors, or see `unavailable`.
         RuntimeError: a named backend that cannot run on this machine.
     """
-    if name == "auto":
-        reasons = {n: get(n).unavailable() or get(n).refuses(device, dtypes, workspace_dtype) for n in BACKENDS}
-        if name := next((n for n, reason in reasons.items() if reason is None), ""):
-            return name
-        raise ValueError("no backend can take these tensors: " + "; ".join(f"{n}: {r}" for n, r in reasons.items()))
-    backend = get(name)
-    if reason := backend.unavailable():
-        raise RuntimeError(f"backend {name!r} cannot run here: {reason}")
-    if reason := backend.refuses(device, dtypes, workspace_dtype):
-        raise ValueError(f"backend {name!r} cannot take these tensors: {reason}")
-    return name
-
-
-def passed_over(
-    chosen: str, device: torch.device, dtypes: Sequence[torch.dtype], workspace_dtype: torch.dtype
-) -> tuple[str, ...]:
-    """Why "auto" did not take the backends, made for such a device, that it would have preferred to the chosen one."""
-    notes = []
-    for name in BACKENDS:
-        if name == chosen:
-            break
+    if name != "auto":
         backend = get(name)
-        if backend.device_type() == device.type:
-            reason = backend.unavailable() or str(backend.refuses(device, dtypes, workspace_dtype)).partition(";")[0]
-            notes.append(f"{name} was not chosen: {reason}")
-    return tuple(notes)
+        if reason := backend.unavailable():
+            raise RuntimeError(f"backend {name!r} cannot run here: {reason}")
+        if reason := backend.refuses(device, dtypes, workspace_dtype):
+            raise ValueError(f"backend {name!r} cannot take these tensors: {reason}")
+        return name, ()
+    reasons: dict[str, str] = {}
+    notes: list[str] = []
+    able = []
+    for candidate in BACKENDS:
+        backend = get(candidate)
+        reason = backend.unavailable()
+        if reason is None and (reason := backend.refuses(device, dtypes, workspace_dtype)) is not None:
+            reason = reason.partition(";")[0]  # the mend there is backend="auto"
+        if reason is None:
+            able.append(candidate)
+        else:
+            reasons[candidate] = reason
+            if not able and device.type in backend.device_types():
+                notes.append(f"{candidate} was not chosen: {reason}")
+    if not able:
+        raise ValueError("no backend can take these tensors: " + "; ".join(f"{n}: {r}" for n, r in reasons.items()))
+    first = able[0]
+    outdone = get(first).outdone_by(device, *shape)
+    if outdone is None or outdone[0] not in able:
+        return first, tuple(notes)
+    return outdone[0], (*notes, f"{first} was not chosen for {shape[0]}x{shape[1]}: {outdone[1]}")

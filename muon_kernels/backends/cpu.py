@@ -90,9 +90,17 @@ def refuses(device: torch.device, dtypes: Sequence[torch.dtype], workspace_dtype
     return f"expected float32 or bfloat16 tensors, got {bad[0]}; use backend='auto'" if bad else None
 
 
-def device_type() -> str:
+def device_types() -> tuple[str, ...]:
     """The processor."""
-    return "cpu"
+    return ("cpu",)
+
+
+def outdone_by(device: torch.device, rows: int, cols: int) -> None:
+    """By none."""
+
+
+def rehearsal() -> None:
+    """All is compiled."""
 
 
 def describe() -> str:

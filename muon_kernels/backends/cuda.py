@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -16,17 +14,14 @@ from ..coefficients import Schedule
 from ..layout import Matrices
 from ..newton_schulz import Square
 from . import Fused, native
+from .terms import terms_needed
 
 # Matrices of a launch, csrc's momentum_capacity() and so on, for plans made on a machine without the module.
 MOMENTUM_CAPACITY, APPLY_CAPACITY, FUSED_CAPACITY = 406, 677, 392
-# Most rows of `fused_step`, and with three terms. Registers hold R, Q and their product.
+# Most rows of `fused_step`, by the terms of a number. Registers hold R, Q and their product.
 FUSED_ROWS = {2: 128, 3: 64}
-# Largest relative error of the number that a sum of so many bf16 numbers stands for. For two, with what 24 additions in
-# tensor cores, which truncate, take from sums of 128 rows; for three, with that of one tile.
-_UNIT_ROUNDOFF = {2: 1.2 * 2.0**-17, 3: 2.0**-22}
-# The sum over the steps of S's relative error where S should be a: up to twice as much the accuracy rule holds on every
-# spectrum of tests/matrices.py.
-_ALLOWED_CHANGE = 4.0
+# Tensor instructions, by major compute capability, that take the place of mma.sync.
+_OWN_INSTRUCTIONS = {9: "wgmma", 10: "tcgen05"}
 
 
 class _Device:
@@ -110,9 +105,27 @@ def refuses(device: torch.device, dtypes: Sequence[torch.dtype], workspace_dtype
     return None
 
 
-def device_type() -> str:
+def device_types() -> tuple[str, ...]:
     """NVIDIA GPUs."""
-    return _device.type
+    return (_device.type,)
+
+
+def outdone_by(device: torch.device, rows: int, cols: int) -> tuple[str, str] | None:
+    """By Triton where a GPU has tensor instructions that this backend does not use, and products take the time.
+
+    On compute capability 9.0 mma.sync reaches 63 % of the tensor cores' rate, wgmma all of it ("Dissecting the NVIDIA
+    Hopper Architecture", arXiv 2501.12084); on 10.x it is further from tcgen05. 12.x has neither. Up to 128 rows a step
+    is one launch here and reads memory most of the time.
+    """
+    major, minor = _device.capability(device)
+    if major not in _OWN_INSTRUCTIONS or rows <= max(FUSED_ROWS.values()):
+        return None
+    own = _OWN_INSTRUCTIONS[major]
+    return "triton", f"on compute capability {major}.{minor} tensor cores are faster by {own}, which triton uses"
+
+
+def rehearsal() -> None:
+    """All is compiled."""
 
 
 def describe() -> str:
@@ -246,31 +259,12 @@ def product_tiles() -> tuple[int, int]:
     return 64, 128
 
 
-@lru_cache(maxsize=256)
-def _terms(triples: tuple[tuple[float, float, float], ...], margin: float) -> int | None:
-    """How many bf16 numbers a number of `fused_step` must be a sum of; None if three are not enough.
-
-    An eigenvalue of R that should be 0 is `loss` too small, negative, and so S is too large there: that multiplies the
-    loss by S² in every step, while the step's own rounding adds to it. Small errors of Q do not matter, for they meet
-    singular values of that size only. When Q is several times too large the iteration is about to explode.
-    """
-    for terms, roundoff in _UNIT_ROUNDOFF.items():
-        loss, change = roundoff / margin**2, 0.0
-        for a, b, c in triples:
-            largest = abs(a) + abs(b) * loss + abs(c) * loss * loss
-            change += largest / abs(a) - 1 if a else math.inf
-            loss = loss * largest * largest + roundoff * (1 + abs(a))
-        if change <= _ALLOWED_CHANGE:  # not so if it is NaN
-            return terms
-    return None
-
-
 def fused_plan(rows: int, cols: int, count: int, schedule: Schedule) -> Fused | None:
     """Where the smaller side fits on the chip, which needs no workspace but two visits to the longer one.
 
     A product is three or six of bf16, of whole squares, and sizes are rounded up to tiles.
     """
-    terms = _terms(schedule.triples, schedule.margin)
+    terms = terms_needed(schedule.triples, schedule.margin)
     if terms is None or rows > FUSED_ROWS[terms] or cols >= 2**31 - 32:
         return None
     m, n = max(16, 1 << (rows - 1).bit_length()), -(-cols // 32) * 32
@@ -309,7 +303,7 @@ def fused_step(
     options, lr, weight_decay, _tensors = _apply_options(device, lr, weight_decay)
     after, _also_alive = native.apply_update(_C, params, None, lr, weight_decay, ratios)
     _, m, n = X.shape
-    coefficients, terms = [c for triple in triples for c in triple], _terms(tuple(triples), margin)
+    coefficients, terms = [c for triple in triples for c in triple], terms_needed(tuple(triples), margin)
     with _launching((len(ratios), m, n), device) as stream:
         _C.cuda.fused_step(len(ratios), m, n, before, after, coefficients, terms, options, stream)
     torch.autograd.graph.increment_version([t.tensor for t in (*params, *momenta)])

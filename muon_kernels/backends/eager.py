@@ -25,8 +25,17 @@ def refuses(device: torch.device, dtypes: Sequence[torch.dtype], workspace_dtype
     return f"expected floating-point tensors, got {bad[0]}" if bad else None
 
 
-def device_type() -> None:
-    """Any that torch has."""
+def device_types() -> tuple[str, ...]:
+    """Any."""
+    return ()
+
+
+def outdone_by(device: torch.device, rows: int, cols: int) -> None:
+    """Never by one that "auto" would not have taken before."""
+
+
+def rehearsal() -> None:
+    """torch is ready."""
 
 
 def describe() -> str:

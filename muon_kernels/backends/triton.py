@@ -1,20 +1,26 @@
-"""The verbs in Triton, for NVIDIA GPUs of compute capability 8.0 and up and for AMD's that have matrix cores."""
+"""The verbs in Triton, compiled for the GPU at hand: NVIDIA's from compute capability 8.0 on, AMD's, Intel's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from ..coefficients import Schedule
 from ..layout import Matrices
 from ..newton_schulz import Square
+from ..triton_kernels import configs
+from . import Fused
+from .terms import terms_needed
 
 _OLDEST = (3, 4)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,31 +35,73 @@ def _kernels(name: str) -> ModuleType:
 class _Device:
     """Where tensors and launches go. Tests put another one in its place, whose launches an emulator executes."""
 
-    type = "cuda"  # AMD's too, in torch
+    types: tuple[str, ...] = ("cuda", "xpu")  # AMD's are "cuda" too, in torch
 
     def unavailable(self) -> str | None:
         """See `Backend.unavailable`."""
         if find_spec("triton") is None:
             return "triton is missing; pip install triton"
-        if not torch.cuda.is_available():
+        if not any(getattr(torch, type_).is_available() for type_ in self.types):
             return f"torch {torch.__version__} finds no GPU; install a build of torch for it and check its driver"
-        import triton
+        return _triton_unfit()
 
-        if tuple(int(n) for n in triton.__version__.split(".")[:2]) < _OLDEST:
-            needed = ".".join(map(str, _OLDEST))
-            return f"triton {triton.__version__} is too old; upgrade torch to one that brings {needed} or newer"
-        return None
+    def target(self) -> int | str:
+        """Of the current device: 10 times the compute capability, or an architecture's name."""
+        from triton.runtime import driver
 
-    def capability(self, device: torch.device) -> tuple[int, int]:
-        """(major, minor)."""
+        return cast("int | str", driver.active.get_current_target().arch)
+
+    def capability(self, device: torch.device) -> tuple[int, int] | None:
+        """(major, minor) of an NVIDIA GPU."""
+        if device.type != "cuda" or torch.version.hip is not None:
+            return None
         return torch.cuda.get_device_capability(device)
 
     def guard(self, device: torch.device) -> AbstractContextManager[Any]:
         """Make it the current device."""
-        return torch.cuda.device(device)
+        return cast(AbstractContextManager[Any], getattr(torch, device.type).device(device))
 
 
 _device = _Device()
+
+
+@cache
+def _triton_unfit() -> str | None:
+    """Why triton, which is there, cannot work."""
+    import triton
+
+    if tuple(int(n) for n in triton.__version__.split(".")[:2]) < _OLDEST:
+        needed = ".".join(map(str, _OLDEST))
+        return f"triton {triton.__version__} is too old; upgrade torch to one that brings {needed} or newer"
+    try:
+        from triton import knobs
+        from triton.runtime import driver
+
+        directory = Path(knobs.cache.dir).absolute()
+        driver.active.get_current_target()
+    except Exception as error:  # it builds a part of itself when it is first asked for
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        return (
+            f"triton {triton.__version__} cannot reach the GPU ({why}); check the driver with nvidia-smi or rocm-smi, "
+            "that gcc or clang is on PATH or in CC, and that TRITON_CACHE_DIR can be written"
+        )
+    there = next(parent for parent in (directory, *directory.parents) if parent.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        return f"triton cannot write its cache {directory}; set TRITON_CACHE_DIR to a directory that can be written"
+    return None
+
+
+@contextmanager
+def _launching(shape: Sequence[int], device: torch.device) -> Iterator[None]:
+    """Errors inside say what was stepped."""
+    try:
+        with _device.guard(device):
+            yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        count, rows, cols = shape
+        raise RuntimeError(f"{error}, for {count} of {rows}x{cols} on {device}") from None
 
 
 def unavailable() -> str | None:
@@ -61,20 +109,31 @@ def unavailable() -> str | None:
     return _device.unavailable()
 
 
-def refuses(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
+def refuses(device: torch.device, dtypes: Sequence[torch.dtype], workspace_dtype: torch.dtype) -> str | None:
     """See `Backend.refuses`."""
-    if device.type != _device.type:
+    if device.type not in _device.types:
         return f"expected tensors on a GPU, got {device}; use backend='auto'"
     if bad := [d for d in dtypes if d not in _DTYPES]:
         return f"expected float32, bfloat16 or float16 tensors, got {bad[0]}; use backend='auto'"
-    if torch.version.hip is None and (capability := _device.capability(device)) < (8, 0):
+    if (capability := _device.capability(device)) is not None and capability < (8, 0):
         return "expected compute capability 8.0 or more, {} has {}.{}; use backend='auto'".format(device, *capability)
     return None
 
 
+def device_types() -> tuple[str, ...]:
+    """GPUs."""
+    return _device.types
+
+
+def outdone_by(device: torch.device, rows: int, cols: int) -> None:
+    """Where `Backend.outdone_by` matters to it, the other one says so."""
+
+
 def describe() -> str:
     """See `Backend.describe`."""
-    return "Triton, compiled for the GPU at hand"
+    import triton
+
+    return f"Triton {triton.__version__}, compiled for the GPU at hand"
 
 
 def symmetric_products() -> bool:
@@ -93,17 +152,36 @@ def default_workspace_bytes() -> int:
 
 
 def leading_dimension(cols: int) -> int:
-    """Rows that begin at 16 bytes, which is what a thread copies at a time."""
+    """Rows that begin at 16 bytes, which is what a thread copies at a time and what descriptors ask for."""
     return -(-cols // 8) * 8
 
 
-def fused() -> AbstractContextManager[None]:
-    """Products are launched one by one: nothing is gained by waiting."""
-    return nullcontext()
+def program(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """See `Backend.program`. The launches, without the way to them."""
+    recorded: tuple[list[Callable[[], None]], Tensor] = _kernels("launch").recorded(run)
+    launches, result = recorded
+
+    def again() -> Tensor:
+        with _launching(result.shape, result.device):
+            for launch in launches:
+                launch()
+        return result
+
+    return again
+
+
+def rehearsal() -> AbstractContextManager[None]:
+    """See `Backend.rehearsal`."""
+    return cast(AbstractContextManager[None], _kernels("launch").rehearsal())
+
+
+def _written(tensors: Sequence[Matrices]) -> None:
+    if not _kernels("launch").rehearsing():
+        torch.autograd.graph.increment_version([t.tensor for t in tensors])
 
 
 def _product(A: Square, B: Square, out: Square, C: Square | None = None, **options: Any) -> None:
-    with _device.guard(out.high.device):
+    with _launching(out.high.shape, out.high.device):
         _kernels("products").product(
             A.high,
             B.high,
@@ -144,14 +222,24 @@ def momentum_update(
     grad_scale: float,
     eps: float,
     margin: float,
+    scratch: Tensor | None = None,
 ) -> Tensor:
-    """See `Backend.momentum_update`."""
-    options: dict[str, Any] = dict(momentum=momentum, nesterov=nesterov, dampened=dampened)
-    options |= dict(grad_scale=grad_scale, eps=eps, margin=margin)
-    with _device.guard(X.device):
-        scale: Tensor = _kernels("elementwise").momentum_update(grads, momenta, X, **options)
+    """See `Backend.momentum_update`. In scratch: the sums of squares of all tiles, and the scales."""
+    with _launching(X.shape, X.device):
+        scale: Tensor = _kernels("elementwise").momentum_update(
+            grads,
+            momenta,
+            X,
+            momentum=momentum,
+            nesterov=nesterov,
+            dampened=dampened,
+            grad_scale=grad_scale,
+            eps=eps,
+            margin=margin,
+            scratch=scratch,
+        )
     if momenta is not None:
-        torch.autograd.graph.increment_version([b.tensor for b in momenta])
+        _written(momenta)
     return scale
 
 
@@ -159,20 +247,33 @@ def apply_update(
     params: Sequence[Matrices], X: Tensor, *, lr: float | Tensor, weight_decay: float | Tensor, ratios: Sequence[float]
 ) -> None:
     """See `Backend.apply_update`."""
-    with _device.guard(X.device):
+    with _launching(X.shape, X.device):
         _kernels("elementwise").apply_update(params, X, lr=lr, weight_decay=weight_decay, ratios=ratios)
-    torch.autograd.graph.increment_version([p.tensor for p in params])
+    _written(params)
 
 
-def update_launches() -> int:
+def scratch_bytes(rows: int, cols: int) -> int:
+    """A double for each tile and as much for the scale, in whole sectors: the diagonals come behind it."""
+    tiles = -(-rows // configs.ELEMENTWISE_BLOCK) * -(-cols // configs.ELEMENTWISE_BLOCK)
+    return -(-8 * (tiles + 1) // 32) * 32
+
+
+def update_launches(count: int) -> int:
     """Momentum, its norms, update."""
     return 3
 
 
-def fused_slots(rows: int, cols: int, count: int) -> int | None:
-    """See `Backend.fused_slots`."""
-    slots: int | None = _kernels("fused_step").fused_slots(rows, cols, count)
-    return slots
+def product_tiles() -> tuple[int, int]:
+    """The smallest and the largest of all tables."""
+    sides = [side for table in configs.TABLE.values() for c in table for side in (c.block_m, c.block_n)]
+    return min(sides), max(sides)
+
+
+def fused_plan(rows: int, cols: int, count: int, schedule: Schedule) -> Fused | None:
+    """Where the smaller side fits on the chip, which needs no workspace but two visits to the longer one."""
+    if terms_needed(schedule.triples, schedule.margin) is None or not 0 < rows <= configs.FUSED_ROWS:
+        return None
+    return Fused(slots=0, flops=configs.fused_flops(rows, cols, len(schedule.triples)), reads=2)
 
 
 def fused_step(
@@ -181,9 +282,35 @@ def fused_step(
     momenta: Sequence[Matrices],
     X: Tensor,
     iterate: Callable[[Tensor], Tensor],
-    **options: Any,
+    *,
+    triples: Sequence[tuple[float, float, float]],
+    momentum: float,
+    nesterov: bool,
+    dampened: bool,
+    grad_scale: float,
+    eps: float,
+    margin: float,
+    lr: float | Tensor,
+    weight_decay: float | Tensor,
+    ratios: Sequence[float],
 ) -> None:
     """See `Backend.fused_step`."""
-    with _device.guard(params[0].tensor.device):
-        _kernels("fused_step").fused_step(params, grads, momenta, X, iterate, **options)
-    torch.autograd.graph.increment_version([t.tensor for t in (*params, *momenta)])
+    _, m, n = X.shape
+    with _launching((len(ratios), m, n), params[0].tensor.device):
+        _kernels("fused_step").fused_step(
+            params,
+            grads,
+            momenta,
+            (m, n),
+            triples=triples,
+            momentum=momentum,
+            nesterov=nesterov,
+            dampened=dampened,
+            grad_scale=grad_scale,
+            eps=eps,
+            margin=margin,
+            lr=lr,
+            weight_decay=weight_decay,
+            ratios=ratios,
+        )
+    _written([*params, *momenta])

@@ -92,3 +92,19 @@ def choose(shape: Shape, target: int | str, multiprocessors: int) -> Config:
         return most * config.block_m * config.block_n * config.cost
 
     return min((c for c in table(target) if not shape.symmetric or c.block_m == c.block_n), key=work)
+
+
+ELEMENTWISE_BLOCK = 64  # rows and columns of a tile of momentum_update and apply_update
+FUSED_ROWS = 64  # of a whole step in one launch; R, Q and S of more would leave the registers
+
+
+def fused_block(rows: int) -> int:
+    """The side of fused_step's tiles; two, since each is a compilation."""
+    return 32 if rows <= 32 else 64
+
+
+def fused_flops(rows: int, cols: int, steps: int) -> int:
+    """Of fused_step, for a matrix: a product of numbers of three terms is six, and sizes are rounded up to tiles."""
+    m = fused_block(rows)
+    n = -(-cols // m) * m
+    return 6 * 2 * m * m * (2 * n + 4 * steps * m)

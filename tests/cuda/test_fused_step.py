@@ -16,6 +16,7 @@ from test_newton_schulz import bf16_loop, relative_error
 from torch import Tensor
 
 from muon_kernels.backends import cuda
+from muon_kernels.backends.terms import terms_needed
 from muon_kernels.coefficients import COEFFICIENTS, Schedule, resolve
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc: kernels cannot be compiled")
@@ -76,7 +77,7 @@ class Step:
         address = [0 if t is None else t.data_ptr() for t in (self.device_lr, self.device_weight_decay)]
         chosen = module.cuda.ApplyOptions(*address, self.cautious, self.stochastic_rounding, 0)
         coefficients = [x for triple in self.schedule.triples for x in triple]
-        terms = self.terms or cuda._terms(self.schedule.triples, self.schedule.margin)
+        terms = self.terms or terms_needed(self.schedule.triples, self.schedule.margin)
         with runtime.options(profile=profile, **options):
             runtime.register(*tensors, *scalars)
             try:
