@@ -81,10 +81,11 @@ class _Launcher:
         for of, arg in _flat(rest[4:], self.signature):
             if of.startswith("tensordesc"):
                 meta = next(descriptors)
-                view = arg.base.as_strided(arg.shape, arg.strides)
+                # A descriptor holds an address; whose it is, is known by the pointer that is passed as well.
+                base = next(t for t in args if isinstance(t, torch.Tensor) and t.data_ptr() == arg.base.data_ptr())
+                view = base.as_strided(arg.shape, arg.strides)
                 args += [tensor_map(view, meta["block_size"], (0, 32, 64, 128)[meta["swizzle"]])]
                 args += [*arg.shape, *arg.strides]
-                memory.append(arg.base)
             elif of.startswith("fp"):
                 args.append(float(arg))
             else:

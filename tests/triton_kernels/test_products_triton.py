@@ -43,6 +43,7 @@ class Products:
             emulated(self.arch, multiprocessors, guard=True, **options) as self.device,
             pytest.MonkeyPatch.context() as m,
         ):
+            products._launch.cache_clear()  # it remembers whom it asked
             if self.config:
                 m.setattr(products, "choose", lambda *_: self.config)
             products.product(a, b, out, **keywords)
