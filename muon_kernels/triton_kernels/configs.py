@@ -68,7 +68,8 @@ TABLE: dict[int | str, tuple[Config, ...]] = {
         Config(128, 64, 64, 4, 4, 1.5, tma=True),  # 64 %
         Config(64, 64, 64, 4, 4, 2.0, tma=True),  # 63 %
     ),
-    # mma.sync again, at half of sm_80's rate or a quarter; no wgmma, no tcgen05. 13, 24, 24 and 25 % of clocks at its rate.
+    # mma.sync again, no wgmma, no tcgen05. By sm_80's clocks 13, 24, 24 and 25 %, but its tensor cores take two to four
+    # times as many.
     120: tuple(c._replace(tma=True) for c in _MMA),
     # mfma takes 128 x 128 elements in 256 clocks. A block may have 64 KiB.
     "gfx942": (

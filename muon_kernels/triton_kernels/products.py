@@ -123,9 +123,9 @@ def _product(
         else:
             b_at = b + ks[:, None].to(tl.int64) * b_row_stride + cols[None, :]
             b_step = BLOCK_K * b_row_stride
-        # The last steps of k are outside of the loop, so that the loop needs no masks of k. If n has no unit, neither needs
-        # it exact ones of n: vectors are read whole, and what they have beyond a row is still in the stack. Not so in the
-        # last row, which is therefore none of the loop's.
+        # The last steps of k are outside of the loop, so that the loop needs no masks of k. If n has no unit, neither
+        # needs it exact ones of n: vectors are read whole, and what they have beyond a row is still in the stack. Not
+        # so in the last row, which is therefore none of the loop's.
         steps = (k if SIZE_UNIT == STRIDE_UNIT else tl.maximum(k - 1, 0)) // BLOCK_K
         readable = cols[None, :] < tl.cdiv(n, STRIDE_UNIT) * STRIDE_UNIT
         for _ in range(steps):

@@ -166,7 +166,7 @@ def emulated(arch: int = 80, multiprocessors: int = 1, **options: Any) -> Abstra
     return _active(Device(arch, multiprocessors, options), _ptx_is_the_binary)
 
 
-def compiling(arch: int | str, multiprocessors: int = 1) -> AbstractContextManager[Device]:
-    """Inside, kernels are compiled down to the binary for compute capability arch / 10, or an AMD architecture; calls
-    of them do nothing."""
-    return _active(Device(arch, multiprocessors, None), None)
+def compiling(arch: int | str, multiprocessors: int = 1, binary: bool = True) -> AbstractContextManager[Device]:
+    """Inside, kernels are compiled for compute capability arch / 10, or an AMD architecture, down to the binary or to
+    PTX; calls of them do nothing."""
+    return _active(Device(arch, multiprocessors, None), None if binary else _ptx_is_the_binary)
