@@ -23,6 +23,7 @@ class Config(NamedTuple):
         cost: of an element of the result, relative to the best tile of the architecture. A count, not a time: what
             tensor cores need for a step, or what shared memory needs to take its operands and to give them, at 128
             bytes a clock, if that is more.
+        tma: where operands are aligned, tiles of them are copied by one instruction, and no thread computes addresses.
     """
 
     block_m: int
@@ -31,6 +32,7 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     cost: float
+    tma: bool = False
 
     def tiles(self, m: int, n: int, symmetric: bool) -> int:
         """Of a matrix."""
@@ -55,19 +57,20 @@ TABLE: dict[int | str, tuple[Config, ...]] = {
     80: _MMA,
     # wgmma reads both operands from shared memory: 64 x 256 elements in 128 clocks for a k of 16.
     90: (
-        Config(128, 256, 64, 8, 4, 1.0),  # 24 %
-        Config(128, 128, 64, 8, 4, 1.25),  # 42 %
-        Config(128, 64, 64, 4, 4, 1.75),  # 49 %
-        Config(64, 64, 64, 4, 4, 2.0),  # 84 %
+        Config(128, 256, 64, 8, 4, 1.0, tma=True),  # 16 %
+        Config(128, 128, 64, 8, 4, 1.25, tma=True),  # 32 %
+        Config(128, 64, 64, 4, 4, 1.75, tma=True),  # 35 %
+        Config(64, 64, 64, 4, 4, 2.0, tma=True),  # 62 %
     ),
-    # tcgen05 takes 128 x 128 elements in 64 clocks, and 64 rows take as long as 128. 128 x 256 would spill. Copies by
-    # threads are at their limit here: what TMA could take from them counts more than another tile.
+    # tcgen05 takes 128 x 128 elements in 64 clocks, and 64 rows take as long as 128. 128 x 256 spills, with addends.
     100: (
-        Config(128, 128, 64, 8, 4, 1.0),  # 95 %
-        Config(128, 64, 64, 4, 4, 1.5),  # 105 %
-        Config(64, 64, 64, 4, 4, 2.0),  # 93 %
+        Config(128, 128, 64, 8, 4, 1.0, tma=True),  # 75 %
+        Config(128, 64, 64, 4, 4, 1.5, tma=True),  # 64 %
+        Config(64, 64, 64, 4, 4, 2.0, tma=True),  # 63 %
     ),
-    120: _MMA,  # has no wgmma and no tcgen05
+    # mma.sync again, no wgmma, no tcgen05. By sm_80's clocks 13, 24, 24 and 25 %, but its tensor cores take two to four
+    # times as many.
+    120: tuple(c._replace(tma=True) for c in _MMA),
     # mfma takes 128 x 128 elements in 256 clocks. A block may have 64 KiB.
     "gfx942": (
         Config(128, 128, 32, 4, 2, 1.0),
@@ -76,11 +79,36 @@ TABLE: dict[int | str, tuple[Config, ...]] = {
 }
 
 
+# From which size on, the smallest of m, n and k, cuBLAS does a product that is no symmetric one. There the diagonal's
+# corrections and the addend are passes over sums in fp32, about 25 bytes an element that our kernels do not move.
+#
+# sm_100: shared memory takes and gives the operands of 128 x 128 tiles in twice the clocks that tensor cores need, and
+# cuBLAS's pairs of multiprocessors share 256 x 256: ours is at half of the peak at best, cuBLAS at about 0.8. Of 2.25
+# PFLOP/s and 8 TB/s the passes are paid for from k = 4,700 on. Counted, not timed.
+# sm_90: 128 x 256 keeps tensor cores busy, by the same count; quack's fused aX + BX, with tiles like these, is faster
+# than cuBLAS's baddbmm (Gram-NS blog, H100). sm_80, 120: A100 and 4090 run flash-muon's mma.sync kernels at 1.7 to 1.9
+# times cuBLAS with half its FLOPs, so at its speed, and fused-muon's epilogue costs 2.8 % where cuBLAS needs passes.
+# Symmetric products are never left to cuBLAS: it needs twice the FLOPs. What it was measured to win, one matrix with
+# m <= 1024 (flash-muon on H800: 0.0112 ms against 0.0124) without addends, it loses again with one pass of addends.
+_VENDOR: dict[int | str, int] = {100: 8192}
+
+
+def _entry(target: int | str) -> int | str:
+    """Whose row in TABLE counts for an architecture."""
+    if isinstance(target, int):
+        return max(a for a in TABLE if isinstance(a, int) and a <= target)
+    return target if target in TABLE else "gfx942"
+
+
 def table(target: int | str) -> tuple[Config, ...]:
     """The candidates for an architecture."""
-    if isinstance(target, int):
-        return TABLE[max(a for a in TABLE if isinstance(a, int) and a <= target)]
-    return TABLE.get(target, TABLE["gfx942"])
+    return TABLE[_entry(target)]
+
+
+def vendor(shape: Shape, target: int | str) -> bool:
+    """Whether the vendor's library computes this product, because it is faster there."""
+    least = _VENDOR.get(_entry(target))
+    return least is not None and not shape.symmetric and min(shape.m, shape.n, shape.k) >= least
 
 
 @lru_cache(maxsize=1024)

@@ -7,15 +7,17 @@ order whatever the tile, so its bits depend on neither batch nor table.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .configs import Shape, choose
+from .configs import Shape, choose, vendor
 
 _VECTOR = 8  # elements in 16 bytes, the widest access of global memory
 
@@ -54,6 +56,8 @@ def _product(
     c_diagonal,
     out_diagonal,
     scale,
+    a_tiles,  # a and b once more, as descriptors of what TMA copies; None where it cannot
+    b_tiles,
     m: tl.int32,
     n: tl.int32,
     k: tl.int32,
@@ -84,7 +88,8 @@ def _product(
     tiles_m, tiles_n = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
     tiles = tiles_m * (tiles_m + 1) // 2 if SYMMETRIC else tiles_m * tiles_n
     index = tl.program_id(0) % tiles
-    matrix = (tl.program_id(0) // tiles).to(tl.int64)
+    slot = tl.program_id(0) // tiles
+    matrix = slot.to(tl.int64)
     if SYMMETRIC:
         tile_m, tile_n = _triangular_index(index)
     else:  # down the columns, which are short where a result is wide: programs at work share more operands
@@ -98,33 +103,43 @@ def _product(
     if ADDEND == "c":
         c += matrix * (c_batch_stride * STRIDE_UNIT)
 
-    # Rows beyond the last one repeat it: they only make elements that are not stored.
-    ks = tl.arange(0, BLOCK_K)
-    a_at = a + tl.minimum(rows, m - 1)[:, None].to(tl.int64) * a_row_stride + ks[None, :]
-    if B_TRANSPOSED:
-        b_at = b + tl.minimum(cols, n - 1)[None, :].to(tl.int64) * b_row_stride + ks[:, None]
-        b_step = tl.full((), BLOCK_K, tl.int64)
-    else:
-        b_at = b + ks[:, None].to(tl.int64) * b_row_stride + cols[None, :]
-        b_step = BLOCK_K * b_row_stride
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    # The last steps of k are outside of the loop, so that the loop needs no masks of k. If n has no unit, neither needs
-    # it exact ones of n: vectors are read whole, and what they have beyond a row is still in the stack. Not so in the
-    # last row, which is therefore none of the loop's.
-    steps = (k if SIZE_UNIT == STRIDE_UNIT else tl.maximum(k - 1, 0)) // BLOCK_K
-    readable = cols[None, :] < tl.cdiv(n, STRIDE_UNIT) * STRIDE_UNIT
-    for _ in range(steps):
+    if a_tiles is not None:
+        # What lies outside of a matrix arrives as zeros, so that no step needs masks.
+        for step in range(tl.cdiv(k, BLOCK_K)):
+            k0 = step * BLOCK_K
+            x = a_tiles.load([slot, row0, k0]).reshape(BLOCK_M, BLOCK_K)
+            if B_TRANSPOSED:
+                acc = tl.dot(x, b_tiles.load([slot, col0, k0]).reshape(BLOCK_N, BLOCK_K).T, acc)
+            else:
+                acc = tl.dot(x, b_tiles.load([slot, k0, col0]).reshape(BLOCK_K, BLOCK_N), acc)
+    else:
+        # Rows beyond the last one repeat it: they only make elements that are not stored.
+        ks = tl.arange(0, BLOCK_K)
+        a_at = a + tl.minimum(rows, m - 1)[:, None].to(tl.int64) * a_row_stride + ks[None, :]
         if B_TRANSPOSED:
-            acc = tl.dot(tl.load(a_at), tl.load(b_at), acc)
+            b_at = b + tl.minimum(cols, n - 1)[None, :].to(tl.int64) * b_row_stride + ks[:, None]
+            b_step = tl.full((), BLOCK_K, tl.int64)
         else:
-            acc = tl.dot(tl.load(a_at), tl.load(b_at, mask=readable, other=0.0), acc)
-        a_at += BLOCK_K
-        b_at += b_step
-    left = k - steps * BLOCK_K
-    if left > 0:
-        b_left = ks[:, None] < left if B_TRANSPOSED else (ks[:, None] < left) & (cols[None, :] < n)
-        x = tl.load(a_at, mask=ks[None, :] < left, other=0.0)
-        acc = tl.dot(x, tl.load(b_at, mask=b_left, other=0.0), acc)
+            b_at = b + ks[:, None].to(tl.int64) * b_row_stride + cols[None, :]
+            b_step = BLOCK_K * b_row_stride
+        # The last steps of k are outside of the loop, so that the loop needs no masks of k. If n has no unit, neither
+        # needs it exact ones of n: vectors are read whole, and what they have beyond a row is still in the stack. Not
+        # so in the last row, which is therefore none of the loop's.
+        steps = (k if SIZE_UNIT == STRIDE_UNIT else tl.maximum(k - 1, 0)) // BLOCK_K
+        readable = cols[None, :] < tl.cdiv(n, STRIDE_UNIT) * STRIDE_UNIT
+        for _ in range(steps):
+            if B_TRANSPOSED:
+                acc = tl.dot(tl.load(a_at), tl.load(b_at), acc)
+            else:
+                acc = tl.dot(tl.load(a_at), tl.load(b_at, mask=readable, other=0.0), acc)
+            a_at += BLOCK_K
+            b_at += b_step
+        left = k - steps * BLOCK_K
+        if left > 0:
+            b_left = ks[:, None] < left if B_TRANSPOSED else (ks[:, None] < left) & (cols[None, :] < n)
+            x = tl.load(a_at, mask=ks[None, :] < left, other=0.0)
+            acc = tl.dot(x, tl.load(b_at, mask=b_left, other=0.0), acc)
 
     factor = 1.0
     if scale is not None:
@@ -189,9 +204,130 @@ def _check(fits: bool) -> None:
         raise ValueError("shapes, strides or dtypes of a product's operands do not fit together")
 
 
-def _strides(t: Tensor | None) -> tuple[int, int]:
-    """Of a stack: batch and rows. A batch of one has none that matters."""
-    return (0, 0) if t is None else (t.stride(0) if len(t) > 1 else 0, t.stride(1))
+class _Place(NamedTuple):
+    """Where a stack is, and how it lies there. It keeps no memory alive, so it can be kept.
+
+    Attributes:
+        strides: of matrices and rows, in elements.
+    """
+
+    address: int
+    shape: torch.Size
+    strides: tuple[int, int]
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        """As a tensor's: what descriptors are made from."""
+        return self.address
+
+    @staticmethod
+    def of(t: Tensor) -> _Place:
+        """A batch of one has no distance of matrices that matters."""
+        return _Place(t.data_ptr(), t.shape, (t.stride(0) if len(t) > 1 else 0, t.stride(1)), t.dtype)
+
+    def vectorized(self) -> bool:
+        """Whether all rows begin at 16 bytes."""
+        return (self.address | 2 * self.strides[0] | 2 * self.strides[1]) % (2 * _VECTOR) == 0
+
+
+class _Launch(NamedTuple):
+    """What a product of operands in these places needs, whatever its coefficients.
+
+    Attributes:
+        vendor: see configs.vendor.
+        addend: who c is.
+        tiles: descriptors of a and b, or None.
+        numbers: sizes and strides.
+        options: of the compilation.
+    """
+
+    vendor: bool
+    programs: int
+    addend: str | None
+    tiles: tuple[TensorDescriptor | None, TensorDescriptor | None]
+    numbers: tuple[int, ...]
+    options: dict[str, Any]
+
+
+@lru_cache(maxsize=1024)
+def _descriptor(stack: _Place, *block: int) -> TensorDescriptor:
+    matrices, rows = stack.strides
+    return TensorDescriptor(stack, list(stack.shape), [matrices or rows, rows, 1], [1, *block])
+
+
+def _describable(stack: _Place) -> bool:
+    """Whether TMA can copy tiles of it: 16-byte alignment, something there, and strides below 2^40 bytes."""
+    matrices, rows = stack.strides
+    far = (matrices if stack.shape[0] > 1 else rows), rows
+    return stack.vectorized() and stack.shape.numel() > 0 and all(0 < s < 2**39 for s in far)
+
+
+@lru_cache(maxsize=1024)
+def _launch(
+    device: int, a: _Place, b: _Place, c: _Place | None, out: _Place, b_transposed: bool, symmetric: bool
+) -> _Launch:
+    """Descriptors cost microseconds, and stacks keep their places between steps: so it is remembered."""
+    (batch, m, n), k = out.shape, a.shape[2]
+    target = driver.active.get_current_target().arch
+    shape = Shape(batch, m, n, k, symmetric)
+    config = choose(shape, target, _multiprocessors(device))
+    programs = batch * config.tiles(m, n, symmetric)
+    _check(programs < 2**31)
+
+    addend = None if c is None else "a" if c == a else "b" if c == b else "c"
+    stacks = [a, b, out] if c is None else [a, b, c, out]
+    stride_unit = _VECTOR if all(t.vectorized() for t in stacks) else 1
+    size_unit = _VECTOR if stride_unit > 1 and (m | n | k) % _VECTOR == 0 else 1
+    strides = [
+        s // stride_unit for t in (a, b, c if addend == "c" else None, out) for s in (t.strides if t else (0, 0))
+    ]
+    tiles: tuple[TensorDescriptor | None, TensorDescriptor | None] = None, None
+    if config.tma and _describable(a) and _describable(b):
+        b_block = (config.block_n, config.block_k) if b_transposed else (config.block_k, config.block_n)
+        tiles = _descriptor(a, config.block_m, config.block_k), _descriptor(b, *b_block)
+    options = dict(
+        B_TRANSPOSED=b_transposed,
+        SYMMETRIC=symmetric,
+        ADDEND=addend,
+        SIZE_UNIT=size_unit,
+        STRIDE_UNIT=stride_unit,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        enable_fp_fusion=True,
+    )
+    sizes = m // size_unit, n // size_unit, k // size_unit
+    return _Launch(vendor(shape, target), programs, addend, tiles, (*sizes, *strides), options)
+
+
+def _product_in_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """The vendor's product of two stacks, not rounded to their dtype; what has no such product is converted."""
+    return torch.bmm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.bmm(a.float(), b.float())
+
+
+def _gemm_by_vendor(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None,
+    out: Tensor,
+    a_diagonal: Tensor | None,
+    alpha: float,
+    beta: float,
+    scale: Tensor | None,
+) -> None:
+    """See `product`. Everything is added in fp32, so that there is but one rounding here, too."""
+    sums = _product_in_fp32(a, b)
+    if a_diagonal is not None:
+        sums.addcmul_(a_diagonal[:, :, None], b)
+    if alpha != 1:
+        sums *= alpha
+    if c is not None:
+        sums.add_(c, alpha=beta)
+    if scale is not None:
+        sums *= scale[:, None, None]
+    out.copy_(sums)
 
 
 def product(
@@ -258,48 +394,33 @@ def product(
     if not batch or not m or not n:
         return
 
-    addend = None
-    if c is not None:
-        place = lambda t: (t.data_ptr(), t.shape, _strides(t))
-        addend = "a" if place(c) == place(a) else "b" if place(c) == place(b) else "c"
-    vectorized = all((t.data_ptr() | 2 * _strides(t)[0] | 2 * _strides(t)[1]) % (2 * _VECTOR) == 0 for t in stacks)
-    stride_unit = _VECTOR if vectorized else 1
-    size_unit = _VECTOR if vectorized and (m | n | k) % _VECTOR == 0 else 1
-    strides = [s // stride_unit for t in (a, b, c if addend == "c" else None, out) for s in _strides(t)]
-
-    config = choose(
-        Shape(batch, m, n, k, symmetric),
-        driver.active.get_current_target().arch,
-        _multiprocessors(driver.active.get_current_device()),
+    launch = _launch(
+        driver.active.get_current_device(),
+        _Place.of(a),
+        _Place.of(b),
+        None if c is None else _Place.of(c),
+        _Place.of(out),
+        b_transposed,
+        symmetric,
     )
-    programs = batch * config.tiles(m, n, symmetric)
-    _check(programs < 2**31)
-    _product[(programs,)](
+    corrected = any(d is not None for d in (b_diagonal, c_diagonal, out_diagonal))
+    if launch.vendor and not (b_transposed or corrected or gamma):
+        _gemm_by_vendor(a, b, c, out, a_diagonal, alpha, beta, scale)
+        return
+    _product[(launch.programs,)](
         a,
         b,
-        c if addend == "c" else None,
+        c if launch.addend == "c" else None,
         out,
         a_diagonal,
         b_diagonal,
         c_diagonal,
         out_diagonal,
         scale,
-        m // size_unit,
-        n // size_unit,
-        k // size_unit,
-        *strides,
+        *launch.tiles,
+        *launch.numbers,
         alpha,
         beta,
         gamma,
-        B_TRANSPOSED=b_transposed,
-        SYMMETRIC=symmetric,
-        ADDEND=addend,
-        SIZE_UNIT=size_unit,
-        STRIDE_UNIT=stride_unit,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        enable_fp_fusion=True,
+        **launch.options,
     )

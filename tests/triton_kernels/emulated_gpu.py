@@ -81,10 +81,11 @@ class _Launcher:
         for of, arg in _flat(rest[4:], self.signature):
             if of.startswith("tensordesc"):
                 meta = next(descriptors)
-                view = arg.base.as_strided(arg.shape, arg.strides)
+                # A descriptor holds an address; whose it is, is known by the pointer that is passed as well.
+                base = next(t for t in args if isinstance(t, torch.Tensor) and t.data_ptr() == arg.base.data_ptr())
+                view = base.as_strided(arg.shape, arg.strides)
                 args += [tensor_map(view, meta["block_size"], (0, 32, 64, 128)[meta["swizzle"]])]
                 args += [*arg.shape, *arg.strides]
-                memory.append(arg.base)
             elif of.startswith("fp"):
                 args.append(float(arg))
             else:
@@ -165,7 +166,7 @@ def emulated(arch: int = 80, multiprocessors: int = 1, **options: Any) -> Abstra
     return _active(Device(arch, multiprocessors, options), _ptx_is_the_binary)
 
 
-def compiling(arch: int | str, multiprocessors: int = 1) -> AbstractContextManager[Device]:
-    """Inside, kernels are compiled down to the binary for compute capability arch / 10, or an AMD architecture; calls
-    of them do nothing."""
-    return _active(Device(arch, multiprocessors, None), None)
+def compiling(arch: int | str, multiprocessors: int = 1, binary: bool = True) -> AbstractContextManager[Device]:
+    """Inside, kernels are compiled for compute capability arch / 10, or an AMD architecture, down to the binary or to
+    PTX; calls of them do nothing."""
+    return _active(Device(arch, multiprocessors, None), None if binary else _ptx_is_the_binary)

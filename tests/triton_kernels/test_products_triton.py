@@ -1,9 +1,13 @@
-"""The products of triton_kernels as Triton compiles them for sm_80 and sm_90a, run on the CPU, against float64."""
+"""The products of triton_kernels as Triton compiles them for sm_80 and sm_90a, run on the CPU, against float64.
+
+A kernel takes seconds to build: sm_80 is asked for everything, sm_90a for what its copies (by TMA, or by threads for
+wgmma) can get wrong, and test_backend_triton.py has the logic of more combinations in Triton's interpreter.
+"""
 
 from __future__ import annotations
 
 from itertools import product as combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 import product_checks as checks
 import pytest
@@ -16,14 +20,18 @@ pytest.importorskip("triton.language", reason="no triton")
 from emulated_gpu import emulated
 
 from muon_kernels.triton_kernels import products
-from muon_kernels.triton_kernels.configs import Config, Shape, choose, table
+from muon_kernels.triton_kernels.configs import Config, Shape, choose, table, vendor
 
-ARCHS = [80, 90]
-SIZES = [1, 3, 17, 63, 65, 129]
+
+class Place(NamedTuple):
+    arch: int
+    tma: bool
+
+
+PLACES = {"sm80": Place(80, False), "sm90": Place(90, False), "tma": Place(90, True)}
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 OPTIONS = ("order", "asynchrony", "seed", "races", "profile")
-CONFIGS = [(arch, config) for arch in ARCHS for config in table(arch)]
-archs = pytest.mark.parametrize("arch", ARCHS, ids=lambda a: f"sm{a}")
+CONFIGS = [(arch, config) for arch in (80, 90) for config in table(arch)]
 dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 every_config = pytest.mark.parametrize(
     ("arch", "config"), CONFIGS, ids=[f"sm{arch}-{c.block_m}x{c.block_n}" for arch, c in CONFIGS]
@@ -43,15 +51,22 @@ class Products:
             emulated(self.arch, multiprocessors, guard=True, **options) as self.device,
             pytest.MonkeyPatch.context() as m,
         ):
+            products._launch.cache_clear()  # it remembers what it chose
             if self.config:
                 m.setattr(products, "choose", lambda *_: self.config)
             products.product(a, b, out, **keywords)
         return out
 
 
-@pytest.fixture(params=ARCHS, ids=lambda a: f"sm{a}")
+@pytest.fixture(params=["sm80", "tma"])
 def run(request: pytest.FixtureRequest) -> Products:
-    return Products(request.param)
+    arch, tma = PLACES[request.param]
+    return Products(arch, SMALL._replace(tma=tma))
+
+
+def places(*names: str) -> Any:
+    """Only there, or there, too."""
+    return pytest.mark.parametrize("run", names, indirect=True)
 
 
 @pytest.fixture(autouse=True)
@@ -59,13 +74,21 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("width", [16, 2])
-@pytest.mark.parametrize("batch", [0, 1, 7])
-@pytest.mark.parametrize("m", SIZES)
-def test_any_size_and_stride(run: Products, m: int, batch: int, width: int) -> None:
-    checks.any_shape(run, 2 if (m, batch) == (129, 7) else batch, m, m + 5, width)
+SIZES = [(1, 7), (3, 1), (17, 0), (17, 7), (63, 1), (65, 7), (129, 2)]
 
 
+@pytest.mark.parametrize(("m", "batch"), SIZES)
+def test_any_size(run: Products, m: int, batch: int) -> None:
+    checks.any_shape(run, batch, m, m + 5)
+
+
+@places("sm80", "sm90")
+@pytest.mark.parametrize(("m", "batch"), SIZES)
+def test_any_stride(run: Products, m: int, batch: int) -> None:
+    checks.any_shape(run, batch, m, m + 5, 2)
+
+
+@places("sm80", "sm90", "tma")
 @pytest.mark.parametrize(("m", "n"), [(8, 64), (72, 200), (136, 136)])
 def test_sizes_of_whole_vectors(run: Products, m: int, n: int) -> None:
     checks.any_shape(run, 2, m, n)
@@ -76,23 +99,23 @@ def test_nothing_is_read_behind_the_last_element(run: Products) -> None:
     checks.any_shape(run, 2, 64, 69)
 
 
+@places("sm80")
 def test_f16(run: Products) -> None:
     checks.any_shape(run, 2, 72, 200, dtype=torch.float16)
 
 
 @every_config
 def test_every_config_is_exact_on_integers(arch: int, config: Config) -> None:
-    """Ragged in all directions, with every addend."""
+    """Ragged in all directions, with an addend."""
     m, n, k = config.block_m + 40, config.block_n + 24, 3 * config.block_k + 8
     for transposed in (False, True) if config.block_m == config.block_n else (False,):
         n = m if transposed else n
-        a, c, out = placed(integers(2, m, k)), placed(integers(2, m, n)), empty(2, m, n)
-        b = a if transposed else placed(integers(2, k, n))
-        scale = torch.tensor([0.5, 2.0])
-        Products(arch, config)(a, b, out, b_transposed=transposed, c=c, alpha=2.0, beta=-4.0, gamma=8.0, scale=scale)
-        scales = (scale**2 if transposed else scale)[:, None, None]
+        a, out = placed(integers(2, m, k)), empty(2, m, n)
+        b, c = (a, placed(symmetric(2, m))) if transposed else (placed(integers(2, k, n)), placed(integers(2, m, n)))
+        keywords = dict(b_transposed=transposed, symmetric=transposed)
+        Products(arch, config)(a, b, out, c=c, alpha=2.0, beta=-4.0, gamma=8.0, **keywords)
         sums = 2 * exact(a, b, transposed) - 4 * c.double() + 8 * torch.eye(m, n)
-        assert torch.equal(out, (scales * sums).bfloat16()) and untouched(out)
+        assert torch.equal(out, sums.bfloat16()) and untouched(out)
 
 
 @pytest.mark.parametrize(("which", "width"), [("a", 8), ("b", 4), ("c", 2), ("out", 8)])
@@ -104,20 +127,16 @@ def test_distance_of_matrices_alone_may_be_odd(run: Products) -> None:
     checks.odd_distance_of_matrices(run)
 
 
-@pytest.mark.parametrize(
-    ("m", "width", "dtype"),
-    [(1, 2, "bf16"), (17, 16, "bf16"), (65, 16, "bf16"), (63, 2, "bf16"), (136, 16, "bf16"), (136, 16, "f16")],
-)
-def test_parts_of_squares_are_exact_on_integers(run: Products, m: int, width: int, dtype: str) -> None:
+def test_parts_of_squares_are_exact_on_integers(run: Products) -> None:
     """Corrections of diagonals of any size, so that none can be lost or counted twice unseen."""
-    checks.parts_of_squares(run, m, width, DTYPES[dtype])
+    checks.parts_of_squares(run, 136 if run.config.tma else 65, 16, torch.bfloat16)
 
 
-@pytest.mark.parametrize("m", [17, 72])
-def test_precise_squares(run: Products, m: int) -> None:
-    checks.precise_squares(run, m)
+def test_precise_squares(run: Products) -> None:
+    checks.precise_squares(run, 72 if run.config.tma else 17)
 
 
+@places("sm80")
 @dtypes
 def test_error_is_that_of_one_rounding(run: Products, dtype: torch.dtype) -> None:
     """|out - exact| ≤ u |exact| + (k + 4) 2^-24 (Σ|a||b| + |c|): one rounding of a sum in fp32."""
@@ -131,26 +150,25 @@ def test_error_is_that_of_one_rounding(run: Products, dtype: torch.dtype) -> Non
     assert ((out.double() - right).abs() <= bound).all()
 
 
-@archs
 @pytest.mark.parametrize("transposed", [False, True])
-def test_bits_depend_on_nothing_but_the_matrix(arch: int, transposed: bool) -> None:
+def test_bits_depend_on_nothing_but_the_matrix(run: Products, transposed: bool) -> None:
     """Batches, tiles, alignments and orders: the same bits; and symmetric to the last one."""
     X = torch.randn(3, 200, 200).bfloat16()
-    large = Config(128, 128, *table(arch)[1][2:])
+    small = run.config
     results = []
     for width, config, order in (
-        (16, SMALL, "forward"),
-        (16, SMALL, "random"),
-        (16, large, "forward"),
-        (2, SMALL, "forward"),
+        (16, small, "forward"),
+        (16, small, "random"),
+        (16, table(run.arch)[1], "forward"),
+        (2, small, "forward"),
     ):
         at, out = placed(X, width), empty(3, 200, 200, width=width)
-        Products(arch, config)(at, at, out, b_transposed=transposed, symmetric=transposed, order=order)
+        Products(run.arch, config)(at, at, out, b_transposed=transposed, symmetric=transposed, order=order)
         results.append(out.clone())
     alone = [empty(1, 200, 200) for _ in range(3)]
     for i, out in enumerate(alone):
         at = placed(X[i : i + 1])
-        Products(arch)(at, at, out, b_transposed=transposed, symmetric=transposed)
+        run(at, at, out, b_transposed=transposed, symmetric=transposed)
     results.append(torch.cat(alone))
     assert all(torch.equal(r, results[0]) for r in results)
     if transposed:
@@ -188,7 +206,7 @@ def test_order_and_time_do_not_matter(arch: int, config: Config) -> None:
     orders = ("forward", "backward", "random")
     for order, asynchrony in (
         combinations(orders, ("early", "late", "random"))
-        if config == SMALL
+        if config.block_m == 64
         else zip(orders, ("random", "late", "early"), strict=True)
     ):
         out.fill_(torch.nan)
@@ -199,14 +217,13 @@ def test_order_and_time_do_not_matter(arch: int, config: Config) -> None:
 
 @every_config
 def test_no_races(arch: int, config: Config) -> None:
+    transposed = config.block_m == config.block_n
+    a, b, c, out = stretched(config, transposed)
     run = Products(arch, config)
-    for transposed in (False, True) if config.block_m == config.block_n else (False,):
-        a, b, c, out = stretched(config, transposed)
-        of_out = torch.empty(1, out.shape[1]) if transposed else None
-        keywords = dict(b_transposed=transposed, symmetric=transposed, c=c, beta=1.0, out_diagonal=of_out)
-        run(a, b, out, order="random", asynchrony="late", races=True, **keywords)
-        warning = run.device.log[-1].result.warning
-        assert not warning or "(the same value)" in warning, warning  # as Triton's tl.sum does it
+    keywords = dict(b_transposed=transposed, symmetric=transposed, c=c, beta=1.0)
+    run(a, b, out, order="random", asynchrony="late", races=True, **keywords)
+    warning = run.device.log[-1].result.warning
+    assert not warning or "(the same value)" in warning, warning  # as Triton's tl.sum does it
 
 
 @every_config
@@ -237,7 +254,7 @@ def test_profile(arch: int, config: Config) -> None:
 
 def test_numbers_do_not_compile_anew(run: Products) -> None:
     """Batch, sizes, strides, coefficients and scales are run-time values: one compilation for all."""
-    compiled = []
+    compiled: list[Any] = []
     for batch, m, n in ((1, 8, 16), (1, 16, 16), (2, 24, 40), (5, 8, 8), (3, 72, 1024)):
         for alpha, beta in ((1.0, 0.0), (0.5, -2.0)):
             A, X, C = (placed(integers(batch, m, k)) for k in (m, n, n))
@@ -272,6 +289,33 @@ def test_what_does_not_fit_is_refused(run: Products, case: int) -> None:
     with pytest.raises(ValueError, match="do not fit"):
         run(**checks.unfit()[case])
     assert not run.device.log
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_what_is_left_to_the_vendor_is_rounded_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Integers that are exact in fp32, and not in 16 bits before the end: a gemm with all that it can have."""
+    monkeypatch.setattr(products, "vendor", lambda *_: True)
+    run = Products(80, None)
+    A, X, C = (placed(integers(2, *shape, dtype=dtype)) for shape in ((72, 72), (72, 200), (72, 200)))
+    lost, scale = torch.full((2, 72), 2.0**-6), torch.tensor([0.5, 2.0])
+    a = A.double() + lost.double().diag_embed()
+    for c in (C, X, None):
+        out = empty(2, 72, 200, dtype)
+        run(A, X, out, c=c, a_diagonal=lost, alpha=2.0, beta=-4.0, scale=scale)
+        sums = 2 * a @ X.double() - (0 if c is None else 4 * c.double())
+        assert torch.equal(out, (scale[:, None, None] * sums).to(dtype)) and untouched(out)
+        assert not run.device.log
+    out = empty(2, 72, 200, dtype)
+    run(A, X, out)
+    assert torch.equal(out, exact(A, X, False).to(dtype)) and untouched(out)
+
+
+def test_what_is_left_to_the_vendor() -> None:
+    """Nothing where tensor cores are kept busy, and no symmetric product."""
+    large = Shape(1, 8192, 28672, 8192, False)
+    assert [arch for arch in (80, 86, 89, 90, 100, 103, 120, "gfx942") if vendor(large, arch)] == [100, 103]
+    assert not vendor(large._replace(symmetric=True, n=8192), 100)
+    assert not vendor(large._replace(m=4096, k=4096), 100)
 
 
 def chosen(arch: int | str, multiprocessors: int, shape: Shape) -> tuple[int, int]:

@@ -1,13 +1,12 @@
 """What can be read from the compiled products: no spills, shared memory and threads that the GPU has, and the tensor
-instructions that were meant, for every config of every architecture.
+instructions and copies that were meant, for every config of every architecture.
 """
 
 from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Iterator
-from functools import cache
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,53 +19,97 @@ import triton
 from emulated_gpu import SHARED_BYTES, compiling
 from ptx.module import cached
 
+from muon_kernels.backends import triton as backend
+from muon_kernels.coefficients import resolve
+from muon_kernels.newton_schulz import ALGORITHMS, Square
 from muon_kernels.triton_kernels import products
 from muon_kernels.triton_kernels.configs import Config, table
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 TENSOR = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
-ENTRIES = [(arch, config) for arch in (*TENSOR, "gfx942") for config in table(arch)]
+# Of Newton-Schulz's products those that need most registers: a I + b R + c R², R S, and b X + S X.
+SQUARES = ("squared", "multiplied")
 
 
-def kernels(arch: int | str, config: Config) -> Iterator[Any]:
-    """Triton's CompiledKernels of the products with most addends: S = a I + b R + c R², R S, and b X + S X."""
-    R, S, X = torch.empty(1, 64, 64).bfloat16(), torch.empty(1, 64, 64).bfloat16(), torch.empty(1, 64, 128).bfloat16()
-    lost, scale = torch.empty(1, 64), torch.empty(1)
+def entries() -> list[Any]:
+    """Every config with every product that it computes; where it uses TMA, one of them without, which is for operands
+    that are not aligned. sm_86 and 89 get the code of sm_80 and less shared memory."""
+    found = []
+    for arch in (*TENSOR, "gfx942"):
+        for config in table(arch):
+            square = config.block_m == config.block_n
+            kinds = [("updated", config.tma)]
+            if square:
+                kinds = [("squared", config.tma)] if arch in (86, 89) else [(s, config.tma) for s in SQUARES] + kinds
+            if config.tma:
+                kinds.append(("squared" if square else "updated", False))
+            found += [(arch, config, kind, tma) for kind, tma in kinds]
+    return found
+
+
+def name(arch: int | str, config: Config, kind: str, tma: bool) -> str:
+    return f"{arch}-{config.block_m}x{config.block_n}-{kind}{'-tma' if tma else ''}"
+
+
+def compiled(arch: int | str, config: Config, kind: str, tma: bool) -> Any:
+    """Triton's CompiledKernel."""
+    R, S, X = torch.empty(2, 64, 64).bfloat16(), torch.empty(2, 64, 64).bfloat16(), torch.empty(2, 64, 128).bfloat16()
+    lost, scale = torch.empty(2, 64), torch.empty(2)
     squares: dict[str, Any] = dict(a_diagonal=lost, b_diagonal=lost, out_diagonal=lost, symmetric=True)
+    products._launch.cache_clear()
     # Their own place in Triton's table of kernels: it knows devices, and not whose turn it is.
-    with compiling(arch, hash((arch, config))) as device, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(products, "choose", lambda *_: config)
-        if config.block_m == config.block_n:
-            products.product(R, R, S, b_transposed=True, c=R, c_diagonal=lost, scale=scale, **squares)
+    with compiling(arch, hash((config, kind, tma))) as device, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "choose", lambda *_: config._replace(tma=tma))
+        if kind == "squared":
+            products.product(R, R, S, b_transposed=True, c=R, c_diagonal=lost, **squares)
+        elif kind == "multiplied":
             products.product(R, S, torch.empty_like(R), **squares)
-        products.product(S, X, torch.empty_like(X), a_diagonal=lost, c=X, scale=scale)
-        yield from device.kernels(products._product)
+        else:
+            products.product(S, X, torch.empty_like(X), a_diagonal=lost, c=X, scale=scale)
+        (kernel,) = device.kernels(products._product)
+        return kernel
 
 
-@cache
 def dump(what: str, cubin: bytes) -> str:
     path = cached(".cubin", ["triton", cubin.hex()], lambda out: out.write_bytes(cubin) and None)
     return subprocess.run([str(CUOBJDUMP), what, str(path)], check=True, capture_output=True, text=True).stdout
 
 
-@pytest.mark.parametrize(("arch", "config"), ENTRIES, ids=[f"{a}-{c.block_m}x{c.block_n}" for a, c in ENTRIES])
-def test_compiled(arch: int | str, config: Config) -> None:
-    found = list(kernels(arch, config))
-    assert len(found) == (3 if config.block_m == config.block_n else 1)
-    for kernel in found:
-        assert kernel.metadata.shared <= SHARED_BYTES[arch]
-        if isinstance(arch, str):
-            text = kernel.asm["amdgcn"]
-            assert "v_mfma_f32" in text
-            assert re.findall(r"\.vgpr_spill_count: +(\d+)", text) == ["0"]
-            continue
-        usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", dump("-res-usage", kernel.asm["cubin"]))
-        assert usage and int(usage[1]) * 32 * config.num_warps <= 65536
-        assert (int(usage[2]), int(usage[3])) == (0, 0), "spills"
-        sass = dump("-sass", kernel.asm["cubin"])
-        count = lambda instruction, sass=sass: len(re.findall(rf"\s{instruction}", sass))
-        assert count(rf"{TENSOR[arch]}\b") > 0
-        # Operands by 16-byte copies that nobody waits for, all else by 16-byte accesses.
+@pytest.mark.parametrize(("arch", "config", "kind", "tma"), entries(), ids=[name(*e) for e in entries()])
+def test_compiled(arch: int | str, config: Config, kind: str, tma: bool) -> None:
+    kernel = compiled(arch, config, kind, tma)
+    assert kernel.metadata.shared <= SHARED_BYTES[arch]
+    if isinstance(arch, str):
+        text = kernel.asm["amdgcn"]
+        assert "v_mfma_f32" in text
+        assert re.findall(r"\.vgpr_spill_count: +(\d+)", text) == ["0"]
+        return
+    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", dump("-res-usage", kernel.asm["cubin"]))
+    assert usage and int(usage[1]) * 32 * config.num_warps <= 65536
+    assert (int(usage[2]), int(usage[3])) == (0, 0), "spills"
+    sass = dump("-sass", kernel.asm["cubin"])
+    count = lambda instruction: len(re.findall(rf"\s{instruction}", sass))
+    assert count(rf"{TENSOR[arch]}\b") > 0
+    # Operands by copies that nobody waits for: whole tiles, or 16 bytes. All else by 16-byte accesses.
+    copies = count(r"UTMALDG\.3D")
+    assert (copies >= 2 and not count("LDGSTS")) if tma else not copies
+    if not tma:
         assert count(r"LDGSTS\.E\.BYPASS\.(LTC128B\.)?128") == count("LDGSTS") > 0
-        assert count(r"LDG\.E\.128") >= config.block_m * config.block_n // (32 * config.num_warps) // 8
-        assert count(r"STG\.E\.(U16|U8|64)") == 0 and count(r"STG\.E\.128") > 0
+    assert count(r"LDG\.E\.128") >= config.block_m * config.block_n // (32 * config.num_warps) // 8
+    assert count(r"STG\.E\.(U16|U8|64)") == 0 and count(r"STG\.E\.128") > 0
+
+
+@pytest.mark.parametrize(("arch", "multiprocessors"), [(80, 108), (90, 132), (100, 148)])
+def test_a_model_needs_few_compilations(arch: int, multiprocessors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPT-2's step, 124M parameters: its square matrices in standard form, the others in Gram form."""
+    monkeypatch.setattr(backend._device, "guard", lambda _: nullcontext(), raising=False)
+    triples, margin, _ = resolve("polar_express", 5)
+    products._launch.cache_clear()
+    with compiling(arch, multiprocessors, binary=False) as device:
+        for form, batch, m, n in (("standard", 12, 768, 768), ("gram", 12, 768, 2304), ("gram", 24, 768, 3072)):
+            X = torch.empty(batch, m, n).bfloat16()
+            squares = [Square(torch.empty(batch, m, m).bfloat16(), torch.empty(batch, m)) for _ in range(5)]
+            algorithm = ALGORITHMS[form]
+            scale = torch.empty(batch)
+            algorithm.run(backend, X, torch.empty_like(X), squares[: algorithm.squares], scale, triples, margin)
+        assert len(device.kernels(products._product)) == 8
