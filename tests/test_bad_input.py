@@ -335,7 +335,8 @@ def test_backend_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="cannot run here"):
         optimizer.step()
     before.check()
-    assert backends.choose("auto", *kind) == ("eager", ("cpu was not chosen: the compiled module is missing; reinstall",))
+    notes = ("cpu was not chosen: the compiled module is missing; reinstall",)
+    assert backends.choose("auto", *kind) == ("eager", notes)
 
 
 @pytest.mark.parametrize("backend", ["auto", "cpu"])

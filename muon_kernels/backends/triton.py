@@ -253,9 +253,8 @@ def apply_update(
 
 
 def scratch_bytes(rows: int, cols: int) -> int:
-    """A double for each tile and as much for the scale, in whole sectors: the diagonals come behind it."""
-    tiles = -(-rows // configs.ELEMENTWISE_BLOCK) * -(-cols // configs.ELEMENTWISE_BLOCK)
-    return -(-8 * (tiles + 1) // 32) * 32
+    """See `triton_kernels.configs`."""
+    return configs.scratch_bytes(rows, cols)
 
 
 def update_launches(count: int) -> int:
@@ -273,7 +272,7 @@ def fused_plan(rows: int, cols: int, count: int, schedule: Schedule) -> Fused | 
     """Where the smaller side fits on the chip, which needs no workspace but two visits to the longer one."""
     if terms_needed(schedule.triples, schedule.margin) is None or not 0 < rows <= configs.FUSED_ROWS:
         return None
-    return Fused(slots=0, flops=configs.fused_flops(rows, cols, len(schedule.triples)), reads=2)
+    return Fused(slots=0, flops=configs.executed_flops(rows, cols, len(schedule.triples)), reads=2)
 
 
 def fused_step(
@@ -301,7 +300,8 @@ def fused_step(
             params,
             grads,
             momenta,
-            (m, n),
+            X,
+            iterate,
             triples=triples,
             momentum=momentum,
             nesterov=nesterov,

@@ -1,7 +1,8 @@
-"""Which tiles a product is cut into, by architecture and shape: data, so that nothing is tuned where a step runs."""
+"""What the Triton kernels are run with, by architecture and shape: data, so that nothing is tuned where a step runs."""
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -122,17 +123,47 @@ def choose(shape: Shape, target: int | str, multiprocessors: int) -> Config:
     return min((c for c in table(target) if not shape.symmetric or c.block_m == c.block_n), key=work)
 
 
-ELEMENTWISE_BLOCK = 64  # rows and columns of a tile of momentum_update and apply_update
-FUSED_ROWS = 64  # of a whole step in one launch; R, Q and S of more would leave the registers
+# ---- elementwise.py ----
+
+BLOCK = 64  # rows and columns of a tile
 
 
-def fused_block(rows: int) -> int:
+def scratch_bytes(rows: int, cols: int) -> int:
+    """Of a matrix in `momentum_update`: a double for each tile and as much for the scale, in whole sectors."""
+    return -(-8 * (-(-rows // BLOCK) * -(-cols // BLOCK) + 1) // 32) * 32
+
+
+# ---- fused_step.py ----
+
+FUSED_ROWS = 64  # R, Q and S of more would leave the registers
+# Largest relative error of the number that a sum of three bf16 numbers stands for.
+_UNIT_ROUNDOFF = 2.0**-22
+# The sum over the steps of S's relative error where S should be a, as csrc's fused_step judges it.
+_ALLOWED_CHANGE = 4.0
+
+
+def block_of(rows: int) -> int:
     """The side of fused_step's tiles; two, since each is a compilation."""
     return 32 if rows <= 32 else 64
 
 
-def fused_flops(rows: int, cols: int, steps: int) -> int:
-    """Of fused_step, for a matrix: a product of numbers of three terms is six, and sizes are rounded up to tiles."""
-    m = fused_block(rows)
+def needs_restart(triples: tuple[tuple[float, float, float], ...], margin: float) -> bool:
+    """Whether `fused_step` would lose too much to rounding with these coefficients.
+
+    An eigenvalue of R that should be 0 is `loss` too small, negative, and so S is too large there: that multiplies the
+    loss by S² in every step, while the step's own rounding adds to it. When Q is several times too large the iteration
+    is about to explode.
+    """
+    loss, change = _UNIT_ROUNDOFF / margin**2, 0.0
+    for a, b, c in triples:
+        s = abs(a) + abs(b) * loss + abs(c) * loss * loss
+        change += s / abs(a) - 1 if a else math.inf
+        loss = loss * s * s + _UNIT_ROUNDOFF * (1 + abs(a))
+    return not change <= _ALLOWED_CHANGE  # NaN, too
+
+
+def executed_flops(rows: int, cols: int, steps: int) -> int:
+    """Of `fused_step` for a matrix: a product is six of bf16, sizes are rounded up to tiles; two visits to X."""
+    m = block_of(rows)
     n = -(-cols // m) * m
     return 6 * 2 * m * m * (2 * n + 4 * steps * m)

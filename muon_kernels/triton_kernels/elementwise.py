@@ -13,8 +13,6 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 import triton
@@ -23,8 +21,9 @@ from torch import Tensor
 
 from ..layout import Matrices
 from . import tables
+from .configs import BLOCK, scratch_bytes
+from .launch import launch
 
-BLOCK = 64  # rows and columns of a tile
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # A compiler that fused `end - start` with the product that made `end` would not be torch.lerp's to the bit; what may
 # be fused is written as such.
@@ -246,11 +245,6 @@ def norm_kernel(
                 tl.store(at, times_power(value, e).to(x.dtype.element_ty), inside)
 
 
-def device_guard(device: torch.device) -> AbstractContextManager[Any]:
-    """Make it the current device, which Triton launches on; the interpreter needs none."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
 def momentum_update(
     grads: Sequence[Matrices],
     momenta: Sequence[Matrices] | None,
@@ -262,34 +256,42 @@ def momentum_update(
     grad_scale: float,
     eps: float,
     margin: float,
+    scratch: Tensor | None = None,
 ) -> Tensor:
-    """See `Backend.momentum_update`; X may also be f16. Two launches."""
+    """See `Backend.momentum_update`, on the current device; X may also be f16. Two launches.
+
+    Args:
+        scratch: uint8, batch times `scratch_bytes`, at a multiple of 8: the sums of squares of all tiles, and behind
+            them the scales, which are returned.
+    """
     batch, m, n = X.shape
-    scale = X.new_empty(batch, dtype=torch.float32)
+    if scratch is None:
+        scratch = torch.empty(batch * scratch_bytes(m, n), dtype=torch.uint8, device=X.device)
+    partial = scratch.view(torch.float64)
+    scale = partial[partial.numel() - batch :].view(torch.float32)[:batch]
     if not batch:
         return scale
     tiles = triton.cdiv(m, BLOCK) * triton.cdiv(n, BLOCK)
-    partial = X.new_empty(batch * tiles, dtype=torch.float64)
+    assert batch * (tiles + 1) <= partial.numel()
     sizes = m, n, X.stride(0), X.stride(1)
-    with device_guard(X.device):
-        g = tables.table(grads, X.device)
-        b = tables.table(momenta, X.device) if momenta is not None else None
-        both = (g,) if b is None else (b, g)
-        if tiles:
-            momentum_kernel[(batch * tiles,)](
-                g.refs, b and b.refs, X, partial, *sizes, float(grad_scale), float(momentum), 1.0 - momentum,
-                GRAD=TYPES[grads[0].tensor.dtype],
-                MOMENTUM=TYPES[(momenta or grads)[0].tensor.dtype],
-                NESTEROV=nesterov,
-                DAMPENED=dampened,
-                WIDTH=tables.width(m, n, max(t[0].tensor.itemsize for t in (grads, momenta) if t), X, *both),
-                BLOCK=BLOCK,
-                **OPTIONS,
-            )  # fmt: skip
-        shares = min(max(tiles // 64, 1), 64)
-        norm_kernel[(batch, shares)](X, partial, scale, *sizes, eps, margin, BLOCK=BLOCK, CHUNK=256, **OPTIONS)
-    if momenta is not None:
-        torch.autograd.graph.increment_version([b.tensor for b in momenta])
+    g = tables.table(grads, X.device)
+    b = tables.table(momenta, X.device) if momenta is not None else None
+    if tiles:
+        launch(
+            momentum_kernel, batch * tiles,
+            g.refs, b and b.refs, X, partial, *sizes, float(grad_scale), float(momentum), 1.0 - momentum,
+            GRAD=TYPES[grads[0].tensor.dtype],
+            MOMENTUM=TYPES[(momenta or grads)[0].tensor.dtype],
+            NESTEROV=nesterov,
+            DAMPENED=dampened,
+            WIDTH=tables.width(
+                m, n, max(t[0].tensor.itemsize for t in (grads, momenta) if t), X, *((g,) if b is None else (b, g))
+            ),
+            BLOCK=BLOCK,
+            **OPTIONS,
+        )  # fmt: skip
+    shares = min(max(tiles // 64, 1), 64)
+    launch(norm_kernel, (batch, shares), X, partial, scale, *sizes, eps, margin, BLOCK=BLOCK, CHUNK=256, **OPTIONS)
     return scale
 
 
@@ -342,7 +344,7 @@ def updated(param, update, decay, step_size, CAUTIOUS: tl.constexpr):
     return tl.fma(-step_size, update, decayed)
 
 
-@triton.jit(do_not_specialize=["x", "M", "N", "x_batch_stride", "x_row_stride", "seed"])
+@triton.jit(do_not_specialize=["x", "M", "N", "x_batch_stride", "x_row_stride", "lr_at", "weight_decay_at", "seed"])
 def apply_kernel(
     refs, x, ratios, M, N, x_batch_stride: tl.int64, x_row_stride: tl.int64,
     lr: tl.float64, weight_decay: tl.float64, lr_at, weight_decay_at, seed: tl.int64,
@@ -377,7 +379,7 @@ def apply_kernel(
 
 
 def on_device(x: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:
-    """A number for the host, and the tensor of it if only the device knows."""
+    """A number for the host, and fp32 on the device if only that knows."""
     if isinstance(x, Tensor):
         return math.nan, x.to(device, torch.float32)
     return float(x), None
@@ -385,7 +387,8 @@ def on_device(x: float | Tensor, device: torch.device) -> tuple[float, Tensor | 
 
 def ratios_on(device: torch.device, ratios: Sequence[float]) -> Tensor:
     """(batch,) float64."""
-    return tables.on_device(array("d", ratios).tobytes(), torch.float64, device)
+    ratios = ratios if isinstance(ratios, array) else array("d", ratios)
+    return tables.on_device(ratios.tobytes(), torch.float64, device)
 
 
 def apply_update(
@@ -399,7 +402,7 @@ def apply_update(
     stochastic_rounding: bool = False,
     seed: int = 0,
 ) -> None:
-    """See `Backend.apply_update`; X may also be f16. One launch.
+    """See `Backend.apply_update`, on the current device; X may also be f16. One launch.
 
     Args:
         cautious: decay only where update and parameter have the same sign.
@@ -417,16 +420,15 @@ def apply_update(
         raise ValueError("stochastic_rounding should be of bfloat16 parameters but they are: torch.float16")
     lr, lr_at = on_device(lr, X.device)
     weight_decay, weight_decay_at = on_device(weight_decay, X.device)
-    with device_guard(X.device):
-        p = tables.table(params, X.device)
-        apply_kernel[(batch * triton.cdiv(m, BLOCK) * triton.cdiv(n, BLOCK),)](
-            p.refs, X, ratios_on(X.device, ratios), m, n, X.stride(0), X.stride(1),
-            lr, weight_decay, lr_at, weight_decay_at, (seed + 2**63) % 2**64 - 2**63,
-            PARAM=TYPES[dtype],
-            CAUTIOUS=cautious,
-            STOCHASTIC=stochastic_rounding and dtype == torch.bfloat16,
-            WIDTH=tables.width(m, n, dtype.itemsize, X, p),
-            BLOCK=BLOCK,
-            **OPTIONS,
-        )  # fmt: skip
-    torch.autograd.graph.increment_version([p.tensor for p in params])
+    p = tables.table(params, X.device)
+    launch(
+        apply_kernel, batch * triton.cdiv(m, BLOCK) * triton.cdiv(n, BLOCK),
+        p.refs, X, ratios_on(X.device, ratios), m, n, X.stride(0), X.stride(1),
+        lr, weight_decay, lr_at, weight_decay_at, (seed + 2**63) % 2**64 - 2**63,
+        PARAM=TYPES[dtype],
+        CAUTIOUS=cautious,
+        STOCHASTIC=stochastic_rounding and dtype == torch.bfloat16,
+        WIDTH=tables.width(m, n, dtype.itemsize, X, p),
+        BLOCK=BLOCK,
+        **OPTIONS,
+    )  # fmt: skip

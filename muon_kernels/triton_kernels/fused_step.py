@@ -9,10 +9,8 @@ fp32: enough for five to eight steps (see `refuses`).
 
 from __future__ import annotations
 
-import math
 from array import array
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from itertools import chain
 
 import torch
@@ -22,10 +20,10 @@ from torch import Tensor
 
 from ..layout import Matrices
 from . import tables
+from .configs import FUSED_ROWS, block_of, needs_restart
 from .elementwise import (
     TYPES,
     blend,
-    device_guard,
     look_ahead,
     matrix_at,
     on_device,
@@ -36,8 +34,7 @@ from .elementwise import (
     walk,
     walks_columns,
 )
-
-FUSED_ROWS = 64  # R, Q and S of more would leave the registers
+from .launch import launch
 
 
 @triton.jit
@@ -83,10 +80,10 @@ def exchanged(exchange, a, b):
 
 
 @triton.jit
-def turned(x, tall):
+def turned(x, tall, WIDTH: tl.constexpr):
     """The transpose of a square tile, if it was walked along columns. Not by a branch: what follows would be there
     twice, in other layouts."""
-    return tl.where(tall, tl.trans(x), x)
+    return tl.where(tall, tl.trans(x), x) if WIDTH > 1 else x
 
 
 @triton.jit
@@ -97,19 +94,25 @@ def direction_of(grad, momentum, mu, HAS_MOMENTUM: tl.constexpr, NESTEROV: tl.co
     return look_ahead(grad, momentum, mu, DAMPENED) if NESTEROV else momentum
 
 
+@triton.constexpr_function
+def columns_of(width, block):
+    """Of a tile. Addresses of single elements take many registers: half the tile, and none is transposed."""
+    return block if width > 1 else 32
+
+
 @triton.jit
-def tile_at(begin, M, N, tall, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def tile_at(origin, begin, M, N, tall, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Lines, places along them and what is inside a matrix, of the tile whose first column is `begin`."""
-    line = tl.arange(0, BLOCK) + tl.where(tall, begin, 0)
-    along = tl.arange(0, BLOCK) + tl.where(tall, 0, begin)
+    line = tl.arange(0, BLOCK) + (origin + tl.where(tall, begin, 0))
+    along = tl.arange(0, columns_of(WIDTH, BLOCK)) + (origin + tl.where(tall, 0, begin))
     inside = (line[:, None] < tl.where(tall, N, M)) & (along[None, :] < vectors_of(tl.where(tall, M, N), WIDTH))
     return line, along, inside
 
 
 @triton.jit
-def is_tall(param_refs, matrix):
-    """Whether a matrix is walked along its columns."""
-    return walks_columns(tl.load(param_refs + 3 * matrix + 1), tl.load(param_refs + 3 * matrix + 2))
+def is_tall(param_refs, matrix, WIDTH: tl.constexpr):
+    """Whether a matrix is walked along its columns; no matter where elements are moved one by one."""
+    return WIDTH > 1 and walks_columns(tl.load(param_refs + 3 * matrix + 1), tl.load(param_refs + 3 * matrix + 2))
 
 
 @triton.jit
@@ -125,8 +128,8 @@ def first_pass(
         momentum, momentum_row, momentum_col = matrix_at(momentum_refs, matrix, MOMENTUM, WIDTH)
     R = tl.zeros((BLOCK, BLOCK), tl.float32)
     largest = -126
-    for begin in range(0, N, BLOCK):
-        line, along, inside = tile_at(begin, M, N, tall, WIDTH, BLOCK)
+    for begin in range(0, N, columns_of(WIDTH, BLOCK)):
+        line, along, inside = tile_at(0, begin, M, N, tall, WIDTH, BLOCK)
         from_grad = walk(grad, grad_row, grad_col, tall, line, along, WIDTH)
         g = tl.load(from_grad, inside, 0.0).to(tl.float32) * grad_scale
         new = g
@@ -138,7 +141,7 @@ def first_pass(
             new = stored.to(tl.float32)
         x = direction_of(g, new, mu, momentum_refs is not None, NESTEROV, DAMPENED)
         own = tl.minimum(tl.max(exponent(tl.abs(x))), 126)
-        x = turned(x * power(-own), tall)
+        x = turned(x * power(-own), tall, WIDTH)
         # The factors of the tile keep the sum out of the tensor cores' accumulator, where long sums drift.
         before, largest = largest, tl.maximum(largest, own)
         shrink, of_tile = power(tl.maximum(before - largest, -126)), power(tl.maximum(own - largest, -126))
@@ -147,8 +150,8 @@ def first_pass(
 
 
 @triton.jit
-def newton_schulz(R, coefficients, steps, eps, margin, BLOCK: tl.constexpr):
-    """From R to Q, and the scale of X that Q stands for; `coefficients`, (steps, 3), on the device."""
+def newton_schulz(R, coefficients, steps, zero, eps, margin, BLOCK: tl.constexpr):
+    """From R to Q, which has the scale of X in it; `coefficients`, (steps, 3), on the device."""
     diagonal = tl.arange(0, BLOCK)[:, None] == tl.arange(0, BLOCK)[None, :]
     trace = tl.sum(tl.where(diagonal, R, 0.0))
     norm = tl.sqrt_rn(trace)
@@ -156,7 +159,7 @@ def newton_schulz(R, coefficients, steps, eps, margin, BLOCK: tl.constexpr):
     scale = tl.div_rn(1.0, tl.where(norm > least, norm, least) * margin)
     scale = tl.where(trace < float("inf"), tl.where(trace == 0, 0.0, scale), float("nan"))
     R *= scale * scale
-    Q = tl.where(diagonal, 1.0, 0.0)
+    Q = tl.where(diagonal, scale, 0.0)
     for step in range(steps):
         of_step = coefficients + 3 * step
         a, b, c = tl.load(of_step), tl.load(of_step + 1), tl.load(of_step + 2)
@@ -164,27 +167,27 @@ def newton_schulz(R, coefficients, steps, eps, margin, BLOCK: tl.constexpr):
         S = tl.fma(product(R, R), c, tl.fma(R, b, tl.where(diagonal, a, 0.0)))
         # Q S, R S and (R S) S share their code: each would load all of S into registers, and keep it for the others.
         left, other = Q, R
-        for turn in range(3):
+        for turn in range(zero, 3):
             left, other = exchanged(turn == 0, product(left, S), other)
         R, Q = left, other
-    return Q, scale
+    return Q
 
 
 @triton.jit
 def second_pass(
-    Q, scale, largest, grad_refs, momentum_refs, param_refs, tall, M, N, grad_scale, mu, decay, step_size,
+    Q, largest, grad_refs, momentum_refs, param_refs, tall, zero, M, N, grad_scale, mu, decay, step_size,
     GRAD: tl.constexpr, MOMENTUM: tl.constexpr, PARAM: tl.constexpr, NESTEROV: tl.constexpr, DAMPENED: tl.constexpr,
     CAUTIOUS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The parameter moves by scale Q X 2^-largest."""
+    """The parameter moves by Q X 2^-largest."""
     matrix = tl.program_id(0)
-    # Read once more: the iteration needs every register.
-    grad, grad_row, grad_col = matrix_at(grad_refs, matrix, GRAD, WIDTH)
-    param, param_row, param_col = matrix_at(param_refs, matrix, PARAM, WIDTH)
-    if momentum_refs is not None:
-        momentum, momentum_row, momentum_col = matrix_at(momentum_refs, matrix, MOMENTUM, WIDTH)
-    for begin in range(0, N, BLOCK):
-        line, along, inside = tile_at(begin, M, N, tall, WIDTH, BLOCK)
+    for begin in range(0, N, columns_of(WIDTH, BLOCK)):
+        # Read for every tile: addresses that wait for the next one would need registers that the product has.
+        grad, grad_row, grad_col = matrix_at(grad_refs, matrix, GRAD, WIDTH)
+        param, param_row, param_col = matrix_at(param_refs, matrix, PARAM, WIDTH)
+        if momentum_refs is not None:
+            momentum, momentum_row, momentum_col = matrix_at(momentum_refs, matrix, MOMENTUM, WIDTH)
+        line, along, inside = tile_at(zero * BLOCK, begin, M, N, tall, WIDTH, BLOCK)
         g = 0.0
         if momentum_refs is None or NESTEROV:
             from_grad = walk(grad, grad_row, grad_col, tall, line, along, WIDTH)
@@ -194,61 +197,38 @@ def second_pass(
             from_momentum = walk(momentum, momentum_row, momentum_col, tall, line, along, WIDTH)
             new = tl.load(from_momentum, inside, 0.0).to(tl.float32)
         x = direction_of(g, new, mu, momentum_refs is not None, NESTEROV, DAMPENED) * power(-largest)
-        update = turned(product(Q, turned(x, tall)) * scale, tall)
+        update = turned(product(Q, turned(x, tall, WIDTH)), tall, WIDTH)
         at = walk(param, param_row, param_col, tall, line, along, WIDTH)
         value = updated(tl.load(at, inside, 0.0).to(tl.float32), update, decay, step_size, CAUTIOUS)
         tl.store(at, value.to(PARAM), inside)
 
 
-@triton.jit(do_not_specialize=["M", "N", "steps"])
+@triton.jit(do_not_specialize=["steps", "zero", "M", "N", "lr_at", "weight_decay_at"])
 def fused_step_kernel(
-    grad_refs, momentum_refs, param_refs, ratios, coefficients, steps, M, N, grad_scale: tl.float32,
+    grad_refs, momentum_refs, param_refs, ratios, coefficients, steps, zero, M, N, grad_scale: tl.float32,
     mu: tl.float32, rest: tl.float32, eps: tl.float32, margin: tl.float32,
     lr: tl.float64, weight_decay: tl.float64, lr_at, weight_decay_at,
     GRAD: tl.constexpr, MOMENTUM: tl.constexpr, PARAM: tl.constexpr, NESTEROV: tl.constexpr, DAMPENED: tl.constexpr,
     CAUTIOUS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A matrix of M ≤ BLOCK rows. Its tiles are square: walked along columns, one only has to be transposed."""
+    """A matrix of M ≤ BLOCK rows. Its tiles are square: walked along columns, one only has to be transposed.
+
+    zero: 0, which the compiler does not know. It unrolls no loop that begins there, and computes no index that has it
+    before the iteration, which needs every register.
+    """
     matrix = tl.program_id(0)
     R, largest = first_pass(
-        grad_refs, momentum_refs, is_tall(param_refs, matrix), M, N, grad_scale, mu, rest,
+        grad_refs, momentum_refs, is_tall(param_refs, matrix, WIDTH), M, N, grad_scale, mu, rest,
         GRAD, MOMENTUM, NESTEROV, DAMPENED, WIDTH, BLOCK,
     )  # fmt: skip
-    Q, scale = newton_schulz(R, coefficients, steps, eps, margin, BLOCK)
+    Q = newton_schulz(R, coefficients, steps, zero, eps, margin, BLOCK)
     decay, step_size = step_factors(lr, weight_decay, lr_at, weight_decay_at, tl.load(ratios + matrix))
     # A thread may read momenta that another one has written.
     tl.debug_barrier()
     second_pass(
-        Q, scale, largest, grad_refs, momentum_refs, param_refs, is_tall(param_refs, matrix), M, N, grad_scale, mu,
-        decay, step_size, GRAD, MOMENTUM, PARAM, NESTEROV, DAMPENED, CAUTIOUS, WIDTH, BLOCK,
+        Q, largest, grad_refs, momentum_refs, param_refs, is_tall(param_refs, matrix, WIDTH), zero, M, N, grad_scale,
+        mu, decay, step_size, GRAD, MOMENTUM, PARAM, NESTEROV, DAMPENED, CAUTIOUS, WIDTH, BLOCK,
     )  # fmt: skip
-
-
-_UNIT_ROUNDOFF = 2.0**-22
-_LIMIT = 4.0
-
-
-@lru_cache(maxsize=256)
-def refuses(triples: tuple[tuple[float, float, float], ...], margin: float) -> str | None:
-    """Why the iteration would need a restart, as csrc's fused_step judges it; None if it does not.
-
-    An eigenvalue of R that should be 0 is `loss` too small, negative, and so S is too large there: that multiplies the
-    loss by S² in every step, while the step's own rounding adds to it. When Q is several times too large the iteration
-    is about to explode.
-    """
-    loss, change = _UNIT_ROUNDOFF / margin**2, 0.0
-    for a, b, c in triples:
-        s = abs(a) + abs(b) * loss + abs(c) * loss**2
-        change += s / abs(a) - 1 if a else math.inf
-        loss = loss * s * s + _UNIT_ROUNDOFF * (1 + abs(a))
-        if not change <= _LIMIT:
-            return "rounding errors would grow; use backend='cuda' or another algorithm for these coefficients"
-    return None
-
-
-def block_of(rows: int) -> int:
-    """The side of a kernel's tiles; two, since each is a compilation."""
-    return 32 if rows <= 32 else 64
 
 
 def fused_step(
@@ -270,41 +250,40 @@ def fused_step(
     ratios: Sequence[float],
     cautious: bool = False,
 ) -> None:
-    """See `Backend.fused_step`; of X, (slots, m, n), only m and n are used, and `iterate` is not. One launch.
+    """See `Backend.fused_step`, on the current device; of X, (slots, m, n), only m and n are used. One launch.
 
     Raises:
-        ValueError: more than FUSED_ROWS rows, or `refuses`.
+        ValueError: more than FUSED_ROWS rows, or `needs_restart`.
     """
     _, m, n = X.shape
     if m > min(n, FUSED_ROWS):
         raise ValueError(f"fused_step takes wide matrices of at most {FUSED_ROWS} rows but they are: {m} x {n}")
-    if reason := refuses(tuple(triples), margin):
-        raise ValueError(f"fused_step: {reason}")
+    if needs_restart(tuple(triples), margin):
+        raise ValueError("fused_step: rounding errors would grow with these coefficients; use another algorithm")
     if not (len(ratios) and m):
         return
     device = params[0].tensor.device
     lr, lr_at = on_device(lr, device)
     weight_decay, weight_decay_at = on_device(weight_decay, device)
-    with device_guard(device):
-        p, g = tables.table(params, device), tables.table(grads, device)
-        b = tables.table(momenta, device) if momenta is not None else None
-        itemsize = max(t[0].tensor.itemsize for t in (params, grads, momenta) if t)
-        coefficients = array("f", chain.from_iterable(triples)).tobytes()
-        fused_step_kernel[(len(ratios),)](
-            g.refs, b and b.refs, p.refs, ratios_on(device, ratios),
-            tables.on_device(coefficients, torch.float32, device), len(triples),
-            m, n, float(grad_scale), float(momentum), 1.0 - momentum, float(eps), float(margin),
-            lr, weight_decay, lr_at, weight_decay_at,
-            GRAD=TYPES[grads[0].tensor.dtype],
-            MOMENTUM=TYPES[(momenta or grads)[0].tensor.dtype],
-            PARAM=TYPES[params[0].tensor.dtype],
-            NESTEROV=nesterov,
-            DAMPENED=dampened,
-            CAUTIOUS=cautious,
-            WIDTH=tables.width(m, n, itemsize, None, p, g, *((b,) if b else ())),
-            BLOCK=block_of(m),
-            num_warps=block_of(m) // 16,  # each has 16 rows; more would do the same once again
-            num_stages=1,
-            enable_fp_fusion=False,
-        )  # fmt: skip
-    torch.autograd.graph.increment_version([t.tensor for t in (*params, *(momenta or ()))])
+    p, g = tables.table(params, device), tables.table(grads, device)
+    b = tables.table(momenta, device) if momenta is not None else None
+    itemsize = max(t[0].tensor.itemsize for t in (params, grads, momenta) if t)
+    coefficients = array("f", chain.from_iterable(triples)).tobytes()
+    launch(
+        fused_step_kernel, len(ratios),
+        g.refs, b and b.refs, p.refs, ratios_on(device, ratios),
+        tables.on_device(coefficients, torch.float32, device), len(triples), 0,
+        m, n, float(grad_scale), float(momentum), 1.0 - momentum, float(eps), float(margin),
+        lr, weight_decay, lr_at, weight_decay_at,
+        GRAD=TYPES[grads[0].tensor.dtype],
+        MOMENTUM=TYPES[(momenta or grads)[0].tensor.dtype],
+        PARAM=TYPES[params[0].tensor.dtype],
+        NESTEROV=nesterov,
+        DAMPENED=dampened,
+        CAUTIOUS=cautious,
+        WIDTH=tables.width(m, n, itemsize, None, p, g, *((b,) if b else ())),
+        BLOCK=block_of(m),
+        num_warps=block_of(m) // 16,  # each has 16 rows; more would do the same once again
+        num_stages=1,
+        enable_fp_fusion=False,
+    )  # fmt: skip

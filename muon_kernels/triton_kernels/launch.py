@@ -1,7 +1,7 @@
 """How kernels are launched. Triton looks at every argument of every call, which takes longer than the rest of a step.
 
 Here it does so once for each kind of arguments: kernels declare the types of their numbers, and have Triton look
-neither at values nor at alignments, so that a constant is the only thing that asks for another compilation.
+not at values, so that nothing asks for another compilation but a constant, a dtype or an address less aligned.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 
 
 class _State(threading.local):
-    recording: list[Launch] | None = None
+    recording: list[Callable[[], None]] | None = None
     rehearsing = False
 
 
@@ -60,6 +60,8 @@ class Launch:
         kernel, grid, arguments, constants = self._kernel, self._grid, self._arguments, self._constants
         if not hasattr(kernel, "warmup"):  # Triton's interpreter
             return lambda: kernel[grid](*arguments, **constants)
+        looked_at = [p.name for p, a in zip(kernel.params, arguments, strict=False) if isinstance(a, int)]
+        assert not [p.name for p in kernel.params if p.name in looked_at and not p.do_not_specialize]
         key = (kernel, driver.active.get_current_device(), *constants.items(), *map(_kind, arguments))
         if (compiled := _compiled.get(key)) is None:
             try:
@@ -74,24 +76,34 @@ class Launch:
 
 
 def _kind(argument: Any) -> object:
-    """What Triton compiles for, of an argument whose type is not declared."""
+    """What Triton compiles for, of an argument of any parameter: which may look at less."""
     if isinstance(argument, Tensor):
-        return argument.dtype
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, int):
+        return argument.bit_length() > 31  # which type it has
     return None if argument is None else type(argument)
 
 
 def launch(kernel: Any, programs: int | tuple[int, int], *arguments: Any, **constants: Any) -> None:
     """Do a `Launch`, or put it on the list that is being recorded."""
-    one = Launch(kernel, programs, *arguments, **constants)
+    _put(Launch(kernel, programs, *arguments, **constants))
+
+
+def do(call: Callable[[], None]) -> None:
+    """Do what is no launch of ours, except in a rehearsal, or put it on the list that is being recorded."""
+    _put(lambda: None if _state.rehearsing else call())
+
+
+def _put(one: Callable[[], None]) -> None:
     if _state.recording is None:
         one()
     else:
         _state.recording.append(one)
 
 
-def recorded(run: Callable[[], T]) -> tuple[list[Launch], T]:
+def recorded(run: Callable[[], T]) -> tuple[list[Callable[[], None]], T]:
     """The launches that `run` asks for, none of them done, and what it returns."""
-    launches: list[Launch] = []
+    launches: list[Callable[[], None]] = []
     _state.recording = launches
     try:
         return launches, run()

@@ -7,7 +7,7 @@ order whatever the tile, so its bits depend on neither batch nor table.
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import Shape, choose, vendor
+from .launch import do, launch
 
 _VECTOR = 8  # elements in 16 bytes, the widest access of global memory
 
@@ -394,7 +395,7 @@ def product(
     if not batch or not m or not n:
         return
 
-    launch = _launch(
+    how = _launch(
         driver.active.get_current_device(),
         _Place.of(a),
         _Place.of(b),
@@ -404,23 +405,25 @@ def product(
         symmetric,
     )
     corrected = any(d is not None for d in (b_diagonal, c_diagonal, out_diagonal))
-    if launch.vendor and not (b_transposed or corrected or gamma):
-        _gemm_by_vendor(a, b, c, out, a_diagonal, alpha, beta, scale)
+    if how.vendor and not (b_transposed or corrected or gamma):
+        do(partial(_gemm_by_vendor, a, b, c, out, a_diagonal, alpha, beta, scale))
         return
-    _product[(launch.programs,)](
+    launch(
+        _product,
+        how.programs,
         a,
         b,
-        c if launch.addend == "c" else None,
+        c if how.addend == "c" else None,
         out,
         a_diagonal,
         b_diagonal,
         c_diagonal,
         out_diagonal,
         scale,
-        *launch.tiles,
-        *launch.numbers,
+        *how.tiles,
+        *how.numbers,
         alpha,
         beta,
         gamma,
-        **launch.options,
+        **how.options,
     )

@@ -5,9 +5,9 @@ tensor: pinned memory and an asynchronous copy, for which nothing waits. Allocat
 again, and momenta and parameters stay where they are, so tables are kept by content, and mostly there is nothing to
 copy.
 
-A CUDA graph repeats the copy that was captured and not the call: its pinned memory must live as long as the graph,
-which nobody can tell, so it is never freed (24 bytes a matrix), and neither side of the copy is shared with calls
-outside of the graph.
+A CUDA graph repeats the copy that was captured and not the call: the memory that it reads must live as long as the
+graph, which nobody can tell, so it is never freed (24 bytes a matrix), and neither side of the copy is shared with
+calls outside of the graph.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..layout import Matrices, refs
+from ..layout import Bundle, Matrices, refs
 
 _captured: list[Tensor] = []
 
@@ -41,27 +41,33 @@ class Table(NamedTuple):
     apart: int
 
 
+def _stream(device: torch.device) -> int | None:
+    """The address of the current stream; None if it is being captured."""
+    if device.type != "cuda":  # AMD's is
+        return 0
+    return None if torch.cuda.is_current_stream_capturing() else torch.cuda.current_stream(device).cuda_stream
+
+
 def on_device(content: bytes, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The numbers in `content` as a tensor that is not to be written, without waiting for the device."""
-    if device.type != "cuda":
-        return torch.frombuffer(bytearray(content), dtype=dtype).to(device)
-    stream = torch.cuda.current_stream(device)
-    if torch.cuda.is_current_stream_capturing():
-        return _copied(content, dtype, device, keep=True)
-    return _kept(content, dtype, device, stream.cuda_stream)
-
-
-def _copied(content: bytes, dtype: torch.dtype, device: torch.device, keep: bool = False) -> Tensor:
-    host = torch.frombuffer(bytearray(content), dtype=dtype).pin_memory()
-    if keep:
-        _captured.append(host)
+    stream = _stream(device)
+    if stream is not None:
+        return _kept(content, dtype, device, stream)
+    # Not pinned: that asks for events, which older versions of torch must not do during a capture.
+    host = torch.frombuffer(bytearray(content), dtype=dtype)
+    _captured.append(host)
     return host.to(device, non_blocking=True)
 
 
 @lru_cache(maxsize=1024)
 def _kept(content: bytes, dtype: torch.dtype, device: torch.device, stream: int) -> Tensor:
     # The stream is part of the key: the copy is ordered before this one's launches alone.
-    return _copied(content, dtype, device)
+    host = torch.frombuffer(bytearray(content), dtype=dtype)
+    if device.type != "cuda":
+        return host.to(device)
+    # The pinned memory is given back before it was read. That is safe: torch has noted the stream of the copy, and
+    # hands the memory out again only after an event behind it.
+    return host.pin_memory().to(device, non_blocking=True)
 
 
 @lru_cache(maxsize=1024)
@@ -78,8 +84,15 @@ def _walk(content: bytes) -> tuple[tuple[bool, ...], int]:
 
 def table(matrices: Sequence[Matrices], device: torch.device) -> Table:
     """The table of these matrices."""
+    stream = _stream(device)
+    kept: dict[int | None, Table] = matrices.derived.setdefault("tables", {}) if isinstance(matrices, Bundle) else {}
+    if found := kept.get(stream):
+        return found
     content = refs(matrices).tobytes()
-    return Table(on_device(content, torch.int64, device), *_walk(content))
+    made = Table(on_device(content, torch.int64, device), *_walk(content))
+    if stream is not None:
+        kept[stream] = made
+    return made
 
 
 def width(rows: int, cols: int, itemsize: int, X: Tensor | None, *tables: Table) -> int:

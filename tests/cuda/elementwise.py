@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
 
 import torch
+from elementwise_checks import RULES, wide
 from ptx.standin import Runtime
 from torch import Tensor
 
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-TILE = 64
-
-
-def wide(t: Tensor) -> Tensor:
-    """As the kernels see a parameter: no more rows than columns."""
-    return t.mT if t.shape[-2] > t.shape[-1] else t
 
 
 def _refs(tensors: Sequence[Tensor]) -> array[int]:
@@ -37,6 +33,14 @@ class Verbs:
     def __init__(self, module: ModuleType, runtime: Runtime) -> None:
         self.module, self.runtime = module, runtime
 
+    def options(self, **options: Any) -> AbstractContextManager[Any]:
+        """How the executor runs what is launched inside."""
+        return self.runtime.options(**options)
+
+    def rules(self, *dtypes: torch.dtype) -> Sequence[tuple[bool, bool, float]]:
+        """All: a flag costs no compilation."""
+        return RULES
+
     def dtype(self, t: Tensor) -> Any:
         return getattr(self.module.DType, DTYPES[t.dtype])
 
@@ -47,6 +51,7 @@ class Verbs:
             verb(*args)
         except RuntimeError as error:
             raise (self.runtime.failures or [error])[0] from error
+        assert not any(launch.warnings for launch in self.runtime.log)
 
     def momentum_update(
         self,

@@ -1,7 +1,7 @@
 """Where Triton's kernels run: on tests/ptx, which executes what Triton compiled, or in Triton's interpreter.
 
-The interpreter has to be chosen before Triton is imported: `TRITON_INTERPRET=1 pytest tests/triton`. It is slow; a test
-runs what it is good for in a process of its own.
+The interpreter has to be chosen before Triton is imported: `TRITON_INTERPRET=1 pytest tests/triton_kernels`. It is
+slow; a test runs what it is good for in a process of its own.
 """
 
 import os
@@ -15,6 +15,10 @@ import pytest
 pytest.importorskip("triton")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    import interpreter
+
+    interpreter.mend()
 # What one architecture compiles to is much like what another does; these are worth both.
 ON_BOTH = {
     "test_accuracy_of_the_largest",

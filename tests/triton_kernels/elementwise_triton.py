@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from elementwise_suite import RULES
-from emulated_e import Entry, executed, faults
+from elementwise_checks import RULES
+from emulated_gpu import Device, Ran, emulated
 from torch import Tensor
 
 from muon_kernels.layout import Matrices, layout
-from muon_kernels.triton_kernels import elementwise
+from muon_kernels.triton_kernels import configs, elementwise
 
 
 def matrices(tensors: Sequence[Tensor]) -> list[Matrices]:
@@ -25,24 +25,27 @@ def matrices(tensors: Sequence[Tensor]) -> list[Matrices]:
     return found
 
 
+def device_at(place: int, memory: Sequence[Tensor], **options: Any) -> AbstractContextManager[Device]:
+    """Launches inside run there, see conftest.py; what they reach by addresses is `memory` and no more."""
+    return emulated(place, memory=memory, guard=True, **options) if place else nullcontext(Device(0))
+
+
 class Verbs:
-    """The two verbs, launched at one place."""
+    """The two verbs, launched at one place. `log`: the launches since the last `options`."""
 
     def __init__(self, place: int) -> None:
         self.place = place
-        self.log: list[Entry] = []
-        self.executor: dict[str, Any] = {}
+        self.log: list[Ran] = []
+        self.compiled: list[Any] = []
+        self._options: dict[str, Any] = {}
 
     @contextmanager
     def options(self, **options: Any) -> Iterator[None]:
-        self.executor, self.log = options, []
+        self._options, self.log = options, []
         try:
             yield
         finally:
-            self.executor = {}
-
-    def warnings(self) -> int:
-        return len(faults(self.log))
+            self._options = {}
 
     def rules(self, *dtypes: torch.dtype) -> Sequence[tuple[bool, bool, float]]:
         """Each pair of flags is a compilation."""
@@ -51,9 +54,11 @@ class Verbs:
 
     @contextmanager
     def _running(self, memory: Sequence[Tensor | None]) -> Iterator[None]:
-        with executed(self.place, [t for t in memory if t is not None], **self.executor) as log:
+        with device_at(self.place, [t for t in memory if t is not None], **self._options) as device:
             yield
-        self.log += log
+        assert not device.warnings()
+        self.log += device.log
+        self.compiled += device.compiled
 
     def momentum_update(
         self,
@@ -68,8 +73,12 @@ class Verbs:
         eps: float = 1e-7,
         margin: float = 1.0,
     ) -> Tensor:
-        with self._running([*grads, *(momenta or ()), X]):
-            return elementwise.momentum_update(
+        # Neither has an initial value, and there are sentinels around both.
+        size = len(X) * configs.scratch_bytes(*X.shape[1:])
+        block = torch.full((size + 64,), 0xFF, dtype=torch.uint8)
+        scratch = block[32:-32]
+        with self._running([*grads, *(momenta or ()), X, scratch]):
+            scale = elementwise.momentum_update(
                 matrices(grads),
                 None if momenta is None else matrices(momenta),
                 X,
@@ -79,7 +88,10 @@ class Verbs:
                 grad_scale=grad_scale,
                 eps=eps,
                 margin=margin,
+                scratch=scratch,
             )
+        assert (block[:32] == 0xFF).all() and (block[-32:] == 0xFF).all(), "written outside scratch"
+        return scale
 
     def apply_update(
         self,

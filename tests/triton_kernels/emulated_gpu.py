@@ -7,7 +7,7 @@ specialisation of its arguments to the launch.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -50,6 +50,11 @@ class Device:
     memory: list[Any] = field(default_factory=list)
     log: list[Ran] = field(default_factory=list)
     compiled: list[Any] = field(default_factory=list)
+
+    def warnings(self) -> list[str]:
+        """Of the executor, but for threads that store the same value: Triton's sums do."""
+        found = [ran.result.warning for ran in self.log if ran.result]
+        return [warning for warning in found if warning and "(the same value)" not in warning]
 
     def kernels(self, function: Any) -> list[Any]:
         """Triton's CompiledKernels of a JITFunction for such a device."""
@@ -125,7 +130,8 @@ class _Driver:
         self.device, self.utils = device, _Utils(device)
 
     def get_current_device(self) -> Any:
-        return ("emulated", self.device.arch, self.device.multiprocessors)  # Triton keeps kernels by it
+        device = self.device  # Triton keeps kernels by what is returned
+        return "emulated", device.arch, device.multiprocessors, device.options is None
 
     def get_current_stream(self, _: Any) -> int:
         return 0
@@ -161,9 +167,11 @@ def _active(device: Device, stages: Any) -> Iterator[Device]:
         knobs.runtime.add_stages_inspection_hook, knobs.runtime.jit_cache_hook = hooks
 
 
-def emulated(arch: int = 80, multiprocessors: int = 1, **options: Any) -> AbstractContextManager[Device]:
-    """Inside, kernels run on a GPU of compute capability arch / 10."""
-    return _active(Device(arch, multiprocessors, options), _ptx_is_the_binary)
+def emulated(
+    arch: int = 80, multiprocessors: int = 1, memory: Sequence[Any] = (), **options: Any
+) -> AbstractContextManager[Device]:
+    """Inside, kernels run on a GPU of compute capability arch / 10, with `memory` as in Device."""
+    return _active(Device(arch, multiprocessors, options, [*memory]), _ptx_is_the_binary)
 
 
 def compiling(arch: int | str, multiprocessors: int = 1, binary: bool = True) -> AbstractContextManager[Device]:

@@ -1,32 +1,29 @@
-"""What a compiled kernel must look like, on every architecture; nothing is executed."""
+"""What can be read from kernels that are only compiled."""
 
 from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Callable
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import triton
-from emulated_e import SHARED, Compilation, Device, Place
+from emulated_gpu import SHARED_BYTES
 
-PLACES = list(SHARED)
-
-
-def compiled(place: Place, call: Callable[[], object]) -> list[Compilation]:
-    """The kernels that `call` launches, by its specialisations."""
-    on = Device(place)
-    with on.active(execute=False):
-        call()
-    return on.compilations
+ARCHITECTURES = list(SHARED_BYTES)
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
-def spilled(c: Compilation) -> int:
-    """Bytes of a thread that registers have no room for. (Of AMD's vector registers: they have room for scalars.)"""
-    if any(file.endswith(".amdgcn") for file in c.files):
-        return 4 * sum(map(int, re.findall(r"\.vgpr_spill_count: *(\d+)", c.text("amdgcn"))))
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    report = subprocess.run(
-        [cuobjdump, "--dump-resource-usage", c.path("cubin")], capture_output=True, text=True, check=True
-    )
-    return max(map(int, re.findall(r"STACK:(\d+)", report.stdout)))
+def spilled(kernel: Any) -> int:
+    """Bytes that a thread of a CompiledKernel has in memory for want of registers. (Of AMD's, vectors: they have room
+    for scalars.)"""
+    if "amdgcn" in kernel.asm:
+        return 4 * sum(map(int, re.findall(r"\.vgpr_spill_count: *(\d+)", kernel.asm["amdgcn"])))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(kernel.asm["cubin"])
+        command = [CUOBJDUMP, "--dump-resource-usage", file.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = [int(n) for use in re.findall(r"STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report) for n in use]
+    assert found, report
+    return sum(found)

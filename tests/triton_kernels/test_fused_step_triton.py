@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from elementwise_triton import matrices
-from emulated_e import Place, device, executed, faults
-from fused_suite import *  # noqa: F403
-from fused_suite import RESTART_FREE, Step, accuracy, check, make_step
-from gates import PLACES, compiled, spilled
+from elementwise_triton import device_at, matrices
+from emulated_gpu import SHARED_BYTES, Ran, compiling
+from fused_checks import *  # noqa: F403
+from fused_checks import BF16, FLOAT, RESTART_FREE, Step, accuracy, check, make_step
+from gates import ARCHITECTURES, spilled
 
 from muon_kernels.coefficients import resolve
-from muon_kernels.triton_kernels import fused_step
+from muon_kernels.triton_kernels import configs, fused_step
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -23,15 +23,17 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 class Compiled:
     """Triton's PTX, behind Triton's launch code."""
 
-    rows = fused_step.FUSED_ROWS
+    rows = configs.FUSED_ROWS
 
     def __init__(self, place: int) -> None:
         self.place = place
+        self.log: list[Ran] = []
+        self.compiled: list[Any] = []
 
     def step(self, step: Step, **options: Any) -> list[int]:
         on_device = [t for t in (step.device_lr, step.device_weight_decay) if t is not None]
         memory = [*step.grads, *(step.momenta or ()), *step.params, *on_device]
-        with executed(self.place, memory, **options) as log:
+        with device_at(self.place, memory, **options) as device:
             fused_step.fused_step(
                 matrices(step.params),
                 matrices(step.grads),
@@ -47,11 +49,12 @@ class Compiled:
                 margin=step.schedule.margin,
                 lr=step.lr if step.device_lr is None else step.device_lr,
                 weight_decay=step.weight_decay if step.device_weight_decay is None else step.device_weight_decay,
-                ratios=[step.ratio] * len(step.grads),
+                ratios=[step.ratio_of(i) for i in range(len(step.grads))],
                 cautious=step.cautious,
             )
-        assert not faults(log)
-        return [entry.grid[0] for entry in log] if self.place else [len(step.grads)]
+        assert not device.warnings()
+        self.log, self.compiled = device.log, device.compiled
+        return [ran.grid[0] for ran in device.log] if self.place else [len(step.grads)]
 
 
 @pytest.fixture
@@ -97,37 +100,55 @@ def test_half_precision(stepper: Compiled) -> None:
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled")
 def test_compilations(stepper: Compiled) -> None:
     """No number that changes from step to step or from bucket to bucket compiles again."""
-    on = device(stepper.place)
     make_step((8, 72), 2).run(stepper)
-    before = len(on.compilations)
     for i, (count, shape) in enumerate([(1, (16, 16)), (3, (1, 8)), (16, (32, 48)), (1, (8, 80))]):
         schedule = resolve("polar_express", 1 + i)
         make_step(
             shape, count, schedule=schedule, eps=0.1 * i, grad_scale=1.0 - i, mu=0.9 - 0.3 * i, lr=0.1 * i,
             weight_decay=float(i), ratio=1.0 + i,
         ).run(stepper)  # fmt: skip
-    assert len(on.compilations) == before
+        assert not stepper.compiled
 
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled")
-@pytest.mark.parametrize("gate", PLACES, ids=str)
-def test_compiles(gate: Place) -> None:
-    """Registers, shared memory, and tensor cores that multiply bf16."""
-    (small, large) = compiled(gate, lambda: [make_step((m, 128)).run(Everywhere()) for m in (16, 64)])
-    for c in (small, large):
-        # A few indices of a thread wait through the iteration; they are read once.
-        assert spilled(c) <= 24, c.kernel
-        assert c.shared <= 64 << 10, c.kernel
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("shape", [(32, 96), (64, 128)], ids=str)
+def test_memory_traffic(stepper: Compiled, shape: tuple[int, int], layout: str) -> None:
+    """Gradient and momentum read twice, momentum written, parameter read and written: 16 bytes at a time."""
+    make_step(shape, 1, layout).run(stepper, profile=True)
+    profile = stepper.log[0].result.profile
+    assert profile.sector_efficiency >= 0.95, profile.table()
+    at_once = sum(r.bytes for r in profile.rows if r.sectors and ".v4" in r.op)
+    assert at_once == 7 * 4 * shape[0] * shape[1], profile.table()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled")
+@pytest.mark.parametrize("arch", ARCHITECTURES, ids=str)
+def test_compiles(arch: int | str) -> None:
+    """Registers, shared memory, and tensor cores that multiply bf16. In vectors, and element by element."""
+    stepper = Compiled(0)
+    on_device = dict(device_lr=torch.tensor(0.1), device_weight_decay=torch.tensor(0.1), cautious=True)
+    with compiling(arch) as device:
+        for rows, cols in product((32, 64), (128, 127)):
+            make_step((rows, cols)).run(stepper)
+        make_step((64, 128), momentum=False).run(stepper)
+        make_step((64, 127), dtypes=(BF16, BF16, BF16), **on_device).run(stepper)
+        make_step((64, 128), dtypes=(BF16, FLOAT, BF16), nesterov=False).run(stepper)
+        kernels = device.kernels(fused_step.fused_step_kernel)
+    assert len(kernels) == 7
     kind, instruction = {
         90: ("ptx", "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16"),
         100: ("ptx", "tcgen05.mma"),
         "gfx942": ("amdgcn", "v_mfma_f32_"),
-    }.get(gate, ("ptx", "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"))
-    assert instruction in large.text(kind)
+    }.get(arch, ("ptx", "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"))
+    for kernel in kernels:
+        assert spilled(kernel) == 0
+        assert kernel.metadata.shared <= SHARED_BYTES[arch]
+        assert instruction in kernel.asm[kind] or kernel.metadata.num_warps < 4
 
 
-class Everywhere(Compiled):
-    """Whatever the device is."""
-
-    def __init__(self) -> None:
-        super().__init__(0)
+def test_flops() -> None:
+    """Six products of bf16 for each one; as many tensor instructions as they need."""
+    steps = 3
+    assert configs.executed_flops(17, 65, steps) == 12 * 32 * 32 * (2 * 96 + 4 * steps * 32)
+    assert configs.executed_flops(64, 64, steps) == 12 * 64 * 64 * (2 * 64 + 4 * steps * 64)
