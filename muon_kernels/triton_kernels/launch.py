@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, TypeVar
 
 import triton
@@ -58,11 +59,10 @@ class Launch:
 
     def _ready(self) -> Callable[[], None]:
         kernel, grid, arguments, constants = self._kernel, self._grid, self._arguments, self._constants
-        if not hasattr(kernel, "warmup"):  # Triton's interpreter
+        if not isinstance(kernel, triton.JITFunction):  # Triton's interpreter
             return lambda: kernel[grid](*arguments, **constants)
-        looked_at = [p.name for p, a in zip(kernel.params, arguments, strict=False) if isinstance(a, int)]
-        assert not [p.name for p in kernel.params if p.name in looked_at and not p.do_not_specialize]
-        key = (kernel, driver.active.get_current_device(), *constants.items(), *map(_kind, arguments))
+        aligned = [arguments[i].data_ptr() % 16 == 0 for i in _pointers(kernel) if arguments[i] is not None]
+        key = kernel, driver.active.get_current_device(), *constants.values(), *map(_type, arguments), *aligned
         if (compiled := _compiled.get(key)) is None:
             try:
                 compiled = kernel.warmup(*arguments, grid=grid, **constants)
@@ -75,13 +75,20 @@ class Launch:
         return lambda: compiled[grid](*everything)
 
 
-def _kind(argument: Any) -> object:
-    """What Triton compiles for, of an argument of any parameter: which may look at less."""
+def _type(argument: Any) -> object:
+    """What decides how Triton passes an argument."""
     if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    if isinstance(argument, int):
-        return argument.bit_length() > 31  # which type it has
-    return None if argument is None else type(argument)
+        return argument.dtype
+    return argument.bit_length() > 31 if isinstance(argument, int) else type(argument)
+
+
+@cache
+def _pointers(kernel: Any) -> list[int]:
+    """The arguments whose alignment Triton looks at; it looks at no numbers' values, or many kernels would be compiled."""
+    looked_at = [p for p in kernel.params if not (p.is_constexpr or p.do_not_specialize)]
+    numbers = [p.name for p in looked_at if p.annotation_type and not p.annotation_type.startswith("fp")]
+    assert not numbers, numbers
+    return [p.num for p in looked_at if not (p.annotation_type or p.do_not_specialize_on_alignment)]
 
 
 def launch(kernel: Any, programs: int | tuple[int, int], *arguments: Any, **constants: Any) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from emulated import Place, build
+from emulated import build
 from ptx import standin
+from step_checks import Gpu
 
 from muon_kernels.backends import cuda
 
@@ -51,16 +52,17 @@ def emulated(built: tuple[ModuleType, standin.Runtime], monkeypatch: pytest.Monk
 
 
 @pytest.fixture(params=["executor", "gpu"])
-def place(request: pytest.FixtureRequest) -> Place:
+def gpu(request: pytest.FixtureRequest) -> Gpu:
     """Where the backend runs: on the stand-in runtime, and on a GPU if there is one."""
     if request.param == "gpu":
-        if reason := cuda.unavailable():
-            pytest.skip(reason)
-        graph = torch.cuda.CUDAGraph()
-        return Place("cuda", lambda: torch.cuda.graph(graph), graph.replay)
+        return Gpu.real("cuda")
     runtime = request.getfixturevalue("emulated")
 
     def replay() -> None:
         assert runtime.replay() == 0
 
-    return Place("cpu", runtime.capture, replay)
+    def launches() -> int:
+        assert not runtime.failures
+        return len(runtime.log)
+
+    return Gpu("cuda", "cpu", runtime.capture, replay, launches)

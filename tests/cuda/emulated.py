@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
 
 from ptx import standin
-
-
-class Place(NamedTuple):
-    """A kind of device, and how a step is captured and replayed on it."""
-
-    device: str
-    capture: Callable[[], AbstractContextManager[Any]]
-    replay: Callable[[], None]
-
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -305,14 +305,14 @@ class LaunchableKernel:
         races: bool = False,
         profile: bool = False,
         guard: bool = False,
-        memory: Sequence[Any] = (),
+        memory: Sequence[Any] | None = (),
         resident: int = 1,
         spin_limit: int = 1000,
     ) -> Result:
-        """Runs the grid. `memory`: tensors, or (begin, end), that the kernel reaches by other ways than its arguments;
-        `guard`: a tensor is what its view covers and not its storage; `resident`: how many blocks run at a time."""
+        """Runs the grid. `memory`: tensors, or (begin, end), that the kernel reaches by other ways than its arguments, or
+        None if it may reach all there is; `guard`: a tensor is what its view covers and not its storage; `resident`: how many blocks run at a time."""
         buffer, ranges = self.pack(args, guard)
-        ranges += [m if isinstance(m, tuple) else tensor_range(m, guard) for m in memory]
+        ranges += [m if isinstance(m, tuple) else tensor_range(m, guard) for m in memory or ()]
         table = [Range(*r) for r in merged(ranges)]
         params = ctypes.create_string_buffer(len(buffer) + 64)
         # A tensor map among the parameters must lie at a multiple of 64.
@@ -326,7 +326,7 @@ class LaunchableKernel:
             order=ORDERS[order],
             asynchrony=ASYNCHRONY[asynchrony],
             resident=resident,
-            check_bounds=1,
+            check_bounds=memory is not None,
             spin_limit=spin_limit,
             seed=seed,
             params=address,

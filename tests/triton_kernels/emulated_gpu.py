@@ -7,9 +7,10 @@ specialisation of its arguments to the launch.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -39,17 +40,31 @@ class Device:
 
     Attributes:
         options: of tests/ptx's launch; None: nothing is executed.
-        memory: tensors, or (begin, end), that kernels reach by addresses in memory; (1, 1 << 47) is all there is.
+        memory: tensors, or (begin, end), that kernels reach by addresses in memory; None: all there is.
         log: launches.
         compiled: a JITFunction for every compilation.
+        captured: launches that wait for `replay`; None outside of `capture`.
     """
 
     arch: int | str
     multiprocessors: int = 1
     options: dict[str, Any] | None = field(default_factory=dict)
-    memory: list[Any] = field(default_factory=list)
+    memory: list[Any] | None = field(default_factory=list)
     log: list[Ran] = field(default_factory=list)
     compiled: list[Any] = field(default_factory=list)
+    captured: list[Callable[[], None]] | None = None
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        """Launches inside do not run, as in a CUDA graph."""
+        self.captured = waiting = []
+        try:
+            yield
+        finally:
+            self.replay, self.captured = lambda: [launch() for launch in waiting] and None, None
+
+    def replay(self) -> None:
+        """Run what was captured last."""
 
     def warnings(self) -> list[str]:
         """Of the executor, but for threads that store the same value: Triton's sums do."""
@@ -78,10 +93,13 @@ class _Launcher:
 
     def __call__(self, x: int, y: int, z: int, _stream: Any, text: str, *rest: Any) -> None:
         device, m = driver.active.device, self.metadata
+        if device.captured is not None:
+            device.captured.append(partial(self, x, y, z, _stream, text, *rest))
+            return
         if device.options is None:
             device.log.append(Ran(m.name, (x, y, z), m.num_warps, m.shared, None))
             return
-        args, memory = [], list(device.memory)
+        args: list[Any] = []
         descriptors = iter(self.metadata.tensordesc_meta or ())
         for of, arg in _flat(rest[4:], self.signature):
             if of.startswith("tensordesc"):
@@ -99,7 +117,7 @@ class _Launcher:
         if x * y * z:
             kernel = load(text).kernel(m.name)
             result = kernel.launch(
-                (x, y, z), 32 * m.num_warps, [*args, 0, 0], m.shared, memory=memory, **device.options
+                (x, y, z), 32 * m.num_warps, [*args, 0, 0], m.shared, memory=device.memory, **device.options
             )
             device.log.append(Ran(m.name, (x, y, z), m.num_warps, m.shared, result))
 
@@ -168,10 +186,10 @@ def _active(device: Device, stages: Any) -> Iterator[Device]:
 
 
 def emulated(
-    arch: int = 80, multiprocessors: int = 1, memory: Sequence[Any] = (), **options: Any
+    arch: int = 80, multiprocessors: int = 1, memory: Sequence[Any] | None = (), **options: Any
 ) -> AbstractContextManager[Device]:
     """Inside, kernels run on a GPU of compute capability arch / 10, with `memory` as in Device."""
-    return _active(Device(arch, multiprocessors, options, [*memory]), _ptx_is_the_binary)
+    return _active(Device(arch, multiprocessors, options, None if memory is None else [*memory]), _ptx_is_the_binary)
 
 
 def compiling(arch: int | str, multiprocessors: int = 1, binary: bool = True) -> AbstractContextManager[Device]:

@@ -6,7 +6,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -22,27 +21,6 @@ from muon_kernels.newton_schulz import Square
 needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton.language"), reason="no triton")
 
 
-class OnTheCpu:
-    """Takes CPU tensors; launches go wherever Triton's driver sends them."""
-
-    type = "cpu"
-
-    def unavailable(self) -> None:
-        return None
-
-    def capability(self, device: torch.device) -> tuple[int, int]:
-        return 8, 0
-
-    def guard(self, device: torch.device) -> AbstractContextManager[Any]:
-        return nullcontext()
-
-
-@pytest.fixture
-def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "_device", OnTheCpu())
-    torch.manual_seed(0)
-
-
 def polynomial(X: Tensor, triples: Any) -> Tensor:
     X = X.double()
     for a, b, c in triples:
@@ -54,7 +32,7 @@ def polynomial(X: Tensor, triples: Any) -> Tensor:
 @needs_triton
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("form", ["standard", "gram"])
-def test_newton_schulz_over_these_verbs(on_the_cpu: None, arch: int, form: str) -> None:
+def test_newton_schulz_over_these_verbs(on_the_cpu: Any, arch: int, form: str) -> None:
     """As far from the exact polynomial as on the reference backend, or less."""
     from emulated_gpu import emulated
 
@@ -128,9 +106,9 @@ def test_with_an_old_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backend.unavailable() is None
 
 
-def test_what_is_refused(on_the_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert backend.refuses(torch.device("cpu"), [torch.bfloat16]) is None
-    assert "float64" in str(backend.refuses(torch.device("cpu"), [torch.float64]))
-    assert "GPU" in str(backend.refuses(torch.device("meta"), [torch.bfloat16]))
-    monkeypatch.setattr(OnTheCpu, "capability", lambda *_: (7, 5))
-    assert "7.5" in str(backend.refuses(torch.device("cpu"), [torch.bfloat16]))
+def test_what_is_refused(on_the_cpu: Any) -> None:
+    assert backend.refuses(torch.device("cpu"), [torch.bfloat16], torch.bfloat16) is None
+    assert "float64" in str(backend.refuses(torch.device("cpu"), [torch.float64], torch.bfloat16))
+    assert "GPU" in str(backend.refuses(torch.device("meta"), [torch.bfloat16], torch.bfloat16))
+    on_the_cpu.capabilities = (7, 5)
+    assert "7.5" in str(backend.refuses(torch.device("cpu"), [torch.bfloat16], torch.bfloat16))

@@ -1,0 +1,6 @@
+"""`Muon(backend="triton")` from end to end: through Triton's launch code to its PTX, executed on the CPU; where there is
+a GPU, on that as well."""
+
+from __future__ import annotations
+
+from step_checks import *  # noqa: F403
