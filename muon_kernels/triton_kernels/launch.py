@@ -61,7 +61,8 @@ class Launch:
         kernel, grid, arguments, constants = self._kernel, self._grid, self._arguments, self._constants
         if not isinstance(kernel, triton.JITFunction):  # Triton's interpreter
             return lambda: kernel[grid](*arguments, **constants)
-        aligned = [arguments[i].data_ptr() % 16 == 0 for i in _pointers(kernel) if arguments[i] is not None]
+        pointers = (arguments[i] for i in _pointers(kernel))
+        aligned = [p.data_ptr() % 16 == 0 for p in pointers if isinstance(p, Tensor)]
         key = kernel, driver.active.get_current_device(), *constants.values(), *map(_type, arguments), *aligned
         if (compiled := _compiled.get(key)) is None:
             try:
@@ -84,7 +85,7 @@ def _type(argument: Any) -> object:
 
 @cache
 def _pointers(kernel: Any) -> list[int]:
-    """The arguments whose alignment Triton looks at; it looks at no numbers' values, or many kernels would be compiled."""
+    """The arguments whose alignment Triton looks at. If it looked at numbers, many kernels would be compiled."""
     looked_at = [p for p in kernel.params if not (p.is_constexpr or p.do_not_specialize)]
     numbers = [p.name for p in looked_at if p.annotation_type and not p.annotation_type.startswith("fp")]
     assert not numbers, numbers

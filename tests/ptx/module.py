@@ -309,8 +309,12 @@ class LaunchableKernel:
         resident: int = 1,
         spin_limit: int = 1000,
     ) -> Result:
-        """Runs the grid. `memory`: tensors, or (begin, end), that the kernel reaches by other ways than its arguments, or
-        None if it may reach all there is; `guard`: a tensor is what its view covers and not its storage; `resident`: how many blocks run at a time."""
+        """Runs the grid.
+
+        memory: tensors, or (begin, end), that the kernel reaches by other ways than its arguments; None: all there is.
+        guard: a tensor is what its view covers and not its storage.
+        resident: how many blocks run at a time.
+        """
         buffer, ranges = self.pack(args, guard)
         ranges += [m if isinstance(m, tuple) else tensor_range(m, guard) for m in memory or ()]
         table = [Range(*r) for r in merged(ranges)]

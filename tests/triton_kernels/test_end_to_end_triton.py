@@ -1,5 +1,5 @@
-"""`Muon(backend="triton")` from end to end: through Triton's launch code to its PTX, executed on the CPU; where there is
-a GPU, on that as well."""
+"""`Muon(backend="triton")` from end to end: through Triton's launch code to its PTX, executed on the CPU; on a GPU, if
+there is one, as well."""
 
 from __future__ import annotations
 
