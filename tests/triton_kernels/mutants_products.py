@@ -26,6 +26,8 @@ MUTANTS = [
     Mutant("mirror: not within tiles on the diagonal", "tl.where(rows[:, None] >= cols[None, :], result, mirrored)", "result", "test_a_result_is_symmetric and sm80"),
     Mutant("mirror: stored behind the last row", "mask=(cols[:, None] < n) & (rows[None, :] < m))", "mask=cols[:, None] < n)", SIZES),
     Mutant("stored behind the last column", "inside = (rows[:, None] < m) & (cols[None, :] < n)", "inside = (rows[:, None] < m) & (cols[None, :] < n + 1)", SIZES),
+    Mutant("wide tile: both halves at the same columns", "first = col0 + part * WIDTH", "first = col0", "test_every_config and sm80-128x256"),
+    Mutant("wide tile: its diagonal in the first half", "if (row0 < first + WIDTH) & (first < row0", "if (row0 < first + WIDTH) & (first == col0) & (first < row0", "test_every_config and sm80-128x256"),
     # The sum.
     Mutant("last columns of k skipped", "if left > 0:", "if left > 8:", LOGIC),
     Mutant("tail of k not zero", "x = tl.load(a_at, mask=ks[None, :] < left, other=0.0)", "x = tl.load(a_at)", SIZES),
