@@ -63,11 +63,12 @@ TABLE: dict[int | str, tuple[Config, ...]] = {
         Config(128, 64, 64, 4, 4, 1.75, tma=True),  # 35 %
         Config(64, 64, 64, 4, 4, 2.0, tma=True),  # 62 %
     ),
-    # tcgen05 takes 128 x 128 elements in 64 clocks, and 64 rows take as long as 128. 128 x 256 spills, with addends.
+    # tcgen05 takes 128 x 128 elements in 64 clocks, and 64 rows take as long as 128.
     100: (
-        Config(128, 128, 64, 8, 4, 1.0, tma=True),  # 75 %
-        Config(128, 64, 64, 4, 4, 1.5, tma=True),  # 64 %
-        Config(64, 64, 64, 4, 4, 2.0, tma=True),  # 63 %
+        Config(128, 256, 64, 8, 4, 1.0, tma=True),  # 38 %
+        Config(128, 128, 64, 8, 4, 1.333, tma=True),  # 75 %
+        Config(128, 64, 64, 4, 4, 2.0, tma=True),  # 64 %
+        Config(64, 64, 64, 4, 4, 2.667, tma=True),  # 63 %
     ),
     # mma.sync again, no wgmma, no tcgen05. By sm_80's clocks 13, 24, 24 and 25 %, but its tensor cores take two to four
     # times as many.
@@ -83,15 +84,15 @@ TABLE: dict[int | str, tuple[Config, ...]] = {
 # From which size on, the smallest of m, n and k, cuBLAS does a product that is no symmetric one. There the diagonal's
 # corrections and the addend are passes over sums in fp32, about 25 bytes an element that our kernels do not move.
 #
-# sm_100: shared memory takes and gives the operands of 128 x 128 tiles in twice the clocks that tensor cores need, and
-# cuBLAS's pairs of multiprocessors share 256 x 256: ours is at half of the peak at best, cuBLAS at about 0.8. Of 2.25
-# PFLOP/s and 8 TB/s the passes are paid for from k = 4,700 on. Counted, not timed.
+# sm_100: shared memory takes and gives the operands of 128 x 256 tiles in 1.5 times the clocks that tensor cores need,
+# and cuBLAS's pairs of multiprocessors share 256 x 256: ours is at 0.67 of the peak at best, cuBLAS at about 0.8. Of
+# 2.25 PFLOP/s and 8 TB/s the passes are paid for from k = 14,000 on. Counted, not timed.
 # sm_90: 128 x 256 keeps tensor cores busy, by the same count; quack's fused aX + BX, with tiles like these, is faster
 # than cuBLAS's baddbmm (Gram-NS blog, H100). sm_80, 120: A100 and 4090 run flash-muon's mma.sync kernels at 1.7 to 1.9
 # times cuBLAS with half its FLOPs, so at its speed, and fused-muon's epilogue costs 2.8 % where cuBLAS needs passes.
 # Symmetric products are never left to cuBLAS: it needs twice the FLOPs. What it was measured to win, one matrix with
 # m <= 1024 (flash-muon on H800: 0.0112 ms against 0.0124) without addends, it loses again with one pass of addends.
-_VENDOR: dict[int | str, int] = {100: 8192}
+_VENDOR: dict[int | str, int] = {100: 16384}
 
 
 def _entry(target: int | str) -> int | str:

@@ -149,49 +149,56 @@ def _product(
             factor *= factor
     alpha *= factor
     beta *= factor
-    acc *= alpha
-    inside = (rows[:, None] < m) & (cols[None, :] < n)
     of_m = matrix * m + rows  # of the diagonals
-    if ADDEND == "c":
-        acc += beta * _tile(c, c_row_stride, rows, cols, inside)
-    of_a, of_b = beta if ADDEND == "a" else 0.0, beta if ADDEND == "b" else 0.0
-    if a_diagonal is not None:
-        by_row = (alpha * tl.load(a_diagonal + of_m, mask=rows < m, other=0.0))[:, None]
-        if B_TRANSPOSED:
-            of_a += by_row
-        else:
-            of_b += by_row
-    if b_diagonal is not None:
-        of_a += (alpha * tl.load(b_diagonal + matrix * n + cols, mask=cols < n, other=0.0))[None, :]
-    if ADDEND == "a" or b_diagonal is not None or (a_diagonal is not None and B_TRANSPOSED):
-        acc += of_a * _tile(a, a_row_stride, rows, cols, inside)
-    if ADDEND == "b" or (a_diagonal is not None and not B_TRANSPOSED):
-        acc += of_b * _tile(b, b_row_stride, rows, cols, inside)
+    # The halves of a wide tile one after the other: registers have no room for addends beside all of its sums.
+    PARTS: tl.constexpr = 2 if BLOCK_N > 128 else 1
+    WIDTH: tl.constexpr = BLOCK_N // PARTS
+    parts = acc.reshape(BLOCK_M, 2, WIDTH).permute(0, 2, 1).split() if PARTS == 2 else (acc,)
+    for part in tl.static_range(PARTS):
+        acc = parts[part] * alpha
+        first = col0 + part * WIDTH
+        cols = first + tl.arange(0, WIDTH)
+        inside = (rows[:, None] < m) & (cols[None, :] < n)
+        if ADDEND == "c":
+            acc += beta * _tile(c, c_row_stride, rows, cols, inside)
+        of_a, of_b = beta if ADDEND == "a" else 0.0, beta if ADDEND == "b" else 0.0
+        if a_diagonal is not None:
+            by_row = (alpha * tl.load(a_diagonal + of_m, mask=rows < m, other=0.0))[:, None]
+            if B_TRANSPOSED:
+                of_a += by_row
+            else:
+                of_b += by_row
+        if b_diagonal is not None:
+            of_a += (alpha * tl.load(b_diagonal + matrix * n + cols, mask=cols < n, other=0.0))[None, :]
+        if ADDEND == "a" or b_diagonal is not None or (a_diagonal is not None and B_TRANSPOSED):
+            acc += of_a * _tile(a, a_row_stride, rows, cols, inside)
+        if ADDEND == "b" or (a_diagonal is not None and not B_TRANSPOSED):
+            acc += of_b * _tile(b, b_row_stride, rows, cols, inside)
 
-    if (row0 < col0 + BLOCK_N) & (col0 < row0 + BLOCK_M):
-        on_diagonal = rows[:, None] == cols[None, :]
-        value = tl.sum(tl.where(on_diagonal, acc, 0.0), 1) + gamma * factor
-        if a_diagonal is not None and b_diagonal is not None:
-            value += alpha * tl.load(a_diagonal + of_m, mask=rows < m) * tl.load(b_diagonal + of_m, mask=rows < m)
-        if c_diagonal is not None:
-            value += beta * tl.load(c_diagonal + of_m, mask=rows < m)
-        acc = tl.where(on_diagonal, value[:, None], acc)
-        if out_diagonal is not None:
-            here = (rows < m) & (rows >= col0) & (rows < col0 + BLOCK_N)
-            tl.store(out_diagonal + of_m, value - value.to(out.dtype.element_ty).to(tl.float32), mask=here)
+        if (row0 < first + WIDTH) & (first < row0 + BLOCK_M):
+            on_diagonal = rows[:, None] == cols[None, :]
+            value = tl.sum(tl.where(on_diagonal, acc, 0.0), 1) + gamma * factor
+            if a_diagonal is not None and b_diagonal is not None:
+                value += alpha * tl.load(a_diagonal + of_m, mask=rows < m) * tl.load(b_diagonal + of_m, mask=rows < m)
+            if c_diagonal is not None:
+                value += beta * tl.load(c_diagonal + of_m, mask=rows < m)
+            acc = tl.where(on_diagonal, value[:, None], acc)
+            if out_diagonal is not None:
+                here = (rows < m) & (rows >= first) & (rows < first + WIDTH)
+                tl.store(out_diagonal + of_m, value - value.to(out.dtype.element_ty).to(tl.float32), mask=here)
 
-    result = acc.to(out.dtype.element_ty)
-    at = out + rows[:, None].to(tl.int64) * out_row_stride + cols[None, :]
-    if SYMMETRIC:
-        mirrored = tl.trans(result)
-        if row0 == col0:
-            tl.store(at, tl.where(rows[:, None] >= cols[None, :], result, mirrored), mask=inside)
+        result = acc.to(out.dtype.element_ty)
+        at = out + rows[:, None].to(tl.int64) * out_row_stride + cols[None, :]
+        if SYMMETRIC:
+            mirrored = tl.trans(result)
+            if row0 == col0:
+                tl.store(at, tl.where(rows[:, None] >= cols[None, :], result, mirrored), mask=inside)
+            else:
+                mirrored_at = out + cols[:, None].to(tl.int64) * out_row_stride + rows[None, :]
+                tl.store(at, result, mask=inside)
+                tl.store(mirrored_at, mirrored, mask=(cols[:, None] < n) & (rows[None, :] < m))
         else:
-            mirrored_at = out + cols[:, None].to(tl.int64) * out_row_stride + rows[None, :]
             tl.store(at, result, mask=inside)
-            tl.store(mirrored_at, mirrored, mask=(cols[:, None] < n) & (rows[None, :] < m))
-    else:
-        tl.store(at, result, mask=inside)
 
 
 @cache

@@ -99,8 +99,10 @@ def test_compiled(arch: int | str, config: Config, kind: str, tma: bool) -> None
     assert count(r"STG\.E\.(U16|U8|64)") == 0 and count(r"STG\.E\.128") > 0
 
 
-@pytest.mark.parametrize(("arch", "multiprocessors"), [(80, 108), (90, 132), (100, 148)])
-def test_a_model_needs_few_compilations(arch: int, multiprocessors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("arch", "multiprocessors", "compilations"), [(80, 108, 8), (90, 132, 8), (100, 148, 9)])
+def test_a_model_needs_few_compilations(
+    arch: int, multiprocessors: int, compilations: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """GPT-2's step, 124M parameters: its square matrices in standard form, the others in Gram form."""
     monkeypatch.setattr(backend._device, "guard", lambda _: nullcontext(), raising=False)
     triples, margin, _ = resolve("polar_express", 5)
@@ -112,4 +114,4 @@ def test_a_model_needs_few_compilations(arch: int, multiprocessors: int, monkeyp
             algorithm = ALGORITHMS[form]
             scale = torch.empty(batch)
             algorithm.run(backend, X, torch.empty_like(X), squares[: algorithm.squares], scale, triples, margin)
-        assert len(device.kernels(products._product)) == 8
+        assert len(device.kernels(products._product)) == compilations
