@@ -264,7 +264,7 @@ def update_launches(count: int) -> int:
 
 def product_tiles() -> tuple[int, int]:
     """The smallest and the largest of all tables."""
-    sides = [side for table in configs.TABLE.values() for c in table for side in (c.block_m, c.block_n)]
+    sides = [side for table in configs.TABLES.values() for c in table.configs for side in (c.block_m, c.block_n)]
     return min(sides), max(sides)
 
 

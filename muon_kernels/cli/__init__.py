@@ -12,7 +12,7 @@ from importlib import import_module
 
 __all__ = ["main"]
 
-COMMANDS = ("demo", "doctor", "ledger")
+COMMANDS = ("demo", "doctor", "ledger", "tune")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """Measure which tiles products are fastest in on this machine's GPU, for the Triton kernels.
 
-The table is kept in MUON_KERNELS_CACHE_DIR, or else in muon_kernels below XDG_CACHE_HOME or ~/.cache, and later processes
-read it. Without it a table is used that was counted, not measured, by architecture; nothing is measured in a step.
+The table is kept in MUON_KERNELS_CACHE_DIR, or else in muon_kernels below XDG_CACHE_HOME or ~/.cache, and later
+processes read it. Without it a table is used that was counted, not measured, by architecture; a step measures nothing.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ def run(args: argparse.Namespace) -> int:
         return 1
     from triton.testing import do_bench
 
-    from ..triton_kernels import tuning
+    from ..triton_kernels import measured, tuning
 
-    name = tuning.name_of_gpu()
-    file = tuning.file_of(name)
+    name = measured.name_of_gpu()
+    file = measured.file_of(name)
     try:
-        tuning.writable(file)
+        measured.writable(file)
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 1
@@ -37,6 +37,6 @@ def run(args: argparse.Namespace) -> int:
         if table is None:
             print(f"  {what:24}{tflops:8.1f} TFLOP/s", flush=True)
         else:
-            tuning.save(file, table)
+            measured.save(file, table)
             print(f"kept in {file}")
     return 0

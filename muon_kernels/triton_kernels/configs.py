@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import NamedTuple
 
 
@@ -41,6 +40,19 @@ class Config(NamedTuple):
         return tiles_m * (tiles_m + 1) // 2 if symmetric else tiles_m * tiles_n
 
 
+class Table(NamedTuple):
+    """What products on a kind of GPU are chosen from.
+
+    Attributes:
+        configs: the candidates.
+        vendor_from: from which size on, the smallest of m, n and k, the vendor's library does a product that is no
+            symmetric one; None: never.
+    """
+
+    configs: tuple[Config, ...]
+    vendor_from: int | None = None
+
+
 # Every entry, with every kind of addend, compiles without spills, and none has a bank conflict where tests/ptx can
 # count them. The share behind an entry: of the clocks that tensor cores need for the loop, how many a scheduler issues
 # other instructions in, copies and their addresses mostly. Counted in SASS; no GPU was timed.
@@ -54,36 +66,9 @@ _MMA = (
     Config(64, 64, 64, 4, 4, 1.5),  # 42 %
 )
 # By compute capability (10 times major plus minor), or AMD's name of an architecture.
-TABLE: dict[int | str, tuple[Config, ...]] = {
-    80: _MMA,
-    # wgmma reads both operands from shared memory: 64 x 256 elements in 128 clocks for a k of 16.
-    90: (
-        Config(128, 256, 64, 8, 4, 1.0, tma=True),  # 16 %
-        Config(128, 128, 64, 8, 4, 1.25, tma=True),  # 32 %
-        Config(128, 64, 64, 4, 4, 1.75, tma=True),  # 35 %
-        Config(64, 64, 64, 4, 4, 2.0, tma=True),  # 62 %
-    ),
-    # tcgen05 takes 128 x 128 elements in 64 clocks, and 64 rows take as long as 128.
-    100: (
-        Config(128, 256, 64, 8, 4, 1.0, tma=True),  # 38 %
-        Config(128, 128, 64, 8, 4, 1.333, tma=True),  # 75 %
-        Config(128, 64, 64, 4, 4, 2.0, tma=True),  # 64 %
-        Config(64, 64, 64, 4, 4, 2.667, tma=True),  # 63 %
-    ),
-    # mma.sync again, no wgmma, no tcgen05. By sm_80's clocks 13, 24, 24 and 25 %, but its tensor cores take two to four
-    # times as many.
-    120: tuple(c._replace(tma=True) for c in _MMA),
-    # mfma takes 128 x 128 elements in 256 clocks. A block may have 64 KiB.
-    "gfx942": (
-        Config(128, 128, 32, 4, 2, 1.0),
-        Config(64, 64, 64, 4, 2, 1.5),
-    ),
-}
-
-
-# From which size on, the smallest of m, n and k, cuBLAS does a product that is no symmetric one. There the diagonal's
-# corrections and the addend are passes over sums in fp32, about 25 bytes an element that our kernels do not move.
 #
+# About `vendor_from`: beside cuBLAS, the diagonal's corrections and the addend are passes over sums in fp32, about 25
+# bytes an element that our kernels do not move.
 # sm_100: shared memory takes and gives the operands of 128 x 256 tiles in 1.5 times the clocks that tensor cores need,
 # and cuBLAS's pairs of multiprocessors share 256 x 256: ours is at 0.67 of the peak at best, cuBLAS at about 0.8. Of
 # 2.25 PFLOP/s and 8 TB/s the passes are paid for from k = 14,000 on. Counted, not timed.
@@ -92,36 +77,61 @@ TABLE: dict[int | str, tuple[Config, ...]] = {
 # times cuBLAS with half its FLOPs, so at its speed, and fused-muon's epilogue costs 2.8 % where cuBLAS needs passes.
 # Symmetric products are never left to cuBLAS: it needs twice the FLOPs. What it was measured to win, one matrix with
 # m <= 1024 (flash-muon on H800: 0.0112 ms against 0.0124) without addends, it loses again with one pass of addends.
-_VENDOR: dict[int | str, int] = {100: 16384}
+TABLES: dict[int | str, Table] = {
+    80: Table(_MMA),
+    # wgmma reads both operands from shared memory: 64 x 256 elements in 128 clocks for a k of 16.
+    90: Table(
+        (
+            Config(128, 256, 64, 8, 4, 1.0, tma=True),  # 16 %
+            Config(128, 128, 64, 8, 4, 1.25, tma=True),  # 32 %
+            Config(128, 64, 64, 4, 4, 1.75, tma=True),  # 35 %
+            Config(64, 64, 64, 4, 4, 2.0, tma=True),  # 62 %
+        ),
+    ),
+    # tcgen05 takes 128 x 128 elements in 64 clocks, and 64 rows take as long as 128.
+    100: Table(
+        (
+            Config(128, 256, 64, 8, 4, 1.0, tma=True),  # 38 %
+            Config(128, 128, 64, 8, 4, 1.333, tma=True),  # 75 %
+            Config(128, 64, 64, 4, 4, 2.0, tma=True),  # 64 %
+            Config(64, 64, 64, 4, 4, 2.667, tma=True),  # 63 %
+        ),
+        vendor_from=16384,
+    ),
+    # mma.sync again, no wgmma, no tcgen05. By sm_80's clocks 13, 24, 24 and 25 %, but its tensor cores take two to four
+    # times as many.
+    120: Table(tuple(c._replace(tma=True) for c in _MMA)),
+    # mfma takes 128 x 128 elements in 256 clocks. A block may have 64 KiB.
+    "gfx942": Table(
+        (
+            Config(128, 128, 32, 4, 2, 1.0),
+            Config(64, 64, 64, 4, 2, 1.5),
+        ),
+    ),
+}
 
 
-def _entry(target: int | str) -> int | str:
-    """Whose row in TABLE counts for an architecture."""
+def table(target: int | str) -> Table:
+    """The candidates for an architecture, as shipped."""
     if isinstance(target, int):
-        return max(a for a in TABLE if isinstance(a, int) and a <= target)
-    return target if target in TABLE else "gfx942"
+        return TABLES[max(a for a in TABLES if isinstance(a, int) and a <= target)]
+    return TABLES.get(target, TABLES["gfx942"])
 
 
-def table(target: int | str) -> tuple[Config, ...]:
-    """The candidates for an architecture."""
-    return TABLE[_entry(target)]
-
-
-def vendor(shape: Shape, target: int | str) -> bool:
+def vendor(shape: Shape, table: Table) -> bool:
     """Whether the vendor's library computes this product, because it is faster there."""
-    least = _VENDOR.get(_entry(target))
+    least = table.vendor_from
     return least is not None and not shape.symmetric and min(shape.m, shape.n, shape.k) >= least
 
 
-@lru_cache(maxsize=1024)
-def choose(shape: Shape, target: int | str, multiprocessors: int) -> Config:
+def choose(shape: Shape, table: Table, multiprocessors: int) -> Config:
     """The config with which the multiprocessor that has most tiles has least to do."""
 
     def work(config: Config) -> float:
         most = -(-shape.batch * config.tiles(shape.m, shape.n, shape.symmetric) // multiprocessors)
         return most * config.block_m * config.block_n * config.cost
 
-    return min((c for c in table(target) if not shape.symmetric or c.block_m == c.block_n), key=work)
+    return min((c for c in table.configs if not shape.symmetric or c.block_m == c.block_n), key=work)
 
 
 # ---- elementwise.py ----

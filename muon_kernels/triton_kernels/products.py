@@ -17,7 +17,8 @@ from torch import Tensor
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .configs import Shape, choose, vendor
+from . import measured
+from .configs import Config, Shape, Table, choose, vendor
 from .launch import do, launch
 
 _VECTOR = 8  # elements in 16 bytes, the widest access of global memory
@@ -202,9 +203,9 @@ def _product(
 
 
 @cache
-def _multiprocessors(device: int) -> int:
-    """Of a device of this process."""
-    return int(driver.active.utils.get_device_properties(device)["multiprocessor_count"])
+def _gpu(device: int) -> tuple[Table, int]:
+    """Of the current device: what to choose from, and its multiprocessors."""
+    return measured.table(), int(driver.active.utils.get_device_properties(device)["multiprocessor_count"])
 
 
 def _check(fits: bool) -> None:
@@ -272,13 +273,20 @@ def _describable(stack: _Place) -> bool:
 
 @lru_cache(maxsize=1024)
 def _launch(
-    device: int, a: _Place, b: _Place, c: _Place | None, out: _Place, b_transposed: bool, symmetric: bool
+    device: int,
+    a: _Place,
+    b: _Place,
+    c: _Place | None,
+    out: _Place,
+    b_transposed: bool,
+    symmetric: bool,
+    config: Config | None,
 ) -> _Launch:
     """Descriptors cost microseconds, and stacks keep their places between steps: so it is remembered."""
     (batch, m, n), k = out.shape, a.shape[2]
-    target = driver.active.get_current_target().arch
+    table, multiprocessors = _gpu(device)
     shape = Shape(batch, m, n, k, symmetric)
-    config = choose(shape, target, _multiprocessors(device))
+    config = config or choose(shape, table, multiprocessors)
     programs = batch * config.tiles(m, n, symmetric)
     _check(programs < 2**31)
 
@@ -307,7 +315,7 @@ def _launch(
         enable_fp_fusion=True,
     )
     sizes = m // size_unit, n // size_unit, k // size_unit
-    return _Launch(vendor(shape, target), programs, addend, tiles, (*sizes, *strides), options)
+    return _Launch(vendor(shape, table), programs, addend, tiles, (*sizes, *strides), options)
 
 
 def _product_in_fp32(a: Tensor, b: Tensor) -> Tensor:
@@ -315,7 +323,7 @@ def _product_in_fp32(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.bmm(a.float(), b.float())
 
 
-def _gemm_by_vendor(
+def gemm_by_vendor(
     a: Tensor,
     b: Tensor,
     c: Tensor | None,
@@ -354,6 +362,7 @@ def product(
     beta: float = 0.0,
     gamma: float = 0.0,
     scale: Tensor | None = None,
+    config: Config | None = None,
 ) -> None:
     """Write out[i] = scale[i]^(2 if b_transposed else 1)·(alpha·a[i]·b[i] + beta·c[i] + gamma·I).
 
@@ -376,6 +385,7 @@ def product(
         beta: multiplies c.
         gamma: added to the diagonal.
         scale: (batch,) fp32, 1 if absent.
+        config: the tiles; None for those that `configs.choose` takes.
     """
     batch, m, n = out.shape
     k = a.shape[2]
@@ -410,10 +420,11 @@ def product(
         _Place.of(out),
         b_transposed,
         symmetric,
+        config,
     )
     corrected = any(d is not None for d in (b_diagonal, c_diagonal, out_diagonal))
-    if how.vendor and not (b_transposed or corrected or gamma):
-        do(partial(_gemm_by_vendor, a, b, c, out, a_diagonal, alpha, beta, scale))
+    if how.vendor and config is None and not (b_transposed or corrected or gamma):
+        do(partial(gemm_by_vendor, a, b, c, out, a_diagonal, alpha, beta, scale))
         return
     launch(
         _product,

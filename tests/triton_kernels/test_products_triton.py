@@ -32,7 +32,7 @@ class Place(NamedTuple):
 PLACES = {"sm80": Place(80, False), "sm90": Place(90, False), "tma": Place(90, True)}
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 OPTIONS = ("order", "asynchrony", "seed", "races", "profile")
-CONFIGS = [(arch, config) for arch in (80, 90) for config in table(arch)]
+CONFIGS = [(arch, config) for arch in (80, 90) for config in table(arch).configs]
 dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 every_config = pytest.mark.parametrize(
     ("arch", "config"), CONFIGS, ids=[f"sm{arch}-{c.block_m}x{c.block_n}" for arch, c in CONFIGS]
@@ -160,7 +160,7 @@ def test_bits_depend_on_nothing_but_the_matrix(run: Products, transposed: bool) 
     for width, config, order in (
         (16, small, "forward"),
         (16, small, "random"),
-        (16, table(run.arch)[1], "forward"),
+        (16, table(run.arch).configs[1], "forward"),
         (2, small, "forward"),
     ):
         at, out = placed(X, width), empty(3, 200, 200, width=width)
@@ -332,13 +332,13 @@ def test_what_is_left_to_the_vendor_is_rounded_once(dtype: torch.dtype, monkeypa
 def test_what_is_left_to_the_vendor() -> None:
     """Nothing where tensor cores are kept busy, and no symmetric product."""
     large = Shape(1, 16384, 53248, 16384, False)
-    assert [arch for arch in (80, 86, 89, 90, 100, 103, 120, "gfx942") if vendor(large, arch)] == [100, 103]
-    assert not vendor(large._replace(symmetric=True, n=16384), 100)
-    assert not vendor(large._replace(m=8192, k=8192), 100)
+    assert [arch for arch in (80, 86, 89, 90, 100, 103, 120, "gfx942") if vendor(large, table(arch))] == [100, 103]
+    assert not vendor(large._replace(symmetric=True, n=16384), table(100))
+    assert not vendor(large._replace(m=8192, k=8192), table(100))
 
 
 def chosen(arch: int | str, multiprocessors: int, shape: Shape) -> tuple[int, int]:
-    return choose(shape, arch, multiprocessors)[:2]
+    return choose(shape, table(arch), multiprocessors)[:2]
 
 
 @pytest.mark.parametrize(("arch", "multiprocessors"), [(80, 108), (90, 132), (100, 148), (120, 170), ("gfx942", 304)])
@@ -347,4 +347,4 @@ def test_choice_of_tiles(arch: int | str, multiprocessors: int) -> None:
     assert chosen(arch, multiprocessors, Shape(4, 4096, 4096, 4096, True)) == (128, 128)
     assert chosen(arch, multiprocessors, Shape(1, 256, 256, 1024, True)) == (64, 64)
     assert chosen(arch, multiprocessors, Shape(1, 4096, 11008, 4096, False)) in ((128, 128), (128, 256))
-    assert len(table(arch)) <= 12
+    assert len(table(arch).configs) <= 12

@@ -36,7 +36,7 @@ def entries() -> list[Any]:
     that are not aligned. sm_86 and 89 get the code of sm_80 and less shared memory."""
     found = []
     for arch in (*TENSOR, "gfx942"):
-        for config in table(arch):
+        for config in table(arch).configs:
             square = config.block_m == config.block_n
             kinds = [("updated", config.tma)]
             if square:

@@ -1,0 +1,76 @@
+"""Tables of tiles that were measured on the GPU at hand, by `python -m muon_kernels tune`. A step measures nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+import torch
+import triton
+from triton.runtime import driver
+
+from . import configs
+from .configs import Config, Table
+
+
+def file_of(name: str) -> Path:
+    """Where the table of a GPU of that name is kept, for this version of triton."""
+    base = os.environ.get("MUON_KERNELS_CACHE_DIR")
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{name} triton {triton.__version__}".lower())
+    return (Path(base) if base else caches / "muon_kernels") / f"{slug}.json"
+
+
+def writable(file: Path) -> None:
+    """Raise RuntimeError, with the mend, unless `file` can be written."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        mend = "set MUON_KERNELS_CACHE_DIR to a directory that can be written"
+        raise RuntimeError(f"{file} cannot be written ({error}); {mend}") from None
+
+
+def save(file: Path, table: Table) -> None:
+    """Keep a table for later processes."""
+    content = {"configs": [c._asdict() for c in table.configs], "vendor_from": table.vendor_from}
+    part = file.with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps(content, indent=1))
+    part.replace(file)  # so that nobody reads half of it
+
+
+def load(file: Path, shipped: Table) -> Table | None:
+    """A table that was kept; None if there is none, or none of the candidates that are shipped."""
+    try:
+        content = json.loads(file.read_text())
+        kept = Table(tuple(Config(**c) for c in content["configs"]), content["vendor_from"])
+        if [c._replace(cost=0) for c in kept.configs] != [c._replace(cost=0) for c in shipped.configs]:
+            raise ValueError("it has other candidates than this version")
+        if not all(c.cost > 0 for c in kept.configs):
+            raise ValueError("a cost is not positive")
+        return kept
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        what = f"{file} is no table of tiles ({type(error).__name__}: {error}) and is not used"
+        warnings.warn(f"{what}; run python -m muon_kernels tune again, or delete it", stacklevel=2)
+        return None
+
+
+def name_of_gpu() -> str:
+    """Of the current device."""
+    device = driver.active.get_active_torch_device()
+    if device.type == "cpu":  # only in tests, where something executes kernels in a GPU's place
+        return f"none {driver.active.get_current_target().arch}"
+    return str(getattr(torch, device.type).get_device_name(device))
+
+
+def table() -> Table:
+    """For the current device: the one that was measured on such a GPU, or the shipped one."""
+    shipped = configs.table(driver.active.get_current_target().arch)
+    return load(file_of(name_of_gpu()), shipped) or shipped
