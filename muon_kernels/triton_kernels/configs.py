@@ -85,8 +85,8 @@ TABLE: dict[int | str, tuple[Config, ...]] = {
 # corrections and the addend are passes over sums in fp32, about 25 bytes an element that our kernels do not move.
 #
 # sm_100: shared memory takes and gives the operands of 128 x 256 tiles in 1.5 times the clocks that tensor cores need,
-# and cuBLAS's pairs of multiprocessors share 256 x 256: ours is at 0.67 of the peak at best, cuBLAS, as assumed here, at 0.8. Of
-# 2.25 PFLOP/s and 8 TB/s the passes are paid for from k = 14,000 on. Counted, not timed.
+# and cuBLAS's pairs of multiprocessors share 256 x 256: ours is at 0.67 of the peak at best, cuBLAS, as is assumed, at
+# 0.8. Of 2.25 PFLOP/s and 8 TB/s the passes are paid for from k = 14,000 on. Counted, not timed.
 # sm_90: 128 x 256 keeps tensor cores busy, by the same count, and quack's fused aX + BX, with tiles like these, beats
 # cuBLAS's baddbmm (Gram-NS blog, H100). sm_80, 89: flash-muon's mma.sync kernels are 1.7 to 1.9 times as fast as cuBLAS
 # with half its FLOPs (A100, 4090, m >= 4096), so at its speed. sm_120 has that instruction, and nobody published it.
