@@ -72,6 +72,9 @@ class Backend(Products, Protocol):
             run: asks for products, which need not be done when it returns; the operands stay where they are.
         """
 
+    def remarks(self, device: torch.device, shape: tuple[int, int]) -> tuple[str, ...]:
+        """What a plan should say of how such matrices are stepped there."""
+
     def rehearsal(self) -> AbstractContextManager[None] | None:
         """Verbs inside make all ready that they need, and do nothing; None if there is nothing to make ready.
 
@@ -186,7 +189,7 @@ def choose(
     workspace_dtype: torch.dtype,
     shape: tuple[int, int],
 ) -> tuple[str, tuple[str, ...]]:
-    """The name of the backend that will run, and why "auto" did not take those that it would have preferred.
+    """The name of the backend that will run, and notes: why "auto" did not take others, what the backend remarks.
 
     "auto" takes the first that can, unless that is outdone by another that can.
 
@@ -207,7 +210,7 @@ def choose(
             raise RuntimeError(f"backend {name!r} cannot run here: {reason}")
         if reason := backend.refuses(device, dtypes, workspace_dtype):
             raise ValueError(f"backend {name!r} cannot take these tensors: {reason}")
-        return name, ()
+        return name, backend.remarks(device, shape)
     reasons: dict[str, str] = {}
     notes: list[str] = []
     able = []
@@ -226,6 +229,7 @@ def choose(
         raise ValueError("no backend can take these tensors: " + "; ".join(f"{n}: {r}" for n, r in reasons.items()))
     first = able[0]
     outdone = get(first).outdone_by(device, *shape)
-    if outdone is None or outdone[0] not in able:
-        return first, tuple(notes)
-    return outdone[0], (*notes, f"{first} was not chosen for {shape[0]}x{shape[1]}: {outdone[1]}")
+    if outdone is not None and outdone[0] in able:
+        notes.append(f"{first} was not chosen for {shape[0]}x{shape[1]}: {outdone[1]}")
+        first = outdone[0]
+    return first, (*notes, *get(first).remarks(device, shape))

@@ -99,6 +99,11 @@ def outdone_by(device: torch.device, rows: int, cols: int) -> None:
     """By none."""
 
 
+def remarks(device: torch.device, shape: tuple[int, int]) -> tuple[str, ...]:
+    """Nothing."""
+    return ()
+
+
 def rehearsal() -> None:
     """All is compiled."""
 

@@ -34,6 +34,11 @@ def outdone_by(device: torch.device, rows: int, cols: int) -> None:
     """Never by one that "auto" would not have taken before."""
 
 
+def remarks(device: torch.device, shape: tuple[int, int]) -> tuple[str, ...]:
+    """Nothing."""
+    return ()
+
+
 def rehearsal() -> None:
     """torch is ready."""
 

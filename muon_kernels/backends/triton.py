@@ -129,6 +129,19 @@ def outdone_by(device: torch.device, rows: int, cols: int) -> None:
     """Where `Backend.outdone_by` matters to it, the other one says so."""
 
 
+def remarks(device: torch.device, shape: tuple[int, int]) -> tuple[str, ...]:
+    """Where products are not ours, and whether tiles were measured."""
+    with _device.guard(device):
+        table, shipped = _kernels("measured").table(), _kernels("measured").shipped()
+    notes = []
+    m, n = shape
+    if configs.vendor(configs.Shape(1, m, n, m, False), table):
+        notes.append(f"of {m}x{n}, products with the matrices themselves are left to the GPU vendor's library")
+    if table != shipped:
+        notes.append("triton's tiles are those that python -m muon_kernels tune measured on this GPU")
+    return tuple(notes)
+
+
 def describe() -> str:
     """See `Backend.describe`."""
     import triton

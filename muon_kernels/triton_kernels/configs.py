@@ -70,11 +70,11 @@ _MMA = (
 # About `vendor_from`: beside cuBLAS, the diagonal's corrections and the addend are passes over sums in fp32, about 25
 # bytes an element that our kernels do not move.
 # sm_100: shared memory takes and gives the operands of 128 x 256 tiles in 1.5 times the clocks that tensor cores need,
-# and cuBLAS's pairs of multiprocessors share 256 x 256: ours is at 0.67 of the peak at best, cuBLAS at about 0.8. Of
-# 2.25 PFLOP/s and 8 TB/s the passes are paid for from k = 14,000 on. Counted, not timed.
-# sm_90: 128 x 256 keeps tensor cores busy, by the same count; quack's fused aX + BX, with tiles like these, is faster
-# than cuBLAS's baddbmm (Gram-NS blog, H100). sm_80, 120: A100 and 4090 run flash-muon's mma.sync kernels at 1.7 to 1.9
-# times cuBLAS with half its FLOPs, so at its speed, and fused-muon's epilogue costs 2.8 % where cuBLAS needs passes.
+# and cuBLAS's pairs of multiprocessors share 256 x 256: ours is at 0.67 of the peak at best, cuBLAS, as is assumed, at
+# 0.8. Of 2.25 PFLOP/s and 8 TB/s the passes are paid for from k = 14,000 on. Counted, not timed.
+# sm_90: 128 x 256 keeps tensor cores busy, by the same count, and quack's fused aX + BX, with tiles like these, beats
+# cuBLAS's baddbmm (Gram-NS blog, H100). sm_80, 89: flash-muon's mma.sync kernels are 1.7 to 1.9 times as fast as cuBLAS
+# with half its FLOPs (A100, 4090, m >= 4096), so at its speed. sm_120 has that instruction, and nobody published it.
 # Symmetric products are never left to cuBLAS: it needs twice the FLOPs. What it was measured to win, one matrix with
 # m <= 1024 (flash-muon on H800: 0.0112 ms against 0.0124) without addends, it loses again with one pass of addends.
 TABLES: dict[int | str, Table] = {
@@ -104,8 +104,8 @@ TABLES: dict[int | str, Table] = {
     # mfma takes 128 x 128 elements in 256 clocks. A block may have 64 KiB.
     "gfx942": Table(
         (
-            Config(128, 128, 32, 4, 2, 1.0),
-            Config(64, 64, 64, 4, 2, 1.5),
+            Config(128, 128, 32, 4, 2, 1.0),  # 15 %
+            Config(64, 64, 64, 4, 2, 1.5),  # 38 %
         ),
     ),
 }

@@ -70,7 +70,11 @@ def name_of_gpu() -> str:
     return str(getattr(torch, device.type).get_device_name(device))
 
 
+def shipped() -> Table:
+    """For the current device."""
+    return configs.table(driver.active.get_current_target().arch)
+
+
 def table() -> Table:
     """For the current device: the one that was measured on such a GPU, or the shipped one."""
-    shipped = configs.table(driver.active.get_current_target().arch)
-    return load(file_of(name_of_gpu()), shipped) or shipped
+    return load(file_of(name_of_gpu()), shipped()) or shipped()

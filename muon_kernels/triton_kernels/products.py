@@ -21,6 +21,8 @@ from . import measured
 from .configs import Config, Shape, Table, choose, vendor
 from .launch import do, launch
 
+# What the vendor's library adds in fp32 an older torch rounds before it returns it.
+_VENDOR_SUMS_IN_FP32 = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 8)
 _VECTOR = 8  # elements in 16 bytes, the widest access of global memory
 
 # A stack of another shape or place, and another coefficient, are no reason to compile anew.
@@ -315,12 +317,12 @@ def _launch(
         enable_fp_fusion=True,
     )
     sizes = m // size_unit, n // size_unit, k // size_unit
-    return _Launch(vendor(shape, table), programs, addend, tiles, (*sizes, *strides), options)
+    return _Launch(_VENDOR_SUMS_IN_FP32 and vendor(shape, table), programs, addend, tiles, (*sizes, *strides), options)
 
 
 def _product_in_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """The vendor's product of two stacks, not rounded to their dtype; what has no such product is converted."""
-    return torch.bmm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.bmm(a.float(), b.float())
+    """The vendor's product of two matrices, not rounded to their dtype; what has no such product is converted."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a.float(), b.float())
 
 
 def gemm_by_vendor(
@@ -334,16 +336,17 @@ def gemm_by_vendor(
     scale: Tensor | None,
 ) -> None:
     """See `product`. Everything is added in fp32, so that there is but one rounding here, too."""
-    sums = _product_in_fp32(a, b)
-    if a_diagonal is not None:
-        sums.addcmul_(a_diagonal[:, :, None], b)
-    if alpha != 1:
-        sums *= alpha
-    if c is not None:
-        sums.add_(c, alpha=beta)
-    if scale is not None:
-        sums *= scale[:, None, None]
-    out.copy_(sums)
+    for i in range(len(out)):  # one after the other: sums take twice the memory of a result
+        sums = _product_in_fp32(a[i], b[i])
+        if a_diagonal is not None:
+            sums.addcmul_(a_diagonal[i, :, None], b[i])
+        if alpha != 1:
+            sums *= alpha
+        if c is not None:
+            sums.add_(c[i], alpha=beta)
+        if scale is not None:
+            sums *= scale[i]
+        out[i].copy_(sums)
 
 
 def product(

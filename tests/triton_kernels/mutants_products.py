@@ -62,10 +62,10 @@ MUTANTS = [
     Mutant("correction of c ignored", "if c_diagonal is not None:", "if False:", LOGIC),
     Mutant("what rounding took: nothing", "value - value.to(out.dtype.element_ty).to(tl.float32)", "value - value", "test_precise_squares and sm80"),
     # Left to cuBLAS.
-    Mutant("vendor: correction ignored", "sums.addcmul_(a_diagonal[:, :, None], b)", "pass", VENDOR),
-    Mutant("vendor: alpha multiplies the addend, too", "    if alpha != 1:\n        sums *= alpha\n    if c is not None:\n        sums.add_(c, alpha=beta)\n", "    if c is not None:\n        sums.add_(c, alpha=beta)\n    sums *= alpha\n", VENDOR),
-    Mutant("vendor: rounded twice", "torch.bmm(a.float(), b.float())", "torch.bmm(a, b).float()", VENDOR),
-    Mutant("vendor: scale ignored", "        sums *= scale[:, None, None]\n", "        sums *= 1.0\n", VENDOR),
+    Mutant("vendor: correction ignored", "sums.addcmul_(a_diagonal[i, :, None], b[i])", "pass", VENDOR),
+    Mutant("vendor: alpha multiplies the addend, too", "        if alpha != 1:\n            sums *= alpha\n        if c is not None:\n            sums.add_(c[i], alpha=beta)\n", "        if c is not None:\n            sums.add_(c[i], alpha=beta)\n        sums *= alpha\n", VENDOR),
+    Mutant("vendor: rounded twice", "torch.mm(a.float(), b.float())", "torch.mm(a, b).float()", VENDOR),
+    Mutant("vendor: scale ignored", "sums *= scale[i]", "sums *= 1.0", VENDOR),
     # The launch.
     Mutant("places are not told apart by address", "return _Place(t.data_ptr(), t.shape,", "return _Place(t.data_ptr() // 4096 * 4096, t.shape,", "test_a_launch_is_remembered and tma"),
     Mutant("a coefficient is compiled in", "alpha: tl.float32,", "alpha: tl.constexpr,", "test_numbers_do_not and sm80"),

@@ -1,0 +1,68 @@
+"""Which backend "auto" takes, and what it says of the others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from muon_kernels import backends
+from muon_kernels.backends import cuda, triton
+
+GPU = torch.device("cuda")
+
+
+def chosen(
+    monkeypatch: pytest.MonkeyPatch,
+    rows: int,
+    capability: tuple[int, int] | None,
+    missing: tuple[str, ...] = (),
+    name: str = "auto",
+) -> tuple[str, tuple[str, ...]]:
+    """On a GPU of a compute capability, or on one that is not NVIDIA's."""
+    for module in (cuda, triton):
+        here = module.__name__.rpartition(".")[2]
+        reason = f"{here} is missing; install it" if here in missing else None
+        monkeypatch.setattr(module._device, "unavailable", lambda reason=reason: reason)
+        monkeypatch.setattr(module._device, "capability", lambda device: capability)
+    monkeypatch.setattr(triton, "remarks", lambda device, shape: ("remarked",))
+    return backends.choose(name, GPU, [torch.float32], torch.bfloat16, (rows, 4096))
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)])
+@pytest.mark.parametrize("rows", [1, 64, 128, 129, 768, 4096])
+def test_triton_is_taken_for_its_tensor_instructions(
+    monkeypatch: pytest.MonkeyPatch, rows: int, capability: tuple[int, int]
+) -> None:
+    name, notes = chosen(monkeypatch, rows, capability)
+    if capability[0] in (9, 10) and rows > 128:
+        why, remark = notes
+        assert name == "triton" and remark == "remarked"
+        assert why.startswith(f"cuda was not chosen for {rows}x4096: on compute capability {capability[0]}.")
+        assert "tcgen05" in why if capability[0] == 10 else "wgmma" in why
+    else:
+        assert (name, notes) == ("cuda", ())
+    assert chosen(monkeypatch, rows, capability, name="cuda") == ("cuda", ())
+    assert chosen(monkeypatch, rows, capability, name="triton") == ("triton", ("remarked",))
+
+
+def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chosen(monkeypatch, 768, (9, 0), ("triton",)) == ("cuda", ())
+    note = "cuda was not chosen: cuda is missing; install it"
+    assert chosen(monkeypatch, 768, (8, 0), ("cuda",)) == ("triton", (note, "remarked"))
+    assert chosen(monkeypatch, 768, None, ("cuda",)) == ("triton", (note, "remarked")), "AMD's GPUs"
+    name, notes = chosen(monkeypatch, 768, (9, 0), ("cuda", "triton"))
+    assert name == "eager" and notes == (note, "triton was not chosen: triton is missing; install it")
+
+
+def test_old_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    name, notes = chosen(monkeypatch, 768, (7, 5))
+    assert name == "eager" and len(notes) == 2
+    assert all("expected compute capability 8.0 or more, cuda has 7.5" in note for note in notes)
+
+
+def test_a_table_has_all_of_the_protocol() -> None:
+    functions = [name for name in dir(backends.Backend) if not name.startswith("_")]
+    for name in backends.BACKENDS:
+        module = backends.get(name)
+        optional = {"fused_step"} if name == "eager" else set()
+        assert {f for f in functions if not callable(getattr(module, f, None))} <= optional, name
