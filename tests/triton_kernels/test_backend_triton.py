@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from matrices import make
-from torch import Tensor
+from torch import Tensor, nn
 
-from muon_kernels import backends, newton_schulz
+from muon_kernels import Muon, backends, newton_schulz
 from muon_kernels.backends import triton as backend
 from muon_kernels.coefficients import resolve
 from muon_kernels.newton_schulz import Square
@@ -95,15 +98,130 @@ def test_without_a_gpu() -> None:
     assert "finds no GPU" in str(backend.unavailable()) or "triton is missing" in str(backend.unavailable())
 
 
-@needs_triton
-def test_with_an_old_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    import triton
-
+@pytest.fixture
+def a_gpu_that_torch_finds(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    backend._triton_unfit.cache_clear()
+    yield
+    backend._triton_unfit.cache_clear()
+
+
+@needs_triton
+def test_with_an_old_triton(a_gpu_that_torch_finds: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+    from emulated_gpu import emulated
+
     monkeypatch.setattr(triton, "__version__", "3.1.0")
-    assert "3.1.0 is too old" in str(backend.unavailable())
+    assert "3.1.0 is too old; upgrade torch" in str(backend.unavailable())
+    backend._triton_unfit.cache_clear()
     monkeypatch.setattr(triton, "__version__", "4.0.0+git")
-    assert backend.unavailable() is None
+    with emulated(80):
+        assert backend.unavailable() is None
+
+
+@needs_triton
+@pytest.mark.skipif(bool(glob.glob("/dev/nvidia*")), reason="there is a driver")
+def test_without_a_driver(a_gpu_that_torch_finds: None) -> None:
+    reason = str(backend.unavailable())
+    assert "cannot reach the GPU (" in reason and "libcuda" in reason and "nvidia-smi" in reason
+    with pytest.raises(RuntimeError, match=r"backend 'triton' cannot run here: triton .* cannot reach the GPU"):
+        Muon([nn.Parameter(torch.ones(2, 3))], backend="triton")
+
+
+@needs_triton
+def test_a_cache_that_cannot_be_written(
+    a_gpu_that_torch_finds: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from emulated_gpu import emulated
+
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    with emulated(80):
+        assert "cannot write its cache" in str(backend.unavailable())
+    assert "set TRITON_CACHE_DIR to a directory that can be written" in str(backend.unavailable())
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", [(24, 40), (130, 150)], ids=["fused_step", "products"])
+@pytest.mark.parametrize(
+    ("error", "mend"),
+    [
+        (PermissionError(13, "Permission denied"), "PermissionError: .*; set TRITON_CACHE_DIR"),
+        (RuntimeError("Failed to find C compiler."), "RuntimeError: Failed to find C compiler.*; install gcc or clang, or set CC"),
+        (ValueError("inside\na compiler"), "ValueError: inside\\); use backend='cuda' or backend='eager'"),
+    ],
+    ids=["cache", "compiler", "anything"],
+)
+def test_what_cannot_be_compiled_changes_nothing(
+    on_the_cpu: Any, monkeypatch: pytest.MonkeyPatch, error: Exception, mend: str, shape: tuple[int, int]
+) -> None:
+    """Whichever kernel of a step it is."""
+    from emulated_gpu import compiling
+    from triton.runtime.jit import JITFunction
+
+    from muon_kernels.triton_kernels import launch
+
+    real = JITFunction.warmup
+    seen: list[str] = []
+    failing: list[str] = []
+
+    def warmup(self: Any, *args: Any, **options: Any) -> Any:
+        seen.append(self.__name__)
+        if self.__name__ in failing:
+            raise error
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(JITFunction, "warmup", warmup)
+    p = nn.Parameter(torch.ones(shape))
+    p.grad = torch.ones(shape)
+    with compiling(80, 108, binary=False) as device:
+        monkeypatch.setattr(launch, "_compiled", {})
+        Muon([p], backend="triton").step()
+        names = list(dict.fromkeys(seen))
+        assert len(names) == (1 if shape == (24, 40) else 4)
+        device.log.clear()
+        for name in names:
+            monkeypatch.setattr(launch, "_compiled", {})
+            failing[:] = [name]
+            muon = Muon([p], backend="triton")
+            target = rf"triton \S+ could not make {name} for cuda 80 \({mend}"
+            with pytest.raises(RuntimeError, match=f"{target}.*, for 1 of {shape[0]}x{shape[1]} on cpu"):
+                muon.step()
+            assert not muon.state and not device.log, "a step begins when all is compiled"
+
+
+@needs_triton
+def test_an_error_of_a_launch(on_the_cpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from emulated_gpu import _Launcher, emulated
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("Triton Error [CUDA]: out of memory")
+
+    p = nn.Parameter(torch.ones(24, 40))
+    p.grad = torch.ones(24, 40)
+    with emulated(80, 108, None):
+        muon = Muon([p], backend="triton")
+        with monkeypatch.context() as m, pytest.raises(RuntimeError, match=r"out of memory, for 1 of 24x40 on cpu"):
+            m.setattr(_Launcher, "__call__", fails)
+            muon.step()
+        assert torch.equal(p, torch.ones(24, 40))
+        muon.step()
+        assert not torch.equal(p, torch.ones(24, 40))
+
+
+@needs_triton
+def test_a_plan_says_who_multiplies(on_the_cpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from emulated_gpu import emulated
+
+    from muon_kernels.triton_kernels import configs, measured
+
+    p = nn.Parameter(torch.ones(130, 150))
+    with emulated(100):
+        assert Muon([p], backend="triton").plan().notes == ()
+        monkeypatch.setattr(measured, "load", lambda *_: configs.table(100)._replace(vendor_from=130))
+        library, tiles = Muon([p], backend="triton").plan().notes
+        assert library == "of 130x150, products with the matrices themselves are left to the GPU vendor's library"
+        assert "python -m muon_kernels tune measured" in tiles
 
 
 def test_what_is_refused(on_the_cpu: Any) -> None:
