@@ -290,6 +290,9 @@ def test_a_launch_is_remembered_and_no_memory_with_it(run: Products) -> None:
 
 def test_without_columns_only_the_addends_are_left(run: Products) -> None:
     checks.without_columns(run, 17)
+    X, out = torch.empty(2, 24, 8).bfloat16()[:, :, :0], empty(2, 24, 24)  # rows aligned for TMA, were there any
+    run(X, X, out, b_transposed=True, symmetric=True, gamma=3.0)
+    assert torch.equal(out, 3 * torch.eye(24).bfloat16().expand(2, 24, 24)) and untouched(out)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 3), (2, 0, 3), (2, 3, 0)])
