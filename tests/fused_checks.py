@@ -1,7 +1,7 @@
 """What fused_step must do, whoever wrote the kernel: a whole Muon step of small matrices in one launch.
 
-A module that imports these tests has a fixture `stepper` of the protocol below; tests of one implementation alone are its
-own.
+A module that imports these tests has a fixture `stepper` of the protocol below; what only one implementation does is its
+own to test.
 """
 
 from __future__ import annotations
