@@ -1,7 +1,7 @@
 """What fused_step must do, whoever wrote the kernel: a whole Muon step of small matrices in one launch.
 
-A module that imports these tests has a fixture `stepper` of the protocol below; what only one implementation does is its
-own to test.
+A module that imports these tests has a fixture `stepper` of the protocol below; tests of one implementation alone are
+its own.
 """
 
 from __future__ import annotations

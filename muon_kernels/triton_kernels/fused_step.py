@@ -225,8 +225,8 @@ def fused_step_kernel(
     # A thread may read momenta that another one has written.
     tl.debug_barrier()
     second_pass(
-        Q, largest, grad_refs, momentum_refs, param_refs, is_tall(param_refs, matrix, WIDTH), zero, M, N, grad_scale, mu,
-        decay, step_size, GRAD, MOMENTUM, PARAM, NESTEROV, DAMPENED, CAUTIOUS, WIDTH, BLOCK,
+        Q, largest, grad_refs, momentum_refs, param_refs, is_tall(param_refs, matrix, WIDTH), zero, M, N, grad_scale,
+        mu, decay, step_size, GRAD, MOMENTUM, PARAM, NESTEROV, DAMPENED, CAUTIOUS, WIDTH, BLOCK,
     )  # fmt: skip
 
 
@@ -249,8 +249,8 @@ def fused_step(
     ratios: Sequence[float],
     cautious: bool = False,
 ) -> None:
-    """See `Backend.fused_step`, on the current device; of X, (slots, m, n), only m and n are used, and `iterate` is not.
-    One launch.
+    """See `Backend.fused_step`, on the current device, in one launch. Of X, (slots, m, n), only m and n are used, and
+    `iterate` is not.
 
     Raises:
         ValueError: more than FUSED_ROWS rows, or `needs_restart`.
