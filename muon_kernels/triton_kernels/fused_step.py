@@ -17,6 +17,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
 
 from ..layout import Matrices
 from . import tables
@@ -231,6 +233,13 @@ def fused_step_kernel(
     )  # fmt: skip
 
 
+def _registers() -> dict[str, int]:
+    """All that there are: with two warps, ptxas may otherwise spill for the sake of a few more blocks at a time."""
+    if knobs.runtime.interpret or driver.active.get_current_target().backend != "cuda":
+        return {}
+    return {"maxnreg": 255}
+
+
 def fused_step(
     params: Sequence[Matrices],
     grads: Sequence[Matrices],
@@ -250,7 +259,8 @@ def fused_step(
     ratios: Sequence[float],
     cautious: bool = False,
 ) -> None:
-    """See `Backend.fused_step`, on the current device; of X, (slots, m, n), only m and n are used. One launch.
+    """See `Backend.fused_step`, on the current device, in one launch. Of X, (slots, m, n), only m and n are used, and
+    `iterate` is not.
 
     Raises:
         ValueError: more than FUSED_ROWS rows, or `needs_restart`.
@@ -285,5 +295,6 @@ def fused_step(
         BLOCK=block_of(m),
         num_warps=block_of(m) // 16,  # each has 16 rows; more would do the same once again
         num_stages=1,
+        **_registers(),
         enable_fp_fusion=False,
     )  # fmt: skip

@@ -50,7 +50,7 @@ class Verbs:
     def rules(self, *dtypes: torch.dtype) -> Sequence[tuple[bool, bool, float]]:
         """Each pair of flags is a compilation."""
         plain = dtypes[:2] == (torch.float32, torch.float32)
-        return RULES if plain or not self.place else [(True, True, 0.9), (False, False, 0.9)]
+        return RULES if not self.place or (plain and self.place == 80) else [(True, True, 0.9), (False, False, 0.9)]
 
     @contextmanager
     def _running(self, memory: Sequence[Tensor | None]) -> Iterator[None]:

@@ -147,7 +147,10 @@ def test_a_cache_that_cannot_be_written(
     ("error", "mend"),
     [
         (PermissionError(13, "Permission denied"), "PermissionError: .*; set TRITON_CACHE_DIR"),
-        (RuntimeError("Failed to find C compiler."), "RuntimeError: Failed to find C compiler.*; install gcc or clang, or set CC"),
+        (
+            RuntimeError("Failed to find C compiler."),
+            "RuntimeError: Failed to find C compiler.*; install gcc or clang, or set CC",
+        ),
         (ValueError("inside\na compiler"), "ValueError: inside\\); use backend='cuda' or backend='eager'"),
     ],
     ids=["cache", "compiler", "anything"],

@@ -14,7 +14,7 @@ from gates import ARCHITECTURES, spilled
 from torch import Tensor
 
 from muon_kernels.layout import Bundle
-from muon_kernels.triton_kernels import tables
+from muon_kernels.triton_kernels import elementwise, tables
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -110,6 +110,16 @@ def test_compiles_without_spills(arch: int | str) -> None:
     for kernel in kernels:
         assert spilled(kernel) == 0, kernel.name
         assert kernel.metadata.shared <= SHARED_BYTES[arch] // 2, kernel.name
+
+
+def test_scratch_is_optional(place: int) -> None:
+    assert not place, "no kernel is built for it"
+    grads, momenta, _, X = plain(2, (70, 90))
+    _, direction = directions(grads, momenta, 0.9, True, True)
+    options = dict(momentum=0.9, nesterov=True, dampened=True, grad_scale=1.0, eps=1e-7, margin=1.0)
+    scale = elementwise.momentum_update(matrices(list(grads)), matrices(list(momenta)), X, **options)
+    for x, s, d in zip(X, scale, direction, strict=True):
+        check_x(x, s, d)
 
 
 def test_what_stays_where_it_is_has_one_table() -> None:
