@@ -31,13 +31,20 @@ def parameters(shapes: Shapes) -> list[nn.Parameter]:
 
 def missing(device: str) -> str | None:
     """Why nothing is measured on this device; None if it is."""
-    return backends.unavailable("cuda") if device == "cuda" else None
+    if device == "cpu":
+        return None
+    reasons = {name: backends.unavailable(name) for name in _for_gpus()}
+    return None if None in reasons.values() else "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+
+
+def _for_gpus() -> list[str]:
+    return [name for name in backends.BACKENDS if "cuda" in backends.get(name).device_types()]
 
 
 def own(device: str) -> list[str]:
     """Our backends that run there, the one that "auto" takes first; on a GPU that is not there, what would."""
     if missing(device):
-        return ["cuda"]
+        return _for_gpus()
     names = [name for name in backends.BACKENDS if backends.unavailable(name) is None]
     return [
         name

@@ -177,7 +177,7 @@ def traffic(plan: Plan, backend: str, schedule: Schedule) -> str:
 
 def own_plans(shapes: Shapes, schedule: Schedule) -> dict[str, Plan]:
     """The plan of every backend of ours for GPUs."""
-    names = (n for n in backends.BACKENDS if n not in ("cpu", "eager"))
+    names = (n for n in backends.BACKENDS if "cuda" in backends.get(n).device_types())
     return {n: plan_for_shapes(shapes, schedule=schedule, device="cuda", backend=n, available=False) for n in names}
 
 
