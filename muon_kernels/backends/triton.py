@@ -283,9 +283,10 @@ def product_tiles() -> tuple[int, int]:
 
 def fused_plan(rows: int, cols: int, count: int, schedule: Schedule) -> Fused | None:
     """Where the smaller side fits on the chip, which needs no workspace but two visits to the longer one."""
-    if terms_needed(schedule.triples, schedule.margin) is None or not 0 < rows <= configs.FUSED_ROWS:
+    terms = terms_needed(schedule.triples, schedule.margin)
+    if terms is None or not 0 < rows <= configs.FUSED_ROWS:
         return None
-    return Fused(slots=0, flops=configs.executed_flops(rows, cols, len(schedule.triples)), reads=2)
+    return Fused(slots=0, flops=configs.executed_flops(rows, cols, len(schedule.triples), terms), reads=2)
 
 
 def fused_step(
@@ -325,5 +326,6 @@ def fused_step(
             lr=lr,
             weight_decay=weight_decay,
             ratios=ratios,
+            terms=terms_needed(tuple(triples), margin),
         )
     _written([*params, *momenta])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 
@@ -147,10 +146,6 @@ def scratch_bytes(rows: int, cols: int) -> int:
 # ---- fused_step.py ----
 
 FUSED_ROWS = 64  # R, Q and S of more would leave the registers
-# Largest relative error of the number that a sum of three bf16 numbers stands for.
-_UNIT_ROUNDOFF = 2.0**-22
-# The sum over the steps of S's relative error where S should be a, as csrc's fused_step judges it.
-_ALLOWED_CHANGE = 4.0
 
 
 def block_of(rows: int) -> int:
@@ -158,23 +153,8 @@ def block_of(rows: int) -> int:
     return 32 if rows <= 32 else 64
 
 
-def needs_restart(triples: tuple[tuple[float, float, float], ...], margin: float) -> bool:
-    """Whether `fused_step` would lose too much to rounding with these coefficients.
-
-    An eigenvalue of R that should be 0 is `loss` too small, negative, and so S is too large there: that multiplies the
-    loss by S² in every step, while the step's own rounding adds to it. When Q is several times too large the iteration
-    is about to explode.
-    """
-    loss, change = _UNIT_ROUNDOFF / margin**2, 0.0
-    for a, b, c in triples:
-        s = abs(a) + abs(b) * loss + abs(c) * loss * loss
-        change += s / abs(a) - 1 if a else math.inf
-        loss = loss * s * s + _UNIT_ROUNDOFF * (1 + abs(a))
-    return not change <= _ALLOWED_CHANGE  # NaN, too
-
-
-def executed_flops(rows: int, cols: int, steps: int) -> int:
-    """Of `fused_step` for a matrix: a product is six of bf16, sizes are rounded up to tiles; two visits to X."""
+def executed_flops(rows: int, cols: int, steps: int, terms: int) -> int:
+    """Of `fused_step` for a matrix: a product is three or six of bf16, and sizes are rounded up to tiles."""
     m = block_of(rows)
     n = -(-cols // m) * m
-    return 6 * 2 * m * m * (2 * n + 4 * steps * m)
+    return terms * (terms + 1) // 2 * 2 * m * m * (2 * n + (4 * steps - 3) * m)

@@ -22,7 +22,7 @@ from triton.runtime import driver
 
 from ..layout import Matrices
 from . import tables
-from .configs import FUSED_ROWS, block_of, needs_restart
+from .configs import FUSED_ROWS, block_of
 from .elementwise import (
     TYPES,
     blend,
@@ -61,14 +61,18 @@ def split(v):
 
 
 @triton.jit
-def product(a, b):
-    """a · b to 22 bits. The smallest products come first, and only one term of b occupies registers at a time."""
+def product(a, b, TERMS: tl.constexpr):
+    """a · b, where a number is the sum of two or three of bf16: to 16 or 22 bits. The smallest products come first, and
+    only one term of b occupies registers at a time."""
     a0, a1, a2 = split(a)
     b0, b1, b2 = split(b)
-    c = tl.dot(a0, b2)
-    c = tl.dot(a1, b1, c)
-    c = tl.dot(a0, b1, c)
-    c = tl.dot(a2, b0, c)
+    if TERMS == 3:
+        c = tl.dot(a0, b2)
+        c = tl.dot(a1, b1, c)
+        c = tl.dot(a0, b1, c)
+        c = tl.dot(a2, b0, c)
+    else:
+        c = tl.dot(a0, b1)
     c = tl.dot(a1, b0, c)
     return tl.dot(a0, b0, c)
 
@@ -121,7 +125,7 @@ def is_tall(param_refs, matrix, WIDTH: tl.constexpr):
 def first_pass(
     grad_refs, momentum_refs, tall, M, N, grad_scale, mu, rest,
     GRAD: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, DAMPENED: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    TERMS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Update the momentum. R = (X 2^-e)(X 2^-e)ᵀ for an X of any scale, and e, that of its largest element."""
     matrix = tl.program_id(0)
@@ -147,12 +151,12 @@ def first_pass(
         # The factors of the tile keep the sum out of the tensor cores' accumulator, where long sums drift.
         before, largest = largest, tl.maximum(largest, own)
         shrink, of_tile = power(tl.maximum(before - largest, -126)), power(tl.maximum(own - largest, -126))
-        R = R * shrink * shrink + product(x, tl.trans(x)) * of_tile * of_tile
+        R = R * shrink * shrink + product(x, tl.trans(x), TERMS) * of_tile * of_tile
     return R, largest
 
 
 @triton.jit
-def newton_schulz(R, coefficients, steps, zero, eps, margin, BLOCK: tl.constexpr):
+def newton_schulz(R, coefficients, steps, zero, eps, margin, TERMS: tl.constexpr, BLOCK: tl.constexpr):
     """From R to Q, which has the scale of X in it; `coefficients`, (steps, 3), on the device."""
     diagonal = tl.arange(0, BLOCK)[:, None] == tl.arange(0, BLOCK)[None, :]
     trace = tl.sum(tl.where(diagonal, R, 0.0))
@@ -161,16 +165,18 @@ def newton_schulz(R, coefficients, steps, zero, eps, margin, BLOCK: tl.constexpr
     scale = tl.div_rn(1.0, tl.where(norm > least, norm, least) * margin)
     scale = tl.where(trace < float("inf"), tl.where(trace == 0, 0.0, scale), float("nan"))
     R *= scale * scale
-    Q = tl.where(diagonal, scale, 0.0)
+    Q = R
     for step in range(steps):
         of_step = coefficients + 3 * step
         a, b, c = tl.load(of_step), tl.load(of_step + 1), tl.load(of_step + 2)
         # The identity goes in before anything is rounded.
-        S = tl.fma(product(R, R), c, tl.fma(R, b, tl.where(diagonal, a, 0.0)))
+        S = tl.fma(product(R, R, TERMS), c, tl.fma(R, b, tl.where(diagonal, a, 0.0)))
         # Q S, R S and (R S) S share their code: each would load all of S into registers, and keep it for the others.
-        left, other = Q, R
-        for turn in range(zero, 3):
-            left, other = exchanged(turn == 0, product(left, S), other)
+        # The first Q is scale S, and there is no use for the last R.
+        begin, end = zero + (step == 0).to(tl.int32), tl.where(step == steps - 1, 1, 3)
+        left, other = exchanged(step == 0, tl.where(step == 0, scale * S, Q), R)
+        for turn in range(begin, end):
+            left, other = exchanged(turn == 0, product(left, S, TERMS), other)
         R, Q = left, other
     return Q
 
@@ -179,7 +185,7 @@ def newton_schulz(R, coefficients, steps, zero, eps, margin, BLOCK: tl.constexpr
 def second_pass(
     Q, largest, grad_refs, momentum_refs, param_refs, tall, zero, M, N, grad_scale, mu, decay, step_size,
     GRAD: tl.constexpr, MOMENTUM: tl.constexpr, PARAM: tl.constexpr, NESTEROV: tl.constexpr, DAMPENED: tl.constexpr,
-    CAUTIOUS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    CAUTIOUS: tl.constexpr, TERMS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The parameter moves by Q X 2^-largest."""
     matrix = tl.program_id(0)
@@ -199,7 +205,7 @@ def second_pass(
             from_momentum = walk(momentum, momentum_row, momentum_col, tall, line, along, WIDTH)
             new = tl.load(from_momentum, inside, 0.0).to(tl.float32)
         x = direction_of(g, new, mu, momentum_refs is not None, NESTEROV, DAMPENED) * power(-largest)
-        update = turned(product(Q, turned(x, tall, WIDTH)), tall, WIDTH)
+        update = turned(product(Q, turned(x, tall, WIDTH), TERMS), tall, WIDTH)
         at = walk(param, param_row, param_col, tall, line, along, WIDTH)
         value = updated(tl.load(at, inside, 0.0).to(tl.float32), update, decay, step_size, CAUTIOUS)
         tl.store(at, value.to(PARAM), inside)
@@ -211,7 +217,7 @@ def fused_step_kernel(
     mu: tl.float32, rest: tl.float32, eps: tl.float32, margin: tl.float32,
     lr: tl.float64, weight_decay: tl.float64, lr_at, weight_decay_at,
     GRAD: tl.constexpr, MOMENTUM: tl.constexpr, PARAM: tl.constexpr, NESTEROV: tl.constexpr, DAMPENED: tl.constexpr,
-    CAUTIOUS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    CAUTIOUS: tl.constexpr, TERMS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A matrix of M ≤ BLOCK rows. Its tiles are square: walked along columns, one only has to be transposed.
 
@@ -221,23 +227,24 @@ def fused_step_kernel(
     matrix = tl.program_id(0)
     R, largest = first_pass(
         grad_refs, momentum_refs, is_tall(param_refs, matrix, WIDTH), M, N, grad_scale, mu, rest,
-        GRAD, MOMENTUM, NESTEROV, DAMPENED, WIDTH, BLOCK,
+        GRAD, MOMENTUM, NESTEROV, DAMPENED, TERMS, WIDTH, BLOCK,
     )  # fmt: skip
-    Q = newton_schulz(R, coefficients, steps, zero, eps, margin, BLOCK)
+    Q = newton_schulz(R, coefficients, steps, zero, eps, margin, TERMS, BLOCK)
     decay, step_size = step_factors(lr, weight_decay, lr_at, weight_decay_at, tl.load(ratios + matrix))
     # A thread may read momenta that another one has written.
     tl.debug_barrier()
     second_pass(
         Q, largest, grad_refs, momentum_refs, param_refs, is_tall(param_refs, matrix, WIDTH), zero, M, N, grad_scale,
-        mu, decay, step_size, GRAD, MOMENTUM, PARAM, NESTEROV, DAMPENED, CAUTIOUS, WIDTH, BLOCK,
+        mu, decay, step_size, GRAD, MOMENTUM, PARAM, NESTEROV, DAMPENED, CAUTIOUS, TERMS, WIDTH, BLOCK,
     )  # fmt: skip
 
 
 def _registers() -> dict[str, int]:
-    """All that there are: with two warps, ptxas may otherwise spill for the sake of a few more blocks at a time."""
-    if knobs.runtime.interpret or driver.active.get_current_target().backend != "cuda":
+    """Options without which compilers spill: all registers that there are, tensor instructions with small results."""
+    if knobs.runtime.interpret:
         return {}
-    return {"maxnreg": 255}
+    options = {"cuda": {"maxnreg": 255}, "hip": {"matrix_instr_nonkdim": 16}}
+    return options.get(driver.active.get_current_target().backend, {})
 
 
 def fused_step(
@@ -257,19 +264,18 @@ def fused_step(
     lr: float | Tensor,
     weight_decay: float | Tensor,
     ratios: Sequence[float],
+    terms: int = 3,
     cautious: bool = False,
 ) -> None:
     """See `Backend.fused_step`, on the current device, in one launch. Of X, (slots, m, n), only m and n are used, and
     `iterate` is not.
 
     Raises:
-        ValueError: more than FUSED_ROWS rows, or `needs_restart`.
+        ValueError: more than FUSED_ROWS rows.
     """
     _, m, n = X.shape
     if m > min(n, FUSED_ROWS):
         raise ValueError(f"fused_step takes wide matrices of at most {FUSED_ROWS} rows but they are: {m} x {n}")
-    if needs_restart(tuple(triples), margin):
-        raise ValueError("fused_step: rounding errors would grow with these coefficients; use another algorithm")
     if not (len(ratios) and m):
         return
     device = params[0].tensor.device
@@ -292,9 +298,10 @@ def fused_step(
         DAMPENED=dampened,
         CAUTIOUS=cautious,
         WIDTH=tables.width(m, n, itemsize, None, p, g, *((b,) if b else ())),
+        TERMS=terms,
         BLOCK=block_of(m),
-        num_warps=block_of(m) // 16,  # each has 16 rows; more would do the same once again
         num_stages=1,
+        num_warps=block_of(m) // 16,  # each has 16 rows; more would do the same once again
         **_registers(),
         enable_fp_fusion=False,
     )  # fmt: skip
