@@ -5,8 +5,6 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
-import torch
-
 
 class Shape(NamedTuple):
     """Of a product: `batch` times m x k by k x n."""
@@ -93,8 +91,6 @@ TABLE: dict[int | str, tuple[Config, ...]] = {
 # Symmetric products are never left to cuBLAS: it needs twice the FLOPs. What it was measured to win, one matrix with
 # m <= 1024 (flash-muon on H800: 0.0112 ms against 0.0124) without addends, it loses again with one pass of addends.
 _VENDOR: dict[int | str, int] = {100: 16384}
-# An older torch cannot give sums in fp32.
-_HAS_VENDOR = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 8)
 
 
 def _entry(target: int | str) -> int | str:
@@ -110,9 +106,9 @@ def table(target: int | str) -> tuple[Config, ...]:
 
 
 def vendor(shape: Shape, target: int | str) -> bool:
-    """Whether the vendor's library computes this product, because it is faster there."""
+    """Whether the vendor's library computes this product, because it is faster there; if torch is 2.8 or newer."""
     least = _VENDOR.get(_entry(target))
-    return _HAS_VENDOR and least is not None and not shape.symmetric and min(shape.m, shape.n, shape.k) >= least
+    return least is not None and not shape.symmetric and min(shape.m, shape.n, shape.k) >= least
 
 
 @lru_cache(maxsize=1024)

@@ -20,6 +20,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .configs import Shape, choose, vendor
 
 _VECTOR = 8  # elements in 16 bytes, the widest access of global memory
+# An older torch cannot give sums in fp32.
+_HAS_VENDOR = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 8)
 
 # A stack of another shape or place, and another coefficient, are no reason to compile anew.
 _RUN_TIME = """
@@ -306,7 +308,7 @@ def _launch(
         enable_fp_fusion=True,
     )
     sizes = m // size_unit, n // size_unit, k // size_unit
-    return _Launch(vendor(shape, target), programs, addend, tiles, (*sizes, *strides), options)
+    return _Launch(_HAS_VENDOR and vendor(shape, target), programs, addend, tiles, (*sizes, *strides), options)
 
 
 def _product_in_fp32(a: Tensor, b: Tensor) -> Tensor:
