@@ -16,6 +16,9 @@ from triton.runtime import driver
 from . import configs
 from .configs import Config, Table
 
+# Since then torch.mm has out_dtype.
+_SUMS_IN_FP32 = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 8)
+
 
 def file_of(name: str) -> Path:
     """Where the table of a GPU of that name is kept, for this version of triton."""
@@ -72,9 +75,15 @@ def name_of_gpu() -> str:
 
 def shipped() -> Table:
     """For the current device."""
-    return configs.table(driver.active.get_current_target().arch)
+    return _usable(configs.table(driver.active.get_current_target().arch))
 
 
 def table() -> Table:
     """For the current device: the one that was measured on such a GPU, or the shipped one."""
-    return load(file_of(name_of_gpu()), shipped()) or shipped()
+    kept = load(file_of(name_of_gpu()), shipped())
+    return shipped() if kept is None else _usable(kept)
+
+
+def _usable(table: Table) -> Table:
+    """Without the vendor's library where torch rounds its sums before it returns them."""
+    return table if _SUMS_IN_FP32 else table._replace(vendor_from=None)

@@ -21,8 +21,6 @@ from . import measured
 from .configs import Config, Shape, Table, choose, vendor
 from .launch import do, launch
 
-# What the vendor's library adds in fp32 an older torch rounds before it returns it.
-_VENDOR_SUMS_IN_FP32 = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 8)
 _VECTOR = 8  # elements in 16 bytes, the widest access of global memory
 
 # A stack of another shape or place, and another coefficient, are no reason to compile anew.
@@ -317,7 +315,7 @@ def _launch(
         enable_fp_fusion=True,
     )
     sizes = m // size_unit, n // size_unit, k // size_unit
-    return _Launch(_VENDOR_SUMS_IN_FP32 and vendor(shape, table), programs, addend, tiles, (*sizes, *strides), options)
+    return _Launch(vendor(shape, table), programs, addend, tiles, (*sizes, *strides), options)
 
 
 def _product_in_fp32(a: Tensor, b: Tensor) -> Tensor:
