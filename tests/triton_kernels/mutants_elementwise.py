@@ -14,6 +14,7 @@ Mutant = partial(planting.Mutant, file=KERNEL)
 # Few tests: a kernel costs seconds to build, the interpreter nothing.
 LOGIC = "interpreted and elementwise"
 UPDATE = "test_momentum_update and sm_90"
+DECAY = "test_apply_update and sm_90"
 RAGGED = "test_ragged_sizes and sm_80-1"
 
 MUTANTS = [
@@ -30,8 +31,8 @@ MUTANTS = [
     Mutant("infinity has a scale", 'sound = (total > 0) & (total < float("inf"))', "sound = total > 0", LOGIC),
     Mutant("scales where the sums are", "scale = partial[partial.numel() - batch :]", "scale = partial[:batch]", RAGGED),
     # Tables.
-    Mutant("vectors at any address", " and address % 16 == 0", "", UPDATE, file=TABLES),
-    Mutant("lines cut through vectors", " and cols % n == 0", "", UPDATE, file=TABLES),
+    Mutant("vectors at any address", " and address % 16 == 0", "", DECAY, file=TABLES),
+    Mutant("lines cut through vectors", " and cols % n == 0", "", DECAY, file=TABLES),
     Mutant("a table of other matrices", "kept[stream] = made", "kept[stream] = made._replace(refs=made.refs.flip(0))", "one_table", file=TABLES),
     # The parameters.
     Mutant("decays against the update's sign", "-update, update) >= 0", "-update, update) <= 0", LOGIC),

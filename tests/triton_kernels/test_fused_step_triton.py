@@ -11,7 +11,7 @@ import torch
 from elementwise_triton import device_at, matrices
 from emulated_gpu import SHARED_BYTES, Ran, compiling
 from fused_checks import *  # noqa: F403
-from fused_checks import BF16, FLOAT, RESTART_FREE, Step, accuracy, check, make_step
+from fused_checks import BF16, FLOAT, RESTART_FREE, Step, accuracy, check, make_step, shape_id
 from gates import ARCHITECTURES, spilled
 
 from muon_kernels.coefficients import resolve
@@ -112,7 +112,7 @@ def test_compilations(stepper: Compiled) -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled")
 @pytest.mark.parametrize("layout", ["rows", "columns"])
-@pytest.mark.parametrize("shape", [(32, 96), (64, 128)], ids=str)
+@pytest.mark.parametrize("shape", [(32, 96), (64, 128)], ids=shape_id)
 def test_memory_traffic(stepper: Compiled, shape: tuple[int, int], layout: str) -> None:
     """Gradient and momentum read twice, momentum written, parameter read and written: 16 bytes at a time."""
     make_step(shape, 1, layout).run(stepper, profile=True)
