@@ -29,7 +29,7 @@ MUTANTS = [
     Mutant("f16: no power of two", "direction = times_power(direction, tile_power(square, True))", "direction = direction", LOGIC),
     Mutant("tiles left as they were", "e = whole - tile_power(square, HALF)", "e = whole * 0", "different_sizes and sm_80"),
     Mutant("infinity has a scale", 'sound = (total > 0) & (total < float("inf"))', "sound = total > 0", LOGIC),
-    Mutant("scales where the sums are", "scale = partial[partial.numel() - batch :]", "scale = partial[:batch]", RAGGED),
+    Mutant("scales where the sums are", "scale = partial[partial.numel() - batch :]", "scale = partial[:batch]", "test_orders and sm_80"),
     # Tables.
     Mutant("vectors at any address", " and address % 16 == 0", "", DECAY, file=TABLES),
     Mutant("lines cut through vectors", " and cols % n == 0", "", DECAY, file=TABLES),
