@@ -69,6 +69,10 @@ LAYOUTS: dict[str, Callable[[int, int], tuple[Tensor, Tensor]]] = {
         t := torch.empty(m + 2, n + 8),
         t[1:-1, 3:-5],
     ),  # rows as far apart as vectors, but not on them
+    "padded": lambda m, n: (
+        t := torch.empty(m, (n + 7) // 8 * 8 + 8),
+        t[:, :n],
+    ),  # vectors that the columns do not fill
     "every second": lambda m, n: (t := torch.empty(2 * m, 2 * n), t[::2, ::2]),
 }
 SHAPES = [(1, 1), (40, 1), (17, 33), (33, 17), (64, 64), (72, 136), (136, 72), (16, 200)]
@@ -149,11 +153,12 @@ def test_momentum_update(
     verbs: Implementation, dtype: torch.dtype, momentum_dtype: torch.dtype, X_dtype: torch.dtype
 ) -> None:
     rules, alignments = cycle(verbs.rules(dtype, momentum_dtype, X_dtype)), cycle(ALIGNMENTS)
+    alike = cycle((True, False))
     for kind, shape in product(LAYOUTS, SHAPES):
         nesterov, dampened, mu = next(rules)
         m, n = sorted(shape)
         grads = [Block(shape, k, dtype) for k in (kind, "contiguous", "transposed")]
-        momenta = [Block(shape, k, momentum_dtype) for k in (kind, kind, "contiguous")]
+        momenta = [Block(shape, k, momentum_dtype) for k in (kind, "contiguous", "transposed" if next(alike) else kind)]
         X, block = workspace(3, m, n, X_dtype, *next(alignments))
         scale = verbs.momentum_update(
             [g.view for g in grads],

@@ -173,7 +173,7 @@ def newton_schulz(R, coefficients, steps, zero, eps, margin, TERMS: tl.constexpr
         S = tl.fma(product(R, R, TERMS), c, tl.fma(R, b, tl.where(diagonal, a, 0.0)))
         # Q S, R S and (R S) S share their code: each would load all of S into registers, and keep it for the others.
         # The first Q is scale S, and there is no use for the last R.
-        begin, end = zero + (step == 0).to(tl.int32), tl.where(step == steps - 1, 1, 3)
+        begin, end = zero + tl.where(step == 0, 1, 0), tl.where(step == steps - 1, 1, 3)
         left, other = exchanged(step == 0, tl.where(step == 0, scale * S, Q), R)
         for turn in range(begin, end):
             left, other = exchanged(turn == 0, product(left, S, TERMS), other)

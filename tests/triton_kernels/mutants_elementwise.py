@@ -14,6 +14,7 @@ Mutant = partial(planting.Mutant, file=KERNEL)
 # Few tests: a kernel costs seconds to build, the interpreter nothing.
 LOGIC = "interpreted and elementwise"
 UPDATE = "test_momentum_update and sm_90"
+DECAY = "test_apply_update and sm_90"
 RAGGED = "test_ragged_sizes and sm_80-1"
 
 MUTANTS = [
@@ -28,10 +29,10 @@ MUTANTS = [
     Mutant("f16: no power of two", "direction = times_power(direction, tile_power(square, True))", "direction = direction", LOGIC),
     Mutant("tiles left as they were", "e = whole - tile_power(square, HALF)", "e = whole * 0", "different_sizes and sm_80"),
     Mutant("infinity has a scale", 'sound = (total > 0) & (total < float("inf"))', "sound = total > 0", LOGIC),
-    Mutant("scales where the sums are", "scale = partial[partial.numel() - batch :]", "scale = partial[:batch]", RAGGED),
+    Mutant("scales where the sums are", "scale = partial[partial.numel() - batch :]", "scale = partial[:batch]", "test_orders and sm_80"),
     # Tables.
-    Mutant("vectors at any address", " and address % 16 == 0", "", UPDATE, file=TABLES),
-    Mutant("lines cut through vectors", " and cols % n == 0", "", UPDATE, file=TABLES),
+    Mutant("vectors at any address", " and address % 16 == 0", "", DECAY, file=TABLES),
+    Mutant("lines cut through vectors", " and cols % n == 0", "", "test_vectors", file=TABLES),
     Mutant("a table of other matrices", "kept[stream] = made", "kept[stream] = made._replace(refs=made.refs.flip(0))", "one_table", file=TABLES),
     # The parameters.
     Mutant("decays against the update's sign", "-update, update) >= 0", "-update, update) <= 0", LOGIC),

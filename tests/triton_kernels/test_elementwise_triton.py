@@ -122,6 +122,14 @@ def test_scratch_is_optional(place: int) -> None:
         check_x(x, s, d)
 
 
+def test_vectors_end_with_the_columns() -> None:
+    """However far apart aligned rows are."""
+    for cols, expected in ((32, 4), (33, 1)):
+        of_t, X = torch.empty(16, 48)[:, :cols], torch.empty(1, 16, 48, dtype=torch.bfloat16)[:, :, :cols]
+        table = tables.table(matrices([of_t]), torch.device("cpu"))
+        assert tables.width(16, cols, 4, X, table) == expected
+
+
 def test_what_stays_where_it_is_has_one_table() -> None:
     """And what moves has a new one."""
     place = torch.device("cpu")
