@@ -145,7 +145,7 @@ def test_compiles(arch: int | str) -> None:
         make_step((64, 127), dtypes=(BF16, BF16, BF16), **on_device).run(stepper)
         make_step((64, 128), dtypes=(BF16, FLOAT, BF16), nesterov=False).run(stepper)
         kernels = device.kernels(fused_step.fused_step_kernel)
-    assert len(kernels) == 10
+    assert len(kernels) == 9
     kind, instruction = {
         90: ("ptx", "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16"),
         100: ("ptx", "tcgen05.mma"),
