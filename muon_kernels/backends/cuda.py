@@ -107,7 +107,7 @@ def refuses(device: torch.device, dtypes: Sequence[torch.dtype], workspace_dtype
 
 def device_types() -> tuple[str, ...]:
     """NVIDIA GPUs."""
-    return (_device.type,)
+    return ("cuda",)
 
 
 def outdone_by(device: torch.device, rows: int, cols: int) -> tuple[str, str] | None:

@@ -61,8 +61,9 @@ class Launch:
         kernel, grid, arguments, constants = self._kernel, self._grid, self._arguments, self._constants
         if not isinstance(kernel, triton.JITFunction):  # Triton's interpreter
             return lambda: kernel[grid](*arguments, **constants)
-        pointers = (arguments[i] for i in _pointers(kernel))
-        aligned = [p.data_ptr() % 16 == 0 for p in pointers if isinstance(p, Tensor)]
+        looked_at = [arguments[i] for i in _looked_at(kernel)]
+        assert not any(isinstance(a, int) for a in looked_at), "a number for which much would be compiled"
+        aligned = [a.data_ptr() % 16 == 0 for a in looked_at if isinstance(a, Tensor)]
         key = kernel, driver.active.get_current_device(), *constants.values(), *map(_type, arguments), *aligned
         if (compiled := _compiled.get(key)) is None:
             try:
@@ -84,12 +85,11 @@ def _type(argument: Any) -> object:
 
 
 @cache
-def _pointers(kernel: Any) -> list[int]:
-    """The arguments whose alignment Triton looks at. If it looked at numbers, many kernels would be compiled."""
-    looked_at = [p for p in kernel.params if not (p.is_constexpr or p.do_not_specialize)]
-    numbers = [p.name for p in looked_at if p.annotation_type and not p.annotation_type.startswith("fp")]
-    assert not numbers, numbers
-    return [p.num for p in looked_at if not (p.annotation_type or p.do_not_specialize_on_alignment)]
+def _looked_at(kernel: Any) -> list[int]:
+    """The arguments of which Triton looks at more than the type."""
+    of_declared_type = lambda p: p.annotation_type and p.annotation_type.startswith("fp")
+    careless = (p.do_not_specialize or p.do_not_specialize_on_alignment or of_declared_type(p) for p in kernel.params)
+    return [p.num for p, c in zip(kernel.params, careless, strict=True) if not (c or p.is_constexpr)]
 
 
 def launch(kernel: Any, programs: int | tuple[int, int], *arguments: Any, **constants: Any) -> None:

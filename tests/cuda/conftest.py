@@ -1,17 +1,12 @@
 """What all tests of csrc/cuda need: the library, built on the stand-in runtime, and places to step in."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
-from typing import Any
 
 import pytest
-import torch
-from emulated import build
+from emulated import build, running
 from ptx import standin
 from step_checks import Gpu
-
-from muon_kernels.backends import cuda
 
 
 @pytest.fixture(scope="session")
@@ -23,31 +18,9 @@ def built() -> tuple[ModuleType, standin.Runtime]:
 
 
 @pytest.fixture
-def emulated(built: tuple[ModuleType, standin.Runtime], monkeypatch: pytest.MonkeyPatch) -> Iterator[standin.Runtime]:
-    """The backend takes CPU tensors, and launches go to the executor. Nothing outside the tests can switch this on."""
-    module, runtime = built
-
-    class Emulated:
-        type = "cpu"
-
-        def module(self) -> ModuleType:
-            return module
-
-        def unavailable(self) -> None:
-            return None
-
-        def capability(self, device: torch.device) -> tuple[int, int]:
-            return 8, 0
-
-        def stream(self, device: torch.device) -> int:
-            return 0
-
-        def guard(self, device: torch.device) -> AbstractContextManager[Any]:
-            return nullcontext()
-
-    monkeypatch.setattr(cuda, "_device", Emulated())
-    runtime.log.clear()
-    with runtime.options(any_memory=True):
+def emulated(built: tuple[ModuleType, standin.Runtime]) -> Iterator[standin.Runtime]:
+    """See `running`."""
+    with running() as runtime:
         yield runtime
 
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import pytest
+import torch
 from ptx import standin
+
+from muon_kernels.backends import cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,3 +31,34 @@ def build() -> tuple[ModuleType, standin.Runtime]:
     )
     assert module
     return module, runtime
+
+
+class OnTheCpu(cuda._Device):
+    """Takes CPU tensors; launches go to the executor."""
+
+    type = "cpu"
+
+    def module(self) -> ModuleType:
+        return build()[0]
+
+    def unavailable(self) -> None:
+        return None
+
+    def capability(self, device: torch.device) -> tuple[int, int]:
+        return 8, 0
+
+    def stream(self, device: torch.device) -> int:
+        return 0
+
+    def guard(self, device: torch.device) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+
+@contextmanager
+def running() -> Iterator[standin.Runtime]:
+    """Inside, the backend runs on the stand-in runtime. Nothing outside the tests can switch this on."""
+    _, runtime = build()
+    with pytest.MonkeyPatch.context() as patch, runtime.options(any_memory=True):
+        patch.setattr(cuda, "_device", OnTheCpu())
+        runtime.log.clear()
+        yield runtime

@@ -16,11 +16,14 @@ ACCURATE = "test_accuracy and keller and not largest"
 
 MUTANTS = [
     # Precision.
-    Mutant("one term", "    c = tl.dot(a0, b2)\n    c = tl.dot(a1, b1, c)\n    c = tl.dot(a0, b1, c)\n    c = tl.dot(a2, b0, c)\n    c = tl.dot(a1, b0, c)\n    return tl.dot(a0, b0, c)", "    return tl.dot(a0, b0)", ACCURATE),
+    Mutant("one term", "    c = tl.dot(a1, b0, c)\n    return tl.dot(a0, b0, c)", "    return tl.dot(a0, b0)", ACCURATE),
     Mutant("second term not of what is left", "v -= high.to(tl.float32)", "v -= 0.0", LOGIC),
-    Mutant("everything allowed", "_ALLOWED_CHANGE = 4.0", "_ALLOWED_CHANGE = 1e300", LOGIC, file="muon_kernels/triton_kernels/configs.py"),
+    Mutant("two terms where three are needed", "if TERMS == 3:", "if TERMS == 4:", "test_accuracy and you6 and not largest"),
     # Iteration.
     Mutant("one step less", "range(steps)", "range(steps - 1)", LOGIC),
+    Mutant("the first Q without the scale", "tl.where(step == 0, scale * S, Q)", "tl.where(step == 0, S, Q)", LOGIC),
+    Mutant("S once in R", "tl.where(step == steps - 1, 1, 3)", "tl.where(step == steps - 1, 1, 2)", LOGIC),
+    Mutant("products that nobody uses", "tl.where(step == steps - 1, 1, 3)", "3", "test_memory_traffic and sm_80 and 32x96-2-rows"),
     # Scales.
     Mutant("R not scaled down", "R = R * shrink * shrink +", "R = R +", LOGIC),
     Mutant("power of two forgotten in the update", " * power(-largest)", "", LOGIC),
@@ -32,6 +35,6 @@ MUTANTS = [
     # Momentum and update.
     Mutant("direction from the momentum before its rounding", "new = stored.to(tl.float32)\n", "new = blend(g, tl.load(at, inside, 0.0).to(tl.float32), mu, rest, DAMPENED)\n", LOGIC),
     # What is compiled.
-    Mutant("alignment lost", "tile_at(zero * BLOCK, begin, M", "tile_at(zero, begin, M", "test_memory_traffic and sm_80-32x96-rows"),
+    Mutant("alignment lost", "tile_at(zero * BLOCK, begin, M", "tile_at(zero, begin, M", "test_memory_traffic and sm_80 and 32x96-2-rows"),
     Mutant("a compilation for a size", '"zero", "M", "N", "lr_at"', '"zero", "M", "lr_at"', "test_compilations"),
 ]  # fmt: skip

@@ -39,7 +39,7 @@ every_config = pytest.mark.parametrize(
 )
 smallest_and_largest = pytest.mark.parametrize(
     ("arch", "config"),
-    [(a, table(a)[i]) for a in (80, 90) for i in (0, -1)],
+    [(a, table(a).configs[i]) for a in (80, 90) for i in (0, -1)],
     ids=lambda x: f"{x[0]}x{x[1]}" if isinstance(x, Config) else f"sm{x}",
 )
 SMALL = Config(64, 64, 64, 4, 4, 1.0)
