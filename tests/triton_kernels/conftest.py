@@ -97,9 +97,8 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> OnTheCpu:
     return device
 
 
-@pytest.fixture(params=[80, 90, "gpu"], ids=str)
-def gpu(request: pytest.FixtureRequest) -> Iterator[Gpu]:
-    """Where the backend runs: on what executes Triton's PTX, and on a GPU if there is one."""
+def running(request: pytest.FixtureRequest) -> Iterator[Gpu]:
+    """Where the backend runs, by the request's parameter: a GPU, or what executes an architecture's PTX."""
     if request.param == "gpu":
         yield Gpu.real("triton")
         return
@@ -108,6 +107,12 @@ def gpu(request: pytest.FixtureRequest) -> Iterator[Gpu]:
     with emulated(request.param, 108, None) as device:
         yield Gpu("triton", "cpu", device.capture, lambda: device.replay(), lambda: len(device.log))
         assert not device.warnings()
+
+
+@pytest.fixture(params=[80, 90, "gpu"], ids=str)
+def gpu(request: pytest.FixtureRequest) -> Iterator[Gpu]:
+    """Everywhere."""
+    yield from running(request)
 
 
 def _wanted(item: pytest.Item) -> bool:
