@@ -13,15 +13,12 @@ from pathlib import Path
 os.environ.setdefault("TRITON_DISABLE_LINE_INFO", "1")
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("triton")
 
-from emulated_gpu import emulated
+from places import OnTheCpu, running
 from step_checks import Gpu
 
 from muon_kernels.backends import triton as backend
@@ -73,40 +70,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("place", places, ids=lambda p: f"sm_{p}" if p else "interpreter")
 
 
-class OnTheCpu(backend._Device):
-    """Takes CPU tensors; launches go wherever Triton's driver sends them."""
-
-    types = ("cpu",)
-    capabilities = (8, 0)
-
-    def unavailable(self) -> None:
-        return None
-
-    def capability(self, device: torch.device) -> tuple[int, int]:
-        return self.capabilities
-
-    def guard(self, device: torch.device) -> AbstractContextManager[Any]:
-        return nullcontext()
-
-
 @pytest.fixture
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> OnTheCpu:
     """The backend takes CPU tensors. Nothing outside the tests can switch this on."""
     device = OnTheCpu()
     monkeypatch.setattr(backend, "_device", device)
     return device
-
-
-def running(request: pytest.FixtureRequest) -> Iterator[Gpu]:
-    """Where the backend runs, by the request's parameter: a GPU, or what executes an architecture's PTX."""
-    if request.param == "gpu":
-        yield Gpu.real("triton")
-        return
-    request.getfixturevalue("on_the_cpu").capabilities = divmod(request.param, 10)
-    # On 108 multiprocessors, what is small enough to be executed gets the smallest tile.
-    with emulated(request.param, 108, None) as device:
-        yield Gpu("triton", "cpu", device.capture, lambda: device.replay(), lambda: len(device.log))
-        assert not device.warnings()
 
 
 @pytest.fixture(params=[80, 90, "gpu"], ids=str)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 from accuracy_checks import *  # noqa: F403
-from conftest import running
+from places import running
 from step_checks import Gpu
 
 

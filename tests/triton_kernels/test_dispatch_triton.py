@@ -41,8 +41,8 @@ def least(step: Callable[[], Any], times: int) -> float:
 
 def measured(arch: int) -> dict[str, Any]:
     """In this process, with Triton's cache as it is."""
-    from conftest import OnTheCpu
     from emulated_gpu import compiling
+    from places import OnTheCpu
     from triton import knobs
 
     from muon_kernels import Muon
