@@ -15,6 +15,7 @@ os.environ.setdefault("TRITON_DISABLE_LINE_INFO", "1")
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
