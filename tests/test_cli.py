@@ -11,6 +11,7 @@ import torch
 from muon_kernels import backends
 from muon_kernels.backends import BACKENDS
 from muon_kernels.cli import COMMANDS, demo, main
+from muon_kernels.cli.ledger import MODELS, ledger
 
 
 @pytest.fixture(autouse=True)
@@ -155,3 +156,14 @@ def test_a_demo_that_is_stopped_shows_what_it_has(
     assert main(["demo", "--steps", "9", "--out", str(tmp_path)]) == 130
     assert "stopped after 1 steps" in capsys.readouterr().out
     assert (tmp_path / "muon_demo.png").exists()
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_the_ledger_keeps_its_promises(backend: str) -> None:
+    """The figures of README and CHANGELOG, on a machine without anything."""
+    gpt2, heads = ledger(MODELS["gpt2"]), ledger(MODELS["heads"])
+    ours, torchs = gpt2[f"muon_kernels, {backend}"], gpt2["torch.optim.Muon"]
+    assert torchs.launches > 1000 and ours.launches <= 60
+    assert ours.flops <= 0.4576 * torchs.flops
+    assert heads[f"muon_kernels, {backend}"].launches == 1
+    assert heads[f"muon_kernels, {backend}"].flops <= heads["torch.optim.Muon"].flops
