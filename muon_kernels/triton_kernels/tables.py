@@ -5,9 +5,9 @@ tensor: pinned memory and an asynchronous copy, for which nothing waits. Allocat
 again, and momenta and parameters stay where they are, so tables are kept by content, and mostly there is nothing to
 copy.
 
-A CUDA graph repeats the copy that was captured and not the call: the memory that it reads must live as long as the
-graph, which nobody can tell, so it is never freed (24 bytes a matrix), and neither side of the copy is shared with
-calls outside of the graph.
+A CUDA graph would repeat such a copy, from memory of the host that must live as long as the graph, which nobody can
+tell; and torch refuses some. So there the numbers are the arguments of small launches, and what these write belongs to
+the graph.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from ..layout import Bundle, Matrices, refs
-
-_captured: list[Tensor] = []
+from .launch import launch, rehearsing
 
 
 class Table(NamedTuple):
@@ -41,22 +42,56 @@ class Table(NamedTuple):
     apart: int
 
 
+_WORDS = 32  # that a launch of `_write` writes
+
+
+@triton.jit(do_not_specialize=["out", *(f"v{i}" for i in range(32))])
+def _write(
+    out,
+    v0: tl.int64, v1: tl.int64, v2: tl.int64, v3: tl.int64, v4: tl.int64, v5: tl.int64,
+    v6: tl.int64, v7: tl.int64, v8: tl.int64, v9: tl.int64, v10: tl.int64, v11: tl.int64,
+    v12: tl.int64, v13: tl.int64, v14: tl.int64, v15: tl.int64, v16: tl.int64, v17: tl.int64,
+    v18: tl.int64, v19: tl.int64, v20: tl.int64, v21: tl.int64, v22: tl.int64, v23: tl.int64,
+    v24: tl.int64, v25: tl.int64, v26: tl.int64, v27: tl.int64, v28: tl.int64, v29: tl.int64,
+    v30: tl.int64, v31: tl.int64,
+):  # fmt: skip
+    values = (
+        v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, v10, v11, v12, v13, v14, v15,
+        v16, v17, v18, v19, v20, v21, v22, v23, v24, v25, v26, v27, v28, v29, v30, v31,
+    )  # fmt: skip
+    for i in tl.static_range(32):
+        tl.store(out + i, values[i])
+
+
+def _capturing(device: torch.device) -> bool:
+    """Whether the current stream is being captured into a graph. AMD's devices are called cuda, too."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def _stream(device: torch.device) -> int | None:
     """The address of the current stream; None if it is being captured."""
-    if device.type != "cuda":  # AMD's is
-        return 0
-    return None if torch.cuda.is_current_stream_capturing() else torch.cuda.current_stream(device).cuda_stream
+    if _capturing(device):
+        return None
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def on_device(content: bytes, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The numbers in `content` as a tensor that is not to be written, without waiting for the device."""
     stream = _stream(device)
-    if stream is not None:
-        return _kept(content, dtype, device, stream)
-    # Not pinned: that asks for events, which older versions of torch must not do during a capture.
-    host = torch.frombuffer(bytearray(content), dtype=dtype)
-    _captured.append(host)
-    return host.to(device, non_blocking=True)
+    if stream is None or rehearsing():
+        written = _by_launches(content, device).view(dtype)[: len(content) // dtype.itemsize]
+        if stream is None:
+            return written
+    return _kept(content, dtype, device, stream)
+
+
+def _by_launches(content: bytes, device: torch.device) -> Tensor:
+    """(n,) int64 that begins with `content`."""
+    words = array("q", content.ljust(-(-len(content) // (8 * _WORDS)) * 8 * _WORDS, b"\0"))
+    out = torch.empty(len(words), dtype=torch.int64, device=device)
+    for begin in range(0, len(words), _WORDS):
+        launch(_write, 1, out[begin:], *words[begin : begin + _WORDS], num_warps=1, enable_fp_fusion=False)
+    return out
 
 
 @lru_cache(maxsize=1024)

@@ -39,4 +39,6 @@ MUTANTS = [
     Mutant("weight decay of the host", "weight_decay = tl.load(weight_decay_at).to(tl.float64)", "weight_decay = weight_decay", LOGIC),
     Mutant("matrices share their numbers", "matrix.to(tl.uint64) * ((M + 1)", "0 * ((M + 1)", LOGIC),
     Mutant("a compilation for a size", '@triton.jit(do_not_specialize=["x", "partial", "M", "N",', '@triton.jit(do_not_specialize=["x", "partial", "M",', "launches_and_compilations"),
+    Mutant("a graph's table: the first words only", "*words[begin : begin + _WORDS]", "*words[:_WORDS]", "test_what_a_graph_reads", file=TABLES),
+    Mutant("a graph's table: copied", "    if stream is None or rehearsing():", "    if rehearsing():", "test_what_a_graph_reads", file=TABLES),
 ]  # fmt: skip

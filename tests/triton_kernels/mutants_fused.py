@@ -30,7 +30,7 @@ MUTANTS = [
     Mutant("zero has no guard", "tl.where(trace == 0, 0.0, scale)", "scale", LOGIC),
     # Edges and layouts.
     Mutant("lines beyond the matrix", "line[:, None] < tl.where(tall, N, M)", "line[:, None] < tl.where(tall, N, M) + 1", LOGIC),
-    Mutant("update of a tall tile not turned back", "turned(product(Q, turned(x, tall, WIDTH)), tall, WIDTH)", "product(Q, turned(x, tall, WIDTH))", LOGIC),
+    Mutant("update of a tall tile not turned back", "turned(product(Q, turned(x, tall, WIDTH), TERMS), tall, WIDTH)", "product(Q, turned(x, tall, WIDTH), TERMS)", LOGIC),
     Mutant("the first tile of the second pass only", "tile_at(zero * BLOCK, begin, M", "tile_at(zero * BLOCK, 0, M", LOGIC),
     # Momentum and update.
     Mutant("direction from the momentum before its rounding", "new = stored.to(tl.float32)\n", "new = blend(g, tl.load(at, inside, 0.0).to(tl.float32), mu, rest, DAMPENED)\n", LOGIC),

@@ -12,6 +12,7 @@ from emulated_gpu import emulated
 from step_checks import Gpu
 
 from muon_kernels.backends import triton as backend
+from muon_kernels.triton_kernels import tables
 
 
 class OnTheCpu(backend._Device):
@@ -37,6 +38,8 @@ def running(request: pytest.FixtureRequest) -> Iterator[Gpu]:
         return
     request.getfixturevalue("on_the_cpu").capabilities = divmod(request.param, 10)
     # On 108 multiprocessors, what is small enough to be executed gets the smallest tile.
+    patch = request.getfixturevalue("monkeypatch")
     with emulated(request.param, 108, None) as device:
+        patch.setattr(tables, "_capturing", lambda _: device.captured is not None)
         yield Gpu("triton", "cpu", device.capture, lambda: device.replay(), lambda: len(device.log))
         assert not device.warnings()

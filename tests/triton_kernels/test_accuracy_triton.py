@@ -1,4 +1,5 @@
-"""`orthogonalize(backend="triton")` against the float64 spectral truth, on sm_90, where TMA copies and wgmma multiplies.
+"""`orthogonalize(backend="triton")` against the float64 spectral truth, on sm_90, where TMA copies and wgmma
+multiplies.
 
 On sm_80 it is held to the same by test_cross_check.py.
 """

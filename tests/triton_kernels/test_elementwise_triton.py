@@ -8,7 +8,7 @@ import pytest
 import torch
 from elementwise_checks import *  # noqa: F403
 from elementwise_checks import check_x, directions, fma
-from elementwise_triton import Verbs, matrices
+from elementwise_triton import Verbs, device_at, matrices
 from emulated_gpu import SHARED_BYTES, compiling
 from gates import ARCHITECTURES, spilled
 from torch import Tensor
@@ -140,3 +140,18 @@ def test_what_stays_where_it_is_has_one_table() -> None:
     assert one.refs.tolist() == [bundle[0].tensor.data_ptr(), 8, 1]
     assert tables.table([bundle[0]], place).refs is one.refs
     assert tables.table([bundle[1]], place).refs.tolist() == [bundle[1].tensor.data_ptr(), 1, 4]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="there are no graphs")
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("count", [1, 15, 64, 100])
+def test_what_a_graph_reads_is_written_by_launches(
+    dtype: torch.dtype, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not copied from memory of the host, which a graph would read again."""
+    numbers = (torch.randn(count, dtype=torch.float64) * 2.0**40).to(dtype)
+    monkeypatch.setattr(tables, "_capturing", lambda _: True)
+    with device_at(80, []) as device:
+        on_device = tables.on_device(bytes(numbers.untyped_storage()), dtype, torch.device("cpu"))
+        assert torch.equal(on_device, numbers) and on_device.dtype == dtype
+        assert len(device.log) == -(-count * dtype.itemsize // 256)
