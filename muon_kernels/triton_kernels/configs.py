@@ -110,11 +110,11 @@ TABLES: dict[int | str, Table] = {
 }
 
 
-def table(target: int | str) -> Table:
+def table(target: object) -> Table:
     """The candidates for an architecture, as shipped."""
     if isinstance(target, int):
         return TABLES[max(a for a in TABLES if isinstance(a, int) and a <= target)]
-    return TABLES.get(target, TABLES["gfx942"])
+    return TABLES.get(str(target), TABLES["gfx942"])  # the smallest memory of a block; some targets are no strings
 
 
 def vendor(shape: Shape, table: Table) -> bool:
