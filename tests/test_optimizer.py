@@ -515,12 +515,13 @@ def test_coefficients_change_between_steps(backend: str) -> None:
     optimizer = Muon(params, lr=1.0, weight_decay=0.0, momentum=0.0, adjust_lr_fn="none", backend=backend)
     step(optimizer, params, grads)
     group = optimizer.param_groups[0]
-    group.update(ns_coefficients="you6", ns_steps=6, lr=0.5)
-    before = [p.detach().clone() for p in params]
-    step(optimizer, params, grads)
-    for p, b, g in zip(params, before, grads, strict=True):
-        expected = b.double() - 0.5 * orthogonalize(g, "you6", backend=backend).double()
-        torch.testing.assert_close(p.double(), expected, rtol=0, atol=2**-22)  # |W| < 4 in fp32
+    for name, steps in (("you6", 6), ("polar_express", 6), ("polar_express", 5)):
+        group.update(ns_coefficients=name, ns_steps=steps, lr=0.5)
+        before = [p.detach().clone() for p in params]
+        step(optimizer, params, grads)
+        for p, b, g in zip(params, before, grads, strict=True):
+            expected = b.double() - 0.5 * orthogonalize(g, name, steps, backend=backend).double()
+            torch.testing.assert_close(p.double(), expected, rtol=0, atol=2**-22)  # |W| < 4 in fp32
 
 
 @pytest.mark.parametrize("name", [None, *ADJUST_LR, "callable"])

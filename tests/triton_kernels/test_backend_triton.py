@@ -194,6 +194,22 @@ def test_what_cannot_be_compiled_changes_nothing(
 
 
 @needs_triton
+def test_an_address_less_aligned_asks_for_another_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's kernels may rely on what it saw of the arguments for which it made them."""
+    from emulated_gpu import compiling
+
+    from muon_kernels.triton_kernels import launch, products
+
+    monkeypatch.setattr(launch, "_compiled", {})
+    memory = torch.zeros(3, 17 * 17 + 8).bfloat16()
+    with compiling(80, binary=False):
+        for offset, kernels in ((0, 1), (8, 1), (1, 2), (3, 2)):
+            a, b, out = (m[offset : offset + 17 * 17].view(1, 17, 17) for m in memory)
+            products.product(a, b, out)
+            assert len(launch._compiled) == kernels
+
+
+@needs_triton
 def test_an_error_of_a_launch(on_the_cpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from emulated_gpu import _Launcher, emulated
 
