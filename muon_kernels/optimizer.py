@@ -8,7 +8,7 @@ from operator import attrgetter, eq
 from typing import Any, NamedTuple, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable, but it imports dynamo when called only
 from torch.optim.optimizer import Optimizer, ParamsT
 
@@ -141,6 +141,11 @@ class Muon(Optimizer):
             defaults["ns_steps"] = len(resolve(ns_coefficients, ns_steps).triples)
         self._workspace = Workspace()
         self._prepared: dict[int, _Settled] = {}
+        if isinstance(params, nn.Module):
+            raise TypeError(
+                f"params should be hidden matrices but is a module: {type(params).__name__}; give "
+                "muon_kernels.MuonAdamW(muon_kernels.param_groups(model)) all parameters of a model"
+            )
         super().__init__(params, defaults)
         check_apart([("parameter", p) for group in self.param_groups for p in group["params"]])
 

@@ -319,6 +319,13 @@ def test_backend_that_cannot_take_the_dtype(dtype: torch.dtype) -> None:
     before.check()
 
 
+def test_a_model_in_place_of_its_matrices() -> None:
+    with pytest.raises(
+        TypeError, match=r"but is a module: Linear; give .*MuonAdamW\(muon_kernels.param_groups\(model\)"
+    ):
+        Muon(nn.Linear(3, 4))
+
+
 def test_backend_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     kind = torch.device("cpu"), [torch.float32], torch.bfloat16, (3, 4)
     params, optimizer = stepped(backend="cpu")

@@ -83,6 +83,12 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
         assert any(line.split()[:1] == [name] and "ready: " in line for line in out.splitlines())
 
 
+def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("MUON_KERNELS_CPU_ISA", "")
+    assert main(["doctor"]) == 0
+    assert "should be one of" not in capsys.readouterr().out
+
+
 def test_doctor_gives_the_reason(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(backends, "unavailable", lambda name: f"no {name} today; wait")
     assert main(["doctor"]) == 0

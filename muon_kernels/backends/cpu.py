@@ -41,7 +41,7 @@ def _best() -> _Choice:
     assert isas
     # torch multiplies bf16 on AMX tiles several times faster than AVX-512 can.
     return _Choice(
-        os.environ.get("MUON_KERNELS_CPU_ISA", isas[0]), "torch" if native.required().cpu.has_amx_bf16() else "native"
+        os.environ.get("MUON_KERNELS_CPU_ISA") or isas[0], "torch" if native.required().cpu.has_amx_bf16() else "native"
     )
 
 
@@ -70,7 +70,7 @@ def unavailable() -> str | None:
     isas = instruction_sets()
     if not isas:
         return "this processor has neither AVX-512-BF16 nor AVX2; use backend='eager'"
-    wanted = os.environ.get("MUON_KERNELS_CPU_ISA", isas[0])
+    wanted = os.environ.get("MUON_KERNELS_CPU_ISA") or isas[0]
     if wanted not in isas:
         # Not a reason: "auto" would pass over it in silence.
         raise ValueError(

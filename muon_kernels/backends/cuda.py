@@ -42,12 +42,13 @@ class _Device:
             missing.append("torch finds no CUDA device; check the driver with nvidia-smi")
         if native.module() is None:
             missing.append(
-                "the compiled module is missing; install muon_kernels with a C++17 compiler and nvcc on PATH"
+                "the compiled module is missing; install muon_kernels with a C++17 compiler and nvcc on PATH, and with "
+                "pip's -e if Python starts in its source directory"
             )
         elif not hasattr(native.module(), "cuda"):
             missing.append(
-                "muon_kernels was built without CUDA; put nvcc on PATH or pip install nvidia-cuda-nvcc "
-                "nvidia-cuda-runtime nvidia-cuda-cccl, and reinstall with MUON_KERNELS_CUDA=1"
+                "muon_kernels was built without CUDA; reinstall it with MUON_KERNELS_CUDA=1 and nvcc, which is on PATH or "
+                "comes with pip install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl"
             )
         return ", and ".join(missing) or None
 

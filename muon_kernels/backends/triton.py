@@ -39,11 +39,14 @@ class _Device:
 
     def unavailable(self) -> str | None:
         """See `Backend.unavailable`."""
-        if find_spec("triton") is None:
-            return "triton is missing; pip install triton"
+        missing = []
         if not any(getattr(torch, type_).is_available() for type_ in self.types):
-            return f"torch {torch.__version__} finds no GPU; install a build of torch for it and check its driver"
-        return _triton_unfit()
+            missing.append(
+                f"torch {torch.__version__} finds no GPU; install a build of torch for it and check its driver"
+            )
+        if find_spec("triton") is None:
+            missing.append("triton is missing; a build of torch for a GPU brings it, or pip install triton")
+        return ", and ".join(missing) or _triton_unfit()
 
     def target(self) -> int | str:
         """Of the current device: 10 times the compute capability, or an architecture's name."""
