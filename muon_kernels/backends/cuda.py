@@ -47,8 +47,8 @@ class _Device:
             )
         elif not hasattr(native.module(), "cuda"):
             missing.append(
-                "muon_kernels was built without CUDA; reinstall it with MUON_KERNELS_CUDA=1 and nvcc, which is on PATH or "
-                "comes with pip install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl"
+                "muon_kernels was built without CUDA; reinstall it with MUON_KERNELS_CUDA=1 and nvcc, which is on PATH "
+                "or comes with pip install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl"
             )
         return ", and ".join(missing) or None
 
