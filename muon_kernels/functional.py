@@ -86,7 +86,7 @@ class Prepared(NamedTuple):
     works: list[Work]
     copies: list[tuple[Tensor, Tensor]]
     grad_copies: dict[int, tuple[tuple[int, ...], Tensor]]
-    rehearsed: set[tuple[bool, ...]]
+    rehearsed: set[tuple[int, ...]]
 
 
 class Scalars(NamedTuple):
@@ -443,10 +443,12 @@ def ready(prepared: Prepared, grads: Sequence[Tensor], scalars: Scalars, workspa
     """Allocate what `execute` needs and have backends get ready what they will run; the last thing that may raise."""
     for work in prepared.works:
         workspace.reserve(work.device, work.bucket.workspace_bytes)
-    kind = scalars.nesterov, scalars.dampened, isinstance(scalars.lr, Tensor), isinstance(scalars.weight_decay, Tensor)
+    seen = [prepared.grad_copies[i][1] if i in prepared.grad_copies else g for i, g in enumerate(grads)]
+    # What `signature` does not have, and a kernel may be another for.
+    on_host = options.on_host(scalars.lr), options.on_host(scalars.weight_decay)
+    kind = scalars.nesterov, scalars.dampened, *on_host, *(i for i, g in enumerate(seen) if g.data_ptr() % 16)
     if kind in prepared.rehearsed:
         return
-    seen = [prepared.grad_copies[i][1] if i in prepared.grad_copies else g for i, g in enumerate(grads)]
     for work in prepared.works:
         if (rehearsal := backends.get(work.bucket.backend).rehearsal()) is not None:
             with rehearsal:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+import torch
+
 from .. import backends
 
 
@@ -18,20 +20,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and keep a table; return 0, or 1 where that cannot be done."""
-    if reason := backends.unavailable("triton"):
+    reason = backends.unavailable("triton")
+    if reason is None:
+        device = torch.accelerator.current_accelerator() or torch.device("cuda")
+        reason = backends.get("triton").refuses(device, [torch.bfloat16], torch.bfloat16)
+    if reason is not None:
         print(f"nothing can be measured: {reason}", file=sys.stderr)
         return 1
+    try:
+        _measure()
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def _measure() -> None:
     from triton.testing import do_bench
 
     from ..triton_kernels import measured, tuning
 
     name = measured.name_of_gpu()
     file = measured.file_of(name)
-    try:
-        measured.writable(file)
-    except RuntimeError as error:
-        print(error, file=sys.stderr)
-        return 1
+    measured.writable(file)
     print(name)
     for what, tflops, table in tuning.measure(lambda call: float(do_bench(call, return_mode="median"))):
         if table is None:
@@ -39,4 +50,3 @@ def run(args: argparse.Namespace) -> int:
         else:
             measured.save(file, table)
             print(f"kept in {file}")
-    return 0

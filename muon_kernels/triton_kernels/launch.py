@@ -97,9 +97,16 @@ def launch(kernel: Any, programs: int | tuple[int, int], *arguments: Any, **cons
     _put(Launch(kernel, programs, *arguments, **constants))
 
 
-def do(call: Callable[[], None]) -> None:
-    """Do what is no launch of ours, except in a rehearsal, or put it on the list that is being recorded."""
-    _put(lambda: None if _state.rehearsing else call())
+def do(call: Callable[[], None], rehearse: Callable[[], object]) -> None:
+    """Do what is no launch of ours, or in a rehearsal `rehearse`; or put it on the list that is being recorded."""
+
+    def one() -> None:
+        if _state.rehearsing:
+            rehearse()
+        else:
+            call()
+
+    _put(one)
 
 
 def _put(one: Callable[[], None]) -> None:

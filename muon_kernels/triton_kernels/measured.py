@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import warnings
@@ -22,10 +23,14 @@ _SUMS_IN_FP32 = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 8
 
 def file_of(name: str) -> Path:
     """Where the table of a GPU of that name is kept, for this version of triton."""
-    base = os.environ.get("MUON_KERNELS_CACHE_DIR")
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     slug = re.sub(r"[^a-z0-9]+", "-", f"{name} triton {triton.__version__}".lower())
-    return (Path(base) if base else caches / "muon_kernels") / f"{slug}.json"
+    if base := os.environ.get("MUON_KERNELS_CACHE_DIR"):
+        return Path(base) / f"{slug}.json"
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # who has no home has that
+    return Path(caches) / "muon_kernels" / f"{slug}.json"
+
+
+_MEND = "set MUON_KERNELS_CACHE_DIR to a directory that can be written"
 
 
 def writable(file: Path) -> None:
@@ -35,31 +40,38 @@ def writable(file: Path) -> None:
         with NamedTemporaryFile(dir=file.parent):
             pass
     except OSError as error:
-        mend = "set MUON_KERNELS_CACHE_DIR to a directory that can be written"
-        raise RuntimeError(f"{file} cannot be written ({error}); {mend}") from None
+        raise RuntimeError(f"{file} cannot be written ({error}); {_MEND}") from None
 
 
 def save(file: Path, table: Table) -> None:
-    """Keep a table for later processes."""
+    """Keep a table for later processes; RuntimeError, with the mend, if that fails."""
     content = {"configs": [c._asdict() for c in table.configs], "vendor_from": table.vendor_from}
     part = file.with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps(content, indent=1))
-    part.replace(file)  # so that nobody reads half of it
+    try:
+        part.write_text(json.dumps(content, indent=1))
+        part.replace(file)  # so that nobody reads half of it
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise RuntimeError(f"{file} cannot be written ({error}); {_MEND}") from None
 
 
 def load(file: Path, shipped: Table) -> Table | None:
     """A table that was kept; None if there is none, or none of the candidates that are shipped."""
     try:
         content = json.loads(file.read_text())
-        kept = Table(tuple(Config(**c) for c in content["configs"]), content["vendor_from"])
-        if [c._replace(cost=0) for c in kept.configs] != [c._replace(cost=0) for c in shipped.configs]:
+        kept = [Config(**c) for c in content["configs"]]
+        if [c._replace(cost=0) for c in kept] != [c._replace(cost=0) for c in shipped.configs]:
             raise ValueError("it has other candidates than this version")
-        if not all(c.cost > 0 for c in kept.configs):
+        if not all(0 < c.cost < math.inf for c in kept):
             raise ValueError("a cost is not positive")
-        return kept
+        vendor_from = content["vendor_from"]
+        if vendor_from is not None and not (type(vendor_from) is int and vendor_from > 0):
+            raise ValueError("vendor_from is neither null nor a size")
+        timed = (c._replace(cost=k.cost) for c, k in zip(shipped.configs, kept, strict=True))
+        return Table(tuple(timed), vendor_from)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         what = f"{file} is no table of tiles ({type(error).__name__}: {error}) and is not used"
         warnings.warn(f"{what}; run python -m muon_kernels tune again, or delete it", stacklevel=2)
         return None

@@ -425,7 +425,9 @@ def product(
     )
     corrected = any(d is not None for d in (b_diagonal, c_diagonal, out_diagonal))
     if how.vendor and config is None and not (b_transposed or corrected or gamma):
-        do(partial(gemm_by_vendor, a, b, c, out, a_diagonal, alpha, beta, scale))
+        # What torch then has at hand, the sums can have.
+        room = partial(torch.empty, out.shape[1:], dtype=torch.float32, device=out.device)
+        do(partial(gemm_by_vendor, a, b, c, out, a_diagonal, alpha, beta, scale), room)
         return
     launch(
         _product,

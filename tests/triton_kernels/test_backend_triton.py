@@ -191,6 +191,9 @@ def test_what_cannot_be_compiled_changes_nothing(
             with pytest.raises(RuntimeError, match=f"{target}.*, for 1 of {shape[0]}x{shape[1]} on cpu"):
                 muon.step()
             assert not muon.state and not device.log, "a step begins when all is compiled"
+        failing.clear()
+        muon.step()
+        assert device.log, "and goes on when it is"
 
 
 @needs_triton
@@ -202,11 +205,49 @@ def test_an_address_less_aligned_asks_for_another_kernel(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(launch, "_compiled", {})
     memory = torch.zeros(3, 17 * 17 + 8).bfloat16()
-    with compiling(80, binary=False):
-        for offset, kernels in ((0, 1), (8, 1), (1, 2), (3, 2)):
-            a, b, out = (m[offset : offset + 17 * 17].view(1, 17, 17) for m in memory)
-            products.product(a, b, out)
-            assert len(launch._compiled) == kernels
+    for arch, others in ((80, 0), (86, 2)):
+        with compiling(arch, binary=False):
+            for offset, kernels in ((0, 1), (8, 1), (1, 2), (3, 2)):
+                a, b, out = (m[offset : offset + 17 * 17].view(1, 17, 17) for m in memory)
+                with launch.rehearsal():
+                    products.product(a, b, out)
+                assert len(launch._compiled) == others + kernels, "another device needs its own"
+    assert all(kernel.module is not None for kernel in launch._compiled.values()), "loaded, too"
+    assert launch._type(2**31) != launch._type(1), "a wider argument"
+
+
+@needs_triton
+@pytest.mark.parametrize("change", ["nesterov", "dampened", "lr", "weight_decay", "gradient"])
+def test_a_later_step_of_another_kind_is_made_ready_as_well(
+    on_the_cpu: Any, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    from emulated_gpu import compiling
+    from triton.runtime.jit import JITFunction
+
+    from muon_kernels import options
+    from muon_kernels.triton_kernels import launch
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise OSError("no room")
+
+    monkeypatch.setattr(launch, "_compiled", {})
+    monkeypatch.setattr(options, "on_host", lambda value: not isinstance(value, Tensor))
+    params = [nn.Parameter(torch.ones(136, n)) for n in (136, 144)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with compiling(80, 108, binary=False) as device:
+        muon = Muon(params, backend="triton")
+        muon.step()
+        device.log.clear()
+        group = muon.param_groups[0]
+        if change == "gradient":
+            params[1].grad = torch.ones(136 * 144 + 1)[1:].view(136, 144)
+        else:
+            group[change] = torch.tensor(0.1) if change in ("lr", "weight_decay") else not group[change]
+        monkeypatch.setattr(JITFunction, "warmup", fails)
+        with pytest.raises(RuntimeError, match="no room"):
+            muon.step()
+        assert not device.log
 
 
 @needs_triton

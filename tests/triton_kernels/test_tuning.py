@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,19 +55,45 @@ def test_what_is_measured_is_found_again(directory: Path) -> None:
         ("{", "JSONDecodeError"),
         ("{}", "KeyError"),
         ('{"configs": [], "vendor_from": null}', "other candidates than this version"),
-        (None, "a cost is not positive"),
+        ("[" * 100_000, "RecursionError"),
+        ((0.0, None), "a cost is not positive"),
+        ((float("inf"), None), "a cost is not positive"),
+        ((1.0, "x"), "vendor_from is neither null nor a size"),
+        ((1.0, -5), "vendor_from is neither null nor a size"),
+        ((1.0, True), "vendor_from is neither null nor a size"),
     ],
+    ids=lambda value: str(value)[:20],
 )
-def test_what_cannot_be_read_is_not_used(directory: Path, content: str | None, why: str) -> None:
-    if content is None:
-        rows = [c._replace(cost=0.0)._asdict() for c in configs.table(80).configs]
-        content = json.dumps({"configs": rows, "vendor_from": None})
+def test_what_cannot_be_read_is_not_used(directory: Path, content: str | tuple[float, Any], why: str) -> None:
+    if not isinstance(content, str):
+        rows = [c._replace(cost=content[0])._asdict() for c in configs.table(80).configs]
+        content = json.dumps({"configs": rows, "vendor_from": content[1]})
     with compiling(80):
         file = measured.file_of(measured.name_of_gpu())
         file.parent.mkdir()
         file.write_text(content)
         with pytest.warns(UserWarning, match=why):
             assert measured.table() is configs.table(80)
+
+
+def test_where_torch_rounds_its_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before version 2.8."""
+    with compiling(100):
+        assert measured.table().vendor_from is not None
+        monkeypatch.setattr(measured, "_SUMS_IN_FP32", False)
+        assert measured.table() == configs.table(100)._replace(vendor_from=None)
+
+
+def test_a_full_disk(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Path, text: str) -> None:
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    directory.mkdir()
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(RuntimeError, match=r"No space left on device\); set MUON_KERNELS_CACHE_DIR"):
+        measured.save(directory / "table.json", configs.table(80))
+    assert not list(directory.iterdir())
 
 
 def test_where_nothing_can_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
