@@ -86,7 +86,7 @@ def percent(implementation: str, shape: tuple[int, int, int], product: str, devi
     return 100 * flops(product, *shape) / median / measure.measured_peak(device)
 
 
-ROWS = [(device, name) for device in measure.DEVICES for name in (TORCH, measure.own(device)[0])]
+ROWS = [(device, name) for device in measure.DEVICES for name in (TORCH, *measure.own(device)) if name != "eager"]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))

@@ -84,15 +84,16 @@ def test_percents(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rows_of_a_gpu_are_there_and_say_why_they_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {("cuda", "torch"), ("cuda", "cuda")} <= set(bench_products.ROWS)
-    assert {("cuda", "torch.optim.Muon"), ("cuda", "cuda")} <= set(bench_step.ROWS)
-    monkeypatch.setattr(backends, "unavailable", lambda name: "no GPU; buy one" if name == "cuda" else None)
+    assert {("cuda", "torch"), ("cuda", "cuda"), ("cuda", "triton")} <= set(bench_products.ROWS)
+    assert {("cuda", "torch.optim.Muon"), ("cuda", "cuda"), ("cuda", "triton")} <= set(bench_step.ROWS)
+    why = {"cuda": "no GPU; buy one", "triton": "no GPU either"}
+    monkeypatch.setattr(backends, "unavailable", why.get)
     tests: list[tuple[Any, dict[str, Any]]] = [
         (bench_products.test_product, {"product": "syrk", "shape": (1, 8, 8)}),
         (bench_step.test_step, {"workload": "ragged"}),
     ]
     for test, options in tests:
-        with pytest.raises(pytest.skip.Exception, match="no GPU; buy one"):
+        with pytest.raises(pytest.skip.Exception, match="cuda: no GPU; buy one; triton: no GPU either"):
             test(None, device="cuda", implementation="cuda", **options)
 
 
