@@ -221,6 +221,7 @@ def test_an_address_less_aligned_asks_for_another_kernel(monkeypatch: pytest.Mon
 def test_a_later_step_of_another_kind_is_made_ready_as_well(
     on_the_cpu: Any, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
+    """Of the second of two groups, so that without it there would be launches before what fails."""
     from emulated_gpu import compiling
     from triton.runtime.jit import JITFunction
 
@@ -236,10 +237,10 @@ def test_a_later_step_of_another_kind_is_made_ready_as_well(
     for p in params:
         p.grad = torch.ones_like(p)
     with compiling(80, 108, binary=False) as device:
-        muon = Muon(params, backend="triton")
+        muon = Muon([{"params": [p]} for p in params], backend="triton")
         muon.step()
         device.log.clear()
-        group = muon.param_groups[0]
+        group = muon.param_groups[1]
         if change == "gradient":
             params[1].grad = torch.ones(136 * 144 + 1)[1:].view(136, 144)
         else:
