@@ -14,6 +14,10 @@ from ..coefficients import Schedule
 from ..layout import Matrices
 from ..newton_schulz import Square
 from . import Fused, native
+from .gpu import default_workspace_bytes as default_workspace_bytes
+from .gpu import leading_dimension as leading_dimension
+from .gpu import precise_squares as precise_squares
+from .gpu import symmetric_products as symmetric_products
 from .terms import terms_needed
 
 # Matrices of a launch, csrc's momentum_capacity() and so on, for plans made on a machine without the module.
@@ -137,26 +141,6 @@ def rehearsal() -> None:
 def describe() -> str:
     """See `Backend.describe`."""
     return "CUDA C++ for compute capability 8.0 and up"
-
-
-def symmetric_products() -> bool:
-    """See `Backend.symmetric_products`."""
-    return True
-
-
-def precise_squares() -> bool:
-    """See `Products.precise_squares`."""
-    return True
-
-
-def default_workspace_bytes() -> int:
-    """1 GiB."""
-    return 1 << 30
-
-
-def leading_dimension(cols: int) -> int:
-    """Rows that begin at 16 bytes, which is what a thread copies at a time."""
-    return -(-cols // 8) * 8
 
 
 def momentum_update(

@@ -20,6 +20,10 @@ from ..layout import Matrices
 from ..newton_schulz import Square
 from ..triton_kernels import configs
 from . import Fused
+from .gpu import default_workspace_bytes as default_workspace_bytes
+from .gpu import leading_dimension as leading_dimension
+from .gpu import precise_squares as precise_squares
+from .gpu import symmetric_products as symmetric_products
 from .terms import terms_needed
 
 _OLDEST = (3, 4)
@@ -152,26 +156,6 @@ def describe() -> str:
     return f"Triton {triton.__version__}, compiled for the GPU at hand"
 
 
-def symmetric_products() -> bool:
-    """See `Backend.symmetric_products`."""
-    return True
-
-
-def precise_squares() -> bool:
-    """See `Products.precise_squares`."""
-    return True
-
-
-def default_workspace_bytes() -> int:
-    """1 GiB."""
-    return 1 << 30
-
-
-def leading_dimension(cols: int) -> int:
-    """Rows that begin at 16 bytes, which is what a thread copies at a time and what descriptors ask for."""
-    return -(-cols // 8) * 8
-
-
 def program(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """See `Backend.program`. The launches, without the way to them."""
     recorded: tuple[list[Callable[[], None]], Tensor] = _kernels("launch").recorded(run)
@@ -227,33 +211,10 @@ def gemm(A: Square, X: Tensor, *, out: Tensor, C: Tensor | None = None, **option
     _product(A, Square(X), Square(out), None if C is None else Square(C), **options)
 
 
-def momentum_update(
-    grads: Sequence[Matrices],
-    momenta: Sequence[Matrices] | None,
-    X: Tensor,
-    *,
-    momentum: float,
-    nesterov: bool,
-    dampened: bool,
-    grad_scale: float,
-    eps: float,
-    margin: float,
-    scratch: Tensor | None = None,
-) -> Tensor:
+def momentum_update(grads: Sequence[Matrices], momenta: Sequence[Matrices] | None, X: Tensor, **options: Any) -> Tensor:
     """See `Backend.momentum_update`. In scratch: the sums of squares of all tiles, and the scales."""
     with _launching(X.shape, X.device):
-        scale: Tensor = _kernels("elementwise").momentum_update(
-            grads,
-            momenta,
-            X,
-            momentum=momentum,
-            nesterov=nesterov,
-            dampened=dampened,
-            grad_scale=grad_scale,
-            eps=eps,
-            margin=margin,
-            scratch=scratch,
-        )
+        scale: Tensor = _kernels("elementwise").momentum_update(grads, momenta, X, **options)
     if momenta is not None:
         _written(momenta)
     return scale
@@ -300,35 +261,14 @@ def fused_step(
     iterate: Callable[[Tensor], Tensor],
     *,
     triples: Sequence[tuple[float, float, float]],
-    momentum: float,
-    nesterov: bool,
-    dampened: bool,
-    grad_scale: float,
-    eps: float,
     margin: float,
-    lr: float | Tensor,
-    weight_decay: float | Tensor,
-    ratios: Sequence[float],
+    **options: Any,
 ) -> None:
-    """See `Backend.fused_step`."""
+    """See `Backend.fused_step`. Of X, only the sizes are used, and the iteration is the kernel's own."""
     _, m, n = X.shape
-    with _launching((len(ratios), m, n), params[0].tensor.device):
+    terms = terms_needed(tuple(triples), margin)
+    with _launching((len(options["ratios"]), m, n), params[0].tensor.device):
         _kernels("fused_step").fused_step(
-            params,
-            grads,
-            momenta,
-            X,
-            iterate,
-            triples=triples,
-            momentum=momentum,
-            nesterov=nesterov,
-            dampened=dampened,
-            grad_scale=grad_scale,
-            eps=eps,
-            margin=margin,
-            lr=lr,
-            weight_decay=weight_decay,
-            ratios=ratios,
-            terms=terms_needed(tuple(triples), margin),
+            params, grads, momenta, (m, n), triples=triples, margin=margin, terms=terms, **options
         )
     _written([*params, *momenta])

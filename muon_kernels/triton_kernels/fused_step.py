@@ -10,7 +10,7 @@ fp32: enough for five to eight steps (see `refuses`).
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 
 import torch
@@ -251,8 +251,7 @@ def fused_step(
     params: Sequence[Matrices],
     grads: Sequence[Matrices],
     momenta: Sequence[Matrices] | None,
-    X: Tensor,
-    iterate: Callable[[Tensor], Tensor] | None,
+    shape: tuple[int, int],
     *,
     triples: Sequence[tuple[float, float, float]],
     momentum: float,
@@ -264,16 +263,20 @@ def fused_step(
     lr: float | Tensor,
     weight_decay: float | Tensor,
     ratios: Sequence[float],
-    terms: int = 3,
+    terms: int,
     cautious: bool = False,
 ) -> None:
-    """See `Backend.fused_step`, on the current device, in one launch. Of X, (slots, m, n), only m and n are used, and
-    `iterate` is not.
+    """See `Backend.fused_step`, on the current device, in one launch.
+
+    Args:
+        shape: (m, n), wide side up.
+        terms: of bf16 that a number is the sum of in the iteration, two or three.
+        cautious: decay only where update and parameter have the same sign.
 
     Raises:
         ValueError: more than FUSED_ROWS rows.
     """
-    _, m, n = X.shape
+    m, n = shape
     if m > min(n, FUSED_ROWS):
         raise ValueError(f"fused_step takes wide matrices of at most {FUSED_ROWS} rows but they are: {m} x {n}")
     if not (len(ratios) and m):
