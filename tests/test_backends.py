@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
-from muon_kernels import backends
+from muon_kernels import Muon, backends
 from muon_kernels.backends import cuda, triton
 
 GPU = torch.device("cuda")
@@ -66,3 +67,13 @@ def test_a_table_has_all_of_the_protocol() -> None:
         module = backends.get(name)
         optional = {"fused_step"} if name == "eager" else set()
         assert {f for f in functions if not callable(getattr(module, f, None))} <= optional, name
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_without_a_device(name: str) -> None:
+    """On this machine as it is: the named backend raises, with a mend, and "auto" has another for the CPU."""
+    if backends.unavailable(name) is None:
+        pytest.skip("there is a device")
+    with pytest.raises(RuntimeError, match=rf"backend '{name}' cannot run here: .*(install|check)"):
+        Muon([nn.Parameter(torch.zeros(3, 4))], backend=name)
+    assert backends.choose("auto", torch.device("cpu"), [torch.float32], torch.bfloat16, (3, 4))[0] in ("cpu", "eager")
