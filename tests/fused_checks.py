@@ -207,6 +207,8 @@ def test_dtypes(stepper: Stepper, layout: str, dtypes: Sequence[torch.dtype]) ->
         {"nesterov": False, "dampened": False},
         {"dampened": False},
         {"mu": 0.3},
+        {"ratio": [0.75, 1.5]},
+        {"schedule": resolve("keller", 3)._replace(margin=1.5)},
         {"mu": 0.3, "dampened": False, "grad_scale": 0.5},
         {"cautious": True},
         {"device_lr": torch.tensor(0.125), "lr": float("nan")},

@@ -28,12 +28,14 @@ MUTANTS = [
     Mutant("R not scaled down", "R = R * shrink * shrink +", "R = R +", LOGIC),
     Mutant("power of two forgotten in the update", " * power(-largest)", "", LOGIC),
     Mutant("zero has no guard", "tl.where(trace == 0, 0.0, scale)", "scale", LOGIC),
+    Mutant("margin ignored", "* margin)\n    scale = tl.where(trace < ", "* 1.0)\n    scale = tl.where(trace < ", LOGIC),
     # Edges and layouts.
     Mutant("lines beyond the matrix", "line[:, None] < tl.where(tall, N, M)", "line[:, None] < tl.where(tall, N, M) + 1", LOGIC),
     Mutant("update of a tall tile not turned back", "turned(product(Q, turned(x, tall, WIDTH), TERMS), tall, WIDTH)", "product(Q, turned(x, tall, WIDTH), TERMS)", LOGIC),
     Mutant("the first tile of the second pass only", "tile_at(zero * BLOCK, begin, M", "tile_at(zero * BLOCK, 0, M", LOGIC),
     # Momentum and update.
     Mutant("direction from the momentum before its rounding", "new = stored.to(tl.float32)\n", "new = blend(g, tl.load(at, inside, 0.0).to(tl.float32), mu, rest, DAMPENED)\n", LOGIC),
+    Mutant("everybody gets the ratio of the first", "tl.load(ratios + matrix)", "tl.load(ratios)", LOGIC),
     # What is compiled.
     Mutant("alignment lost", "tile_at(zero * BLOCK, begin, M", "tile_at(zero, begin, M", "test_memory_traffic and sm_80 and 32x96-2-rows"),
     Mutant("a compilation for a size", '"zero", "M", "N", "lr_at"', '"zero", "M", "lr_at"', "test_compilations"),
