@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -30,6 +31,7 @@ from .layout import (
 from .newton_schulz import ALGORITHMS, Square
 from .plan import Bucket, plan_bucket
 from .scaling import lr_ratio
+from .second_moment import normalize, of_rows, shape_of
 
 Coefficients = str | Sequence[float] | Sequence[Sequence[float]]
 
@@ -63,16 +65,23 @@ class Chunk(NamedTuple):
     momenta: Bundle
     grads: list[tuple[int, Layout]]
     ratios: array[float]  # one a matrix
+    second_moments: list[Tensor]  # none, or as `normalize` takes them
+    first: int  # matrices of the bucket in earlier chunks
 
 
 class Work(NamedTuple):
-    """A bucket with all that is settled before a step; `notes` is `Plan`'s."""
+    """A bucket with all that is settled before a step; `notes` is `Plan`'s.
+
+    `number` is that of its first matrix among all of the group, which are counted as the parameters come.
+    """
 
     bucket: Bucket
     notes: tuple[str, ...]
     schedule: Schedule
     device: torch.device
     chunks: list[Chunk]
+    second_moment: str | None = None
+    number: int = 0
 
 
 class Prepared(NamedTuple):
@@ -90,7 +99,10 @@ class Prepared(NamedTuple):
 
 
 class Scalars(NamedTuple):
-    """What may change from step to step; see `Muon`. A negative grad_scale ascends."""
+    """What may change from step to step; see `Muon`. A negative grad_scale ascends.
+
+    `seed` is None without stochastic rounding; the matrices of a group take those from it on, as `Work` numbers them.
+    """
 
     lr: float | Tensor
     weight_decay: float | Tensor
@@ -99,15 +111,21 @@ class Scalars(NamedTuple):
     dampened: bool
     eps: float
     grad_scale: float
+    cautious: bool = False
+    beta2: float = 0.0
+    seed: int | None = None
 
     def of_momentum(self) -> dict[str, Any]:
         """What `momentum_update` takes."""
         names = ("momentum", "nesterov", "dampened", "grad_scale", "eps")
         return {name: getattr(self, name) for name in names}
 
-    def of_update(self) -> dict[str, Any]:
-        """What `apply_update` takes."""
-        return {"lr": _scalar(self.lr), "weight_decay": _scalar(self.weight_decay)}
+    def of_update(self, number: int, first: int) -> dict[str, Any]:
+        """What `apply_update` takes for a chunk, from its place in its bucket, and the bucket's."""
+        update = {"lr": as_scalar(self.lr), "weight_decay": as_scalar(self.weight_decay), "cautious": self.cautious}
+        if self.seed is not None:
+            update |= {"stochastic_rounding": True, "seed": self.seed + number, "first": first}
+        return update
 
 
 class Stacks(NamedTuple):
@@ -260,24 +278,50 @@ def check_apart(tensors: Sequence[tuple[str, Tensor]]) -> None:
         )
 
 
+def check_second_moment(name: str, V: Any, form: str, p: Tensor, flatten: bool | None) -> None:
+    """Raise ValueError or TypeError unless V can be the second moment of `p`."""
+    check_dense(name, V)
+    expected = shape_of(form, p.shape, flatten)
+    if V.shape != expected or V.dtype != torch.float32:
+        raise ValueError(
+            f"{name} should be of size {expected} and float32 for second_moment={form!r} but is of size "
+            f"{tuple(V.shape)} and {str(V.dtype).removeprefix('torch.')}; delete it from the state to start anew"
+        )
+
+
+def check_rounding(p: Tensor) -> None:
+    """Raise TypeError unless a parameter is of the dtype that is rounded stochastically."""
+    if p.dtype != torch.bfloat16:
+        raise TypeError(
+            f"stochastic_rounding is of torch.bfloat16 parameters but one is of: {p.dtype}; "
+            "put it into a group with stochastic_rounding=False"
+        )
+
+
 def _check_operands(p: Tensor, g: Tensor, buffer: Tensor) -> None:
     for name, t in (("gradient", g), ("momentum_buffer", buffer)):
         check_dense(name, t)
         check_like(name, t, p)
-        if t.device != p.device:
-            raise ValueError(f"{name} should be on the parameter's device {p.device} but is on: {t.device}")
+        _check_device(name, t, p)
 
 
-def _scalar(x: float | Tensor) -> float | Tensor:
+def _check_device(name: str, t: Tensor, p: Tensor) -> None:
+    if t.device != p.device:
+        raise ValueError(f"{name} should be on the parameter's device {p.device} but is on: {t.device}")
+
+
+def as_scalar(x: float | Tensor) -> float | Tensor:
+    """A float, or a tensor without dimensions if only a device knows the number."""
     return float(x) if options.on_host(x) else cast(Tensor, x).reshape(())
 
 
-def signature(p: Tensor, g: Tensor, buffer: Tensor) -> tuple[object, ...]:
+def signature(p: Tensor, g: Tensor, buffer: Tensor, moment: Tensor | None = None) -> tuple[object, ...]:
     """All that `prepare` looks at: where a parameter's tensors lie and what they are; not the gradient's address.
 
-    The momentum buffer is the optimizer's own: it may be moved or replaced, but not seen otherwise.
+    Momentum buffer and second moment are the optimizer's own: they may be moved or replaced, but not seen otherwise.
     """
     return (
+        moment if moment is None else (id(moment), moment.data_ptr()),
         p.data_ptr(),
         p.shape,
         p.stride(),
@@ -305,6 +349,9 @@ def prepare(
     backend: str = "auto",
     max_workspace_bytes: int | None = None,
     workspace_dtype: torch.dtype = torch.bfloat16,
+    second_moment: str | None = None,
+    stochastic_rounding: bool = False,
+    moments: Sequence[Tensor] = (),
 ) -> Prepared:
     """Everything that steps of one group have in common; nothing is written.
 
@@ -312,38 +359,54 @@ def prepare(
         params: of any floating-point dtype and strides.
         grads: one a parameter; only looked at.
         momentum_bufs: one a parameter.
-        ns_coefficients, ns_steps, adjust_lr_fn, flatten, ns_algorithm, backend, max_workspace_bytes, workspace_dtype:
-            see `Muon`.
+        ns_coefficients, ns_steps, adjust_lr_fn, flatten, ns_algorithm, backend, max_workspace_bytes, workspace_dtype,
+            second_moment, stochastic_rounding: see `Muon`.
+        moments: with a second_moment, one a parameter.
 
     Raises:
         ValueError, TypeError: an operand or an option that cannot be used, with what was expected.
         RuntimeError: a named backend that cannot run here.
     """
     schedule = resolve(ns_coefficients, ns_steps)
+    for p, V in zip(params, moments, strict=bool(moments)):
+        check_second_moment("second_momentum_buffer", V, cast(str, second_moment), p, flatten)
+        _check_device("second_momentum_buffer", V, p)
     by_kind: dict[Kind, list[tuple[int, int]]] = {}
     ratios: list[float] = []
     for index, (p, g, buffer) in enumerate(zip(params, grads, momentum_bufs, strict=True)):
         _check_operands(p, g, buffer)
+        if stochastic_rounding:
+            check_rounding(p)
         count, rows, cols = split_shape(p.shape, flatten)
         ratios.append(lr_ratio(adjust_lr_fn, rows, cols))
         kind = Kind(min(rows, cols), max(rows, cols), p.device, g.dtype, buffer.dtype, p.dtype)
         by_kind.setdefault(kind, []).append((index, count))
-    check_apart([("parameter", p) for p in params] + [("momentum_buffer", buffer) for buffer in momentum_bufs])
+    check_apart(
+        [("parameter", p) for p in params]
+        + [("momentum_buffer", buffer) for buffer in momentum_bufs]
+        + [("second_momentum_buffer", V) for V in moments]
+    )
 
     prepared = Prepared([], [], {}, set())
     sources: dict[int, tuple[_Source, _Source, _Source]] = {}
+    moment_sources: dict[int, _Source] = {}
     for index, (p, g, buffer) in enumerate(zip(params, grads, momentum_bufs, strict=True)):
         order = column_order(p.shape, p.stride()) if flattens(p.shape, flatten) else ()
         param, param_view = _source(p, flatten, order)
         momentum, momentum_view = _source(buffer, flatten, order)
         grad, grad_view = _source(g, flatten, order)
         sources[index] = (param, momentum, grad)
-        for source, view in ((param, param_view), (momentum, momentum_view)):
+        written = [(param, param_view), (momentum, momentum_view)]
+        if second_moment == "element":
+            moment_sources[index], moment_view = _source(moments[index], flatten, order)
+            written.append((moment_sources[index], moment_view))
+        for source, view in written:
             if view is not None:
                 prepared.copies.append((view, source.tensor))
         if grad_view is not None:
             prepared.grad_copies[index] = ((0, *order) if order else tuple(range(g.ndim)), grad.tensor)
 
+    numbers = [0, *accumulate(split_shape(p.shape, flatten)[0] for p in params)]
     for kind, counts in by_kind.items():
         dtypes = (kind.grad_dtype, kind.momentum_dtype, kind.param_dtype)
         name, notes = backends.choose(backend, kind.device, dtypes, workspace_dtype, (kind.rows, kind.cols))
@@ -357,18 +420,30 @@ def prepare(
             workspace_dtype=workspace_dtype,
             bytes_per_element=kind.grad_dtype.itemsize + 2 * (kind.momentum_dtype.itemsize + kind.param_dtype.itemsize),
             direction_bytes=kind.grad_dtype.itemsize + kind.momentum_dtype.itemsize,
+            second_moment=second_moment,
+            stochastic_rounding=stochastic_rounding,
         )
-        chunks = []
+        if second_moment is not None:
+            notes += (f"second_moment={second_moment!r} goes over an update twice more, and no step with it is fused",)
+        chunks: list[Chunk] = []
         for parts in _deal(counts, bucket.chunks):
-            chunk = Chunk(Bundle(), Bundle(), [], array("d"))
+            chunk = Chunk(Bundle(), Bundle(), [], array("d"), [], sum(bucket.chunks[: len(chunks)]))
             for part in parts:
                 param, momentum, grad = sources[part.parameter]
                 chunk.params.append(Matrices(param.tensor, param.layout(part)))
                 chunk.momenta.append(Matrices(momentum.tensor, momentum.layout(part)))
                 chunk.grads.append((part.parameter, grad.layout(part)))
                 chunk.ratios.extend([ratios[part.parameter]] * (part.stop - part.start))
+                if second_moment == "element":
+                    moment = moment_sources[part.parameter]
+                    chunk.second_moments.append(Matrices(moment.tensor, moment.layout(part)).view())
+                elif second_moment is not None:
+                    at = param.layout(part)
+                    V = moments[part.parameter]
+                    chunk.second_moments.append(of_rows(V, part.start, part.stop, at.transposed))
             chunks.append(chunk)
-        prepared.works.append(Work(bucket, notes, schedule, kind.device, chunks))
+        number = numbers[counts[0][0]]
+        prepared.works.append(Work(bucket, notes, schedule, kind.device, chunks, second_moment, number))
     return prepared
 
 
@@ -403,12 +478,14 @@ def _fused_step(work: Work, chunk: Chunk, grads: Sequence[Matrices], workspace: 
         triples=schedule.triples,
         **scalars.of_momentum(),
         margin=schedule.margin,
-        **scalars.of_update(),
+        **scalars.of_update(work.number, chunk.first),
         ratios=chunk.ratios,
     )
 
 
-def _step(work: Work, grads: Sequence[Tensor], workspace: Workspace, scalars: Scalars) -> None:
+def _step(
+    work: Work, grads: Sequence[Tensor], workspace: Workspace, scalars: Scalars, rehearsing: bool = False
+) -> None:
     ops = backends.get(work.bucket.backend)
     for chunk in work.chunks:
         directions = [Matrices(grads[index], at) for index, at in chunk.grads]
@@ -416,7 +493,9 @@ def _step(work: Work, grads: Sequence[Tensor], workspace: Workspace, scalars: Sc
             _fused_step(work, chunk, directions, workspace, scalars)
         else:
             result = _iterate(work, directions, chunk.momenta, workspace, scalars)
-            ops.apply_update(chunk.params, result, **scalars.of_update(), ratios=chunk.ratios)
+            if work.second_moment is not None and not rehearsing:
+                normalize(work.second_moment, result, chunk.second_moments, scalars.beta2)
+            ops.apply_update(chunk.params, result, **scalars.of_update(work.number, chunk.first), ratios=chunk.ratios)
 
 
 def execute(prepared: Prepared, grads: Sequence[Tensor], scalars: Scalars, workspace: Workspace) -> None:
@@ -443,16 +522,27 @@ def ready(prepared: Prepared, grads: Sequence[Tensor], scalars: Scalars, workspa
     """Allocate what `execute` needs and have backends get ready what they will run; the last thing that may raise."""
     for work in prepared.works:
         workspace.reserve(work.device, work.bucket.workspace_bytes)
+        if scalars.seed is not None and work.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a step with stochastic_rounding should not be captured in a graph, of which every replay would round "
+                "by the same random bits; step outside of it"
+            )
     seen = [prepared.grad_copies[i][1] if i in prepared.grad_copies else g for i, g in enumerate(grads)]
     # What `signature` does not have, and a kernel may be another for.
     on_host = options.on_host(scalars.lr), options.on_host(scalars.weight_decay)
-    kind = scalars.nesterov, scalars.dampened, *on_host, *(i for i, g in enumerate(seen) if g.data_ptr() % 16)
+    kind = (
+        scalars.nesterov,
+        scalars.dampened,
+        scalars.cautious,
+        *on_host,
+        *(i for i, g in enumerate(seen) if g.data_ptr() % 16),
+    )
     if kind in prepared.rehearsed:
         return
     for work in prepared.works:
         if (rehearsal := backends.get(work.bucket.backend).rehearsal()) is not None:
             with rehearsal:
-                _step(work, seen, workspace, scalars)
+                _step(work, seen, workspace, scalars, rehearsing=True)
     prepared.rehearsed.add(kind)
 
 

@@ -20,19 +20,32 @@ from .functional import (
     Prepared,
     Scalars,
     Workspace,
+    as_scalar,
     check_apart,
     check_dense,
     check_like,
     check_matrices,
+    check_rounding,
+    check_second_moment,
     execute,
     prepare,
     ready,
     signature,
 )
 from .layout import split_shape
-from .options import check_algorithm, check_eps, check_number, check_workspace, check_workspace_dtype
+from .options import (
+    check_algorithm,
+    check_eps,
+    check_fraction,
+    check_number,
+    check_second_moment_form,
+    check_weight_decay_form,
+    check_workspace,
+    check_workspace_dtype,
+)
 from .plan import Plan, plan_for_shapes
-from .scaling import lr_ratio
+from .scaling import decayed, lr_ratio
+from .second_moment import create
 
 _KELLER = COEFFICIENTS[DEFAULT].triples[0]
 _ADAMW_HINT = "; give vectors and scalars to AdamW (muon_kernels.MuonAdamW with muon_kernels.param_groups(model) does)"
@@ -69,7 +82,7 @@ class Muon(Optimizer):
             four or more a convolution, flattened to (first, all others); `flatten` decides otherwise. They may be
             slices of one tensor but not share an element.
         lr: learning rate, a number or a one-element tensor.
-        weight_decay: decoupled, multiplied by `lr` as it is, not by the adjusted one.
+        weight_decay: multiplied by `lr` as it is, not by the adjusted one; but see `weight_decay_form`.
         momentum: μ.
         nesterov: look one step ahead.
         ns_coefficients: one (a, b, c), a name of `muon_kernels.COEFFICIENTS`, or a list with one (a, b, c) a step.
@@ -88,6 +101,16 @@ class Muon(Optimizer):
             fast on a GPU; the "cpu" backend has it not, and "auto" then takes "eager", which is slower.
         momentum_dtype: of new momentum buffers; None: the gradient's.
         maximize: ascend.
+        weight_decay_form: what of W decays in a step: "decoupled" lr·weight_decay; "independent" weight_decay, whatever
+            lr is; "scheduled" lr·weight_decay·lr/peak_lr, AdamC's and MuonC's (arXiv 2506.02285).
+        peak_lr: the largest `lr` of the schedule, for "scheduled"; None: the one that the group begins with.
+        cautious: decay only elements that the update moves towards zero, or not at all (arXiv 2510.12402).
+        stochastic_rounding: round parameters, which must be bf16 then, up or down with the probabilities that make the
+            mean exact. The same steps, from a checkpoint or not, have the same random bits, on every backend.
+        second_moment: divide NS(D) by the root of a running mean of its squares and keep its norm: "neuron" of each
+            row, NorMuon's (arXiv 2510.05491), or "element" of each element, AdaMuon's (arXiv 2507.11005, without the
+            sign that it takes of the momentum); both papers scale as adjust_lr_fn="match_rms_adamw" does.
+        beta2: β₂ of that mean.
 
     Raises:
         ValueError, TypeError: an argument that cannot be used, with what was expected.
@@ -116,6 +139,12 @@ class Muon(Optimizer):
         workspace_dtype: torch.dtype = torch.bfloat16,
         momentum_dtype: torch.dtype | None = None,
         maximize: bool = False,
+        weight_decay_form: str = "decoupled",
+        peak_lr: float | Tensor | None = None,
+        cautious: bool = False,
+        stochastic_rounding: bool = False,
+        second_moment: str | None = None,
+        beta2: float = 0.95,
     ) -> None:
         """Check everything and set nothing aside yet: momentum buffers come with the first gradients."""
         defaults = {
@@ -135,6 +164,12 @@ class Muon(Optimizer):
             "workspace_dtype": workspace_dtype,
             "momentum_dtype": momentum_dtype,
             "maximize": maximize,
+            "weight_decay_form": weight_decay_form,
+            "peak_lr": peak_lr,
+            "cautious": cautious,
+            "stochastic_rounding": stochastic_rounding,
+            "second_moment": second_moment,
+            "beta2": beta2,
         }
         _check_options(defaults)
         if ns_steps is NS_STEPS:  # a checkpoint must hold a plain number
@@ -157,16 +192,19 @@ class Muon(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            unknown = set(group) - set(self.defaults) - {"params", "param_names", "initial_lr", "use_muon"}
+            unknown = set(group) - set(self.defaults) - {"params", "param_names", "initial_lr", "use_muon", "step"}
             if unknown:
                 raise ValueError(
                     f"group options should be among {sorted(self.defaults)} but include: {sorted(unknown)}"
                 )
+            _set_peak_lr(group)
             _check_options(group)
             if len(set(group["params"])) < len(group["params"]):
                 raise ValueError("every parameter of a group should be there once but some are repeated")
             for p in group["params"]:
                 check_matrices("parameter", p, _ADAMW_HINT)
+                if group["stochastic_rounding"]:
+                    check_rounding(p)
                 count, rows, cols = split_shape(p.shape, group["flatten"])
                 plan_for_shapes(
                     [(rows, cols, count)],
@@ -192,37 +230,48 @@ class Muon(Optimizer):
 
     def _prepare(
         self, group: dict[str, Any], grad_of: Callable[[Tensor], Tensor | None]
-    ) -> tuple[Prepared, list[Tensor], dict[Tensor, Tensor]]:
-        """What a step of this group does, its gradients, and the momentum buffers that it would add to the state."""
+    ) -> tuple[Prepared, list[Tensor], list[tuple[Tensor, str, Tensor]]]:
+        """What a step of this group does, its gradients, and what it would add to the state."""
         _check_options(group)
-        params, grads, buffers = [], [], []
-        new: dict[Tensor, Tensor] = {}
+        params, grads, buffers, moments = [], [], [], []
+        new: list[tuple[Tensor, str, Tensor]] = []
         nothing: dict[str, Any] = {}
+        form = group["second_moment"]
         for p in group["params"]:
             grad = grad_of(p)
             if grad is None:
                 continue
-            buffer = self.state.get(p, nothing).get("momentum_buffer")
+            state = self.state.get(p, nothing)
+            buffer = state.get("momentum_buffer")
             if buffer is None:
                 dtype = group["momentum_dtype"] or grad.dtype
-                buffer = new[p] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+                buffer = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+                new.append((p, "momentum_buffer", buffer))
+            if form is not None:
+                moment = state.get("second_momentum_buffer")
+                if moment is None:
+                    moment = create(form, p, group["flatten"])
+                    new.append((p, "second_momentum_buffer", moment))
+                moments.append(moment)
             params.append(p)
             grads.append(grad)
             buffers.append(buffer)
         options = {key: group[key] for key in _SETTLED}
         cached = self._prepared.get(id(group))
+        operands = (params, grads, buffers) if form is None else (params, grads, buffers, moments)
         # Signatures are compared one by one: a list of them would set off the garbage collector at every step.
         if (
             cached is None
             or cached.options != options
             or cached.threads != torch.get_num_threads()
             or len(cached.signatures) != len(params)
-            or not all(map(eq, map(signature, params, grads, buffers), cached.signatures))
+            or not all(map(eq, map(signature, *operands), cached.signatures))
         ):
-            signatures = list(map(signature, params, grads, buffers))
+            signatures = list(map(signature, *operands))
             # A copy: a list of coefficients may be changed in place.
             kept = {**options, "ns_coefficients": copy.deepcopy(options["ns_coefficients"])}
-            cached = _Settled(kept, torch.get_num_threads(), signatures, prepare(params, grads, buffers, **options))
+            prepared = prepare(params, grads, buffers, moments=moments, **options)
+            cached = _Settled(kept, torch.get_num_threads(), signatures, prepared)
             self._prepared[id(group)] = cached
         return cached.prepared, grads, new
 
@@ -259,21 +308,25 @@ class Muon(Optimizer):
             prepared = [self._prepare(group, attrgetter("grad")) for group in self.param_groups]
             scalars = [
                 Scalars(
-                    group["lr"],
-                    group["weight_decay"],
+                    *_lr_and_decay(group),
                     group["momentum"],
                     group["nesterov"],
                     group["dampened"],
                     group["eps"],
                     -grad_scale if group["maximize"] else grad_scale,
+                    group["cautious"],
+                    group["beta2"],
+                    _seed(group, i) if group["stochastic_rounding"] else None,
                 )
-                for group in self.param_groups
+                for i, group in enumerate(self.param_groups)
             ]
             for (decided, grads, _), numbers in zip(prepared, scalars, strict=True):
                 ready(decided, grads, numbers, self._workspace)
-        for (decided, grads, new), numbers in zip(prepared, scalars, strict=True):
-            for p, buffer in new.items():
-                self.state[p]["momentum_buffer"] = buffer
+        for group, (decided, grads, new), numbers in zip(self.param_groups, prepared, scalars, strict=True):
+            for p, key, tensor in new:
+                self.state[p][key] = tensor
+            if numbers.seed is not None:
+                group["step"] = group.get("step", 0) + 1
             execute(decided, grads, numbers, self._workspace)
         return loss
 
@@ -295,6 +348,7 @@ class Muon(Optimizer):
             for key, value in self.defaults.items():
                 if key != "differentiable":  # torch puts this one into the defaults
                     group.setdefault(key, value)
+            _set_peak_lr(group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class or of torch.optim.Muon, momentum in the precision in which it was saved.
@@ -304,12 +358,22 @@ class Muon(Optimizer):
                 changed then.
         """
         states = check_checkpoint(state_dict, self.param_groups, "Muon", "ns_coefficients", ["momentum_buffer"])
-        for group in state_dict["param_groups"]:
-            _check_options({**self.defaults, **group})
-        super().load_state_dict(state_dict)
-        # torch casts state to the parameter's dtype, which would round an fp32 momentum of bf16 parameters.
+        options_of = {}
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
+            options = {**self.defaults, **saved}
+            _check_options(options)
+            options_of.update(dict.fromkeys(group["params"], options))
         for p, state in states:
-            self.state[p]["momentum_buffer"] = state["momentum_buffer"].detach().to(p.device, copy=True)
+            form = options_of[p]["second_moment"]
+            if form is not None and "second_momentum_buffer" in state:
+                flatten = options_of[p]["flatten"]
+                check_second_moment("second_momentum_buffer", state["second_momentum_buffer"], form, p, flatten)
+        super().load_state_dict(state_dict)
+        # torch casts state to the parameter's dtype, which would round what is fp32 with bf16 parameters.
+        for p, state in states:
+            for key in ("momentum_buffer", "second_momentum_buffer"):
+                if key in state:
+                    self.state[p][key] = state[key].detach().to(p.device, copy=True)
 
 
 def check_checkpoint(
@@ -367,11 +431,31 @@ _SETTLED = (
     "backend",
     "max_workspace_bytes",
     "workspace_dtype",
+    "second_moment",
+    "stochastic_rounding",
 )
 
 
+def _set_peak_lr(group: dict[str, Any]) -> None:
+    if group["peak_lr"] is None:
+        lr = group.get("initial_lr", group["lr"])  # a scheduler may have lowered lr to warm up
+        group["peak_lr"] = lr.clone() if isinstance(lr, Tensor) else lr
+
+
+def _lr_and_decay(group: dict[str, Any]) -> tuple[float | Tensor, float | Tensor]:
+    lr, weight_decay, form = group["lr"], group["weight_decay"], group["weight_decay_form"]
+    if form == "decoupled":
+        return lr, weight_decay
+    return decayed(form, as_scalar(lr), as_scalar(weight_decay), as_scalar(group["peak_lr"]))
+
+
+def _seed(group: dict[str, Any], index: int) -> int:
+    """Of a step's stochastic rounding; 2^24 matrices of a group and 2^32 steps have their own."""
+    return (int(group.get("step", 0)) << 32) + (index << 24)
+
+
 def _check_options(options: dict[str, Any]) -> None:
-    for key in ("nesterov", "dampened", "maximize"):
+    for key in ("nesterov", "dampened", "maximize", "cautious", "stochastic_rounding"):
         if not isinstance(options[key], bool):
             raise TypeError(f"{key} should be True or False but is: {options[key]!r}")
     if options["flatten"] is not None and not isinstance(options["flatten"], bool):
@@ -381,6 +465,9 @@ def _check_options(options: dict[str, Any]) -> None:
     check_number("Learning rate", options["lr"])
     check_number("momentum", options["momentum"])
     check_number("weight decay", options["weight_decay"])
+    check_weight_decay_form(options["weight_decay_form"], options["peak_lr"])
+    check_second_moment_form(options["second_moment"])
+    check_fraction("beta2", options["beta2"])
     check_eps(options["eps"])
     resolve(options["ns_coefficients"], options["ns_steps"])
     if not callable(options["adjust_lr_fn"]):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .newton_schulz import ALGORITHMS
+from .scaling import WEIGHT_DECAY_FORMS
+from .second_moment import FORMS
 
 
 def on_host(value: Any) -> bool:
@@ -36,6 +39,35 @@ def check_eps(eps: Any) -> None:
     check_number("eps", eps)
     if eps >= 1:
         raise ValueError(f"eps should be < 1, the smallest norm that it is compared with, but is: {eps}")
+
+
+def check_fraction(name: str, value: Any) -> None:
+    """Raise unless `value` is in [0, 1)."""
+    check_number(name, value)
+    if value >= 1:
+        raise ValueError(f"{name} should be < 1 but is: {value}")
+
+
+def check_choice(name: str, value: Any, among: Collection[Any]) -> None:
+    """Raise ValueError unless `value` is one of those that there are."""
+    if not isinstance(value, str | None) or value not in among:
+        raise ValueError(f"{name} should be one of {', '.join(map(repr, among))} but is: {value!r}")
+
+
+def check_weight_decay_form(form: Any, peak_lr: Any) -> None:
+    """Raise unless there is such a form, and it has the `peak_lr` that it needs; None is one to come."""
+    check_choice("weight_decay_form", form, WEIGHT_DECAY_FORMS)
+    if peak_lr is not None:
+        check_number("peak_lr", peak_lr)
+    if form == "scheduled" and on_host(peak_lr) and peak_lr == 0:
+        raise ValueError(
+            "peak_lr should be > 0 for weight_decay_form='scheduled' but is: 0; give the largest lr of the schedule"
+        )
+
+
+def check_second_moment_form(form: Any) -> None:
+    """Raise ValueError unless there is such a second moment, or it is None."""
+    check_choice("second_moment", form, (None, *FORMS))
 
 
 def check_algorithm(name: Any) -> None:

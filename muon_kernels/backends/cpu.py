@@ -265,9 +265,7 @@ def product_tiles() -> None:
     """Its panels suit caches of a processor."""
 
 
-def fused_plan(
-    rows: int, cols: int, count: int, schedule: Schedule, stochastic_rounding: bool = False
-) -> Fused | None:
+def fused_plan(rows: int, cols: int, count: int, schedule: Schedule, stochastic_rounding: bool = False) -> Fused | None:
     """A slot for each thread, where there are enough matrices to keep all busy to the end."""
     threads = torch.get_num_threads()
     return Fused(threads) if _choice().products == "native" and count >= 4 * threads else None

@@ -243,9 +243,7 @@ def product_tiles() -> tuple[int, int]:
     return min(sides), max(sides)
 
 
-def fused_plan(
-    rows: int, cols: int, count: int, schedule: Schedule, stochastic_rounding: bool = False
-) -> Fused | None:
+def fused_plan(rows: int, cols: int, count: int, schedule: Schedule, stochastic_rounding: bool = False) -> Fused | None:
     """Where the smaller side fits on the chip, which needs no workspace but two visits to the longer one.
 
     It rounds to nearest.
