@@ -21,6 +21,8 @@ def on_host(value: Any) -> bool:
 
 def check_number(name: str, value: Any) -> None:
     """Raise unless `value` is a finite number >= 0, or a tensor of one; on a device only its size is looked at."""
+    if type(value) is float and 0.0 <= value < math.inf:  # which it nearly always is, in every step
+        return
     if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
         raise TypeError(f"{name} should be a number but is: {value!r}")
     if isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex()):
@@ -50,7 +52,7 @@ def check_fraction(name: str, value: Any) -> None:
 
 def check_choice(name: str, value: Any, among: Collection[Any]) -> None:
     """Raise ValueError unless `value` is one of those that there are."""
-    if not isinstance(value, str | None) or value not in among:
+    if not isinstance(value, (str, type(None))) or value not in among:
         raise ValueError(f"{name} should be one of {', '.join(map(repr, among))} but is: {value!r}")
 
 
@@ -65,9 +67,12 @@ def check_weight_decay_form(form: Any, peak_lr: Any) -> None:
         )
 
 
+SECOND_MOMENTS = (None, *FORMS)
+
+
 def check_second_moment_form(form: Any) -> None:
     """Raise ValueError unless there is such a second moment, or it is None."""
-    check_choice("second_moment", form, (None, *FORMS))
+    check_choice("second_moment", form, SECOND_MOMENTS)
 
 
 def check_algorithm(name: Any) -> None:
