@@ -530,13 +530,8 @@ def ready(prepared: Prepared, grads: Sequence[Tensor], scalars: Scalars, workspa
     seen = [prepared.grad_copies[i][1] if i in prepared.grad_copies else g for i, g in enumerate(grads)]
     # What `signature` does not have, and a kernel may be another for.
     on_host = options.on_host(scalars.lr), options.on_host(scalars.weight_decay)
-    kind = (
-        scalars.nesterov,
-        scalars.dampened,
-        scalars.cautious,
-        *on_host,
-        *(i for i, g in enumerate(seen) if g.data_ptr() % 16),
-    )
+    kind = scalars.nesterov, scalars.dampened, *on_host, *(i for i, g in enumerate(seen) if g.data_ptr() % 16)
+    kind = scalars.cautious, *kind
     if kind in prepared.rehearsed:
         return
     for work in prepared.works:

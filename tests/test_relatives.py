@@ -357,6 +357,16 @@ def test_steps_and_matrices_have_their_own_bits(backend: str) -> None:
         assert (i == j) == torch.equal(matrices[i], matrices[j])
 
 
+def test_buckets_have_their_own_seeds(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ops, seeds = backends.get(backend), []
+    real = ops.apply_update
+    monkeypatch.setattr(ops, "apply_update", lambda *a, **k: (seeds.append(k["seed"]), real(*a, **k)))
+    params = parameters(torch.bfloat16)
+    muon = Muon([{"params": params[::2]}, {"params": params[1::2]}], stochastic_rounding=True, backend=backend)
+    train(muon, params, 0, 2)
+    assert len(seeds) == 2 * len(muon.plan().buckets) == len(set(seeds))
+
+
 def test_bits_do_not_depend_on_buckets(backend: str) -> None:
     """Not on the cut into chunks, nor on where a bucket stands among the others."""
     whole = rounded(backend, list)
@@ -365,7 +375,7 @@ def test_bits_do_not_depend_on_buckets(backend: str) -> None:
     in_groups = lambda cut: lambda params: [{"params": params[:cut]}, {"params": params[cut:]}]
     apart = [rounded(backend, in_groups(cut)) for cut in (2, 4)]
     assert torch.equal(apart[0][0], whole[0]) and not torch.equal(apart[0][2], whole[2])
-    assert not torch.equal(apart[1][4], whole[4])
+    assert not torch.equal(apart[1][4], whole[4]) and not torch.equal(apart[0][0], apart[0][2])
 
 
 # ---- all of it ----
