@@ -68,10 +68,15 @@ def of_rows(V: Tensor, start: int, stop: int, transposed: bool) -> Tensor:
     return rows[:, None, :] if transposed else rows[:, :, None]
 
 
+def _in_cache(X: Tensor) -> bool:
+    """Whether it is worth while to go over X piece by piece."""
+    return X.device.type == "cpu"
+
+
 def _blocks(X: Tensor) -> Iterator[tuple[slice, slice]]:
     """(matrices, rows) of X, piece by piece."""
     batch, m, n = X.shape
-    rows = max(1, (_BLOCK_ON_CPU if X.device.type == "cpu" else _BLOCK) // n)
+    rows = max(1, (_BLOCK_ON_CPU if _in_cache(X) else _BLOCK) // n)
     matrices = max(1, rows // m)
     for i in range(0, batch, matrices):
         for row in range(0, m, rows):
@@ -80,7 +85,7 @@ def _blocks(X: Tensor) -> Iterator[tuple[slice, slice]]:
 
 def _sums_of_squares(X: Tensor, dim: int) -> Tensor:
     """Over -1 or -2, which stays with size 1, in fp32."""
-    if X.device.type != "cpu":
+    if not _in_cache(X):
         norms: Tensor = torch.linalg.vector_norm(X, dim=dim, keepdim=True, dtype=torch.float32)
         return norms.square_()
     sums = X.new_zeros((X.shape[0], X.shape[1], 1) if dim == -1 else (X.shape[0], 1, X.shape[2]), dtype=torch.float32)
@@ -92,7 +97,7 @@ def _sums_of_squares(X: Tensor, dim: int) -> Tensor:
 
 def _multiply(X: Tensor, factor: Tensor) -> None:
     """X by an fp32 factor, rounded once."""
-    if X.device.type != "cpu":
+    if not _in_cache(X):
         X.mul_(factor)
         return
     factor = factor.expand(*factor.shape[:2], X.shape[2])

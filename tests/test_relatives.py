@@ -154,12 +154,13 @@ def test_what_has_no_second_moment(backend: str, form: str, beta2: float) -> Non
 
 @pytest.mark.parametrize("form", FORMS)
 def test_blocks_of_a_large_stack(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same whatever is made fp32 at a time: rows of a matrix, or several matrices."""
+    """The same whatever is made fp32 at a time: rows of a matrix, several matrices, or, as on a GPU, nothing."""
     from muon_kernels import second_moment
 
     results = []
-    for block in (1, 97, 500, 1 << 18):
+    for block in (1, 97, 500, 1 << 18, None):
         monkeypatch.setattr(second_moment, "_BLOCK_ON_CPU", block)
+        monkeypatch.setattr(second_moment, "_in_cache", lambda _, block=block: block is not None)
         torch.manual_seed(0)
         X = torch.randn(5, 6, 8).bfloat16()
         moments = [torch.rand(2, 6, 1), torch.rand(3, 1, 8)] if form == "neuron" else list(torch.rand(2, 2, 6, 8))
@@ -274,7 +275,7 @@ def test_random_bits_are_everybodys(backend: str, shape: tuple[int, int], cautio
     X = torch.randn(4, m, n).bfloat16()
     kept = [torch.randn(shape).bfloat16() for _ in range(4)]
     kept[0].view(-1)[0] = -0.0
-    kept[1].view(-1)[0] = math.nan
+    kept[1].view(-1)[0], kept[2].view(-1)[0] = math.nan, -1.5
     X[2, 0, 0], X[3, 0, 0] = 0.0, math.inf
     params = [kept[0].clone(), kept[1].T.contiguous().T, torch.empty(2 * shape[0], 2 * shape[1]).bfloat16()[::2, ::2]]
     params[2].copy_(kept[2])
