@@ -260,11 +260,6 @@ MUTANTS = [
         "random bits: rows walk on by columns", "along_rows ? 1 : blocks) * kStep", "true ? 1 : blocks) * kStep"
     ),
     _relatives("random bits: of the first matrix", "(options.first + matrix) *", "options.first *"),
-    _relatives(
-        "random bits: added to NaN",
-        "static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u :",
-        "static_cast<uint16_t>(",
-    ),
     Mutant("random bits: of the first matrix, in a fused step", DISPATCH, "options.first += matrix;", "", ELEMENTWISE),
     *[
         Mutant(name, file, old, new, f'tests/test_relatives.py -k "{tests}"')
