@@ -51,8 +51,8 @@ struct Product {
 };
 
 // For every matrix i: momentum[i] is updated from grad[i]; the direction goes as bf16 to x[i]; what brings its norm,
-// taken in double before the rounding, to 1 / margin goes to scale[i]. `momentum == nullptr`: the direction is the
-// gradient.
+// taken in double before the rounding, to 1 / margin goes to scale[i]; that norm to norm[i]. `momentum == nullptr`: the
+// direction is the gradient.
 //
 //   g = grad * grad_scale
 //   dampened:    buf += (1 - mu) * (g - buf);   direction = nesterov ? buf + (1 - mu) * (g - buf) : buf
@@ -72,6 +72,7 @@ struct MomentumUpdate {
     DType momentum_dtype;
     Stack x;       // [batch, m, n]
     float* scale;  // [batch]
+    float* norm;   // [batch] or absent
     double eps;
     double margin;
     float grad_scale;  // negative to maximize

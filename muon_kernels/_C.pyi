@@ -36,6 +36,7 @@ class MomentumUpdate:
         momentum_dtype: DType,
         x: tuple[int, ...],
         scale: int,
+        norm: int,
         eps: float,
         margin: float,
         grad_scale: float,

@@ -8,10 +8,10 @@ torch.Size([2, 4])
 
 from ._version import __version__
 from .coefficients import COEFFICIENTS
-from .functional import orthogonalize
+from .functional import orthogonalize, spectral_power
 from .muon_adamw import MuonAdamW
 from .optimizer import Muon
 from .param_groups import param_groups
 from .plan import Plan
 
-__all__ = ["COEFFICIENTS", "Muon", "MuonAdamW", "Plan", "__version__", "orthogonalize", "param_groups"]
+__all__ = ["COEFFICIENTS", "Muon", "MuonAdamW", "Plan", "__version__", "orthogonalize", "param_groups", "spectral_power"]

@@ -45,7 +45,7 @@ def gram_flops(backend: str, m: int, n: int, name: str) -> int:
     half = ops.symmetric_products()
     small = square(m, m, half)
     total = 0
-    for start, stop in segments(schedule.triples, schedule.margin, m, ops.precise_squares()):
+    for start, stop in segments(schedule, m, ops.precise_squares()):
         steps = stop - start
         total += square(m, n, half) + 2 * m * m * n
         if steps == 1:

@@ -155,12 +155,13 @@ def momentum_update(
     eps: float,
     margin: float,
     scratch: Tensor | None = None,
+    norms: Tensor | None = None,
 ) -> Tensor:
     """See `Backend.momentum_update`."""
     _C, batch = native.required(), X.shape[0]
     scale = torch.empty(batch, dtype=torch.float32) if scratch is None else scratch.view(torch.float32)[:batch]
     update, _alive = native.momentum_update(
-        _C, grads, momenta, X, scale, momentum, nesterov, dampened, grad_scale, eps, margin
+        _C, grads, momenta, X, scale, norms, momentum, nesterov, dampened, grad_scale, eps, margin
     )
     _C.cpu.momentum_update(*_isa_and_threads(), update)
     return scale
@@ -176,6 +177,9 @@ _queue = native.Queue(_run)
 def program(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """See `Backend.program`."""
     return _queue.program(run) if _choice().products == "native" else run
+
+
+then = _queue.then
 
 
 def _product(A: Square, B: Square, out: Square, **options: Any) -> None:
@@ -293,7 +297,7 @@ def fused_step(
         if isinstance(params, Bundle):
             params.derived["program"] = program
     before, _alive = native.momentum_update(
-        _C, grads, momenta, X, program.scale, momentum, nesterov, dampened, grad_scale, eps, margin
+        _C, grads, momenta, X, program.scale, None, momentum, nesterov, dampened, grad_scale, eps, margin
     )
     after, _also_alive = native.apply_update(_C, params, program.result, float(lr), float(weight_decay), ratios)
     _C.cpu.fused_step(*_isa_and_threads(), len(ratios), before, program.products, after)

@@ -155,6 +155,7 @@ def momentum_update(
     eps: float,
     margin: float,
     scratch: Tensor | None = None,
+    norms: Tensor | None = None,
 ) -> Tensor:
     """See `Backend.momentum_update`. In scratch: the sums of squares of all tiles, and the scales."""
     _C, batch = _device.module(), X.shape[0]
@@ -162,7 +163,7 @@ def momentum_update(
         scratch = torch.empty(batch * scratch_bytes(*X.shape[1:]), dtype=torch.uint8, device=X.device)
     scale = scratch[scratch.numel() - 8 * batch :].view(torch.float32)[:batch]
     update, _alive = native.momentum_update(
-        _C, grads, momenta, X, scale, momentum, nesterov, dampened, grad_scale, eps, margin
+        _C, grads, momenta, X, scale, norms, momentum, nesterov, dampened, grad_scale, eps, margin
     )
     assert 8 * _C.cuda.momentum_partials(update) + 8 * batch <= scratch.numel()
     with _launching(X.shape, X.device) as stream:
@@ -186,6 +187,9 @@ _queue = native.Queue(_run)
 def program(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """See `Backend.program`."""
     return _queue.program(run)
+
+
+then = _queue.then
 
 
 def syrk(A: Tensor | Square, *, out: Square, **options: Any) -> None:
@@ -288,7 +292,7 @@ def fused_step(
     """See `Backend.fused_step`."""
     _C, device = _device.module(), params[0].tensor.device
     before, _alive = native.momentum_update(
-        _C, grads, momenta, None, None, momentum, nesterov, dampened, grad_scale, eps, margin
+        _C, grads, momenta, None, None, None, momentum, nesterov, dampened, grad_scale, eps, margin
     )
     options, lr, weight_decay, _tensors = _apply_options(device, lr, weight_decay)
     after, _also_alive = native.apply_update(_C, params, None, lr, weight_decay, ratios)

@@ -103,6 +103,7 @@ def momentum_update(
     eps: float,
     margin: float,
     scratch: Tensor | None = None,
+    norms: Tensor | None = None,
 ) -> None:
     """See `Backend.momentum_update`. Arithmetic in fp32, or in the gradient's dtype if that is wider."""
     start = 0
@@ -129,6 +130,8 @@ def momentum_update(
         # Normalised before it is rounded, so that nothing below rounds otherwise than torch.optim.Muon does, and in two
         # factors: the reciprocal norm alone may be outside fp32's range.
         norm = torch.linalg.vector_norm(g, dim=(-2, -1), dtype=torch.float64, keepdim=True)
+        if norms is not None:
+            norms[start:stop].copy_(norm[:, 0, 0])
         mantissa, exponent = torch.frexp(norm)
         sound = norm.isfinite() & (norm > 0)
         half = exponent.where(sound, 0) // 2
@@ -159,6 +162,11 @@ def _product(
             return
         total = out.float()
     out.copy_(total if scale is None else total.mul_(scale[:, None, None]))
+
+
+def then(run: Callable[[], object], operands: Sequence[Tensor]) -> None:
+    """See `Products.then`."""
+    run()
 
 
 def syrk(

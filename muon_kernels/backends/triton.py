@@ -195,6 +195,11 @@ def _product(A: Square, B: Square, out: Square, C: Square | None = None, **optio
         )
 
 
+def then(run: Callable[[], object], operands: Sequence[Tensor]) -> None:
+    """See `Products.then`."""
+    _kernels("launch").do(run, rehearse=lambda: None)
+
+
 def syrk(A: Tensor | Square, *, out: Square, **options: Any) -> None:
     """See `Products.syrk`."""
     A = A if isinstance(A, Square) else Square(A)
