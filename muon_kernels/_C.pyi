@@ -12,7 +12,7 @@ class Product:
         self,
         a: tuple[int, ...],
         a_diagonal: int,
-        b: tuple[int, ...],
+        b: tuple[int, ...] | None,
         b_transposed: bool,
         b_diagonal: int,
         c: tuple[int, ...] | None,

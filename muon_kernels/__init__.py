@@ -14,4 +14,13 @@ from .optimizer import Muon
 from .param_groups import param_groups
 from .plan import Plan
 
-__all__ = ["COEFFICIENTS", "Muon", "MuonAdamW", "Plan", "__version__", "orthogonalize", "param_groups", "spectral_power"]
+__all__ = [
+    "COEFFICIENTS",
+    "Muon",
+    "MuonAdamW",
+    "Plan",
+    "__version__",
+    "orthogonalize",
+    "param_groups",
+    "spectral_power",
+]

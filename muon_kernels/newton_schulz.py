@@ -8,8 +8,8 @@ once at the end. In bf16 the rounding error of the Gram matrix makes small eigen
 then amplifies, so it must start afresh from X now and then: see `segments`.
 
 The iterates of one X are U f(Σ) Vᵀ with odd f that saturate at ever smaller singular values; a fixed sum of them is as
-near to U Σ^p Vᵀ as its weights are good (spectral.py), and costs little beside the last iterate. In Gram form the sum is
-one of m x m matrices, too.
+near to U Σ^p Vᵀ as its weights are good (spectral.py), and costs little beside the last iterate. In Gram form it is
+largely a sum of m x m matrices.
 """
 
 from __future__ import annotations
@@ -49,6 +49,19 @@ class Products(Protocol):
 
     def precise_squares(self) -> bool:
         """Whether the verbs use and write `Square.diagonal`."""
+
+    def add(
+        self,
+        A: Square,
+        *,
+        out: Square,
+        C: Square | None = None,
+        alpha: float = 1.0,
+        beta: float = 0.0,
+        gamma: float = 0.0,
+        scale: Tensor | None = None,
+    ) -> None:
+        """Write scale·(alpha·A + beta·C + gamma·I), of any shape if gamma is 0; `out` may be C."""
 
     def then(self, run: Callable[[], object], operands: Sequence[Tensor]) -> None:
         """Do `run`, torch operations that read and write `operands`, where it stands in the order of the products."""
@@ -217,33 +230,10 @@ def _measure(
     ops.then(write, [S.high])
 
 
-def _add(ops: Products, total: Tensor, X: Tensor, weight: float, scale: Tensor | None = None) -> None:
-    """total += weight·X, or if X is still to be scaled, which is where the sum begins, total = weight·scale·X."""
-    if scale is None:
-        ops.then(lambda: total.add_(X, alpha=weight), [total, X])
-    else:
-        ops.then(lambda: torch.mul(X, (weight * scale)[:, None, None], out=total), [total, X])
-
-
-def _add_square(ops: Products, P: Square, Q: Square, weight: float, identity: float | None = None) -> None:
-    """P += weight·Q, or where the sum begins, P = weight·Q + identity·I."""
-
-    def add() -> None:
-        part = Q.high.diagonal(dim1=1, dim2=2).float()
-        part = weight * (part if Q.diagonal is None else part + Q.diagonal)
-        on_diagonal = P.high.diagonal(dim1=1, dim2=2)
-        if identity is None:
-            before = on_diagonal.float()
-            diagonal = part + (before if P.diagonal is None else before + P.diagonal)
-            P.high.add_(Q.high, alpha=weight)
-        else:
-            diagonal = part + identity
-            torch.mul(Q.high, weight, out=P.high)
-        on_diagonal.copy_(diagonal)
-        if P.diagonal is not None:
-            torch.sub(diagonal, on_diagonal.float(), out=P.diagonal)
-
-    ops.then(add, [P.high, Q.high])
+def _add_iterate(ops: Products, total: Square, X: Tensor, weight: float, pending: Tensor | None) -> None:
+    """total += weight·X, or where X is still to be scaled, which is where the sum begins, total = weight·scale·X."""
+    begun = pending is None
+    ops.add(Square(X), C=total if begun else None, alpha=weight, beta=1.0, out=total, scale=pending)
 
 
 def standard(
@@ -273,7 +263,7 @@ def standard(
     pending, total = scale, None
     if blend is not None:
         _measure(ops, X, squares, scale, schedule.power, blend)
-        pending, total = blend.scale, blend.total
+        pending, total = blend.scale, Square(blend.total)
     A, B = squares[:2]
     for step, triple in enumerate(triples):
         if total is not None and blend is not None:
@@ -281,12 +271,12 @@ def standard(
                 # w x + v (a x + b x³ + c x⁵): the last iterate itself is never needed.
                 a, b, c = triple
                 v = weights[step + 1]
-                _add(ops, total, X, weights[step] + v * a)
+                ops.add(Square(X), C=total, alpha=weights[step] + v * a, beta=1.0, out=total)
                 ops.syrk(X, out=A)
                 ops.syrk(A, C=A, alpha=c, beta=b, out=B)
-                ops.gemm(B, X, C=total, alpha=v, beta=1.0, out=Y, scale=blend.factor)
+                ops.gemm(B, X, C=total.high, alpha=v, beta=1.0, out=Y, scale=blend.factor)
                 return Y
-            _add(ops, total, X, weights[step], pending)
+            _add_iterate(ops, total, X, weights[step], pending)
         _standard_step(ops, X, Y, A, B, pending, triple)
         X, Y, pending = Y, X, None
     return X
@@ -308,7 +298,7 @@ def gram(
     segment's part, which goes to the sum as P X.
     """
     triples, weights = schedule.triples, schedule.weights
-    R, W, S, Q, Q_next, *sums = squares
+    R, W, S, Q, Q_next, P = squares if blend is not None else (*squares, squares[0])
     pending = scale
     if blend is not None:
         _measure(ops, X, squares, scale, schedule.power, blend)
@@ -317,7 +307,7 @@ def gram(
         last = stop == len(triples)
         if stop - start == 1 and not (last and blend):
             if blend is not None:
-                _add(ops, total, X, weights[start], pending)
+                _add_iterate(ops, Square(total), X, weights[start], pending)
             _standard_step(ops, X, Y, W, S, pending, triples[start])
             X, Y, pending = Y, X, None
             continue
@@ -333,11 +323,13 @@ def gram(
                 ops.syrkx(Q, S, out=Q_next)
                 Q, Q_next = Q_next, Q
             if blend is not None and (step + 1 < stop or last):
-                _add_square(ops, sums[0], Q, weights[step + 1], weights[start] if step == start else None)
+                first = step == start
+                gamma = weights[start] if first else 0.0
+                ops.add(Q, C=None if first else P, alpha=weights[step + 1], beta=1.0, gamma=gamma, out=P)
         if blend is not None:
             begun = start > 0
             ops.gemm(
-                sums[0],
+                P,
                 X,
                 C=total if begun else None,
                 beta=float(begun),

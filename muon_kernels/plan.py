@@ -167,7 +167,11 @@ class Counter:
     def then(self, run: Callable[[], object], operands: Sequence[Tensor]) -> None:
         """Count one, however many operations it is, which does not run."""
         self.launches += 1
-        self.bytes += sum(t.numel() * t.itemsize for t in (*operands, operands[0]))
+        self.bytes += sum(t.numel() * t.itemsize for t in operands)
+
+    def add(self, A: Square, *, out: Square, C: Square | None = None, **_: object) -> None:
+        """Count one; its FLOPs are too few to count."""
+        self.then(lambda: None, [out.high, A.high] if C is None else [out.high, A.high, C.high])
 
     def syrk(self, A: Tensor | Square, *, out: Square, C: Square | None = None, **_: object) -> None:
         """Count one."""
@@ -291,7 +295,9 @@ def plan_bucket(
     m, n = shape
     algorithm = choose_algorithm(ns_algorithm, backend, m, n, schedule)
     if m == 0 or count_ == 0:
-        return Bucket(shape, count_, algorithm, schedule.power, backend, workspace_dtype, False, (), 0, 0, 0, 0, 0, 0, 0)
+        return Bucket(
+            shape, count_, algorithm, schedule.power, backend, workspace_dtype, False, (), 0, 0, 0, 0, 0, 0, 0
+        )
     each = workspace_bytes(backend, algorithm, m, n, schedule)
     ops = backends.get(backend)
     cap = ops.default_workspace_bytes() if max_workspace_bytes is None else max_workspace_bytes

@@ -4,9 +4,9 @@ p = 0 is Muon's polar factor, p = 1 the matrix itself; p = 1/2 and 1/4 are the p
 Beyond" (arXiv 2602.04669), which computes them with coupled fp32 iterations of 92 and 184 small products.
 
 Here they are a fixed sum of Newton-Schulz iterates. Each iterate X_i = U f_i(Σ) Vᵀ is near 1 above some singular value
-and falls with slope 1 below it, an octave or two lower with every step; so on a logarithmic scale the f_i are like the
-steps of a staircase, and Σ w_i f_i(σ) can follow any σ^p as far down as the last one reaches. One list of triples serves
-every p: `fit` made it for p = 1/4 and 1/2 together, and weights follow from it by least squares.
+and falls with slope 1 below it, an octave or two lower with every step. So on a logarithmic scale the f_i are like the
+steps of a staircase, and Σ w_i f_i(σ) can follow any σ^p as far down as the last one reaches. One list of triples
+serves every p: `fit` made it for p = 1/4 and 1/2 together, and weights follow from it by least squares.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +25,8 @@ from .coefficients import Schedule, Triple
 # themselves. `newton_schulz._measure` leaves the largest at m^-⅛ or above: 1e-3 of it is within reach up to m = 15,000.
 LOWEST = 3e-4
 
-# `fit((0.25, 0.5))`, seed 1. Slopes are gentler than those of sets that only want the last iterate: rounding errors grow
-# less, and the Gram form needs to go back to the matrix once only.
+# From `fit`, to five digits. Slopes are gentler than those of sets that only want the last iterate: rounding errors
+# grow less, and the Gram form needs to go back to the matrix once only.
 TRIPLES: tuple[Triple, ...] = (
     (4.06939, -8.53223, 4.79640),
     (3.37861, -4.97921, 2.09031),
@@ -45,7 +44,7 @@ WEIGHTS: dict[float, tuple[float, ...]] = {}
 
 def check_power(power: Any, name: str = "power") -> float:
     """`power` as a float; raise unless it is a number in [0, 1]."""
-    if isinstance(power, bool) or not isinstance(power, Real):
+    if isinstance(power, bool) or not isinstance(power, (int, float)):
         raise TypeError(f"{name} should be a number from 0 (orthogonal) to 1 (as it is) but is: {power!r}")
     if not 0 <= power <= 1:
         raise ValueError(f"{name} should be from 0 (orthogonal) to 1 (as it is) but is: {power!r}")
@@ -131,7 +130,8 @@ def _svd_power(G: Tensor, power: float) -> Tensor:
     U, S, Vh = torch.linalg.svd(G, full_matrices=False)
     # A rank is what tells a singular value that is zero from rounding: 0^0 is 1.
     there = S > S[..., :1] * max(G.shape[-2:]) * torch.finfo(G.dtype).eps
-    return (U * S.pow(power).where(there, 0.0)[..., None, :]) @ Vh
+    result: Tensor = (U * S.pow(power).where(there, 0.0)[..., None, :]) @ Vh
+    return result
 
 
 def _coupled_power(G: Tensor, power: float) -> Tensor:
@@ -147,14 +147,15 @@ def _coupled_power(G: Tensor, power: float) -> Tensor:
     inverse_root = _coupled(X @ X.mT, inverse=True)
     size = torch.linalg.vector_norm(inverse_root, dim=(-2, -1), keepdim=True)
     size = size.masked_fill(size == 0, 1.0)
-    return _coupled(inverse_root / size, inverse=False) * (size * norm).sqrt() @ X
+    root = _coupled(inverse_root / size, inverse=False) * (size * norm).sqrt()
+    return root @ X
 
 
 def _coupled(A: Tensor, inverse: bool, steps: int = 40) -> Tensor:
     """A^½, or A^-½, of symmetric positive definite matrices of norm at most 1, by coupled Newton-Schulz.
 
-    T = (3 I - Z Y) / 2, Y ← Y T, Z ← T Z from Y = A and Z = I, where Y → A^½ and Z → A^-½; without the first Z Y and T Z,
-    and the last product of the half that nobody asked for.
+    T = (3 I - Z Y) / 2, Y ← Y T, Z ← T Z from Y = A and Z = I, where Y → A^½ and Z → A^-½; without the first Z Y and
+    T Z, and the last product of the half that nobody asked for.
     """
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     # What is no more than rounding must not become an eigenvalue of its own.
@@ -206,7 +207,10 @@ def fit(
     for start in range(starts):
         spread, around = ((0.02, best) if start % 2 else (0.1, begin)) if start else (0.0, begin)
         noise = torch.randn(steps, 3, generator=generator, dtype=torch.float64)
-        triples, largest = _improved(around * (1 + spread * noise), powers, lowest)
+        try:
+            triples, largest = _improved(around * (1 + spread * noise), powers, lowest)
+        except OverflowError:
+            continue
         if largest < worst:
             best, worst = triples, largest
     return tuple((a, b, c) for a, b, c in best.tolist()), worst
@@ -228,6 +232,8 @@ def _improved(triples: Tensor, powers: Sequence[float], lowest: float, rounds: i
         above = torch.relu(_iterates(triples, beyond)[:, 1:].abs() - 1.15)
         return torch.cat([(regard.sqrt() * off).flatten(), 0.1 * above.flatten(), 2e-4 * weights.flatten()])
 
+    if not _iterates(triples, beyond).isfinite().all():
+        raise OverflowError("iterates of these triples explode")
     columns = [_smallest_error(_iterates(triples, sigma) / y[:, None], 1)[0] for y in wanted.T]
     unknown = torch.cat([triples.flatten(), torch.stack(columns, 1).flatten()])
     regard = torch.full_like(wanted, 1 / wanted.numel())

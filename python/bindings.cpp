@@ -80,7 +80,7 @@ PYBIND11_MODULE(_C, m) {
 
     py::class_<mk::Product>(m, "Product", py::module_local())
         .def(
-            py::init([](const StackTuple& a, int64_t a_diagonal, const StackTuple& b, bool b_transposed,
+            py::init([](const StackTuple& a, int64_t a_diagonal, const std::optional<StackTuple>& b, bool b_transposed,
                         int64_t b_diagonal, const std::optional<StackTuple>& c, int64_t c_diagonal,
                         const StackTuple& out, int64_t out_diagonal, bool symmetric, float alpha, float beta,
                         float gamma, int64_t scale) {

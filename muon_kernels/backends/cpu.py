@@ -182,7 +182,7 @@ def program(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
 then = _queue.then
 
 
-def _product(A: Square, B: Square, out: Square, **options: Any) -> None:
+def _product(A: Square, B: Square | None, out: Square, **options: Any) -> None:
     _queue.product(native.required(), A, B, out, **options)
 
 
@@ -227,6 +227,14 @@ def gemm(
         eager.gemm(A, X, out=out, C=C, alpha=alpha, beta=beta, scale=scale)
         return
     _product(A, Square(X), Square(out), C=None if C is None else Square(C), alpha=alpha, beta=beta, scale=scale)
+
+
+def add(A: Square, *, out: Square, C: Square | None = None, **options: Any) -> None:
+    """See `Products.add`."""
+    if _choice().products == "torch":
+        eager.add(A, out=out, C=C, **options)
+        return
+    _product(A, None, out, C=C, **options)
 
 
 def apply_update(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from ..coefficients import Schedule
 from ..layout import Matrices
 from ..newton_schulz import Square
-from . import Fused, native
+from . import Fused, eager, native
 from .gpu import default_workspace_bytes as default_workspace_bytes
 from .gpu import leading_dimension as leading_dimension
 from .gpu import precise_squares as precise_squares
@@ -206,6 +207,11 @@ def syrkx(A: Square, B: Square, *, out: Square) -> None:
 def gemm(A: Square, X: Tensor, *, out: Tensor, C: Tensor | None = None, **options: Any) -> None:
     """See `Products.gemm`."""
     _queue.product(_device.module(), A, Square(X), Square(out), C=None if C is None else Square(C), **options)
+
+
+def add(A: Square, *, out: Square, C: Square | None = None, **options: Any) -> None:
+    """See `Products.add`. torch's."""
+    then(partial(eager.add, A, out=out, C=C, **options), [out.high, A.high])
 
 
 def _on_device(x: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:

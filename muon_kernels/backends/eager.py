@@ -204,6 +204,41 @@ def gemm(
     _product(A.high, X, out, C, alpha, beta, 0.0, scale)
 
 
+def add(
+    A: Square,
+    *,
+    out: Square,
+    C: Square | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    gamma: float = 0.0,
+    scale: Tensor | None = None,
+) -> None:
+    """See `Products.add`; for the GPU backends too."""
+    on_diagonal = None
+    if gamma or out.diagonal is not None:
+        on_diagonal = alpha * _diagonal(A) + (gamma if C is None else gamma + beta * _diagonal(C))
+        if scale is not None:
+            on_diagonal *= scale[:, None]
+    if C is None:
+        torch.mul(A.high, alpha if scale is None else (alpha * scale)[:, None, None], out=out.high)
+    elif C.high is out.high and beta == 1 and scale is None:
+        out.high.add_(A.high, alpha=alpha)
+    else:
+        total = torch.add(beta * C.high.float(), A.high, alpha=alpha)
+        out.high.copy_(total if scale is None else total.mul_(scale[:, None, None]))
+    if on_diagonal is not None:
+        rounded = out.high.diagonal(dim1=1, dim2=2)
+        rounded.copy_(on_diagonal)
+        if out.diagonal is not None:
+            torch.sub(on_diagonal, rounded.float(), out=out.diagonal)
+
+
+def _diagonal(S: Square) -> Tensor:
+    on_diagonal = S.high.diagonal(dim1=1, dim2=2).float()
+    return on_diagonal if S.diagonal is None else on_diagonal + S.diagonal
+
+
 def apply_update(
     params: Sequence[Matrices], X: Tensor, *, lr: float | Tensor, weight_decay: float | Tensor, ratios: Sequence[float]
 ) -> None:

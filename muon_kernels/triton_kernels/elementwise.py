@@ -191,8 +191,8 @@ def _larger(a, b):
 
 @triton.jit(do_not_specialize=["x", "partial", "scale", "norms", "M", "N", "x_batch_stride", "x_row_stride"])
 def norm_kernel(
-    x, partial, scale, norms, M, N, x_batch_stride: tl.int64, x_row_stride: tl.int64, eps: tl.float64, margin: tl.float64,
-    BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    x, partial, scale, norms, M, N, x_batch_stride: tl.int64, x_row_stride: tl.int64,
+    eps: tl.float64, margin: tl.float64, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The scale of a matrix, and its tiles of x brought to one power of two: seldom any has another.
 
