@@ -13,14 +13,18 @@ from .muon_adamw import MuonAdamW
 from .optimizer import Muon
 from .param_groups import param_groups
 from .plan import Plan
+from .spectral_optimizers import SpectralAdam, SpectralMomentum, paper_optimizer
 
 __all__ = [
     "COEFFICIENTS",
     "Muon",
     "MuonAdamW",
     "Plan",
+    "SpectralAdam",
+    "SpectralMomentum",
     "__version__",
     "orthogonalize",
+    "paper_optimizer",
     "param_groups",
     "spectral_power",
 ]

@@ -9,6 +9,9 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Callable, Sequence
+from copy import deepcopy
+from itertools import repeat
+from operator import eq
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -28,7 +31,7 @@ from .layout import (
     split_shape,
 )
 from .newton_schulz import ALGORITHMS, Blend, Square, squares_of
-from .plan import Bucket, plan_bucket
+from .plan import Bucket, plain_bucket, plan_bucket
 from .scaling import lr_ratio
 from .spectral import EXACT, check_power, schedule_of
 
@@ -61,9 +64,18 @@ class Chunk(NamedTuple):
     """The operands of one pass through the workspace."""
 
     params: Bundle
-    momenta: Bundle
+    momenta: Bundle | None
     grads: list[tuple[int, Layout]]
     ratios: array[float]  # one a matrix
+
+
+class Plain(NamedTuple):
+    """A parameter whose direction is its update."""
+
+    parameter: int
+    param: Tensor
+    momentum: Tensor
+    ratio: float
 
 
 class Work(NamedTuple):
@@ -79,12 +91,13 @@ class Work(NamedTuple):
 class Prepared(NamedTuple):
     """What `prepare` decided for a group; good for every step in which `signature` and options are the same.
 
-    Tensors that no strides describe as matrices are stepped in copies: `copies` has (parameter or momentum, its
-    copy), and `grad_copies` the copy of gradient i and the order of dimensions in which it is one. `rehearsed` has the
-    kinds of steps for which backends are ready.
+    `plain` has what goes through no iteration. Tensors that no strides describe as matrices are stepped in copies:
+    `copies` has (parameter or momentum, its copy), and `grad_copies` the copy of gradient i and the order of dimensions
+    in which it is one. `rehearsed` has the kinds of steps for which backends are ready.
     """
 
     works: list[Work]
+    plain: list[Plain]
     copies: list[tuple[Tensor, Tensor]]
     grad_copies: dict[int, tuple[tuple[int, ...], Tensor]]
     rehearsed: set[tuple[int, ...]]
@@ -265,8 +278,8 @@ def check_apart(tensors: Sequence[tuple[str, Tensor]]) -> None:
         )
 
 
-def _check_operands(p: Tensor, g: Tensor, buffer: Tensor) -> None:
-    for name, t in (("gradient", g), ("momentum_buffer", buffer)):
+def _check_operands(p: Tensor, g: Tensor, buffer: Tensor | None) -> None:
+    for name, t in (("gradient", g), *([] if buffer is None else [("momentum_buffer", buffer)])):
         check_dense(name, t)
         check_like(name, t, p)
         if t.device != p.device:
@@ -277,7 +290,7 @@ def _scalar(x: float | Tensor) -> float | Tensor:
     return float(x) if options.on_host(x) else cast(Tensor, x).reshape(())
 
 
-def signature(p: Tensor, g: Tensor, buffer: Tensor) -> tuple[object, ...]:
+def signature(p: Tensor, g: Tensor, buffer: Tensor | None) -> tuple[object, ...]:
     """All that `prepare` looks at: where a parameter's tensors lie and what they are; not the gradient's address.
 
     The momentum buffer is the optimizer's own: it may be moved or replaced, but not seen otherwise.
@@ -288,7 +301,7 @@ def signature(p: Tensor, g: Tensor, buffer: Tensor) -> tuple[object, ...]:
         p.stride(),
         p.dtype,
         id(buffer),
-        buffer.data_ptr(),
+        buffer is not None and buffer.data_ptr(),
         g.shape,
         (g.stride(), g.data_ptr() == 0) if g.layout == torch.strided else None,
         g.dtype,
@@ -300,10 +313,11 @@ def signature(p: Tensor, g: Tensor, buffer: Tensor) -> tuple[object, ...]:
 def prepare(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
-    momentum_bufs: Sequence[Tensor],
+    momentum_bufs: Sequence[Tensor] | None,
     *,
-    ns_coefficients: Coefficients,
-    ns_steps: int | None,
+    ns_coefficients: Coefficients = DEFAULT,
+    ns_steps: int | None = None,
+    power: float = 0.0,
     adjust_lr_fn: str | Callable[[int, int], float] | None,
     flatten: bool | None = None,
     ns_algorithm: str = "auto",
@@ -316,35 +330,44 @@ def prepare(
     Args:
         params: of any floating-point dtype and strides.
         grads: one a parameter; only looked at.
-        momentum_bufs: one a parameter.
-        ns_coefficients, ns_steps, adjust_lr_fn, flatten, ns_algorithm, backend, max_workspace_bytes, workspace_dtype:
-            see `Muon`.
+        momentum_bufs: one a parameter; None: the direction is the gradient.
+        ns_coefficients, ns_steps, power, adjust_lr_fn, flatten, ns_algorithm, backend, max_workspace_bytes,
+            workspace_dtype: see `Muon`.
 
     Raises:
         ValueError, TypeError: an operand or an option that cannot be used, with what was expected.
         RuntimeError: a named backend that cannot run here.
     """
-    schedule = resolve(ns_coefficients, ns_steps)
+    schedule = schedule_for(ns_coefficients, ns_steps, power)
     by_kind: dict[Kind, list[tuple[int, int]]] = {}
     ratios: list[float] = []
-    for index, (p, g, buffer) in enumerate(zip(params, grads, momentum_bufs, strict=True)):
+    buffers = momentum_bufs if momentum_bufs is not None else [None] * len(params)
+    for index, (p, g, buffer) in enumerate(zip(params, grads, buffers, strict=True)):
         _check_operands(p, g, buffer)
         count, rows, cols = split_shape(p.shape, flatten)
         ratios.append(lr_ratio(adjust_lr_fn, rows, cols))
-        kind = Kind(min(rows, cols), max(rows, cols), p.device, g.dtype, buffer.dtype, p.dtype)
+        momentum_dtype = g.dtype if buffer is None else buffer.dtype
+        kind = Kind(min(rows, cols), max(rows, cols), p.device, g.dtype, momentum_dtype, p.dtype)
         by_kind.setdefault(kind, []).append((index, count))
-    check_apart([("parameter", p) for p in params] + [("momentum_buffer", buffer) for buffer in momentum_bufs])
+    check_apart([("parameter", p) for p in params] + [("momentum_buffer", b) for b in momentum_bufs or ()])
 
-    prepared = Prepared([], [], {}, set())
-    sources: dict[int, tuple[_Source, _Source, _Source]] = {}
-    for index, (p, g, buffer) in enumerate(zip(params, grads, momentum_bufs, strict=True)):
+    prepared = Prepared([], [], [], {}, set())
+    if power == 1 and momentum_bufs is not None:
+        for index, (p, buffer, ratio) in enumerate(zip(params, momentum_bufs, ratios, strict=True)):
+            prepared.plain.append(Plain(index, p, buffer, ratio))
+        for kind, counts in by_kind.items():
+            bucket = plain_bucket((kind.rows, kind.cols), sum(count for _, count in counts), _bytes_per_element(kind))
+            prepared.works.append(Work(bucket, (), schedule, kind.device, []))
+        return prepared
+    sources: dict[int, tuple[_Source, _Source | None, _Source]] = {}
+    for index, (p, g, buffer) in enumerate(zip(params, grads, buffers, strict=True)):
         order = column_order(p.shape, p.stride()) if flattens(p.shape, flatten) else ()
         param, param_view = _source(p, flatten, order)
-        momentum, momentum_view = _source(buffer, flatten, order)
+        momentum, momentum_view = (None, None) if buffer is None else _source(buffer, flatten, order)
         grad, grad_view = _source(g, flatten, order)
         sources[index] = (param, momentum, grad)
         for source, view in ((param, param_view), (momentum, momentum_view)):
-            if view is not None:
+            if source is not None and view is not None:
                 prepared.copies.append((view, source.tensor))
         if grad_view is not None:
             prepared.grad_copies[index] = ((0, *order) if order else tuple(range(g.ndim)), grad.tensor)
@@ -360,21 +383,111 @@ def prepare(
             backend=name,
             max_workspace_bytes=max_workspace_bytes,
             workspace_dtype=workspace_dtype,
-            bytes_per_element=kind.grad_dtype.itemsize + 2 * (kind.momentum_dtype.itemsize + kind.param_dtype.itemsize),
+            bytes_per_element=_bytes_per_element(kind, momentum_bufs is not None),
             direction_bytes=kind.grad_dtype.itemsize + kind.momentum_dtype.itemsize,
+            stepped=momentum_bufs is not None,
         )
         chunks = []
         for parts in _deal(counts, bucket.chunks):
-            chunk = Chunk(Bundle(), Bundle(), [], array("d"))
+            chunk = Chunk(Bundle(), Bundle() if momentum_bufs is not None else None, [], array("d"))
             for part in parts:
                 param, momentum, grad = sources[part.parameter]
                 chunk.params.append(Matrices(param.tensor, param.layout(part)))
-                chunk.momenta.append(Matrices(momentum.tensor, momentum.layout(part)))
+                if momentum is not None and chunk.momenta is not None:
+                    chunk.momenta.append(Matrices(momentum.tensor, momentum.layout(part)))
                 chunk.grads.append((part.parameter, grad.layout(part)))
                 chunk.ratios.extend([ratios[part.parameter]] * (part.stop - part.start))
             chunks.append(chunk)
         prepared.works.append(Work(bucket, notes, schedule, kind.device, chunks))
     return prepared
+
+
+# The options of a group that `prepare` takes.
+SETTLED = (
+    "ns_coefficients",
+    "ns_steps",
+    "power",
+    "adjust_lr_fn",
+    "flatten",
+    "ns_algorithm",
+    "backend",
+    "max_workspace_bytes",
+    "workspace_dtype",
+)
+
+
+def check_settled(group: dict[str, Any]) -> None:
+    """Raise ValueError or TypeError unless a group's options in SETTLED can be used."""
+    if group["flatten"] is not None and not isinstance(group["flatten"], bool):
+        raise TypeError(f"flatten should be True, False or None but is: {group['flatten']!r}")
+    resolve(group["ns_coefficients"], group["ns_steps"])
+    if not callable(group["adjust_lr_fn"]):
+        lr_ratio(group["adjust_lr_fn"], 1, 1)
+    options.check_algorithm(group["ns_algorithm"])
+    if group["backend"] != "auto":
+        backends.get(group["backend"])
+    options.check_workspace(group["max_workspace_bytes"])
+    options.check_workspace_dtype(group["workspace_dtype"])
+    if check_power(group["power"]) and group["workspace_dtype"] != torch.bfloat16:
+        raise ValueError(
+            "workspace_dtype should be torch.bfloat16 where power is above 0, as updates have any scale then, but is: "
+            f"{group['workspace_dtype']}"
+        )
+
+
+class _Settled(NamedTuple):
+    """What was prepared for a group, and for what."""
+
+    options: dict[str, Any]
+    threads: int
+    signatures: list[tuple[object, ...]]
+    prepared: Prepared
+
+
+class Preparations:
+    """What `prepare` decided for groups, as long as they ask for the same."""
+
+    def __init__(self) -> None:
+        self._settled: dict[int, _Settled] = {}
+
+    def get(
+        self,
+        key: int,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        momentum_bufs: Sequence[Tensor] | None,
+        options: dict[str, Any],
+    ) -> Prepared:
+        """`prepare` for the group `key`, or what it said before."""
+        settled = self._settled.get(key)
+        buffers = repeat(None) if momentum_bufs is None else momentum_bufs
+        # Signatures are compared one by one: a list of them would set off the garbage collector at every step.
+        if (
+            settled is None
+            or settled.options != options
+            or settled.threads != torch.get_num_threads()
+            or len(settled.signatures) != len(params)
+            or not all(map(eq, map(signature, params, grads, buffers), settled.signatures))
+        ):
+            signatures = list(map(signature, params, grads, buffers))
+            # A copy: a list of coefficients may be changed in place.
+            kept = {**options, "ns_coefficients": deepcopy(options["ns_coefficients"])}
+            prepared = prepare(params, grads, momentum_bufs, **options)
+            settled = self._settled[key] = _Settled(kept, torch.get_num_threads(), signatures, prepared)
+        return settled.prepared
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._settled.clear()
+
+
+def schedule_for(ns_coefficients: Coefficients, ns_steps: int | None, power: float) -> Schedule:
+    """What to iterate for a power: for 0 the coefficients say; for 1 nothing is."""
+    return resolve(ns_coefficients, ns_steps) if power in (0, 1) else schedule_of(power)
+
+
+def _bytes_per_element(kind: Kind, momentum: bool = True) -> int:
+    return kind.grad_dtype.itemsize + 2 * (momentum * kind.momentum_dtype.itemsize + kind.param_dtype.itemsize)
 
 
 def _iterate(
@@ -397,6 +510,7 @@ def _iterate(
 
 def _fused_step(work: Work, chunk: Chunk, grads: Sequence[Matrices], workspace: Workspace, scalars: Scalars) -> None:
     ops, schedule = backends.get(work.bucket.backend), work.schedule
+    assert chunk.momenta is not None
     X, Y, squares, *_ = workspace.stacks(work, work.bucket.slots)
 
     def iterate(scale: Tensor) -> Tensor:
@@ -427,6 +541,26 @@ def _step(work: Work, grads: Sequence[Tensor], workspace: Workspace, scalars: Sc
             ops.apply_update(chunk.params, result, **scalars.of_update(), ratios=chunk.ratios)
 
 
+def _plain_step(plain: Plain, grad: Tensor, scalars: Scalars) -> None:
+    """In the operations of torch.optim.SGD, in their order: un-dampened, the same bits."""
+    p, buffer, mu = plain.param, plain.momentum, scalars.momentum
+    g = grad if scalars.grad_scale == 1 else grad * scalars.grad_scale
+    if scalars.dampened:
+        buffer.lerp_(g.to(buffer.dtype), 1 - mu)
+    else:
+        buffer.mul_(mu).add_(g)
+    direction = buffer
+    if scalars.nesterov:
+        direction = g.lerp(buffer.to(g.dtype), mu) if scalars.dampened else g.add(buffer, alpha=mu)
+    if isinstance(scalars.weight_decay, Tensor) or scalars.weight_decay:
+        p.mul_(1 - scalars.lr * scalars.weight_decay)
+    step_size = scalars.lr * plain.ratio
+    if isinstance(step_size, Tensor):
+        p.sub_(direction * step_size)
+    else:
+        p.add_(direction, alpha=-step_size)
+
+
 def execute(prepared: Prepared, grads: Sequence[Tensor], scalars: Scalars, workspace: Workspace) -> None:
     """Do a step: parameters and momentum buffers are written, gradients are not.
 
@@ -441,6 +575,8 @@ def execute(prepared: Prepared, grads: Sequence[Tensor], scalars: Scalars, works
         grads[index] = copy.copy_(grads[index].permute(order))
     for target, copy in prepared.copies:
         copy.copy_(target)
+    for plain in prepared.plain:
+        _plain_step(plain, grads[plain.parameter], scalars)
     for work in prepared.works:
         _step(work, grads, workspace, scalars)
     for target, copy in prepared.copies:
@@ -593,9 +729,9 @@ def spectral_power(
 ) -> Tensor:
     """U Σ^p Vᵀ of every matrix G = U Σ Vᵀ, at 1.1 to 1.6 times the price of `orthogonalize`; see spectral.py.
 
-    Within 2.7 % of σ^p (1.4 % rms) for p ≥ 1/8 for singular values down to 1e-3 of the largest, in bf16 products with fp32
-    accumulation, whose rounding adds to that. Smaller ones fall below σ^p in proportion to σ. The power of c·G is c^p
-    times that of G, from 1e-30 to 1e30; a zero matrix gives zero; NaN or infinity spoils its own matrix only.
+    Within 2.8 % of σ^p (1.4 % rms) for p ≥ 1/8 and singular values down to 1e-3 of the largest, in bf16 products with
+    fp32 accumulation, whose rounding adds to that. Smaller ones fall below σ^p in proportion to σ. The power of c·G is
+    c^p times that of G, from 1e-30 to 1e30; a zero matrix gives zero; NaN or infinity spoils its own matrix only.
     Not differentiated: the result is detached. Inside `torch.compile` it is one operation,
     torch.ops.muon_kernels.spectral_power.
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
-from operator import attrgetter, eq
-from typing import Any, NamedTuple, overload
+from operator import attrgetter
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable, but it imports dynamo when called only
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import backends
 from .coefficients import COEFFICIENTS, DEFAULT, NS_STEPS, resolve
 from .functional import (
     DTYPES,
+    SETTLED,
     Coefficients,
+    Preparations,
     Prepared,
     Scalars,
     Workspace,
@@ -24,27 +24,17 @@ from .functional import (
     check_dense,
     check_like,
     check_matrices,
+    check_settled,
     execute,
-    prepare,
     ready,
-    signature,
+    schedule_for,
 )
 from .layout import split_shape
-from .options import check_algorithm, check_eps, check_number, check_workspace, check_workspace_dtype
+from .options import check_eps, check_number
 from .plan import Plan, plan_for_shapes
-from .scaling import lr_ratio
 
 _KELLER = COEFFICIENTS[DEFAULT].triples[0]
 _ADAMW_HINT = "; give vectors and scalars to AdamW (muon_kernels.MuonAdamW with muon_kernels.param_groups(model) does)"
-
-
-class _Settled(NamedTuple):
-    """What was prepared for a group, and for what."""
-
-    options: dict[str, Any]
-    threads: int
-    signatures: list[tuple[object, ...]]
-    prepared: Prepared
 
 
 class Muon(Optimizer):
@@ -88,6 +78,8 @@ class Muon(Optimizer):
             fast on a GPU; the "cpu" backend has it not, and "auto" then takes "eager", which is slower.
         momentum_dtype: of new momentum buffers; None: the gradient's.
         maximize: ascend.
+        power: p in [0, 1]: the direction's singular values become σ^p and not 1; see `muon_kernels.spectral_power`.
+            Above 0, `ns_coefficients`, `ns_steps` and `eps` are not used, and the update scales with the direction^p.
 
     Raises:
         ValueError, TypeError: an argument that cannot be used, with what was expected.
@@ -116,6 +108,7 @@ class Muon(Optimizer):
         workspace_dtype: torch.dtype = torch.bfloat16,
         momentum_dtype: torch.dtype | None = None,
         maximize: bool = False,
+        power: float = 0.0,
     ) -> None:
         """Check everything and set nothing aside yet: momentum buffers come with the first gradients."""
         defaults = {
@@ -135,12 +128,13 @@ class Muon(Optimizer):
             "workspace_dtype": workspace_dtype,
             "momentum_dtype": momentum_dtype,
             "maximize": maximize,
+            "power": power,
         }
         _check_options(defaults)
         if ns_steps is NS_STEPS:  # a checkpoint must hold a plain number
             defaults["ns_steps"] = len(resolve(ns_coefficients, ns_steps).triples)
         self._workspace = Workspace()
-        self._prepared: dict[int, _Settled] = {}
+        self._prepared = Preparations()
         if isinstance(params, nn.Module):
             raise TypeError(
                 f"params should be hidden matrices but is a module: {type(params).__name__}; give "
@@ -170,7 +164,7 @@ class Muon(Optimizer):
                 count, rows, cols = split_shape(p.shape, group["flatten"])
                 plan_for_shapes(
                     [(rows, cols, count)],
-                    schedule=resolve(group["ns_coefficients"], group["ns_steps"]),
+                    schedule=schedule_for(group["ns_coefficients"], group["ns_steps"], group["power"]),
                     device=p.device,
                     dtype=p.dtype,
                     backend=group["backend"],
@@ -209,22 +203,8 @@ class Muon(Optimizer):
             params.append(p)
             grads.append(grad)
             buffers.append(buffer)
-        options = {key: group[key] for key in _SETTLED}
-        cached = self._prepared.get(id(group))
-        # Signatures are compared one by one: a list of them would set off the garbage collector at every step.
-        if (
-            cached is None
-            or cached.options != options
-            or cached.threads != torch.get_num_threads()
-            or len(cached.signatures) != len(params)
-            or not all(map(eq, map(signature, params, grads, buffers), cached.signatures))
-        ):
-            signatures = list(map(signature, params, grads, buffers))
-            # A copy: a list of coefficients may be changed in place.
-            kept = {**options, "ns_coefficients": copy.deepcopy(options["ns_coefficients"])}
-            cached = _Settled(kept, torch.get_num_threads(), signatures, prepare(params, grads, buffers, **options))
-            self._prepared[id(group)] = cached
-        return cached.prepared, grads, new
+        options = {key: group[key] for key in SETTLED}
+        return self._prepared.get(id(group), params, grads, buffers, options), grads, new
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -290,7 +270,7 @@ class Muon(Optimizer):
         """Take up a pickle or a checkpoint, torch.optim.Muon's too: what it lacks is as in the constructor."""
         super().__setstate__(state)
         self._workspace = Workspace()
-        self._prepared = {}
+        self._prepared = Preparations()
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 if key != "differentiable":  # torch puts this one into the defaults
@@ -357,39 +337,17 @@ def check_state(of: str, p: Tensor, state: Mapping[str, Any], moments: Sequence[
         check_like(key + of, state[key], p)
 
 
-# What a step may settle once, see `functional.prepare`.
-_SETTLED = (
-    "ns_coefficients",
-    "ns_steps",
-    "adjust_lr_fn",
-    "flatten",
-    "ns_algorithm",
-    "backend",
-    "max_workspace_bytes",
-    "workspace_dtype",
-)
-
-
 def _check_options(options: dict[str, Any]) -> None:
     for key in ("nesterov", "dampened", "maximize"):
         if not isinstance(options[key], bool):
             raise TypeError(f"{key} should be True or False but is: {options[key]!r}")
-    if options["flatten"] is not None and not isinstance(options["flatten"], bool):
-        raise TypeError(f"flatten should be True, False or None but is: {options['flatten']!r}")
     if isinstance(options["lr"], Tensor) and options["lr"].numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
     check_number("Learning rate", options["lr"])
     check_number("momentum", options["momentum"])
     check_number("weight decay", options["weight_decay"])
     check_eps(options["eps"])
-    resolve(options["ns_coefficients"], options["ns_steps"])
-    if not callable(options["adjust_lr_fn"]):
-        lr_ratio(options["adjust_lr_fn"], 1, 1)
-    check_algorithm(options["ns_algorithm"])
-    if options["backend"] != "auto":
-        backends.get(options["backend"])
-    check_workspace(options["max_workspace_bytes"])
-    check_workspace_dtype(options["workspace_dtype"])
+    check_settled(options)
     dtype = options["momentum_dtype"]
     if dtype not in (None, *DTYPES):
         raise ValueError(f"momentum_dtype should be a floating-point dtype or None but is: {dtype!r}")

@@ -27,7 +27,7 @@ class Bucket:
     Attributes:
         shape: (m, n) with m ≤ n, as the iteration sees them.
         count: number of matrices.
-        algorithm: "standard" or "gram".
+        algorithm: "standard" or "gram", or "none" where the direction is the update.
         power: of the singular values: 0 for the polar factor.
         backend: who runs it.
         workspace_dtype: of the stacks that are multiplied; a fused step may have none.
@@ -333,6 +333,13 @@ def plan_bucket(
         least_bytes=least_bytes,
         workspace_bytes=slots * each,
     )
+
+
+def plain_bucket(shape: tuple[int, int], count_: int, bytes_per_element: int) -> Bucket:
+    """The plan of matrices that go through no iteration."""
+    bytes_ = count_ * shape[0] * shape[1] * bytes_per_element
+    fp32 = torch.float32
+    return Bucket(shape, count_, "none", 1.0, "eager", fp32, False, (), 0, count_, 0, 0, bytes_, bytes_, 0)
 
 
 def plan_for_shapes(

@@ -205,7 +205,9 @@ def test_a_plan_without_matrices_says_so() -> None:
     [(0, "0 B"), (7, "7 B"), (999, "999 B"), (1000, "1 kB"), (54_321, "54.3 kB"), (999_600, "1 MB"), (2.5e9, "2.5 GB")],
 )
 def test_small_models_have_figures_too(value: float, shown: str) -> None:
-    bucket = Bucket((1, 1), 1, "standard", "eager", torch.bfloat16, False, (1,), 1, 1, value, value, value, 0, value)
+    bucket = Bucket(
+        (1, 1), 1, "standard", 0.0, "eager", torch.bfloat16, False, (1,), 1, 1, value, value, value, 0, value
+    )
     *_, total, _ = str(Plan((bucket,))).splitlines()
     assert total.endswith(shown) and total.count(shown) == 2
     assert shown.removesuffix("B").strip() in total.replace(shown, "")
