@@ -20,16 +20,20 @@ from .layout import (
     Bundle,
     Layout,
     Matrices,
+    Piece,
+    View,
     column_order,
     flattens,
     layout,
     overlapping,
     overlaps_itself,
     split_shape,
+    view,
 )
 from .newton_schulz import ALGORITHMS, Square
 from .plan import Bucket, plan_bucket
 from .scaling import lr_ratio
+from .split import pieces
 
 Coefficients = str | Sequence[float] | Sequence[Sequence[float]]
 
@@ -49,9 +53,9 @@ class Kind(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Matrices start..stop of one parameter."""
+    """Matrices start..stop of one parameter, or of one piece of it."""
 
-    parameter: int
+    piece: int
     start: int
     stop: int
 
@@ -78,14 +82,14 @@ class Work(NamedTuple):
 class Prepared(NamedTuple):
     """What `prepare` decided for a group; good for every step in which `signature` and options are the same.
 
-    Tensors that no strides describe as matrices are stepped in copies: `copies` has (parameter or momentum, its
-    copy), and `grad_copies` the copy of gradient i and the order of dimensions in which it is one. `rehearsed` has the
-    kinds of steps for which backends are ready.
+    Tensors, or pieces of them, that no strides describe as matrices are stepped in copies: `copies` has (that of a
+    parameter or momentum, its copy), and `grad_copies` (index of a gradient, the piece of it, its copy); the copies
+    count as further gradients. `rehearsed` has the kinds of steps for which backends are ready.
     """
 
     works: list[Work]
     copies: list[tuple[Tensor, Tensor]]
-    grad_copies: dict[int, tuple[tuple[int, ...], Tensor]]
+    grad_copies: list[tuple[int, View, Tensor]]
     rehearsed: set[tuple[int, ...]]
 
 
@@ -166,32 +170,53 @@ class Workspace:
 
 
 class _Source(NamedTuple):
-    """A tensor that strides describe, and how."""
+    """A tensor that strides describe, or a piece of it, and how."""
 
     tensor: Tensor
     flatten: bool | None
     order: tuple[int, ...]
+    piece: Piece | None
 
     def layout(self, part: Part) -> Layout:
-        at = layout(self.tensor.shape, self.tensor.stride(), self.flatten, self.order, part.start, part.stop)
+        t, flatten, order, piece = self
+        at = layout(t.shape, t.stride(), flatten, order, piece, part.start, part.stop)
         assert at is not None
         return at
 
 
-def _source(t: Tensor, flatten: bool | None, order: tuple[int, ...]) -> tuple[_Source, Tensor | None]:
+def _source(
+    t: Tensor, flatten: bool | None, order: tuple[int, ...], piece: Piece | None = None
+) -> tuple[_Source, View | None]:
     """How to see `t` as matrices; where no strides do, an empty copy, and the view of `t` to fill it from.
 
     Strides do not tell of a negation that torch has put off, as in `z.conj().imag`.
     """
-    if layout(t.shape, t.stride(), flatten, order) is not None and not t.is_neg():
-        return _Source(t, flatten, order), None
-    view = t.permute(0, *order) if order else t
-    copy = torch.empty(view.shape, dtype=t.dtype, device=t.device)
-    return _Source(copy, flatten, tuple(range(1, t.ndim)) if order else ()), view
+    if layout(t.shape, t.stride(), flatten, order, piece) is not None and not t.is_neg():
+        return _Source(t, flatten, order, piece), None
+    at = view(t.shape, t.stride(), flatten, order, piece)
+    sizes = [math.prod(n for n, _ in dims) for dims in (at.batch, at.rows, at.cols)]
+    return _Source(torch.empty(sizes, dtype=t.dtype, device=t.device), False, (), None), at
+
+
+def _pieces(
+    tensors: Sequence[Tensor], flatten: bool | None, order: tuple[int, ...], split: str | None
+) -> tuple[Piece | None, ...]:
+    """What to cut a parameter, its gradient and its momentum to; equal parts together, unless apart saves copies."""
+    together = pieces(tensors[0].shape, flatten, split)
+    if split is None:
+        return together
+
+    def described(cut: Sequence[Piece | None]) -> bool:
+        return all(layout(t.shape, t.stride(), flatten, order, piece) is not None for t in tensors for piece in cut)
+
+    if described(together):
+        return together
+    apart = pieces(tensors[0].shape, flatten, split, apart=True)
+    return apart if described(apart) else together
 
 
 def _deal(counts: Sequence[tuple[int, int]], chunks: Sequence[int]) -> list[list[Part]]:
-    """Cut (parameter, number of its matrices) into chunks of the given sizes; a parameter may be cut in two."""
+    """Cut (piece, number of its matrices) into chunks of the given sizes; a piece may be cut in two."""
     dealt: list[list[Part]] = []
     queue = [Part(index, 0, count) for index, count in counts]
     for room in chunks:
@@ -301,6 +326,7 @@ def prepare(
     ns_steps: int | None,
     adjust_lr_fn: str | Callable[[int, int], float] | None,
     flatten: bool | None = None,
+    splits: Sequence[str | None] | None = None,
     ns_algorithm: str = "auto",
     backend: str = "auto",
     max_workspace_bytes: int | None = None,
@@ -312,6 +338,7 @@ def prepare(
         params: of any floating-point dtype and strides.
         grads: one a parameter; only looked at.
         momentum_bufs: one a parameter.
+        splits: what each parameter is cut to, see `muon_kernels.split`; None leaves all whole.
         ns_coefficients, ns_steps, adjust_lr_fn, flatten, ns_algorithm, backend, max_workspace_bytes, workspace_dtype:
             see `Muon`.
 
@@ -322,27 +349,31 @@ def prepare(
     schedule = resolve(ns_coefficients, ns_steps)
     by_kind: dict[Kind, list[tuple[int, int]]] = {}
     ratios: list[float] = []
+    cuts: list[tuple[int, tuple[int, ...], Piece | None]] = []
     for index, (p, g, buffer) in enumerate(zip(params, grads, momentum_bufs, strict=True)):
         _check_operands(p, g, buffer)
-        count, rows, cols = split_shape(p.shape, flatten)
-        ratios.append(lr_ratio(adjust_lr_fn, rows, cols))
-        kind = Kind(min(rows, cols), max(rows, cols), p.device, g.dtype, buffer.dtype, p.dtype)
-        by_kind.setdefault(kind, []).append((index, count))
+        order = column_order(p.shape, p.stride()) if flattens(p.shape, flatten) else ()
+        for piece in _pieces((p, g, buffer), flatten, order, splits[index] if splits else None):
+            count, rows, cols = split_shape(p.shape, flatten, piece)
+            ratios.append(lr_ratio(adjust_lr_fn, rows, cols))
+            kind = Kind(min(rows, cols), max(rows, cols), p.device, g.dtype, buffer.dtype, p.dtype)
+            by_kind.setdefault(kind, []).append((len(cuts), count))
+            cuts.append((index, order, piece))
     check_apart([("parameter", p) for p in params] + [("momentum_buffer", buffer) for buffer in momentum_bufs])
 
-    prepared = Prepared([], [], {}, set())
-    sources: dict[int, tuple[_Source, _Source, _Source]] = {}
-    for index, (p, g, buffer) in enumerate(zip(params, grads, momentum_bufs, strict=True)):
-        order = column_order(p.shape, p.stride()) if flattens(p.shape, flatten) else ()
-        param, param_view = _source(p, flatten, order)
-        momentum, momentum_view = _source(buffer, flatten, order)
-        grad, grad_view = _source(g, flatten, order)
-        sources[index] = (param, momentum, grad)
-        for source, view in ((param, param_view), (momentum, momentum_view)):
-            if view is not None:
-                prepared.copies.append((view, source.tensor))
-        if grad_view is not None:
-            prepared.grad_copies[index] = ((0, *order) if order else tuple(range(g.ndim)), grad.tensor)
+    prepared = Prepared([], [], [], set())
+    sources: list[tuple[_Source, _Source, _Source, int]] = []
+    for index, order, piece in cuts:
+        p, g, buffer = params[index], grads[index], momentum_bufs[index]
+        param, at_p = _source(p, flatten, order, piece)
+        momentum, at_buffer = _source(buffer, flatten, order, piece)
+        grad, at_g = _source(g, flatten, order, piece)
+        for t, source, at in ((p, param, at_p), (buffer, momentum, at_buffer)):
+            if at is not None:
+                prepared.copies.append((at.of(t), source.tensor.view_as(at.of(t))))
+        sources.append((param, momentum, grad, index if at_g is None else len(grads) + len(prepared.grad_copies)))
+        if at_g is not None:
+            prepared.grad_copies.append((index, at_g, grad.tensor.view_as(at_g.of(g))))
 
     for kind, counts in by_kind.items():
         dtypes = (kind.grad_dtype, kind.momentum_dtype, kind.param_dtype)
@@ -362,11 +393,11 @@ def prepare(
         for parts in _deal(counts, bucket.chunks):
             chunk = Chunk(Bundle(), Bundle(), [], array("d"))
             for part in parts:
-                param, momentum, grad = sources[part.parameter]
+                param, momentum, grad, read = sources[part.piece]
                 chunk.params.append(Matrices(param.tensor, param.layout(part)))
                 chunk.momenta.append(Matrices(momentum.tensor, momentum.layout(part)))
-                chunk.grads.append((part.parameter, grad.layout(part)))
-                chunk.ratios.extend([ratios[part.parameter]] * (part.stop - part.start))
+                chunk.grads.append((read, grad.layout(part)))
+                chunk.ratios.extend([ratios[part.piece]] * (part.stop - part.start))
             chunks.append(chunk)
         prepared.works.append(Work(bucket, notes, schedule, kind.device, chunks))
     return prepared
@@ -428,9 +459,7 @@ def execute(prepared: Prepared, grads: Sequence[Tensor], scalars: Scalars, works
         scalars: of this step.
         workspace: in which `ready` has made room.
     """
-    grads = list(grads)
-    for index, (order, copy) in prepared.grad_copies.items():
-        grads[index] = copy.copy_(grads[index].permute(order))
+    grads = [*grads, *(copy.copy_(at.of(grads[index])) for index, at, copy in prepared.grad_copies)]
     for target, copy in prepared.copies:
         copy.copy_(target)
     for work in prepared.works:
@@ -443,7 +472,7 @@ def ready(prepared: Prepared, grads: Sequence[Tensor], scalars: Scalars, workspa
     """Allocate what `execute` needs and have backends get ready what they will run; the last thing that may raise."""
     for work in prepared.works:
         workspace.reserve(work.device, work.bucket.workspace_bytes)
-    seen = [prepared.grad_copies[i][1] if i in prepared.grad_copies else g for i, g in enumerate(grads)]
+    seen = [*grads, *(copy for _, _, copy in prepared.grad_copies)]
     # What `signature` does not have, and a kernel may be another for.
     on_host = options.on_host(scalars.lr), options.on_host(scalars.weight_decay)
     kind = scalars.nesterov, scalars.dampened, *on_host, *(i for i, g in enumerate(seen) if g.data_ptr() % 16)
@@ -532,9 +561,9 @@ def _orthogonalize(
     )
     if G.numel() == 0:
         return torch.empty(G.shape, dtype=G.dtype, device=G.device)
-    source, view = _source(G, False, ())
-    if view is not None:
-        source.tensor.copy_(view)
+    source, at_G = _source(G, False, ())
+    if at_G is not None:
+        source.tensor.view_as(at_G.of(G)).copy_(at_G.of(G))
     work = Work(bucket, (), schedule, G.device, [])
     workspace = Workspace()
     workspace.reserve(G.device, bucket.workspace_bytes)

@@ -33,6 +33,7 @@ from .layout import split_shape
 from .options import check_algorithm, check_eps, check_number, check_workspace, check_workspace_dtype
 from .plan import Plan, plan_for_shapes
 from .scaling import lr_ratio
+from .split import by_name, check_split, pieces
 
 _KELLER = COEFFICIENTS[DEFAULT].triples[0]
 _ADAMW_HINT = "; give vectors and scalars to AdamW (muon_kernels.MuonAdamW with muon_kernels.param_groups(model) does)"
@@ -80,6 +81,9 @@ class Muon(Optimizer):
             "none" 1; or a pure function of (A, B): its answers are kept from step to step.
         dampened: False writes the momentum as Moonlight does, without the factor 1 - μ.
         flatten: True flattens parameters of three dimensions too, False flattens none.
+        split: what parameters hold several matrices in one are cut to, by `muon_kernels.split`: one cut for every
+            parameter of a group, as in `{"params": [...], "split": heads(12)}`, or a dict of cuts by name or `fnmatch`
+            pattern, for parameters given with names. Parts are stepped like parameters of their own.
         ns_algorithm: "standard", "gram", or "auto" for the one with fewer FLOPs.
         backend: "cuda", "cpu", "eager", or "auto" for the first that can.
         max_workspace_bytes: cap on the memory beside parameters and state; larger buckets are stepped in several
@@ -110,6 +114,7 @@ class Muon(Optimizer):
         *,
         dampened: bool = True,
         flatten: bool | None = None,
+        split: str | Mapping[str, str] | None = None,
         ns_algorithm: str = "auto",
         backend: str = "auto",
         max_workspace_bytes: int | None = None,
@@ -129,6 +134,7 @@ class Muon(Optimizer):
             "adjust_lr_fn": adjust_lr_fn,
             "dampened": dampened,
             "flatten": flatten,
+            "split": split,
             "ns_algorithm": ns_algorithm,
             "backend": backend,
             "max_workspace_bytes": max_workspace_bytes,
@@ -165,11 +171,13 @@ class Muon(Optimizer):
             _check_options(group)
             if len(set(group["params"])) < len(group["params"]):
                 raise ValueError("every parameter of a group should be there once but some are repeated")
-            for p in group["params"]:
+            if isinstance(group["split"], Mapping):
+                group["split"] = dict(group["split"])  # which any checkpoint can hold
+            for p, split in _splits(group):
                 check_matrices("parameter", p, _ADAMW_HINT)
-                count, rows, cols = split_shape(p.shape, group["flatten"])
+                cut = [split_shape(p.shape, group["flatten"], x) for x in pieces(p.shape, group["flatten"], split)]
                 plan_for_shapes(
-                    [(rows, cols, count)],
+                    [(rows, cols, count) for count, rows, cols in cut],
                     schedule=resolve(group["ns_coefficients"], group["ns_steps"]),
                     device=p.device,
                     dtype=p.dtype,
@@ -220,8 +228,10 @@ class Muon(Optimizer):
             or not all(map(eq, map(signature, params, grads, buffers), cached.signatures))
         ):
             signatures = list(map(signature, params, grads, buffers))
-            # A copy: a list of coefficients may be changed in place.
-            kept = {**options, "ns_coefficients": copy.deepcopy(options["ns_coefficients"])}
+            # Copies: a list of coefficients and a dict of splits may be changed in place.
+            kept = {**options, **{key: copy.deepcopy(options[key]) for key in ("ns_coefficients", "split")}}
+            del options["split"]
+            options["splits"] = [split for p, split in _splits(group) if grad_of(p) is not None]
             cached = _Settled(kept, torch.get_num_threads(), signatures, prepare(params, grads, buffers, **options))
             self._prepared[id(group)] = cached
         return cached.prepared, grads, new
@@ -304,8 +314,17 @@ class Muon(Optimizer):
                 changed then.
         """
         states = check_checkpoint(state_dict, self.param_groups, "Muon", "ns_coefficients", ["momentum_buffer"])
-        for group in state_dict["param_groups"]:
+        saved, groups = state_dict["param_groups"], self.param_groups
+        if [len(group["params"]) for group in saved] == [len(own["params"]) for own in groups]:  # else torch raises
+            # What torch.optim.Muon saved has no split, and the default would not be the group's own.
+            saved = [{"split": own["split"], **group} for own, group in zip(groups, saved, strict=True)]
+            state_dict = {**state_dict, "param_groups": saved}
+        for group in saved:
             _check_options({**self.defaults, **group})
+        for own, group in zip(groups, saved, strict=False):
+            loaded = {**own, **self.defaults, **group, "params": own["params"]}
+            for p, split in _splits(loaded):
+                pieces(p.shape, loaded["flatten"], split)
         super().load_state_dict(state_dict)
         # torch casts state to the parameter's dtype, which would round an fp32 momentum of bf16 parameters.
         for p, state in states:
@@ -363,11 +382,27 @@ _SETTLED = (
     "ns_steps",
     "adjust_lr_fn",
     "flatten",
+    "split",
     "ns_algorithm",
     "backend",
     "max_workspace_bytes",
     "workspace_dtype",
 )
+
+
+def _splits(group: Mapping[str, Any]) -> list[tuple[Tensor, str | None]]:
+    """Every parameter of a group and what it is cut to."""
+    params, split = group["params"], group["split"]
+    if not isinstance(split, Mapping):
+        return [(p, split) for p in params]
+    if not params:
+        return []
+    if "param_names" not in group:
+        raise ValueError(
+            f"split by name should be of parameters that have one, but they have none: {dict(split)}; give Muon pairs "
+            "(name, parameter), as model.named_parameters() returns them, or muon_kernels.param_groups(model)"
+        )
+    return list(zip(params, by_name(split, group["param_names"]), strict=True))
 
 
 def _check_options(options: dict[str, Any]) -> None:
@@ -376,6 +411,9 @@ def _check_options(options: dict[str, Any]) -> None:
             raise TypeError(f"{key} should be True or False but is: {options[key]!r}")
     if options["flatten"] is not None and not isinstance(options["flatten"], bool):
         raise TypeError(f"flatten should be True, False or None but is: {options['flatten']!r}")
+    split = options["split"]
+    for cut in split.values() if isinstance(split, Mapping) else (split,):
+        check_split(cut)
     if isinstance(options["lr"], Tensor) and options["lr"].numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
     check_number("Learning rate", options["lr"])
