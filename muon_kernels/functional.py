@@ -198,20 +198,16 @@ def _source(
     return _Source(torch.empty(sizes, dtype=t.dtype, device=t.device), False, (), None), at
 
 
-def _pieces(
-    tensors: Sequence[Tensor], flatten: bool | None, order: tuple[int, ...], split: str | None
-) -> tuple[Piece | None, ...]:
-    """What to cut a parameter, its gradient and its momentum to; equal parts together, unless apart saves copies."""
-    together = pieces(tensors[0].shape, flatten, split)
-    if split is None:
-        return together
+def _pieces(p: Tensor, flatten: bool | None, order: tuple[int, ...], split: str | None) -> tuple[Piece | None, ...]:
+    """What to cut a parameter to; equal parts together, unless apart saves copies."""
 
     def described(cut: Sequence[Piece | None]) -> bool:
-        return all(layout(t.shape, t.stride(), flatten, order, piece) is not None for t in tensors for piece in cut)
+        return all(layout(p.shape, p.stride(), flatten, order, piece) is not None for piece in cut)
 
-    if described(together):
+    together = pieces(p.shape, flatten, split)
+    if split is None or described(together):
         return together
-    apart = pieces(tensors[0].shape, flatten, split, apart=True)
+    apart = pieces(p.shape, flatten, split, apart=True)
     return apart if described(apart) else together
 
 
@@ -353,7 +349,7 @@ def prepare(
     for index, (p, g, buffer) in enumerate(zip(params, grads, momentum_bufs, strict=True)):
         _check_operands(p, g, buffer)
         order = column_order(p.shape, p.stride()) if flattens(p.shape, flatten) else ()
-        for piece in _pieces((p, g, buffer), flatten, order, splits[index] if splits else None):
+        for piece in _pieces(p, flatten, order, splits[index] if splits else None):
             count, rows, cols = split_shape(p.shape, flatten, piece)
             ratios.append(lr_ratio(adjust_lr_fn, rows, cols))
             kind = Kind(min(rows, cols), max(rows, cols), p.device, g.dtype, buffer.dtype, p.dtype)

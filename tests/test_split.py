@@ -168,18 +168,17 @@ def test_channels_last(backend: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["GQA", "Megatron", "experts, columns", "grouped convolution"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_dtypes(backend: str, name: str, dtype: torch.dtype) -> None:
+def test_bf16(backend: str, name: str) -> None:
     case = CASES[name]
-    p = nn.Parameter(0.1 * gradient(case.shape, 9, dtype))
+    p = nn.Parameter(0.1 * gradient(case.shape, 9, torch.bfloat16))
     parts = contiguous(case.parts(p))
     options = {**OPTIONS, "momentum_dtype": torch.float32, "backend": backend}
     whole, apart = Muon([p], split=case.split, **options), Muon(parts, **options)
     for t in range(STEPS):
-        g = gradient(case.shape, t, dtype)
+        g = gradient(case.shape, t, torch.bfloat16)
         train(whole, [p], [g])
         train(apart, parts, [x.contiguous() for x in case.parts(g)])
-    # torch's add_ rounds 16 bits once more in some elements than in others: which, depends on where they lie.
+    # torch's add_ rounds bf16 once more in some elements than in others: which, depends on where they lie.
     roundings = STEPS * 2**-7 if backend == "eager" else 0
     for x, y in zip(case.parts(p.detach()), parts, strict=True):
         torch.testing.assert_close(x, y.detach(), rtol=roundings, atol=roundings * 2**-6)
