@@ -200,15 +200,14 @@ def _source(
 
 def _pieces(p: Tensor, flatten: bool | None, order: tuple[int, ...], split: str | None) -> tuple[Piece | None, ...]:
     """What to cut a parameter to; equal parts together, unless apart saves copies."""
+    if split is None:
+        return (None,)
+    together, apart = (pieces(p.shape, flatten, split, apart) for apart in (False, True))
 
     def described(cut: Sequence[Piece | None]) -> bool:
         return all(layout(p.shape, p.stride(), flatten, order, piece) is not None for piece in cut)
 
-    together = pieces(p.shape, flatten, split)
-    if split is None or described(together):
-        return together
-    apart = pieces(p.shape, flatten, split, apart=True)
-    return apart if described(apart) else together
+    return apart if described(apart) and not described(together) else together
 
 
 def _deal(counts: Sequence[tuple[int, int]], chunks: Sequence[int]) -> list[list[Part]]:

@@ -81,9 +81,10 @@ class Muon(Optimizer):
             "none" 1; or a pure function of (A, B): its answers are kept from step to step.
         dampened: False writes the momentum as Moonlight does, without the factor 1 - μ.
         flatten: True flattens parameters of three dimensions too, False flattens none.
-        split: what parameters hold several matrices in one are cut to, by `muon_kernels.split`: one cut for every
-            parameter of a group, as in `{"params": [...], "split": heads(12)}`, or a dict of cuts by name or `fnmatch`
-            pattern, for parameters given with names. Parts are stepped like parameters of their own.
+        split: how to cut parameters that hold several matrices, in the words of `muon_kernels.split`: one cut for all
+            parameters of a group, as in `{"params": [...], "split": heads(12)}`, or a dict of cuts by name or `fnmatch`
+            pattern, for parameters given with names; each pattern has to match in every group that takes the dict.
+            Parts are stepped, and shown by `plan()`, like parameters of their own; momentum is the parameter's.
         ns_algorithm: "standard", "gram", or "auto" for the one with fewer FLOPs.
         backend: "cuda", "cpu", "eager", or "auto" for the first that can.
         max_workspace_bytes: cap on the memory beside parameters and state; larger buckets are stepped in several
@@ -315,16 +316,16 @@ class Muon(Optimizer):
         """
         states = check_checkpoint(state_dict, self.param_groups, "Muon", "ns_coefficients", ["momentum_buffer"])
         saved, groups = state_dict["param_groups"], self.param_groups
+        for group in saved:
+            _check_options({**self.defaults, **group})
         if [len(group["params"]) for group in saved] == [len(own["params"]) for own in groups]:  # else torch raises
             # What torch.optim.Muon saved has no split, and the default would not be the group's own.
             saved = [{"split": own["split"], **group} for own, group in zip(groups, saved, strict=True)]
             state_dict = {**state_dict, "param_groups": saved}
-        for group in saved:
-            _check_options({**self.defaults, **group})
-        for own, group in zip(groups, saved, strict=False):
-            loaded = {**own, **self.defaults, **group, "params": own["params"]}
-            for p, split in _splits(loaded):
-                pieces(p.shape, loaded["flatten"], split)
+            for own, group in zip(groups, saved, strict=True):
+                loaded = {**own, **self.defaults, **group, "params": own["params"]}
+                for p, split in _splits(loaded):
+                    pieces(p.shape, loaded["flatten"], split)
         super().load_state_dict(state_dict)
         # torch casts state to the parameter's dtype, which would round an fp32 momentum of bf16 parameters.
         for p, state in states:

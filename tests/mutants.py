@@ -441,7 +441,7 @@ MUTANTS = [
     Mutant(
         "equal parts copied rather than apart",
         FUNCTIONAL,
-        "return apart if described(apart) else together",
+        "return apart if described(apart) and not described(together) else together",
         "return together",
         SPLIT,
     ),
@@ -467,8 +467,8 @@ MUTANTS = [
     Mutant(
         "a checkpoint's split not tried",
         OPTIMIZER,
-        '                pieces(p.shape, loaded["flatten"], split)\n',
-        "                pass\n",
+        '                    pieces(p.shape, loaded["flatten"], split)\n',
+        "                    pass\n",
         SPLIT,
     ),
     Mutant(

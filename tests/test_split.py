@@ -399,6 +399,9 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(backend: str, saved: Any
     state["param_groups"][0].update(split=saved, lr=0.5)
     with pytest.raises(ValueError, match=sentence):
         optimizer.load_state_dict(state)
+    state["param_groups"][0]["params"] = []
+    with pytest.raises(ValueError, match=r"split should|doesn't match the size of optimizer's group"):
+        optimizer.load_state_dict(state)
     assert optimizer.param_groups[0]["split"] == equal(2) and optimizer.param_groups[0]["lr"] == 1e-3
 
 
