@@ -74,13 +74,14 @@ def blocks(*sizes: int, interleaved: bool = False, dim: int = 0) -> str:
 
 
 def qkv(q_heads: int, kv_heads: int | None = None, *, interleaved: bool = False, dim: int = 0) -> str:
-    """Cut a fused projection to queries, keys and values: three matrices, or with interleaved heads what they make up.
+    """Cut a fused projection to three matrices: that of all queries, of all keys, of all values.
 
     Args:
         q_heads: number of heads of queries.
-        kv_heads: of keys, and of values; None for as many.
-        interleaved: the heads are ordered by groups, of q_heads / kv_heads queries, a key and a value, as in Megatron,
-            instead of all queries, all keys, all values. Unless there is one group, the three are stepped in copies.
+        kv_heads: of keys, and of values; None for as many as of queries.
+        interleaved: the heads are ordered by groups, each of q_heads / kv_heads queries, a key and a value, as in
+            Megatron; else all queries come first, then all keys, then all values. Of more than one group, no strides
+            describe the three: they are stepped in copies. `heads(q_heads + 2 * kv_heads)` needs none.
         dim: see `equal`.
 
     Raises:
