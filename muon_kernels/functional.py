@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from itertools import repeat
 from operator import eq
@@ -23,17 +23,21 @@ from .layout import (
     Bundle,
     Layout,
     Matrices,
+    Piece,
+    View,
     column_order,
     flattens,
     layout,
     overlapping,
     overlaps_itself,
     split_shape,
+    view,
 )
 from .newton_schulz import ALGORITHMS, Blend, Square, squares_of
 from .plan import Bucket, plain_bucket, plan_bucket
 from .scaling import lr_ratio
 from .spectral import EXACT, check_power, schedule_of
+from .split import by_name, check_split, pieces
 
 Coefficients = str | Sequence[float] | Sequence[Sequence[float]]
 
@@ -53,9 +57,9 @@ class Kind(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Matrices start..stop of one parameter."""
+    """Matrices start..stop of one parameter, or of one piece of it."""
 
-    parameter: int
+    piece: int
     start: int
     stop: int
 
@@ -70,9 +74,10 @@ class Chunk(NamedTuple):
 
 
 class Plain(NamedTuple):
-    """A parameter whose direction is its update."""
+    """A parameter, or a piece of one, whose direction is its update."""
 
-    parameter: int
+    gradient: int
+    at: View | None  # of the gradient, if it is a piece
     param: Tensor
     momentum: Tensor
     ratio: float
@@ -91,15 +96,16 @@ class Work(NamedTuple):
 class Prepared(NamedTuple):
     """What `prepare` decided for a group; good for every step in which `signature` and options are the same.
 
-    `plain` has what goes through no iteration. Tensors that no strides describe as matrices are stepped in copies:
-    `copies` has (parameter or momentum, its copy), and `grad_copies` the copy of gradient i and the order of dimensions
-    in which it is one. `rehearsed` has the kinds of steps for which backends are ready.
+    `plain` has what goes through no iteration. Tensors, or pieces of them, that no strides describe as matrices are
+    stepped in copies: `copies` has (that of a parameter or momentum, its copy), and `grad_copies` (index of a gradient,
+    the piece of it, its copy); the copies count as further gradients. `rehearsed` has the kinds of steps for which
+    backends are ready.
     """
 
     works: list[Work]
     plain: list[Plain]
     copies: list[tuple[Tensor, Tensor]]
-    grad_copies: dict[int, tuple[tuple[int, ...], Tensor]]
+    grad_copies: list[tuple[int, View, Tensor]]
     rehearsed: set[tuple[int, ...]]
 
 
@@ -184,32 +190,58 @@ class Workspace:
 
 
 class _Source(NamedTuple):
-    """A tensor that strides describe, and how."""
+    """A tensor that strides describe, or a piece of it, and how."""
 
     tensor: Tensor
     flatten: bool | None
     order: tuple[int, ...]
+    piece: Piece | None
 
     def layout(self, part: Part) -> Layout:
-        at = layout(self.tensor.shape, self.tensor.stride(), self.flatten, self.order, part.start, part.stop)
+        t, flatten, order, piece = self
+        at = layout(t.shape, t.stride(), flatten, order, piece, part.start, part.stop)
         assert at is not None
         return at
 
 
-def _source(t: Tensor, flatten: bool | None, order: tuple[int, ...]) -> tuple[_Source, Tensor | None]:
+def _source(
+    t: Tensor, flatten: bool | None, order: tuple[int, ...], piece: Piece | None = None
+) -> tuple[_Source, View | None]:
     """How to see `t` as matrices; where no strides do, an empty copy, and the view of `t` to fill it from.
 
     Strides do not tell of a negation that torch has put off, as in `z.conj().imag`.
     """
-    if layout(t.shape, t.stride(), flatten, order) is not None and not t.is_neg():
-        return _Source(t, flatten, order), None
-    view = t.permute(0, *order) if order else t
-    copy = torch.empty(view.shape, dtype=t.dtype, device=t.device)
-    return _Source(copy, flatten, tuple(range(1, t.ndim)) if order else ()), view
+    if layout(t.shape, t.stride(), flatten, order, piece) is not None and not t.is_neg():
+        return _Source(t, flatten, order, piece), None
+    at = view(t.shape, t.stride(), flatten, order, piece)
+    sizes = [math.prod(n for n, _ in dims) for dims in (at.batch, at.rows, at.cols)]
+    return _Source(torch.empty(sizes, dtype=t.dtype, device=t.device), False, (), None), at
+
+
+def _seen(
+    t: Tensor, flatten: bool | None, order: tuple[int, ...], piece: Piece | None, copies: list[tuple[Tensor, Tensor]]
+) -> _Source:
+    """`_source` of what a step writes; a copy goes to the list of those to fill before it and to read after it."""
+    source, at = _source(t, flatten, order, piece)
+    if at is not None:
+        copies.append((at.of(t), source.tensor.view_as(at.of(t))))
+    return source
+
+
+def _pieces(p: Tensor, flatten: bool | None, order: tuple[int, ...], split: str | None) -> tuple[Piece | None, ...]:
+    """What to cut a parameter to; equal parts together, unless apart saves copies."""
+    if split is None:
+        return (None,)
+    together, apart = (pieces(p.shape, flatten, split, apart) for apart in (False, True))
+
+    def described(cut: Sequence[Piece | None]) -> bool:
+        return all(layout(p.shape, p.stride(), flatten, order, piece) is not None for piece in cut)
+
+    return apart if described(apart) and not described(together) else together
 
 
 def _deal(counts: Sequence[tuple[int, int]], chunks: Sequence[int]) -> list[list[Part]]:
-    """Cut (parameter, number of its matrices) into chunks of the given sizes; a parameter may be cut in two."""
+    """Cut (piece, number of its matrices) into chunks of the given sizes; a piece may be cut in two."""
     dealt: list[list[Part]] = []
     queue = [Part(index, 0, count) for index, count in counts]
     for room in chunks:
@@ -320,6 +352,7 @@ def prepare(
     power: float = 0.0,
     adjust_lr_fn: str | Callable[[int, int], float] | None,
     flatten: bool | None = None,
+    splits: Sequence[str | None] | None = None,
     ns_algorithm: str = "auto",
     backend: str = "auto",
     max_workspace_bytes: int | None = None,
@@ -331,6 +364,7 @@ def prepare(
         params: of any floating-point dtype and strides.
         grads: one a parameter; only looked at.
         momentum_bufs: one a parameter; None: the direction is the gradient.
+        splits: what each parameter is cut to, see `muon_kernels.split`; None leaves all whole.
         ns_coefficients, ns_steps, power, adjust_lr_fn, flatten, ns_algorithm, backend, max_workspace_bytes,
             workspace_dtype: see `Muon`.
 
@@ -341,36 +375,43 @@ def prepare(
     schedule = schedule_for(ns_coefficients, ns_steps, power)
     by_kind: dict[Kind, list[tuple[int, int]]] = {}
     ratios: list[float] = []
+    cuts: list[tuple[int, tuple[int, ...], Piece | None]] = []
     buffers = momentum_bufs if momentum_bufs is not None else [None] * len(params)
     for index, (p, g, buffer) in enumerate(zip(params, grads, buffers, strict=True)):
         _check_operands(p, g, buffer)
-        count, rows, cols = split_shape(p.shape, flatten)
-        ratios.append(lr_ratio(adjust_lr_fn, rows, cols))
-        momentum_dtype = g.dtype if buffer is None else buffer.dtype
-        kind = Kind(min(rows, cols), max(rows, cols), p.device, g.dtype, momentum_dtype, p.dtype)
-        by_kind.setdefault(kind, []).append((index, count))
+        order = column_order(p.shape, p.stride()) if flattens(p.shape, flatten) else ()
+        for piece in _pieces(p, flatten, order, splits[index] if splits else None):
+            count, rows, cols = split_shape(p.shape, flatten, piece)
+            ratios.append(lr_ratio(adjust_lr_fn, rows, cols))
+            momentum_dtype = g.dtype if buffer is None else buffer.dtype
+            kind = Kind(min(rows, cols), max(rows, cols), p.device, g.dtype, momentum_dtype, p.dtype)
+            by_kind.setdefault(kind, []).append((len(cuts), count))
+            cuts.append((index, order, piece))
     check_apart([("parameter", p) for p in params] + [("momentum_buffer", b) for b in momentum_bufs or ()])
 
-    prepared = Prepared([], [], [], {}, set())
+    prepared = Prepared([], [], [], [], set())
     if power == 1 and momentum_bufs is not None:
-        for index, (p, buffer, ratio) in enumerate(zip(params, momentum_bufs, ratios, strict=True)):
-            prepared.plain.append(Plain(index, p, buffer, ratio))
+        for (index, order, piece), ratio in zip(cuts, ratios, strict=True):
+            whole = params[index], momentum_bufs[index], grads[index]
+            p, buffer, at = *whole[:2], None
+            if piece is not None:
+                views = [view(t.shape, t.stride(), flatten, order, piece) for t in whole]
+                p, buffer, at = views[0].of(p), views[1].of(buffer), views[2]
+            prepared.plain.append(Plain(index, at, p, buffer, ratio))
         for kind, counts in by_kind.items():
             bucket = plain_bucket((kind.rows, kind.cols), sum(count for _, count in counts), _bytes_per_element(kind))
             prepared.works.append(Work(bucket, (), schedule, kind.device, []))
         return prepared
-    sources: dict[int, tuple[_Source, _Source | None, _Source]] = {}
-    for index, (p, g, buffer) in enumerate(zip(params, grads, buffers, strict=True)):
-        order = column_order(p.shape, p.stride()) if flattens(p.shape, flatten) else ()
-        param, param_view = _source(p, flatten, order)
-        momentum, momentum_view = (None, None) if buffer is None else _source(buffer, flatten, order)
-        grad, grad_view = _source(g, flatten, order)
-        sources[index] = (param, momentum, grad)
-        for source, view in ((param, param_view), (momentum, momentum_view)):
-            if source is not None and view is not None:
-                prepared.copies.append((view, source.tensor))
-        if grad_view is not None:
-            prepared.grad_copies[index] = ((0, *order) if order else tuple(range(g.ndim)), grad.tensor)
+    sources: list[tuple[_Source, _Source | None, _Source, int]] = []
+    for index, order, piece in cuts:
+        param = _seen(params[index], flatten, order, piece, prepared.copies)
+        buffer = buffers[index]
+        momentum = None if buffer is None else _seen(buffer, flatten, order, piece, prepared.copies)
+        g = grads[index]
+        grad, at = _source(g, flatten, order, piece)
+        sources.append((param, momentum, grad, index if at is None else len(grads) + len(prepared.grad_copies)))
+        if at is not None:
+            prepared.grad_copies.append((index, at, grad.tensor.view_as(at.of(g))))
 
     for kind, counts in by_kind.items():
         dtypes = (kind.grad_dtype, kind.momentum_dtype, kind.param_dtype)
@@ -391,12 +432,12 @@ def prepare(
         for parts in _deal(counts, bucket.chunks):
             chunk = Chunk(Bundle(), Bundle() if momentum_bufs is not None else None, [], array("d"))
             for part in parts:
-                param, momentum, grad = sources[part.parameter]
+                param, momentum, grad, read = sources[part.piece]
                 chunk.params.append(Matrices(param.tensor, param.layout(part)))
                 if momentum is not None and chunk.momenta is not None:
                     chunk.momenta.append(Matrices(momentum.tensor, momentum.layout(part)))
-                chunk.grads.append((part.parameter, grad.layout(part)))
-                chunk.ratios.extend([ratios[part.parameter]] * (part.stop - part.start))
+                chunk.grads.append((read, grad.layout(part)))
+                chunk.ratios.extend([ratios[part.piece]] * (part.stop - part.start))
             chunks.append(chunk)
         prepared.works.append(Work(bucket, notes, schedule, kind.device, chunks))
     return prepared
@@ -409,6 +450,7 @@ SETTLED = (
     "power",
     "adjust_lr_fn",
     "flatten",
+    "split",
     "ns_algorithm",
     "backend",
     "max_workspace_bytes",
@@ -416,10 +458,28 @@ SETTLED = (
 )
 
 
+def splits(group: Mapping[str, Any]) -> list[tuple[Tensor, str | None]]:
+    """Every parameter of a group and what it is cut to."""
+    params, split = group["params"], group["split"]
+    if not isinstance(split, Mapping):
+        return [(p, split) for p in params]
+    if not params:
+        return []
+    if "param_names" not in group:
+        raise ValueError(
+            f"split by name should be of parameters that have one, but they have none: {dict(split)}; give pairs "
+            "(name, parameter), as model.named_parameters() returns them, or muon_kernels.param_groups(model)"
+        )
+    return list(zip(params, by_name(split, group["param_names"]), strict=True))
+
+
 def check_settled(group: dict[str, Any]) -> None:
     """Raise ValueError or TypeError unless a group's options in SETTLED can be used."""
     if group["flatten"] is not None and not isinstance(group["flatten"], bool):
         raise TypeError(f"flatten should be True, False or None but is: {group['flatten']!r}")
+    split = group["split"]
+    for cut in split.values() if isinstance(split, Mapping) else (split,):
+        check_split(cut)
     resolve(group["ns_coefficients"], group["ns_steps"])
     if not callable(group["adjust_lr_fn"]):
         lr_ratio(group["adjust_lr_fn"], 1, 1)
@@ -457,8 +517,13 @@ class Preparations:
         grads: Sequence[Tensor],
         momentum_bufs: Sequence[Tensor] | None,
         options: dict[str, Any],
+        cuts: Callable[[], Sequence[str | None]],
     ) -> Prepared:
-        """`prepare` for the group `key`, or what it said before."""
+        """`prepare` for the group `key`, with its options in SETTLED, or what it said before.
+
+        Args:
+            cuts: for the parameters, what follows from the option `split`.
+        """
         settled = self._settled.get(key)
         buffers = repeat(None) if momentum_bufs is None else momentum_bufs
         # Signatures are compared one by one: a list of them would set off the garbage collector at every step.
@@ -470,9 +535,10 @@ class Preparations:
             or not all(map(eq, map(signature, params, grads, buffers), settled.signatures))
         ):
             signatures = list(map(signature, params, grads, buffers))
-            # A copy: a list of coefficients may be changed in place.
-            kept = {**options, "ns_coefficients": deepcopy(options["ns_coefficients"])}
-            prepared = prepare(params, grads, momentum_bufs, **options)
+            # Copies: a list of coefficients and a dict of splits may be changed in place.
+            kept = {**options, **{key: deepcopy(options[key]) for key in ("ns_coefficients", "split")}}
+            taken = {key: value for key, value in options.items() if key != "split"}
+            prepared = prepare(params, grads, momentum_bufs, splits=cuts(), **taken)
             settled = self._settled[key] = _Settled(kept, torch.get_num_threads(), signatures, prepared)
         return settled.prepared
 
@@ -570,13 +636,12 @@ def execute(prepared: Prepared, grads: Sequence[Tensor], scalars: Scalars, works
         scalars: of this step.
         workspace: in which `ready` has made room.
     """
-    grads = list(grads)
-    for index, (order, copy) in prepared.grad_copies.items():
-        grads[index] = copy.copy_(grads[index].permute(order))
+    grads = [*grads, *(copy.copy_(at.of(grads[index])) for index, at, copy in prepared.grad_copies)]
     for target, copy in prepared.copies:
         copy.copy_(target)
     for plain in prepared.plain:
-        _plain_step(plain, grads[plain.parameter], scalars)
+        g = grads[plain.gradient]
+        _plain_step(plain, g if plain.at is None else plain.at.of(g), scalars)
     for work in prepared.works:
         _step(work, grads, workspace, scalars)
     for target, copy in prepared.copies:
@@ -587,7 +652,7 @@ def ready(prepared: Prepared, grads: Sequence[Tensor], scalars: Scalars, workspa
     """Allocate what `execute` needs and have backends get ready what they will run; the last thing that may raise."""
     for work in prepared.works:
         workspace.reserve(work.device, work.bucket.workspace_bytes)
-    seen = [prepared.grad_copies[i][1] if i in prepared.grad_copies else g for i, g in enumerate(grads)]
+    seen = [*grads, *(copy for _, _, copy in prepared.grad_copies)]
     # What `signature` does not have, and a kernel may be another for.
     on_host = options.on_host(scalars.lr), options.on_host(scalars.weight_decay)
     kind = scalars.nesterov, scalars.dampened, *on_host, *(i for i, g in enumerate(seen) if g.data_ptr() % 16)
@@ -689,9 +754,9 @@ def _iterated(
     )
     if G.numel() == 0:
         return torch.empty(G.shape, dtype=G.dtype, device=G.device)
-    source, view = _source(G, False, ())
-    if view is not None:
-        source.tensor.copy_(view)
+    source, at_G = _source(G, False, ())
+    if at_G is not None:
+        source.tensor.view_as(at_G.of(G)).copy_(at_G.of(G))
     work = Work(bucket, (), schedule, G.device, [])
     workspace = Workspace()
     workspace.reserve(G.device, bucket.workspace_bytes)

@@ -28,10 +28,12 @@ from .functional import (
     execute,
     ready,
     schedule_for,
+    splits,
 )
 from .layout import split_shape
 from .options import check_eps, check_number
 from .plan import Plan, plan_for_shapes
+from .split import pieces
 
 _KELLER = COEFFICIENTS[DEFAULT].triples[0]
 _ADAMW_HINT = "; give vectors and scalars to AdamW (muon_kernels.MuonAdamW with muon_kernels.param_groups(model) does)"
@@ -70,6 +72,10 @@ class Muon(Optimizer):
             "none" 1; or a pure function of (A, B): its answers are kept from step to step.
         dampened: False writes the momentum as Moonlight does, without the factor 1 - μ.
         flatten: True flattens parameters of three dimensions too, False flattens none.
+        split: how to cut parameters that hold several matrices, in the words of `muon_kernels.split`: one cut for all
+            parameters of a group, as in `{"params": [...], "split": heads(12)}`, or a dict of cuts by name or `fnmatch`
+            pattern, for parameters given with names; each pattern has to match in every group that takes the dict.
+            Parts are stepped, and shown by `plan()`, like parameters of their own; momentum is the parameter's.
         ns_algorithm: "standard", "gram", or "auto" for the one with fewer FLOPs.
         backend: "cuda", "cpu", "eager", or "auto" for the first that can.
         max_workspace_bytes: cap on the memory beside parameters and state; larger buckets are stepped in several
@@ -102,6 +108,7 @@ class Muon(Optimizer):
         *,
         dampened: bool = True,
         flatten: bool | None = None,
+        split: str | Mapping[str, str] | None = None,
         ns_algorithm: str = "auto",
         backend: str = "auto",
         max_workspace_bytes: int | None = None,
@@ -122,6 +129,7 @@ class Muon(Optimizer):
             "adjust_lr_fn": adjust_lr_fn,
             "dampened": dampened,
             "flatten": flatten,
+            "split": split,
             "ns_algorithm": ns_algorithm,
             "backend": backend,
             "max_workspace_bytes": max_workspace_bytes,
@@ -159,11 +167,13 @@ class Muon(Optimizer):
             _check_options(group)
             if len(set(group["params"])) < len(group["params"]):
                 raise ValueError("every parameter of a group should be there once but some are repeated")
-            for p in group["params"]:
+            if isinstance(group["split"], Mapping):
+                group["split"] = dict(group["split"])  # which any checkpoint can hold
+            for p, split in splits(group):
                 check_matrices("parameter", p, _ADAMW_HINT)
-                count, rows, cols = split_shape(p.shape, group["flatten"])
+                cut = [split_shape(p.shape, group["flatten"], x) for x in pieces(p.shape, group["flatten"], split)]
                 plan_for_shapes(
-                    [(rows, cols, count)],
+                    [(rows, cols, count) for count, rows, cols in cut],
                     schedule=schedule_for(group["ns_coefficients"], group["ns_steps"], group["power"]),
                     device=p.device,
                     dtype=p.dtype,
@@ -203,8 +213,9 @@ class Muon(Optimizer):
             params.append(p)
             grads.append(grad)
             buffers.append(buffer)
+        cuts = lambda: [split for p, split in splits(group) if grad_of(p) is not None]
         options = {key: group[key] for key in SETTLED}
-        return self._prepared.get(id(group), params, grads, buffers, options), grads, new
+        return self._prepared.get(id(group), params, grads, buffers, options, cuts), grads, new
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -284,8 +295,17 @@ class Muon(Optimizer):
                 changed then.
         """
         states = check_checkpoint(state_dict, self.param_groups, "Muon", "ns_coefficients", ["momentum_buffer"])
-        for group in state_dict["param_groups"]:
+        saved, groups = state_dict["param_groups"], self.param_groups
+        for group in saved:
             _check_options({**self.defaults, **group})
+        if [len(group["params"]) for group in saved] == [len(own["params"]) for own in groups]:  # else torch raises
+            # What torch.optim.Muon saved has no split, and the default would not be the group's own.
+            saved = [{"split": own["split"], **group} for own, group in zip(groups, saved, strict=True)]
+            state_dict = {**state_dict, "param_groups": saved}
+            for own, group in zip(groups, saved, strict=True):
+                loaded = {**own, **self.defaults, **group, "params": own["params"]}
+                for p, split in splits(loaded):
+                    pieces(p.shape, loaded["flatten"], split)
         super().load_state_dict(state_dict)
         # torch casts state to the parameter's dtype, which would round an fp32 momentum of bf16 parameters.
         for p, state in states:

@@ -6,7 +6,7 @@ They are named by the update and the power: none is p = 1, S is 1/2, Q is 1/4 an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any, overload
 
@@ -98,7 +98,7 @@ class SpectralAdam(Optimizer):
         weight_decay: decoupled, multiplied by `lr`.
         ns_coefficients, ns_steps: for power 0, as `Muon`'s.
         adjust_lr_fn: None: as the paper, √max(1, A/B) for power 0 and 1 for others.
-        flatten, ns_algorithm, backend, max_workspace_bytes: as `Muon`'s.
+        flatten, split, ns_algorithm, backend, max_workspace_bytes: as `Muon`'s.
         maximize: ascend.
 
     Raises:
@@ -118,6 +118,7 @@ class SpectralAdam(Optimizer):
         ns_steps: int | None = 15,
         adjust_lr_fn: str | Callable[[int, int], float] | None = None,
         flatten: bool | None = None,
+        split: str | Mapping[str, str] | None = None,
         ns_algorithm: str = "auto",
         backend: str = "auto",
         max_workspace_bytes: int | None = None,
@@ -136,6 +137,7 @@ class SpectralAdam(Optimizer):
             "ns_steps": ns_steps,
             "adjust_lr_fn": adjust_lr_fn,
             "flatten": flatten,
+            "split": split,
             "ns_algorithm": ns_algorithm,
             "backend": backend,
             "max_workspace_bytes": max_workspace_bytes,
@@ -166,7 +168,12 @@ class SpectralAdam(Optimizer):
 
     def _prepare(self, group: dict[str, Any], params: list[Tensor], updates: list[Tensor]) -> functional.Prepared:
         settled = {"workspace_dtype": torch.bfloat16, **{key: group[key] for key in functional.SETTLED if key in group}}
-        return self._prepared.get(id(group), params, updates, None, settled)
+
+        def cuts() -> list[str | None]:
+            of_all = dict(functional.splits(group))
+            return [of_all[p] for p in params]
+
+        return self._prepared.get(id(group), params, updates, None, settled, cuts)
 
     @overload
     def step(self, closure: None = None) -> None: ...

@@ -17,6 +17,7 @@ from muon_kernels.coefficients import resolve
 from muon_kernels.newton_schulz import ALGORITHMS
 from muon_kernels.plan import plan_bucket
 from muon_kernels.spectral import TRIPLES, error, fit, fit_weights, schedule_of
+from muon_kernels.split import equal
 
 BACKENDS = [
     pytest.param(name, marks=pytest.mark.skipif(unavailable(name) is not None, reason=f"{name} cannot run here"))
@@ -403,3 +404,22 @@ def test_a_failed_step_of_adam_changes_nothing() -> None:
         optimizer.step()
     assert all(map(torch.equal, before, params))
     assert all(torch.equal(a, optimizer.state[p]["exp_avg"]) for a, p in zip(moments, params, strict=True))
+
+
+@pytest.mark.parametrize("name", ["msgd", "msgd_q", "adam_s"])
+def test_packed_matrices_are_cut(name: str) -> None:
+    """As the paper does with packed queries, keys and values."""
+    packed = torch.randn(60, 20, generator=torch.Generator().manual_seed(7))
+    thirds = [part.clone().requires_grad_() for part in packed.chunk(3)]
+    packed.requires_grad_()
+    options = {"adjust_lr_fn": "match_rms_adamw"}
+    whole = paper_optimizer(name, [packed], lr=0.1, split=equal(3), **options)
+    parts = paper_optimizer(name, thirds, lr=0.1, **options)
+    for step in range(2):
+        give_gradients([packed], step)
+        assert packed.grad is not None
+        for part, grad in zip(thirds, packed.grad.chunk(3), strict=True):
+            part.grad = grad.clone()
+        whole.step()
+        parts.step()
+        assert torch.equal(packed, torch.cat(thirds))
