@@ -50,6 +50,9 @@ struct Product {
     float beta = 0.0f;
     float gamma = 0.0f;
     const float* scale = nullptr;  // [batch] or absent (1)
+
+    // An empty b, of no columns or rows, is not an absent one: its product is zero.
+    bool has_b() const { return b.rows || b.cols; }
 };
 
 // For every matrix i: momentum[i] is updated from grad[i]; the direction goes as bf16 to x[i]; what brings its norm,

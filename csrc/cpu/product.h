@@ -314,7 +314,7 @@ void product_task(const Product& p, int64_t task, void* scratch) {
     const int64_t blocks = column_blocks(p), matrix = task / blocks;
     const int64_t j0 = task % blocks * column_block(p);
     const int64_t cols = std::min(column_block(p), p.out.cols - j0);
-    if (!p.b.data) return add_columns<I>(p, matrix, j0, cols);
+    if (!p.has_b()) return add_columns<I>(p, matrix, j0, cols);
     const int64_t i_begin = p.symmetric ? j0 : 0, m = p.out.rows, k = p.a.cols;
     const int64_t panel_cols = panel_width<I>(p);
 

@@ -156,6 +156,8 @@ def _product(
         if C is not None:
             total.add_(C, alpha=beta)
         total.diagonal(dim1=-2, dim2=-1).add_(gamma)
+    elif alpha == 0:  # on the CPU, torch 2.13 then takes beta for 0 too, or writes nothing
+        total = torch.zeros_like(out) if C is None else C.float() * beta
     else:
         torch.baddbmm(out if C is None else C, A, B, beta=0 if C is None else beta, alpha=alpha, out=out)
         if scale is None:
