@@ -6,6 +6,7 @@
 torch.Size([2, 4])
 """
 
+from . import spectra
 from ._version import __version__
 from .coefficients import COEFFICIENTS
 from .functional import orthogonalize
@@ -14,4 +15,4 @@ from .optimizer import Muon
 from .param_groups import param_groups
 from .plan import Plan
 
-__all__ = ["COEFFICIENTS", "Muon", "MuonAdamW", "Plan", "__version__", "orthogonalize", "param_groups"]
+__all__ = ["COEFFICIENTS", "Muon", "MuonAdamW", "Plan", "__version__", "orthogonalize", "param_groups", "spectra"]

@@ -489,13 +489,13 @@ def plot(
         raise ValueError(f"rows should have a finite {quantity} of tensor {tensor!r} but have of: {there}")
     try:
         from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
+        from matplotlib.ticker import LogFormatter, MaxNLocator
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "spectra.plot needs matplotlib; install it with: pip install 'muon-kernels[demo]'", name="matplotlib"
         ) from error
 
-    columns = min(len(values), 3)
+    columns = min(math.ceil(math.sqrt(len(values))), 4)
     lines = math.ceil(len(values) / columns)
     figure = Figure(figsize=(1.2 + 3.6 * columns, 1.0 + 2.7 * lines), layout="constrained", dpi=150)
     panels = figure.subplots(lines, columns, squeeze=False, sharex=True).flatten()
@@ -513,6 +513,8 @@ def plot(
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
         if logarithmic:
             axes.set_yscale("log")
+            # Some tick gets its number also where the range has no power of ten.
+            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelbottom=True)
