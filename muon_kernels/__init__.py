@@ -14,5 +14,17 @@ from .muon_adamw import MuonAdamW
 from .optimizer import Muon
 from .param_groups import param_groups
 from .plan import Plan
+from .qk_clip import max_logits, qk_clip_
 
-__all__ = ["COEFFICIENTS", "Muon", "MuonAdamW", "Plan", "__version__", "orthogonalize", "param_groups", "spectra"]
+__all__ = [
+    "COEFFICIENTS",
+    "Muon",
+    "MuonAdamW",
+    "Plan",
+    "__version__",
+    "max_logits",
+    "orthogonalize",
+    "param_groups",
+    "qk_clip_",
+    "spectra",
+]
