@@ -370,8 +370,10 @@ class Recorder:
             seen: dict[str, Tensor] = {"weight": p}
             state = self._optimizer.state.get(p, {})
             for key in _MOMENTA:
-                if isinstance(state.get(key), Tensor):
-                    seen["momentum"] = state[key]
+                momentum = state.get(key)
+                # Some optimizers keep codes there.
+                if isinstance(momentum, Tensor) and momentum.is_floating_point() and momentum.shape == p.shape:
+                    seen["momentum"] = momentum
             if p in before and p.grad is not None:
                 seen["update"] = p.double() - before[p].double()
             for tensor in self._tensors:

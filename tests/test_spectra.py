@@ -39,7 +39,7 @@ def assert_close(actual: Any, expected: Any, rtol: float = 1e-9) -> None:
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=1e-12, equal_nan=True, check_dtype=False)
 
 
-@pytest.mark.parametrize("spectrum", set(SPECTRA) - {"zero"})
+@pytest.mark.parametrize("spectrum", sorted(SPECTRA.keys() - {"zero"}))
 @pytest.mark.parametrize(("rows", "cols"), [(24, 24), (16, 65), (65, 16), (2, 3)])
 def test_known_spectra(spectrum: str, rows: int, cols: int) -> None:
     sigma = factors(spectrum, rows, cols)[1].tolist()
@@ -250,6 +250,16 @@ def test_what_is_recorded_can_be_chosen() -> None:
     recorder.remove()
     optimizer.step()
     assert recorder.step == 1
+
+
+def test_a_momentum_in_codes_is_no_matrix() -> None:
+    p = nn.Parameter(torch.randn(4, 4))
+    optimizer = SGD([p])
+    recorder = spectra.Recorder(optimizer, every=1)
+    for codes in (torch.ones(4, 4, dtype=torch.int8), torch.ones(16), None):
+        optimizer.state[p]["momentum_buffer"] = codes
+        recorder.record()
+    assert {row["tensor"] for row in recorder.rows} == {"weight"}
 
 
 def test_names_come_from_the_group_where_none_are_given() -> None:
