@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .functional import check_dense
-from .layout import overlaps_itself
+from .functional import DTYPES, check_dense
+from .layout import overlapping, overlaps_itself
 from .options import check_workspace, on_host
 
 __all__ = ["max_logits", "qk_clip_"]
@@ -92,14 +92,10 @@ def qk_clip_(
     kv_heads = heads if kv_heads is None else kv_heads
     if isinstance(kv_heads, bool) or not isinstance(kv_heads, int) or kv_heads < 1 or heads % kv_heads:
         raise ValueError(f"kv_heads should divide the {heads} heads that max_logits has but is: {kv_heads!r}")
-    if not 0 < tau < math.inf:
-        raise ValueError(f"tau should be > 0 and finite but is: {tau}")
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha should be in [0, 1] but is: {alpha}")
-    weights = {
-        name: [given] if isinstance(given, Tensor) else list(given)
-        for name, given in (("q", q), ("k", k), ("q_rope", q_rope))
-    }
+    _check_positive("tau", tau)
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
+        raise ValueError(f"alpha should be a number in [0, 1] but is: {alpha!r}")
+    weights = {"q": _several("q", q), "k": _several("k", k), "q_rope": _several("q_rope", q_rope)}
     _check_weights(weights, {"q": heads, "k": kv_heads, "q_rope": heads}, max_logits.device)
 
     largest = max_logits.detach().to(torch.promote_types(max_logits.dtype, torch.float32))
@@ -118,9 +114,23 @@ def qk_clip_(
     return gamma.where(~bad, math.nan)
 
 
+def _check_positive(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} should be a number but is: {value!r}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} should be > 0 and finite but is: {value}")
+
+
+def _several(name: str, weights: Weights) -> list[Tensor]:
+    if not isinstance(weights, (Tensor, Sequence)):
+        raise TypeError(f"{name} should be a tensor or a list of tensors but is: {type(weights).__name__}")
+    return [weights] if isinstance(weights, Tensor) else list(weights)
+
+
 def _check_weights(weights: dict[str, list[Tensor]], heads: dict[str, int], device: torch.device) -> None:
-    begins: dict[int, str] = {}
     for name, tensors in weights.items():
+        if not tensors and name != "q_rope":
+            raise ValueError(f"{name} should be a weight, or several, but is empty")
         for t in tensors:
             check_dense(name, t)
             if t.ndim == 0 or t.shape[0] % heads[name]:
@@ -132,17 +142,24 @@ def _check_weights(weights: dict[str, list[Tensor]], heads: dict[str, int], devi
                 raise ValueError(f"{name} should be on the device of max_logits, {device}, but is on: {t.device}")
             if overlaps_itself(t.shape, t.stride()):
                 raise ValueError(f"{name} should have memory for every element but its strides are: {t.stride()}")
-            address = t.data_ptr()
-            if address in begins:
-                raise ValueError(
-                    f"{name} should have memory of its own but begins where {begins[address]} does; of a fused "
-                    "projection give the slices, qkv.weight[:d] and qkv.weight[d : 2 * d]"
-                )
-            if address:
-                begins[address] = name
-    for name in ("q", "k"):
-        if not weights[name]:
-            raise ValueError(f"{name} should be a weight, or several, but is empty")
+    every = [t for tensors in weights.values() for t in tensors]
+    places = tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in every)
+    if places in _APART:
+        return
+    if (shared := overlapping(every)) is not None:
+        name = next(name for name, tensors in weights.items() if any(t is shared for t in tensors))
+        raise ValueError(
+            f"{name} of size {tuple(shared.shape)} should have memory of its own but shares elements with another "
+            "weight, which would be scaled twice; of a fused projection give the slices, qkv.weight[:d] and "
+            "qkv.weight[d : 2 * d]"
+        )
+    if len(_APART) == 4096:
+        _APART.clear()
+    _APART.add(places)
+
+
+# Where weights lie that share no element: of slices that interleave that takes a while to find out.
+_APART: set[tuple[object, ...]] = set()
 
 
 @torch.no_grad()
@@ -176,7 +193,10 @@ def max_logits(
     part of the batch.
     """
     for name, t in (("q", q), ("k", k)):
-        check_dense(name, t)
+        # Not `check_dense`, which looks for memory: torch.compile traces this.
+        if not isinstance(t, Tensor) or t.dtype not in DTYPES:
+            kind = t.dtype if isinstance(t, Tensor) else type(t).__name__
+            raise TypeError(f"{name} should be a tensor of a floating-point dtype but is: {kind}")
         if t.ndim < 3:
             raise ValueError(f"{name} should have size (..., heads, length, head_dim) but has: {tuple(t.shape)}")
     if q.dtype != k.dtype or q.device != k.device:
@@ -188,8 +208,8 @@ def max_logits(
             "q and k should have sizes (..., heads, length, head_dim) and (..., kv_heads, keys, head_dim), kv_heads a "
             f"divisor of heads, but have: {tuple(q.shape)} and {tuple(k.shape)}"
         )
-    if scale is not None and not 0 < scale < math.inf:
-        raise ValueError(f"scale should be > 0 and finite but is: {scale}")
+    if scale is not None:
+        _check_positive("scale", scale)
     check_workspace(max_workspace_bytes)
 
     dtype = torch.promote_types(q.dtype, torch.float32)

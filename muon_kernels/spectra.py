@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # torch.compiler.disable, but it imports dynamo when called only
 from torch.optim import Optimizer
 
 from .functional import check_dense
@@ -254,7 +256,7 @@ class Recorder:
     - "weight": the parameter as the step left it;
     - "momentum": state `momentum_buffer` or `exp_avg`, where the optimizer has it;
     - "update": the parameter after the step less the one before, so with learning rate, weight decay, and rounding to
-      the parameter's dtype; none where there was no gradient.
+      the parameter's dtype; 0 where GradScaler skipped the step, and no row where there was no gradient.
 
     Recorded is what Muon sees as matrices: two dimensions, each matrix of a stack of three, convolutions and whatever
     else the group's `flatten` says as (first, all others). Vectors, matrices of one row or column among them, and
@@ -274,7 +276,7 @@ class Recorder:
 
     Raises:
         ValueError: nothing to record, an unknown tensor, an `every` below 1.
-        TypeError: no optimizer.
+        TypeError: no optimizer, no pairs.
     """
 
     def __init__(
@@ -299,7 +301,13 @@ class Recorder:
         self._tensors = (tensors,) if isinstance(tensors, str) else tuple(tensors)
         if unknown := [tensor for tensor in self._tensors if tensor not in TENSORS]:
             raise ValueError(f"tensors should be among {', '.join(map(repr, TENSORS))} but include: {unknown[0]!r}")
-        self._names = {p: name for name, p in named_parameters or ()}
+        try:
+            self._names = {p: name for name, p in named_parameters or ()}
+        except (TypeError, ValueError):
+            raise TypeError(
+                "named_parameters should be (name, parameter) pairs, as model.named_parameters() has them, but is: "
+                f"{type(named_parameters).__name__}"
+            ) from None
         if self._names and not any(p in self._names for group in optimizer.param_groups for p in group["params"]):
             raise ValueError(
                 "named_parameters should be those of the optimizer but none of them is; give the model's that it steps"
@@ -353,11 +361,13 @@ class Recorder:
                 if min(split_shape(p.shape, flatten)[1:]) > 1 and any(fnmatchcase(name, at) for at in self._patterns):
                     yield name, p, flatten
 
+    @_disable_dynamo
     @torch.no_grad()
     def _prepare(self, *_: object) -> None:
         due = (self.step + 1) % self._every == 0 and "update" in self._tensors
         self._before = {p: p.detach().clone() for _, p, _ in self._matrices()} if due else {}
 
+    @_disable_dynamo
     def _count(self, *_: object) -> None:
         self.step += 1
         before, self._before = self._before, {}
@@ -511,8 +521,8 @@ def plot(
             drawn.setdefault(run, line)
             least, most = ([pick(by_step[step]) for step in steps] for pick in (min, max))
             axes.fill_between(steps, least, most, color=styles[run]["color"], alpha=0.18, linewidth=0)
-        axes.set_title(group, fontsize=9)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+        axes.set_title(textwrap.fill(group.replace(".", ". "), 40).replace(". ", "."), fontsize=9)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, min_n_ticks=1))
         if logarithmic:
             axes.set_yscale("log")
             # Some tick gets its number also where the range has no power of ten.
@@ -523,7 +533,7 @@ def plot(
     for axes in panels[len(values) :]:
         axes.remove()
     figure.supxlabel("step")
-    figure.supylabel(f"{_LABELS[quantity]} of the {tensor}: median and range")
+    figure.supylabel(f"{_LABELS[quantity]} of the {tensor}\nmedian and range", multialignment="center")
     if drawn.keys() - {""}:
         figure.legend(drawn.values(), drawn.keys(), loc="outside upper center", ncols=len(drawn), frameon=False)
     figure.savefig(Path(path), format="png")

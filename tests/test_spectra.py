@@ -293,6 +293,9 @@ def test_arguments_that_cannot_be_used() -> None:
         spectra.Recorder(optimizer, named, names="heads.*")
     with pytest.raises(ValueError, match="none of them is"):
         spectra.Recorder(optimizer, Model().named_parameters())
+    for pairs in (model, dict(named), [name for name, _ in named]):
+        with pytest.raises(TypeError, match=r"named_parameters should be \(name, parameter\) pairs"):
+            spectra.Recorder(optimizer, pairs)  # type: ignore[arg-type]
     assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
 
 
