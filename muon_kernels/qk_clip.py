@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -220,13 +221,16 @@ def max_logits(
     q = q.detach().reshape(count, kv_heads, heads // kv_heads, length, dim)
     k = k.detach().reshape(count, kv_heads, keys, dim).to(dtype)
     chunk = max(max_workspace_bytes // (count * heads * keys * dtype.itemsize), 1)
-    for begin in range(0, length, chunk):
-        end = min(begin + chunk, length)
-        seen = min(end, keys) if causal else keys
-        rows = q[..., begin:end, :].to(dtype).flatten(2, 3)
-        logits = (rows @ k[..., :seen, :].mT).view(count, kv_heads, heads // kv_heads, end - begin, seen)
-        if causal:
-            later = torch.ones(end - begin, seen, dtype=torch.bool, device=q.device).triu(begin + 1)
-            logits.masked_fill_(later, -math.inf)
-        best = torch.maximum(best, logits.amax((0, 3, 4)).flatten())
+    # In a model under autocast, whose products would be bf16.
+    type_ = q.device.type
+    with torch.autocast(type_, enabled=False) if torch.amp.is_autocast_available(type_) else nullcontext():
+        for begin in range(0, length, chunk):
+            end = min(begin + chunk, length)
+            seen = min(end, keys) if causal else keys
+            rows = q[..., begin:end, :].to(dtype).flatten(2, 3)
+            logits = (rows @ k[..., :seen, :].mT).view(count, kv_heads, heads // kv_heads, end - begin, seen)
+            if causal:
+                later = torch.ones(end - begin, seen, dtype=torch.bool, device=q.device).triu(begin + 1)
+                logits.masked_fill_(later, -math.inf)
+            best = torch.maximum(best, logits.amax((0, 3, 4)).flatten())
     return best * (1 / math.sqrt(max(dim, 1)) if scale is None else scale)

@@ -261,6 +261,13 @@ def test_largest_logits_in_half_precision_and_out_of_its_range() -> None:
     assert max_logits(q.double(), k.double()).dtype == torch.float64
 
 
+def test_largest_logits_under_autocast_are_not_rounded() -> None:
+    q, k = weights(2, 4, 9, DIM), weights(2, 4, 9, DIM, seed=1)
+    expected = max_logits(q, k)
+    with torch.autocast("cpu"):
+        assert max_logits(q, k).equal(expected)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_largest_logits_inside_a_compiled_model(causal: bool) -> None:
     q, k = weights(2, 4, 9, DIM), weights(2, 2, 9, DIM, seed=1)
