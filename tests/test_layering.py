@@ -63,6 +63,8 @@ def test_reference_stands_alone() -> None:
         ("scaling.py", [""]),
         ("plan.py", ["functional", "optimizer", "muon_adamw", "_C"]),
         ("spectra.py", ["backends", "optimizer", "muon_adamw", "_C"]),
+        ("qk_clip.py", ["backends", "optimizer", "muon_adamw", "_C"]),
+        ("quantized.py", ["backends", "optimizer", "muon_adamw", "_C"]),
         ("functional.py", ["optimizer", "muon_adamw", "_C", "backends.cpu", "backends.eager"]),
         ("backends/eager.py", ["functional", "optimizer", "plan", "backends.cpu", "_C"]),
         ("backends/cpu.py", ["functional", "optimizer", "plan"]),
