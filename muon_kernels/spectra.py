@@ -239,7 +239,7 @@ def describe(name: str, W: Tensor, *, tensor: str = "weight", step: int = 0, fla
     # One by one: float64 copies of a whole batch of experts are as large as the model.
     return [
         {"step": step, "name": name, "index": index, **place}
-        | {quantity: value.item() for quantity, value in summary(matrix)._asdict().items()}
+        | dict(zip(QUANTITIES, torch.stack(summary(matrix)).tolist(), strict=True))
         for index, matrix in enumerate(W.detach().reshape(batch, rows, cols))
     ]
 
