@@ -77,7 +77,8 @@ def svd_entropy(W: Tensor) -> Tensor:
     1 for a flat spectrum, 0 for rank one.
 
     Args:
-        W: (..., rows, cols), of any floating dtype and device; only read. Computed in float64, like all of this module.
+        W: (..., rows, cols), of any floating dtype; only read. Computed on its device and in float64, as all of this
+            module is.
 
     Returns:
         (...), float64. For one singular value, whose spectrum is flat, 1; for a zero matrix, and for one without
