@@ -117,18 +117,18 @@ def test_nothing_waits_for_the_host() -> None:
     assert dequantize(codes, absmax).shape == (5, 1000)
 
 
-X = spread(10)
+X = spread(12)
 CODES, ABSMAX = quantize(X, 4)
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "integers": (lambda: quantize(torch.ones(3, dtype=torch.int32)), TypeError, "x should be of a floating-point"),
     "block of none": (lambda: quantize(X, 0), ValueError, "block should be an int >= 1 but is: 0"),
     "block a float": (lambda: quantize(X, 4.0), ValueError, "but is: 4.0"),  # type: ignore[arg-type]
-    "codes to write": (lambda: quantize(X, 4, out=(torch.zeros(10), ABSMAX)), TypeError, "codes should be of torch.in"),
-    "their size": (lambda: quantize(X, 4, out=(CODES[:9], ABSMAX)), ValueError, r"x's size \(10,\) but have: \(9,\)"),
-    "another block": (lambda: dequantize(CODES, ABSMAX, 5), ValueError, r"size \(2,\), one a block, but has: \(3,\)"),
+    "codes to write": (lambda: quantize(X, 4, out=(torch.zeros(12), ABSMAX)), TypeError, "codes should be of torch.in"),
+    "their size": (lambda: quantize(X, 4, out=(CODES[:9], ABSMAX)), ValueError, r"x's size \(12,\) but have: \(9,\)"),
+    "another block": (lambda: dequantize(CODES, ABSMAX, 6), ValueError, r"size \(2,\), one a block, but has: \(3,\)"),
     "absmax": (lambda: dequantize(CODES, ABSMAX.double(), 4), TypeError, "absmax should be of torch.float32"),
     "codes": (lambda: dequantize(CODES.int(), ABSMAX, 4), TypeError, "codes should be of torch.int8 but are of"),
-    "out": (lambda: dequantize(CODES, ABSMAX, 4, out=torch.zeros(9)), ValueError, r"codes' size \(10,\) but has"),
+    "out": (lambda: dequantize(CODES, ABSMAX, 4, out=torch.zeros(9)), ValueError, r"codes' size \(12,\) but has"),
     "out of integers": (lambda: dequantize(CODES, ABSMAX, 4, out=CODES), TypeError, "out should be of a floating"),
 }
 
