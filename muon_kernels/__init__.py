@@ -6,6 +6,7 @@
 torch.Size([2, 4])
 """
 
+from . import spectra
 from ._version import __version__
 from .coefficients import COEFFICIENTS
 from .functional import orthogonalize, spectral_power
@@ -13,6 +14,7 @@ from .muon_adamw import MuonAdamW
 from .optimizer import Muon
 from .param_groups import param_groups
 from .plan import Plan
+from .qk_clip import max_logits, qk_clip_
 from .spectral_optimizers import SpectralAdam, SpectralMomentum, paper_optimizer
 
 __all__ = [
@@ -23,8 +25,11 @@ __all__ = [
     "SpectralAdam",
     "SpectralMomentum",
     "__version__",
+    "max_logits",
     "orthogonalize",
     "paper_optimizer",
     "param_groups",
+    "qk_clip_",
+    "spectra",
     "spectral_power",
 ]

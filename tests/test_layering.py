@@ -63,6 +63,9 @@ def test_reference_stands_alone() -> None:
         ("coefficients.py", [""]),
         ("scaling.py", [""]),
         ("plan.py", ["functional", "optimizer", "muon_adamw", "_C"]),
+        ("spectra.py", ["backends", "optimizer", "muon_adamw", "_C"]),
+        ("qk_clip.py", ["backends", "optimizer", "muon_adamw", "_C"]),
+        ("quantized.py", ["backends", "optimizer", "muon_adamw", "_C"]),
         ("functional.py", ["optimizer", "muon_adamw", "_C", "backends.cpu", "backends.eager"]),
         ("backends/eager.py", ["functional", "optimizer", "plan", "backends.cpu", "_C"]),
         ("backends/cpu.py", ["functional", "optimizer", "plan"]),
@@ -97,9 +100,11 @@ def test_triton_is_imported_by_its_kernels_only() -> None:
 
 
 def test_what_users_need_not_have_is_imported_by_the_cli_only() -> None:
+    """And matplotlib where spectra are drawn, when they are; see `test_import_brings_little`."""
     for path in FILES:
         if path.relative_to(PACKAGE).parts[0] not in ("cli", "__main__.py"):
-            assert not [n for n in imports(path) if inside(n, "rich", "matplotlib", "numpy", "pybind11")], path
+            own = () if path.name == "spectra.py" else ("matplotlib",)
+            assert not [n for n in imports(path) if inside(n, "rich", "numpy", "pybind11", *own)], path
 
 
 IMPORT = """
