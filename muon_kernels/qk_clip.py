@@ -55,7 +55,7 @@ def qk_clip_(
     - A bias, and an fp32 master of the weight, belong to the rows as well: give `[q.weight, q.bias, q_master]`. Without
       a master, a bf16 weight is rounded to nearest, which loses a factor within 0.2 % of 1.
     - Grouped-query attention: `kv_heads`. Consecutive query heads share a key head, which is scaled by the γ of its
-      largest logit; their query rows have γ of their own. (Megatron-LM scales those by the group's γ, too.)
+      largest logit; their query rows have γ of their own.
     - Multi-head latent attention: q and k are the parts without rotary embedding and `q_rope` the one with, views such
       as `q_up.weight.view(heads, nope + rope, -1)[:, :nope]`. The rotary key, which all heads share, is left alone, so
       the rows of q_rope are scaled by γ.

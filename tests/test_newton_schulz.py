@@ -143,4 +143,4 @@ def test_coefficients_without_higher_powers(backend: str, algorithm: str) -> Non
     G = torch.randn(3, 30, 50)
     exact = G / torch.linalg.vector_norm(G, dim=(1, 2), keepdim=True)
     tripled = orthogonalize(G, [(2, 0, 0), (1.5, 0, 0)], None, ns_algorithm=algorithm, backend=backend)
-    torch.testing.assert_close(tripled, 3 * exact, rtol=2**-7, atol=1e-6)
+    torch.testing.assert_close(tripled, 3 * exact, rtol=2**-6, atol=1e-6)
