@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from muon_kernels import COEFFICIENTS, Muon, MuonAdamW, Plan, backends, optimizer
+from muon_kernels import COEFFICIENTS, Muon, MuonAdamW, Plan, backends, functional
 from muon_kernels.coefficients import resolve
 from muon_kernels.newton_schulz import segments
 from muon_kernels.plan import Bucket, plan_for_shapes
@@ -232,8 +232,8 @@ def test_plan_for_shapes_is_the_optimizers(backend: str) -> None:
 
 def test_a_step_is_settled_once(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    real = optimizer.prepare
-    monkeypatch.setattr(optimizer, "prepare", lambda *args, **options: calls.append(1) or real(*args, **options))
+    real = functional.prepare
+    monkeypatch.setattr(functional, "prepare", lambda *args, **options: calls.append(1) or real(*args, **options))
     params, muon = make([(20, 60), (60, 20), (9, 9)], backend=backend)
     group = muon.param_groups[0]
 
