@@ -33,26 +33,31 @@ struct Stack {
 // A square operand may be more than the bf16 matrix that is multiplied: `*_diagonal` is what rounding to bf16 took from
 // its diagonal, in fp32. A matrix close to a multiple of the identity loses little else, and always in the same
 // direction. The corrections cost O(n²).
+//
+// Without b, on the CPU: out = scale[i] * (alpha * a + beta * c + gamma * I), where out may be a or c.
 struct Product {
     Stack a;                            // [batch, m, k]
     const float* a_diagonal = nullptr;  // [batch, m] or absent; m == k
-    Stack b;                            // [batch, k, n], or [batch, n, k] if b_transposed
+    Stack b;                            // [batch, k, n], or [batch, n, k] if b_transposed, or absent
     bool b_transposed = false;          // a correction of a then takes a to be symmetric and b to be a
     const float* b_diagonal = nullptr;  // [batch, n] or absent; k == n
     Stack c;                            // [batch, m, n] or absent
     const float* c_diagonal = nullptr;  // [batch, m] or absent
-    Stack out;                          // [batch, m, n], must not overlap an operand
+    Stack out;                          // [batch, m, n], must not overlap an operand of a product
     float* out_diagonal = nullptr;      // [batch, m] or absent
     bool symmetric = false;  // the caller knows that the result is symmetric: compute one triangle, mirror it
     float alpha = 1.0f;
     float beta = 0.0f;
     float gamma = 0.0f;
     const float* scale = nullptr;  // [batch] or absent (1)
+
+    // An empty b, of no columns or rows, is not an absent one: its product is zero.
+    bool has_b() const { return b.rows || b.cols; }
 };
 
 // For every matrix i: momentum[i] is updated from grad[i]; the direction goes as bf16 to x[i]; what brings its norm,
-// taken in double before the rounding, to 1 / margin goes to scale[i]. `momentum == nullptr`: the direction is the
-// gradient.
+// taken in double before the rounding, to 1 / margin goes to scale[i]; that norm to norm[i]. `momentum == nullptr`: the
+// direction is the gradient.
 //
 //   g = grad * grad_scale
 //   dampened:    buf += (1 - mu) * (g - buf);   direction = nesterov ? buf + (1 - mu) * (g - buf) : buf
@@ -72,6 +77,7 @@ struct MomentumUpdate {
     DType momentum_dtype;
     Stack x;       // [batch, m, n]
     float* scale;  // [batch]
+    float* norm;   // [batch] or absent
     double eps;
     double margin;
     float grad_scale;  // negative to maximize

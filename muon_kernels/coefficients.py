@@ -58,11 +58,23 @@ class CoefficientSet:
 
 
 class Schedule(NamedTuple):
-    """What to run: one (a, b, c) a step, the margin, and the set's name or "custom"."""
+    """What to run.
+
+    Attributes:
+        triples: one (a, b, c) for each step.
+        margin: see `CoefficientSet`.
+        name: the set's, or "custom".
+        weights: of the iterates, from the normalised matrix to the last one; empty if the last one is the result.
+        power: which power of the singular values their sum stands for.
+        segments: how many steps the Gram form may do between two visits to the matrix; empty: as a simulation says.
+    """
 
     triples: tuple[Triple, ...]
     margin: float
     name: str
+    weights: tuple[float, ...] = ()
+    power: float = 0.0
+    segments: tuple[int, ...] = ()
 
 
 def _widen(triples: Sequence[Triple], factor: float) -> tuple[Triple, ...]:

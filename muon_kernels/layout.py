@@ -53,6 +53,19 @@ class Bundle(list[Matrices]):
         self.derived: dict[str, Any] = {}
 
 
+class Piece(NamedTuple):
+    """Equal parts of a tensor: part i has the indices start + i·size + run·period + (0 ... size - 1) of a dimension,
+    for each of `runs`.
+    """
+
+    dim: int
+    start: int
+    parts: int
+    size: int
+    runs: int
+    period: int
+
+
 def refs(matrices: Sequence[Matrices]) -> array[int]:
     """The addresses and strides of all matrices as kernels read them: csrc's MatrixRef[]."""
     if isinstance(matrices, Bundle) and "refs" in matrices.derived:
@@ -80,8 +93,12 @@ def flattens(shape: Sequence[int], flatten: bool | None) -> bool:
     return len(shape) > 2 and (len(shape) > 3 if flatten is None else flatten)
 
 
-def split_shape(shape: Sequence[int], flatten: bool | None) -> tuple[int, int, int]:
-    """(batch, rows, cols) of a parameter: leading dimensions count matrices, unless it flattens."""
+def split_shape(shape: Sequence[int], flatten: bool | None, piece: Piece | None = None) -> tuple[int, int, int]:
+    """(batch, rows, cols) of a parameter or a piece of it: leading dimensions count matrices, unless it flattens."""
+    if piece is not None:
+        before, after = shape[: piece.dim], shape[piece.dim + 1 :]
+        batch, rows, cols = split_shape((*before, piece.size * piece.runs, *after), flatten)
+        return batch * piece.parts, rows, cols
     if flattens(shape, flatten):
         return 1, shape[0], math.prod(shape[1:])
     return math.prod(shape[:-2]), shape[-2], shape[-1]
@@ -89,6 +106,8 @@ def split_shape(shape: Sequence[int], flatten: bool | None) -> tuple[int, int, i
 
 def _merged(dims: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
     """One (size, stride) that walks `dims` in order, or None if no single stride does."""
+    if len(dims) == 1:
+        return dims[0]
     size, stride = 1, 1
     for n, s in reversed([d for d in dims if d[0] != 1]):
         if size == 1:
@@ -110,34 +129,71 @@ def column_order(shape: Size, stride: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(range(1, len(shape)), key=lambda d: (-stride[d], d)))
 
 
+Dims = list[tuple[int, int]]  # (size, stride), outermost first
+
+
+class View(NamedTuple):
+    """A tensor or a piece of it by the dimensions that count matrices, rows and columns; `offset` in elements."""
+
+    batch: Dims
+    rows: Dims
+    cols: Dims
+    offset: int
+
+    def of(self, t: Tensor) -> Tensor:
+        """Every dimension by itself, sharing the memory of `t`."""
+        sizes, strides = zip(*self.batch, *self.rows, *self.cols, strict=True)
+        return t.as_strided(sizes, strides, t.storage_offset() + self.offset)
+
+
+def view(
+    shape: Sequence[int],
+    stride: Sequence[int],
+    flatten: bool | None,
+    order: Sequence[int],
+    piece: Piece | None = None,
+) -> View:
+    """A parameter, or a piece of it, as matrices; always possible, unlike `layout`."""
+    dims = [[dim] for dim in zip(shape, stride, strict=True)]
+    parts: Dims = []
+    offset = 0
+    if piece is not None:
+        step = stride[piece.dim]
+        dims[piece.dim] = [(piece.size, step)]
+        if piece.runs != 1:
+            dims[piece.dim].insert(0, (piece.runs, piece.period * step))
+        parts, offset = [(piece.parts, piece.size * step)], piece.start * step
+    if flattens(shape, flatten):
+        return View(parts, dims[0], [dim for d in order for dim in dims[d]], offset)
+    leading = [dim for at in dims[:-2] for dim in at]
+    return View([*leading, *parts], dims[-2], dims[-1], offset)
+
+
 @lru_cache(maxsize=65536)
 def layout(
     shape: Size,
     stride: tuple[int, ...],
     flatten: bool | None,
     order: tuple[int, ...],
+    piece: Piece | None = None,
     start: int = 0,
     stop: int | None = None,
 ) -> Layout | None:
-    """Layout of matrices start..stop of a tensor, or None if no strides describe it and it must be copied."""
-    batch, rows, cols = split_shape(shape, flatten)
-    if flattens(shape, flatten):
-        merged = _merged([(shape[d], stride[d]) for d in order])
-        batch_stride, row_stride = 0, stride[0]
-        if merged is None:
-            return None
-        col_stride = merged[1]
-    else:
-        leading = _merged(list(zip(shape[:-2], stride[:-2], strict=True)))
-        if leading is None:
-            return None
-        batch_stride, row_stride, col_stride = leading[1], stride[-2], stride[-1]
+    """Layout of matrices start..stop of a tensor or of a piece of it, or None if no strides describe it and it must be
+    copied.
+    """
+    at = view(shape, stride, flatten, order, piece)
+    merged = _merged(at.batch), _merged(at.rows), _merged(at.cols)
+    if None in merged:
+        return None
+    (batch, batch_stride), (rows, row_stride), (cols, col_stride) = cast("tuple[tuple[int, int], ...]", merged)
     if rows > cols:
         rows, cols, row_stride, col_stride, transposed = cols, rows, col_stride, row_stride, True
     else:
         transposed = False
     stop = batch if stop is None else stop
-    return Layout(stop - start, rows, cols, start * batch_stride, batch_stride, row_stride, col_stride, transposed)
+    offset = at.offset + start * batch_stride
+    return Layout(stop - start, rows, cols, offset, batch_stride, row_stride, col_stride, transposed)
 
 
 @lru_cache(maxsize=65536)

@@ -6,6 +6,10 @@ The standard form does that literally. The Gram form (Dao-AILab, "Gram Newton-Sc
 gets multiplied from the left by polynomials in its first Gram matrix: it iterates on m x m matrices and multiplies X
 once at the end. In bf16 the rounding error of the Gram matrix makes small eigenvalues negative, which the iteration
 then amplifies, so it must start afresh from X now and then: see `segments`.
+
+The iterates of one X are U f(Σ) Vᵀ with odd f that saturate at ever smaller singular values; a fixed sum of them is as
+near to U Σ^p Vᵀ as its weights are good (spectral.py), and costs little beside the last iterate. In Gram form it is
+largely a sum of m x m matrices.
 """
 
 from __future__ import annotations
@@ -13,11 +17,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
-Triple = tuple[float, float, float]
+from .coefficients import Schedule, Triple
 
 
 class Square(NamedTuple):
@@ -43,6 +49,22 @@ class Products(Protocol):
 
     def precise_squares(self) -> bool:
         """Whether the verbs use and write `Square.diagonal`."""
+
+    def add(
+        self,
+        A: Square,
+        *,
+        out: Square,
+        C: Square | None = None,
+        alpha: float = 1.0,
+        beta: float = 0.0,
+        gamma: float = 0.0,
+        scale: Tensor | None = None,
+    ) -> None:
+        """Write scale·(alpha·A + beta·C + gamma·I), of any shape if gamma is 0; `out` may be C."""
+
+    def then(self, run: Callable[[], object], operands: Sequence[Tensor]) -> None:
+        """Do `run`, torch operations that read and write `operands`, where it stands in the order of the products."""
 
     def syrk(
         self,
@@ -103,9 +125,23 @@ def _change_of_q(triples: Sequence[Triple], eigenvalues: Sequence[float], loss: 
     return max(changes) if changes and all(map(math.isfinite, changes)) else math.inf
 
 
+def segments(schedule: Schedule, size: int, precise: bool) -> tuple[Segment, ...]:
+    """Where the Gram form goes back to X: as the schedule says for precise squares, or from a simulation.
+
+    Args:
+        schedule: what to iterate.
+        size: m.
+        precise: whether the backend has precise squares.
+    """
+    if precise and schedule.segments:
+        stops = tuple(accumulate(schedule.segments))
+        return tuple(map(Segment, (0, *stops[:-1]), stops))
+    return _simulated(schedule.triples, schedule.margin, size, precise)
+
+
 @lru_cache(maxsize=256)
-def segments(triples: tuple[Triple, ...], margin: float, size: int, precise: bool) -> tuple[Segment, ...]:
-    """Where the Gram form goes back to X, from a simulation of the scalar map on the eigenvalues of R.
+def _simulated(triples: tuple[Triple, ...], margin: float, size: int, precise: bool) -> tuple[Segment, ...]:
+    """From the scalar map on the eigenvalues of R.
 
     As few segments as the bounds allow, and of those the choice with the smallest change. A segment of one step is the
     standard form's step and always allowed.
@@ -155,32 +191,93 @@ def _standard_step(
         ops.gemm(B, X, C=X, out=out, beta=a, scale=scale)
 
 
+class Blend(NamedTuple):
+    """What a weighted sum of iterates needs beside them.
+
+    Attributes:
+        total: (batch, m, n) like X, written: the sum.
+        norms: (batch,) fp32, read: the Frobenius norms of the matrices that X was made from.
+        scale: (batch,) fp32, written: what brings the largest singular value of X to 1 or below, but not far below.
+        factor: (batch,) fp32, written: what the sum is multiplied by.
+    """
+
+    total: Tensor
+    norms: Tensor
+    scale: Tensor
+    factor: Tensor
+
+
+def _measure(
+    ops: Products, X: Tensor, squares: Sequence[Square], scale: Tensor | None, power: float, blend: Blend
+) -> None:
+    """Write `blend.scale` and `blend.factor`.
+
+    The Frobenius norm may be √m times the largest singular value, and what is as far below 1 as the weights reach would
+    be lost. With R = X Xᵀ, ‖R²‖_F^¼ is no smaller than that value either, but at most m^⅛ times as large.
+    """
+    R, S = squares[:2]
+
+    def write() -> None:
+        bound = torch.linalg.vector_norm(S.high, dim=(1, 2), dtype=torch.float32).pow_(0.25)
+        bound.masked_fill_(bound == 0, 1.0)
+        torch.reciprocal(bound, out=blend.scale)
+        if scale is not None:
+            blend.scale.mul_(scale)
+        torch.pow(bound.mul_(blend.norms), power, out=blend.factor)
+
+    ops.syrk(X, out=R, scale=scale)
+    ops.syrk(R, out=S)
+    ops.then(write, [S.high])
+
+
+def _add_iterate(ops: Products, total: Square, X: Tensor, weight: float, pending: Tensor | None) -> None:
+    """total += weight·X, or where X is still to be scaled, which is where the sum begins, total = weight·scale·X."""
+    begun = pending is None
+    ops.add(Square(X), C=total if begun else None, alpha=weight, beta=1.0, out=total, scale=pending)
+
+
 def standard(
     ops: Products,
     X: Tensor,
     Y: Tensor,
     squares: Sequence[Square],
     scale: Tensor | None,
-    triples: tuple[Triple, ...],
-    margin: float,
+    schedule: Schedule,
+    blend: Blend | None = None,
 ) -> Tensor:
-    """Apply the polynomials of `triples` to the singular values of scale·X.
+    """Apply the polynomials of a schedule to the singular values of scale·X, or take a weighted sum of the iterates.
 
     Args:
         ops: the backend.
         X: (batch, m, n) bf16 or fp16, m ≤ n, overwritten.
         Y: like X, overwritten.
-        squares: as many as the algorithm's `squares`, overwritten.
+        squares: as many as `squares_of` says, overwritten.
         scale: (batch,) fp32, what brings the Frobenius norms of X to 1/margin; None if that is where they are.
-        triples: (a, b, c) of every step.
-        margin: of the coefficient set.
+        schedule: (a, b, c) of every step, at least two if iterates have weights.
+        blend: if and only if iterates have weights.
 
     Returns:
-        X or Y, whichever holds the result.
+        The stack that holds the result: X, Y or `blend.total`.
     """
-    pending = scale
-    for triple in triples:
-        _standard_step(ops, X, Y, squares[0], squares[1], pending, triple)
+    triples, weights = schedule.triples, schedule.weights
+    pending, total = scale, None
+    if blend is not None:
+        _measure(ops, X, squares, scale, schedule.power, blend)
+        pending, total = blend.scale, Square(blend.total)
+    A, B = squares[:2]
+    for step, triple in enumerate(triples):
+        if total is not None and blend is not None:
+            if step + 1 == len(triples):
+                # w x + v (a x + b x³ + c x⁵): the last iterate itself is never needed.
+                a, b, c = triple
+                v = weights[step + 1]
+                ops.add(Square(X), C=total, alpha=weights[step] + v * a, beta=1.0, out=total)
+                ops.syrk(X, out=A)
+                ops.syrk(A, C=A, alpha=c, beta=b, out=B)
+                ops.gemm(B, X, C=total.high, alpha=v, beta=1.0, out=Y, scale=blend.factor)
+                return Y
+            _add_iterate(ops, total, X, weights[step], pending)
+        _standard_step(ops, X, Y, A, B, pending, triple)
         X, Y, pending = Y, X, None
     return X
 
@@ -191,18 +288,26 @@ def gram(
     Y: Tensor,
     squares: Sequence[Square],
     scale: Tensor | None,
-    triples: tuple[Triple, ...],
-    margin: float,
+    schedule: Schedule,
+    blend: Blend | None = None,
 ) -> Tensor:
     """Do what `standard` does, by the Gram form; the same arguments.
 
     In every segment, with R = X Xᵀ: S = a I + b R + c R², Q ← Q S, R ← R S²; at its end X ← Q X. The identity goes
-    into S before S is rounded, and no product is expanded: both would cancel.
+    into S before S is rounded, and no product is expanded: both would cancel. Of a weighted sum, P = Σ wᵢ Qᵢ is a
+    segment's part, which goes to the sum as P X.
     """
-    R, W, S, Q, Q_next = squares
+    triples, weights = schedule.triples, schedule.weights
+    R, W, S, Q, Q_next, P = squares if blend is not None else (*squares, squares[0])
     pending = scale
-    for start, stop in segments(triples, margin, X.shape[1], ops.precise_squares()):
-        if stop - start == 1:
+    if blend is not None:
+        _measure(ops, X, squares, scale, schedule.power, blend)
+        pending, total = blend.scale, blend.total
+    for start, stop in segments(schedule, X.shape[1], ops.precise_squares()):
+        last = stop == len(triples)
+        if stop - start == 1 and not (last and blend):
+            if blend is not None:
+                _add_iterate(ops, Square(total), X, weights[start], pending)
             _standard_step(ops, X, Y, W, S, pending, triples[start])
             X, Y, pending = Y, X, None
             continue
@@ -217,19 +322,42 @@ def gram(
             if step > start:
                 ops.syrkx(Q, S, out=Q_next)
                 Q, Q_next = Q_next, Q
+            if blend is not None and (step + 1 < stop or last):
+                first = step == start
+                gamma = weights[start] if first else 0.0
+                ops.add(Q, C=None if first else P, alpha=weights[step + 1], beta=1.0, gamma=gamma, out=P)
+        if blend is not None:
+            begun = start > 0
+            ops.gemm(
+                P,
+                X,
+                C=total if begun else None,
+                beta=float(begun),
+                out=Y,
+                scale=blend.factor if last else pending,
+            )
+            total, Y = Y, total
+            if last:
+                return total
         ops.gemm(Q, X, out=Y, scale=pending)
         X, Y, pending = Y, X, None
     return X
 
 
 class Algorithm(NamedTuple):
-    """A form of the iteration, and how many squares it needs."""
+    """A form of the iteration, how many squares it needs, and how many for a weighted sum of iterates."""
 
     run: Callable[..., Tensor]
     squares: int
+    squares_of_sum: int
 
 
 ALGORITHMS = {
-    "standard": Algorithm(standard, 2),
-    "gram": Algorithm(gram, 5),
+    "standard": Algorithm(standard, 2, 2),
+    "gram": Algorithm(gram, 5, 6),
 }
+
+
+def squares_of(algorithm: str, schedule: Schedule) -> int:
+    """How many squares a form of the iteration needs for a schedule."""
+    return ALGORITHMS[algorithm].squares_of_sum if schedule.weights else ALGORITHMS[algorithm].squares

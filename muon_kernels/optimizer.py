@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
-from operator import attrgetter, eq
-from typing import Any, NamedTuple, overload
+from operator import attrgetter
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable, but it imports dynamo when called only
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import backends
 from .coefficients import COEFFICIENTS, DEFAULT, NS_STEPS, resolve
 from .functional import (
     DTYPES,
+    SETTLED,
     Coefficients,
+    Preparations,
     Prepared,
     Scalars,
     Workspace,
@@ -27,37 +27,28 @@ from .functional import (
     check_matrices,
     check_rounding,
     check_second_moment,
+    check_settled,
     execute,
-    prepare,
     ready,
-    signature,
+    schedule_for,
+    splits,
 )
 from .layout import split_shape
 from .options import (
-    check_algorithm,
     check_eps,
     check_fraction,
     check_number,
+    check_relatives,
     check_second_moment_form,
     check_weight_decay_form,
-    check_workspace,
-    check_workspace_dtype,
 )
 from .plan import Plan, plan_for_shapes
-from .scaling import decayed, lr_ratio
+from .scaling import decayed
 from .second_moment import create
+from .split import pieces
 
 _KELLER = COEFFICIENTS[DEFAULT].triples[0]
 _ADAMW_HINT = "; give vectors and scalars to AdamW (muon_kernels.MuonAdamW with muon_kernels.param_groups(model) does)"
-
-
-class _Settled(NamedTuple):
-    """What was prepared for a group, and for what."""
-
-    options: dict[str, Any]
-    threads: int
-    signatures: list[tuple[object, ...]]
-    prepared: Prepared
 
 
 class Muon(Optimizer):
@@ -93,6 +84,10 @@ class Muon(Optimizer):
             "none" 1; or a pure function of (A, B): its answers are kept from step to step.
         dampened: False writes the momentum as Moonlight does, without the factor 1 - μ.
         flatten: True flattens parameters of three dimensions too, False flattens none.
+        split: how to cut parameters that hold several matrices, in the words of `muon_kernels.split`: one cut for all
+            parameters of a group, as in `{"params": [...], "split": heads(12)}`, or a dict of cuts by name or `fnmatch`
+            pattern, for parameters given with names; each pattern has to match in every group that takes the dict.
+            Parts are stepped, and shown by `plan()`, like parameters of their own; momentum is the parameter's.
         ns_algorithm: "standard", "gram", or "auto" for the one with fewer FLOPs.
         backend: "cuda", "cpu", "eager", or "auto" for the first that can.
         max_workspace_bytes: cap on the memory beside parameters and state; larger buckets are stepped in several
@@ -101,6 +96,8 @@ class Muon(Optimizer):
             fast on a GPU; the "cpu" backend has it not, and "auto" then takes "eager", which is slower.
         momentum_dtype: of new momentum buffers; None: the gradient's.
         maximize: ascend.
+        power: p in [0, 1]: the direction's singular values become σ^p and not 1; see `muon_kernels.spectral_power`.
+            Above 0, `ns_coefficients`, `ns_steps` and `eps` are not used, and the update scales with the direction^p.
         weight_decay_form: what of W decays in a step: "decoupled" lr·weight_decay; "independent" weight_decay, whatever
             lr is; "scheduled" lr·weight_decay·lr/peak_lr, AdamC's and MuonC's (arXiv 2506.02285).
         peak_lr: the largest `lr` of the schedule, for "scheduled"; None: the one that the group begins with.
@@ -133,12 +130,14 @@ class Muon(Optimizer):
         *,
         dampened: bool = True,
         flatten: bool | None = None,
+        split: str | Mapping[str, str] | None = None,
         ns_algorithm: str = "auto",
         backend: str = "auto",
         max_workspace_bytes: int | None = None,
         workspace_dtype: torch.dtype = torch.bfloat16,
         momentum_dtype: torch.dtype | None = None,
         maximize: bool = False,
+        power: float = 0.0,
         weight_decay_form: str = "decoupled",
         peak_lr: float | Tensor | None = None,
         cautious: bool = False,
@@ -158,12 +157,14 @@ class Muon(Optimizer):
             "adjust_lr_fn": adjust_lr_fn,
             "dampened": dampened,
             "flatten": flatten,
+            "split": split,
             "ns_algorithm": ns_algorithm,
             "backend": backend,
             "max_workspace_bytes": max_workspace_bytes,
             "workspace_dtype": workspace_dtype,
             "momentum_dtype": momentum_dtype,
             "maximize": maximize,
+            "power": power,
             "weight_decay_form": weight_decay_form,
             "peak_lr": peak_lr,
             "cautious": cautious,
@@ -175,7 +176,7 @@ class Muon(Optimizer):
         if ns_steps is NS_STEPS:  # a checkpoint must hold a plain number
             defaults["ns_steps"] = len(resolve(ns_coefficients, ns_steps).triples)
         self._workspace = Workspace()
-        self._prepared: dict[int, _Settled] = {}
+        self._prepared = Preparations()
         if isinstance(params, nn.Module):
             raise TypeError(
                 f"params should be hidden matrices but is a module: {type(params).__name__}; give "
@@ -201,14 +202,16 @@ class Muon(Optimizer):
             _check_options(group)
             if len(set(group["params"])) < len(group["params"]):
                 raise ValueError("every parameter of a group should be there once but some are repeated")
-            for p in group["params"]:
+            if isinstance(group["split"], Mapping):
+                group["split"] = dict(group["split"])  # which any checkpoint can hold
+            for p, split in splits(group):
                 check_matrices("parameter", p, _ADAMW_HINT)
                 if group["stochastic_rounding"]:
                     check_rounding(p)
-                count, rows, cols = split_shape(p.shape, group["flatten"])
+                cut = [split_shape(p.shape, group["flatten"], x) for x in pieces(p.shape, group["flatten"], split)]
                 plan_for_shapes(
-                    [(rows, cols, count)],
-                    schedule=resolve(group["ns_coefficients"], group["ns_steps"]),
+                    [(rows, cols, count) for count, rows, cols in cut],
+                    schedule=schedule_for(group["ns_coefficients"], group["ns_steps"], group["power"]),
                     device=p.device,
                     dtype=p.dtype,
                     backend=group["backend"],
@@ -256,24 +259,9 @@ class Muon(Optimizer):
             params.append(p)
             grads.append(grad)
             buffers.append(buffer)
-        options = {key: group[key] for key in _SETTLED}
-        cached = self._prepared.get(id(group))
-        operands = (params, grads, buffers) if form is None else (params, grads, buffers, moments)
-        # Signatures are compared one by one: a list of them would set off the garbage collector at every step.
-        if (
-            cached is None
-            or cached.options != options
-            or cached.threads != torch.get_num_threads()
-            or len(cached.signatures) != len(params)
-            or not all(map(eq, map(signature, *operands), cached.signatures))
-        ):
-            signatures = list(map(signature, *operands))
-            # A copy: a list of coefficients may be changed in place.
-            kept = {**options, "ns_coefficients": copy.deepcopy(options["ns_coefficients"])}
-            prepared = prepare(params, grads, buffers, moments=moments, **options)
-            cached = _Settled(kept, torch.get_num_threads(), signatures, prepared)
-            self._prepared[id(group)] = cached
-        return cached.prepared, grads, new
+        cuts = lambda: [split for p, split in splits(group) if grad_of(p) is not None]
+        options = {key: group[key] for key in SETTLED}
+        return self._prepared.get(id(group), params, grads, buffers, options, cuts, moments), grads, new
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -343,7 +331,7 @@ class Muon(Optimizer):
         """Take up a pickle or a checkpoint, torch.optim.Muon's too: what it lacks is as in the constructor."""
         super().__setstate__(state)
         self._workspace = Workspace()
-        self._prepared = {}
+        self._prepared = Preparations()
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 if key != "differentiable":  # torch puts this one into the defaults
@@ -358,16 +346,21 @@ class Muon(Optimizer):
                 changed then.
         """
         states = check_checkpoint(state_dict, self.param_groups, "Muon", "ns_coefficients", ["momentum_buffer"])
-        options_of = {}
-        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
-            options = {**self.defaults, **saved}
-            _check_options(options)
-            options_of.update(dict.fromkeys(group["params"], options))
-        for p, state in states:
-            form = options_of[p]["second_moment"]
-            if form is not None and "second_momentum_buffer" in state:
-                flatten = options_of[p]["flatten"]
-                check_second_moment("second_momentum_buffer", state["second_momentum_buffer"], form, p, flatten)
+        saved, groups = state_dict["param_groups"], self.param_groups
+        for group in saved:
+            _check_options({**self.defaults, **group})
+        state_of = dict(states)
+        if [len(group["params"]) for group in saved] == [len(own["params"]) for own in groups]:  # else torch raises
+            # What torch.optim.Muon saved has no split, and the default would not be the group's own.
+            saved = [{"split": own["split"], **group} for own, group in zip(groups, saved, strict=True)]
+            state_dict = {**state_dict, "param_groups": saved}
+            for own, group in zip(groups, saved, strict=True):
+                loaded = {**own, **self.defaults, **group, "params": own["params"]}
+                for p, split in splits(loaded):
+                    pieces(p.shape, loaded["flatten"], split)
+                    V, form = state_of.get(p, {}).get("second_momentum_buffer"), loaded["second_moment"]
+                    if V is not None and form is not None:
+                        check_second_moment("second_momentum_buffer", V, form, p, loaded["flatten"])
         super().load_state_dict(state_dict)
         # torch casts state to the parameter's dtype, which would round what is fp32 with bf16 parameters.
         for p, state in states:
@@ -421,21 +414,6 @@ def check_state(of: str, p: Tensor, state: Mapping[str, Any], moments: Sequence[
         check_like(key + of, state[key], p)
 
 
-# What a step may settle once, see `functional.prepare`.
-_SETTLED = (
-    "ns_coefficients",
-    "ns_steps",
-    "adjust_lr_fn",
-    "flatten",
-    "ns_algorithm",
-    "backend",
-    "max_workspace_bytes",
-    "workspace_dtype",
-    "second_moment",
-    "stochastic_rounding",
-)
-
-
 def _set_peak_lr(group: dict[str, Any]) -> None:
     if group["peak_lr"] is None:
         lr = group.get("initial_lr", group["lr"])  # a scheduler may have lowered lr to warm up
@@ -458,8 +436,6 @@ def _check_options(options: dict[str, Any]) -> None:
     for key in ("nesterov", "dampened", "maximize", "cautious", "stochastic_rounding"):
         if not isinstance(options[key], bool):
             raise TypeError(f"{key} should be True or False but is: {options[key]!r}")
-    if options["flatten"] is not None and not isinstance(options["flatten"], bool):
-        raise TypeError(f"flatten should be True, False or None but is: {options['flatten']!r}")
     if isinstance(options["lr"], Tensor) and options["lr"].numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
     check_number("Learning rate", options["lr"])
@@ -468,15 +444,9 @@ def _check_options(options: dict[str, Any]) -> None:
     check_weight_decay_form(options["weight_decay_form"], options["peak_lr"])
     check_second_moment_form(options["second_moment"])
     check_fraction("beta2", options["beta2"])
+    check_relatives(options)
     check_eps(options["eps"])
-    resolve(options["ns_coefficients"], options["ns_steps"])
-    if not callable(options["adjust_lr_fn"]):
-        lr_ratio(options["adjust_lr_fn"], 1, 1)
-    check_algorithm(options["ns_algorithm"])
-    if options["backend"] != "auto":
-        backends.get(options["backend"])
-    check_workspace(options["max_workspace_bytes"])
-    check_workspace_dtype(options["workspace_dtype"])
+    check_settled(options)
     dtype = options["momentum_dtype"]
     if dtype not in (None, *DTYPES):
         raise ValueError(f"momentum_dtype should be a floating-point dtype or None but is: {dtype!r}")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from .layout import flattens
+from .split import check_split, close, matching, pieces
 
 __all__ = ["Assignment", "ParamGroups", "param_groups"]
 
@@ -79,6 +79,7 @@ def param_groups(
     *,
     muon: str | Iterable[str] = (),
     adamw: str | Iterable[str] = (),
+    split: Mapping[str, str] | None = None,
     muon_options: Mapping[str, Any] | None = None,
     adamw_options: Mapping[str, Any] | None = None,
 ) -> ParamGroups:
@@ -108,6 +109,8 @@ def param_groups(
         muon: `fnmatch` patterns of names that go to Muon whatever the rules say,
             for example `muon=["*.patch_embed.proj.weight"]`.
         adamw: the same for AdamW.
+        split: what parameters that hold several matrices are cut to for Muon, by pattern, see `muon_kernels.split`:
+            `split={"*.qkv.weight": qkv(12, 4), "*.gate_up.weight": equal(2)}`.
         muon_options: options of the Muon group, such as `{"lr": 0.02}`.
         adamw_options: options of the AdamW group, such as `{"lr": 3e-4, "betas": (0.9, 0.95)}`.
 
@@ -118,8 +121,9 @@ def param_groups(
 
     Raises:
         ValueError: a pattern matches no parameter or a scalar or 1-D one is to go to Muon, or a
-            parameter is claimed for both, or options hold what is not theirs.
-        TypeError: `model` is no `nn.Module`, or options are no mapping.
+            parameter is claimed for both, or options hold what is not theirs, or a split does not
+            fit, matches what another one does, or only what does not go to Muon.
+        TypeError: `model` is no `nn.Module`, or options or splits are no mapping.
 
     Sources: [1] https://kellerjordan.github.io/posts/muon, [2] https://arxiv.org/abs/2502.16982
     """
@@ -133,14 +137,20 @@ def param_groups(
             raise TypeError(f"{name} should be a mapping of options but is: {options!r}")
         if taken := sorted({"params", "param_names", "use_muon"} & set(options or ())):
             raise ValueError(f"{name} should hold options, but {taken[0]!r} is for param_groups to say")
+    if split is not None and not isinstance(split, Mapping):
+        raise TypeError(f"split should be a mapping of patterns to cuts but is: {split!r}")
+    if split is not None and "split" in (muon_options or {}):
+        raise ValueError("split should be given once but is in muon_options too")
     owners = _owners(model)
     flatten = (muon_options or {}).get("flatten")
     rules = _adamw_rules(_output_heads(model), flatten)
     to_muon = _matches(owners, muon, "muon")
     to_adamw = _matches(owners, adamw, "adamw")
+    cuts = _cuts(owners, split or {})
 
     assignments = []
     groups: dict[str, list[nn.Parameter]] = {"Muon": [], "AdamW": [], "none": []}
+    splits: dict[str, str] = {}
     for param, places in owners.items():
         name = places[0].name
         if param in to_muon and param in to_adamw:
@@ -161,10 +171,27 @@ def param_groups(
             reason = next(reasons, "")
             optimizer = "AdamW" if reason else "Muon"
             reason = reason or f"{_kind(param, flatten)} in {type(places[0].module).__name__}"
+        if optimizer == "Muon" and param in cuts:
+            cut = cuts[param][1]
+            try:
+                pieces(param.shape, flatten, cut)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+            splits[name] = cut
+            reason += f", split: {cut}"
         if len(places) > 1:
             reason += ", tied with " + ", ".join(place.name for place in places[1:])
         groups[optimizer].append(param)
         assignments.append(Assignment(name, tuple(param.shape), optimizer, reason))
+
+    went = {a.name: a.optimizer for a in assignments}
+    for pattern in split or {}:
+        names = [owners[param][0].name for param, (by, _) in cuts.items() if by == pattern]
+        if all(went[name] == "AdamW" for name in names):
+            raise ValueError(
+                f"split={pattern!r} should match a parameter that goes to Muon but matches only, of AdamW's: "
+                f"{', '.join(names)}"
+            )
 
     def group(optimizer: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
         return {
@@ -174,6 +201,8 @@ def param_groups(
             **(options or {}),
         }
 
+    if splits:
+        muon_options = {**(muon_options or {}), "split": splits}
     return ParamGroups([group("Muon", muon_options), group("AdamW", adamw_options)], assignments)
 
 
@@ -186,14 +215,35 @@ def _owners(model: nn.Module) -> _Owners:
     return owners
 
 
+def _found(owners: _Owners, pattern: str, keyword: str) -> list[nn.Parameter]:
+    """The parameters that a pattern matches under any of their names."""
+    names = {place.name: param for param, places in owners.items() for place in places}
+    found = dict.fromkeys(names[name] for name in matching(pattern, names))
+    if not found:
+        raise ValueError(f"{keyword}={pattern!r} matches no parameter of the model{close(pattern, names)}")
+    return list(found)
+
+
+def _cuts(owners: _Owners, split: Mapping[str, str]) -> dict[nn.Parameter, tuple[str, str]]:
+    """Map each parameter that a pattern of `split` matches to that pattern and its cut."""
+    cuts: dict[nn.Parameter, tuple[str, str]] = {}
+    for pattern, cut in split.items():
+        check_split(cut)
+        for param in _found(owners, pattern, "split"):
+            if param in cuts:
+                raise ValueError(
+                    f"{owners[param][0].name} is claimed by both split={cuts[param][0]!r} and split={pattern!r}"
+                )
+            cuts[param] = pattern, cut
+    return cuts
+
+
 def _matches(owners: _Owners, patterns: str | Iterable[str], keyword: str) -> dict[nn.Parameter, str]:
     """Map each parameter that a pattern matches, under any of its names, to that pattern."""
     matches: dict[nn.Parameter, str] = {}
     # A lone string is an iterable of one-letter patterns, "*" among them.
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
-        found = [param for param, places in owners.items() if any(fnmatchcase(place.name, pattern) for place in places)]
-        if not found:
-            raise ValueError(f"{keyword}={pattern!r} matches no parameter of the model")
+        found = _found(owners, pattern, keyword)
         matches.update(dict.fromkeys(found, f"{keyword}={pattern!r}"))
     return matches
 

@@ -7,7 +7,7 @@ code: the iteration itself is run over a backend that only counts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import backends
 from .coefficients import DEFAULT, Schedule, resolve
-from .newton_schulz import ALGORITHMS, Square
+from .newton_schulz import ALGORITHMS, Blend, Square, squares_of
 from .options import check_algorithm, check_workspace, check_workspace_dtype
 from .second_moment import FORMS
 
@@ -28,7 +28,8 @@ class Bucket:
     Attributes:
         shape: (m, n) with m ≤ n, as the iteration sees them.
         count: number of matrices.
-        algorithm: "standard" or "gram".
+        algorithm: "standard" or "gram", or "none" where the direction is the update.
+        power: of the singular values: 0 for the polar factor.
         backend: who runs it.
         workspace_dtype: of the stacks that are multiplied; a fused step may have none.
         fused: whether a pass is one call of the backend's `fused_step`.
@@ -47,6 +48,7 @@ class Bucket:
     shape: tuple[int, int]
     count: int
     algorithm: str
+    power: float
     backend: str
     workspace_dtype: torch.dtype
     fused: bool
@@ -109,7 +111,8 @@ class Plan:
         rows = [("matrices", "algorithm", "backend", "launches", "FLOPs", "bytes moved", "workspace")]
         for b in self.buckets:
             name = f"{b.count} x {b.shape[0]}x{b.shape[1]}"
-            rows.append((name, b.algorithm, b.backend, *_figures(b)))
+            algorithm = f"{b.algorithm}, power {b.power:g}" if b.power else b.algorithm
+            rows.append((name, algorithm, b.backend, *_figures(b)))
         rows.append(("total", "", "", *_figures(self)))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = [
@@ -163,6 +166,15 @@ class Counter:
         self.bytes += self.traffic(A, B, C, out, triangle)
         self.flops += batch * A.high.shape[2] * (m * (m + 1) if triangle else 2 * m * n)
 
+    def then(self, run: Callable[[], object], operands: Sequence[Tensor]) -> None:
+        """Count one, however many operations it is, which does not run."""
+        self.launches += 1
+        self.bytes += sum(t.numel() * t.itemsize for t in operands)
+
+    def add(self, A: Square, *, out: Square, C: Square | None = None, **_: object) -> None:
+        """Count one; its FLOPs are too few to count."""
+        self.then(lambda: None, [out.high, A.high] if C is None else [out.high, A.high, C.high])
+
     def syrk(self, A: Tensor | Square, *, out: Square, C: Square | None = None, **_: object) -> None:
         """Count one."""
         A = A if isinstance(A, Square) else Square(A)
@@ -182,11 +194,10 @@ def count_iteration(
     algorithm: str,
     m: int,
     n: int,
-    triples: tuple[tuple[float, float, float], ...],
-    margin: float,
+    schedule: Schedule,
 ) -> None:
     """Run the iteration on one m x n matrix that has no memory."""
-    run, squares = ALGORITHMS[algorithm]
+    run = ALGORITHMS[algorithm].run
 
     def empty(cols: int) -> Tensor:
         return torch.empty(1, m, cols, dtype=torch.bfloat16, device="meta")
@@ -194,8 +205,10 @@ def count_iteration(
     def square() -> Square:
         return Square(empty(m), torch.empty(1, m, device="meta") if counter.precise_squares() else None)
 
-    scale = torch.empty(1, device="meta")
-    run(counter, empty(n), empty(n), [square() for _ in range(squares)], scale, triples, margin)
+    number = torch.empty(1, device="meta")
+    blend = Blend(empty(n), number, number, number) if schedule.weights else None
+    squares = [square() for _ in range(squares_of(algorithm, schedule))]
+    run(counter, empty(n), empty(n), squares, number, schedule, blend)
 
 
 @lru_cache(maxsize=4096)
@@ -203,14 +216,13 @@ def count(
     algorithm: str,
     m: int,
     n: int,
-    triples: tuple[tuple[float, float, float], ...],
-    margin: float,
+    schedule: Schedule,
     symmetric: bool,
     precise: bool,
 ) -> tuple[int, int, int]:
     """(launches, FLOPs, bytes) of the iteration on one m x n matrix."""
     counter = Counter(symmetric, precise)
-    count_iteration(counter, algorithm, m, n, triples, margin)
+    count_iteration(counter, algorithm, m, n, schedule)
     return counter.launches, counter.flops, counter.bytes
 
 
@@ -225,14 +237,15 @@ def choose_algorithm(name: str, backend: str, m: int, n: int, schedule: Schedule
 
 def _count_on(backend: str, algorithm: str, m: int, n: int, schedule: Schedule) -> tuple[int, int, int]:
     ops = backends.get(backend)
-    return count(algorithm, m, n, schedule.triples, schedule.margin, ops.symmetric_products(), ops.precise_squares())
+    return count(algorithm, m, n, schedule, ops.symmetric_products(), ops.precise_squares())
 
 
-def workspace_bytes(backend: str, algorithm: str, m: int, n: int) -> int:
+def workspace_bytes(backend: str, algorithm: str, m: int, n: int, schedule: Schedule) -> int:
     """Workspace of one m x n matrix."""
-    ops, squares = backends.get(backend), ALGORITHMS[algorithm].squares
-    stacks = 2 * m * (2 * ops.leading_dimension(n) + squares * ops.leading_dimension(m))
-    return stacks + ops.scratch_bytes(m, n) + (4 * m * squares if ops.precise_squares() else 0)
+    ops, squares = backends.get(backend), squares_of(algorithm, schedule)
+    wide, numbers = (3, 3) if schedule.weights else (2, 0)
+    stacks = 2 * m * (wide * ops.leading_dimension(n) + squares * ops.leading_dimension(m))
+    return stacks + ops.scratch_bytes(m, n) + (4 * m * squares if ops.precise_squares() else 0) + 4 * numbers
 
 
 def chunk_counts(total: int, each: int, cap: int | None, backend: str) -> tuple[int, ...]:
@@ -288,12 +301,14 @@ def plan_bucket(
     m, n = shape
     algorithm = choose_algorithm(ns_algorithm, backend, m, n, schedule)
     if m == 0 or count_ == 0:
-        return Bucket(shape, count_, algorithm, backend, workspace_dtype, False, (), 0, 0, 0, 0, 0, 0, 0)
-    each = workspace_bytes(backend, algorithm, m, n)
+        return Bucket(
+            shape, count_, algorithm, schedule.power, backend, workspace_dtype, False, (), 0, 0, 0, 0, 0, 0, 0
+        )
+    each = workspace_bytes(backend, algorithm, m, n, schedule)
     ops = backends.get(backend)
     cap = ops.default_workspace_bytes() if max_workspace_bytes is None else max_workspace_bytes
     fused = None
-    if stepped and second_moment is None:
+    if stepped and second_moment is None and not schedule.weights:
         fused = ops.fused_plan(m, n, count_, schedule, stochastic_rounding)
     if fused is not None and fused.slots * each > cap:
         fused = None
@@ -317,6 +332,7 @@ def plan_bucket(
         shape=shape,
         count=count_,
         algorithm=algorithm,
+        power=schedule.power,
         backend=backend,
         workspace_dtype=workspace_dtype,
         fused=fused is not None,
@@ -329,6 +345,13 @@ def plan_bucket(
         least_bytes=least_bytes,
         workspace_bytes=slots * each,
     )
+
+
+def plain_bucket(shape: tuple[int, int], count_: int, bytes_per_element: int) -> Bucket:
+    """The plan of matrices that go through no iteration."""
+    bytes_ = count_ * shape[0] * shape[1] * bytes_per_element
+    fp32 = torch.float32
+    return Bucket(shape, count_, "none", 1.0, "eager", fp32, False, (), 0, count_, 0, 0, bytes_, bytes_, 0)
 
 
 def plan_for_shapes(

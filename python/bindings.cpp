@@ -80,7 +80,7 @@ PYBIND11_MODULE(_C, m) {
 
     py::class_<mk::Product>(m, "Product", py::module_local())
         .def(
-            py::init([](const StackTuple& a, int64_t a_diagonal, const StackTuple& b, bool b_transposed,
+            py::init([](const StackTuple& a, int64_t a_diagonal, const std::optional<StackTuple>& b, bool b_transposed,
                         int64_t b_diagonal, const std::optional<StackTuple>& c, int64_t c_diagonal,
                         const StackTuple& out, int64_t out_diagonal, bool symmetric, float alpha, float beta,
                         float gamma, int64_t scale) {
@@ -109,8 +109,8 @@ PYBIND11_MODULE(_C, m) {
     py::class_<mk::MomentumUpdate>(m, "MomentumUpdate", py::module_local())
         .def(
             py::init([](int64_t grad, mk::DType grad_dtype, int64_t momentum, mk::DType momentum_dtype,
-                        const StackTuple& x, int64_t scale, double eps, double margin, float grad_scale, double mu,
-                        bool nesterov, bool dampened) {
+                        const StackTuple& x, int64_t scale, int64_t norm, double eps, double margin, float grad_scale,
+                        double mu, bool nesterov, bool dampened) {
                 return mk::MomentumUpdate{
                     at<const mk::MatrixRef>(grad),
                     at<const mk::MatrixRef>(momentum),
@@ -118,6 +118,7 @@ PYBIND11_MODULE(_C, m) {
                     momentum_dtype,
                     stack(x),
                     at<float>(scale),
+                    at<float>(norm),
                     eps,
                     margin,
                     grad_scale,

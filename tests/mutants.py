@@ -42,12 +42,15 @@ ELEMENTWISE = 'tests/test_elementwise.py -k "native"'
 BATCH = 'tests/test_newton_schulz.py -k "batch and native"'
 ITERATION = 'tests/test_newton_schulz.py -k "native and (keller or aol or deepseek)"'
 COEFFICIENTS = "tests/test_coefficients.py"
+SPLIT = 'tests/test_split.py -k "native or not cpu"'
 
 PRODUCT_H, ELEMENTWISE_H = "csrc/cpu/product.h", "csrc/cpu/elementwise.h"
 TRANSPOSE_H, DISPATCH, PARALLEL = "csrc/cpu/transpose.h", "csrc/cpu/dispatch.cpp", "csrc/cpu/parallel.cpp"
 NATIVE_PY, NEWTON_SCHULZ = "muon_kernels/backends/native.py", "muon_kernels/newton_schulz.py"
 OPTIMIZER, MOMENT, SCALING = "muon_kernels/optimizer.py", "muon_kernels/second_moment.py", "muon_kernels/scaling.py"
 FUNCTIONAL, COEFFICIENTS_PY = "muon_kernels/functional.py", "muon_kernels/coefficients.py"
+LAYOUT, SPLIT_PY, OPTIMIZER = "muon_kernels/layout.py", "muon_kernels/split.py", "muon_kernels/optimizer.py"
+PARAM_GROUPS = "muon_kernels/param_groups.py"
 
 
 def _product(name: str, old: str, new: str, tests: str = PRODUCTS) -> Mutant:
@@ -484,6 +487,59 @@ MUTANTS = [
         "        at = source.layout(part)\n        result",
         "        at = source.layout(part._replace(start=0, stop=part.stop - part.start))\n        result",
         BATCH,
+    ),
+    Mutant(
+        "every chunk of a step is the first",
+        FUNCTIONAL,
+        "piece, part.start, part.stop)",
+        "piece, 0, part.stop - part.start)",
+        SPLIT,
+    ),
+    Mutant("learning rate of another piece", FUNCTIONAL, "ratios[part.piece]]", "ratios[0]]", SPLIT),
+    Mutant("copies not written back", FUNCTIONAL, "        target.copy_(copy)\n", "        pass\n", SPLIT),
+    Mutant(
+        "gradient of another copy", FUNCTIONAL, "else len(grads) + len(prepared.grad_copies)", "else len(grads)", SPLIT
+    ),
+    Mutant("a negation forgotten", FUNCTIONAL, " and not t.is_neg():", ":", SPLIT),
+    Mutant(
+        "equal parts copied rather than apart",
+        FUNCTIONAL,
+        "return apart if described(apart) and not described(together) else together",
+        "return together",
+        SPLIT,
+    ),
+    Mutant("a piece from the start", LAYOUT, "piece.start * step\n", "0\n", SPLIT),
+    Mutant("parts in one another", LAYOUT, "(piece.parts, piece.size * step)", "(piece.parts, step)", SPLIT),
+    Mutant("only the first run", LAYOUT, "        if piece.runs != 1:", "        if False:", SPLIT),
+    Mutant("a piece's shape without its runs", LAYOUT, "piece.size * piece.runs, *after", "piece.size, *after", SPLIT),
+    Mutant("cut along the stack", SPLIT_PY, "        dim += len(shape) - 2\n", "        pass\n", SPLIT),
+    Mutant("rows for columns", SPLIT_PY, "int(found[4] or 0)", "0", SPLIT),
+    Mutant("groups in another order", SPLIT_PY, "(q // kv, 1, 1)", "(1, 1, q // kv)", SPLIT),
+    Mutant("sizes need not fill", SPLIT_PY, "        if rest:", "        if rest < 0:", SPLIT),
+    Mutant("two patterns of a parameter", SPLIT_PY, "            if name in chosen:", "            if False:", SPLIT),
+    Mutant(
+        "splits of those without a gradient too",
+        OPTIMIZER,
+        "for p, split in _splits(group) if grad_of(p) is not None]",
+        "for p, split in _splits(group)]",
+        SPLIT,
+    ),
+    Mutant("a changed split overlooked", OPTIMIZER, "copy.deepcopy(options[key])", "options[key]", SPLIT),
+    Mutant("torch's checkpoints take the split", OPTIMIZER, '{"split": own["split"], **group}', "{**group}", SPLIT),
+    Mutant("the caller's dict kept", OPTIMIZER, 'group["split"] = dict(group["split"])', "pass", SPLIT),
+    Mutant(
+        "a checkpoint's split not tried",
+        OPTIMIZER,
+        '                    pieces(p.shape, loaded["flatten"], split)\n',
+        "                    pass\n",
+        SPLIT,
+    ),
+    Mutant(
+        "split by a tied name",
+        PARAM_GROUPS,
+        "            splits[name] = cut",
+        "            splits[places[-1].name] = cut",
+        SPLIT,
     ),
     Mutant("keller: a digit", COEFFICIENTS_PY, "_KELLER = (3.4445,", "_KELLER = (3.4435,", COEFFICIENTS),
     Mutant(

@@ -1,4 +1,4 @@
-"""Plants faults in GPU kernels, one at a time in a copy of the repository, and sees whether the tests notice.
+"""Plants faults, one at a time in a copy of the repository, and sees whether the tests notice: in GPU kernels, mostly.
 
     python tests/planting.py tests/cuda/mutants_products.py [--only NAME] [--log FILE]
 

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from muon_kernels import Muon, backends, options, orthogonalize
 from muon_kernels.cli.ledger import ledger
 from muon_kernels.layout import Matrices, layout
+from muon_kernels.split import blocks, equal, heads, qkv
 
 
 class Gpu(NamedTuple):
@@ -101,6 +102,32 @@ def test_relatives_are_those_of_the_other_backends(gpu: Gpu) -> None:
     for p, V, q, W in zip(*results[0], *results[1], strict=True):
         assert float((p - q).norm()) < 0.06 * 0.2 * min(p.shape[-2:]) ** 0.5 * p[..., 0, 0].numel() ** 0.5
         assert float((V - W).norm() / W.norm()) < 0.06
+
+
+def test_a_step_with_a_split_is_that_of_the_parts(gpu: Gpu) -> None:
+    """Parts as they lie in rows, in columns and in every second one, and copies where heads are interleaved."""
+    cases: dict[str, Callable[[Tensor], list[Tensor]]] = {
+        heads(3): lambda t: list(t.chunk(3)),
+        equal(3, dim=1): lambda t: list(t.chunk(3, -1)),
+        blocks(1, 1, interleaved=True, dim=1): lambda t: [t[:, ::2], t[:, 1::2]],
+        qkv(2, interleaved=True): lambda t: [t.view(2, 3, -1, t.shape[1])[:, i].flatten(0, 1) for i in range(3)],
+    }
+    shapes = [(72, 40), (24, 120), (24, 80), (72, 40)]
+    params = [nn.Parameter(make("power -1/2", *shape, seed=i).to(gpu.device)) for i, shape in enumerate(shapes)]
+    cuts = list(zip(params, cases.items(), strict=True))
+    parts = [nn.Parameter(x.detach().contiguous()) for p, (_, cut) in cuts for x in cut(p)]
+    whole = Muon([{"params": [p], "split": split} for p, (split, _) in cuts], lr=0.1, backend=gpu.backend)
+    apart = Muon(parts, lr=0.1, backend=gpu.backend)
+    for t in range(2):
+        for i, p in enumerate(params):
+            p.grad = make_grad(p, 10 * t + i)
+        grads = [x.contiguous() for p, (_, cut) in cuts if p.grad is not None for x in cut(p.grad)]
+        for p, g in zip(parts, grads, strict=True):
+            p.grad = g
+        whole.step()
+        apart.step()
+    for x, y in zip([x for p, (_, cut) in cuts for x in cut(p)], parts, strict=True):
+        assert torch.equal(x, y)
 
 
 def test_launches_are_the_plan_s(gpu: Gpu) -> None:

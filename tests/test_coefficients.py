@@ -45,7 +45,7 @@ def test_digits(name):
 @pytest.mark.parametrize("name", COEFFICIENTS)
 @pytest.mark.parametrize("position", range(len(LOWS)), ids=map(str, LOWS))
 def test_range_with_the_margin(name, position):
-    triples, margin, _ = resolve(name)
+    triples, margin, *_ = resolve(name)
     images = polynomial(sweep(LOWS[position], margin), triples)
     low, high = MAPS[name][2 + position]
     assert float(images.min()) == pytest.approx(low, abs=6e-4)
@@ -54,14 +54,14 @@ def test_range_with_the_margin(name, position):
 
 @pytest.mark.parametrize("name", COEFFICIENTS)
 def test_no_singular_value_changes_sign(name):
-    triples, margin, _ = resolve(name)
+    triples, margin, *_ = resolve(name)
     assert (polynomial(sweep(1e-9, margin), triples) > 0).all()
 
 
 @pytest.mark.parametrize("name", SETS_OF_ANY_LENGTH)
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 6, 7, 8, 9, 20, 99])
 def test_any_length_is_safe(name, steps):
-    triples, margin, _ = resolve(name, steps)
+    triples, margin, *_ = resolve(name, steps)
     images = polynomial(sweep(1e-9, margin), triples)
     assert (images > 0).all()
     assert images.max() < (1.21 if steps > 4 else 2.0)
@@ -89,7 +89,7 @@ def images_in_bfloat16(triples, margin: float) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", COEFFICIENTS)
 def test_rounding_to_bfloat16_neither_explodes_nor_changes_sign(name):
-    triples, margin, _ = resolve(name)
+    triples, margin, *_ = resolve(name)
     images = images_in_bfloat16(triples, margin)
     assert images.min() > 0.2
     assert images.max() < 1.35

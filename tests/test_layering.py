@@ -43,7 +43,7 @@ def test_the_walk_sees_what_it_should() -> None:
     assert len(FILES) > 12
     assert "muon_kernels.newton_schulz.Square" in set(imports(PACKAGE / "backends" / "cpu.py"))
     assert "muon_kernels._C" in set(imports(PACKAGE / "backends" / "native.py"))  # inside a function
-    assert "muon_kernels.backends" in set(imports(PACKAGE / "optimizer.py"))  # from . import backends
+    assert "muon_kernels.backends" in set(imports(PACKAGE / "functional.py"))  # from . import backends
 
 
 def test_reference_stands_alone() -> None:
@@ -58,10 +58,15 @@ def test_reference_stands_alone() -> None:
     [
         ("newton_schulz.py", ["backends", "functional", "optimizer", "plan", "layout", "_C"]),
         ("layout.py", ["backends", "functional", "optimizer", "plan", "newton_schulz", "_C"]),
+        ("split.py", ["backends", "functional", "optimizer", "plan", "newton_schulz", "_C"]),
         ("options.py", ["backends", "functional", "optimizer", "plan", "layout", "_C"]),
         ("coefficients.py", [""]),
         ("scaling.py", [""]),
         ("plan.py", ["functional", "optimizer", "muon_adamw", "_C"]),
+        ("spectral.py", ["backends", "functional", "optimizer", "plan", "newton_schulz", "_C"]),
+        ("spectra.py", ["backends", "optimizer", "muon_adamw", "_C"]),
+        ("qk_clip.py", ["backends", "optimizer", "muon_adamw", "_C"]),
+        ("quantized.py", ["backends", "optimizer", "muon_adamw", "_C"]),
         ("functional.py", ["optimizer", "muon_adamw", "_C", "backends.cpu", "backends.eager"]),
         ("backends/eager.py", ["functional", "optimizer", "plan", "backends.cpu", "_C"]),
         ("backends/cpu.py", ["functional", "optimizer", "plan"]),
@@ -96,9 +101,11 @@ def test_triton_is_imported_by_its_kernels_only() -> None:
 
 
 def test_what_users_need_not_have_is_imported_by_the_cli_only() -> None:
+    """And matplotlib where spectra are drawn, when they are; see `test_import_brings_little`."""
     for path in FILES:
         if path.relative_to(PACKAGE).parts[0] not in ("cli", "__main__.py"):
-            assert not [n for n in imports(path) if inside(n, "rich", "matplotlib", "numpy", "pybind11")], path
+            own = () if path.name == "spectra.py" else ("matplotlib",)
+            assert not [n for n in imports(path) if inside(n, "rich", "numpy", "pybind11", *own)], path
 
 
 IMPORT = """

@@ -80,7 +80,7 @@ def test_accuracy_of_large_matrices(name: str) -> None:
 def test_a_batch_is_its_matrices(backend: str, shape: tuple[int, int], algorithm: str) -> None:
     """However many go through the workspace at a time, bit for bit on native kernels."""
     G = torch.randn(20, *shape) * torch.logspace(-20, 20, 20)[:, None, None]
-    each = workspace_bytes(backend, algorithm, 40, 200)
+    each = workspace_bytes(backend, algorithm, 40, 200, resolve("keller", 5))
     alone = torch.cat([orthogonalize(g[None], ns_algorithm=algorithm, backend=backend) for g in G])
     tolerance = 0 if backends.get(backend).precise_squares() else 2**-4
     for cap in (None, 3 * each, 9 * each):
@@ -135,3 +135,12 @@ def test_fp16_is_more_accurate() -> None:
         truth = spectral_truth(U, s, V, schedule.triples, schedule.margin)
         result = orthogonalize(G, backend="eager", workspace_dtype=torch.float16)
         assert 3 * relative_error(result, truth) <= relative_error(bf16_loop(G[None], schedule)[0], truth), spectrum
+
+
+@pytest.mark.parametrize("algorithm", ["standard", "gram"])
+def test_coefficients_without_higher_powers(backend: str, algorithm: str) -> None:
+    """a x alone: products that only scale. torch's, with alpha = 0, would forget beta, or what was to be written."""
+    G = torch.randn(3, 30, 50)
+    exact = G / torch.linalg.vector_norm(G, dim=(1, 2), keepdim=True)
+    tripled = orthogonalize(G, [(2, 0, 0), (1.5, 0, 0)], None, ns_algorithm=algorithm, backend=backend)
+    torch.testing.assert_close(tripled, 3 * exact, rtol=2**-6, atol=1e-6)

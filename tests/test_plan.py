@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from muon_kernels import COEFFICIENTS, Muon, MuonAdamW, Plan, backends, optimizer
+from muon_kernels import COEFFICIENTS, Muon, MuonAdamW, Plan, backends, functional
 from muon_kernels.coefficients import resolve
 from muon_kernels.newton_schulz import segments
 from muon_kernels.plan import Bucket, plan_for_shapes
@@ -45,7 +45,7 @@ def gram_flops(backend: str, m: int, n: int, name: str) -> int:
     half = ops.symmetric_products()
     small = square(m, m, half)
     total = 0
-    for start, stop in segments(schedule.triples, schedule.margin, m, ops.precise_squares()):
+    for start, stop in segments(schedule, m, ops.precise_squares()):
         steps = stop - start
         total += square(m, n, half) + 2 * m * m * n
         if steps == 1:
@@ -205,7 +205,9 @@ def test_a_plan_without_matrices_says_so() -> None:
     [(0, "0 B"), (7, "7 B"), (999, "999 B"), (1000, "1 kB"), (54_321, "54.3 kB"), (999_600, "1 MB"), (2.5e9, "2.5 GB")],
 )
 def test_small_models_have_figures_too(value: float, shown: str) -> None:
-    bucket = Bucket((1, 1), 1, "standard", "eager", torch.bfloat16, False, (1,), 1, 1, value, value, value, 0, value)
+    bucket = Bucket(
+        (1, 1), 1, "standard", 0.0, "eager", torch.bfloat16, False, (1,), 1, 1, value, value, value, 0, value
+    )
     *_, total, _ = str(Plan((bucket,))).splitlines()
     assert total.endswith(shown) and total.count(shown) == 2
     assert shown.removesuffix("B").strip() in total.replace(shown, "")
@@ -230,8 +232,8 @@ def test_plan_for_shapes_is_the_optimizers(backend: str) -> None:
 
 def test_a_step_is_settled_once(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    real = optimizer.prepare
-    monkeypatch.setattr(optimizer, "prepare", lambda *args, **options: calls.append(1) or real(*args, **options))
+    real = functional.prepare
+    monkeypatch.setattr(functional, "prepare", lambda *args, **options: calls.append(1) or real(*args, **options))
     params, muon = make([(20, 60), (60, 20), (9, 9)], backend=backend)
     group = muon.param_groups[0]
 

@@ -19,6 +19,7 @@ from muon_kernels import Muon, MuonAdamW, backends, orthogonalize
 from muon_kernels.layout import Matrices, layout
 from muon_kernels.scaling import WEIGHT_DECAY_FORMS, decayed
 from muon_kernels.second_moment import FORMS
+from muon_kernels.split import equal
 
 MAKERS: dict[str, Callable[[], Tensor]] = {
     "wide": lambda: torch.randn(24, 40),
@@ -428,6 +429,25 @@ def test_all_options_at_once(backend: str) -> None:
             before[i] = p.detach().double()
 
 
+def test_parts_are_stepped_as_if_they_were_apart(backend: str) -> None:
+    """To the bit: second moments of elements, and random bits, are those of matrices of their own."""
+    options = {**EVERYTHING, "second_moment": "element", "stochastic_rounding": True, "backend": backend}
+    (whole,) = parameters(torch.bfloat16, ["tall"])
+    for split, cut in ((equal(4), lambda t: t.chunk(4)), (equal(3, dim=1), lambda t: t.chunk(3, -1))):
+        p = nn.Parameter(whole.detach().clone())
+        parts = [nn.Parameter(x.detach().clone()) for x in cut(p)]
+        together, apart = Muon([p], split=split, **options), Muon(parts, **options)
+        for t in range(STEPS):
+            feed([p], t)
+            for x, g in zip(parts, cut(p.grad), strict=True):
+                x.grad = g.clone()
+            together.step()
+            apart.step()
+            assert all(map(torch.equal, cut(p), parts))
+        V = cut(together.state[p]["second_momentum_buffer"])
+        assert all(torch.equal(v, apart.state[x]["second_momentum_buffer"]) for v, x in zip(V, parts, strict=True))
+
+
 def make_muon(params: list[nn.Parameter], backend: str, **defaults: Any) -> torch.optim.Optimizer:
     return Muon(groups_of(params), backend=backend, **defaults)
 
@@ -557,6 +577,13 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"peak_lr": "big"}, TypeError, "peak_lr should be a number but is: 'big'"),
     ({"second_moment": "row"}, ValueError, "second_moment should be one of None, 'neuron', 'element' but is: 'row'"),
     ({"second_moment": True}, ValueError, "but is: True"),
+    ({"second_moment": "neuron", "split": "equal(2)"}, ValueError, "but is 'neuron' with split='equal(2)'"),
+    (
+        {"second_moment": "element", "power": 0.5},
+        ValueError,
+        "None where power is not 0 but they are: 'element' and 0.5",
+    ),
+    ({"cautious": True, "power": 1.0}, ValueError, "cautious and stochastic_rounding should be False where power is 1"),
     ({"beta2": 1.0}, ValueError, "beta2 should be < 1 but is: 1.0"),
     ({"beta2": -0.1}, ValueError, "beta2 should be >= 0 but is: -0.1"),
     ({"beta2": float("nan")}, ValueError, "beta2 should be >= 0 but is: nan"),

@@ -48,7 +48,7 @@ bool same_shape(const Stack& s, int64_t batch, int64_t rows, int64_t cols) {
 bool valid(const Product& p) {
     const int64_t batch = p.out.batch, m = p.out.rows, n = p.out.cols, k = p.a.cols;
     return same_shape(p.a, batch, m, k) && same_shape(p.c, batch, m, n) && same_shape(p.out, batch, m, n) &&
-           (p.b_transposed ? same_shape(p.b, batch, n, k) : same_shape(p.b, batch, k, n)) && (!p.symmetric || m == n) &&
+           (p.has_b() || k == n) && (p.b_transposed ? same_shape(p.b, batch, n, k) : same_shape(p.b, batch, k, n)) && (!p.symmetric || m == n) &&
            (!p.a_diagonal || m == k) && (!p.b_diagonal || k == n) && (!(p.c_diagonal || p.out_diagonal) || m == n);
 }
 
@@ -93,6 +93,7 @@ float reciprocal_norm(double sum_of_squares, double eps, double margin) {
 
 // What is left of the momentum update of matrix `i` when x is written.
 void normalize(const Kernels& kernels, const MomentumUpdate& u, int64_t i, double sum) {
+    if (u.norm) u.norm[i] = static_cast<float>(std::sqrt(sum));
     if (std::isfinite(sum) && sum != 0 && (sum < 0x1p-60 || sum > 0x1p60)) {
         int exponent;
         std::frexp(std::sqrt(sum), &exponent);

@@ -280,11 +280,41 @@ inline int64_t product_scratch_bytes(const Product& p) {
     return 4 * (packed_words(p) + 16 + sums);
 }
 
+// Columns j0..j0+cols of a sum, see Product without b.
+template <class I>
+void add_columns(const Product& p, int64_t matrix, int64_t j0, int64_t cols) {
+    const float scale = p.scale ? p.scale[matrix] : 1.0f, alpha = p.alpha * scale, beta = p.beta * scale;
+    const typename I::Acc alphas = I::broadcast(alpha), betas = I::broadcast(beta);
+    const bool on_diagonal = p.gamma || p.a_diagonal || p.c_diagonal || p.out_diagonal;
+    for (int64_t i = 0; i < p.out.rows; ++i) {
+        const uint16_t* a = row_of(p.a, matrix, i) + j0;
+        const uint16_t* c = p.c.data ? row_of(p.c, matrix, i) + j0 : nullptr;
+        uint16_t* out = row_of(p.out, matrix, i) + j0;
+        const int64_t d = i - j0, at = matrix * p.out.rows + i;
+        float value = 0;
+        if (on_diagonal && d >= 0 && d < cols) {
+            value = alpha * (to_float(a[d]) + (p.a_diagonal ? p.a_diagonal[at] : 0.0f)) + p.gamma * scale;
+            if (c) value += beta * (to_float(c[d]) + (p.c_diagonal ? p.c_diagonal[at] : 0.0f));
+        }
+        for (int64_t j = 0; j < cols; j += I::kLanes) {
+            const int64_t count = std::min<int64_t>(I::kLanes, cols - j);
+            typename I::Acc sum = I::multiply(alphas, read_bf16<I>(a + j, count));
+            if (c) sum = I::multiply_add(betas, read_bf16<I>(c + j, count), sum);
+            write_bf16<I>(out + j, count, sum);
+        }
+        if (on_diagonal && d >= 0 && d < cols) {
+            out[d] = to_bf16(value);
+            if (p.out_diagonal) p.out_diagonal[at] = value - to_float(out[d]);
+        }
+    }
+}
+
 template <class I>
 void product_task(const Product& p, int64_t task, void* scratch) {
     const int64_t blocks = column_blocks(p), matrix = task / blocks;
     const int64_t j0 = task % blocks * column_block(p);
     const int64_t cols = std::min(column_block(p), p.out.cols - j0);
+    if (!p.has_b()) return add_columns<I>(p, matrix, j0, cols);
     const int64_t i_begin = p.symmetric ? j0 : 0, m = p.out.rows, k = p.a.cols;
     const int64_t panel_cols = panel_width<I>(p);
 

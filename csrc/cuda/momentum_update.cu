@@ -174,6 +174,7 @@ struct NormArguments {
     Stack x;
     const double* partial;
     float* scale;
+    float* norm;  // or null
     double eps;
     double margin;
     int tiles;
@@ -210,6 +211,7 @@ __global__ __launch_bounds__(THREADS) void norm_kernel(const __grid_constant__ N
     int whole = tile_power(largest, u.half);
     if (sound && !u.half && (sum < 0x1p-60 || sum > 0x1p60)) whole = -exponent(sqrt(sum));
     if (share == 0 && threadIdx.x == 0) {
+        if (u.norm) u.norm[matrix] = static_cast<float>(sqrt(sum));
         u.scale[matrix] = reciprocal_norm(sound ? sum * power(whole) * power(whole) : sum, u.eps, u.margin);
     }
     if (!sound || tile_power(smallest, u.half) == whole) return;
@@ -275,7 +277,9 @@ Result momentum_update(const MomentumUpdate& args, DType dtype, double* partial,
     });
     if (pass.status != Status::ok) return pass;
 
-    NormArguments n = {args.x, partial, args.scale, args.eps, args.margin, static_cast<int>(per_matrix), 1, half};
+    NormArguments n = {
+        args.x, partial, args.scale, args.norm, args.eps, args.margin, static_cast<int>(per_matrix), 1, half
+    };
     n.shares = static_cast<int>(std::clamp<int64_t>(per_matrix / 64, 1, 64));
     const int64_t most = INT_MAX / n.shares;
     for (int64_t first = 0; first < args.x.batch; first += most) {
@@ -286,6 +290,7 @@ Result momentum_update(const MomentumUpdate& args, DType dtype, double* partial,
         n.x.data += count * args.x.batch_stride;
         n.partial += count * per_matrix;
         n.scale += count;
+        if (n.norm) n.norm += count;
     }
     return kOk;
 }

@@ -155,12 +155,13 @@ def momentum_update(
     eps: float,
     margin: float,
     scratch: Tensor | None = None,
+    norms: Tensor | None = None,
 ) -> Tensor:
     """See `Backend.momentum_update`."""
     _C, batch = native.required(), X.shape[0]
     scale = torch.empty(batch, dtype=torch.float32) if scratch is None else scratch.view(torch.float32)[:batch]
     update, _alive = native.momentum_update(
-        _C, grads, momenta, X, scale, momentum, nesterov, dampened, grad_scale, eps, margin
+        _C, grads, momenta, X, scale, norms, momentum, nesterov, dampened, grad_scale, eps, margin
     )
     _C.cpu.momentum_update(*_isa_and_threads(), update)
     return scale
@@ -178,7 +179,10 @@ def program(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return _queue.program(run) if _choice().products == "native" else run
 
 
-def _product(A: Square, B: Square, out: Square, **options: Any) -> None:
+then = _queue.then
+
+
+def _product(A: Square, B: Square | None, out: Square, **options: Any) -> None:
     _queue.product(native.required(), A, B, out, **options)
 
 
@@ -229,6 +233,14 @@ def gemm(
 def _apply_options(cautious: bool, stochastic_rounding: bool, seed: int, first: int) -> object:
     """csrc's ApplyOptions. Without stochastic rounding it is that of the call before."""
     return native.required().ApplyOptions(0, 0, cautious, stochastic_rounding, seed, first)
+
+
+def add(A: Square, *, out: Square, C: Square | None = None, **options: Any) -> None:
+    """See `Products.add`."""
+    if _choice().products == "torch":
+        eager.add(A, out=out, C=C, **options)
+        return
+    _product(A, None, out, C=C, **options)
 
 
 def apply_update(
@@ -313,7 +325,7 @@ def fused_step(
         if isinstance(params, Bundle):
             params.derived["program"] = program
     before, _alive = native.momentum_update(
-        _C, grads, momenta, X, program.scale, momentum, nesterov, dampened, grad_scale, eps, margin
+        _C, grads, momenta, X, program.scale, None, momentum, nesterov, dampened, grad_scale, eps, margin
     )
     after, _also_alive = native.apply_update(_C, params, program.result, float(lr), float(weight_decay), ratios)
     options = _apply_options(cautious, stochastic_rounding, seed, first)

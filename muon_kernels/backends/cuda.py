@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from ..coefficients import Schedule
 from ..layout import Matrices
 from ..newton_schulz import Square
-from . import Fused, native
+from . import Fused, eager, native
 from .gpu import default_workspace_bytes as default_workspace_bytes
 from .gpu import leading_dimension as leading_dimension
 from .gpu import precise_squares as precise_squares
@@ -155,6 +156,7 @@ def momentum_update(
     eps: float,
     margin: float,
     scratch: Tensor | None = None,
+    norms: Tensor | None = None,
 ) -> Tensor:
     """See `Backend.momentum_update`. In scratch: the sums of squares of all tiles, and the scales."""
     _C, batch = _device.module(), X.shape[0]
@@ -162,7 +164,7 @@ def momentum_update(
         scratch = torch.empty(batch * scratch_bytes(*X.shape[1:]), dtype=torch.uint8, device=X.device)
     scale = scratch[scratch.numel() - 8 * batch :].view(torch.float32)[:batch]
     update, _alive = native.momentum_update(
-        _C, grads, momenta, X, scale, momentum, nesterov, dampened, grad_scale, eps, margin
+        _C, grads, momenta, X, scale, norms, momentum, nesterov, dampened, grad_scale, eps, margin
     )
     assert 8 * _C.cuda.momentum_partials(update) + 8 * batch <= scratch.numel()
     with _launching(X.shape, X.device) as stream:
@@ -188,6 +190,9 @@ def program(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return _queue.program(run)
 
 
+then = _queue.then
+
+
 def syrk(A: Tensor | Square, *, out: Square, **options: Any) -> None:
     """See `Products.syrk`."""
     A = A if isinstance(A, Square) else Square(A)
@@ -202,6 +207,11 @@ def syrkx(A: Square, B: Square, *, out: Square) -> None:
 def gemm(A: Square, X: Tensor, *, out: Tensor, C: Tensor | None = None, **options: Any) -> None:
     """See `Products.gemm`."""
     _queue.product(_device.module(), A, Square(X), Square(out), C=None if C is None else Square(C), **options)
+
+
+def add(A: Square, *, out: Square, C: Square | None = None, **options: Any) -> None:
+    """See `Products.add`. torch's."""
+    then(partial(eager.add, A, out=out, C=C, **options), [out.high, A.high])
 
 
 def _on_device(x: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:
@@ -302,7 +312,7 @@ def fused_step(
     """See `Backend.fused_step`."""
     _C, device = _device.module(), params[0].tensor.device
     before, _alive = native.momentum_update(
-        _C, grads, momenta, None, None, momentum, nesterov, dampened, grad_scale, eps, margin
+        _C, grads, momenta, None, None, None, momentum, nesterov, dampened, grad_scale, eps, margin
     )
     others = cautious, stochastic_rounding, seed, first
     options, lr, weight_decay, _tensors = _apply_options(device, lr, weight_decay, *others)

@@ -103,6 +103,7 @@ def momentum_update(
     eps: float,
     margin: float,
     scratch: Tensor | None = None,
+    norms: Tensor | None = None,
 ) -> None:
     """See `Backend.momentum_update`. Arithmetic in fp32, or in the gradient's dtype if that is wider."""
     start = 0
@@ -129,6 +130,8 @@ def momentum_update(
         # Normalised before it is rounded, so that nothing below rounds otherwise than torch.optim.Muon does, and in two
         # factors: the reciprocal norm alone may be outside fp32's range.
         norm = torch.linalg.vector_norm(g, dim=(-2, -1), dtype=torch.float64, keepdim=True)
+        if norms is not None:
+            norms[start:stop].copy_(norm[:, 0, 0])
         mantissa, exponent = torch.frexp(norm)
         sound = norm.isfinite() & (norm > 0)
         half = exponent.where(sound, 0) // 2
@@ -153,12 +156,19 @@ def _product(
         if C is not None:
             total.add_(C, alpha=beta)
         total.diagonal(dim1=-2, dim2=-1).add_(gamma)
+    elif alpha == 0:  # on the CPU, torch 2.13 then takes beta for 0 too, or writes nothing
+        total = torch.zeros_like(out) if C is None else C.float() * beta
     else:
         torch.baddbmm(out if C is None else C, A, B, beta=0 if C is None else beta, alpha=alpha, out=out)
         if scale is None:
             return
         total = out.float()
     out.copy_(total if scale is None else total.mul_(scale[:, None, None]))
+
+
+def then(run: Callable[[], object], operands: Sequence[Tensor]) -> None:
+    """See `Products.then`."""
+    run()
 
 
 def syrk(
@@ -232,6 +242,41 @@ def _round_stochastically(value: Tensor, random: Tensor) -> Tensor:
 
 def _fp32(x: float | Tensor, device: torch.device) -> Tensor:
     return torch.as_tensor(x, dtype=torch.float32, device=device)
+
+
+def add(
+    A: Square,
+    *,
+    out: Square,
+    C: Square | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    gamma: float = 0.0,
+    scale: Tensor | None = None,
+) -> None:
+    """See `Products.add`; for the GPU backends too."""
+    on_diagonal = None
+    if gamma or out.diagonal is not None:
+        on_diagonal = alpha * _diagonal(A) + (gamma if C is None else gamma + beta * _diagonal(C))
+        if scale is not None:
+            on_diagonal *= scale[:, None]
+    if C is None:
+        torch.mul(A.high, alpha if scale is None else (alpha * scale)[:, None, None], out=out.high)
+    elif C.high is out.high and beta == 1 and scale is None:
+        out.high.add_(A.high, alpha=alpha)
+    else:
+        total = torch.add(beta * C.high.float(), A.high, alpha=alpha)
+        out.high.copy_(total if scale is None else total.mul_(scale[:, None, None]))
+    if on_diagonal is not None:
+        rounded = out.high.diagonal(dim1=1, dim2=2)
+        rounded.copy_(on_diagonal)
+        if out.diagonal is not None:
+            torch.sub(on_diagonal, rounded.float(), out=out.diagonal)
+
+
+def _diagonal(S: Square) -> Tensor:
+    on_diagonal = S.high.diagonal(dim1=1, dim2=2).float()
+    return on_diagonal if S.diagonal is None else on_diagonal + S.diagonal
 
 
 def apply_update(

@@ -6,7 +6,7 @@ import threading
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 
 import torch
@@ -75,6 +75,7 @@ def momentum_update(
     momenta: Sequence[Matrices] | None,
     X: Tensor | None,
     scale: Tensor | None,
+    norms: Tensor | None,
     momentum: float,
     nesterov: bool,
     dampened: bool,
@@ -91,6 +92,7 @@ def momentum_update(
         dtype(_C, (momenta if momenta is not None else grads)[0].tensor.dtype),
         stack(X) or (0,) * 6,
         pointer(scale),
+        pointer(norms),
         eps,
         margin,
         grad_scale,
@@ -132,6 +134,7 @@ class Queue(threading.local):
         self._run = run
         self._waiting: list[object] | None = None
         self._operands: list[object] = []
+        self._parts: list[Callable[[], object]] = []
 
     @contextmanager
     def collect(self) -> Iterator[tuple[list[object], list[object]]]:
@@ -146,20 +149,38 @@ class Queue(threading.local):
 
     def program(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """See `Backend.program`."""
-        with self.collect() as (products, operands):
+        parts: list[Callable[[], object]] = []
+        self._parts = parts
+        with self.collect():
             result = run()
+            self._cut()
 
         def again() -> Tensor:
-            self._run(products, operands)
+            for part in parts:
+                part()
             return result
 
         return again
+
+    def _cut(self) -> None:
+        """What is on the list is a part of the program, and a new list begins."""
+        if self._waiting:
+            self._parts.append(partial(self._run, self._waiting, self._operands))
+            self._waiting, self._operands = [], []
+
+    def then(self, run: Callable[[], object], operands: Sequence[Tensor]) -> None:
+        """See `Products.then`; not inside `collect`, whose products follow one another."""
+        if self._waiting is None:
+            run()
+        else:
+            self._cut()
+            self._parts.append(run)
 
     def product(
         self,
         _C: ModuleType,
         A: Square,
-        B: Square,
+        B: Square | None,
         out: Square,
         *,
         transposed: bool = False,
@@ -174,9 +195,9 @@ class Queue(threading.local):
         product = _C.Product(
             stack(A.high),
             pointer(A.diagonal),
-            stack(B.high),
+            stack(B.high) if B else None,
             transposed,
-            pointer(B.diagonal),
+            pointer(B.diagonal) if B else 0,
             stack(C.high) if C else None,
             pointer(C.diagonal) if C else 0,
             stack(out.high),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +19,7 @@ from ..coefficients import Schedule
 from ..layout import Matrices
 from ..newton_schulz import Square
 from ..triton_kernels import configs
-from . import Fused
+from . import Fused, eager
 from .gpu import default_workspace_bytes as default_workspace_bytes
 from .gpu import leading_dimension as leading_dimension
 from .gpu import precise_squares as precise_squares
@@ -195,6 +195,11 @@ def _product(A: Square, B: Square, out: Square, C: Square | None = None, **optio
         )
 
 
+def then(run: Callable[[], object], operands: Sequence[Tensor]) -> None:
+    """See `Products.then`."""
+    _kernels("launch").do(run, rehearse=lambda: None)
+
+
 def syrk(A: Tensor | Square, *, out: Square, **options: Any) -> None:
     """See `Products.syrk`."""
     A = A if isinstance(A, Square) else Square(A)
@@ -209,6 +214,11 @@ def syrkx(A: Square, B: Square, *, out: Square) -> None:
 def gemm(A: Square, X: Tensor, *, out: Tensor, C: Tensor | None = None, **options: Any) -> None:
     """See `Products.gemm`."""
     _product(A, Square(X), Square(out), None if C is None else Square(C), **options)
+
+
+def add(A: Square, *, out: Square, C: Square | None = None, **options: Any) -> None:
+    """See `Products.add`. torch's."""
+    then(partial(eager.add, A, out=out, C=C, **options), [out.high, A.high])
 
 
 def momentum_update(grads: Sequence[Matrices], momenta: Sequence[Matrices] | None, X: Tensor, **options: Any) -> Tensor:

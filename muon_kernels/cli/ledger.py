@@ -155,7 +155,7 @@ def requested(plan: Plan, tile: int, schedule: Schedule) -> int:
         if not b.fused:
             ops = backends.get(b.backend)
             counter = Requests(ops.symmetric_products(), ops.precise_squares(), tile)
-            count_iteration(counter, b.algorithm, *b.shape, schedule.triples, schedule.margin)
+            count_iteration(counter, b.algorithm, *b.shape, schedule)
             total += b.count * counter.bytes
     return total
 

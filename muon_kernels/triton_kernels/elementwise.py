@@ -189,10 +189,10 @@ def _larger(a, b):
     return tl.where(a > b, a, b)
 
 
-@triton.jit(do_not_specialize=["x", "partial", "scale", "M", "N", "x_batch_stride", "x_row_stride"])
+@triton.jit(do_not_specialize=["x", "partial", "scale", "norms", "M", "N", "x_batch_stride", "x_row_stride"])
 def norm_kernel(
-    x, partial, scale, M, N, x_batch_stride: tl.int64, x_row_stride: tl.int64, eps: tl.float64, margin: tl.float64,
-    BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    x, partial, scale, norms, M, N, x_batch_stride: tl.int64, x_row_stride: tl.int64,
+    eps: tl.float64, margin: tl.float64, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The scale of a matrix, and its tiles of x brought to one power of two: seldom any has another.
 
@@ -232,6 +232,8 @@ def norm_kernel(
     result = tl.where(sound, result, tl.where(total == 0, 0.0, float("nan")))
     if share == 0:
         tl.store(scale + matrix, result.to(tl.float32))
+        if norms is not None:
+            tl.store(norms + matrix, tl.sqrt(total).to(tl.float32))
     if sound & (tile_power(smallest, HALF) != whole):
         for tile in range(share, tiles, shares):
             square = tl.load(partial + tile)
@@ -257,6 +259,7 @@ def momentum_update(
     eps: float,
     margin: float,
     scratch: Tensor | None = None,
+    norms: Tensor | None = None,
 ) -> Tensor:
     """See `Backend.momentum_update`, on the current device; X may also be f16. Two launches.
 
@@ -291,7 +294,9 @@ def momentum_update(
             **OPTIONS,
         )  # fmt: skip
     shares = min(max(tiles // 64, 1), 64)
-    launch(norm_kernel, (batch, shares), X, partial, scale, *sizes, eps, margin, BLOCK=BLOCK, CHUNK=256, **OPTIONS)
+    launch(
+        norm_kernel, (batch, shares), X, partial, scale, norms, *sizes, eps, margin, BLOCK=BLOCK, CHUNK=256, **OPTIONS
+    )
     return scale
 
 

@@ -65,6 +65,7 @@ class Verbs:
         grad_scale: float = 1.0,
         eps: float = 1e-7,
         margin: float = 1.0,
+        norms: Tensor | None = None,
     ) -> Tensor:
         """Returns scale."""
         m = self.module
@@ -79,6 +80,7 @@ class Verbs:
             self.dtype(momenta[0]) if momenta else kind,
             (X.data_ptr(), *X.shape, X.stride(0), X.stride(1)),
             scale.data_ptr(),
+            0 if norms is None else norms.data_ptr(),
             eps,
             margin,
             grad_scale,
@@ -87,7 +89,7 @@ class Verbs:
             dampened,
         )
         partial = torch.full((m.cuda.momentum_partials(update),), torch.nan, dtype=torch.float64)
-        memory = [*grads, *(momenta or []), X, scale[:-1], partial]
+        memory = [*grads, *(momenta or []), X, scale[:-1], partial, norms]
         self._run(memory, m.cuda.momentum_update, update, self.dtype(X), partial.data_ptr(), 0)
         return scale[:-1]
 

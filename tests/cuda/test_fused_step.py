@@ -46,7 +46,7 @@ class Compiled:
         stack = (0, len(step.grads), rows, cols, rows * cols, cols)
         momentum = module.MomentumUpdate(
             grads.data_ptr(), dtypes[step.grads[0].dtype], 0 if momenta is None else momenta.data_ptr(),
-            dtypes[step.momenta[0].dtype] if step.momenta else module.DType.f32, stack, 0, step.eps,
+            dtypes[step.momenta[0].dtype] if step.momenta else module.DType.f32, stack, 0, 0, step.eps,
             step.schedule.margin, step.grad_scale, step.mu, step.nesterov, step.dampened,
         )  # fmt: skip
         apply = module.ApplyUpdate(

@@ -1,0 +1,261 @@
+"""Powers of the spectrum: U Σ^p Vᵀ of a matrix G = U Σ Vᵀ, for any p in [0, 1].
+
+p = 0 is Muon's polar factor, p = 1 the matrix itself; p = 1/2 and 1/4 are the partial powers of "Delving into Muon and
+Beyond" (arXiv 2602.04669), which computes them with coupled fp32 iterations of 92 and 184 small products.
+
+Here they are a fixed sum of Newton-Schulz iterates. Each iterate X_i = U f_i(Σ) Vᵀ is near 1 above some singular value
+and falls with slope 1 below it, an octave or two lower with every step. So on a logarithmic scale the f_i are like the
+steps of a staircase, and Σ w_i f_i(σ) can follow any σ^p as far down as the last one reaches. One list of triples
+serves every p: `fit` made it for p = 1/4 and 1/2 together, and weights follow from it by least squares.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .coefficients import Schedule, Triple
+
+# As far as weights are fitted; singular values further below the largest come out too small, in proportion to
+# themselves. `newton_schulz._measure` leaves the largest at m^-⅛ or above: 1e-3 of it is within reach up to m = 15,000.
+LOWEST = 3e-4
+
+# Found by `fit`, to five digits; other starts come to errors of 2.1 to 3 %, as these. Slopes are gentler than those of
+# sets that only want the last iterate: rounding errors grow less, and the Gram form goes back to the matrix once only.
+TRIPLES: tuple[Triple, ...] = (
+    (4.06939, -8.53223, 4.79640),
+    (3.37861, -4.97921, 2.09031),
+    (3.56244, -5.82475, 2.55317),
+    (3.39686, -4.95359, 2.11728),
+    (3.51907, -5.62909, 2.41182),
+    (3.21977, -4.57400, 1.94595),
+    (2.03063, -2.08628, 0.84097),
+)
+SEGMENTS = (3, 4)
+
+# What `fit_weights` says of the paper's powers.
+WEIGHTS: dict[float, tuple[float, ...]] = {}
+
+
+def check_power(power: Any, name: str = "power") -> float:
+    """`power` as a float; raise unless it is a number in [0, 1]."""
+    if isinstance(power, bool) or not isinstance(power, (int, float)):
+        raise TypeError(f"{name} should be a number from 0 (orthogonal) to 1 (as it is) but is: {power!r}")
+    if not 0 <= power <= 1:
+        raise ValueError(f"{name} should be from 0 (orthogonal) to 1 (as it is) but is: {power!r}")
+    return float(power)
+
+
+def schedule_of(power: float) -> Schedule:
+    """What to iterate for a power strictly between 0 and 1."""
+    weights = WEIGHTS.get(power) or fit_weights(power)
+    return Schedule(TRIPLES, 1.0, "spectral", weights, power, SEGMENTS)
+
+
+def _iterates(triples: Tensor, sigma: Tensor) -> Tensor:
+    """f_0 … f_k, columns, at every sigma, rows."""
+    columns = [sigma]
+    for a, b, c in triples:
+        x = columns[-1]
+        columns.append(x * (a + b * x**2 + c * x**4))
+    return torch.stack(columns, 1)
+
+
+def _grid(lowest: float, points: int = 400) -> Tensor:
+    return torch.logspace(math.log10(lowest), 0, points, dtype=torch.float64)
+
+
+def _smallest_error(basis: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
+    """Weights with the smallest largest |basis @ weights - 1|, and those differences.
+
+    Lawson's algorithm: least squares, again and again, with more regard for where the difference is large.
+    """
+    regard = torch.full_like(basis[:, 0], 1 / len(basis))
+    best = worst = None
+    for _ in range(rounds):
+        root = regard.sqrt()
+        weights = torch.linalg.lstsq(root[:, None] * basis, root[:, None]).solution[:, 0]
+        error = basis @ weights - 1
+        if worst is None or error.abs().max() < worst:
+            best, worst = (weights, error), error.abs().max()
+        regard = regard * error.abs()
+        regard /= regard.sum()
+    assert best is not None
+    return best
+
+
+@lru_cache
+def fit_weights(
+    power: float, triples: tuple[Triple, ...] = TRIPLES, lowest: float = LOWEST, rounds: int = 200
+) -> tuple[float, ...]:
+    """Weights of the iterates with the smallest largest relative error of Σ w_i f_i(σ) against σ^power.
+
+    Args:
+        power: in [0, 1].
+        triples: of the steps.
+        lowest: the smallest σ; the largest is 1.
+        rounds: of least squares.
+
+    Returns:
+        One weight for the normalised matrix and one for each step.
+    """
+    sigma = _grid(lowest)
+    basis = _iterates(torch.tensor(triples, dtype=torch.float64), sigma) / sigma[:, None] ** power
+    return tuple(_smallest_error(basis, rounds)[0].tolist())
+
+
+class Error(NamedTuple):
+    """Relative errors on a logarithmic scale of singular values."""
+
+    worst: float
+    rms: float
+
+
+def error(of: Schedule, lowest: float = 1e-3, largest: float = 1.0, points: int = 4000) -> Error:
+    """What a schedule's sum makes of σ in [lowest, 1]·largest, against σ^p, in exact arithmetic."""
+    sigma = _grid(lowest, points) * largest
+    values = _iterates(torch.tensor(of.triples, dtype=torch.float64), sigma)
+    off = values @ torch.tensor(of.weights, dtype=torch.float64) / sigma**of.power - 1
+    return Error(off.abs().max().item(), off.square().mean().sqrt().item())
+
+
+def _svd_power(G: Tensor, power: float) -> Tensor:
+    if G.numel() == 0:
+        return G.clone()
+    U, S, Vh = torch.linalg.svd(G, full_matrices=False)
+    # A rank is what tells a singular value that is zero from rounding: 0^0 is 1.
+    there = S > S[..., :1] * max(G.shape[-2:]) * torch.finfo(G.dtype).eps
+    result: Tensor = (U * S.pow(power).where(there, 0.0)[..., None, :]) @ Vh
+    return result
+
+
+def _coupled_power(G: Tensor, power: float) -> Tensor:
+    if power == 0.25:
+        return _coupled_power(_coupled_power(G, 0.5), 0.5)
+    if power != 0.5:
+        raise ValueError(f'exact="coupled" is for p = 1/2 and 1/4 but p is: {power}; exact="svd" is for any')
+    if G.shape[-2] > G.shape[-1]:
+        return _coupled_power(G.mT, power).mT
+    # (G Gᵀ)^-¼ is the square root of (G Gᵀ)^-½, of which the coupled iteration's other half is of no use.
+    norm = torch.linalg.vector_norm(G, dim=(-2, -1), keepdim=True)
+    X = G / norm.masked_fill(norm == 0, 1.0)
+    inverse_root = _coupled(X @ X.mT, inverse=True)
+    size = torch.linalg.vector_norm(inverse_root, dim=(-2, -1), keepdim=True)
+    size = size.masked_fill(size == 0, 1.0)
+    root: Tensor = _coupled(inverse_root / size, inverse=False) * (size * norm).sqrt()
+    result: Tensor = root @ X
+    return result
+
+
+def _coupled(A: Tensor, inverse: bool, steps: int = 40) -> Tensor:
+    """A^½, or A^-½, of symmetric positive definite matrices of norm at most 1, by coupled Newton-Schulz.
+
+    T = (3 I - Z Y) / 2, Y ← Y T, Z ← T Z from Y = A and Z = I, where Y → A^½ and Z → A^-½; without the first Z Y and
+    T Z, and the last product of the half that nobody asked for.
+    """
+    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    # What is no more than rounding must not become an eigenvalue of its own.
+    Y = A + eye * torch.finfo(A.dtype).eps * 4
+    T = (3 * eye - Y) / 2
+    Y, Z = Y @ T, T
+    for step in range(1, steps):
+        T = (3 * eye - Z @ Y) / 2
+        last = step + 1 == steps
+        if not (last and inverse):
+            Y = Y @ T
+            Y = (Y + Y.mT) / 2
+        if not last or inverse:
+            Z = T @ Z
+            Z = (Z + Z.mT) / 2
+    return Z if inverse else Y
+
+
+# Slow, in the dtype of the matrices: references. (G, p) -> U Σ^p Vᵀ.
+EXACT: dict[str, Callable[[Tensor, float], Tensor]] = {"svd": _svd_power, "coupled": _coupled_power}
+
+
+def fit(
+    powers: Sequence[float] = (0.25, 0.5),
+    steps: int = 7,
+    lowest: float = LOWEST,
+    *,
+    starts: int = 100,
+    seed: int = 1,
+) -> tuple[tuple[Triple, ...], float]:
+    """Triples whose iterates, with the best weights for each, come nearest to all of `powers`; takes minutes.
+
+    Levenberg-Marquardt on triples and weights together, with more and more regard for where the error is large, from
+    several starts. Iterates are kept below 1.15 up to σ = 1.05, so that rounding cannot make them explode.
+
+    Args:
+        powers: in (0, 1).
+        steps: how many triples.
+        lowest: the smallest σ.
+        starts: how many.
+        seed: of the starts.
+
+    Returns:
+        The triples, and the largest relative error of any power.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    begin = torch.tensor([_FIRST, *[_NEXT] * (steps - 2), _LAST], dtype=torch.float64)
+    best, worst = begin, math.inf
+    for start in range(starts):
+        spread, around = ((0.02, best) if start % 2 else (0.1, begin)) if start else (0.0, begin)
+        noise = torch.randn(steps, 3, generator=generator, dtype=torch.float64)
+        try:
+            triples, largest = _improved(around * (1 + spread * noise), powers, lowest)
+        except OverflowError:
+            continue
+        if largest < worst:
+            best, worst = triples, largest
+    return tuple((a, b, c) for a, b, c in best.tolist()), worst
+
+
+# Where `fit` begins: iterates that rise by less than four and stay near 1.
+_FIRST, _NEXT, _LAST = (4.2, -9.5, 5.6), (3.6, -6.0, 2.6), (2.0, -1.9, 0.8)
+
+
+def _improved(triples: Tensor, powers: Sequence[float], lowest: float, rounds: int = 150) -> tuple[Tensor, float]:
+    """Triples after `rounds` of Levenberg-Marquardt, and their largest error."""
+    steps = len(triples)
+    sigma, beyond = _grid(lowest, 240), torch.linspace(0.02, 1.05, 120, dtype=torch.float64)
+    wanted = torch.stack([sigma**p for p in powers], 1)
+
+    def residuals(unknown: Tensor, regard: Tensor) -> Tensor:
+        triples, weights = unknown[: 3 * steps].view(steps, 3), unknown[3 * steps :].view(steps + 1, -1)
+        off = _iterates(triples, sigma) @ weights / wanted - 1
+        above = torch.relu(_iterates(triples, beyond)[:, 1:].abs() - 1.15)
+        return torch.cat([(regard.sqrt() * off).flatten(), 0.1 * above.flatten(), 2e-4 * weights.flatten()])
+
+    if not _iterates(triples, beyond).isfinite().all():
+        raise OverflowError("iterates of these triples explode")
+    columns = [_smallest_error(_iterates(triples, sigma) / y[:, None], 1)[0] for y in wanted.T]
+    unknown = torch.cat([triples.flatten(), torch.stack(columns, 1).flatten()])
+    regard = torch.full_like(wanted, 1 / wanted.numel())
+    jacobian, damping = torch.func.jacfwd(residuals), 1e-3
+    best, worst = unknown, math.inf
+    for number in range(rounds):
+        at = residuals(unknown, regard)
+        off = (at[: wanted.numel()].view_as(wanted) / regard.sqrt()).abs()
+        if off.max() < worst:
+            best, worst = unknown, off.max().item()
+        J = jacobian(unknown, regard)
+        H, gradient = J.T @ J, J.T @ at
+        for _ in range(8):
+            tried = unknown - torch.linalg.solve(H + damping * torch.diag(H.diagonal() + 1e-12), gradient)
+            if residuals(tried, regard).square().sum() < at.square().sum():
+                unknown, damping = tried, max(damping / 3, 1e-9)
+                break
+            damping = min(damping * 4, 1e6)
+        else:
+            damping = 1e-2
+        if number >= 40 and number % 5 == 0:
+            regard = regard * (off / off.mean() + 0.05)
+            regard /= regard.sum()
+    return best[: 3 * steps].view(steps, 3), worst

@@ -1,0 +1,334 @@
+"""The optimizers of "Delving into Muon and Beyond" (arXiv 2602.04669): powers of the spectrum of SGD's and Adam's
+updates.
+
+They are named by the update and the power: none is p = 1, S is 1/2, Q is 1/4 and Z is 0. mSGDZ is Muon.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo  # torch.compiler.disable, but it imports dynamo when called only
+from torch.optim.adamw import adamw
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from . import functional, options
+from .functional import check_dense, check_like
+from .optimizer import Muon, check_checkpoint
+from .plan import Plan
+from .spectral import check_power
+
+
+class SpectralMomentum(Muon):
+    r"""SGD with momentum whose update U Σ Vᵀ becomes U Σ^p Vᵀ: `Muon` with a `power`, and the paper's defaults.
+
+        M ← μ M + G,   W ← (1 - lr·weight_decay) W - lr·ratio·U Σ^p Vᵀ,  M = U Σ Vᵀ
+
+    p = 1 is torch.optim.SGD(momentum=μ), to the bit. Updates scale with the gradient to the p, so the best learning
+    rate depends on p.
+
+    Source: arXiv 2602.04669, with the settings of github.com/Ocram7/BeyondMuon.
+
+    Args:
+        params: as `Muon`'s.
+        lr: learning rate.
+        power: p, in [0, 1].
+        weight_decay, momentum, nesterov, dampened: as `Muon`'s.
+        ns_steps: for power 0, where it is Muon's quintic.
+        adjust_lr_fn: None: as the paper, √max(1, A/B) for power 0 and 1 for others.
+        muon_options: other keywords of `Muon`.
+
+    Raises:
+        ValueError, TypeError: an argument that cannot be used, with what was expected.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        power: float = 0.5,
+        weight_decay: float | Tensor = 0.0,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        *,
+        dampened: bool = False,
+        ns_steps: int | None = 15,
+        adjust_lr_fn: str | Callable[[int, int], float] | None = None,
+        **muon_options: Any,
+    ) -> None:
+        """Check everything; see `Muon`."""
+        if adjust_lr_fn is None and check_power(power):
+            adjust_lr_fn = "none"
+        super().__init__(
+            params,
+            lr,
+            weight_decay,
+            momentum,
+            nesterov,
+            dampened=dampened,
+            ns_steps=ns_steps,
+            adjust_lr_fn=adjust_lr_fn,
+            power=power,
+            **muon_options,
+        )
+
+
+class SpectralAdam(Optimizer):
+    r"""Adam whose update R = m̂ / (√v̂ + eps) = U Σ Vᵀ becomes U Σ^p Vᵀ for matrices; others get R itself.
+
+        W ← (1 - lr·weight_decay) W - lr·ratio·U Σ^p Vᵀ
+
+    p = 1 is torch.optim.AdamW, to the bit, and state and options are its: `exp_avg`, `exp_avg_sq`, `step`.
+    The moments, and R, are torch's own fused step of a parameter that is zero; R takes as much memory as the parameters
+    while a step runs.
+
+    Source: arXiv 2602.04669, with the settings of github.com/Ocram7/BeyondMuon.
+
+    Args:
+        params: parameters of any dimensions, dense and real, or groups of them. From two dimensions on they are
+            matrices, as for `Muon`.
+        lr: learning rate.
+        power: p, in [0, 1].
+        betas: of the moments.
+        eps: of the division.
+        weight_decay: decoupled, multiplied by `lr`.
+        ns_coefficients, ns_steps: for power 0, as `Muon`'s.
+        adjust_lr_fn: None: as the paper, √max(1, A/B) for power 0 and 1 for others.
+        flatten, split, ns_algorithm, backend, max_workspace_bytes: as `Muon`'s.
+        maximize: ascend.
+
+    Raises:
+        ValueError, TypeError: an argument that cannot be used, with what was expected.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        power: float = 0.5,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        ns_coefficients: functional.Coefficients = "keller",
+        ns_steps: int | None = 15,
+        adjust_lr_fn: str | Callable[[int, int], float] | None = None,
+        flatten: bool | None = None,
+        split: str | Mapping[str, str] | None = None,
+        ns_algorithm: str = "auto",
+        backend: str = "auto",
+        max_workspace_bytes: int | None = None,
+        maximize: bool = False,
+    ) -> None:
+        """Check everything and set nothing aside yet: moments come with the first gradients."""
+        if adjust_lr_fn is None and check_power(power):
+            adjust_lr_fn = "none"
+        defaults = {
+            "lr": lr,
+            "power": power,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "ns_coefficients": ns_coefficients,
+            "ns_steps": ns_steps,
+            "adjust_lr_fn": adjust_lr_fn,
+            "flatten": flatten,
+            "split": split,
+            "ns_algorithm": ns_algorithm,
+            "backend": backend,
+            "max_workspace_bytes": max_workspace_bytes,
+            "maximize": maximize,
+        }
+        _check_options(defaults)
+        self._workspace, self._prepared = functional.Workspace(), functional.Preparations()
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group after checking its options and parameters; on error the optimizer is unchanged."""
+        before = len(self.param_groups)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            if unknown := set(group) - set(self.defaults) - {"params", "param_names", "initial_lr"}:
+                raise ValueError(
+                    f"group options should be among {sorted(self.defaults)} but include: {sorted(unknown)}"
+                )
+            _check_options(group)
+            for p in group["params"]:
+                check_dense("parameter", p)
+            matrices = [p for p in group["params"] if _iterated(p, group)]
+            self._prepare(group, matrices, matrices)
+        except Exception:
+            del self.param_groups[before:]
+            raise
+
+    def _prepare(self, group: dict[str, Any], params: list[Tensor], updates: list[Tensor]) -> functional.Prepared:
+        settled = {"workspace_dtype": torch.bfloat16, **{key: group[key] for key in functional.SETTLED if key in group}}
+
+        def cuts() -> list[str | None]:
+            of_all = dict(functional.splits(group))
+            return [of_all[p] for p in params]
+
+        return self._prepared.get(id(group), params, updates, None, settled, cuts)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @_disable_dynamo
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: what cannot be stepped; nothing has been written then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        steps = []
+        for group in self.param_groups:
+            _check_options(group)
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                assert p.grad is not None
+                check_dense("gradient", p.grad)
+                check_like("gradient", p.grad, p)
+                if p.grad.dtype != p.dtype:
+                    raise TypeError(f"gradient should be of the parameter's dtype {p.dtype} but is of: {p.grad.dtype}")
+            matrices = [p for p in params if _iterated(p, group)]
+            rest = [p for p in params if not _iterated(p, group)]
+            updates = [torch.zeros_like(p, memory_format=torch.preserve_format) for p in matrices]
+            prepared = self._prepare(group, matrices, updates)
+            scalars = functional.Scalars(group["lr"], group["weight_decay"], 0.0, False, True, 0.0, -1.0)
+            functional.ready(prepared, updates, scalars, self._workspace)
+            steps.append((group, rest, matrices, updates, prepared, scalars))
+        for group, rest, matrices, updates, prepared, scalars in steps:
+            self._adamw(group, rest, rest, group["lr"], group["weight_decay"])
+            # Of a parameter that is zero, a step of size 1 makes -R.
+            self._adamw(group, matrices, updates, 1.0, 0.0)
+            functional.execute(prepared, updates, scalars, self._workspace)
+        return loss
+
+    def _adamw(
+        self, group: dict[str, Any], params: list[Tensor], targets: list[Tensor], lr: float | Tensor, decay: float
+    ) -> None:
+        """torch's AdamW with the gradients and the state of `params` on `targets`."""
+        for p in params:
+            if not self.state[p]:
+                zeros = (torch.zeros_like(p, memory_format=torch.preserve_format) for _ in range(2))
+                exp_avg, exp_avg_sq = zeros
+                self.state[p].update(step=torch.tensor(0.0), exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+        states = [self.state[p] for p in params]
+        beta1, beta2 = group["betas"]
+        adamw(
+            targets,
+            [p.grad for p in params if p.grad is not None],
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            [],
+            [s["step"] for s in states],
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=lr,
+            weight_decay=decay,
+            eps=group["eps"],
+            maximize=group["maximize"],
+        )
+
+    @torch.no_grad()
+    def plan(self) -> Plan:
+        """What a step does with the matrices if each has a gradient; `print` it."""
+        works = []
+        for group in self.param_groups:
+            matrices = [p for p in group["params"] if _iterated(p, group)]
+            works += self._prepare(group, matrices, matrices).works
+        self._prepared.clear()
+        notes = dict.fromkeys(note for work in works for note in work.notes)
+        return Plan(tuple(work.bucket for work in works), tuple(notes))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take up a pickle or a checkpoint."""
+        super().__setstate__(state)
+        self._workspace, self._prepared = functional.Workspace(), functional.Preparations()
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                if key != "differentiable":  # torch puts this one into the defaults
+                    group.setdefault(key, value)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of this class or of torch.optim.AdamW.
+
+        Raises:
+            ValueError, TypeError: it is another optimizer's, or groups, sizes or options do not fit; nothing has been
+                changed then.
+        """
+        check_checkpoint(state_dict, self.param_groups, "SpectralAdam", "betas", ["exp_avg", "exp_avg_sq"])
+        for group in state_dict["param_groups"]:
+            _check_options({**self.defaults, **group})
+        super().load_state_dict(deepcopy(state_dict))  # torch would share the moments
+
+
+def _iterated(p: Tensor, group: dict[str, Any]) -> bool:
+    return p.ndim >= 2 and group["power"] != 1
+
+
+def _check_options(group: dict[str, Any]) -> None:
+    check_power(group["power"])
+    if not isinstance(group["maximize"], bool):
+        raise TypeError(f"maximize should be True or False but is: {group['maximize']!r}")
+    options.check_number("Learning rate", group["lr"])
+    options.check_number("weight decay", group["weight_decay"])
+    options.check_number("eps", group["eps"])
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"betas should be two numbers but are: {betas!r}")
+    for beta in betas:
+        options.check_number("each of betas", beta)
+        if beta >= 1:
+            raise ValueError(f"each of betas should be < 1 but is: {beta}")
+    functional.check_settled({**group, "workspace_dtype": torch.bfloat16})
+
+
+# By the paper's names, with its settings.
+PAPER: dict[str, tuple[type[Optimizer], float]] = {
+    "msgd": (SpectralMomentum, 1.0),
+    "msgd_s": (SpectralMomentum, 0.5),
+    "msgd_q": (SpectralMomentum, 0.25),
+    "msgd_z": (SpectralMomentum, 0.0),
+    "adam": (SpectralAdam, 1.0),
+    "adam_s": (SpectralAdam, 0.5),
+    "adam_q": (SpectralAdam, 0.25),
+    "adam_z": (SpectralAdam, 0.0),
+}
+
+
+def paper_optimizer(name: str, params: ParamsT, lr: float | Tensor, **options: Any) -> Optimizer:
+    """One of the eight optimizers of arXiv 2602.04669 by its name, with its settings.
+
+    Args:
+        name: in `PAPER`.
+        params: of `SpectralMomentum` or `SpectralAdam`; the former's should be matrices, and the paper gives others to
+            AdamW.
+        lr: learning rate.
+        options: other keywords of these.
+
+    Raises:
+        ValueError: an unknown name, or what the optimizer raises.
+    """
+    if name not in PAPER:
+        raise ValueError(f"name should be one of {', '.join(map(repr, PAPER))} but is: {name!r}")
+    kind, power = PAPER[name]
+    return kind(params, lr=lr, power=power, **options)  # type: ignore[call-arg]
