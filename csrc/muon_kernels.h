@@ -86,7 +86,7 @@ struct MomentumUpdate {
     bool dampened;
 };
 
-// For every matrix i: param = (1 - lr * weight_decay) * param - lr * ratio[i] * x[i].
+// For every matrix i: param = (1 - lr * weight_decay) * param - lr * ratio[i] * x[i]. See also ApplyOptions.
 struct ApplyUpdate {
     const MatrixRef* param;  // [x.batch]
     DType param_dtype;
@@ -94,6 +94,16 @@ struct ApplyUpdate {
     double lr;
     double weight_decay;
     const double* ratio;  // [batch]
+};
+
+// What goes beyond that formula.
+struct ApplyOptions {
+    const float* lr = nullptr;            // on the GPU, in place of ApplyUpdate::lr
+    const float* weight_decay = nullptr;  // on the GPU, in place of ApplyUpdate::weight_decay
+    bool cautious = false;             // decay only where update and parameter have the same sign (update * param >= 0)
+    bool stochastic_rounding = false;  // of bf16 parameters, by a counter: the same bits for the same seed everywhere
+    uint64_t seed = 0;
+    int64_t first = 0;  // how many matrices of the seed's come before the first one here
 };
 
 // A whole step of `count` matrices: for each the momentum update, the products in order, the parameter update. The
@@ -105,6 +115,7 @@ struct Step {
     const Product* products;
     int product_count;
     ApplyUpdate apply;
+    ApplyOptions options;
 };
 
 namespace cpu {
@@ -125,7 +136,7 @@ const char* thread_runtime();
 // and threads meet once.
 Status products(Isa isa, const Product* list, int count, int threads);
 Status momentum_update(Isa isa, const MomentumUpdate& args, int threads);
-Status apply_update(Isa isa, const ApplyUpdate& args, int threads);
+Status apply_update(Isa isa, const ApplyUpdate& args, const ApplyOptions& options, int threads);
 Status fused_step(Isa isa, const Step& args, int threads);
 
 }  // namespace cpu
@@ -152,14 +163,6 @@ Result products(const Product* list, int count, DType dtype, Stream stream);
 Result momentum_update(const MomentumUpdate& args, DType dtype, double* partial, Stream stream);
 int64_t momentum_partials(const MomentumUpdate& args);
 
-// What a GPU may have beside cpu's ApplyUpdate.
-struct ApplyOptions {
-    const float* lr = nullptr;            // on the device, in place of ApplyUpdate::lr
-    const float* weight_decay = nullptr;  // on the device, in place of ApplyUpdate::weight_decay
-    bool cautious = false;             // decay only where update and parameter have the same sign (update * param >= 0)
-    bool stochastic_rounding = false;  // of bf16 parameters, by a counter: the same bits for the same seed
-    uint64_t seed = 0;
-};
 Result apply_update(const ApplyUpdate& args, const ApplyOptions& options, DType dtype, Stream stream);
 
 // A whole step in one launch, a block a matrix, where the smaller side is at most 128: X streams through twice, once

@@ -51,6 +51,11 @@ class ApplyUpdate:
         self, param: int, param_dtype: DType, x: tuple[int, ...], lr: float, weight_decay: float, ratio: int, /
     ) -> None: ...
 
+class ApplyOptions:
+    def __init__(
+        self, lr: int, weight_decay: int, cautious: bool, stochastic_rounding: bool, seed: int, first: int, /
+    ) -> None: ...
+
 class cpu:
     """Kernels for this processor (csrc/cpu)."""
 
@@ -69,7 +74,7 @@ class cpu:
     @staticmethod
     def momentum_update(isa: Isa, threads: int, update: MomentumUpdate, /) -> None: ...
     @staticmethod
-    def apply_update(isa: Isa, threads: int, update: ApplyUpdate, /) -> None: ...
+    def apply_update(isa: Isa, threads: int, update: ApplyUpdate, options: ApplyOptions, /) -> None: ...
     @staticmethod
     def fused_step(
         isa: Isa,
@@ -78,6 +83,7 @@ class cpu:
         momentum: MomentumUpdate,
         products: list[Product],
         apply: ApplyUpdate,
+        options: ApplyOptions,
         /,
     ) -> None: ...
 
@@ -86,11 +92,6 @@ class cuda:
 
     version: str  # of nvcc
     architectures: str  # compute capabilities without their point
-
-    class ApplyOptions:
-        def __init__(
-            self, lr: int, weight_decay: int, cautious: bool, stochastic_rounding: bool, seed: int, /
-        ) -> None: ...
 
     @staticmethod
     def products(products: list[Product], dtype: DType, stream: int, /) -> None: ...

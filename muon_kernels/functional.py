@@ -10,7 +10,7 @@ import math
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from itertools import repeat
+from itertools import accumulate, repeat
 from operator import eq
 from typing import Any, NamedTuple, cast
 
@@ -36,6 +36,7 @@ from .layout import (
 from .newton_schulz import ALGORITHMS, Blend, Square, squares_of
 from .plan import Bucket, plain_bucket, plan_bucket
 from .scaling import lr_ratio
+from .second_moment import normalize, of_rows, shape_of
 from .spectral import EXACT, check_power, schedule_of
 from .split import by_name, check_split, pieces
 
@@ -71,6 +72,8 @@ class Chunk(NamedTuple):
     momenta: Bundle | None
     grads: list[tuple[int, Layout]]
     ratios: array[float]  # one a matrix
+    second_moments: list[Tensor]  # none, or as `normalize` takes them
+    first: int  # matrices of the bucket in earlier chunks
 
 
 class Plain(NamedTuple):
@@ -84,13 +87,18 @@ class Plain(NamedTuple):
 
 
 class Work(NamedTuple):
-    """A bucket with all that is settled before a step; `notes` is `Plan`'s."""
+    """A bucket with all that is settled before a step; `notes` is `Plan`'s.
+
+    `number` is that of its first matrix among all of the group, which are counted as the parameters come.
+    """
 
     bucket: Bucket
     notes: tuple[str, ...]
     schedule: Schedule
     device: torch.device
     chunks: list[Chunk]
+    second_moment: str | None = None
+    number: int = 0
 
 
 class Prepared(NamedTuple):
@@ -110,7 +118,10 @@ class Prepared(NamedTuple):
 
 
 class Scalars(NamedTuple):
-    """What may change from step to step; see `Muon`. A negative grad_scale ascends."""
+    """What may change from step to step; see `Muon`. A negative grad_scale ascends.
+
+    `seed` is None without stochastic rounding; the matrices of a group take those from it on, as `Work` numbers them.
+    """
 
     lr: float | Tensor
     weight_decay: float | Tensor
@@ -119,15 +130,21 @@ class Scalars(NamedTuple):
     dampened: bool
     eps: float
     grad_scale: float
+    cautious: bool = False
+    beta2: float = 0.0
+    seed: int | None = None
 
     def of_momentum(self) -> dict[str, Any]:
         """What `momentum_update` takes."""
         names = ("momentum", "nesterov", "dampened", "grad_scale", "eps")
         return {name: getattr(self, name) for name in names}
 
-    def of_update(self) -> dict[str, Any]:
-        """What `apply_update` takes."""
-        return {"lr": _scalar(self.lr), "weight_decay": _scalar(self.weight_decay)}
+    def of_update(self, number: int, first: int) -> dict[str, Any]:
+        """What `apply_update` takes for a chunk, from its place in its bucket, and the bucket's."""
+        update = {"lr": as_scalar(self.lr), "weight_decay": as_scalar(self.weight_decay), "cautious": self.cautious}
+        if self.seed is not None:
+            update |= {"stochastic_rounding": True, "seed": self.seed + number, "first": first}
+        return update
 
 
 class Stacks(NamedTuple):
@@ -310,24 +327,50 @@ def check_apart(tensors: Sequence[tuple[str, Tensor]]) -> None:
         )
 
 
+def check_second_moment(name: str, V: Any, form: str, p: Tensor, flatten: bool | None) -> None:
+    """Raise ValueError or TypeError unless V can be the second moment of `p`."""
+    check_dense(name, V)
+    expected = shape_of(form, p.shape, flatten)
+    if V.shape != expected or V.dtype != torch.float32:
+        raise ValueError(
+            f"{name} should be of size {expected} and float32 for second_moment={form!r} but is of size "
+            f"{tuple(V.shape)} and {str(V.dtype).removeprefix('torch.')}; delete it from the state to start anew"
+        )
+
+
+def check_rounding(p: Tensor) -> None:
+    """Raise TypeError unless a parameter is of the dtype that is rounded stochastically."""
+    if p.dtype != torch.bfloat16:
+        raise TypeError(
+            f"stochastic_rounding is of torch.bfloat16 parameters but one is of: {p.dtype}; "
+            "put it into a group with stochastic_rounding=False"
+        )
+
+
 def _check_operands(p: Tensor, g: Tensor, buffer: Tensor | None) -> None:
     for name, t in (("gradient", g), *([] if buffer is None else [("momentum_buffer", buffer)])):
         check_dense(name, t)
         check_like(name, t, p)
-        if t.device != p.device:
-            raise ValueError(f"{name} should be on the parameter's device {p.device} but is on: {t.device}")
+        _check_device(name, t, p)
 
 
-def _scalar(x: float | Tensor) -> float | Tensor:
+def _check_device(name: str, t: Tensor, p: Tensor) -> None:
+    if t.device != p.device:
+        raise ValueError(f"{name} should be on the parameter's device {p.device} but is on: {t.device}")
+
+
+def as_scalar(x: float | Tensor) -> float | Tensor:
+    """A float, or a tensor without dimensions if only a device knows the number."""
     return float(x) if options.on_host(x) else cast(Tensor, x).reshape(())
 
 
-def signature(p: Tensor, g: Tensor, buffer: Tensor | None) -> tuple[object, ...]:
+def signature(p: Tensor, g: Tensor, buffer: Tensor | None, moment: Tensor | None = None) -> tuple[object, ...]:
     """All that `prepare` looks at: where a parameter's tensors lie and what they are; not the gradient's address.
 
-    The momentum buffer is the optimizer's own: it may be moved or replaced, but not seen otherwise.
+    Momentum buffer and second moment are the optimizer's own: they may be moved or replaced, but not seen otherwise.
     """
     return (
+        moment if moment is None else (id(moment), moment.data_ptr()),
         p.data_ptr(),
         p.shape,
         p.stride(),
@@ -357,6 +400,9 @@ def prepare(
     backend: str = "auto",
     max_workspace_bytes: int | None = None,
     workspace_dtype: torch.dtype = torch.bfloat16,
+    second_moment: str | None = None,
+    stochastic_rounding: bool = False,
+    moments: Sequence[Tensor] = (),
 ) -> Prepared:
     """Everything that steps of one group have in common; nothing is written.
 
@@ -366,19 +412,25 @@ def prepare(
         momentum_bufs: one a parameter; None: the direction is the gradient.
         splits: what each parameter is cut to, see `muon_kernels.split`; None leaves all whole.
         ns_coefficients, ns_steps, power, adjust_lr_fn, flatten, ns_algorithm, backend, max_workspace_bytes,
-            workspace_dtype: see `Muon`.
+            workspace_dtype, second_moment, stochastic_rounding: see `Muon`.
+        moments: with a second_moment, one a parameter.
 
     Raises:
         ValueError, TypeError: an operand or an option that cannot be used, with what was expected.
         RuntimeError: a named backend that cannot run here.
     """
     schedule = schedule_for(ns_coefficients, ns_steps, power)
+    for p, V in zip(params, moments, strict=bool(moments)):
+        check_second_moment("second_momentum_buffer", V, cast(str, second_moment), p, flatten)
+        _check_device("second_momentum_buffer", V, p)
     by_kind: dict[Kind, list[tuple[int, int]]] = {}
     ratios: list[float] = []
     cuts: list[tuple[int, tuple[int, ...], Piece | None]] = []
     buffers = momentum_bufs if momentum_bufs is not None else [None] * len(params)
     for index, (p, g, buffer) in enumerate(zip(params, grads, buffers, strict=True)):
         _check_operands(p, g, buffer)
+        if stochastic_rounding:
+            check_rounding(p)
         order = column_order(p.shape, p.stride()) if flattens(p.shape, flatten) else ()
         for piece in _pieces(p, flatten, order, splits[index] if splits else None):
             count, rows, cols = split_shape(p.shape, flatten, piece)
@@ -387,7 +439,11 @@ def prepare(
             kind = Kind(min(rows, cols), max(rows, cols), p.device, g.dtype, momentum_dtype, p.dtype)
             by_kind.setdefault(kind, []).append((len(cuts), count))
             cuts.append((index, order, piece))
-    check_apart([("parameter", p) for p in params] + [("momentum_buffer", b) for b in momentum_bufs or ()])
+    check_apart(
+        [("parameter", p) for p in params]
+        + [("momentum_buffer", b) for b in momentum_bufs or ()]
+        + [("second_momentum_buffer", V) for V in moments]
+    )
 
     prepared = Prepared([], [], [], [], set())
     if power == 1 and momentum_bufs is not None:
@@ -413,6 +469,10 @@ def prepare(
         if at is not None:
             prepared.grad_copies.append((index, at, grad.tensor.view_as(at.of(g))))
 
+    seconds: list[_Source] = []
+    if second_moment == "element":
+        seconds = [_seen(moments[index], flatten, order, piece, prepared.copies) for index, order, piece in cuts]
+    numbers = [0, *accumulate(split_shape(params[index].shape, flatten, piece)[0] for index, _, piece in cuts)]
     for kind, counts in by_kind.items():
         dtypes = (kind.grad_dtype, kind.momentum_dtype, kind.param_dtype)
         name, notes = backends.choose(backend, kind.device, dtypes, workspace_dtype, (kind.rows, kind.cols))
@@ -427,10 +487,15 @@ def prepare(
             bytes_per_element=_bytes_per_element(kind, momentum_bufs is not None),
             direction_bytes=kind.grad_dtype.itemsize + kind.momentum_dtype.itemsize,
             stepped=momentum_bufs is not None,
+            second_moment=second_moment,
+            stochastic_rounding=stochastic_rounding,
         )
-        chunks = []
+        if second_moment is not None:
+            notes += (f"second_moment={second_moment!r} goes over an update twice more, and no step with it is fused",)
+        chunks: list[Chunk] = []
         for parts in _deal(counts, bucket.chunks):
-            chunk = Chunk(Bundle(), Bundle() if momentum_bufs is not None else None, [], array("d"))
+            first, momenta = sum(bucket.chunks[: len(chunks)]), Bundle() if momentum_bufs is not None else None
+            chunk = Chunk(Bundle(), momenta, [], array("d"), [], first)
             for part in parts:
                 param, momentum, grad, read = sources[part.piece]
                 chunk.params.append(Matrices(param.tensor, param.layout(part)))
@@ -438,8 +503,15 @@ def prepare(
                     chunk.momenta.append(Matrices(momentum.tensor, momentum.layout(part)))
                 chunk.grads.append((read, grad.layout(part)))
                 chunk.ratios.extend([ratios[part.piece]] * (part.stop - part.start))
+                if second_moment == "element":
+                    moment = seconds[part.piece]
+                    chunk.second_moments.append(Matrices(moment.tensor, moment.layout(part)).view())
+                elif second_moment is not None:
+                    V, transposed = moments[cuts[part.piece][0]], param.layout(part).transposed
+                    chunk.second_moments.append(of_rows(V, part.start, part.stop, transposed))
             chunks.append(chunk)
-        prepared.works.append(Work(bucket, notes, schedule, kind.device, chunks))
+        number = numbers[counts[0][0]]
+        prepared.works.append(Work(bucket, notes, schedule, kind.device, chunks, second_moment, number))
     return prepared
 
 
@@ -455,6 +527,8 @@ SETTLED = (
     "backend",
     "max_workspace_bytes",
     "workspace_dtype",
+    "second_moment",
+    "stochastic_rounding",
 )
 
 
@@ -518,27 +592,30 @@ class Preparations:
         momentum_bufs: Sequence[Tensor] | None,
         options: dict[str, Any],
         cuts: Callable[[], Sequence[str | None]],
+        moments: Sequence[Tensor] = (),
     ) -> Prepared:
         """`prepare` for the group `key`, with its options in SETTLED, or what it said before.
 
         Args:
             cuts: for the parameters, what follows from the option `split`.
+            moments: with a second_moment, one a parameter.
         """
         settled = self._settled.get(key)
         buffers = repeat(None) if momentum_bufs is None else momentum_bufs
+        operands = (params, grads, buffers, moments) if moments else (params, grads, buffers)
         # Signatures are compared one by one: a list of them would set off the garbage collector at every step.
         if (
             settled is None
             or settled.options != options
             or settled.threads != torch.get_num_threads()
             or len(settled.signatures) != len(params)
-            or not all(map(eq, map(signature, params, grads, buffers), settled.signatures))
+            or not all(map(eq, map(signature, *operands), settled.signatures))
         ):
-            signatures = list(map(signature, params, grads, buffers))
+            signatures = list(map(signature, *operands))
             # Copies: a list of coefficients and a dict of splits may be changed in place.
             kept = {**options, **{key: deepcopy(options[key]) for key in ("ns_coefficients", "split")}}
             taken = {key: value for key, value in options.items() if key != "split"}
-            prepared = prepare(params, grads, momentum_bufs, splits=cuts(), **taken)
+            prepared = prepare(params, grads, momentum_bufs, splits=cuts(), moments=moments, **taken)
             settled = self._settled[key] = _Settled(kept, torch.get_num_threads(), signatures, prepared)
         return settled.prepared
 
@@ -591,12 +668,14 @@ def _fused_step(work: Work, chunk: Chunk, grads: Sequence[Matrices], workspace: 
         triples=schedule.triples,
         **scalars.of_momentum(),
         margin=schedule.margin,
-        **scalars.of_update(),
+        **scalars.of_update(work.number, chunk.first),
         ratios=chunk.ratios,
     )
 
 
-def _step(work: Work, grads: Sequence[Tensor], workspace: Workspace, scalars: Scalars) -> None:
+def _step(
+    work: Work, grads: Sequence[Tensor], workspace: Workspace, scalars: Scalars, rehearsing: bool = False
+) -> None:
     ops = backends.get(work.bucket.backend)
     for chunk in work.chunks:
         directions = [Matrices(grads[index], at) for index, at in chunk.grads]
@@ -604,7 +683,9 @@ def _step(work: Work, grads: Sequence[Tensor], workspace: Workspace, scalars: Sc
             _fused_step(work, chunk, directions, workspace, scalars)
         else:
             result = _iterate(work, directions, chunk.momenta, workspace, scalars)
-            ops.apply_update(chunk.params, result, **scalars.of_update(), ratios=chunk.ratios)
+            if work.second_moment is not None and not rehearsing:
+                normalize(work.second_moment, result, chunk.second_moments, scalars.beta2)
+            ops.apply_update(chunk.params, result, **scalars.of_update(work.number, chunk.first), ratios=chunk.ratios)
 
 
 def _plain_step(plain: Plain, grad: Tensor, scalars: Scalars) -> None:
@@ -652,16 +733,22 @@ def ready(prepared: Prepared, grads: Sequence[Tensor], scalars: Scalars, workspa
     """Allocate what `execute` needs and have backends get ready what they will run; the last thing that may raise."""
     for work in prepared.works:
         workspace.reserve(work.device, work.bucket.workspace_bytes)
+        if scalars.seed is not None and work.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a step with stochastic_rounding should not be captured in a graph, of which every replay would round "
+                "by the same random bits; step outside of it"
+            )
     seen = [*grads, *(copy for _, _, copy in prepared.grad_copies)]
     # What `signature` does not have, and a kernel may be another for.
     on_host = options.on_host(scalars.lr), options.on_host(scalars.weight_decay)
     kind = scalars.nesterov, scalars.dampened, *on_host, *(i for i, g in enumerate(seen) if g.data_ptr() % 16)
+    kind = scalars.cautious, *kind
     if kind in prepared.rehearsed:
         return
     for work in prepared.works:
         if (rehearsal := backends.get(work.bucket.backend).rehearsal()) is not None:
             with rehearsal:
-                _step(work, seen, workspace, scalars)
+                _step(work, seen, workspace, scalars, rehearsing=True)
     prepared.rehearsed.add(kind)
 
 

@@ -20,10 +20,13 @@ from .functional import (
     Prepared,
     Scalars,
     Workspace,
+    as_scalar,
     check_apart,
     check_dense,
     check_like,
     check_matrices,
+    check_rounding,
+    check_second_moment,
     check_settled,
     execute,
     ready,
@@ -31,8 +34,17 @@ from .functional import (
     splits,
 )
 from .layout import split_shape
-from .options import check_eps, check_number
+from .options import (
+    check_eps,
+    check_fraction,
+    check_number,
+    check_relatives,
+    check_second_moment_form,
+    check_weight_decay_form,
+)
 from .plan import Plan, plan_for_shapes
+from .scaling import decayed
+from .second_moment import create
 from .split import pieces
 
 _KELLER = COEFFICIENTS[DEFAULT].triples[0]
@@ -61,7 +73,7 @@ class Muon(Optimizer):
             four or more a convolution, flattened to (first, all others); `flatten` decides otherwise. They may be
             slices of one tensor but not share an element.
         lr: learning rate, a number or a one-element tensor.
-        weight_decay: decoupled, multiplied by `lr` as it is, not by the adjusted one.
+        weight_decay: multiplied by `lr` as it is, not by the adjusted one; but see `weight_decay_form`.
         momentum: μ.
         nesterov: look one step ahead.
         ns_coefficients: one (a, b, c), a name of `muon_kernels.COEFFICIENTS`, or a list with one (a, b, c) a step.
@@ -86,6 +98,16 @@ class Muon(Optimizer):
         maximize: ascend.
         power: p in [0, 1]: the direction's singular values become σ^p and not 1; see `muon_kernels.spectral_power`.
             Above 0, `ns_coefficients`, `ns_steps` and `eps` are not used, and the update scales with the direction^p.
+        weight_decay_form: what of W decays in a step: "decoupled" lr·weight_decay; "independent" weight_decay, whatever
+            lr is; "scheduled" lr·weight_decay·lr/peak_lr, AdamC's and MuonC's (arXiv 2506.02285).
+        peak_lr: the largest `lr` of the schedule, for "scheduled"; None: the one that the group begins with.
+        cautious: decay only elements that the update moves towards zero, or not at all (arXiv 2510.12402).
+        stochastic_rounding: round parameters, which must be bf16 then, up or down with the probabilities that make the
+            mean exact. The same steps, from a checkpoint or not, have the same random bits, on every backend.
+        second_moment: divide NS(D) by the root of a running mean of its squares and keep its norm: "neuron" of each
+            row, NorMuon's (arXiv 2510.05491), or "element" of each element, AdaMuon's (arXiv 2507.11005, without the
+            sign that it takes of the momentum); both papers scale as adjust_lr_fn="match_rms_adamw" does.
+        beta2: β₂ of that mean.
 
     Raises:
         ValueError, TypeError: an argument that cannot be used, with what was expected.
@@ -116,6 +138,12 @@ class Muon(Optimizer):
         momentum_dtype: torch.dtype | None = None,
         maximize: bool = False,
         power: float = 0.0,
+        weight_decay_form: str = "decoupled",
+        peak_lr: float | Tensor | None = None,
+        cautious: bool = False,
+        stochastic_rounding: bool = False,
+        second_moment: str | None = None,
+        beta2: float = 0.95,
     ) -> None:
         """Check everything and set nothing aside yet: momentum buffers come with the first gradients."""
         defaults = {
@@ -137,6 +165,12 @@ class Muon(Optimizer):
             "momentum_dtype": momentum_dtype,
             "maximize": maximize,
             "power": power,
+            "weight_decay_form": weight_decay_form,
+            "peak_lr": peak_lr,
+            "cautious": cautious,
+            "stochastic_rounding": stochastic_rounding,
+            "second_moment": second_moment,
+            "beta2": beta2,
         }
         _check_options(defaults)
         if ns_steps is NS_STEPS:  # a checkpoint must hold a plain number
@@ -159,11 +193,12 @@ class Muon(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            unknown = set(group) - set(self.defaults) - {"params", "param_names", "initial_lr", "use_muon"}
+            unknown = set(group) - set(self.defaults) - {"params", "param_names", "initial_lr", "use_muon", "step"}
             if unknown:
                 raise ValueError(
                     f"group options should be among {sorted(self.defaults)} but include: {sorted(unknown)}"
                 )
+            _set_peak_lr(group)
             _check_options(group)
             if len(set(group["params"])) < len(group["params"]):
                 raise ValueError("every parameter of a group should be there once but some are repeated")
@@ -171,6 +206,8 @@ class Muon(Optimizer):
                 group["split"] = dict(group["split"])  # which any checkpoint can hold
             for p, split in splits(group):
                 check_matrices("parameter", p, _ADAMW_HINT)
+                if group["stochastic_rounding"]:
+                    check_rounding(p)
                 cut = [split_shape(p.shape, group["flatten"], x) for x in pieces(p.shape, group["flatten"], split)]
                 plan_for_shapes(
                     [(rows, cols, count) for count, rows, cols in cut],
@@ -196,26 +233,35 @@ class Muon(Optimizer):
 
     def _prepare(
         self, group: dict[str, Any], grad_of: Callable[[Tensor], Tensor | None]
-    ) -> tuple[Prepared, list[Tensor], dict[Tensor, Tensor]]:
-        """What a step of this group does, its gradients, and the momentum buffers that it would add to the state."""
+    ) -> tuple[Prepared, list[Tensor], list[tuple[Tensor, str, Tensor]]]:
+        """What a step of this group does, its gradients, and what it would add to the state."""
         _check_options(group)
-        params, grads, buffers = [], [], []
-        new: dict[Tensor, Tensor] = {}
+        params, grads, buffers, moments = [], [], [], []
+        new: list[tuple[Tensor, str, Tensor]] = []
         nothing: dict[str, Any] = {}
+        form = group["second_moment"]
         for p in group["params"]:
             grad = grad_of(p)
             if grad is None:
                 continue
-            buffer = self.state.get(p, nothing).get("momentum_buffer")
+            state = self.state.get(p, nothing)
+            buffer = state.get("momentum_buffer")
             if buffer is None:
                 dtype = group["momentum_dtype"] or grad.dtype
-                buffer = new[p] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+                buffer = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+                new.append((p, "momentum_buffer", buffer))
+            if form is not None:
+                moment = state.get("second_momentum_buffer")
+                if moment is None:
+                    moment = create(form, p, group["flatten"])
+                    new.append((p, "second_momentum_buffer", moment))
+                moments.append(moment)
             params.append(p)
             grads.append(grad)
             buffers.append(buffer)
         cuts = lambda: [split for p, split in splits(group) if grad_of(p) is not None]
         options = {key: group[key] for key in SETTLED}
-        return self._prepared.get(id(group), params, grads, buffers, options, cuts), grads, new
+        return self._prepared.get(id(group), params, grads, buffers, options, cuts, moments), grads, new
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -250,21 +296,25 @@ class Muon(Optimizer):
             prepared = [self._prepare(group, attrgetter("grad")) for group in self.param_groups]
             scalars = [
                 Scalars(
-                    group["lr"],
-                    group["weight_decay"],
+                    *_lr_and_decay(group),
                     group["momentum"],
                     group["nesterov"],
                     group["dampened"],
                     group["eps"],
                     -grad_scale if group["maximize"] else grad_scale,
+                    group["cautious"],
+                    group["beta2"],
+                    _seed(group, i) if group["stochastic_rounding"] else None,
                 )
-                for group in self.param_groups
+                for i, group in enumerate(self.param_groups)
             ]
             for (decided, grads, _), numbers in zip(prepared, scalars, strict=True):
                 ready(decided, grads, numbers, self._workspace)
-        for (decided, grads, new), numbers in zip(prepared, scalars, strict=True):
-            for p, buffer in new.items():
-                self.state[p]["momentum_buffer"] = buffer
+        for group, (decided, grads, new), numbers in zip(self.param_groups, prepared, scalars, strict=True):
+            for p, key, tensor in new:
+                self.state[p][key] = tensor
+            if numbers.seed is not None:
+                group["step"] = group.get("step", 0) + 1
             execute(decided, grads, numbers, self._workspace)
         return loss
 
@@ -286,6 +336,7 @@ class Muon(Optimizer):
             for key, value in self.defaults.items():
                 if key != "differentiable":  # torch puts this one into the defaults
                     group.setdefault(key, value)
+            _set_peak_lr(group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class or of torch.optim.Muon, momentum in the precision in which it was saved.
@@ -298,6 +349,7 @@ class Muon(Optimizer):
         saved, groups = state_dict["param_groups"], self.param_groups
         for group in saved:
             _check_options({**self.defaults, **group})
+        state_of = dict(states)
         if [len(group["params"]) for group in saved] == [len(own["params"]) for own in groups]:  # else torch raises
             # What torch.optim.Muon saved has no split, and the default would not be the group's own.
             saved = [{"split": own["split"], **group} for own, group in zip(groups, saved, strict=True)]
@@ -306,10 +358,15 @@ class Muon(Optimizer):
                 loaded = {**own, **self.defaults, **group, "params": own["params"]}
                 for p, split in splits(loaded):
                     pieces(p.shape, loaded["flatten"], split)
+                    V, form = state_of.get(p, {}).get("second_momentum_buffer"), loaded["second_moment"]
+                    if V is not None and form is not None:
+                        check_second_moment("second_momentum_buffer", V, form, p, loaded["flatten"])
         super().load_state_dict(state_dict)
-        # torch casts state to the parameter's dtype, which would round an fp32 momentum of bf16 parameters.
+        # torch casts state to the parameter's dtype, which would round what is fp32 with bf16 parameters.
         for p, state in states:
-            self.state[p]["momentum_buffer"] = state["momentum_buffer"].detach().to(p.device, copy=True)
+            for key in ("momentum_buffer", "second_momentum_buffer"):
+                if key in state:
+                    self.state[p][key] = state[key].detach().to(p.device, copy=True)
 
 
 def check_checkpoint(
@@ -357,8 +414,26 @@ def check_state(of: str, p: Tensor, state: Mapping[str, Any], moments: Sequence[
         check_like(key + of, state[key], p)
 
 
+def _set_peak_lr(group: dict[str, Any]) -> None:
+    if group["peak_lr"] is None:
+        lr = group.get("initial_lr", group["lr"])  # a scheduler may have lowered lr to warm up
+        group["peak_lr"] = lr.clone() if isinstance(lr, Tensor) else lr
+
+
+def _lr_and_decay(group: dict[str, Any]) -> tuple[float | Tensor, float | Tensor]:
+    lr, weight_decay, form = group["lr"], group["weight_decay"], group["weight_decay_form"]
+    if form == "decoupled":
+        return lr, weight_decay
+    return decayed(form, as_scalar(lr), as_scalar(weight_decay), as_scalar(group["peak_lr"]))
+
+
+def _seed(group: dict[str, Any], index: int) -> int:
+    """Of a step's stochastic rounding; 2^24 matrices of a group and 2^32 steps have their own."""
+    return (int(group.get("step", 0)) << 32) + (index << 24)
+
+
 def _check_options(options: dict[str, Any]) -> None:
-    for key in ("nesterov", "dampened", "maximize"):
+    for key in ("nesterov", "dampened", "maximize", "cautious", "stochastic_rounding"):
         if not isinstance(options[key], bool):
             raise TypeError(f"{key} should be True or False but is: {options[key]!r}")
     if isinstance(options["lr"], Tensor) and options["lr"].numel() != 1:
@@ -366,6 +441,10 @@ def _check_options(options: dict[str, Any]) -> None:
     check_number("Learning rate", options["lr"])
     check_number("momentum", options["momentum"])
     check_number("weight decay", options["weight_decay"])
+    check_weight_decay_form(options["weight_decay_form"], options["peak_lr"])
+    check_second_moment_form(options["second_moment"])
+    check_fraction("beta2", options["beta2"])
+    check_relatives(options)
     check_eps(options["eps"])
     check_settled(options)
     dtype = options["momentum_dtype"]

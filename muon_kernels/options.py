@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .newton_schulz import ALGORITHMS
+from .scaling import WEIGHT_DECAY_FORMS
+from .second_moment import FORMS
 
 
 def on_host(value: Any) -> bool:
@@ -18,6 +21,8 @@ def on_host(value: Any) -> bool:
 
 def check_number(name: str, value: Any) -> None:
     """Raise unless `value` is a finite number >= 0, or a tensor of one; on a device only its size is looked at."""
+    if type(value) is float and 0.0 <= value < math.inf:  # which it nearly always is, in every step
+        return
     if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
         raise TypeError(f"{name} should be a number but is: {value!r}")
     if isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex()):
@@ -36,6 +41,52 @@ def check_eps(eps: Any) -> None:
     check_number("eps", eps)
     if eps >= 1:
         raise ValueError(f"eps should be < 1, the smallest norm that it is compared with, but is: {eps}")
+
+
+def check_fraction(name: str, value: Any) -> None:
+    """Raise unless `value` is in [0, 1)."""
+    check_number(name, value)
+    if value >= 1:
+        raise ValueError(f"{name} should be < 1 but is: {value}")
+
+
+def check_choice(name: str, value: Any, among: Collection[Any]) -> None:
+    """Raise ValueError unless `value` is one of those that there are."""
+    if not isinstance(value, (str, type(None))) or value not in among:
+        raise ValueError(f"{name} should be one of {', '.join(map(repr, among))} but is: {value!r}")
+
+
+def check_weight_decay_form(form: Any, peak_lr: Any) -> None:
+    """Raise unless there is such a form, and it has the `peak_lr` that it needs; None is one to come."""
+    check_choice("weight_decay_form", form, WEIGHT_DECAY_FORMS)
+    if peak_lr is not None:
+        check_number("peak_lr", peak_lr)
+    if form == "scheduled" and on_host(peak_lr) and peak_lr == 0:
+        raise ValueError(
+            "peak_lr should be > 0 for weight_decay_form='scheduled' but is: 0; give the largest lr of the schedule"
+        )
+
+
+SECOND_MOMENTS = (None, *FORMS)
+
+
+def check_relatives(group: Mapping[str, Any]) -> None:
+    """Raise ValueError where options of a group do not go together."""
+    power, form = group["power"], group["second_moment"]
+    if form is not None and power != 0:
+        raise ValueError(f"second_moment should be None where power is not 0 but they are: {form!r} and {power}")
+    if power == 1 and (group["cautious"] or group["stochastic_rounding"]):
+        raise ValueError("cautious and stochastic_rounding should be False where power is 1, which is SGD in torch")
+    split = group["split"]
+    if form == "neuron" and any(split.values() if isinstance(split, Mapping) else (split,)):
+        raise ValueError(
+            f"second_moment should be None or 'element' where parameters are split but is 'neuron' with split={split!r}"
+        )
+
+
+def check_second_moment_form(form: Any) -> None:
+    """Raise ValueError unless there is such a second moment, or it is None."""
+    check_choice("second_moment", form, SECOND_MOMENTS)
 
 
 def check_algorithm(name: Any) -> None:

@@ -18,6 +18,7 @@ from . import backends
 from .coefficients import DEFAULT, Schedule, resolve
 from .newton_schulz import ALGORITHMS, Blend, Square, squares_of
 from .options import check_algorithm, check_workspace, check_workspace_dtype
+from .second_moment import FORMS
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Bucket:
         flops: FLOPs that are executed, 2 a multiply-add, all matrices.
         product_bytes: traffic of the products if each operand is read and each result written once; none if fused.
         bytes: traffic of prologue and epilogue: gradients, momenta and parameters read, momenta and parameters written,
-            and, unless fused, the workspace written and read once each. Where the backend reads twice, so counted.
+            and, unless fused, the workspace written and read once each. Where the backend reads twice, so counted; and
+            what a second moment takes.
         least_bytes: the same if everything were read once.
         workspace_bytes: of all slots.
     """
@@ -271,6 +273,8 @@ def plan_bucket(
     workspace_dtype: torch.dtype = torch.bfloat16,
     direction_bytes: int = 0,
     stepped: bool = True,
+    second_moment: str | None = None,
+    stochastic_rounding: bool = False,
 ) -> Bucket:
     """Plan `count_` matrices of one shape (m ≤ n) on a backend that was chosen.
 
@@ -285,6 +289,8 @@ def plan_bucket(
         workspace_dtype: torch.bfloat16 or torch.float16.
         direction_bytes: of these, what is read of an element for its direction; only counts where a step may be fused.
         stepped: whether parameters are updated, so that a whole step may be fused.
+        second_moment: see `Muon`; it comes between iteration and update, so that no step is fused.
+        stochastic_rounding: see `Muon`; not every backend's fused step can.
 
     Raises:
         ValueError, TypeError: an algorithm or a dtype that there is not, a cap that is none or holds no matrix.
@@ -301,7 +307,9 @@ def plan_bucket(
     each = workspace_bytes(backend, algorithm, m, n, schedule)
     ops = backends.get(backend)
     cap = ops.default_workspace_bytes() if max_workspace_bytes is None else max_workspace_bytes
-    fused = ops.fused_plan(m, n, count_, schedule) if stepped and not schedule.weights else None
+    fused = None
+    if stepped and second_moment is None and not schedule.weights:
+        fused = ops.fused_plan(m, n, count_, schedule, stochastic_rounding)
     if fused is not None and fused.slots * each > cap:
         fused = None
     launches, flops, product_bytes = _count_on(backend, algorithm, m, n, schedule)
@@ -316,6 +324,10 @@ def plan_bucket(
         chunks = chunk_counts(count_, each, max_workspace_bytes, backend)
         slots, launches = max(chunks), sum(launches + ops.update_launches(chunk) for chunk in chunks)
         bytes_ = least_bytes = elements * (bytes_per_element + 2 * workspace_dtype.itemsize)
+        if second_moment is not None:
+            extra = FORMS[second_moment]
+            launches += extra.launches * len(chunks)
+            bytes_ += elements * (extra.visits * workspace_dtype.itemsize + extra.state_bytes)
     return Bucket(
         shape=shape,
         count=count_,

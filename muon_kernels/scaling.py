@@ -1,8 +1,10 @@
-"""How the learning rate of a matrix follows from its shape."""
+"""How the learning rate of a matrix follows from its shape, and weight decay from the learning rate."""
 
 import math
 from collections.abc import Callable
 from numbers import Real
+
+from torch import Tensor
 
 AdjustLr = Callable[[int, int], float]
 
@@ -45,3 +47,32 @@ def lr_ratio(adjust_lr_fn: str | AdjustLr | None, rows: int, cols: int) -> float
     if not 0.0 <= ratio < math.inf:
         raise ValueError(f"adjust_lr_fn({rows}, {cols}) should return a finite number >= 0 but returned: {ratio}")
     return float(ratio)
+
+
+Number = float | Tensor
+
+# What of a parameter decays in a step, from (lr, weight_decay, peak_lr).
+WEIGHT_DECAY_FORMS = (
+    "decoupled",  # lr·weight_decay: https://arxiv.org/abs/1711.05101 as torch writes it
+    "independent",  # weight_decay, whatever lr is: the same as its authors write it
+    "scheduled",  # lr·weight_decay·lr/peak_lr, AdamC and MuonC: https://arxiv.org/abs/2506.02285
+)
+
+
+def decayed(form: str, lr: Number, weight_decay: Number, peak_lr: Number) -> tuple[Number, Number]:
+    """The (lr, weight_decay) whose product is what decays in a form; backends know no other.
+
+    Tensors stay on their device, and nothing waits for them.
+
+    Args:
+        form: in WEIGHT_DECAY_FORMS.
+        lr: of this step. "independent" decays at 0 too: there lr is at least 1e-30, which no update shows.
+        weight_decay: as the user gave it.
+        peak_lr: the largest lr of the schedule.
+    """
+    if form == "independent":
+        lr = lr.clamp(min=1e-30) if isinstance(lr, Tensor) else max(lr, 1e-30)
+        return lr, weight_decay / lr
+    if form == "scheduled":
+        return lr, weight_decay * lr / peak_lr
+    return lr, weight_decay

@@ -140,14 +140,27 @@ PYBIND11_MODULE(_C, m) {
                                        at<const double>(ratio)};
             })
         );
-    cpu.def("apply_update", [](mk::cpu::Isa isa, int threads, const mk::ApplyUpdate& u) {
-        py::gil_scoped_release release;
-        check(mk::cpu::apply_update(isa, u, threads), "apply_update");
-    });
+    py::class_<mk::ApplyOptions>(m, "ApplyOptions", py::module_local())
+        .def(
+            py::init([](int64_t lr, int64_t weight_decay, bool cautious, bool stochastic_rounding, uint64_t seed,
+                        int64_t first) {
+                return mk::ApplyOptions{
+                    at<const float>(lr), at<const float>(weight_decay), cautious, stochastic_rounding, seed, first
+                };
+            })
+        );
+    cpu.def(
+        "apply_update",
+        [](mk::cpu::Isa isa, int threads, const mk::ApplyUpdate& u, const mk::ApplyOptions& options) {
+            py::gil_scoped_release release;
+            check(mk::cpu::apply_update(isa, u, options, threads), "apply_update");
+        }
+    );
     cpu.def(
         "fused_step", [](mk::cpu::Isa isa, int threads, int64_t count, const mk::MomentumUpdate& momentum,
-                         const std::vector<mk::Product>& products, const mk::ApplyUpdate& apply) {
-            const mk::Step step{count, momentum, products.data(), static_cast<int>(products.size()), apply};
+                         const std::vector<mk::Product>& products, const mk::ApplyUpdate& apply,
+                         const mk::ApplyOptions& options) {
+            const mk::Step step{count, momentum, products.data(), static_cast<int>(products.size()), apply, options};
             py::gil_scoped_release release;
             check(mk::cpu::fused_step(isa, step, threads), "fused_step");
         }
@@ -157,12 +170,6 @@ PYBIND11_MODULE(_C, m) {
     py::module_ cuda = m.def_submodule("cuda", "Kernels for NVIDIA GPUs.");
     cuda.attr("version") = MUON_KERNELS_CUDA_VERSION;
     cuda.attr("architectures") = MUON_KERNELS_CUDA_ARCHS;
-    py::class_<mk::cuda::ApplyOptions>(cuda, "ApplyOptions", py::module_local())
-        .def(py::init([](int64_t lr, int64_t weight_decay, bool cautious, bool stochastic_rounding, uint64_t seed) {
-            return mk::cuda::ApplyOptions{
-                at<const float>(lr), at<const float>(weight_decay), cautious, stochastic_rounding, seed
-            };
-        }));
     cuda.def("products", [](const std::vector<mk::Product>& list, mk::DType dtype, int64_t stream) {
         check(mk::cuda::products(list.data(), static_cast<int>(list.size()), dtype, stream_at(stream)), "products");
     });
@@ -175,14 +182,14 @@ PYBIND11_MODULE(_C, m) {
     });
     cuda.def(
         "apply_update",
-        [](const mk::ApplyUpdate& u, const mk::cuda::ApplyOptions& options, mk::DType dtype, int64_t stream) {
+        [](const mk::ApplyUpdate& u, const mk::ApplyOptions& options, mk::DType dtype, int64_t stream) {
             check(mk::cuda::apply_update(u, options, dtype, stream_at(stream)), "apply_update");
         }
     );
     cuda.def(
         "fused_step",
         [](int64_t count, int64_t rows, int64_t cols, const mk::MomentumUpdate& momentum, const mk::ApplyUpdate& apply,
-           const std::vector<float>& coefficients, int terms, const mk::cuda::ApplyOptions& options, int64_t stream) {
+           const std::vector<float>& coefficients, int terms, const mk::ApplyOptions& options, int64_t stream) {
             const mk::cuda::FusedStep step{
                 count, rows, cols, momentum, apply, coefficients.data(), static_cast<int>(coefficients.size() / 3),
                 terms

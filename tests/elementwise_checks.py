@@ -52,6 +52,7 @@ class Implementation(Protocol):
         cautious: bool = False,
         stochastic_rounding: bool = False,
         seed: int = 0,
+        first: int = 0,
     ) -> None: ...
 
     def options(self, **options: Any) -> AbstractContextManager[None]:
@@ -355,6 +356,7 @@ def test_stochastic_rounding_depends_on_seed_and_place_alone(verbs: Implementati
     assert not any(map(torch.equal, bits, stochastic(verbs, params, 6, X)))
     same = stochastic(verbs, [params[0]] * 3, 5, X[:1].expand(3, -1, -1).contiguous())
     assert not torch.equal(same[0], same[1]), "two matrices share their random numbers"
+    assert all(map(torch.equal, bits[1:], stochastic(verbs, params[1:], 5, X[1:].clone(), first=1)))
 
 
 def test_stochastic_rounding_of_special_values(verbs: Implementation) -> None:

@@ -47,6 +47,7 @@ SPLIT = 'tests/test_split.py -k "native or not cpu"'
 PRODUCT_H, ELEMENTWISE_H = "csrc/cpu/product.h", "csrc/cpu/elementwise.h"
 TRANSPOSE_H, DISPATCH, PARALLEL = "csrc/cpu/transpose.h", "csrc/cpu/dispatch.cpp", "csrc/cpu/parallel.cpp"
 NATIVE_PY, NEWTON_SCHULZ = "muon_kernels/backends/native.py", "muon_kernels/newton_schulz.py"
+OPTIMIZER, MOMENT, SCALING = "muon_kernels/optimizer.py", "muon_kernels/second_moment.py", "muon_kernels/scaling.py"
 FUNCTIONAL, COEFFICIENTS_PY = "muon_kernels/functional.py", "muon_kernels/coefficients.py"
 LAYOUT, SPLIT_PY, OPTIMIZER = "muon_kernels/layout.py", "muon_kernels/split.py", "muon_kernels/optimizer.py"
 PARAM_GROUPS = "muon_kernels/param_groups.py"
@@ -58,6 +59,10 @@ def _product(name: str, old: str, new: str, tests: str = PRODUCTS) -> Mutant:
 
 def _elementwise(name: str, old: str, new: str) -> Mutant:
     return Mutant(name, ELEMENTWISE_H, old, new, ELEMENTWISE)
+
+
+def _relatives(name: str, old: str, new: str) -> Mutant:
+    return Mutant(name, ELEMENTWISE_H, old, new, 'tests/test_relatives.py -k "native and (everybodys or cautious)"')
 
 
 MUTANTS = [
@@ -249,7 +254,65 @@ MUTANTS = [
         "__builtin_ldexpf(1.0f, exponent - exponent / 2)",
         "__builtin_ldexpf(1.0f, exponent / 2)",
     ),
-    _elementwise("decay applied twice", "value[i] * decay)", "value[i] * decay * decay)"),
+    _elementwise("decay applied twice", "value[i] * factor)", "value[i] * factor * factor)"),
+    # Cautious decay and stochastic rounding.
+    _relatives("cautious: not where the update is zero", "change > 0x80000000u", "change >= 0x80000000u"),
+    _relatives("cautious: without the parameter's sign", "^ (bits & 0x80000000u);", "^ (bits & 0u);"),
+    _relatives("random bits: a column has its neighbour's", "32 * (row % 2) : 16 * (col % 2)", "32 * (row % 2) : 0"),
+    _relatives(
+        "random bits: rows walk on by columns", "along_rows ? 1 : blocks) * kStep", "true ? 1 : blocks) * kStep"
+    ),
+    _relatives("random bits: of the first matrix", "(options.first + matrix) *", "options.first *"),
+    Mutant("random bits: of the first matrix, in a fused step", DISPATCH, "options.first += matrix;", "", ELEMENTWISE),
+    *[
+        Mutant(name, file, old, new, f'tests/test_relatives.py -k "{tests}"')
+        for name, file, old, new, tests in [
+            ("random bits: buckets share them", FUNCTIONAL, "self.seed + number", "self.seed", "own_seed"),
+            ("random bits: chunks share them", FUNCTIONAL, '"first": first}', '"first": 0}', "buckets"),
+            ("random bits: steps share them", OPTIMIZER, 'group.get("step", 0) + 1', "0", "own_bits"),
+            ("random bits: groups share them", OPTIMIZER, " + (index << 24)", "", "buckets"),
+            (
+                "second moment: not scaled by it",
+                MOMENT,
+                "    _multiply(X, factor.mul_(kept))",
+                "    _multiply(X, kept)",
+                "test_second",
+            ),
+            ("second moment: norm not kept", MOMENT, "_multiply(X, _norm_kept(before, after))", "pass", "test_second"),
+            ("second moment: of zeros", MOMENT, ".masked_fill_(after == 0, 0.0)", "", "what_has_no"),
+            ("second moment: not stored", MOMENT, "    torch._foreach_copy_(", "    (lambda *_: None)(", "test_second"),
+            (
+                "second moment: rows of another matrix",
+                MOMENT,
+                "[start:stop]\n    return",
+                "[:stop - start]\n    return",
+                "test_second",
+            ),
+            (
+                "second moment: rounded on loading",
+                OPTIMIZER,
+                '("momentum_buffer", "second_momentum_buffer"):',
+                '("momentum_buffer",):',
+                "resumes",
+            ),
+            (
+                "second moment: in a stale plan",
+                FUNCTIONAL,
+                "moment if moment is None else (id(moment), moment.data_ptr())",
+                "None",
+                "does_not_fit",
+            ),
+            ("scheduled decay: without peak_lr", SCALING, "weight_decay * lr / peak_lr", "weight_decay * lr", "forms"),
+            (
+                "independent decay: times lr",
+                SCALING,
+                "return lr, weight_decay / lr",
+                "return lr, weight_decay",
+                "forms",
+            ),
+            ("independent decay: less at lr 0", SCALING, "else max(lr, 1e-30)", "else max(lr, 1e-3)", "forms"),
+        ]
+    ],
     _elementwise("step size of another matrix", "u.ratio[matrix]", "u.ratio[0]"),
     _elementwise("update with the wrong sign", "__builtin_fmaf(-step_size,", "__builtin_fmaf(step_size,"),
     _elementwise("weight decay not times lr", "1 - u.lr * u.weight_decay", "1 - u.weight_decay"),

@@ -85,6 +85,25 @@ def test_steps_are_those_of_the_other_backends(gpu: Gpu) -> None:
         assert float((p - q).norm()) < 0.06 * 0.2 * min(p.shape[-2:]) ** 0.5 * p[..., 0, 0].numel() ** 0.5
 
 
+def test_relatives_are_those_of_the_other_backends(gpu: Gpu) -> None:
+    """The same random bits among them. Stochastic rounding and second moments take steps apart that else are fused."""
+    results = []
+    for backend in (gpu.backend, "eager"):
+        params = [nn.Parameter(p.detach().bfloat16()) for p in make_params(gpu.device)]
+        options = {"cautious": True, "stochastic_rounding": True, "second_moment": "neuron"}
+        muon = Muon(params, lr=0.1, backend=backend, weight_decay_form="independent", **options)
+        for t in range(2):
+            for i, p in enumerate(params):
+                p.grad = make_grad(p, 10 * t + i).bfloat16()
+            muon.step()
+        assert {(b.backend, b.fused) for b in muon.plan().buckets} == {(backend, False)}
+        moments = [muon.state[p]["second_momentum_buffer"] for p in params]
+        results.append(([p.detach().float() for p in params], moments))
+    for p, V, q, W in zip(*results[0], *results[1], strict=True):
+        assert float((p - q).norm()) < 0.06 * 0.2 * min(p.shape[-2:]) ** 0.5 * p[..., 0, 0].numel() ** 0.5
+        assert float((V - W).norm() / W.norm()) < 0.06
+
+
 def test_a_step_with_a_split_is_that_of_the_parts(gpu: Gpu) -> None:
     """Parts as they lie in rows, in columns and in every second one, and copies where heads are interleaved."""
     cases: dict[str, Callable[[Tensor], list[Tensor]]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import bench_options
 import bench_products
 import bench_step
 import measure
@@ -105,3 +106,17 @@ def test_implementations_step_what_they_are_given() -> None:
         make(copies)()
         assert not any(torch.equal(p, c) for p, c in zip(params, copies, strict=True)), name
         assert all(isinstance(c, nn.Parameter) for c in copies)
+
+
+def test_options_are_measured_beside_a_step_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same parameters; the median of pairs, which a busy moment does not move."""
+    monkeypatch.setitem(bench_options.WORKLOADS, "tiny", [(6, 9, 2), (8, 4, 1)])
+    for option, options in bench_options.OPTIONS.items():
+        without, with_ = bench_options.times.__wrapped__("tiny", option)
+        assert len(without) == len(with_) == bench_options.ROUNDS
+        dtype = torch.bfloat16 if options.get("stochastic_rounding") else torch.float32
+        muon = bench_options.optimizer("tiny", dtype, **options)
+        assert all(p.dtype == dtype and muon.state[p] for p in muon.param_groups[0]["params"])
+    monkeypatch.setattr(bench_options, "times", lambda *_: ([1.0, 9.0, 2.0], [1.1, 9.0, 2.4]))
+    assert bench_options.cost("tiny", "cautious") == pytest.approx(10)
+    assert len(bench_options.LARGE) == 2

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from itertools import cycle
+from typing import Any
 
 import pytest
 import torch
@@ -231,10 +232,19 @@ def test_scale_of_what_has_no_norm(backend: str) -> None:
     ("nesterov", "dampened", "momentum_dtype"),
     [(True, True, torch.float32), (True, False, torch.bfloat16), (False, True, torch.bfloat16)],
 )
+@pytest.mark.parametrize(
+    "options", [{}, {"cautious": True, "stochastic_rounding": True, "seed": 5, "first": 2}], ids=len
+)
 @pytest.mark.parametrize("kind", LAYOUTS)
 @pytest.mark.parametrize("shape", [(20, 33), (300, 40), (700, 130), (1, 7)], ids=str)
 def test_fused_step_is_its_parts(
-    backend: str, shape: tuple[int, int], kind: str, nesterov: bool, dampened: bool, momentum_dtype: torch.dtype
+    backend: str,
+    shape: tuple[int, int],
+    kind: str,
+    nesterov: bool,
+    dampened: bool,
+    momentum_dtype: torch.dtype,
+    options: dict[str, Any],
 ) -> None:
     """Bit for bit, whatever thread takes a matrix, and nothing else is written."""
     ops = backends.get(backend)
@@ -254,7 +264,7 @@ def test_fused_step_is_its_parts(
         for s in scales
     ]
     scalars = dict(momentum=0.9, nesterov=nesterov, dampened=dampened, grad_scale=2.0, eps=1e-7, margin=1.0)
-    update = dict(lr=0.5, weight_decay=0.5, ratios=[1.0 + i for i in range(count)])
+    update = dict(lr=0.5, weight_decay=0.5, ratios=[1.0 + i for i in range(count)], **options)
 
     def iteration(batch: int) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
         X, block = workspace(batch, m, n)

@@ -157,12 +157,12 @@ Status momentum_update(Isa isa, const MomentumUpdate& args, int threads) {
     return Status::ok;
 }
 
-Status apply_update(Isa isa, const ApplyUpdate& args, int threads) {
+Status apply_update(Isa isa, const ApplyUpdate& args, const ApplyOptions& options, int threads) {
     const Kernels* kernels = supported_kernels(isa);
     if (!kernels) return Status::unsupported_isa;
     const int64_t blocks = kernels->apply_blocks(args);
     parallel_for(threads, args.x.batch * blocks, [&](int64_t task, int) {
-        kernels->apply_block(args, task / blocks, task % blocks);
+        kernels->apply_block(args, options, task / blocks, task % blocks);
     });
     return Status::ok;
 }
@@ -195,7 +195,11 @@ Status fused_step(Isa isa, const Step& args, int threads) {
         apply.param += matrix;
         apply.ratio += matrix;
         apply.x.data += slot * apply.x.batch_stride;
-        for (int64_t block = 0; block < kernels->apply_blocks(apply); ++block) kernels->apply_block(apply, 0, block);
+        ApplyOptions options = args.options;
+        options.first += matrix;
+        for (int64_t block = 0; block < kernels->apply_blocks(apply); ++block) {
+            kernels->apply_block(apply, options, 0, block);
+        }
     });
     return Status::ok;
 }

@@ -207,8 +207,62 @@ inline void rescale(const Stack& x, int64_t matrix, int exponent) {
     }
 }
 
+// Sixteen random bits for every element that depend on seed, matrix and place alone, the same as in csrc/cuda: the
+// elements of a 2 x 2 block share 64 of SplitMix64's stream (Steele, Lea, Flood 2014).
+struct RandomBits {
+    static constexpr uint64_t kStep = 0x9e3779b97f4a7c15u;
+    uint64_t state;
+    int64_t blocks;  // in two rows
+
+    static uint64_t mixed(uint64_t z) {
+        z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+        z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+        return z ^ (z >> 31);
+    }
+
+    RandomBits(const Stack& x, const ApplyOptions& options, int64_t matrix) : blocks((x.cols + 1) / 2) {
+        const int64_t before = (options.first + matrix) * ((x.rows + 1) / 2) * blocks;
+        state = mixed(options.seed) + static_cast<uint64_t>(before) * kStep;
+    }
+
+    // Those of a run that begins in the corner of a block, or a column or row later; of whole blocks.
+    void run(int64_t row, int64_t col, bool along_rows, int64_t n, uint16_t* out) const {
+        const uint64_t begin = state + static_cast<uint64_t>(row / 2 * blocks + col / 2 + 1) * kStep;
+        const uint64_t step = static_cast<uint64_t>(along_rows ? 1 : blocks) * kStep;
+        // Bits 0, 16, 32, 48: even row, even column; even, odd; odd, even; odd, odd.
+        const int shift = static_cast<int>(along_rows ? 32 * (row % 2) : 16 * (col % 2));
+        for (int64_t i = 0; 2 * i < n; ++i) {
+            const uint64_t bits = mixed(begin + static_cast<uint64_t>(i) * step) >> shift;
+            out[2 * i] = static_cast<uint16_t>(bits);
+            out[2 * i + 1] = static_cast<uint16_t>(bits >> (along_rows ? 16 : 32));
+        }
+    }
+};
+
+// Up with the probability that makes the mean exact: values that bf16 has stay, as do infinity and NaN.
+inline uint16_t rounded_by(float value, uint16_t random) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : (bits + random) >> 16);
+}
+
+// decay where an update has the parameter's sign or is a zero, else 1. By the bits: the product of two small numbers
+// would be a zero too, and GCC makes a branch, and no vectors, of a choice.
+inline float cautious_decay(float param, uint16_t update, float decay) {
+    uint32_t bits, factor, one = 0x3f800000u;
+    std::memcpy(&bits, &param, sizeof(bits));
+    std::memcpy(&factor, &decay, sizeof(factor));
+    const uint32_t change = (static_cast<uint32_t>(update) << 16) ^ (bits & 0x80000000u);
+    const uint32_t away = 0u - static_cast<uint32_t>(change > 0x80000000u);
+    factor = (one & away) | (factor & ~away);
+    std::memcpy(&decay, &factor, sizeof(decay));
+    return decay;
+}
+
+template <bool CAUTIOUS, bool STOCHASTIC>
 inline void apply_run(
-    const ApplyUpdate& u, int64_t matrix, int64_t row, int64_t col, bool along_rows, int64_t n, const uint16_t* update
+    const ApplyUpdate& u, const RandomBits& random, int64_t matrix, int64_t row, int64_t col, bool along_rows,
+    int64_t n, const uint16_t* update
 ) {
     const MatrixRef& p = u.param[matrix];
     const int64_t offset = row * p.row_stride + col * p.col_stride, stride = along_rows ? p.col_stride : p.row_stride;
@@ -216,23 +270,38 @@ inline void apply_run(
     const float step_size = static_cast<float>(u.lr * u.ratio[matrix]);
     alignas(64) float room[kRun];
     float* __restrict value = run_of(pointer(p), u.param_dtype, offset, stride, n, room);
-    for (int64_t i = 0; i < n; ++i) value[i] = __builtin_fmaf(-step_size, to_float(update[i]), value[i] * decay);
-    if (value == room) store_run(pointer(p), u.param_dtype, offset, stride, n, value);
+    for (int64_t i = 0; i < n; ++i) {
+        const float factor = CAUTIOUS ? cautious_decay(value[i], update[i], decay) : decay;
+        value[i] = __builtin_fmaf(-step_size, to_float(update[i]), value[i] * factor);
+    }
+    if constexpr (STOCHASTIC) {
+        alignas(64) uint16_t bits[kRun];
+        random.run(row, col, along_rows, n, bits);
+        uint16_t* to = static_cast<uint16_t*>(pointer(p)) + offset;
+        for (int64_t i = 0; i < n; ++i) bits[i] = rounded_by(value[i], bits[i]);
+        for (int64_t i = 0; i < n; ++i) to[i * stride] = bits[i];
+    } else if (value == room) {
+        store_run(pointer(p), u.param_dtype, offset, stride, n, value);
+    }
 }
 
 inline int64_t apply_blocks(const ApplyUpdate& u) { return most_blocks(u.x); }
 
-inline void apply_block(const ApplyUpdate& u, int64_t matrix, int64_t block) {
+template <bool CAUTIOUS, bool STOCHASTIC>
+inline void apply_lines(const ApplyUpdate& u, const ApplyOptions& options, int64_t matrix, int64_t block) {
+    const RandomBits random(u.x, options, matrix);
     const Walk w = walk(u.x, u.param + matrix);
     const int64_t begin = block * w.block_lines, end = std::min(begin + w.block_lines, w.lines);
     const uint16_t* x = u.x.data + matrix * u.x.batch_stride;
     if (w.along_rows) {
-        const int64_t step = gapless(u.param[matrix], u.x) ? std::max<int64_t>(end - begin, 1) : 1;
+        // Random bits are of a place, which a line of several rows would not have.
+        const int64_t step = !STOCHASTIC && gapless(u.param[matrix], u.x) ? std::max<int64_t>(end - begin, 1) : 1;
         const int64_t length = step * w.length;
         for (int64_t row = begin; row < end; row += step) {
             for (int64_t col = 0; col < length; col += kRun) {
                 const int64_t n = std::min(kRun, length - col);
-                apply_run(u, matrix, row, col, true, n, x + row * u.x.row_stride + col);
+                const uint16_t* update = x + row * u.x.row_stride + col;
+                apply_run<CAUTIOUS, STOCHASTIC>(u, random, matrix, row, col, true, n, update);
             }
         }
         return;
@@ -243,9 +312,18 @@ inline void apply_block(const ApplyUpdate& u, int64_t matrix, int64_t block) {
         for (int64_t row = 0; row < w.length; row += kRun) {
             const int64_t n = std::min(kRun, w.length - row);
             transpose_u16(x + row * u.x.row_stride + col, u.x.row_stride, n, cols, lines[0], kRun);
-            for (int64_t c = 0; c < cols; ++c) apply_run(u, matrix, row, col + c, false, n, lines[c]);
+            for (int64_t c = 0; c < cols; ++c) {
+                apply_run<CAUTIOUS, STOCHASTIC>(u, random, matrix, row, col + c, false, n, lines[c]);
+            }
         }
     }
+}
+
+inline void apply_block(const ApplyUpdate& u, const ApplyOptions& options, int64_t matrix, int64_t block) {
+    const bool stochastic = options.stochastic_rounding && u.param_dtype == DType::bf16;
+    auto* lines = options.cautious ? apply_lines<true, false> : apply_lines<false, false>;
+    if (stochastic) lines = options.cautious ? apply_lines<true, true> : apply_lines<false, true>;
+    lines(u, options, matrix, block);
 }
 
 }  // namespace

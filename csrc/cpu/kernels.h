@@ -17,7 +17,7 @@ struct Kernels {
     void (*rescale)(const Stack& x, int64_t matrix, int exponent);
 
     int64_t (*apply_blocks)(const ApplyUpdate&);  // a matrix
-    void (*apply_block)(const ApplyUpdate&, int64_t matrix, int64_t block);
+    void (*apply_block)(const ApplyUpdate&, const ApplyOptions&, int64_t matrix, int64_t block);
 };
 
 extern const Kernels kAvx512Bf16Kernels;

@@ -10,7 +10,7 @@ struct ApplyArguments {
     double weight_decay;
     ApplyOptions options;
     int tiles;      // of a matrix
-    int64_t first;  // matrix of the launch in the bucket
+    int64_t first;  // matrix of the launch among the seed's
     bool half;      // x is f16
     bool x_aligned;
     Runs<1> runs;
@@ -156,7 +156,7 @@ Result apply_update(const ApplyUpdate& args, const ApplyOptions& options, DType 
         return for_each_launch(args.x, operands, u.runs, [&](int64_t first, int64_t count) {
             u.x = args.x;
             u.x.data += first * args.x.batch_stride;
-            u.first = first;
+            u.first = options.first + first;
             const auto blocks = static_cast<unsigned>(count * per_matrix);
             kernel<<<blocks, THREADS, 0, static_cast<cudaStream_t>(stream)>>>(u);
             return launched();

@@ -125,8 +125,24 @@ class Backend(Products, Protocol):
         lr: float | Tensor,
         weight_decay: float | Tensor,
         ratios: Sequence[float],
+        cautious: bool = False,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        first: int = 0,
     ) -> None:
-        """Write (1 - lr·weight_decay)·param - lr·ratios[i]·X[i] to every matrix i of params."""
+        """Write (1 - lr·weight_decay)·param - lr·ratios[i]·X[i] to every matrix i of params.
+
+        Args:
+            params: in the order of X's batch.
+            X: (batch, m, n), a stack.
+            lr, weight_decay: numbers, or one-element tensors.
+            ratios: one a matrix.
+            cautious: decay only where update and parameter have the same sign.
+            stochastic_rounding: of bf16 parameters; others are rounded as ever. The random bits depend on the seed, the
+                matrix and the place in it alone, and are the same on every backend; see csrc/cpu/elementwise.h.
+            seed: of these, 64 bits.
+            first: how many matrices of the seed's come before the first one here.
+        """
 
     def scratch_bytes(self, rows: int, cols: int) -> int:
         """Of `momentum_update`, for every matrix a multiple of 8."""
@@ -137,7 +153,9 @@ class Backend(Products, Protocol):
     def product_tiles(self) -> tuple[int, int] | None:
         """Smallest and largest side of the tiles in which memory is asked for operands; None if that is not known."""
 
-    def fused_plan(self, rows: int, cols: int, count: int, schedule: Schedule) -> Fused | None:
+    def fused_plan(
+        self, rows: int, cols: int, count: int, schedule: Schedule, stochastic_rounding: bool = False
+    ) -> Fused | None:
         """What `fused_step` costs a bucket; None if the bucket is not stepped that way."""
 
     def fused_step(
@@ -158,6 +176,10 @@ class Backend(Products, Protocol):
         lr: float | Tensor,
         weight_decay: float | Tensor,
         ratios: Sequence[float],
+        cautious: bool = False,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        first: int = 0,
     ) -> None:
         """Do `momentum_update`, the iteration and `apply_update` in one call. Optional: see `fused_plan`.
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -229,6 +229,12 @@ def gemm(
     _product(A, Square(X), Square(out), C=None if C is None else Square(C), alpha=alpha, beta=beta, scale=scale)
 
 
+@lru_cache(maxsize=1)
+def _apply_options(cautious: bool, stochastic_rounding: bool, seed: int, first: int) -> object:
+    """csrc's ApplyOptions. Without stochastic rounding it is that of the call before."""
+    return native.required().ApplyOptions(0, 0, cautious, stochastic_rounding, seed, first)
+
+
 def add(A: Square, *, out: Square, C: Square | None = None, **options: Any) -> None:
     """See `Products.add`."""
     if _choice().products == "torch":
@@ -238,12 +244,22 @@ def add(A: Square, *, out: Square, C: Square | None = None, **options: Any) -> N
 
 
 def apply_update(
-    params: Sequence[Matrices], X: Tensor, *, lr: float | Tensor, weight_decay: float | Tensor, ratios: Sequence[float]
+    params: Sequence[Matrices],
+    X: Tensor,
+    *,
+    lr: float | Tensor,
+    weight_decay: float | Tensor,
+    ratios: Sequence[float],
+    cautious: bool = False,
+    stochastic_rounding: bool = False,
+    seed: int = 0,
+    first: int = 0,
 ) -> None:
     """See `Backend.apply_update`."""
     _C = native.required()
     update, _alive = native.apply_update(_C, params, X, float(lr), float(weight_decay), ratios)
-    _C.cpu.apply_update(*_isa_and_threads(), update)
+    options = _apply_options(cautious, stochastic_rounding, seed, first)
+    _C.cpu.apply_update(*_isa_and_threads(), update, options)
     torch.autograd.graph.increment_version([p.tensor for p in params])
 
 
@@ -261,7 +277,7 @@ def product_tiles() -> None:
     """Its panels suit caches of a processor."""
 
 
-def fused_plan(rows: int, cols: int, count: int, schedule: Schedule) -> Fused | None:
+def fused_plan(rows: int, cols: int, count: int, schedule: Schedule, stochastic_rounding: bool = False) -> Fused | None:
     """A slot for each thread, where there are enough matrices to keep all busy to the end."""
     threads = torch.get_num_threads()
     return Fused(threads) if _choice().products == "native" and count >= 4 * threads else None
@@ -294,6 +310,10 @@ def fused_step(
     lr: float | Tensor,
     weight_decay: float | Tensor,
     ratios: Sequence[float],
+    cautious: bool = False,
+    stochastic_rounding: bool = False,
+    seed: int = 0,
+    first: int = 0,
 ) -> None:
     """See `Backend.fused_step`."""
     _C = native.required()
@@ -308,5 +328,6 @@ def fused_step(
         _C, grads, momenta, X, program.scale, None, momentum, nesterov, dampened, grad_scale, eps, margin
     )
     after, _also_alive = native.apply_update(_C, params, program.result, float(lr), float(weight_decay), ratios)
-    _C.cpu.fused_step(*_isa_and_threads(), len(ratios), before, program.products, after)
+    options = _apply_options(cautious, stochastic_rounding, seed, first)
+    _C.cpu.fused_step(*_isa_and_threads(), len(ratios), before, program.products, after, options)
     torch.autograd.graph.increment_version([p.tensor for p in params])

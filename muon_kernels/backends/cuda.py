@@ -222,22 +222,32 @@ def _on_device(x: float | Tensor, device: torch.device) -> tuple[float, Tensor |
 
 
 def _apply_options(
-    device: torch.device, lr: float | Tensor, weight_decay: float | Tensor
+    device: torch.device, lr: float | Tensor, weight_decay: float | Tensor, *others: object
 ) -> tuple[object, float, float, object]:
     """csrc's ApplyOptions, the two numbers for the host, and what must live as long."""
     lr, lr_tensor = _on_device(lr, device)
     weight_decay, decay_tensor = _on_device(weight_decay, device)
     pointers = native.pointer(lr_tensor), native.pointer(decay_tensor)
-    options = _device.module().cuda.ApplyOptions(*pointers, False, False, 0)
+    options = _device.module().ApplyOptions(*pointers, *others)
     return options, lr, weight_decay, (lr_tensor, decay_tensor)
 
 
 def apply_update(
-    params: Sequence[Matrices], X: Tensor, *, lr: float | Tensor, weight_decay: float | Tensor, ratios: Sequence[float]
+    params: Sequence[Matrices],
+    X: Tensor,
+    *,
+    lr: float | Tensor,
+    weight_decay: float | Tensor,
+    ratios: Sequence[float],
+    cautious: bool = False,
+    stochastic_rounding: bool = False,
+    seed: int = 0,
+    first: int = 0,
 ) -> None:
     """See `Backend.apply_update`."""
     _C = _device.module()
-    options, lr, weight_decay, _tensors = _apply_options(X.device, lr, weight_decay)
+    others = cautious, stochastic_rounding, seed, first
+    options, lr, weight_decay, _tensors = _apply_options(X.device, lr, weight_decay, *others)
     update, _alive = native.apply_update(_C, params, X, lr, weight_decay, ratios)
     with _launching(X.shape, X.device) as stream:
         _C.cuda.apply_update(update, options, native.dtype(_C, X.dtype), stream)
@@ -259,13 +269,13 @@ def product_tiles() -> tuple[int, int]:
     return 64, 128
 
 
-def fused_plan(rows: int, cols: int, count: int, schedule: Schedule) -> Fused | None:
+def fused_plan(rows: int, cols: int, count: int, schedule: Schedule, stochastic_rounding: bool = False) -> Fused | None:
     """Where the smaller side fits on the chip, which needs no workspace but two visits to the longer one.
 
-    A product is three or six of bf16, of whole squares, and sizes are rounded up to tiles.
+    It rounds to nearest. A product is three or six of bf16, of whole squares, and sizes are rounded up to tiles.
     """
     terms = terms_needed(schedule.triples, schedule.margin)
-    if terms is None or rows > FUSED_ROWS[terms] or cols >= 2**31 - 32:
+    if stochastic_rounding or terms is None or rows > FUSED_ROWS[terms] or cols >= 2**31 - 32:
         return None
     m, n = max(16, 1 << (rows - 1).bit_length()), -(-cols // 32) * 32
     parts, products = terms * (terms + 1) // 2, 4 * len(schedule.triples) - 3
@@ -294,13 +304,18 @@ def fused_step(
     lr: float | Tensor,
     weight_decay: float | Tensor,
     ratios: Sequence[float],
+    cautious: bool = False,
+    stochastic_rounding: bool = False,
+    seed: int = 0,
+    first: int = 0,
 ) -> None:
     """See `Backend.fused_step`."""
     _C, device = _device.module(), params[0].tensor.device
     before, _alive = native.momentum_update(
         _C, grads, momenta, None, None, None, momentum, nesterov, dampened, grad_scale, eps, margin
     )
-    options, lr, weight_decay, _tensors = _apply_options(device, lr, weight_decay)
+    others = cautious, stochastic_rounding, seed, first
+    options, lr, weight_decay, _tensors = _apply_options(device, lr, weight_decay, *others)
     after, _also_alive = native.apply_update(_C, params, None, lr, weight_decay, ratios)
     _, m, n = X.shape
     coefficients, terms = [c for triple in triples for c in triple], terms_needed(tuple(triples), margin)

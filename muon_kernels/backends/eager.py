@@ -82,7 +82,7 @@ def product_tiles() -> None:
     """torch chooses."""
 
 
-def fused_plan(rows: int, cols: int, count: int, schedule: Schedule) -> None:
+def fused_plan(rows: int, cols: int, count: int, schedule: Schedule, stochastic_rounding: bool = False) -> None:
     """No: torch has nothing that runs a whole step."""
 
 
@@ -206,6 +206,44 @@ def gemm(
     _product(A.high, X, out, C, alpha, beta, 0.0, scale)
 
 
+def _towards_zero(p: Tensor, update: Tensor) -> Tensor:
+    """Where the update has the parameter's sign, or is zero. By the signs: a product may underflow to a zero."""
+    return update * torch.ones_like(p).copysign_(p) >= 0
+
+
+def _logical_shift(z: Tensor, bits: int | Tensor) -> Tensor:
+    """z >> bits, 0 < bits, of 64 bits without a sign."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mixed(z: Tensor) -> Tensor:
+    """SplitMix64's output function (Steele, Lea, Flood 2014), int64 for 64 bits without a sign."""
+    z = (z ^ _logical_shift(z, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
+    z = (z ^ _logical_shift(z, 27)) * (0x94D049BB133111EB - 2**64)
+    return z ^ _logical_shift(z, 31)
+
+
+def _random_bits(seed: int, first: int, X: Tensor) -> Tensor:
+    """Sixteen for every element of X, int64: RandomBits of csrc/cpu/elementwise.h."""
+    batch, m, n = X.shape
+    down, across = (m + 1) // 2, (n + 1) // 2
+    begin = _mixed(torch.tensor((seed + 2**63) % 2**64 - 2**63)).item()
+    block = torch.arange(first * down * across + 1, (first + batch) * down * across + 1, device=X.device)
+    mixed = _mixed(block * (0x9E3779B97F4A7C15 - 2**64) + begin).view(batch, down, 1, across, 1)
+    of_element = torch.tensor([[[0, 16]], [[32, 48]]], device=X.device)
+    return ((mixed >> of_element) & 0xFFFF).reshape(batch, 2 * down, 2 * across)[:, :m, :n]
+
+
+def _round_stochastically(value: Tensor, random: Tensor) -> Tensor:
+    """fp32 to bf16; up with the probability that makes the mean exact. NaN stays."""
+    rounded = ((value.view(torch.int32) + random.int()) >> 16).to(torch.int16).view(torch.bfloat16)
+    return rounded.where(~value.isnan(), torch.nan)
+
+
+def _fp32(x: float | Tensor, device: torch.device) -> Tensor:
+    return torch.as_tensor(x, dtype=torch.float32, device=device)
+
+
 def add(
     A: Square,
     *,
@@ -242,13 +280,35 @@ def _diagonal(S: Square) -> Tensor:
 
 
 def apply_update(
-    params: Sequence[Matrices], X: Tensor, *, lr: float | Tensor, weight_decay: float | Tensor, ratios: Sequence[float]
+    params: Sequence[Matrices],
+    X: Tensor,
+    *,
+    lr: float | Tensor,
+    weight_decay: float | Tensor,
+    ratios: Sequence[float],
+    cautious: bool = False,
+    stochastic_rounding: bool = False,
+    seed: int = 0,
+    first: int = 0,
 ) -> None:
-    """See `Backend.apply_update`."""
+    """See `Backend.apply_update`. Arithmetic in the parameter's dtype; before stochastic rounding in fp32, fused."""
     start, decay = 0, 1 - lr * weight_decay
     for param in params:
         stop = start + param.layout.batch
-        p, update, step_size = param.view().mul_(decay), X[start:stop], lr * ratios[start]
+        p, update, step_size = param.view(), X[start:stop], lr * ratios[start]
+        if stochastic_rounding and p.dtype == torch.bfloat16:
+            value = p.float()
+            decayed = value * _fp32(decay, X.device)
+            if cautious:
+                decayed = decayed.where(_towards_zero(p, update), value)
+            value = (decayed.double() - update.double() * _fp32(step_size, X.device).double()).float()
+            p.copy_(_round_stochastically(value, _random_bits(seed, first + start, update)))
+            start = stop
+            continue
+        if cautious:
+            p.copy_((p * decay).where(_towards_zero(p, update), p))
+        else:
+            p.mul_(decay)
         if isinstance(step_size, Tensor):
             p.sub_(update * step_size)
         else:

@@ -230,12 +230,10 @@ def momentum_update(grads: Sequence[Matrices], momenta: Sequence[Matrices] | Non
     return scale
 
 
-def apply_update(
-    params: Sequence[Matrices], X: Tensor, *, lr: float | Tensor, weight_decay: float | Tensor, ratios: Sequence[float]
-) -> None:
+def apply_update(params: Sequence[Matrices], X: Tensor, **options: Any) -> None:
     """See `Backend.apply_update`."""
     with _launching(X.shape, X.device):
-        _kernels("elementwise").apply_update(params, X, lr=lr, weight_decay=weight_decay, ratios=ratios)
+        _kernels("elementwise").apply_update(params, X, **options)
     _written(params)
 
 
@@ -255,10 +253,13 @@ def product_tiles() -> tuple[int, int]:
     return min(sides), max(sides)
 
 
-def fused_plan(rows: int, cols: int, count: int, schedule: Schedule) -> Fused | None:
-    """Where the smaller side fits on the chip, which needs no workspace but two visits to the longer one."""
+def fused_plan(rows: int, cols: int, count: int, schedule: Schedule, stochastic_rounding: bool = False) -> Fused | None:
+    """Where the smaller side fits on the chip, which needs no workspace but two visits to the longer one.
+
+    It rounds to nearest.
+    """
     terms = terms_needed(schedule.triples, schedule.margin)
-    if terms is None or not 0 < rows <= configs.FUSED_ROWS:
+    if stochastic_rounding or terms is None or not 0 < rows <= configs.FUSED_ROWS:
         return None
     return Fused(slots=0, flops=configs.executed_flops(rows, cols, len(schedule.triples), terms), reads=2)
 

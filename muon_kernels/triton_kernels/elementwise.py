@@ -349,10 +349,12 @@ def updated(param, update, decay, step_size, CAUTIOUS: tl.constexpr):
     return tl.fma(-step_size, update, decayed)
 
 
-@triton.jit(do_not_specialize=["x", "M", "N", "x_batch_stride", "x_row_stride", "lr_at", "weight_decay_at", "seed"])
+@triton.jit(
+    do_not_specialize=["x", "M", "N", "x_batch_stride", "x_row_stride", "lr_at", "weight_decay_at", "seed", "first"]
+)
 def apply_kernel(
     refs, x, ratios, M, N, x_batch_stride: tl.int64, x_row_stride: tl.int64,
-    lr: tl.float64, weight_decay: tl.float64, lr_at, weight_decay_at, seed: tl.int64,
+    lr: tl.float64, weight_decay: tl.float64, lr_at, weight_decay_at, seed: tl.int64, first: tl.int64,
     PARAM: tl.constexpr, CAUTIOUS: tl.constexpr, STOCHASTIC: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A tile of a parameter."""
@@ -378,7 +380,7 @@ def apply_kernel(
     if STOCHASTIC:
         row = tl.where(tall, along[None, :], line[:, None])
         col = tl.where(tall, line[:, None], along[None, :])
-        tl.store(at_param, rounded_by(value, random_bits(seed, matrix, M, N, row, col)), inside)
+        tl.store(at_param, rounded_by(value, random_bits(seed, first + matrix, M, N, row, col)), inside)
     else:
         tl.store(at_param, value.to(PARAM), inside)
 
@@ -406,13 +408,9 @@ def apply_update(
     cautious: bool = False,
     stochastic_rounding: bool = False,
     seed: int = 0,
+    first: int = 0,
 ) -> None:
     """See `Backend.apply_update`, on the current device; X may also be f16. One launch.
-
-    Args:
-        cautious: decay only where update and parameter have the same sign.
-        stochastic_rounding: of bf16 parameters, by a counter: the same bits for the same seed.
-        seed: of the rounding, 64 bits.
 
     Raises:
         ValueError: stochastic rounding of fp16.
@@ -429,7 +427,7 @@ def apply_update(
     launch(
         apply_kernel, batch * triton.cdiv(m, BLOCK) * triton.cdiv(n, BLOCK),
         p.refs, X, ratios_on(X.device, ratios), m, n, X.stride(0), X.stride(1),
-        lr, weight_decay, lr_at, weight_decay_at, (seed + 2**63) % 2**64 - 2**63,
+        lr, weight_decay, lr_at, weight_decay_at, (seed + 2**63) % 2**64 - 2**63, first,
         PARAM=TYPES[dtype],
         CAUTIOUS=cautious,
         STOCHASTIC=stochastic_rounding and dtype == torch.bfloat16,

@@ -265,20 +265,25 @@ def fused_step(
     ratios: Sequence[float],
     terms: int,
     cautious: bool = False,
+    stochastic_rounding: bool = False,
+    seed: int = 0,
+    first: int = 0,
 ) -> None:
     """See `Backend.fused_step`, on the current device, in one launch.
 
     Args:
         shape: (m, n), wide side up.
         terms: of bf16 that a number is the sum of in the iteration, two or three.
-        cautious: decay only where update and parameter have the same sign.
+        stochastic_rounding, seed, first: there is none here.
 
     Raises:
-        ValueError: more than FUSED_ROWS rows.
+        ValueError: more than FUSED_ROWS rows, stochastic rounding.
     """
     m, n = shape
     if m > min(n, FUSED_ROWS):
         raise ValueError(f"fused_step takes wide matrices of at most {FUSED_ROWS} rows but they are: {m} x {n}")
+    if stochastic_rounding:
+        raise ValueError("fused_step rounds to nearest but was asked for: stochastic_rounding")
     if not (len(ratios) and m):
         return
     device = params[0].tensor.device

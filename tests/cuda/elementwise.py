@@ -104,13 +104,14 @@ class Verbs:
         cautious: bool = False,
         stochastic_rounding: bool = False,
         seed: int = 0,
+        first: int = 0,
     ) -> None:
         m = self.module
         refs, factors = _refs(params), array("d", ratios if ratios is not None else [1.0] * len(params))
         on_device = [v if isinstance(v, Tensor) else None for v in (lr, weight_decay)]
         numbers = [0.0 if isinstance(v, Tensor) else v for v in (lr, weight_decay)]
-        options = m.cuda.ApplyOptions(
-            *(0 if t is None else t.data_ptr() for t in on_device), cautious, stochastic_rounding, seed
+        options = m.ApplyOptions(
+            *(0 if t is None else t.data_ptr() for t in on_device), cautious, stochastic_rounding, seed, first
         )
         stack = (X.data_ptr(), *X.shape, X.stride(0), X.stride(1))
         update = m.ApplyUpdate(

@@ -99,7 +99,7 @@ def test_refusals(verbs: Verbs) -> None:
         torch.ones(1).double().data_ptr(),
     )
     with pytest.raises(RuntimeError, match=r"apply_update: .*719"):
-        m.cuda.apply_update(update, m.cuda.ApplyOptions(0, 0, False, False, 0), m.DType.bf16, 0)
+        m.cuda.apply_update(update, m.ApplyOptions(0, 0, False, False, 0, 0), m.DType.bf16, 0)
 
 
 # ---- what decides the speed -----------------------------------------------------------------------------------------

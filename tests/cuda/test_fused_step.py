@@ -53,7 +53,7 @@ class Compiled:
             params.data_ptr(), dtypes[step.params[0].dtype], stack, step.lr, step.weight_decay, ratio.data_ptr()
         )
         address = [0 if t is None else t.data_ptr() for t in (step.device_lr, step.device_weight_decay)]
-        chosen = module.cuda.ApplyOptions(*address, step.cautious, step.stochastic_rounding, 0)
+        chosen = module.ApplyOptions(*address, step.cautious, step.stochastic_rounding, 0, 0)
         coefficients = [x for triple in step.schedule.triples for x in triple]
         terms = terms or terms_needed(step.schedule.triples, step.schedule.margin)
         with runtime.options(**options):

@@ -1,0 +1,619 @@
+"""Muon's relatives: what comes between the orthogonalized update and the parameter, against plain float64.
+
+The updates themselves are taken from plain Muon, which test_optimizer.py judges: a second optimizer without options
+steps parameters of zeros by the same gradients.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from muon_kernels import Muon, MuonAdamW, backends, orthogonalize
+from muon_kernels.layout import Matrices, layout
+from muon_kernels.scaling import WEIGHT_DECAY_FORMS, decayed
+from muon_kernels.second_moment import FORMS
+from muon_kernels.split import equal
+
+MAKERS: dict[str, Callable[[], Tensor]] = {
+    "wide": lambda: torch.randn(24, 40),
+    "another": lambda: torch.randn(24, 40),
+    "tall": lambda: torch.randn(40, 24),
+    "strided": lambda: torch.randn(48, 80)[::2, ::2].T,
+    "square": lambda: torch.randn(16, 16),
+    "row": lambda: torch.randn(1, 9),
+    "batch": lambda: torch.randn(3, 40, 24),
+    "strided batch": lambda: torch.randn(24, 2, 40).movedim(1, 0),
+    "convolution": lambda: torch.randn(12, 4, 3, 5),
+    "channels last": lambda: torch.randn(12, 3, 5, 4).permute(0, 3, 1, 2),
+    "no strides": lambda: torch.randn(40, 4, 2, 3)[:, :, :, ::2],
+}
+STEPS = 3
+# X is rounded to bf16 once more where it was scaled, and twice by "element".
+ROUNDED = {"neuron": 2.0**-8, "element": 2.0**-7, None: 0.0}
+
+
+def parameters(dtype: torch.dtype = torch.float32, names: Sequence[str] = tuple(MAKERS)) -> list[nn.Parameter]:
+    torch.manual_seed(0)
+    return [nn.Parameter(MAKERS[name]().to(dtype)) for name in names]
+
+
+def feed(params: Sequence[nn.Parameter], t: int) -> None:
+    """Gradients of step t, large in some rows."""
+    for i, p in enumerate(params):
+        generator = torch.Generator().manual_seed(100 * t + i)
+        g = torch.randn(p.shape, generator=generator)
+        g.view(g.shape[0], -1)[::3] *= 5
+        p.grad = g.to(p.dtype)
+
+
+def updates(params: Sequence[nn.Parameter], steps: int = STEPS, **options: Any) -> list[list[Tensor]]:
+    """NS(D) of every parameter and step, in float64."""
+    own = [nn.Parameter(torch.zeros_like(p)) for p in params]
+    muon = Muon(own, lr=1.0, weight_decay=0.0, adjust_lr_fn="none", **options)
+    taken = []
+    for t in range(steps):
+        feed(own, t)
+        for p in own:
+            p.data.zero_()
+        muon.step()
+        taken.append([-p.detach().double() for p in own])
+    return taken
+
+
+def as_matrices(t: Tensor) -> Tensor:
+    return t.reshape(t.shape[0], -1)[None] if t.ndim == 4 else t.reshape(-1, *t.shape[-2:])
+
+
+def normalized(form: str, U: Tensor, V: Tensor, beta2: float) -> tuple[Tensor, Tensor]:
+    """NorMuon's or AdaMuon's U and V in float64, as their papers write them, for any parameter."""
+    u = as_matrices(U)
+    square = u.square() if form == "element" else u.square().mean(-1, keepdim=True)
+    V = beta2 * V + (1 - beta2) * square
+    changed = u / (V.sqrt() + (1e-8 if form == "element" else 1e-10))
+    kept = u.norm(dim=(-2, -1), keepdim=True) / changed.norm(dim=(-2, -1), keepdim=True)
+    return (changed * kept.nan_to_num(0.0)).reshape(U.shape), V
+
+
+def train(optimizer: torch.optim.Optimizer, params: Sequence[nn.Parameter], start: int, stop: int) -> None:
+    for t in range(start, stop):
+        feed(params, t)
+        optimizer.step()
+
+
+def snapshot(optimizer: torch.optim.Optimizer, params: Sequence[nn.Parameter]) -> tuple[list[Tensor], Any]:
+    return [p.detach().clone() for p in params], copy.deepcopy(optimizer.state_dict())
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+# ---- second moments ----
+
+
+@pytest.mark.parametrize("cap", [None, 20_000])
+@pytest.mark.parametrize("form", FORMS)
+def test_second_moment(backend: str, form: str, cap: int | None) -> None:
+    """State and parameters of every shape, with a bucket of both orientations and cut into chunks."""
+    options: dict[str, Any] = {"backend": backend, "max_workspace_bytes": cap}
+    params = parameters()
+    exact = [p.detach().double() for p in params]
+    V: list[Tensor] = [torch.zeros(1, dtype=torch.float64)] * len(params)
+    muon = Muon(params, lr=0.5, weight_decay=0.25, second_moment=form, beta2=0.8, **options)
+    plan = muon.plan()
+    assert cap is None or max(len(b.chunks) for b in plan.buckets) > 1
+    assert not any(b.fused for b in plan.buckets) and any(form in note for note in plan.notes)
+    for t, U in enumerate(updates(params, **options)):
+        train(muon, params, t, t + 1)
+        for i, p in enumerate(params):
+            changed, V[i] = normalized(form, U[i], V[i], 0.8)
+            rows, cols = as_matrices(p).shape[1:]
+            moved = 0.5 * math.sqrt(max(1, rows / cols)) * changed
+            expected = (1 - 0.5 * 0.25) * exact[i] - moved
+            state = muon.state[p]["second_momentum_buffer"]
+            assert state.dtype == torch.float32
+            if form == "neuron":
+                assert state.shape == ((p.shape[0], 1) if p.ndim == 4 else (*p.shape[:-1], 1))
+                torch.testing.assert_close(state.double().view(-1, rows, 1), V[i], rtol=2e-5, atol=0)
+            else:
+                torch.testing.assert_close(as_matrices(state).double(), V[i], rtol=2e-5, atol=1e-12)
+            allowed = moved.abs() * ROUNDED[form] * 1.01 + 1e-5
+            assert ((p.detach().double() - expected).abs() <= allowed).all(), list(MAKERS)[i]
+            exact[i] = p.detach().double()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("beta2", [0.0, 0.95])
+def test_what_has_no_second_moment(backend: str, form: str, beta2: float) -> None:
+    """A zero matrix, and zero rows of one, do not move; NaN spoils only its own matrix, of a batch too."""
+    params = [nn.Parameter(torch.ones(24, 40)), nn.Parameter(torch.ones(24, 40)), nn.Parameter(torch.ones(3, 24, 40))]
+    muon = Muon(params, weight_decay=0.0, second_moment=form, beta2=beta2, backend=backend)
+    zero, some, batch = params
+    for _ in range(STEPS):
+        zero.grad, some.grad, batch.grad = torch.zeros(24, 40), torch.randn(24, 40), torch.randn(3, 24, 40)
+        some.grad[3:7] = 0
+        batch.grad[1, 2, 3] = torch.nan
+        muon.step()
+    assert torch.equal(zero, torch.ones(24, 40))
+    assert torch.equal(some[3:7], torch.ones(4, 40)) and some.isfinite().all()
+    assert batch[1].isnan().all() and batch[::2].isfinite().all()
+    assert not (some[:3] == 1).any() and not (batch[::2] == 1).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_blocks_of_a_large_stack(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same whatever is made fp32 at a time: rows of a matrix, several matrices, or, as on a GPU, nothing."""
+    from muon_kernels import second_moment
+
+    results = []
+    for block in (1, 97, 500, 1 << 18, None):
+        monkeypatch.setattr(second_moment, "_BLOCK_ON_CPU", block)
+        monkeypatch.setattr(second_moment, "_in_cache", lambda _, block=block: block is not None)
+        torch.manual_seed(0)
+        X = torch.randn(5, 6, 8).bfloat16()
+        moments = [torch.rand(2, 6, 1), torch.rand(3, 1, 8)] if form == "neuron" else list(torch.rand(2, 2, 6, 8))
+        if form == "element":
+            moments.append(torch.rand(1, 6, 8))
+        second_moment.normalize(form, X, moments, 0.9)
+        results.append([X.float(), *moments])
+    for result in results[1:]:
+        for a, b in zip(results[0], result, strict=True):
+            torch.testing.assert_close(a, b, rtol=ROUNDED[form], atol=0)
+
+
+# ---- weight decay ----
+
+
+def test_cautious(backend: str) -> None:
+    params = parameters()
+    exact = [p.detach().double() for p in params]
+    muon = Muon(params, lr=0.5, weight_decay=0.25, cautious=True, backend=backend)
+    for t, U in enumerate(updates(params, backend=backend)):
+        train(muon, params, t, t + 1)
+        for i, (p, W) in enumerate(zip(params, exact, strict=True)):
+            rows, cols = as_matrices(p).shape[1:]
+            decays = U[i] * W >= 0
+            assert 0.1 < float(decays.double().mean()) < 0.9
+            expected = W * (1 - 0.125 * decays.double()) - 0.5 * math.sqrt(max(1, rows / cols)) * U[i]
+            torch.testing.assert_close(p.detach().double(), expected, rtol=1e-6, atol=1e-6)
+            exact[i] = p.detach().double()
+
+
+@pytest.mark.parametrize("tensors", [False, True])
+@pytest.mark.parametrize("form", WEIGHT_DECAY_FORMS)
+def test_forms_of_weight_decay(backend: str, form: str, tensors: bool) -> None:
+    """What decays, with a learning rate that changes, and is 0 once."""
+    params = parameters(names=["wide", "tall"])
+    number = torch.tensor if tensors else float
+    muon = Muon(params, lr=number(0.5), weight_decay=number(0.25), weight_decay_form=form, backend=backend)
+    decays: dict[str, Callable[[float], float]] = {
+        "decoupled": lambda lr: lr * 0.25,
+        "independent": lambda lr: 0.25,
+        "scheduled": lambda lr: lr * 0.25 * lr / 0.5,
+    }
+    U = updates(params, 4, backend=backend)
+    for t, lr in enumerate((0.5, 0.0, 0.1, 0.25)):
+        before = [p.detach().double() for p in params]
+        if tensors:
+            muon.param_groups[0]["lr"].fill_(lr)
+        else:
+            muon.param_groups[0]["lr"] = lr
+        train(muon, params, t, t + 1)
+        for p, W, u in zip(params, before, U[t], strict=True):
+            moved = lr * math.sqrt(max(1, p.shape[0] / p.shape[1])) * u
+            torch.testing.assert_close(p.detach().double(), (1 - decays[form](lr)) * W - moved, rtol=1e-6, atol=1e-6)
+
+
+def test_nothing_waits_for_numbers_on_a_device() -> None:
+    """A number of the device "meta" cannot be waited for."""
+    on_device = torch.empty((), device="meta")
+    for form in WEIGHT_DECAY_FORMS:
+        for lr, weight_decay in product((0.5, on_device), repeat=2):
+            decayed(form, lr, weight_decay, on_device)
+
+
+def test_peak_lr_is_what_a_group_begins_with() -> None:
+    params = parameters(names=["wide", "tall", "square"])
+    groups = [{"params": params[:1]}, {"params": params[1:2], "lr": 0.2}, {"params": params[2:], "peak_lr": 7.0}]
+    muon = Muon(groups, lr=0.1, weight_decay_form="scheduled")
+    torch.optim.lr_scheduler.LambdaLR(muon, lambda t: t / 10)
+    assert [g["lr"] for g in muon.param_groups] == [0, 0, 0]
+    assert [g["peak_lr"] for g in muon.param_groups] == [0.1, 0.2, 7.0]
+    theirs = torch.optim.Muon(params, lr=0.3)
+    torch.optim.lr_scheduler.LambdaLR(theirs, lambda t: t / 10)
+    ours = Muon(params, weight_decay_form="scheduled")
+    ours.load_state_dict(theirs.state_dict())
+    assert ours.param_groups[0]["lr"] == 0 and ours.param_groups[0]["peak_lr"] == 0.3
+
+
+# ---- stochastic rounding ----
+
+MASK = 2**64 - 1
+
+
+def mixed(z: int) -> int:
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
+    return z ^ (z >> 31)
+
+
+def random_bits(seed: int, matrix: int, m: int, n: int) -> Tensor:
+    """Sixteen for every element of a matrix, number `matrix` of the seed's: SplitMix64 in Python's integers."""
+    down, across, golden = (m + 1) // 2, (n + 1) // 2, 0x9E3779B97F4A7C15
+    begin = mixed(seed) + matrix * down * across * golden
+    bits = torch.empty(m, n, dtype=torch.int64)
+    for i, j in product(range(m), range(n)):
+        z = mixed((begin + (i // 2 * across + j // 2 + 1) * golden) & MASK)
+        bits[i, j] = z >> (32 * (i % 2) + 16 * (j % 2)) & 0xFFFF
+    return bits
+
+
+def rounded_by(value: Tensor, random: Tensor) -> Tensor:
+    bits = (value.view(torch.int32).long() & 0xFFFFFFFF) + random
+    return ((bits >> 16) & 0xFFFF).to(torch.uint16).view(torch.bfloat16)
+
+
+@pytest.mark.parametrize("cautious", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (17, 280), (280, 17), (16, 64)], ids=str)
+def test_random_bits_are_everybodys(backend: str, shape: tuple[int, int], cautious: bool) -> None:
+    """To the bit, in any layout, for seeds of 64 bits; tests/*/test_elementwise_*.py ask the GPU kernels the same."""
+    ops = backends.get(backend)
+    torch.manual_seed(0)
+    m, n = sorted(shape)
+    X = torch.randn(4, m, n).bfloat16()
+    kept = [torch.randn(shape).bfloat16() for _ in range(4)]
+    kept[0].view(-1)[0] = -0.0
+    kept[1].view(-1)[0], kept[2].view(-1)[0] = math.nan, -1.5
+    X[2, 0, 0], X[3, 0, 0] = 0.0, math.inf
+    params = [kept[0].clone(), kept[1].T.contiguous().T, torch.empty(2 * shape[0], 2 * shape[1]).bfloat16()[::2, ::2]]
+    params[2].copy_(kept[2])
+    params.append(kept[3].clone())
+    seed, ratios = 2**63 + 12345, [1.0, 0.7, 2.0, 1.0]
+    at = [Matrices(p, layout(p.shape, p.stride(), None, ())) for p in params]  # type: ignore[arg-type]
+    ops.apply_update(
+        at, X, lr=0.5, weight_decay=0.3, ratios=ratios, cautious=cautious,
+        stochastic_rounding=True, seed=seed, first=3,
+    )  # fmt: skip
+    decay = torch.tensor(1 - 0.5 * 0.3, dtype=torch.float32)
+    for i, p in enumerate(params):
+        W = kept[i].float()
+        x = (X[i].mT if shape[0] > shape[1] else X[i]).float()
+        bits = random_bits(seed, 3 + i, m, n)
+        decayed_ = W * decay
+        if cautious:
+            decayed_ = decayed_.where(x * torch.ones_like(W).copysign(W) >= 0, W)
+        value = (decayed_.double() - torch.tensor(0.5 * ratios[i]).double() * x.double()).float()
+        expected = rounded_by(value, bits.mT if shape[0] > shape[1] else bits)
+        number = ~value.isnan()
+        assert torch.equal(p.isnan(), ~number) and torch.equal(p[number], expected[number])
+
+
+def test_other_parameters_are_rounded_as_ever(backend: str) -> None:
+    p, q = torch.ones(2, 8, 16)
+    X = torch.randn(1, 8, 16).bfloat16()
+    for t, rounding in ((p, False), (q, True)):
+        at = [Matrices(t, layout(t.shape, t.stride(), None, ()))]  # type: ignore[arg-type]
+        backends.get(backend).apply_update(
+            at, X, lr=0.5, weight_decay=0.3, ratios=[1.0], stochastic_rounding=rounding, seed=1
+        )
+    assert torch.equal(p, q)
+
+
+def test_small_updates_are_not_lost(backend: str) -> None:
+    """Twenty of them, each a fraction of bf16's step: in the mean all, where rounding to nearest loses each."""
+    G = torch.eye(64).repeat(1, 4)  # of which NS has entries in the same places, all equal
+    update = float(orthogonalize(G, backend=backend)[0, 0])
+    ends = {}
+    for rounding in (False, True):
+        p = nn.Parameter(torch.ones(64, 256).bfloat16())
+        options = {"momentum": 0.0, "nesterov": False, "stochastic_rounding": rounding, "backend": backend}
+        muon = Muon([p], lr=2e-3, weight_decay=0.0, **options)
+        for _ in range(20):
+            p.grad = G.bfloat16()
+            muon.step()
+        ends[rounding] = 1 - p.detach().float()
+    assert not ends[False].any()
+    moved = ends[True][G.bool()]
+    spread = (20 * 2e-3 * update * 2**-8 / len(moved)) ** 0.5
+    assert float(moved.mean()) == pytest.approx(20 * 2e-3 * update, abs=5 * spread)
+
+
+def rounded(backend: str, groups: Callable[[list[nn.Parameter]], Any], **options: Any) -> list[Tensor]:
+    """What stochastic rounding made of ones, by one gradient for all, in two steps."""
+    shapes = (24, 40), (16, 16), (24, 40), (40, 24), (2, 24, 40)
+    params = [nn.Parameter(torch.ones(shape).bfloat16()) for shape in shapes]
+    options |= {"momentum": 0.0, "nesterov": False, "stochastic_rounding": True, "backend": backend}
+    muon = Muon(groups(params), lr=1e-3, weight_decay=0.0, **options)
+    torch.manual_seed(0)
+    G = torch.randn(24, 40)
+    taken = []
+    for _ in range(2):
+        for p in params:
+            g = G.T if p.shape == (40, 24) else G
+            p.data.fill_(1.0)
+            p.grad = (g[:16, :16] if p.shape == (16, 16) else g.expand(p.shape)).bfloat16()
+        muon.step()
+        taken += [p.detach().float().clone() for p in params]
+    return taken
+
+
+def test_steps_and_matrices_have_their_own_bits(backend: str) -> None:
+    bits = rounded(backend, list)
+    matrices = [t for p in bits for t in p.reshape(-1, *p.shape[-2:]) if t.numel() == 24 * 40]
+    matrices = [t.T if t.shape[0] == 40 else t for t in matrices]
+    assert len(matrices) == 10
+    for i, j in product(range(10), repeat=2):
+        assert (i == j) == torch.equal(matrices[i], matrices[j])
+
+
+def test_buckets_have_their_own_seeds(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ops, seeds = backends.get(backend), []
+    real = ops.apply_update
+    monkeypatch.setattr(ops, "apply_update", lambda *a, **k: (seeds.append(k["seed"]), real(*a, **k)))
+    params = parameters(torch.bfloat16)
+    muon = Muon([{"params": params[::2]}, {"params": params[1::2]}], stochastic_rounding=True, backend=backend)
+    train(muon, params, 0, 2)
+    assert len(seeds) == 2 * len(muon.plan().buckets) == len(set(seeds))
+
+
+def test_bits_do_not_depend_on_buckets(backend: str) -> None:
+    """Not on the cut into chunks, nor on where a bucket stands among the others."""
+    whole = rounded(backend, list)
+    chunked = rounded(backend, list, max_workspace_bytes=20_000)
+    assert all(map(torch.equal, whole, chunked))
+    in_groups = lambda cut: lambda params: [{"params": params[:cut]}, {"params": params[cut:]}]
+    apart = [rounded(backend, in_groups(cut)) for cut in (2, 4)]
+    assert torch.equal(apart[0][0], whole[0]) and not torch.equal(apart[0][2], whole[2])
+    assert not torch.equal(apart[1][4], whole[4]) and not torch.equal(apart[0][0], apart[0][2])
+
+
+# ---- all of it ----
+
+EVERYTHING: dict[str, Any] = {
+    "lr": 0.05,
+    "weight_decay": 0.5,
+    "weight_decay_form": "scheduled",
+    "peak_lr": 0.1,
+    "cautious": True,
+    "second_moment": "neuron",
+    "beta2": 0.9,
+}
+
+
+def groups_of(params: list[nn.Parameter]) -> list[dict[str, Any]]:
+    """With different options each."""
+    return [
+        {"params": params[:3], **EVERYTHING, "stochastic_rounding": True},
+        {"params": params[3:6], **EVERYTHING, "second_moment": "element", "weight_decay_form": "independent"},
+        {"params": params[6:8], "stochastic_rounding": True, "cautious": True},
+        {"params": params[8:]},
+    ]
+
+
+def test_all_options_at_once(backend: str) -> None:
+    """In groups, against the formulas one after the other; a group of plain Muon stays what it is."""
+    params = parameters()
+    groups = groups_of(params)
+    for group in groups:
+        group["stochastic_rounding"] = False  # whose bits are judged above
+    muon, U = Muon(groups, backend=backend), updates(params, backend=backend)
+    V: list[Tensor] = [torch.zeros(1, dtype=torch.float64)] * len(params)
+    before = [p.detach().double() for p in params]
+    for t in range(STEPS):
+        train(muon, params, t, t + 1)
+        for i, p in enumerate(params):
+            group = next(g for g in muon.param_groups if any(p is q for q in g["params"]))
+            update, lr, decay = U[t][i], group["lr"], group["lr"] * group["weight_decay"]
+            if group["second_moment"] is not None:
+                update, V[i] = normalized(group["second_moment"], update, V[i], group["beta2"])
+            if group["weight_decay_form"] != "decoupled":
+                decay = 0.5 if group["weight_decay_form"] == "independent" else 0.05 * 0.5 * 0.05 / 0.1
+            keeps = torch.where(update * before[i] >= 0, 1 - decay, 1.0) if group["cautious"] else 1 - decay
+            rows, cols = as_matrices(p).shape[1:]
+            moved = lr * math.sqrt(max(1, rows / cols)) * update
+            allowed = moved.abs() * ROUNDED[group["second_moment"]] * 1.01 + 1e-5
+            assert ((p.detach().double() - (keeps * before[i] - moved)).abs() <= allowed).all(), list(MAKERS)[i]
+            before[i] = p.detach().double()
+
+
+def test_parts_are_stepped_as_if_they_were_apart(backend: str) -> None:
+    """To the bit: second moments of elements, and random bits, are those of matrices of their own."""
+    options = {**EVERYTHING, "second_moment": "element", "stochastic_rounding": True, "backend": backend}
+    (whole,) = parameters(torch.bfloat16, ["tall"])
+    for split, cut in ((equal(4), lambda t: t.chunk(4)), (equal(3, dim=1), lambda t: t.chunk(3, -1))):
+        p = nn.Parameter(whole.detach().clone())
+        parts = [nn.Parameter(x.detach().clone()) for x in cut(p)]
+        together, apart = Muon([p], split=split, **options), Muon(parts, **options)
+        for t in range(STEPS):
+            feed([p], t)
+            for x, g in zip(parts, cut(p.grad), strict=True):
+                x.grad = g.clone()
+            together.step()
+            apart.step()
+            assert all(map(torch.equal, cut(p), parts))
+        V = cut(together.state[p]["second_momentum_buffer"])
+        assert all(torch.equal(v, apart.state[x]["second_momentum_buffer"]) for v, x in zip(V, parts, strict=True))
+
+
+def make_muon(params: list[nn.Parameter], backend: str, **defaults: Any) -> torch.optim.Optimizer:
+    return Muon(groups_of(params), backend=backend, **defaults)
+
+
+def make_both(params: list[nn.Parameter], backend: str, **defaults: Any) -> torch.optim.Optimizer:
+    groups = [{"use_muon": True, **group} for group in groups_of(params)]
+    return MuonAdamW(groups, muon_options={"backend": backend, **defaults})
+
+
+@pytest.mark.parametrize("make", [make_muon, make_both])
+def test_resumes_to_the_bit(backend: str, tmp_path: Path, make: Callable[..., torch.optim.Optimizer]) -> None:
+    whole = parameters(torch.bfloat16)
+    train(uninterrupted := make(whole, backend), whole, 0, 2 * STEPS)
+    params = parameters(torch.bfloat16)
+    train(first := make(params, backend), params, 0, STEPS)
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second = make(params, backend)
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert same(second.state_dict(), first.state_dict())
+    moments = [s["second_momentum_buffer"] for s in second.state.values() if "second_momentum_buffer" in s]
+    assert len(moments) == 6 and all(m.dtype == torch.float32 for m in moments)
+    train(second, params, STEPS, 2 * STEPS)
+    assert all(map(torch.equal, params, whole)) and same(second.state_dict(), uninterrupted.state_dict())
+    assert [g.get("step") for g in second.param_groups] == [2 * STEPS, None, 2 * STEPS, None]
+    # The steps are part of it.
+    other = make(parameters(torch.bfloat16), backend)
+    state = first.state_dict()
+    state["param_groups"][0]["step"] = 0
+    other.load_state_dict(state)
+    assert other.param_groups[0]["step"] == 0
+
+
+def test_a_checkpoint_without_a_second_moment(backend: str) -> None:
+    """torch's, or one from before: V begins with zeros, as momentum does."""
+    params = parameters(names=["wide", "tall"])
+    train(theirs := torch.optim.Muon(params, lr=0.01), params, 0, 2)
+    ours = Muon(params, second_moment="neuron", cautious=True, backend=backend)
+    ours.load_state_dict(theirs.state_dict())
+    assert ours.param_groups[0]["second_moment"] == "neuron" and ours.param_groups[0]["cautious"]
+    train(ours, params, 2, 3)
+    assert all(s["second_momentum_buffer"].shape == (len(p), 1) for p, s in ours.state.items())
+    back = torch.optim.Muon(params)
+    back.load_state_dict(ours.state_dict())
+    train(back, params, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("form", "moment"),
+    [
+        ("neuron", torch.zeros(24, 40)),
+        ("element", torch.zeros(24, 1)),
+        ("neuron", torch.zeros(24, 1, dtype=torch.bfloat16)),
+        ("neuron", torch.zeros(24)),
+    ],
+)
+def test_a_second_moment_that_does_not_fit(backend: str, form: str, moment: Tensor) -> None:
+    """In a checkpoint or in the state: nothing changes."""
+    params = parameters(names=["wide"])
+    train(muon := Muon(params, second_moment=form, backend=backend), params, 0, 1)
+    state = copy.deepcopy(muon.state_dict())
+    state["state"][0]["second_momentum_buffer"] = moment
+    before = snapshot(muon, params)
+    with pytest.raises(
+        ValueError, match=rf"second_momentum_buffer should be of size .* for second_moment='{form}' but"
+    ):
+        muon.load_state_dict(state)
+    assert same(before, snapshot(muon, params))
+    kept = muon.state[params[0]]["second_momentum_buffer"]
+    muon.state[params[0]]["second_momentum_buffer"] = moment
+    feed(params, 1)
+    with pytest.raises(ValueError, match="delete it from the state to start anew"):
+        muon.step()
+    muon.state[params[0]]["second_momentum_buffer"] = kept
+    assert same(before, snapshot(muon, params))
+    train(muon, params, 1, 2)
+    assert not same(before, snapshot(muon, params))
+
+
+def test_a_failed_step_changes_nothing(backend: str) -> None:
+    params = parameters(torch.bfloat16)
+    train(muon := make_muon(params, backend), params, 0, 1)
+    before = snapshot(muon, params)
+    feed(params, 1)
+    params[-1].grad = params[-1].grad.to_sparse()  # type: ignore[index]
+    with pytest.raises((TypeError, RuntimeError)):
+        muon.step()
+    assert same(before, snapshot(muon, params))
+    untouched = make_muon(fresh := parameters(torch.bfloat16), backend)
+    feed(fresh, 1)
+    fresh[-1].grad = fresh[-1].grad.to_sparse()  # type: ignore[index]
+    with pytest.raises((TypeError, RuntimeError)):
+        untouched.step()
+    assert not untouched.state and "step" not in untouched.param_groups[0]
+
+
+def test_options_may_change_between_steps(backend: str) -> None:
+    """One that is switched off leaves plain Muon, and its state for later."""
+    params, plain = parameters(torch.bfloat16), parameters(torch.bfloat16)
+    ours, theirs = Muon(params, **EVERYTHING, stochastic_rounding=True, backend=backend), Muon(plain, backend=backend)
+    train(ours, params, 0, 1)
+    train(theirs, plain, 0, 1)
+    for p, q in zip(params, plain, strict=True):
+        assert not torch.equal(p, q)
+        p.data.copy_(q)
+    group = ours.param_groups[0]
+    group.update({key: value for key, value in theirs.param_groups[0].items() if key != "params"})
+    train(ours, params, 1, 2)
+    train(theirs, plain, 1, 2)
+    assert all(map(torch.equal, params, plain)) and group["step"] == 1
+    group["second_moment"] = "neuron"
+    train(ours, params, 2, 3)
+
+
+BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"cautious": 1}, TypeError, "cautious should be True or False but is: 1"),
+    ({"stochastic_rounding": "yes"}, TypeError, "stochastic_rounding should be True or False but is: 'yes'"),
+    (
+        {"stochastic_rounding": True},
+        TypeError,
+        "stochastic_rounding is of torch.bfloat16 parameters but one is of: torch.float32",
+    ),
+    ({"weight_decay_form": "l2"}, ValueError, "should be one of 'decoupled', 'independent', 'scheduled' but is: 'l2'"),
+    ({"weight_decay_form": ["l2"]}, ValueError, "weight_decay_form should be one of"),
+    ({"weight_decay_form": None}, ValueError, "but is: None"),
+    ({"weight_decay_form": "scheduled", "lr": 0.0}, ValueError, "peak_lr should be > 0 for weight_decay_form="),
+    ({"peak_lr": -1.0}, ValueError, "peak_lr should be >= 0 but is: -1.0"),
+    ({"peak_lr": "big"}, TypeError, "peak_lr should be a number but is: 'big'"),
+    ({"second_moment": "row"}, ValueError, "second_moment should be one of None, 'neuron', 'element' but is: 'row'"),
+    ({"second_moment": True}, ValueError, "but is: True"),
+    ({"second_moment": "neuron", "split": "equal(2)"}, ValueError, "but is 'neuron' with split='equal(2)'"),
+    (
+        {"second_moment": "element", "power": 0.5},
+        ValueError,
+        "None where power is not 0 but they are: 'element' and 0.5",
+    ),
+    ({"cautious": True, "power": 1.0}, ValueError, "cautious and stochastic_rounding should be False where power is 1"),
+    ({"beta2": 1.0}, ValueError, "beta2 should be < 1 but is: 1.0"),
+    ({"beta2": -0.1}, ValueError, "beta2 should be >= 0 but is: -0.1"),
+    ({"beta2": float("nan")}, ValueError, "beta2 should be >= 0 but is: nan"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "sentence"), BAD)
+def test_bad_options(options: dict[str, Any], error: type[Exception], sentence: str) -> None:
+    """In the constructor, in a group, and set between steps; nothing changes."""
+    params = parameters(names=["wide"])
+    with pytest.raises(error) as raised:
+        Muon(params, **options)
+    assert sentence in str(raised.value)
+    muon = Muon(params)
+    with pytest.raises(error):
+        muon.add_param_group({"params": [nn.Parameter(torch.randn(4, 5))], **options})
+    assert len(muon.param_groups) == 1
+    before = snapshot(muon, params)
+    if "lr" in options:
+        options = {**options, "peak_lr": 0.0}
+    kept = dict(muon.param_groups[0])
+    muon.param_groups[0].update(options)
+    feed(params, 0)
+    with pytest.raises(error):
+        muon.step()
+    muon.param_groups[0].update(kept)
+    assert same(before, snapshot(muon, params))
+
+
+def test_a_copied_group_with_its_steps_is_taken() -> None:
+    params = parameters(torch.bfloat16, ["wide"])
+    train(muon := Muon(params, stochastic_rounding=True), params, 0, 2)
+    assert Muon(muon.param_groups).param_groups[0]["step"] == 2
