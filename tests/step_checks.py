@@ -15,7 +15,7 @@ from matrices import make
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from muon_kernels import Muon, backends, options, orthogonalize
+from muon_kernels import Muon, SpectralMomentum, backends, options, orthogonalize
 from muon_kernels.cli.ledger import ledger
 from muon_kernels.layout import Matrices, layout
 from muon_kernels.split import blocks, equal, heads, qkv
@@ -128,6 +128,22 @@ def test_a_step_with_a_split_is_that_of_the_parts(gpu: Gpu) -> None:
         apart.step()
     for x, y in zip([x for p, (_, cut) in cuts for x in cut(p)], parts, strict=True):
         assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("algorithm", ["standard", "gram"])
+@pytest.mark.parametrize("power", [0.25, 0.5])
+def test_a_power_of_the_spectrum(gpu: Gpu, algorithm: str, power: float) -> None:
+    """Of the first step's gradients, tall, wide and stacked, of any size, against the singular value decomposition."""
+    params = [nn.Parameter(torch.zeros(*shape, device=gpu.device)) for shape in ((24, 40), (2, 40, 24), (130, 150))]
+    optimizer = SpectralMomentum(params, lr=0.5, power=power, backend=gpu.backend, ns_algorithm=algorithm)
+    for p, factor in zip(params, (1e-12, 1.0, 1e6), strict=True):
+        p.grad = make_grad(p, 3) * factor
+    optimizer.step()
+    for p in params:
+        assert p.grad is not None
+        U, S, Vh = torch.linalg.svd(p.grad.double(), full_matrices=False)
+        exact = (U * S[..., None, :] ** power) @ Vh
+        assert ((p.detach() / -0.5 - exact).norm() / exact.norm()) < 0.06
 
 
 def test_launches_are_the_plan_s(gpu: Gpu) -> None:

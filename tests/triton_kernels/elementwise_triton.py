@@ -72,12 +72,13 @@ class Verbs:
         grad_scale: float = 1.0,
         eps: float = 1e-7,
         margin: float = 1.0,
+        norms: Tensor | None = None,
     ) -> Tensor:
         # Neither has an initial value, and there are sentinels around both.
         size = len(X) * configs.scratch_bytes(*X.shape[1:])
         block = torch.full((size + 64,), 0xFF, dtype=torch.uint8)
         scratch = block[32:-32]
-        with self._running([*grads, *(momenta or ()), X, scratch]):
+        with self._running([*grads, *(momenta or ()), X, scratch, *([] if norms is None else [norms])]):
             scale = elementwise.momentum_update(
                 matrices(grads),
                 None if momenta is None else matrices(momenta),
@@ -89,6 +90,7 @@ class Verbs:
                 eps=eps,
                 margin=margin,
                 scratch=scratch,
+                norms=norms,
             )
         assert (block[:32] == 0xFF).all() and (block[-32:] == 0xFF).all(), "written outside scratch"
         return scale
