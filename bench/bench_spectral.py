@@ -25,7 +25,7 @@ ROUNDS = 5
 
 
 def papers_power(G: Tensor, p: float) -> Tensor:
-    """arXiv 2602.04669 for p = 1/2, and twice for 1/4, batched: 15 coupled fp32 steps for (G Gᵀ)^-½, 15 for its root."""
+    """arXiv 2602.04669, batched: 15 coupled fp32 steps for (G Gᵀ)^-½ and 15 for its root; twice that for p = 1/4."""
     if p == 0.25:
         return papers_power(papers_power(G, 0.5), 0.5)
 

@@ -48,8 +48,9 @@ bool same_shape(const Stack& s, int64_t batch, int64_t rows, int64_t cols) {
 bool valid(const Product& p) {
     const int64_t batch = p.out.batch, m = p.out.rows, n = p.out.cols, k = p.a.cols;
     return same_shape(p.a, batch, m, k) && same_shape(p.c, batch, m, n) && same_shape(p.out, batch, m, n) &&
-           (p.has_b() || k == n) && (p.b_transposed ? same_shape(p.b, batch, n, k) : same_shape(p.b, batch, k, n)) && (!p.symmetric || m == n) &&
-           (!p.a_diagonal || m == k) && (!p.b_diagonal || k == n) && (!(p.c_diagonal || p.out_diagonal) || m == n);
+           (p.has_b() || k == n) && (p.b_transposed ? same_shape(p.b, batch, n, k) : same_shape(p.b, batch, k, n)) &&
+           (!p.symmetric || m == n) && (!p.a_diagonal || m == k) && (!p.b_diagonal || k == n) &&
+           (!(p.c_diagonal || p.out_diagonal) || m == n);
 }
 
 }  // namespace
