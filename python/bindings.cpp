@@ -150,16 +150,15 @@ PYBIND11_MODULE(_C, m) {
             })
         );
     cpu.def(
-        "apply_update",
-        [](mk::cpu::Isa isa, int threads, const mk::ApplyUpdate& u, const mk::ApplyOptions& options) {
+        "apply_update", [](mk::cpu::Isa isa, int threads, const mk::ApplyUpdate& u, const mk::ApplyOptions& options) {
             py::gil_scoped_release release;
             check(mk::cpu::apply_update(isa, u, options, threads), "apply_update");
         }
     );
     cpu.def(
-        "fused_step", [](mk::cpu::Isa isa, int threads, int64_t count, const mk::MomentumUpdate& momentum,
-                         const std::vector<mk::Product>& products, const mk::ApplyUpdate& apply,
-                         const mk::ApplyOptions& options) {
+        "fused_step",
+        [](mk::cpu::Isa isa, int threads, int64_t count, const mk::MomentumUpdate& momentum,
+           const std::vector<mk::Product>& products, const mk::ApplyUpdate& apply, const mk::ApplyOptions& options) {
             const mk::Step step{count, momentum, products.data(), static_cast<int>(products.size()), apply, options};
             py::gil_scoped_release release;
             check(mk::cpu::fused_step(isa, step, threads), "fused_step");
@@ -181,8 +180,7 @@ PYBIND11_MODULE(_C, m) {
         check(mk::cuda::momentum_update(u, dtype, at<double>(partial), stream_at(stream)), "momentum_update");
     });
     cuda.def(
-        "apply_update",
-        [](const mk::ApplyUpdate& u, const mk::ApplyOptions& options, mk::DType dtype, int64_t stream) {
+        "apply_update", [](const mk::ApplyUpdate& u, const mk::ApplyOptions& options, mk::DType dtype, int64_t stream) {
             check(mk::cuda::apply_update(u, options, dtype, stream_at(stream)), "apply_update");
         }
     );

@@ -277,9 +277,8 @@ Result momentum_update(const MomentumUpdate& args, DType dtype, double* partial,
     });
     if (pass.status != Status::ok) return pass;
 
-    NormArguments n = {
-        args.x, partial, args.scale, args.norm, args.eps, args.margin, static_cast<int>(per_matrix), 1, half
-    };
+    NormArguments n = {args.x, partial, args.scale, args.norm, args.eps, args.margin, static_cast<int>(per_matrix),
+                       1,      half};
     n.shares = static_cast<int>(std::clamp<int64_t>(per_matrix / 64, 1, 64));
     const int64_t most = INT_MAX / n.shares;
     for (int64_t first = 0; first < args.x.batch; first += most) {
