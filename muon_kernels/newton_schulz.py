@@ -233,6 +233,8 @@ def _measure(
 def _add_iterate(ops: Products, total: Square, X: Tensor, weight: float, pending: Tensor | None) -> None:
     """total += weight·X, or where X is still to be scaled, which is where the sum begins, total = weight·scale·X."""
     begun = pending is None
+    if begun and weight == 0:
+        return
     ops.add(Square(X), C=total if begun else None, alpha=weight, beta=1.0, out=total, scale=pending)
 
 
@@ -305,9 +307,10 @@ def gram(
         pending, total = blend.scale, blend.total
     for start, stop in segments(schedule, X.shape[1], ops.precise_squares()):
         last = stop == len(triples)
-        if stop - start == 1 and not (last and blend):
-            if blend is not None:
-                _add_iterate(ops, Square(total), X, weights[start], pending)
+        summed = blend is not None and (last or any(weights[start + 1 : stop]))
+        if blend is not None and not summed:  # of this segment, only what it begins with
+            _add_iterate(ops, Square(total), X, weights[start], pending)
+        if stop - start == 1 and not summed:
             _standard_step(ops, X, Y, W, S, pending, triples[start])
             X, Y, pending = Y, X, None
             continue
@@ -322,11 +325,11 @@ def gram(
             if step > start:
                 ops.syrkx(Q, S, out=Q_next)
                 Q, Q_next = Q_next, Q
-            if blend is not None and (step + 1 < stop or last):
+            if summed and (step + 1 < stop or last):
                 first = step == start
                 gamma = weights[start] if first else 0.0
                 ops.add(Q, C=None if first else P, alpha=weights[step + 1], beta=1.0, gamma=gamma, out=P)
-        if blend is not None:
+        if summed and blend is not None:
             begun = start > 0
             ops.gemm(
                 P,

@@ -22,23 +22,28 @@ from torch import Tensor
 from .coefficients import Schedule, Triple
 
 # As far as weights are fitted; singular values further below the largest come out too small, in proportion to
-# themselves. `newton_schulz._measure` leaves the largest at m^-⅛ or above: 1e-3 of it is within reach up to m = 15,000.
-LOWEST = 3e-4
+# themselves. `newton_schulz._measure` leaves the largest at m^-⅛ or above: 1e-3 of it is within reach up to m = 4,400.
+LOWEST = 3.5e-4
 
-# Found by `fit`, to five digits; other starts come to errors of 2.1 to 3 %, as these. Slopes are gentler than those of
-# sets that only want the last iterate: rounding errors grow less, and the Gram form goes back to the matrix only twice.
+# Found by `fit`, to five digits. Slopes are gentler than those of sets that only want the last iterate: rounding errors
+# grow less.
 TRIPLES: tuple[Triple, ...] = (
-    (4.06939, -8.53223, 4.79640),
-    (3.37861, -4.97921, 2.09031),
-    (3.56244, -5.82475, 2.55317),
-    (3.39686, -4.95359, 2.11728),
-    (3.51907, -5.62909, 2.41182),
-    (3.21977, -4.57400, 1.94595),
-    (2.03063, -2.08628, 0.84097),
+    (3.55243, -7.68491, 4.37962),
+    (2.79329, -3.58503, 1.95282),
+    (3.05841, -6.09048, 3.36575),
+    (3.24464, -4.90031, 3.10064),
+    (3.82212, -7.14093, 3.75874),
+    (3.50150, -5.95563, 2.99248),
+    (1.95075, -1.99066, 0.88959),
 )
-# Three steps at first, with R as uneven as it is in X, make an eigenvalue that rounding left below zero explode: four
-# matrices in five of 256 x 64 whose largest singular value is a few times the others'. So do three after two.
+
+# How many steps the Gram form may do before it goes back to the matrix. With more than two at first, an eigenvalue that
+# rounding left below zero explodes wherever one singular value is a few times as large as the others, as in momenta of
+# trained layers; the last steps see a flatter spectrum.
 SEGMENTS = (2, 2, 3)
+
+# The iterates that are summed: in Gram form, one inside of a segment but the last costs a product with the matrix.
+ITERATES = (0, 2, 4, 5, 6, 7)
 
 # What `fit_weights` says of the paper's powers.
 WEIGHTS: dict[float, tuple[float, ...]] = {}
@@ -93,13 +98,18 @@ def _smallest_error(basis: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
 
 @lru_cache
 def fit_weights(
-    power: float, triples: tuple[Triple, ...] = TRIPLES, lowest: float = LOWEST, rounds: int = 200
+    power: float,
+    triples: tuple[Triple, ...] = TRIPLES,
+    iterates: tuple[int, ...] = ITERATES,
+    lowest: float = LOWEST,
+    rounds: int = 200,
 ) -> tuple[float, ...]:
     """Weights of the iterates with the smallest largest relative error of Σ w_i f_i(σ) against σ^power.
 
     Args:
         power: in [0, 1].
         triples: of the steps.
+        iterates: those that may have a weight.
         lowest: the smallest σ; the largest is 1.
         rounds: of least squares.
 
@@ -108,7 +118,9 @@ def fit_weights(
     """
     sigma = _grid(lowest)
     basis = _iterates(torch.tensor(triples, dtype=torch.float64), sigma) / sigma[:, None] ** power
-    return tuple(_smallest_error(basis, rounds)[0].tolist())
+    weights = basis.new_zeros(basis.shape[1])
+    weights[list(iterates)] = _smallest_error(basis[:, iterates], rounds)[0]
+    return tuple(weights.tolist())
 
 
 class Error(NamedTuple):
@@ -184,6 +196,7 @@ EXACT: dict[str, Callable[[Tensor, float], Tensor]] = {"svd": _svd_power, "coupl
 def fit(
     powers: Sequence[float] = (0.25, 0.5),
     steps: int = 7,
+    iterates: Sequence[int] = ITERATES,
     lowest: float = LOWEST,
     *,
     starts: int = 100,
@@ -197,6 +210,7 @@ def fit(
     Args:
         powers: in (0, 1).
         steps: how many triples.
+        iterates: those that are summed, from 0 to `steps`.
         lowest: the smallest σ.
         starts: how many.
         seed: of the starts.
@@ -211,7 +225,7 @@ def fit(
         spread, around = ((0.02, best) if start % 2 else (0.1, begin)) if start else (0.0, begin)
         noise = torch.randn(steps, 3, generator=generator, dtype=torch.float64)
         try:
-            triples, largest = _improved(around * (1 + spread * noise), powers, lowest)
+            triples, largest = _improved(around * (1 + spread * noise), powers, list(iterates), lowest)
         except OverflowError:
             continue
         if largest < worst:
@@ -223,21 +237,24 @@ def fit(
 _FIRST, _NEXT, _LAST = (4.2, -9.5, 5.6), (3.6, -6.0, 2.6), (2.0, -1.9, 0.8)
 
 
-def _improved(triples: Tensor, powers: Sequence[float], lowest: float, rounds: int = 150) -> tuple[Tensor, float]:
+def _improved(
+    triples: Tensor, powers: Sequence[float], iterates: list[int], lowest: float, rounds: int = 150
+) -> tuple[Tensor, float]:
     """Triples after `rounds` of Levenberg-Marquardt, and their largest error."""
     steps = len(triples)
     sigma, beyond = _grid(lowest, 240), torch.linspace(0.02, 1.05, 120, dtype=torch.float64)
     wanted = torch.stack([sigma**p for p in powers], 1)
 
     def residuals(unknown: Tensor, regard: Tensor) -> Tensor:
-        triples, weights = unknown[: 3 * steps].view(steps, 3), unknown[3 * steps :].view(steps + 1, -1)
-        off = _iterates(triples, sigma) @ weights / wanted - 1
+        triples, weights = unknown[: 3 * steps].view(steps, 3), unknown[3 * steps :].view(len(iterates), -1)
+        off = _iterates(triples, sigma)[:, iterates] @ weights / wanted - 1
         above = torch.relu(_iterates(triples, beyond)[:, 1:].abs() - 1.15)
         return torch.cat([(regard.sqrt() * off).flatten(), 0.1 * above.flatten(), 2e-4 * weights.flatten()])
 
     if not _iterates(triples, beyond).isfinite().all():
         raise OverflowError("iterates of these triples explode")
-    columns = [_smallest_error(_iterates(triples, sigma) / y[:, None], 1)[0] for y in wanted.T]
+    basis = _iterates(triples, sigma)[:, iterates]
+    columns = [_smallest_error(basis / y[:, None], 1)[0] for y in wanted.T]
     unknown = torch.cat([triples.flatten(), torch.stack(columns, 1).flatten()])
     regard = torch.full_like(wanted, 1 / wanted.numel())
     jacobian, damping = torch.func.jacfwd(residuals), 1e-3
