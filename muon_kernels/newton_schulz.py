@@ -125,6 +125,19 @@ def _change_of_q(triples: Sequence[Triple], eigenvalues: Sequence[float], loss: 
     return max(changes) if changes and all(map(math.isfinite, changes)) else math.inf
 
 
+def _largest_image(triples: Sequence[Triple], eigenvalues: Sequence[float], loss: float) -> float:
+    """Of the square roots of `eigenvalues`, if R starts `loss` too small or too large."""
+    largest = 0.0
+    for eigenvalue in eigenvalues:
+        for r in (eigenvalue - loss, eigenvalue + loss):
+            image = math.sqrt(eigenvalue)
+            for a, b, c in triples:
+                s = a + b * r + c * r * r
+                r, image = r * s * s, image * s
+            largest = max(largest, abs(image))
+    return largest
+
+
 def segments(schedule: Schedule, size: int, precise: bool) -> tuple[Segment, ...]:
     """Where the Gram form goes back to X: as the schedule says for precise squares, or from a simulation.
 
@@ -137,6 +150,19 @@ def segments(schedule: Schedule, size: int, precise: bool) -> tuple[Segment, ...
         stops = tuple(accumulate(schedule.segments))
         return tuple(map(Segment, (0, *stops[:-1]), stops))
     return _simulated(schedule.triples, schedule.margin, size, precise)
+
+
+def _tolerated(triples: Sequence[Triple]) -> float:
+    """How far above 1 a singular value may be that these steps do not let explode."""
+    x = 1.0
+    while x < 1.5:
+        image = x
+        for a, b, c in triples:
+            image = abs(image * (a + b * image**2 + c * image**4))
+            if image > 1.5:
+                return x
+        x += 0.001
+    return x
 
 
 @lru_cache(maxsize=256)
@@ -156,6 +182,8 @@ def _simulated(triples: tuple[Triple, ...], margin: float, size: int, precise: b
     for a, b, c in triples:
         at_step.append([r * s * s for r in at_step[-1] for s in (a + b * r + c * r * r,)])
 
+    tolerated = [_tolerated(triples[stop:]) for stop in range(len(triples) + 1)]
+
     def change(start: int, stop: int) -> float:
         """Of this segment, relative to its bound."""
         length = stop - start
@@ -165,6 +193,9 @@ def _simulated(triples: tuple[Triple, ...], margin: float, size: int, precise: b
         weight = 1 / 3 if start == 0 else 1.0
         loss = weight * _ROUNDOFF * max(at_step[start])
         averaged = 1.0 if length == 2 else math.sqrt(_ROWS_OF_BOUND / (1 << max(size, 1).bit_length() - 1))
+        # Where the next steps explode a little above 1, a Q that came out too large must not take X there.
+        if tolerated[stop] < 1.1 and _largest_image(triples[start:stop], at_step[start], loss) > tolerated[stop]:
+            return math.inf
         return _change_of_q(triples[start:stop], at_step[start], loss) * averaged / _ALLOWED[length]
 
     best: list[tuple[int, float, tuple[Segment, ...]]] = [(0, 0.0, ())]

@@ -10,6 +10,7 @@ from torch import Tensor
 from muon_kernels import COEFFICIENTS, backends, orthogonalize
 from muon_kernels.coefficients import Schedule, resolve
 from muon_kernels.plan import workspace_bytes
+from muon_kernels.reference import newton_schulz
 
 SHAPES = [(48, 48), (96, 144), (64, 256), (256, 64), (129, 300)]
 
@@ -144,3 +145,20 @@ def test_coefficients_without_higher_powers(backend: str, algorithm: str) -> Non
     exact = G / torch.linalg.vector_norm(G, dim=(1, 2), keepdim=True)
     tripled = orthogonalize(G, [(2, 0, 0), (1.5, 0, 0)], None, ns_algorithm=algorithm, backend=backend)
     torch.testing.assert_close(tripled, 3 * exact, rtol=2**-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", COEFFICIENTS)
+@pytest.mark.parametrize("algorithm", ["standard", "gram"])
+def test_a_singular_value_that_leads(backend: str, algorithm: str, name: str) -> None:
+    """A few times as large as the others, as in the momentum of trained layers."""
+    if algorithm == "gram" and not backends.get(backend).precise_squares():
+        pytest.skip("where it is not for accuracy")
+    generator = torch.Generator().manual_seed(1)
+    schedule = resolve(name)
+    for m, n in ((64, 64), (64, 256), (32, 100)):
+        noise, u, v = (torch.randn(40, *shape, generator=generator) for shape in ((m, n), (m, 1), (1, n)))
+        for lead in (2, 4):
+            G = noise + lead * u * v
+            exact = newton_schulz(G.double(), schedule.triples, schedule.margin)
+            X = orthogonalize(G, name, None, backend=backend, ns_algorithm=algorithm)
+            assert ((X - exact).norm(dim=(1, 2)) < 0.3 * exact.norm(dim=(1, 2))).all()
