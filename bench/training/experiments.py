@@ -111,7 +111,7 @@ def scaling(run: Run, scale: Scale) -> list[dict[str, Result]]:
 
 
 def over_trained(run: Run, scale: Scale) -> dict[str, Result]:
-    """By variant, the smallest model for many more tokens than the scaling law gives it, where [1] found decay to pay."""
+    """By variant, the smallest model for many more tokens than its share, where [1] found decay to pay."""
     config = adamw(run, _dense(scale)[0])
     return _variants(run, replace(config, steps=config.steps * scale.over))
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +24,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 import muon_kernels
-from muon_kernels import spectra
+from muon_kernels import backends, spectra
 from muon_kernels.cli import demo
 from muon_kernels.spectral_optimizers import PAPER
 from muon_kernels.split import equal
@@ -160,13 +162,20 @@ def optimizers(config: Config, of: nn.Module) -> list[Optimizer]:
     ]
 
 
+def machine() -> str:
+    """What the seconds are of, and whose library is the text."""
+    python, threads = platform.python_version(), torch.get_num_threads()
+    kind = f"{platform.machine()} with {os.cpu_count()} cores ({backends.get('cpu').describe()}), {threads} used"
+    return f"{kind}; torch {torch.__version__}, Python {python}"
+
+
 def train(config: Config) -> Result:
     """Train, and return what there is to know of it, as JSON has it.
 
     Returns:
         config; active_parameters; curve: pairs of a step and the mean training loss since the last one; loss: held out,
         None if it is not finite, that is if the training went astray; weight_rms: of the layers' matrices, the mean;
-        seconds; spectra: SPECTRA of the rows of `spectra.Recorder`.
+        seconds; machine; spectra: SPECTRA of the rows of `spectra.Recorder`.
     """
     return _trained(config)[1]
 
@@ -221,6 +230,7 @@ def _trained(config: Config) -> tuple[demo.GPT, Result]:
         "loss": final if math.isfinite(final) else None,
         "weight_rms": sum(spectra.rms(p).mean().item() for p in matrices) / len(matrices),
         "seconds": time.perf_counter() - began,
+        "machine": machine(),
         "spectra": [{key: row[key] for key in SPECTRA} for row in recorder.rows] if recorder else [],
     }
 
