@@ -792,7 +792,7 @@ def spectral_power(
     backend: str = "auto",
     max_workspace_bytes: int | None = None,
 ) -> Tensor:
-    """U Σ^p Vᵀ of every matrix G = U Σ Vᵀ, at 1.1 to 1.6 times the price of `orthogonalize`; see spectral.py.
+    """U Σ^p Vᵀ of every matrix G = U Σ Vᵀ, at 1.5 to 2 times the price of `orthogonalize`; see spectral.py.
 
     Within 2.8 % of σ^p (1.4 % rms) for p ≥ 1/8 and singular values down to 1e-3 of the largest, in bf16 products with
     fp32 accumulation, whose rounding adds to that. Smaller ones fall below σ^p in proportion to σ. The power of c·G is

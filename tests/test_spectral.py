@@ -105,6 +105,21 @@ def test_accuracy(backend: str, algorithm: str, spectrum: str, shape: tuple[int,
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("n", [64, 256])
+def test_a_singular_value_that_leads(backend: str, algorithm: str, n: int) -> None:
+    """A few times as large as the others, as in the momentum of trained layers."""
+    generator = torch.Generator().manual_seed(0)
+    for lead in (1.5, 2, 3, 4, 6):
+        noise, u, v = (torch.randn(20, *shape, generator=generator) for shape in ((n, 64), (n, 1), (1, 64)))
+        G = noise + lead * u * v
+        U, S, Vh = torch.linalg.svd(G.double(), full_matrices=False)
+        exact = (U * S[:, None].sqrt()) @ Vh
+        Y = spectral_power(G, 0.5, backend=backend, ns_algorithm=algorithm)
+        assert ((Y - exact).norm(dim=(1, 2)) < 0.1 * exact.norm(dim=(1, 2))).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("p", [0.25, 0.5, 0.7])
 def test_scale(backend: str, p: float) -> None:
     """By a power of two with an exact power, the same bits; by others, nearly."""
@@ -192,7 +207,7 @@ def test_compiles() -> None:
 
 
 @pytest.mark.parametrize("shape", [(768, 768), (768, 3072), (1024, 2048), (384, 1024), (64, 768), (64, 64)])
-def test_costs_at_most_six_tenths_more(shape: tuple[int, int]) -> None:
+def test_costs_at_most_twice_as_much(shape: tuple[int, int]) -> None:
     """Than five steps of `orthogonalize`, on backends that have the Gram form and on those that have not."""
     for backend in ("cuda", "eager"):
         flops = [
@@ -202,7 +217,7 @@ def test_costs_at_most_six_tenths_more(shape: tuple[int, int]) -> None:
             ).flops
             for schedule in (resolve("keller", 5), schedule_of(0.5))
         ]  # fmt: skip
-        assert flops[1] <= 1.6 * flops[0]
+        assert flops[1] <= 2 * flops[0]
 
 
 @pytest.mark.parametrize(
