@@ -34,6 +34,7 @@ BATCH = 16
 TOKENS = CONTEXT * BATCH  # of a step
 BETAS = (0.9, 0.95)
 CURVE = 24  # points of a loss curve
+HELD_OUT = 32  # batches that the final loss is of
 SPECTRA = ("step", "name", "index", "group", "tensor", "svd_entropy")
 # Of all that is no matrix, in the second paper's comparison. Its 3e-4 is for runs of a thousand times more steps.
 VECTOR_LR = 3e-3
@@ -126,9 +127,9 @@ def windows(of: Tensor, starts: Tensor) -> Tensor:
 
 @torch.no_grad()
 def held_out_loss(of: nn.Module, name: str) -> float:
-    """Nats per byte, over 512 windows that are spread evenly."""
+    """Nats per byte, over windows that are spread evenly."""
     held_out = text(name)[1]
-    starts = torch.linspace(0, len(held_out) - CONTEXT - 1, 32 * BATCH).long().view(32, BATCH)
+    starts = torch.linspace(0, len(held_out) - CONTEXT - 1, HELD_OUT * BATCH).long().view(HELD_OUT, BATCH)
     return torch.stack([of(windows(held_out, row)) for row in starts]).mean().item()
 
 
@@ -151,7 +152,7 @@ def optimizers(config: Config, of: nn.Module) -> list[Optimizer]:
         raise ValueError(f"optimizer should be adamw, muon or one of {', '.join(PAPER)} but is: {config.optimizer!r}")
     # As the paper: embeddings and the head are matrices too, fused projections are three.
     named = dict(of.named_parameters())
-    matrices = [
+    matrices: list[dict[str, Any]] = [
         {"params": [p for name, p in named.items() if p.ndim >= 2 and "qkv" not in name]},
         {"params": [p for name, p in named.items() if "qkv" in name], "split": equal(3)},
     ]
@@ -174,8 +175,8 @@ def train(config: Config) -> Result:
 
     Returns:
         config; active_parameters; curve: pairs of a step and the mean training loss since the last one; loss: held out,
-        None if it is not finite, that is if the training went astray; weight_rms: of the layers' matrices, the mean;
-        seconds; machine; spectra: SPECTRA of the rows of `spectra.Recorder`.
+        None if it is not finite, that is if the training went astray; weight_rms: of the layers' matrices, the mean, or
+        None likewise; seconds; machine; spectra: SPECTRA of the rows of `spectra.Recorder`.
     """
     return _trained(config)[1]
 
@@ -222,17 +223,22 @@ def _trained(config: Config) -> tuple[demo.GPT, Result]:
             curve.append((step, sum(since) / len(since)))
             since = []
     final = held_out_loss(of, config.text)
-    matrices = [p.detach() for p in of.layers.parameters() if p.ndim >= 2]
+    matrices = [p for p in of.layers.parameters() if p.ndim >= 2]
+    weight_rms = sum(spectra.rms(p).mean().item() for p in matrices) / len(matrices)
     return of, {
         "config": asdict(config),
         "active_parameters": active(of),
         "curve": curve,
-        "loss": final if math.isfinite(final) else None,
-        "weight_rms": sum(spectra.rms(p).mean().item() for p in matrices) / len(matrices),
+        "loss": _finite(final),
+        "weight_rms": _finite(weight_rms),
         "seconds": time.perf_counter() - began,
         "machine": machine(),
         "spectra": [{key: row[key] for key in SPECTRA} for row in recorder.rows] if recorder else [],
     }
+
+
+def _finite(x: float) -> float | None:
+    return x if math.isfinite(x) else None  # JSON has neither infinity nor NaN
 
 
 class Results:
