@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from harness import Config, Result, Run, active, best, model
 
 DECAY = 0.1  # of [1]
+ADAMW_LR = (2e-3, 4e-3, 8e-3, 16e-3)
 
 # Where to look first: the best of [2] for GPT-2 and 100 billion tokens.
 PAPER_LR = {
@@ -80,7 +81,7 @@ def _place(scan: dict[int, Result]) -> int:
 def adamw(run: Run, config: Config) -> Config:
     """AdamW with the best of four learning rates, each tried for a quarter of the steps."""
     config = replace(config, optimizer="adamw", weight_decay=DECAY)
-    tried = [replace(config, lr=2e-3 * 2.0**n, steps=max(2, config.steps // 4), record_every=0) for n in range(4)]
+    tried = [replace(config, lr=lr, steps=max(2, config.steps // 4), record_every=0) for lr in ADAMW_LR]
     return replace(config, lr=best([run(each) for each in tried])["config"]["lr"])
 
 

@@ -194,7 +194,11 @@ def scaling(results: list[dict[str, Result]], over: dict[str, Result], figures: 
             curve = [point for point in over[name]["curve"] if point[0] > over[name]["config"]["steps"] / 12]
             panels[1].plot(*zip(*curve, strict=True), **{**style, "markersize": 3}, label=name)
         panels[0].plot([], [], color="black", marker="*", markersize=10, linestyle="", label="mixture of experts")
-        panels[0].set(xscale="log", xlabel="compute, 6·N·tokens, FLOP", ylabel="held-out loss, nats per byte")
+        panels[0].set(
+            xscale="log", yscale="log", xlabel="compute, 6·N·tokens, FLOP", ylabel="held-out loss, nats per byte"
+        )
+        panels[0].yaxis.set_major_formatter("{x:.1f}")
+        panels[0].yaxis.set_minor_formatter("{x:.1f}")
         panels[1].set(xlabel="step", ylabel="training loss, nats per byte, mean of a stretch")
 
     short, long = loss(dense[0]["AdamW"]), over["AdamW"]["config"]["steps"]
@@ -202,7 +206,7 @@ def scaling(results: list[dict[str, Result]], over: dict[str, Result], figures: 
     of = dense[0]["AdamW"]
     yield (
         'Muon with the settings of [1]: weight decay 0.1 and adjust_lr_fn="match_rms_adamw"; the learning rate is the '
-        "best for AdamW, of 0.002, 0.004, 0.008 and 0.016 for a quarter of the steps, and Muon takes it over. "
+        "best for AdamW, of four tried for a quarter of the steps, and Muon takes it over. "
         f"Dense models get {of['config']['steps'] * TOKENS / of['active_parameters']:.1f} bytes a parameter. "
         "The mixture of experts has "
         f"{mixture['AdamW']['config']['experts']} routed experts a layer, of which a byte meets two, and a shared "
@@ -244,7 +248,12 @@ def scaling(results: list[dict[str, Result]], over: dict[str, Result], figures: 
         f"changes Muon's loss by {after:+.3f} in the smallest model and by {decayed - plain:+.3f} after "
         f"{long // of['config']['steps']} times as many steps "
         f"(AdamW goes from {short:.3f} to {loss(over['AdamW']):.3f} there). "
-        "In [1], Muon without decay is ahead at first and behind in the over-trained regime.\n"
+        "In [1], Muon without decay is ahead at first and behind in the over-trained regime. "
+    )
+    at_end = sum(size["AdamW"]["config"]["lr"] == experiments.ADAMW_LR[-1] for size in results)
+    yield (
+        f"In {at_end} of {len(results)} cases AdamW's best rate is the largest that was tried, so a larger one may be "
+        "better still.\n"
     )
 
 
