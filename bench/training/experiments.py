@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from harness import Config, Result, Run, active, best, model
 
 DECAY = 0.1  # of [1]
-ADAMW_LR = (2e-3, 4e-3, 8e-3, 16e-3)
+ADAMW_LR = (2e-3, 4e-3, 8e-3, 16e-3, 32e-3)
 
 # Where to look first: the best of [2] for GPT-2 and 100 billion tokens.
 PAPER_LR = {
@@ -79,7 +79,7 @@ def _place(scan: dict[int, Result]) -> int:
 
 
 def adamw(run: Run, config: Config) -> Config:
-    """AdamW with the best of four learning rates, each tried for a quarter of the steps."""
+    """AdamW with the best of these learning rates, each tried for a quarter of the steps."""
     config = replace(config, optimizer="adamw", weight_decay=DECAY)
     tried = [replace(config, lr=lr, steps=max(2, config.steps // 4), record_every=0) for lr in ADAMW_LR]
     return replace(config, lr=best([run(each) for each in tried])["config"]["lr"])
@@ -127,7 +127,7 @@ def finetune(run: Run, scale: Scale) -> dict[tuple[str, str], list[dict[float, R
             run(start)
             for after in ("muon", "adamw"):
                 config = replace(start, optimizer=after, steps=max(2, scale.steps // 3), text="prose", start=start)
-                rates = [lr * 4.0**n for n in (-2, -1, 0)]
+                rates = [lr * 4.0**n for n in (-2, -1, 0, 1, 2)]
                 by_rate = {rate: run(replace(config, lr=rate)) for rate in rates}
                 results.setdefault((before, after), []).append(by_rate)
     return results
