@@ -78,9 +78,10 @@ Where one method is better than another by tenths of a nat, it is, for this mode
 
 They cannot show what the papers claim of large models: exponents of scaling laws from three sizes within a decade of
 parameters say nothing of billions; weight decay pays after long training; fine-tuning on another kind of text is not
-instruction tuning. Every number is of one seed but for fine-tuning, whose table shows what two seeds differ by: smaller
-differences than that, in any table, mean nothing. Short contexts and small batches are noisy, which helps methods that
-average and normalise.
+instruction tuning. Learning rates are chosen in shorter runs than they are used in, and may be too large for long ones;
+momenta and warm-up are nobody's best. Every number is of one seed but for fine-tuning, whose table shows what two seeds
+differ by: smaller differences than that, in any table, mean nothing. Short contexts and small batches are noisy, which
+helps methods that average and normalise.
 """
 
 
@@ -291,6 +292,7 @@ def finetune(results: dict[tuple[str, str], list[dict[float, Result]]], figures:
     yield (
         f"Pretrained for {first['start']['steps']} steps on the standard library's sources, fine-tuned for "
         f"{first['steps']} on the language reference's prose, as table 6 of [1] matches and crosses optimizers. "
+        "Rows start from different models: compare within a row. "
         f"Held-out loss on prose at the best of {len(rates)} learning rates, mean of the seeds in brackets.\n\n"
         "![loss against learning rate of fine-tuning](figures/finetune.png)\n\n"
     )
