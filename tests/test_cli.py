@@ -53,8 +53,8 @@ def test_demo_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 
 def test_demo_holds_out_whole_documents() -> None:
-    documents = list(demo._documents())
-    train, held_out = demo._corpus()
+    documents = demo.prose() + demo.source_code()
+    train, held_out = demo.parted(documents)
     assert len(train) + len(held_out) == sum(map(len, documents)) > 2e6
     assert len(set(documents)) > 100 and not set(documents[9::10]) & (set(documents) - set(documents[9::10]))
     assert bytes(held_out[:200].tolist()) == b"".join(documents[9::10])[:200]
@@ -63,7 +63,7 @@ def test_demo_holds_out_whole_documents() -> None:
 
 def test_demo_starts_every_run_alike() -> None:
     torch.manual_seed(0)
-    model = demo.GPT()
+    model = demo.GPT(demo.WIDTH, demo.LAYERS, demo.HEADS, demo.CONTEXT)
     text = torch.randint(256, (2, 17))
     runs = [demo.Run(name, model, steps=3) for name in demo.OPTIMIZERS]
     for run in runs:

@@ -207,7 +207,7 @@ def test_compiles() -> None:
 
 
 @pytest.mark.parametrize("shape", [(768, 768), (768, 3072), (1024, 2048), (384, 1024), (64, 768), (64, 64)])
-def test_costs_at_most_six_tenths_more(shape: tuple[int, int]) -> None:
+def test_costs_at_most_twice_as_much(shape: tuple[int, int]) -> None:
     """Than five steps of `orthogonalize`, on backends that have the Gram form and on those that have not."""
     for backend in ("cuda", "eager"):
         flops = [
@@ -217,7 +217,7 @@ def test_costs_at_most_six_tenths_more(shape: tuple[int, int]) -> None:
             ).flops
             for schedule in (resolve("keller", 5), schedule_of(0.5))
         ]  # fmt: skip
-        assert flops[1] <= 1.6 * flops[0]
+        assert flops[1] <= 2 * flops[0]
 
 
 @pytest.mark.parametrize(

@@ -51,46 +51,71 @@ MUON_OPTIONS = {"lr": 16e-3, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_ada
 BESIDE_MUON_OPTIONS = {**ADAMW_OPTIONS, "lr": MUON_OPTIONS["lr"]}
 
 
-class Block(nn.Module):
-    """A pre-norm transformer layer: causal attention with fused QKV, then a GELU MLP."""
+class MLP(nn.Module):
+    """What follows attention in a layer: GELU between two matrices."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         """Initialise as torch does by default."""
         super().__init__()
-        self.attention_norm = nn.LayerNorm(WIDTH)
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
-        self.out = nn.Linear(WIDTH, WIDTH, bias=False)
-        self.mlp_norm = nn.LayerNorm(WIDTH)
-        self.up = nn.Linear(WIDTH, 4 * WIDTH, bias=False)
-        self.down = nn.Linear(4 * WIDTH, WIDTH, bias=False)
+        self.up = nn.Linear(width, 4 * width, bias=False)
+        self.down = nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (batch, length, WIDTH) to the same shape."""
-        heads = self.qkv(self.attention_norm(x)).unflatten(-1, (3, HEADS, -1))
-        q, k, v = heads.permute(2, 0, 3, 1, 4)  # (3, batch, HEADS, length, WIDTH / HEADS)
+        """Map (batch, length, width) to the same shape."""
+        result: Tensor = self.down(F.gelu(self.up(x)))
+        return result
+
+
+class Block(nn.Module):
+    """A pre-norm transformer layer: causal attention with fused QKV, then an MLP."""
+
+    def __init__(self, width: int, heads: int, mlp: Callable[[int], nn.Module] = MLP) -> None:
+        """Initialise as torch does by default."""
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp = mlp(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (batch, length, width) to the same shape."""
+        heads = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1))
+        q, k, v = heads.permute(2, 0, 3, 1, 4)  # (3, batch, heads, length, width / heads)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(attended.transpose(1, 2).flatten(-2))
-        mlp: Tensor = self.down(F.gelu(self.up(self.mlp_norm(x))))
+        mlp: Tensor = self.mlp(self.mlp_norm(x))
         return x + mlp
 
 
 class GPT(nn.Module):
-    """A byte-level language model of 3.3 million parameters."""
+    """A byte-level language model.
 
-    def __init__(self) -> None:
+    Args:
+        width: of the residual stream.
+        layers: how many.
+        heads: of each; they divide `width`.
+        context: the most bytes that it reads at once.
+        mlp: makes what follows attention in a layer, from `width`.
+    """
+
+    def __init__(
+        self, width: int, layers: int, heads: int, context: int, mlp: Callable[[int], nn.Module] = MLP
+    ) -> None:
         """Initialise as torch does by default."""
         super().__init__()
-        self.byte_embedding = nn.Embedding(BYTES, WIDTH)
-        self.position_embedding = nn.Embedding(CONTEXT, WIDTH)
-        self.layers = nn.Sequential(*(Block() for _ in range(LAYERS)))
-        self.norm = nn.LayerNorm(WIDTH)
-        self.head = nn.Linear(WIDTH, BYTES, bias=False)
+        self.byte_embedding = nn.Embedding(BYTES, width)
+        self.position_embedding = nn.Embedding(context, width)
+        self.layers = nn.Sequential(*(Block(width, heads, mlp) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, BYTES, bias=False)
 
     def forward(self, text: Tensor) -> Tensor:
         """Return the mean cross-entropy, in nats, of every byte of `text` but the first.
 
         Args:
-            text: bytes as integers, (batch, at most CONTEXT + 1).
+            text: bytes as integers, (batch, at most context + 1).
         """
         context, target = text[:, :-1], text[:, 1:]
         x = self.byte_embedding(context) + self.position_embedding.weight[: context.shape[1]]
@@ -208,8 +233,8 @@ def run(args: argparse.Namespace) -> int:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    train, held_out = _corpus()
-    model = GPT()
+    train, held_out = parted(prose() + source_code())
+    model = GPT(WIDTH, LAYERS, HEADS, CONTEXT)
     runs = [Run(name, model, args.steps) for name in dict.fromkeys(args.optimizers)]
     # What the first pass of a process sets up is nobody's step time.
     model(next(_batches(train, 1))).backward()
@@ -260,26 +285,27 @@ def _positive(text: str) -> int:
     return value
 
 
-def _documents() -> Iterator[bytes]:
-    """Yield the language reference by topic, then the standard library by file, in fixed order."""
+def prose() -> list[bytes]:
+    """The language reference by topic, in fixed order."""
     from pydoc_data.topics import topics
 
-    for _, text in sorted(topics.items()):
-        yield text.encode()
+    return [text.encode() for _, text in sorted(topics.items())]
+
+
+def source_code() -> list[bytes]:
+    """The standard library by file, in fixed order."""
     library = Path(sysconfig.get_paths()["stdlib"])
     # Installed packages and tests differ between machines, and encodings holds tables of numbers.
     skipped = {"site-packages", "dist-packages", "test", "encodings", "pydoc_data"}
-    for path in sorted([*library.glob("*.py"), *library.glob("*/*.py")]):
-        if path.parent.name not in skipped:
-            yield path.read_bytes()
+    paths = sorted([*library.glob("*.py"), *library.glob("*/*.py")])
+    return [path.read_bytes() for path in paths if path.parent.name not in skipped]
 
 
-def _corpus() -> tuple[Tensor, Tensor]:
-    """Return the bytes to train on and those held out, which share no document."""
-    documents = list(_documents())
+def parted(documents: Sequence[bytes]) -> tuple[Tensor, Tensor]:
+    """Return the bytes to train on and those held out, which share no document, as integers."""
     held_out = documents[9::10]
-    del documents[9::10]
-    return _as_tensor(documents), _as_tensor(held_out)
+    train = [document for number, document in enumerate(documents) if number % 10 != 9]
+    return _as_tensor(train), _as_tensor(held_out)
 
 
 def _as_tensor(documents: Iterable[bytes]) -> Tensor:

@@ -1,0 +1,292 @@
+"""One training of a small byte-level GPT from a `Config`, and a file of those that were done.
+
+The model and the text are the demo's (`muon_kernels.cli.demo`), with a mixture of experts besides. A config has all
+that a training depends on but the machine and the Python whose library is the text: the same one has the same numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+import muon_kernels
+from muon_kernels import backends, spectra
+from muon_kernels.cli import demo
+from muon_kernels.spectral_optimizers import PAPER
+from muon_kernels.split import equal
+
+CONTEXT = 64
+BATCH = 16
+TOKENS = CONTEXT * BATCH  # of a step
+BETAS = (0.9, 0.95)
+CURVE = 24  # points of a loss curve
+HELD_OUT = 32  # batches that the final loss is of
+SPECTRA = ("step", "name", "index", "group", "tensor", "svd_entropy")
+# Of all that is no matrix, in the second paper's comparison. Its 3e-4 is for runs of a thousand times more steps.
+VECTOR_LR = 3e-3
+
+
+@dataclass(frozen=True)
+class Config:
+    """All that a training depends on.
+
+    Args:
+        optimizer: "adamw", "muon" or a name of `muon_kernels.paper_optimizer`.
+        lr: the largest learning rate; it rises over the first twentieth of the steps and falls to 0 along a cosine.
+        steps: of BATCH x CONTEXT bytes.
+        weight_decay: of everything, as the first paper has it; decoupled.
+        width: of the model; heads are 32 wide.
+        layers: of the model.
+        experts: routed ones of every layer, of which each byte goes to two; 0 for a plain MLP.
+        text: "prose", "code", or "both".
+        seed: of the model and of the batches.
+        start: whose trained model goes on here, with a fresh optimizer, instead of a new one.
+        record_every: spectra of the layers' weights are recorded every so many steps; 0: never.
+    """
+
+    optimizer: str
+    lr: float
+    steps: int
+    weight_decay: float = 0.0
+    width: int = 64
+    layers: int = 2
+    experts: int = 0
+    text: str = "both"
+    seed: int = 0
+    start: Config | None = None
+    record_every: int = 0
+
+
+Result = dict[str, Any]
+Run = Callable[[Config], Result]
+
+
+class Mixture(nn.Module):
+    """A shared expert, and of the routed ones for every byte the two that its router likes best.
+
+    As much is computed for a byte as in the demo's MLP of the same width if a router and what is thrown away do not
+    count: every routed expert sees every byte, which at this size is the faster way.
+    """
+
+    def __init__(self, width: int, experts: int) -> None:
+        super().__init__()
+        self.router = nn.Linear(width, experts, bias=False)
+        self.shared_up = nn.Linear(width, 2 * width, bias=False)
+        self.shared_down = nn.Linear(2 * width, width, bias=False)
+        self.up = nn.Parameter(torch.empty(experts, width, width).uniform_(-1, 1) / width**0.5)  # (expert, out, in)
+        self.down = nn.Parameter(torch.empty(experts, width, width).uniform_(-1, 1) / width**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bytes_ = x.flatten(0, -2)
+        chosen = self.router(bytes_).topk(2)
+        gates = torch.zeros(len(bytes_), len(self.up)).scatter(1, chosen.indices, chosen.values.softmax(-1))
+        routed = F.gelu(bytes_ @ self.up.mT) @ self.down.mT  # (expert, byte, width)
+        shared = self.shared_down(F.gelu(self.shared_up(bytes_)))
+        return (shared + torch.einsum("be,ebw->bw", gates, routed)).view_as(x)
+
+
+def model(config: Config) -> demo.GPT:
+    """A new model."""
+    torch.manual_seed(config.seed)
+    mlp = (lambda width: Mixture(width, config.experts)) if config.experts else demo.MLP
+    return demo.GPT(config.width, config.layers, max(1, config.width // 32), CONTEXT, mlp)
+
+
+def active(of: nn.Module) -> int:
+    """N of the scaling law: parameters of the layers that a byte meets, so two of the routed experts."""
+    layers = of.get_submodule("layers")
+    idle = sum(p.numel() // len(p) * (len(p) - 2) for p in layers.parameters() if p.ndim == 3)
+    return sum(p.numel() for p in layers.parameters()) - idle
+
+
+@cache
+def text(name: str) -> tuple[Tensor, Tensor]:
+    """Bytes to train on and bytes held out."""
+    documents = {"prose": demo.prose, "code": demo.source_code, "both": lambda: demo.prose() + demo.source_code()}
+    return demo.parted(documents[name]())
+
+
+def windows(of: Tensor, starts: Tensor) -> Tensor:
+    """The CONTEXT + 1 bytes from each start on."""
+    return of[starts[:, None] + torch.arange(CONTEXT + 1)]
+
+
+@torch.no_grad()
+def held_out_loss(of: nn.Module, name: str) -> float:
+    """Nats per byte, over windows that are spread evenly."""
+    held_out = text(name)[1]
+    starts = torch.linspace(0, len(held_out) - CONTEXT - 1, HELD_OUT * BATCH).long().view(HELD_OUT, BATCH)
+    return torch.stack([of(windows(held_out, row)) for row in starts]).mean().item()
+
+
+def optimizers(config: Config, of: nn.Module) -> list[Optimizer]:
+    """What trains the model."""
+    lr, decay = config.lr, config.weight_decay
+    if config.optimizer == "adamw":
+        return [AdamW(of.parameters(), lr=lr, betas=BETAS, weight_decay=decay, fused=True)]
+    if config.optimizer == "muon":
+        groups = muon_kernels.param_groups(of, split={"*.qkv.weight": equal(3)})
+        ours = {"lr": lr, "weight_decay": decay}
+        return [
+            muon_kernels.MuonAdamW(
+                groups,
+                muon_options={**ours, "adjust_lr_fn": "match_rms_adamw"},
+                adamw_options={**ours, "betas": BETAS},
+            )
+        ]
+    if config.optimizer not in PAPER:
+        raise ValueError(f"optimizer should be adamw, muon or one of {', '.join(PAPER)} but is: {config.optimizer!r}")
+    # As the paper: embeddings and the head are matrices too, fused projections are three.
+    named = dict(of.named_parameters())
+    matrices: list[dict[str, Any]] = [
+        {"params": [p for name, p in named.items() if p.ndim >= 2 and "qkv" not in name]},
+        {"params": [p for name, p in named.items() if "qkv" in name], "split": equal(3)},
+    ]
+    vectors = [p for p in named.values() if p.ndim < 2]
+    return [
+        muon_kernels.paper_optimizer(config.optimizer, matrices, lr, weight_decay=decay),
+        AdamW(vectors, lr=VECTOR_LR, betas=BETAS, weight_decay=decay, fused=True),
+    ]
+
+
+def machine() -> str:
+    """What the seconds are of, and whose library is the text."""
+    python, threads = platform.python_version(), torch.get_num_threads()
+    kind = f"{platform.machine()} with {os.cpu_count()} cores ({backends.get('cpu').describe()}), {threads} used"
+    return f"{kind}; torch {torch.__version__}, Python {python}"
+
+
+def train(config: Config) -> Result:
+    """Train, and return what there is to know of it, as JSON has it.
+
+    Returns:
+        config; active_parameters; curve: pairs of a step and the mean training loss since the last one; loss: held out,
+        None if it is not finite, that is if the training went astray; weight_rms: of the layers' matrices, the mean, or
+        None likewise; seconds; machine; spectra: SPECTRA of the rows of `spectra.Recorder`.
+    """
+    return _trained(config)[1]
+
+
+@cache  # for those that go on from it
+def _trained(config: Config) -> tuple[demo.GPT, Result]:
+    began = time.perf_counter()
+    of = model(config)
+    if config.start:
+        of.load_state_dict(_trained(config.start)[0].state_dict())
+    used = optimizers(config, of)
+    warmup = max(1, config.steps // 20)
+
+    def schedule(step: int) -> float:
+        falling = (step - warmup) / max(1, config.steps - warmup)
+        return min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * max(0.0, falling)))
+
+    schedules = [LambdaLR(optimizer, schedule) for optimizer in used]
+    recorder = None
+    if config.record_every:
+        options: dict[str, Any] = {"every": config.record_every, "names": "layers.*", "tensors": "weight"}
+        recorder = spectra.Recorder(used[0], of.named_parameters(), **options)
+        recorder.record()
+
+    train_text = text(config.text)[0]
+    # Its own, so that batches are the same however many numbers the model took.
+    generator = torch.Generator().manual_seed(config.seed + 1)
+    points = {round((n + 1) * config.steps / CURVE) for n in range(CURVE)}
+    curve: list[tuple[int, float]] = []
+    since: list[float] = []
+    for step in range(1, config.steps + 1):
+        starts = torch.randint(len(train_text) - CONTEXT, (BATCH,), generator=generator)
+        loss = of(windows(train_text, starts))
+        since.append(loss.item())
+        if not math.isfinite(since[-1]):
+            break
+        loss.backward()
+        nn.utils.clip_grad_norm_(of.parameters(), 1.0)
+        for optimizer, scheduler in zip(used, schedules, strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+        if step in points:
+            curve.append((step, sum(since) / len(since)))
+            since = []
+    final = held_out_loss(of, config.text)
+    matrices = [p for p in of.layers.parameters() if p.ndim >= 2]
+    weight_rms = sum(spectra.rms(p).mean().item() for p in matrices) / len(matrices)
+    return of, {
+        "config": asdict(config),
+        "active_parameters": active(of),
+        "curve": curve,
+        "loss": _finite(final),
+        "weight_rms": _finite(weight_rms),
+        "seconds": time.perf_counter() - began,
+        "machine": machine(),
+        "spectra": [{key: row[key] for key in SPECTRA} for row in recorder.rows] if recorder else [],
+    }
+
+
+def _finite(x: float) -> float | None:
+    return x if math.isfinite(x) else None  # JSON has neither infinity nor NaN
+
+
+class Results:
+    """The trainings that a file of JSON lines has, one a line; what it lacks is trained and appended.
+
+    Args:
+        path: of the file; it need not be there yet.
+        learn: whether to train what is missing rather than to raise.
+        say: is told of every training that is done.
+    """
+
+    def __init__(self, path: Path, learn: bool = True, say: Callable[[str], object] = print) -> None:
+        self.path = path
+        self.learn = learn
+        self.say = say
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        # Whoever is interrupted in the midst of a line leaves half of it.
+        if lines and not lines[-1].endswith("\n"):
+            path.write_text("".join(lines[:-1]))
+            del lines[-1]
+        self._done = {self._key(result["config"]): result for result in map(json.loads, lines)}
+
+    @staticmethod
+    def _key(config: Result) -> str:
+        return json.dumps(config, sort_keys=True)
+
+    def __call__(self, config: Config) -> Result:
+        """What the training of a config came to."""
+        key = self._key(asdict(config))
+        if key not in self._done:
+            if not self.learn:
+                raise LookupError(f"{self.path} should have every training but lacks: {config}; run.py makes it")
+            result = json.loads(json.dumps(train(config)))
+            with self.path.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+            self._done[key] = result
+            self.say(
+                f"{config.optimizer:<7} lr {config.lr:<8.3g} width {config.width} steps {config.steps}: "
+                f"loss {result['loss'] or math.inf:.4f}, {result['seconds']:.1f} s"
+            )
+        return self._done[key]
+
+
+def loss(result: Result) -> float:
+    """Its held-out loss, infinite if the training went astray."""
+    return math.inf if result["loss"] is None else float(result["loss"])
+
+
+def best(results: Sequence[Result]) -> Result:
+    """The one with the smallest held-out loss."""
+    return min(results, key=loss)
