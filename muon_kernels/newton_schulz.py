@@ -139,15 +139,15 @@ def _largest_image(triples: Sequence[Triple], eigenvalues: Sequence[float], loss
 
 
 def segments(schedule: Schedule, size: int, precise: bool) -> tuple[Segment, ...]:
-    """Where the Gram form goes back to X: as the schedule says for precise squares, or from a simulation.
+    """Where the Gram form goes back to X: as the schedule says, which is for precise squares, or from a simulation.
 
     Args:
         schedule: what to iterate.
         size: m.
         precise: whether the backend has precise squares.
     """
-    if precise and schedule.segments:
-        stops = tuple(accumulate(schedule.segments))
+    if schedule.segments:
+        stops = tuple(accumulate(schedule.segments if precise else [1] * len(schedule.triples)))
         return tuple(map(Segment, (0, *stops[:-1]), stops))
     return _simulated(schedule.triples, schedule.margin, size, precise)
 

@@ -167,7 +167,7 @@ def test_ends() -> None:
     assert torch.equal(one, G.mT) and one.data_ptr() != G.data_ptr() and one.is_contiguous()
     for shape in ((0, 3, 4), (2, 0, 4), (3, 0)):
         assert spectral_power(torch.ones(shape), 0.5).shape == shape
-    assert spectral_power(torch.full((1, 1), -4.0), 0.5).item() == pytest.approx(-2, rel=0.04)
+    assert spectral_power(torch.full((1, 1), -4.0), 0.5).item() == pytest.approx(-2, rel=0.06)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
@@ -281,7 +281,7 @@ def test_spectral_momentum(backend: str, power: float) -> None:
             update = power_of(buffers[i], power)
             plain[i] = (1 - 0.1 * 0.2) * plain[i] - 0.1 * update
             moved, wanted = p.detach().double() - before[i] * 0.98, plain[i] - before[i] * 0.98
-            assert (moved - wanted).norm() < 0.04 * wanted.norm() * (step + 1)
+            assert (moved - wanted).norm() < 0.05 * wanted.norm() * (step + 1)
             plain[i] = p.detach().double()
 
 

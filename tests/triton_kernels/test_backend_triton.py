@@ -40,22 +40,22 @@ def test_newton_schulz_over_these_verbs(on_the_cpu: Any, arch: int, form: str) -
     from emulated_gpu import emulated
 
     batch, m, n = 2, 72, 136
-    triples, margin, *_ = resolve("polar_express", 5)
+    schedule = resolve("polar_express", 5)
     X = torch.stack([make("power -1/2", m, n, seed=i).float() for i in range(batch)])
     X = (X / X.norm(dim=(1, 2), keepdim=True)).bfloat16()
-    scale = torch.full((batch,), 1 / margin)
+    scale = torch.full((batch,), 1 / schedule.margin)
 
     def run(ops: Any) -> Tensor:
         squares = [Square(torch.full((batch, m, m), torch.nan).bfloat16(), torch.empty(batch, m)) for _ in range(5)]
         algorithm = newton_schulz.ALGORITHMS[form]
         buffers = X.clone(), torch.empty_like(X)
-        run = lambda: algorithm.run(ops, *buffers, squares[: algorithm.squares], scale, triples, margin)
+        run = lambda: algorithm.run(ops, *buffers, squares[: algorithm.squares], scale, schedule)
         return ops.program(run)()
 
     with emulated(arch) as device:
         ours = run(backend)
     assert {ran.name for ran in device.log} == {"_product"}
-    right = polynomial(X.double() / margin, triples)
+    right = polynomial(X.double() / schedule.margin, schedule.triples)
     error = lambda t: float((t.double() - right).norm() / right.norm())
     assert error(ours) <= 1.1 * error(run(backends.get("cpu")))
 

@@ -105,7 +105,7 @@ def test_a_model_needs_few_compilations(
 ) -> None:
     """GPT-2's step, 124M parameters: its square matrices in standard form, the others in Gram form."""
     monkeypatch.setattr(backend._device, "guard", lambda _: nullcontext(), raising=False)
-    triples, margin, *_ = resolve("polar_express", 5)
+    schedule = resolve("polar_express", 5)
     products._launch.cache_clear()
     with compiling(arch, multiprocessors, binary=False) as device:
         for form, batch, m, n in (("standard", 12, 768, 768), ("gram", 12, 768, 2304), ("gram", 24, 768, 3072)):
@@ -113,5 +113,5 @@ def test_a_model_needs_few_compilations(
             squares = [Square(torch.empty(batch, m, m).bfloat16(), torch.empty(batch, m)) for _ in range(5)]
             algorithm = ALGORITHMS[form]
             scale = torch.empty(batch)
-            algorithm.run(backend, X, torch.empty_like(X), squares[: algorithm.squares], scale, triples, margin)
+            algorithm.run(backend, X, torch.empty_like(X), squares[: algorithm.squares], scale, schedule)
         assert len(device.kernels(products._product)) == compilations
