@@ -243,7 +243,8 @@ def _count_on(backend: str, algorithm: str, m: int, n: int, schedule: Schedule) 
 def workspace_bytes(backend: str, algorithm: str, m: int, n: int, schedule: Schedule) -> int:
     """Workspace of one m x n matrix."""
     ops, squares = backends.get(backend), squares_of(algorithm, schedule)
-    wide, numbers = (3, 3) if schedule.weights else (2, 0)
+    # Three fp32 numbers, and what they may need to be aligned.
+    wide, numbers = (3, 4) if schedule.weights else (2, 0)
     stacks = 2 * m * (wide * ops.leading_dimension(n) + squares * ops.leading_dimension(m))
     return stacks + ops.scratch_bytes(m, n) + (4 * m * squares if ops.precise_squares() else 0) + 4 * numbers
 

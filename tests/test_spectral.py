@@ -160,6 +160,18 @@ def test_chunks_and_repeats(backend: str) -> None:
     assert torch.equal(spectral_power(G, 0.25, backend=backend), Y)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_odd_sizes(backend: str, algorithm: str) -> None:
+    """Whatever lies where in the workspace."""
+    for shape in ((1, 1), (1, 3), (3, 5), (5, 3), (3, 7, 9), (1, 3, 3)):
+        G = torch.randn(shape, generator=torch.Generator().manual_seed(5))
+        U, S, Vh = torch.linalg.svd(G.double(), full_matrices=False)
+        exact = (U * S[..., None, :].sqrt()) @ Vh
+        Y = spectral_power(G, 0.5, backend=backend, ns_algorithm=algorithm)
+        assert (Y - exact).norm() < 0.06 * exact.norm(), shape
+
+
 def test_ends() -> None:
     G = torch.randn(2, 5, 9)
     assert torch.equal(spectral_power(G, 0), muon_kernels.orthogonalize(G))
