@@ -450,3 +450,43 @@ def test_packed_matrices_are_cut(name: str) -> None:
         whole.step()
         parts.step()
         assert torch.equal(packed, torch.cat(thirds))
+
+
+@pytest.mark.parametrize("lr", [0.05, torch.tensor(0.05)], ids=["number", "tensor"])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_power_one_is_the_formula(nesterov: bool, lr: float | Tensor) -> None:
+    """With what torch.optim.SGD has otherwise, or not: dampened momentum, decay, ascent and the rule of shapes."""
+    p = parameters()[1]
+    W, M = p.detach().double(), torch.zeros(40, 24).double()
+    optimizer = SpectralMomentum(
+        [p], lr, power=1, weight_decay=0.4, momentum=0.7, nesterov=nesterov, dampened=True, maximize=True,
+        adjust_lr_fn="match_rms_adamw",
+    )  # fmt: skip
+    for step in range(3):
+        give_gradients([p], step)
+        assert p.grad is not None
+        g = -p.grad.double()
+        M = 0.7 * M + 0.3 * g
+        W = W * (1 - 0.05 * 0.4) - 0.05 * 0.2 * 40**0.5 * (0.3 * g + 0.7 * M if nesterov else M)
+        optimizer.step()
+    torch.testing.assert_close(p.detach().double(), W, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_adam_s_own_options(power: float) -> None:
+    """A large eps, decay, and a vector beside the matrix, which torch's AdamW steps alike."""
+    matrix, vector = parameters()[0], torch.linspace(-1, 1, 9).requires_grad_()
+    theirs = vector.detach().clone().requires_grad_()
+    before = matrix.detach().double()
+    options = dict(lr=0.03, betas=(0.5, 0.5), eps=0.2, weight_decay=0.3)
+    ours, adamw = SpectralAdam([matrix, vector], power=power, **options), torch.optim.AdamW([theirs], **options)
+    give_gradients([matrix, vector], 0)
+    assert matrix.grad is not None and vector.grad is not None
+    theirs.grad = vector.grad.clone()
+    ours.step()
+    adamw.step()
+    assert torch.equal(vector, theirs)
+    g = matrix.grad.double()
+    wanted = power_of(g / (g.abs() + 0.2), power)
+    moved = ((1 - 0.03 * 0.3) * before - matrix.detach().double()) / 0.03
+    assert (moved - wanted).norm() < 0.04 * wanted.norm()
