@@ -77,7 +77,7 @@ struct MomentumUpdate {
     DType momentum_dtype;
     Stack x;       // [batch, m, n]
     float* scale;  // [batch]
-    float* norm;   // [batch] or absent
+    double* norm;  // [batch] or absent
     double eps;
     double margin;
     float grad_scale;  // negative to maximize

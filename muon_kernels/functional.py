@@ -202,8 +202,8 @@ class Workspace:
         scratch = take(1, ops.scratch_bytes(m, n), torch.uint8).flatten()
         precise = ops.precise_squares()
         squares = [Square(high, take(1, m, torch.float32)[:, 0] if precise else None) for high in highs]
-        offset += -offset % 4  # stacks of a backend whose leading dimensions are odd
-        numbers = (take(1, 1, torch.float32)[:, 0, 0] for _ in range(3))
+        offset += -offset % 8  # stacks of a backend whose leading dimensions are odd
+        numbers = (take(1, 1, dtype)[:, 0, 0] for dtype in (torch.float64, torch.float32, torch.float32))
         return Stacks(X, Y, squares, Blend(*total, *numbers) if total else None, scratch, {})
 
 

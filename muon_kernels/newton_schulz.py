@@ -227,7 +227,7 @@ class Blend(NamedTuple):
 
     Attributes:
         total: (batch, m, n) like X, written: the sum.
-        norms: (batch,) fp32, read: the Frobenius norms of the matrices that X was made from.
+        norms: (batch,) fp64, read: the Frobenius norms of the matrices that X was made from.
         scale: (batch,) fp32, written: what brings the largest singular value of X to 1 or below, but not far below.
         factor: (batch,) fp32, written: what the sum is multiplied by.
     """

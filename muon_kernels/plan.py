@@ -243,10 +243,10 @@ def _count_on(backend: str, algorithm: str, m: int, n: int, schedule: Schedule) 
 def workspace_bytes(backend: str, algorithm: str, m: int, n: int, schedule: Schedule) -> int:
     """Workspace of one m x n matrix."""
     ops, squares = backends.get(backend), squares_of(algorithm, schedule)
-    # Three fp32 numbers, and what they may need to be aligned.
-    wide, numbers = (3, 4) if schedule.weights else (2, 0)
+    # An fp64 and two fp32 numbers, and what they may need to be aligned.
+    wide, numbers = (3, 24) if schedule.weights else (2, 0)
     stacks = 2 * m * (wide * ops.leading_dimension(n) + squares * ops.leading_dimension(m))
-    return stacks + ops.scratch_bytes(m, n) + (4 * m * squares if ops.precise_squares() else 0) + 4 * numbers
+    return stacks + ops.scratch_bytes(m, n) + (4 * m * squares if ops.precise_squares() else 0) + numbers
 
 
 def chunk_counts(total: int, each: int, cap: int | None, backend: str) -> tuple[int, ...]:

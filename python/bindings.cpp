@@ -118,7 +118,7 @@ PYBIND11_MODULE(_C, m) {
                     momentum_dtype,
                     stack(x),
                     at<float>(scale),
-                    at<float>(norm),
+                    at<double>(norm),
                     eps,
                     margin,
                     grad_scale,

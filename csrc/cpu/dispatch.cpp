@@ -94,7 +94,7 @@ float reciprocal_norm(double sum_of_squares, double eps, double margin) {
 
 // What is left of the momentum update of matrix `i` when x is written.
 void normalize(const Kernels& kernels, const MomentumUpdate& u, int64_t i, double sum) {
-    if (u.norm) u.norm[i] = static_cast<float>(std::sqrt(sum));
+    if (u.norm) u.norm[i] = std::sqrt(sum);
     if (std::isfinite(sum) && sum != 0 && (sum < 0x1p-60 || sum > 0x1p60)) {
         int exponent;
         std::frexp(std::sqrt(sum), &exponent);

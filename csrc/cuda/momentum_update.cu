@@ -174,7 +174,7 @@ struct NormArguments {
     Stack x;
     const double* partial;
     float* scale;
-    float* norm;  // or null
+    double* norm;  // or null
     double eps;
     double margin;
     int tiles;
@@ -211,7 +211,7 @@ __global__ __launch_bounds__(THREADS) void norm_kernel(const __grid_constant__ N
     int whole = tile_power(largest, u.half);
     if (sound && !u.half && (sum < 0x1p-60 || sum > 0x1p60)) whole = -exponent(sqrt(sum));
     if (share == 0 && threadIdx.x == 0) {
-        if (u.norm) u.norm[matrix] = static_cast<float>(sqrt(sum));
+        if (u.norm) u.norm[matrix] = sqrt(sum);
         u.scale[matrix] = reciprocal_norm(sound ? sum * power(whole) * power(whole) : sum, u.eps, u.margin);
     }
     if (!sound || tile_power(smallest, u.half) == whole) return;

@@ -110,7 +110,7 @@ class Backend(Products, Protocol):
             eps: the smallest norm, relative to the power of two below the norm, that is divided by.
             margin: of the coefficient set.
             scratch: `scratch_bytes` of memory, and what is returned may lie in it; None to allocate.
-            norms: (batch,) fp32, written: the Frobenius norms of the directions before rounding; None if nobody asks.
+            norms: (batch,) fp64, written: the Frobenius norms of the directions before rounding; None if nobody asks.
 
         Returns:
             (batch,) fp32 on X's device: what brings the Frobenius norms of X to 1/margin; 0 for a zero matrix, NaN for

@@ -233,7 +233,7 @@ def norm_kernel(
     if share == 0:
         tl.store(scale + matrix, result.to(tl.float32))
         if norms is not None:
-            tl.store(norms + matrix, tl.sqrt(total).to(tl.float32))
+            tl.store(norms + matrix, tl.sqrt(total))
     if sound & (tile_power(smallest, HALF) != whole):
         for tile in range(share, tiles, shares):
             square = tl.load(partial + tile)
