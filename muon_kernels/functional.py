@@ -10,6 +10,7 @@ import math
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from functools import partial
 from itertools import accumulate, repeat
 from operator import eq
 from typing import Any, NamedTuple, cast
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from . import backends, options
 from .coefficients import DEFAULT, NS_STEPS, Schedule, resolve
+from .distributed import exchange
+from .distributed.placement import Placement
 from .layout import (
     Bundle,
     Layout,
@@ -107,7 +110,7 @@ class Prepared(NamedTuple):
     `plain` has what goes through no iteration. Tensors, or pieces of them, that no strides describe as matrices are
     stepped in copies: `copies` has (that of a parameter or momentum, its copy), and `grad_copies` (index of a gradient,
     the piece of it, its copy); the copies count as further gradients. `rehearsed` has the kinds of steps for which
-    backends are ready.
+    backends are ready; `exchanges` what other ranks have a part in, `works` what they have not.
     """
 
     works: list[Work]
@@ -115,6 +118,7 @@ class Prepared(NamedTuple):
     copies: list[tuple[Tensor, Tensor]]
     grad_copies: list[tuple[int, View, Tensor]]
     rehearsed: set[tuple[int, ...]]
+    exchanges: list[exchange.Exchange]
 
 
 class Scalars(NamedTuple):
@@ -389,7 +393,7 @@ def signature(p: Tensor, g: Tensor, buffer: Tensor | None, moment: Tensor | None
 def prepare(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
-    momentum_bufs: Sequence[Tensor] | None,
+    momentum_bufs: Sequence[Tensor | None] | None,
     *,
     ns_coefficients: Coefficients = DEFAULT,
     ns_steps: int | None = None,
@@ -404,6 +408,7 @@ def prepare(
     second_moment: str | None = None,
     stochastic_rounding: bool = False,
     moments: Sequence[Tensor] = (),
+    placements: Sequence[Placement | None] | None = None,
 ) -> Prepared:
     """Everything that steps of one group have in common; nothing is written.
 
@@ -415,6 +420,8 @@ def prepare(
         ns_coefficients, ns_steps, power, adjust_lr_fn, flatten, ns_algorithm, backend, max_workspace_bytes,
             workspace_dtype, second_moment, stochastic_rounding: see `Muon`.
         moments: with a second_moment, one a parameter.
+        placements: of parameters, gradients and momenta that are this rank's part of what several ranks step together;
+            None for those that it steps alone. There is no momentum_buf where another rank keeps it.
 
     Raises:
         ValueError, TypeError: an operand or an option that cannot be used, with what was expected.
@@ -432,9 +439,15 @@ def prepare(
         _check_operands(p, g, buffer)
         if stochastic_rounding:
             check_rounding(p)
+        split, placement = splits[index] if splits else None, placements[index] if placements else None
+        if placement is not None and power != 1:
+            continue
         order = column_order(p.shape, p.stride()) if flattens(p.shape, flatten) else ()
-        for piece in _pieces(p, flatten, order, splits[index] if splits else None):
-            count, rows, cols = split_shape(p.shape, flatten, piece)
+        if placement is None:
+            found = [(piece, split_shape(p.shape, flatten, piece)) for piece in _pieces(p, flatten, order, split)]
+        else:
+            found = [(piece, shape) for piece, shape, _ in exchange.cuts(placement, flatten, split)]
+        for piece, (count, rows, cols) in found:
             ratios.append(lr_ratio(adjust_lr_fn, rows, cols))
             momentum_dtype = g.dtype if buffer is None else buffer.dtype
             kind = Kind(min(rows, cols), max(rows, cols), p.device, g.dtype, momentum_dtype, p.dtype)
@@ -442,23 +455,42 @@ def prepare(
             cuts.append((index, order, piece))
     check_apart(
         [("parameter", p) for p in params]
-        + [("momentum_buffer", b) for b in momentum_bufs or ()]
+        + [("momentum_buffer", b) for b in buffers if b is not None]
         + [("second_momentum_buffer", V) for V in moments]
     )
 
-    prepared = Prepared([], [], [], [], set())
+    prepared = Prepared([], [], [], [], set(), [])
     if power == 1 and momentum_bufs is not None:
         for (index, order, piece), ratio in zip(cuts, ratios, strict=True):
-            whole = params[index], momentum_bufs[index], grads[index]
-            p, buffer, at = *whole[:2], None
+            p, buffer, g, at = params[index], buffers[index], grads[index], None
+            assert buffer is not None
             if piece is not None:
-                views = [view(t.shape, t.stride(), flatten, order, piece) for t in whole]
+                views = [view(t.shape, t.stride(), flatten, order, piece) for t in (p, buffer, g)]
                 p, buffer, at = views[0].of(p), views[1].of(buffer), views[2]
             prepared.plain.append(Plain(index, at, p, buffer, ratio))
         for kind, counts in by_kind.items():
             bucket = plain_bucket((kind.rows, kind.cols), sum(count for _, count in counts), _bytes_per_element(kind))
             prepared.works.append(Work(bucket, (), schedule, kind.device, []))
         return prepared
+    if placements is not None and any(placements):
+        _check_shared(placements, second_moment, workspace_dtype)
+        prepared.exchanges.extend(
+            exchange.prepare(
+                params,
+                grads,
+                buffers,
+                placements,
+                schedule=schedule,
+                ratio=partial(lr_ratio, adjust_lr_fn),
+                flatten=flatten,
+                splits=splits,
+                ns_algorithm=ns_algorithm,
+                backend=backend,
+                max_workspace_bytes=max_workspace_bytes,
+                workspace_dtype=workspace_dtype,
+                work=Work,
+            )
+        )
     sources: list[tuple[_Source, _Source | None, _Source, int]] = []
     for index, order, piece in cuts:
         param = _seen(params[index], flatten, order, piece, prepared.copies)
@@ -514,6 +546,21 @@ def prepare(
         number = numbers[counts[0][0]]
         prepared.works.append(Work(bucket, notes, schedule, kind.device, chunks, second_moment, number))
     return prepared
+
+
+def _check_shared(
+    placements: Sequence[Placement | None], second_moment: str | None, workspace_dtype: torch.dtype
+) -> None:
+    """Raise ValueError where an option is not for matrices that several ranks step together."""
+    if second_moment is not None:
+        raise ValueError(
+            f"second_moment should be None for parameters that several ranks step together but is: {second_moment!r}"
+        )
+    if workspace_dtype != torch.bfloat16:
+        raise ValueError(
+            "workspace_dtype should be torch.bfloat16 for parameters that several ranks step together but is: "
+            f"{workspace_dtype}"
+        )
 
 
 # The options of a group that `prepare` takes.
@@ -590,16 +637,18 @@ class Preparations:
         key: int,
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
-        momentum_bufs: Sequence[Tensor] | None,
+        momentum_bufs: Sequence[Tensor | None] | None,
         options: dict[str, Any],
         cuts: Callable[[], Sequence[str | None]],
         moments: Sequence[Tensor] = (),
+        placements: Sequence[Placement | None] | None = None,
     ) -> Prepared:
         """`prepare` for the group `key`, with its options in SETTLED, or what it said before.
 
         Args:
             cuts: for the parameters, what follows from the option `split`.
             moments: with a second_moment, one a parameter.
+            placements: see `prepare`; those of a parameter do not change.
         """
         settled = self._settled.get(key)
         buffers = repeat(None) if momentum_bufs is None else momentum_bufs
@@ -616,7 +665,9 @@ class Preparations:
             # Copies: a list of coefficients and a dict of splits may be changed in place.
             kept = {**options, **{key: deepcopy(options[key]) for key in ("ns_coefficients", "split")}}
             taken = {key: value for key, value in options.items() if key != "split"}
-            prepared = prepare(params, grads, momentum_bufs, splits=cuts(), moments=moments, **taken)
+            prepared = prepare(
+                params, grads, momentum_bufs, splits=cuts(), moments=moments, placements=placements, **taken
+            )
             settled = self._settled[key] = _Settled(kept, torch.get_num_threads(), signatures, prepared)
         return settled.prepared
 
@@ -638,16 +689,27 @@ def _iterate(
     work: Work, grads: Sequence[Matrices], momenta: Sequence[Matrices] | None, workspace: Workspace, scalars: Scalars
 ) -> Tensor:
     """Prologue and iteration of a chunk; the result lies in the workspace."""
-    ops, schedule = backends.get(work.bucket.backend), work.schedule
-    X, Y, squares, blend, scratch, derived = workspace.stacks(work, sum(g.layout.batch for g in grads))
-    norms = None if blend is None else blend.norms
-    scale = ops.momentum_update(
-        grads, momenta, X, **scalars.of_momentum(), margin=schedule.margin, scratch=scratch, norms=norms
+    stacks = workspace.stacks(work, sum(g.layout.batch for g in grads))
+    scale = backends.get(work.bucket.backend).momentum_update(
+        grads,
+        momenta,
+        stacks.X,
+        **scalars.of_momentum(),
+        margin=work.schedule.margin,
+        scratch=stacks.scratch,
+        norms=None if stacks.blend is None else stacks.blend.norms,
     )
+    return _run(work, stacks, scale)
+
+
+def _run(work: Work, stacks: Stacks, scale: Tensor | None) -> Tensor:
+    """The iteration; the result lies in the workspace."""
+    ops, derived = backends.get(work.bucket.backend), stacks.derived
     key = scale is not None and scale.data_ptr()
     if derived.get("key") != key:
+        X, Y, squares, blend, _, _ = stacks
         run = ALGORITHMS[work.bucket.algorithm].run
-        program = ops.program(lambda: run(ops, X, Y, squares, scale, schedule, blend))
+        program = ops.program(lambda: run(ops, X, Y, squares, scale, work.schedule, blend))
         derived.update(key=key, program=program)
     return cast(Tensor, derived["program"]())
 
@@ -728,6 +790,8 @@ def execute(prepared: Prepared, grads: Sequence[Tensor], scalars: Scalars, works
         _step(work, grads, workspace, scalars)
     for target, copy in prepared.copies:
         target.copy_(copy)
+    for shared in prepared.exchanges:
+        shared.run(grads, scalars, workspace, _run)
 
 
 def ready(prepared: Prepared, grads: Sequence[Tensor], scalars: Scalars, workspace: Workspace) -> None:
@@ -739,6 +803,10 @@ def ready(prepared: Prepared, grads: Sequence[Tensor], scalars: Scalars, workspa
                 "a step with stochastic_rounding should not be captured in a graph, of which every replay would round "
                 "by the same random bits; step outside of it"
             )
+    for shared in prepared.exchanges:
+        shared.reserve()
+        for work in shared.works:
+            workspace.reserve(work.device, work.bucket.workspace_bytes)
     seen = [*grads, *(copy for _, _, copy in prepared.grad_copies)]
     # What `signature` does not have, and a kernel may be another for.
     on_host = options.on_host(scalars.lr), options.on_host(scalars.weight_decay)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from operator import attrgetter
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable, but it imports dynamo when called only
+from torch.distributed import ProcessGroup
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from .coefficients import COEFFICIENTS, DEFAULT, NS_STEPS, resolve
+from .distributed import consensus
+from .distributed.deal import deal
+from .distributed.exchange import Failed
+from .distributed.placement import Placement, Team, is_dtensor, local, placement_of, replicated, team_of_replicas
 from .functional import (
     DTYPES,
     SETTLED,
@@ -108,6 +112,9 @@ class Muon(Optimizer):
             row, NorMuon's (arXiv 2510.05491), or "element" of each element, AdaMuon's (arXiv 2507.11005, without the
             sign that it takes of the momentum); both papers scale as adjust_lr_fn="match_rms_adamw" does.
         beta2: β₂ of that mean.
+        process_group: of ranks that have the same plain tensors for parameters, and the same gradients, as under
+            DistributedDataParallel: each steps a share, and only its owner keeps the momentum of a parameter. None:
+            plain tensors are this process's own. DTensors say themselves where they are.
 
     Raises:
         ValueError, TypeError: an argument that cannot be used, with what was expected.
@@ -144,6 +151,7 @@ class Muon(Optimizer):
         stochastic_rounding: bool = False,
         second_moment: str | None = None,
         beta2: float = 0.95,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         """Check everything and set nothing aside yet: momentum buffers come with the first gradients."""
         defaults = {
@@ -177,13 +185,18 @@ class Muon(Optimizer):
             defaults["ns_steps"] = len(resolve(ns_coefficients, ns_steps).triples)
         self._workspace = Workspace()
         self._prepared = Preparations()
+        self._process_group = process_group
+        self._placements: dict[Tensor, Placement | None] = {}
+        self._teams: dict[Team, list[Tensor]] = {}
+        self._loads: list[int] = []  # of the owners of plain tensors, in FLOPs
+        self._steps = 0
         if isinstance(params, nn.Module):
             raise TypeError(
                 f"params should be hidden matrices but is a module: {type(params).__name__}; give "
                 "muon_kernels.MuonAdamW(muon_kernels.param_groups(model)) all parameters of a model"
             )
         super().__init__(params, defaults)
-        check_apart([("parameter", p) for group in self.param_groups for p in group["params"]])
+        check_apart([("parameter", local(p)) for group in self.param_groups for p in group["params"]])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group after checking its options and parameters; on error the optimizer is unchanged."""
@@ -204,12 +217,13 @@ class Muon(Optimizer):
                 raise ValueError("every parameter of a group should be there once but some are repeated")
             if isinstance(group["split"], Mapping):
                 group["split"] = dict(group["split"])  # which any checkpoint can hold
+            costs = []
             for p, split in splits(group):
-                check_matrices("parameter", p, _ADAMW_HINT)
+                check_matrices("parameter", local(p), _ADAMW_HINT)
                 if group["stochastic_rounding"]:
                     check_rounding(p)
                 cut = [split_shape(p.shape, group["flatten"], x) for x in pieces(p.shape, group["flatten"], split)]
-                plan_for_shapes(
+                plan = plan_for_shapes(
                     [(rows, cols, count) for count, rows, cols in cut],
                     schedule=schedule_for(group["ns_coefficients"], group["ns_steps"], group["power"]),
                     device=p.device,
@@ -219,10 +233,34 @@ class Muon(Optimizer):
                     max_workspace_bytes=group["max_workspace_bytes"],
                     workspace_dtype=group["workspace_dtype"],
                 )
-            check_apart([("parameter", p) for p in group["params"]])
+                costs.append(plan.flops)
+            check_apart([("parameter", local(p)) for p in group["params"]])
+            self._place(group, costs)
         except Exception:
             del self.param_groups[before:]
             raise
+
+    def _place(self, group: dict[str, Any], costs: Sequence[int]) -> None:
+        """Find out where the parameters of a group are; deal those that every rank has a copy of."""
+        placements: dict[Tensor, Placement | None] = {}
+        owners: Sequence[int] = ()
+        loads = self._loads
+        if self._process_group is not None and group["power"] != 1:
+            team = team_of_replicas(self._process_group)
+            plain = [0 if is_dtensor(p) else cost for p, cost in zip(group["params"], costs, strict=True)]
+            owners = deal(plain, team.ranks, loads=loads)
+            loads = list(loads) or [0] * team.ranks
+            for owner, cost in zip(owners, plain, strict=True):
+                loads[owner] += cost
+        for i, p in enumerate(group["params"]):
+            if is_dtensor(p):
+                placements[p] = placement_of(p, group["flatten"])
+            else:
+                placements[p] = replicated(team, p.shape, owners[i]) if owners else None
+        consensus.check_alike(placements, group)
+        self._placements.update(placements)
+        self._teams = consensus.teams_of(self._placements)
+        self._loads = loads
 
     def _steps_of(self, ns_coefficients: Coefficients) -> int:
         """The number of steps of a group that gives its own coefficients but no number."""
@@ -236,7 +274,7 @@ class Muon(Optimizer):
     ) -> tuple[Prepared, list[Tensor], list[tuple[Tensor, str, Tensor]]]:
         """What a step of this group does, its gradients, and what it would add to the state."""
         _check_options(group)
-        params, grads, buffers, moments = [], [], [], []
+        params, grads, buffers, moments, placements = [], [], [], [], []
         new: list[tuple[Tensor, str, Tensor]] = []
         nothing: dict[str, Any] = {}
         form = group["second_moment"]
@@ -245,8 +283,11 @@ class Muon(Optimizer):
             if grad is None:
                 continue
             state = self.state.get(p, nothing)
+            placement = self._placements.get(p)
             buffer = state.get("momentum_buffer")
-            if buffer is None:
+            if placement is not None and placement.owner not in (None, placement.team.rank):
+                buffer = None
+            elif buffer is None:
                 dtype = group["momentum_dtype"] or grad.dtype
                 buffer = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
                 new.append((p, "momentum_buffer", buffer))
@@ -256,12 +297,13 @@ class Muon(Optimizer):
                     moment = create(form, p, group["flatten"])
                     new.append((p, "second_momentum_buffer", moment))
                 moments.append(moment)
-            params.append(p)
-            grads.append(grad)
-            buffers.append(buffer)
+            params.append(local(p))
+            grads.append(local(grad))
+            buffers.append(None if buffer is None else local(buffer))
+            placements.append(placement)
         cuts = lambda: [split for p, split in splits(group) if grad_of(p) is not None]
         options = {key: group[key] for key in SETTLED}
-        return self._prepared.get(id(group), params, grads, buffers, options, cuts, moments), grads, new
+        return self._prepared.get(id(group), params, grads, buffers, options, cuts, moments, placements), grads, new
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -287,13 +329,15 @@ class Muon(Optimizer):
                 loss = closure()
         # torch.amp.GradScaler sets these for the duration of a step.
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        if found_inf is not None and bool(found_inf):
+        agreed = consensus.agree(self._teams, found_inf)
+        if agreed.found_inf:
             return loss
+        self._steps += 1
         scale: Tensor | None = getattr(self, "grad_scale", None)
         grad_scale = 1.0 if scale is None else 1.0 / float(scale)
         # What is kept must be of use outside inference mode too.
         with torch.inference_mode(False), torch.no_grad():
-            prepared = [self._prepare(group, attrgetter("grad")) for group in self.param_groups]
+            prepared = [self._prepare(group, agreed.grad) for group in self.param_groups]
             scalars = [
                 Scalars(
                     *_lr_and_decay(group),
@@ -315,7 +359,13 @@ class Muon(Optimizer):
                 self.state[p][key] = tensor
             if numbers.seed is not None:
                 group["step"] = group.get("step", 0) + 1
-            execute(decided, grads, numbers, self._workspace)
+            try:
+                execute(decided, grads, numbers, self._workspace)
+            except Failed as error:
+                raise RuntimeError(
+                    f"step {self._steps} of Muon is incomplete, parameters of some matrices are stepped and of others "
+                    f"not: {error}; go on from the last checkpoint"
+                ) from error
         return loss
 
     @torch.no_grad()
@@ -332,6 +382,11 @@ class Muon(Optimizer):
         super().__setstate__(state)
         self._workspace = Workspace()
         self._prepared = Preparations()
+        self.__dict__.setdefault("_placements", dict.fromkeys(p for g in self.param_groups for p in g["params"]))
+        self.__dict__.setdefault("_process_group", None)
+        self.__dict__.setdefault("_teams", {})
+        self.__dict__.setdefault("_loads", [])
+        self.__dict__.setdefault("_steps", 0)
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 if key != "differentiable":  # torch puts this one into the defaults

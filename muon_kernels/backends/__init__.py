@@ -144,6 +144,9 @@ class Backend(Products, Protocol):
             first: how many matrices of the seed's come before the first one here.
         """
 
+    def normalizes(self) -> bool:
+        """Whether `momentum_update` writes X normalised, and returns no scale."""
+
     def scratch_bytes(self, rows: int, cols: int) -> int:
         """Of `momentum_update`, for every matrix a multiple of 8."""
 

@@ -263,6 +263,11 @@ def apply_update(
     torch.autograd.graph.increment_version([p.tensor for p in params])
 
 
+def normalizes() -> bool:
+    """See `Backend.normalizes`."""
+    return False
+
+
 def scratch_bytes(rows: int, cols: int) -> int:
     """The scale."""
     return 8

@@ -254,6 +254,11 @@ def apply_update(
     torch.autograd.graph.increment_version([p.tensor for p in params])
 
 
+def normalizes() -> bool:
+    """See `Backend.normalizes`."""
+    return False
+
+
 def scratch_bytes(rows: int, cols: int) -> int:
     """A double for each tile of 64x64 and as much for the scale, in whole sectors: the diagonals come behind it."""
     return -(-8 * (-(-rows // 64) * -(-cols // 64) + 1) // 32) * 32

@@ -68,6 +68,11 @@ def leading_dimension(cols: int) -> int:
     return cols
 
 
+def normalizes() -> bool:
+    """See `Backend.normalizes`."""
+    return True
+
+
 def scratch_bytes(rows: int, cols: int) -> int:
     """None: torch allocates."""
     return 0

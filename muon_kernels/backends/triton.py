@@ -237,6 +237,11 @@ def apply_update(params: Sequence[Matrices], X: Tensor, **options: Any) -> None:
     _written(params)
 
 
+def normalizes() -> bool:
+    """See `Backend.normalizes`."""
+    return False
+
+
 def scratch_bytes(rows: int, cols: int) -> int:
     """See `triton_kernels.configs`."""
     return configs.scratch_bytes(rows, cols)

@@ -1,0 +1,112 @@
+"""What ranks have to agree on before and while they step together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .placement import Placement, Team, is_dtensor, local
+
+
+class Agreed(NamedTuple):
+    """What all ranks know of a step.
+
+    Attributes:
+        found_inf: whether to leave it out.
+        grad: the gradient of a parameter, zeros where only other ranks have one; None where no rank has.
+    """
+
+    found_inf: bool
+    grad: Callable[[Tensor], Tensor | None]
+
+
+def teams_of(placements: Mapping[Tensor, Placement | None]) -> dict[Team, list[Tensor]]:
+    """Every team and the parameters that it steps together, in their order."""
+    teams: dict[Team, list[Tensor]] = {}
+    for p, placement in placements.items():
+        if placement is not None:
+            teams.setdefault(placement.team, []).append(p)
+    return teams
+
+
+def _reduced(values: list[int], team: Team, device: torch.device) -> list[int]:
+    """The maximum of all ranks, number by number."""
+    numbers = torch.tensor(values, dtype=torch.int32, device=device)
+    for group in team.groups:
+        dist.all_reduce(numbers, dist.ReduceOp.MAX, group=group)
+    reduced: list[int] = numbers.tolist()
+    return reduced
+
+
+def _grad(p: Tensor) -> Tensor | None:
+    grad = p.grad
+    if is_dtensor(p) and grad is not None:
+        if not is_dtensor(grad):
+            raise TypeError(f"the gradient of a DTensor should be one but is a {type(grad).__name__}")
+        if grad.placements != p.placements:
+            grad = grad.redistribute(p.device_mesh, p.placements)
+    return grad
+
+
+def agree(teams: Mapping[Team, Sequence[Tensor]], found_inf: Tensor | None) -> Agreed:
+    """Have all ranks of every team decide alike.
+
+    Args:
+        teams: and the parameters that each steps together.
+        found_inf: what torch.amp.GradScaler found in this rank's gradients; None without it.
+    """
+    if is_dtensor(found_inf):
+        found_inf = found_inf.full_tensor()
+    found = found_inf is not None and bool(found_inf)
+    present: set[Tensor] = set()
+    for team, params in teams.items():
+        found_here, *has = _reduced([found, *(p.grad is not None for p in params)], team, local(params[0]).device)
+        found = found or bool(found_here)
+        present.update(p for p, somewhere in zip(params, has, strict=True) if somewhere)
+
+    def grad(p: Tensor) -> Tensor | None:
+        if p.grad is None and p in present:
+            return torch.zeros_like(p)
+        return _grad(p)
+
+    return Agreed(found, grad)
+
+
+def check_alike(placements: Mapping[Tensor, Placement | None], group: Mapping[str, Any]) -> None:
+    """Raise ValueError, on every rank, unless all ranks of a team gave the same parameters and options.
+
+    Args:
+        placements: of the parameters of a group.
+        group: the group.
+    """
+    names = dict(zip(group["params"], group.get("param_names", ()), strict=False))
+    options = {
+        key: getattr(value, "__qualname__", None) or repr(value)
+        for key, value in sorted(group.items())
+        if key not in ("params", "param_names")
+    }
+    for team, params in teams_of(placements).items():
+        own = [f"{key}={value}" for key, value in options.items()]
+        for i, p in enumerate(params):
+            where = f", placements {p.placements}" if is_dtensor(p) else ""
+            own.append(f"parameter {names.get(p, i)} of size {tuple(p.shape)} and {p.dtype}{where}")
+        for process_group in team.groups:
+            everybody: list[Any] = [None] * process_group.size()
+            dist.all_gather_object(everybody, own, group=process_group)
+            for rank, other in enumerate(everybody):
+                _compare(rank, everybody[0], other)
+
+
+def _compare(rank: int, first: list[str], other: list[str]) -> None:
+    if other == first:
+        return
+    n = next((i for i, (a, b) in enumerate(zip(first, other, strict=False)) if a != b), min(len(first), len(other)))
+    a, b = (items[n] if n < len(items) else "nothing more" for items in (first, other))
+    raise ValueError(
+        f"all ranks should give the optimizer the same parameters, in the same order, and options but rank {rank} of "
+        f"the process group gave {b} where rank 0 gave {a}"
+    )

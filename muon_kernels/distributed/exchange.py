@@ -1,0 +1,760 @@
+"""A step of matrices whose parts are on several ranks, or that several ranks have copies of.
+
+Muon needs whole matrices. Each is dealt to an owner: ranks send it their slices of the directions, in the dtype that is
+multiplied anyway, the owner orthogonalizes and sends slices back. Replicas take turns: each does its share and they
+gather one another's results. What a rank sends is 2 bytes an element there and 2 back, whatever the number of ranks;
+https://arxiv.org/abs/2502.16982 gathers every matrix on every rank instead.
+
+Equal matrices that are cut in the same way make a lot. A lot goes through in rounds that fit the workspace; the slices
+of the next round travel, and so do the results of the last, while one round is multiplied.
+
+The norm of a matrix comes from its parts' in double, so that the result is that of one process: the same bits where
+momentum and products are the same, which is so for every backend but "eager", whose slices are normalised before they
+are rounded.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import backends
+from ..coefficients import Schedule
+from ..layout import Bundle, Layout, Matrices, Piece, flattens, layout, split_shape
+from ..plan import Bucket, plan_bucket, workspace_bytes
+from ..split import pieces
+from .deal import deal
+from .placement import Placement, Range, Team
+
+if TYPE_CHECKING:
+    from ..functional import Scalars, Stacks, Work, Workspace
+
+Iterate = Callable[["Work", "Stacks", "Tensor | None"], Tensor]
+
+# Sets of buffers, each of a round: one that is multiplied, the next, whose slices come, the last, whose results go.
+_IN_FLIGHT = 3
+# A share of results, in bytes a rank, that is worth a collective of its own.
+_SHARE = 16 << 20
+_NORM = 8  # bytes of a double
+
+
+class Rectangle(NamedTuple):
+    """Of a matrix that is no taller than wide."""
+
+    top: int
+    left: int
+    rows: int
+    cols: int
+
+    @property
+    def elements(self) -> int:
+        """How many it has."""
+        return self.rows * self.cols
+
+
+class Entry(NamedTuple):
+    """One matrix; where this rank holds none of it, without layouts. `param` is an index."""
+
+    param: int
+    param_at: Layout | None
+    momentum_at: Layout | None
+    grad_at: Layout | None
+    ratio: float
+
+
+class Kind(NamedTuple):
+    """What the matrices of a lot have in common."""
+
+    team: Team
+    shape: tuple[int, int]
+    parts: tuple[Rectangle, ...]
+    device: torch.device
+    grad_dtype: torch.dtype
+    param_dtype: torch.dtype
+
+
+def _overlap(a: Range, b: Range) -> Range:
+    """What both have, counted from the start of `a`; empty ranges begin at 0."""
+    start, stop = max(a[0], b[0]), min(a[1], b[1])
+    return (start - a[0], stop - a[0]) if start < stop else (0, 0)
+
+
+def cuts(
+    placement: Placement, flatten: bool | None, split: str | None
+) -> Iterator[tuple[Piece | None, tuple[int, int, int], tuple[Rectangle, ...]]]:
+    """(piece of this rank's part, (batch, rows, cols) of the whole, every rank's rectangle of (rows, cols))."""
+    whole, ndim = placement.whole, len(placement.whole)
+    row, col = (0, 1) if flattens(whole, flatten) else (ndim - 2, ndim - 1)
+    is_cut = [any(part[dim] != (0, n) for part in placement.parts) for dim, n in enumerate(whole)]
+    own = placement.parts[placement.team.shard]
+    dims = {piece.dim for piece in pieces(whole, flatten, split) if piece is not None}
+    apart = any(is_cut[dim] for dim in dims)
+    for piece in pieces(whole, flatten, split, apart):
+        batch, rows, cols = split_shape(whole, flatten, piece)
+        here = piece
+        if piece is not None and is_cut[piece.dim] and piece.runs != 1:
+            raise ValueError(
+                f"split={split!r} should cut another dimension than {piece.dim}, along which the parameter of size "
+                f"{whole} is sharded, or to parts that are contiguous"
+            )
+        rectangles = []
+        for rank, part in enumerate(placement.parts):
+            # Of the rows and columns of this piece, those that a rank has.
+            spans = {row: (0, rows), col: (0, cols)}
+            for dim in (row, col):
+                if not is_cut[dim]:
+                    continue
+                if piece is not None and piece.dim == dim:
+                    at = (piece.start, piece.start + piece.size)
+                    spans[dim] = _overlap(at, part[dim])
+                    if rank == placement.team.shard:
+                        start, stop = _overlap(own[dim], at)
+                        here = Piece(dim, start, 1, stop - start, 1, stop - start)
+                elif dim == row or not flattens(whole, flatten):
+                    spans[dim] = part[dim]
+            (top, bottom), (left, right) = spans[row], spans[col]
+            empty = top == bottom or left == right
+            rectangles.append(Rectangle(0, 0, 0, 0) if empty else Rectangle(top, left, bottom - top, right - left))
+        yield here, (batch, rows, cols), tuple(rectangles)
+
+
+def _layouts(t: Tensor, flatten: bool | None, piece: Piece | None, batch: int, tall: bool) -> list[Layout]:
+    """Of every matrix of this rank's part `t`, lying as the whole does."""
+    order = tuple(range(1, t.ndim)) if flattens(t.shape, flatten) else ()
+    found = []
+    for i in range(batch):
+        at = layout(tuple(t.shape), t.stride(), flatten, order, piece, i, i + 1)
+        if at is None:
+            raise ValueError(
+                f"the part of a sharded parameter, gradient or momentum should be contiguous but of size "
+                f"{tuple(t.shape)} one has strides: {t.stride()}"
+            )
+        if at.transposed != tall:
+            at = at._replace(
+                rows=at.cols, cols=at.rows, row_stride=at.col_stride, col_stride=at.row_stride, transposed=tall
+            )
+        found.append(at)
+    return found
+
+
+@dataclass
+class Lot:
+    """Equal matrices, equally cut, by owner.
+
+    Attributes:
+        kind: what they have in common.
+        work: how an owner iterates.
+        number: of the first one among all of the group; for stochastic rounding.
+        entries: for every rank of the team, what it owns.
+        most: matrices of one owner in a round.
+    """
+
+    kind: Kind
+    work: Work
+    number: int
+    entries: list[list[Entry]]
+    most: int
+
+    @property
+    def rounds(self) -> int:
+        """How many."""
+        return -(-max(map(len, self.entries)) // self.most)
+
+    def __str__(self) -> str:
+        """Name it in an error."""
+        m, n = self.kind.shape
+        return f"the bucket of {sum(map(len, self.entries))} x {m}x{n}"
+
+
+class _Slices(NamedTuple):
+    """Slices of one owner's matrices, all of one rank's part, in a buffer: each with room for its norm behind it."""
+
+    offset: int  # in bytes
+    matrices: int
+    part: Rectangle
+
+    @property
+    def record(self) -> int:
+        """Bytes of a slice and what belongs to it, of a multiple of 8; none of what is empty."""
+        return (-(-2 * self.part.elements // _NORM) + 1) * _NORM if self.part.elements else 0
+
+    @property
+    def bytes(self) -> int:
+        """Of all."""
+        return self.matrices * self.record
+
+    def of(self, buffer: Tensor, dtype: torch.dtype) -> Tensor:
+        """(count, rows, cols)."""
+        _, _, rows, cols = self.part
+        flat = buffer[self.offset : self.offset + self.bytes].view(dtype)
+        return flat.as_strided((self.matrices, rows, cols), (self.record // 2, cols, 1))
+
+    def norms(self, buffer: Tensor) -> Tensor:
+        """(count,) float64."""
+        flat = buffer[self.offset : self.offset + self.bytes].view(torch.float64)
+        step = self.record // _NORM
+        return flat.as_strided((self.matrices,), (step,), flat.storage_offset() + step - 1)
+
+
+def _in_turn(counts: Sequence[tuple[int, Rectangle]]) -> list[_Slices]:
+    """One after the other in a buffer."""
+    found, offset = [], 0
+    for count, part in counts:
+        found.append(_Slices(offset, count, part))
+        offset += found[-1].bytes
+    return found
+
+
+def _all(slices: Sequence[_Slices]) -> _Slices:
+    """Those of several owners that follow one another, of the same part."""
+    return _Slices(slices[0].offset, sum(s.matrices for s in slices), slices[0].part)
+
+
+def _end(slices: Sequence[_Slices]) -> int:
+    return slices[-1].offset + slices[-1].bytes
+
+
+# Exponents beyond which `momentum_update` writes a matrix times a power of two; see csrc/muon_kernels.h.
+_UNSCALED = 30
+
+
+def _shift(norms: Tensor) -> Tensor:
+    """Of matrices with these norms, the exponent of that power."""
+    exponent = torch.frexp(norms)[1]
+    outside = norms.isfinite() & (norms != 0) & ((norms < 2.0**-_UNSCALED) | (norms > 2.0**_UNSCALED))
+    return (1 - exponent).where(outside, 0)
+
+
+def _scale(norms: Tensor, shift: Tensor, eps: float, margin: float) -> Tensor:
+    """What brings matrices of these norms, times 2^shift, to 1/margin, as `momentum_update` returns it."""
+    mantissa, exponent = torch.frexp(norms)
+    size = torch.ldexp(1 / ((2 * mantissa).clamp_min(eps) * margin), 1 - exponent - shift)
+    return size.where(norms.isfinite(), torch.nan).where(norms != 0, 0.0).float()
+
+
+def _gathered(parts: Sequence[tuple[Rectangle, Tensor, Tensor]], X: Tensor, scaled: bool) -> tuple[Tensor, Tensor]:
+    """Put the matrices together.
+
+    Args:
+        parts: (where, slices, their norms) of every rank that has any.
+        X: (count, m, n), written.
+        scaled: whether slices come times a factor that brings their norm to 1/margin.
+
+    Returns:
+        (count,) norms of the directions in double, and the exponents of the powers of two that X was multiplied by.
+    """
+    norms = torch.stack([part[2] for part in parts]).square_().sum(0).sqrt_()
+    shift = _shift(norms)
+    for (top, left, rows, cols), slices, of_slice in parts:
+        target = X[:, top : top + rows, left : left + cols]
+        if scaled:
+            target.copy_(slices.float().mul_((of_slice / norms).nan_to_num_(0.0).float()[:, None, None]))
+            continue
+        power = torch.ldexp(torch.ones_like(norms), shift - _shift(of_slice))
+        if X.device.type == "cpu" and bool((power == 1).all()):
+            target.copy_(slices)
+        else:
+            torch.mul(slices, power.to(X.dtype)[:, None, None], out=target)
+    return norms, shift
+
+
+@dataclass
+class Buffers:
+    """Of one round: slices of what is cut here, and of what is owned here; bytes."""
+
+    slices: Tensor
+    owned: Tensor
+    norms: Tensor
+
+
+class Failed(RuntimeError):
+    """A collective that did not end."""
+
+
+class _Pending:
+    """A collective under way; `what` it does is said if it fails."""
+
+    def __init__(self, what: str, begin: Callable[[], Any]) -> None:
+        self._what = what
+        self._work = self._do(begin)
+
+    def wait(self) -> None:
+        """Until it has ended."""
+        self._do(self._work.wait)
+
+    def _do(self, run: Callable[[], Any]) -> Any:
+        try:
+            return run()
+        except Exception as error:
+            raise Failed(f"{self._what}: {error}") from error
+
+
+# By its name since torch 2.13, and the one that it has there no more without a warning.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def _gather(into: Tensor, share: Tensor, team: Team, of: str) -> _Pending:
+    return _Pending(
+        f"gathering the results of {of}",
+        lambda: _all_gather(into, share, group=team.replicas, async_op=True),
+    )
+
+
+class CutRound:
+    """A round of matrices whose parts are on several ranks."""
+
+    def __init__(self, lot: Lot, first: int, params: Sequence[Tensor], momenta: Sequence[Tensor | None]) -> None:
+        """Settle what goes where.
+
+        Args:
+            lot: the matrices.
+            first: of each owner's, the first in this round.
+            params, momenta: this rank's parts.
+        """
+        self.lot, self.first = lot, first
+        team, kind = lot.kind.team, lot.kind
+        own = kind.parts[team.shard]
+        taken = [entries[first : first + lot.most] for entries in lot.entries]
+        by_replica = [taken[r * team.shard_count : (r + 1) * team.shard_count] for r in range(team.replica_count)]
+        here = by_replica[team.replica]
+        # What this rank's part goes through: to the owners of this replica, and at last from all.
+        self.sent = _in_turn([(len(entries), own) for entries in here])
+        self.received = _in_turn([(len(here[team.shard]), part) for part in kind.parts])
+        self.owned = len(here[team.shard])
+        self.entries = [[entry for entries in replica for entry in entries] for replica in by_replica]
+        there = bool(own.elements)
+        self.momenta = [_bundle_of(momenta, entries, "momentum_at") if there else Bundle() for entries in self.entries]
+        self.params = [_bundle_of(params, entries, "param_at") if there else Bundle() for entries in self.entries]
+        self.ratios = [array("d", [entry.ratio for entry in entries]) for entries in self.entries]
+        self.share = max(map(len, self.entries))
+        self.pending: _Pending | None = None
+
+    @property
+    def buffer_bytes(self) -> tuple[int, int]:
+        """Of `Buffers.slices` and `Buffers.owned`."""
+        share, replicas = self.share * self.sent[0].record, self.lot.kind.team.replica_count
+        return max(_end(self.sent), share), max(_end(self.received), share * replicas * (replicas > 1))
+
+    @property
+    def bytes_sent(self) -> int:
+        """By this rank to others."""
+        team = self.lot.kind.team
+        out = _end(self.sent) - self.sent[team.shard].bytes
+        back = _end(self.received) - self.received[team.shard].bytes
+        return out + back + (team.replica_count - 1) * self.share * self.sent[0].record
+
+    def begin(self, grads: Sequence[Tensor], scalars: Scalars, buffers: Buffers) -> None:
+        """Update momenta and send slices of the directions off."""
+        team, work = self.lot.kind.team, self.lot.work
+        ops = backends.get(work.bucket.backend)
+        for replica in [r for r in range(team.replica_count) if r != team.replica] + [team.replica]:
+            entries, momenta = self.entries[replica], self.momenta[replica]
+            if not momenta:
+                continue
+            at = _Slices(0, len(entries), self.sent[0].part)
+            directions = [Matrices(grads[e.param], e.grad_at) for e in entries if e.grad_at is not None]
+            norms = buffers.norms[: len(entries)]
+            # Every replica keeps all momenta; what others will send is written over.
+            ops.momentum_update(
+                directions,
+                momenta,
+                at.of(buffers.slices, work.bucket.workspace_dtype),
+                **scalars.of_momentum(),
+                margin=work.schedule.margin,
+                norms=norms,
+            )
+            if replica == team.replica:
+                at.norms(buffers.slices).copy_(norms)
+        self.pending = self._exchange(buffers.slices, self.sent, buffers.owned, self.received, "slices")
+
+    def _exchange(
+        self, source: Tensor, sent: Sequence[_Slices], target: Tensor, received: Sequence[_Slices], what: str
+    ) -> _Pending:
+        return _Pending(
+            f"exchanging {what} of {self.lot}",
+            lambda: dist.all_to_all_single(
+                target[: _end(received)],
+                source[: _end(sent)],
+                [s.bytes for s in received],
+                [s.bytes for s in sent],
+                group=self.lot.kind.team.shards,
+                async_op=True,
+            ),
+        )
+
+    def iterate(self, scalars: Scalars, workspace: Workspace, buffers: Buffers, run: Iterate) -> None:
+        """Put together what is owned here, orthogonalize it and send slices of it back."""
+        assert self.pending is not None
+        self.pending.wait()
+        work, dtype = self.lot.work, self.lot.work.bucket.workspace_dtype
+        if self.owned:
+            stacks = workspace.stacks(work, self.owned)
+            parts = [(s.part, s.of(buffers.owned, dtype), s.norms(buffers.owned)) for s in self.received if s.bytes]
+            scaled = backends.get(work.bucket.backend).normalizes()
+            norms, shift = _gathered(parts, stacks.X, scaled)
+            if stacks.blend is not None:
+                stacks.blend.norms.copy_(norms)
+            scale = None
+            if not scaled:
+                scale = stacks.derived.setdefault("scale", torch.empty(self.owned, device=stacks.X.device))
+                scale.copy_(_scale(norms, shift, scalars.eps, work.schedule.margin))
+            result = run(work, stacks, scale)
+            for s in self.received:
+                top, left, rows, cols = s.part
+                if s.bytes:
+                    s.of(buffers.owned, dtype).copy_(result[:, top : top + rows, left : left + cols])
+        self.pending = self._exchange(buffers.owned, self.received, buffers.slices, self.sent, "results")
+
+    def end(self, scalars: Scalars, buffers: Buffers) -> None:
+        """Update parameters with the slices that come back."""
+        assert self.pending is not None
+        self.pending.wait()
+        self.pending = None
+        team, work = self.lot.kind.team, self.lot.work
+        ops, dtype = backends.get(work.bucket.backend), work.bucket.workspace_dtype
+        size, shares = self.share * self.sent[0].record, [buffers.slices]
+        if team.replicas is not None:
+            gathered = buffers.owned[: team.replica_count * size]  # what was in it has gone
+            _gather(gathered, buffers.slices[:size], team, str(self.lot)).wait()
+            shares = list(torch.split(gathered, size)) if size else [gathered] * team.replica_count
+        first = self.first * team.ranks
+        for params, ratios, share in zip(self.params, self.ratios, shares, strict=True):
+            if params:
+                X = _Slices(0, len(params), self.sent[0].part).of(share, dtype)
+                ops.apply_update(params, X, **scalars.of_update(self.lot.number, first), ratios=ratios)
+            first += len(ratios)
+
+
+def _bundle_of(tensors: Sequence[Tensor | None], entries: Sequence[Entry], which: str) -> Bundle:
+    bundle = Bundle()
+    for entry in entries:
+        tensor, at = tensors[entry.param], getattr(entry, which)
+        assert tensor is not None and at is not None
+        bundle.append(Matrices(tensor, at))
+    return bundle
+
+
+class CopyRound:
+    """A round of matrices of which several ranks have copies and each does its share; of several lots, one by one."""
+
+    def __init__(
+        self, lots: Sequence[tuple[Lot, int]], params: Sequence[Tensor], momenta: Sequence[Tensor | None]
+    ) -> None:
+        """Settle who does what.
+
+        Args:
+            lots: and of each, the first of every owner's matrices in this round.
+            params, momenta: the copies; there may be no momentum of what others own.
+        """
+        self.team = lots[0][0].kind.team
+        self.lots = []
+        counts = []
+        for lot, first in lots:
+            shares = [entries[first : first + lot.most] for entries in lot.entries]
+            kept = [all(momenta[entry.param] is not None for entry in entries) for entries in shares]
+            self.lots.append(
+                _Copies(
+                    lot,
+                    first,
+                    shares,
+                    [
+                        _bundle_of(momenta, es, "momentum_at") if k else Bundle()
+                        for es, k in zip(shares, kept, strict=True)
+                    ],
+                    [_bundle_of(params, entries, "param_at") for entries in shares],
+                )
+            )
+            whole = Rectangle(0, 0, *lot.kind.shape)
+            counts.append((max(map(len, shares)), whole))
+        self.places = _in_turn(counts)
+        self.pending: _Pending | None = None
+
+    @property
+    def buffer_bytes(self) -> tuple[int, int]:
+        """Of `Buffers.slices`, this rank's results, and `Buffers.owned`, everybody's."""
+        return _end(self.places), _end(self.places) * self.team.replica_count
+
+    @property
+    def bytes_sent(self) -> int:
+        """By this rank to others."""
+        return _end(self.places) * (self.team.replica_count - 1)
+
+    def begin(self, grads: Sequence[Tensor], scalars: Scalars, buffers: Buffers) -> None:
+        """Remember the gradients: there is nothing to send yet."""
+        self.grads = grads
+
+    def iterate(self, scalars: Scalars, workspace: Workspace, buffers: Buffers, run: Iterate) -> None:
+        """Orthogonalize this rank's share and send it to the others."""
+        for copies, place in zip(self.lots, self.places, strict=True):
+            work, dtype = copies.lot.work, copies.lot.work.bucket.workspace_dtype
+            ops = backends.get(work.bucket.backend)
+            turns = [r for r in range(self.team.replica_count) if r != self.team.replica] + [self.team.replica]
+            for rank in turns:  # its own share last, for those of others leave nothing but momenta
+                momenta, entries = copies.momenta[rank], copies.shares[rank]
+                if not momenta:
+                    continue
+                stacks = workspace.stacks(work, len(entries))
+                scale = ops.momentum_update(
+                    [Matrices(self.grads[e.param], e.grad_at) for e in entries if e.grad_at is not None],
+                    momenta,
+                    stacks.X,
+                    **scalars.of_momentum(),
+                    margin=work.schedule.margin,
+                    scratch=stacks.scratch,
+                    norms=None if stacks.blend is None else stacks.blend.norms,
+                )
+                if rank == self.team.replica:
+                    result = run(work, stacks, scale)
+                    place._replace(matrices=len(entries)).of(buffers.slices, dtype).copy_(result)
+        size = _end(self.places)
+        self.pending = _gather(
+            buffers.owned[: size * self.team.replica_count],
+            buffers.slices[:size],
+            self.team,
+            " and ".join(str(copies.lot) for copies in self.lots),
+        )
+
+    def end(self, scalars: Scalars, buffers: Buffers) -> None:
+        """Update parameters with everybody's results."""
+        assert self.pending is not None
+        self.pending.wait()
+        self.pending = None
+        size = _end(self.places)
+        for copies, place in zip(self.lots, self.places, strict=True):
+            work, dtype = copies.lot.work, copies.lot.work.bucket.workspace_dtype
+            first = copies.first * self.team.replica_count
+            for rank, (params, entries) in enumerate(zip(copies.params, copies.shares, strict=True)):
+                if entries:
+                    results = buffers.owned[rank * size : (rank + 1) * size]
+                    X = place._replace(matrices=len(entries)).of(results, dtype)
+                    ratios = array("d", [entry.ratio for entry in entries])
+                    backends.get(work.bucket.backend).apply_update(
+                        params, X, **scalars.of_update(copies.lot.number, first), ratios=ratios
+                    )
+                first += len(entries)
+
+
+class _Copies(NamedTuple):
+    """A lot's matrices in a round, for every rank."""
+
+    lot: Lot
+    first: int
+    shares: list[list[Entry]]
+    momenta: list[Bundle]
+    params: list[Bundle]
+
+
+class Exchange:
+    """The step of all matrices of a team.
+
+    Attributes:
+        team: the ranks.
+        rounds: in order.
+    """
+
+    def __init__(self, team: Team, rounds: Sequence[CutRound | CopyRound]) -> None:
+        """Nothing is allocated yet."""
+        self.team, self.rounds = team, list(rounds)
+        self._buffers: list[Buffers] = []
+
+    @property
+    def works(self) -> list[Work]:
+        """How this rank iterates what it owns."""
+        return [lot.work for lot in self.lots]
+
+    @property
+    def bytes_sent(self) -> int:
+        """By this rank to others in a step."""
+        return sum(r.bytes_sent for r in self.rounds)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """What is allocated beside the workspace."""
+        sizes = [r.buffer_bytes for r in self.rounds]
+        return min(_IN_FLIGHT, len(sizes)) * sum(max(column, default=0) for column in zip(*sizes, strict=True))
+
+    def reserve(self) -> None:
+        """Allocate buffers."""
+        if self._buffers or not self.rounds:
+            return
+        sizes = [r.buffer_bytes for r in self.rounds]
+        device = self.works[0].device
+        most = max(max(map(len, lot.entries)) for lot in self.lots)
+        for _ in range(min(_IN_FLIGHT, len(self.rounds))):
+            # doubles, for what is viewed as such
+            slices, owned = (
+                torch.empty(-(-max(column) // _NORM), dtype=torch.float64, device=device).view(torch.uint8)
+                for column in zip(*sizes, strict=True)
+            )
+            norms = torch.empty(most * self.team.shard_count, dtype=torch.float64, device=device)
+            self._buffers.append(Buffers(slices, owned, norms))
+
+    @property
+    def lots(self) -> list[Lot]:
+        """What goes through, each once."""
+        lots = [lot for r in self.rounds for lot in ([r.lot] if isinstance(r, CutRound) else [c.lot for c in r.lots])]
+        return list({id(lot): lot for lot in lots}.values())
+
+    def run(self, grads: Sequence[Tensor], scalars: Scalars, workspace: Workspace, run: Iterate) -> None:
+        """Do the step.
+
+        Args:
+            grads: this rank's parts.
+            scalars: of this step.
+            workspace: in which there is room for `works`.
+            run: from the normalised stack to the result.
+
+        Raises:
+            Failed: a collective did not end; some matrices may be stepped and others not.
+        """
+        rounds, buffers = self.rounds, self._buffers
+        for i, r in enumerate(rounds):
+            if i == 0:
+                r.begin(grads, scalars, buffers[0])
+            if i + 1 < len(rounds):
+                rounds[i + 1].begin(grads, scalars, buffers[(i + 1) % _IN_FLIGHT])
+            r.iterate(scalars, workspace, buffers[i % _IN_FLIGHT], run)
+            if i:
+                rounds[i - 1].end(scalars, buffers[(i - 1) % _IN_FLIGHT])
+        if rounds:
+            rounds[-1].end(scalars, buffers[(len(rounds) - 1) % _IN_FLIGHT])
+
+
+def prepare(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momenta: Sequence[Tensor | None],
+    placements: Sequence[Placement | None],
+    *,
+    schedule: Schedule,
+    ratio: Callable[[int, int], float],
+    flatten: bool | None,
+    splits: Sequence[str | None] | None,
+    ns_algorithm: str,
+    backend: str,
+    max_workspace_bytes: int | None,
+    workspace_dtype: torch.dtype,
+    work: Callable[..., Work],
+) -> list[Exchange]:
+    """How the parameters that have a placement are stepped, a team at a time; nothing is written.
+
+    Args:
+        params, grads, momenta: this rank's parts; no momentum of what another rank owns.
+        placements: where they are; None for those that are stepped alone.
+        schedule: what to iterate.
+        ratio: of the learning rate, for (rows, cols).
+        flatten, splits, ns_algorithm, backend, max_workspace_bytes, workspace_dtype: see `functional.prepare`.
+        work: makes one of (bucket, notes, schedule, device).
+
+    Raises:
+        ValueError, TypeError, RuntimeError: what cannot be stepped.
+    """
+    by_kind: dict[Kind, list[tuple[int | None, Entry]]] = {}
+    for index, (p, g, buffer, placement) in enumerate(zip(params, grads, momenta, placements, strict=True)):
+        if placement is None:
+            continue
+        for piece, (batch, rows, cols), rectangles in cuts(placement, flatten, splits[index] if splits else None):
+            tall = rows > cols
+            if tall:
+                rectangles = tuple(Rectangle(left, top, c, r) for top, left, r, c in rectangles)
+            kind = Kind(placement.team, (min(rows, cols), max(rows, cols)), rectangles, p.device, g.dtype, p.dtype)
+            here = rectangles[placement.team.shard].elements > 0
+            ats = [
+                _layouts(t, flatten, piece, batch, tall) if t is not None and here else [None] * batch
+                for t in (p, buffer, g)
+            ]
+            found = by_kind.setdefault(kind, [])
+            found += [
+                (placement.owner, Entry(index, of_p, of_buffer, of_g, ratio(rows, cols)))
+                for of_p, of_buffer, of_g in zip(*ats, strict=True)
+            ]
+
+    exchanges = []
+    for team in dict.fromkeys(kind.team for kind in by_kind):
+        kinds = {kind: entries for kind, entries in by_kind.items() if kind.team is team and min(kind.shape)}
+        chosen = {}
+        for kind in kinds:
+            name, notes = backends.choose(
+                backend, kind.device, (kind.grad_dtype, kind.param_dtype), workspace_dtype, kind.shape
+            )
+            plan = partial(
+                plan_bucket,
+                kind.shape,
+                schedule=schedule,
+                ns_algorithm=ns_algorithm,
+                backend=name,
+                max_workspace_bytes=max_workspace_bytes,
+                workspace_dtype=workspace_dtype,
+                bytes_per_element=kind.grad_dtype.itemsize + 4 * kind.param_dtype.itemsize,
+                stepped=False,
+            )
+            chosen[kind] = plan, notes
+        costs, among, dealt = [], [], []
+        for kind, entries in kinds.items():
+            cost = chosen[kind][0](1).flops
+            holders = [rank for rank, part in enumerate(kind.parts) if part.elements]
+            nearby = [r * team.shard_count + h for r in range(team.replica_count) for h in holders]
+            for owner, _ in entries:
+                costs.append(cost)
+                # What only one rank has a part of stays there.
+                among.append([owner] if owner is not None else nearby if len(holders) == 1 else None)
+        owners = iter(deal(costs, team.ranks, among=among))
+        number = 0
+        for kind, entries in kinds.items():
+            by_owner: list[list[Entry]] = [[] for _ in range(team.ranks)]
+            for _, entry in entries:
+                by_owner[next(owners)].append(entry)
+            dealt.append(_lot(kind, by_owner, number, schedule, *chosen[kind], max_workspace_bytes, work))
+            number += len(entries)
+        rounds = _copy_rounds if team.shards is None else _cut_rounds
+        exchanges.append(Exchange(team, rounds(dealt, params, momenta)))
+    return exchanges
+
+
+def _lot(
+    kind: Kind,
+    entries: list[list[Entry]],
+    number: int,
+    schedule: Schedule,
+    plan: Callable[[int], Bucket],
+    notes: tuple[str, ...],
+    max_workspace_bytes: int | None,
+    work: Callable[..., Work],
+) -> Lot:
+    owned, most = len(entries[kind.team.rank]), max(map(len, entries))
+    bucket = plan(owned)
+    ops, (m, n) = backends.get(bucket.backend), kind.shape
+    each = workspace_bytes(bucket.backend, bucket.algorithm, m, n, schedule)
+    cap = ops.default_workspace_bytes() if max_workspace_bytes is None else max_workspace_bytes
+    rounds = -(-most // max(1, cap // (each + 2 * _IN_FLIGHT * bucket.workspace_dtype.itemsize * m * n)))
+    most = -(-most // rounds)
+    chunks = tuple(min(most, owned - first) for first in range(0, owned, most))
+    slots = max(chunks, default=0)
+    bucket = replace(bucket, chunks=chunks, slots=slots, workspace_bytes=slots * each)
+    return Lot(kind, work(bucket, notes, schedule, kind.device, []), number, entries, most)
+
+
+def _cut_rounds(lots: Sequence[Lot], params: Sequence[Tensor], momenta: Sequence[Tensor | None]) -> list[CutRound]:
+    return [CutRound(lot, i * lot.most, params, momenta) for lot in lots for i in range(lot.rounds)]
+
+
+def _copy_rounds(lots: Sequence[Lot], params: Sequence[Tensor], momenta: Sequence[Tensor | None]) -> list[CopyRound]:
+    """Lots together until a share of their results is worth a collective."""
+    rounds, waiting = [], []
+    for lot in lots:
+        for i in range(lot.rounds):
+            waiting.append((lot, i * lot.most))
+            copies = CopyRound(waiting, params, momenta)
+            if copies.buffer_bytes[0] >= _SHARE:
+                rounds.append(copies)
+                waiting = []
+    if waiting:
+        rounds.append(CopyRound(waiting, params, momenta))
+    return rounds

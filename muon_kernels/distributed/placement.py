@@ -1,0 +1,185 @@
+"""Where the parts of a parameter are: what a DTensor says, as ranges of every dimension."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import product
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ..layout import flattens
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+Range = tuple[int, int]  # (start, stop)
+
+
+def is_dtensor(t: Any) -> TypeGuard[DTensor]:
+    """Whether it is a DTensor; without importing what costs a second and who has none never needs."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(t, module.DTensor)
+
+
+def local(t: Tensor) -> Tensor:
+    """The part of a DTensor that this rank holds; any other tensor itself."""
+    return t._local_tensor if is_dtensor(t) else t
+
+
+class Team:
+    """The ranks that step a parameter together.
+
+    Attributes:
+        shards: ranks that hold different parts of every matrix; None if each holds all.
+        replicas: ranks that hold the same part; None if no other does.
+        shard, shard_count, replica, replica_count: this rank's place in them and their sizes.
+    """
+
+    def __init__(self, shards: dist.ProcessGroup | None, replicas: dist.ProcessGroup | None) -> None:
+        """See the class."""
+        self.shards, self.replicas = shards, replicas
+        self.shard, self.shard_count = (0, 1) if shards is None else (shards.rank(), shards.size())
+        self.replica, self.replica_count = (0, 1) if replicas is None else (replicas.rank(), replicas.size())
+
+    @property
+    def groups(self) -> list[dist.ProcessGroup]:
+        """Those that there are; what is reduced over each in turn is reduced over all ranks."""
+        return [group for group in (self.shards, self.replicas) if group is not None]
+
+    @property
+    def ranks(self) -> int:
+        """How many there are."""
+        return self.shard_count * self.replica_count
+
+    @property
+    def rank(self) -> int:
+        """This one's number among them."""
+        return self.replica * self.shard_count + self.shard
+
+
+class Placement(NamedTuple):
+    """Where a parameter is.
+
+    Attributes:
+        team: who steps it.
+        whole: size of what the team holds, of a stack that is cut along its batch this rank's share.
+        parts: for every rank of `team.shards`, what it holds: a range of each dimension.
+        owner: of a parameter that only one replica keeps the momentum of, and steps: which.
+    """
+
+    team: Team
+    whole: tuple[int, ...]
+    parts: tuple[tuple[Range, ...], ...]
+    owner: int | None = None
+
+
+@lru_cache
+def _group(mesh: DeviceMesh, dims: tuple[int, ...]) -> dist.ProcessGroup | None:
+    if not dims:
+        return None
+    if len(dims) == 1:
+        return mesh.get_group(dims[0])
+    names = mesh.mesh_dim_names
+    if names is None:
+        raise ValueError(f"a DTensor that is cut or repeated along dimensions {dims} of its mesh needs mesh_dim_names")
+    return mesh[tuple(names[dim] for dim in dims)]._flatten().get_group()
+
+
+@lru_cache
+def _team(mesh: DeviceMesh, shards: tuple[int, ...], replicas: tuple[int, ...]) -> Team:
+    return Team(_group(mesh, shards), _group(mesh, replicas))
+
+
+@lru_cache
+def team_of_replicas(group: dist.ProcessGroup) -> Team:
+    """That of plain tensors which every rank of a group has a copy of."""
+    return Team(None, group)
+
+
+def _dim(shard: Any, shape: Sequence[int]) -> int:
+    dim: int = shard.dim
+    return dim % len(shape)
+
+
+def _chunk(at: Range, count: int, index: int) -> Range:
+    """As torch.chunk cuts, and DTensor with it: all but the last are equal, and some may be empty."""
+    start, stop = at
+    size = -(-(stop - start) // count)
+    return min(start + index * size, stop), min(start + (index + 1) * size, stop)
+
+
+def _ranges(
+    shape: Sequence[int], mesh: Sequence[int], placements: Sequence[Any], dims: Sequence[int], at: Sequence[int]
+) -> tuple[Range, ...]:
+    """What a rank holds that is at the coordinates `at` along dimensions `dims` of the mesh."""
+    ranges = [(0, n) for n in shape]
+    # FSDP cuts what tensor parallelism has cut before it, although its dimension of the mesh comes first.
+    later = [(i, c) for i, c in zip(dims, at, strict=True) if type(placements[i]).__name__ == "_StridedShard"]
+    first = [(i, c) for i, c in zip(dims, at, strict=True) if (i, c) not in later]
+    for i, coordinate in (*first, *reversed(later)):
+        dim = _dim(placements[i], shape)
+        ranges[dim] = _chunk(ranges[dim], mesh[i], coordinate)
+    return tuple(ranges)
+
+
+def placement_of(t: DTensor, flatten: bool | None) -> Placement | None:
+    """Where a DTensor is; None if this rank has whole matrices of its own.
+
+    Args:
+        t: a parameter.
+        flatten: see `Muon`.
+
+    Raises:
+        ValueError: it is placed in a way that cannot be stepped.
+    """
+    mesh, placements, shape = t.device_mesh, t.placements, tuple(t.shape)
+    matrix = range(len(shape)) if flattens(shape, flatten) else range(len(shape) - 2, len(shape))
+    cut, repeated, dealt = [], [], []
+    for i, placement in enumerate(placements):
+        if mesh.size(i) == 1:
+            continue
+        if placement.is_partial():
+            raise ValueError(f"parameters should be sharded or replicated but one has placements: {placements}")
+        if placement.is_replicate():
+            repeated.append(i)
+        elif _dim(placement, shape) in matrix:
+            cut.append(i)
+        else:
+            dealt.append(i)
+        if i in cut and flattens(shape, flatten) and _dim(placement, shape):
+            raise ValueError(
+                f"a parameter of {len(shape)} dimensions that is flattened to matrices should be sharded along "
+                f"dimension 0 but has placements: {placements}"
+            )
+    if not cut and not repeated:
+        return None
+    sizes, coordinate = tuple(mesh.shape), mesh.get_coordinate()
+    assert coordinate is not None
+    own = _ranges(shape, sizes, placements, dealt, [coordinate[i] for i in dealt])
+    whole = tuple(stop - start for start, stop in own)
+    team = _team(mesh, tuple(cut), tuple(repeated))
+    everywhere = product(*(range(sizes[i]) for i in cut))
+    parts = tuple(_ranges(whole, sizes, placements, cut, at) for at in everywhere)
+    held = tuple(stop - start for start, stop in parts[team.shard])
+    if held != tuple(local(t).shape):
+        raise ValueError(
+            f"a DTensor of size {shape} with placements {placements} should hold {held} on this rank but holds: "
+            f"{tuple(local(t).shape)}"
+        )
+    return Placement(team, whole, parts)
+
+
+def replicated(team: Team, shape: Sequence[int], owner: int) -> Placement:
+    """Where a plain tensor is that every rank has a copy of, and `owner` the momentum."""
+    return Placement(team, tuple(shape), (tuple((0, n) for n in shape),), owner)
+
+
+def elements(placement: Placement) -> int:
+    """Of what the team holds."""
+    return math.prod(placement.whole)

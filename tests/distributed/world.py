@@ -1,0 +1,98 @@
+"""Processes that wait to be the ranks of a process group; to start one takes seconds."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def _serve(connection: Connection) -> None:
+    torch.set_num_threads(1)
+    while True:
+        task = connection.recv()
+        if task is None:
+            return
+        function, args, rank, size, store, timeout = task
+        try:
+            dist.init_process_group(
+                "gloo",
+                store=dist.FileStore(store, size),
+                rank=rank,
+                world_size=size,
+                timeout=timedelta(seconds=timeout),
+            )
+            connection.send((True, function(*args)))
+        except BaseException as error:  # whatever it is, the test wants to know
+            connection.send((False, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+class World:
+    """Up to `most` ranks."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._ranks: list[tuple[Any, Connection]] = []
+
+    def _start(self, count: int) -> None:
+        context = mp.get_context("spawn")
+        while len(self._ranks) < count:
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(there,), daemon=True)
+            process.start()
+            self._ranks.append((process, here))
+
+    def outcomes(
+        self, size: int, function: Callable[..., Any], *args: Any, timeout: float = 60
+    ) -> list[tuple[bool, Any]]:
+        """(whether it returned, what) of function(*args) on every rank of a new gloo group; what it raised as text."""
+        assert size <= self._most
+        self._start(size)
+        with tempfile.TemporaryDirectory() as folder:
+            store = os.path.join(folder, "store")
+            for rank in range(size):
+                self._ranks[rank][1].send((function, args, rank, size, store, timeout))
+            found: list[tuple[bool, Any]] = []
+            for process, connection in self._ranks[:size]:
+                while not connection.poll(1):
+                    if not process.is_alive():
+                        break
+                found.append(connection.recv() if connection.poll() else (False, "died"))
+        self._ranks = [(process, c) for process, c in self._ranks if process.is_alive()]
+        return found
+
+    def run(self, size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """What function(*args) returns on every rank; AssertionError where one raised."""
+        found = self.outcomes(size, function, *args)
+        for rank, (returned, what) in enumerate(found):
+            assert returned, f"rank {rank} of {size}: {what}"
+        return [what for _, what in found]
+
+    def stop(self) -> None:
+        """End the processes."""
+        for process, connection in self._ranks:
+            connection.send(None)
+            process.join(10)
+        self._ranks = []
+
+
+@contextmanager
+def world(most: int = 4) -> Iterator[World]:
+    """Of processes that end with the context."""
+    ranks = World(most)
+    try:
+        yield ranks
+    finally:
+        ranks.stop()
