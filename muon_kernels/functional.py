@@ -20,8 +20,9 @@ from torch import Tensor
 
 from . import backends, options
 from .coefficients import DEFAULT, NS_STEPS, Schedule, resolve
-from .distributed import exchange
+from .distributed import blocks, exchange
 from .distributed.placement import Placement
+from .distributed.strategies import STRATEGIES
 from .layout import (
     Bundle,
     Layout,
@@ -409,6 +410,9 @@ def prepare(
     stochastic_rounding: bool = False,
     moments: Sequence[Tensor] = (),
     placements: Sequence[Placement | None] | None = None,
+    strategy: str = "owner",
+    block_lr_ratio: float = 1.0,
+    apart: bool = False,
 ) -> Prepared:
     """Everything that steps of one group have in common; nothing is written.
 
@@ -422,6 +426,8 @@ def prepare(
         moments: with a second_moment, one a parameter.
         placements: of parameters, gradients and momenta that are this rank's part of what several ranks step together;
             None for those that it steps alone. There is no momentum_buf where another rank keeps it.
+        strategy, block_lr_ratio: see `Muon`.
+        apart: whether parts of matrices that are cut are stepped as matrices, see distributed/blocks.py.
 
     Raises:
         ValueError, TypeError: an operand or an option that cannot be used, with what was expected.
@@ -434,21 +440,27 @@ def prepare(
     by_kind: dict[Kind, list[tuple[int, int]]] = {}
     ratios: list[float] = []
     cuts: list[tuple[int, tuple[int, ...], Piece | None]] = []
+    shared: list[Placement | None] = []
     buffers = momentum_bufs if momentum_bufs is not None else [None] * len(params)
     for index, (p, g, buffer) in enumerate(zip(params, grads, buffers, strict=True)):
         _check_operands(p, g, buffer)
         if stochastic_rounding:
             check_rounding(p)
         split, placement = splits[index] if splits else None, placements[index] if placements else None
-        if placement is not None and power != 1:
+        cut_here = apart and placement is not None and placement.team.shards is not None
+        if placement is not None and power != 1 and not cut_here:
+            shared.append(placement)
             continue
+        shared.append(None)
         order = column_order(p.shape, p.stride()) if flattens(p.shape, flatten) else ()
         if placement is None:
             found = [(piece, split_shape(p.shape, flatten, piece)) for piece in _pieces(p, flatten, order, split)]
+        elif cut_here:
+            found = list(blocks.parts(placement, flatten, split))
         else:
             found = [(piece, shape) for piece, shape, _ in exchange.cuts(placement, flatten, split)]
         for piece, (count, rows, cols) in found:
-            ratios.append(lr_ratio(adjust_lr_fn, rows, cols))
+            ratios.append(lr_ratio(adjust_lr_fn, rows, cols) * (block_lr_ratio if cut_here else 1.0))
             momentum_dtype = g.dtype if buffer is None else buffer.dtype
             kind = Kind(min(rows, cols), max(rows, cols), p.device, g.dtype, momentum_dtype, p.dtype)
             by_kind.setdefault(kind, []).append((len(cuts), count))
@@ -472,14 +484,14 @@ def prepare(
             bucket = plain_bucket((kind.rows, kind.cols), sum(count for _, count in counts), _bytes_per_element(kind))
             prepared.works.append(Work(bucket, (), schedule, kind.device, []))
         return prepared
-    if placements is not None and any(placements):
-        _check_shared(placements, second_moment, workspace_dtype)
+    if any(shared):
+        _check_shared(shared, second_moment, workspace_dtype)
         prepared.exchanges.extend(
             exchange.prepare(
                 params,
                 grads,
                 buffers,
-                placements,
+                shared,
                 schedule=schedule,
                 ratio=partial(lr_ratio, adjust_lr_fn),
                 flatten=flatten,
@@ -489,6 +501,7 @@ def prepare(
                 max_workspace_bytes=max_workspace_bytes,
                 workspace_dtype=workspace_dtype,
                 work=Work,
+                way=STRATEGIES[strategy],
             )
         )
     sources: list[tuple[_Source, _Source | None, _Source, int]] = []
@@ -577,6 +590,8 @@ SETTLED = (
     "workspace_dtype",
     "second_moment",
     "stochastic_rounding",
+    "strategy",
+    "block_lr_ratio",
 )
 
 
@@ -630,7 +645,7 @@ class Preparations:
     """What `prepare` decided for groups, as long as they ask for the same."""
 
     def __init__(self) -> None:
-        self._settled: dict[int, _Settled] = {}
+        self._settled: dict[tuple[int, bool], _Settled] = {}
 
     def get(
         self,
@@ -642,6 +657,7 @@ class Preparations:
         cuts: Callable[[], Sequence[str | None]],
         moments: Sequence[Tensor] = (),
         placements: Sequence[Placement | None] | None = None,
+        apart: bool = False,
     ) -> Prepared:
         """`prepare` for the group `key`, with its options in SETTLED, or what it said before.
 
@@ -649,8 +665,9 @@ class Preparations:
             cuts: for the parameters, what follows from the option `split`.
             moments: with a second_moment, one a parameter.
             placements: see `prepare`; those of a parameter do not change.
+            apart: see `prepare`; either kind of step is remembered.
         """
-        settled = self._settled.get(key)
+        settled = self._settled.get((key, apart))
         buffers = repeat(None) if momentum_bufs is None else momentum_bufs
         operands = (params, grads, buffers, moments) if moments else (params, grads, buffers)
         # Signatures are compared one by one: a list of them would set off the garbage collector at every step.
@@ -665,10 +682,9 @@ class Preparations:
             # Copies: a list of coefficients and a dict of splits may be changed in place.
             kept = {**options, **{key: deepcopy(options[key]) for key in ("ns_coefficients", "split")}}
             taken = {key: value for key, value in options.items() if key != "split"}
-            prepared = prepare(
-                params, grads, momentum_bufs, splits=cuts(), moments=moments, placements=placements, **taken
-            )
-            settled = self._settled[key] = _Settled(kept, torch.get_num_threads(), signatures, prepared)
+            taken.update(splits=cuts(), moments=moments, placements=placements, apart=apart)
+            prepared = prepare(params, grads, momentum_bufs, **taken)
+            settled = self._settled[key, apart] = _Settled(kept, torch.get_num_threads(), signatures, prepared)
         return settled.prepared
 
     def clear(self) -> None:

@@ -12,10 +12,11 @@ from torch.distributed import ProcessGroup
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from .coefficients import COEFFICIENTS, DEFAULT, NS_STEPS, resolve
-from .distributed import consensus
+from .distributed import blocks, consensus
 from .distributed.deal import deal
 from .distributed.exchange import Failed
 from .distributed.placement import Placement, Team, is_dtensor, local, placement_of, replicated, team_of_replicas
+from .distributed.strategies import STRATEGIES
 from .functional import (
     DTYPES,
     SETTLED,
@@ -39,6 +40,7 @@ from .functional import (
 )
 from .layout import split_shape
 from .options import (
+    check_choice,
     check_eps,
     check_fraction,
     check_number,
@@ -115,6 +117,13 @@ class Muon(Optimizer):
         process_group: of ranks that have the same plain tensors for parameters, and the same gradients, as under
             DistributedDataParallel: each steps a share, and only its owner keeps the momentum of a parameter. None:
             plain tensors are this process's own. DTensors say themselves where they are.
+        strategy: who orthogonalizes matrices that several ranks have parts of: "owner", to whom the others send theirs;
+            "gram", nobody: those cut along their longer dimension stay where they are, and Gram matrices are summed;
+            "blocks", MuonBP's (arXiv 2510.16981), each rank its own part, and owners the whole every `block_period`
+            steps. distributed/ has a file on each.
+        block_period: for "blocks"; 1 is "owner".
+        block_lr_ratio: for "blocks", what multiplies `lr` where parts are orthogonalized. `adjust_lr_fn` is then
+            applied to their shapes; the paper's update is that of "match_rms_adamw".
 
     Raises:
         ValueError, TypeError: an argument that cannot be used, with what was expected.
@@ -152,6 +161,9 @@ class Muon(Optimizer):
         second_moment: str | None = None,
         beta2: float = 0.95,
         process_group: ProcessGroup | None = None,
+        strategy: str = "owner",
+        block_period: int = 5,
+        block_lr_ratio: float = 1.0,
     ) -> None:
         """Check everything and set nothing aside yet: momentum buffers come with the first gradients."""
         defaults = {
@@ -179,6 +191,9 @@ class Muon(Optimizer):
             "stochastic_rounding": stochastic_rounding,
             "second_moment": second_moment,
             "beta2": beta2,
+            "strategy": strategy,
+            "block_period": block_period,
+            "block_lr_ratio": block_lr_ratio,
         }
         _check_options(defaults)
         if ns_steps is NS_STEPS:  # a checkpoint must hold a plain number
@@ -303,7 +318,10 @@ class Muon(Optimizer):
             placements.append(placement)
         cuts = lambda: [split for p, split in splits(group) if grad_of(p) is not None]
         options = {key: group[key] for key in SETTLED}
-        return self._prepared.get(id(group), params, grads, buffers, options, cuts, moments, placements), grads, new
+        prepared = self._prepared.get(
+            id(group), params, grads, buffers, options, cuts, moments, placements, blocks.apart(group)
+        )
+        return prepared, grads, new
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -357,7 +375,7 @@ class Muon(Optimizer):
         for group, (decided, grads, new), numbers in zip(self.param_groups, prepared, scalars, strict=True):
             for p, key, tensor in new:
                 self.state[p][key] = tensor
-            if numbers.seed is not None:
+            if numbers.seed is not None or group["strategy"] == "blocks":
                 group["step"] = group.get("step", 0) + 1
             try:
                 execute(decided, grads, numbers, self._workspace)
@@ -374,6 +392,7 @@ class Muon(Optimizer):
         prepared = [self._prepare(group, lambda p: p)[0] for group in self.param_groups]
         self._prepared.clear()  # it would keep the momentum buffers that a first step has not made yet
         works = [work for decided in prepared for work in decided.works]
+        works += [work for decided in prepared for shared in decided.exchanges for work in shared.works]
         notes = dict.fromkeys(note for work in works for note in work.notes)
         return Plan(tuple(work.bucket for work in works), tuple(notes))
 
@@ -502,6 +521,11 @@ def _check_options(options: dict[str, Any]) -> None:
     check_relatives(options)
     check_eps(options["eps"])
     check_settled(options)
+    check_choice("strategy", options["strategy"], STRATEGIES)
+    period = options["block_period"]
+    if isinstance(period, bool) or not isinstance(period, int) or period < 1:
+        raise ValueError(f"block_period should be an int >= 1 but is: {period!r}")
+    check_number("block_lr_ratio", options["block_lr_ratio"])
     dtype = options["momentum_dtype"]
     if dtype not in (None, *DTYPES):
         raise ValueError(f"momentum_dtype should be a floating-point dtype or None but is: {dtype!r}")
