@@ -484,7 +484,7 @@ def check_state(of: str, p: Tensor, state: Mapping[str, Any], moments: Sequence[
         if key not in state:
             raise ValueError(f"state{of} should have {', '.join(moments)} but has: {', '.join(map(str, state))}")
         if not p.is_complex():  # AdamW's moments of those are complex as well
-            check_dense(key + of, state[key])
+            check_dense(key + of, local(state[key]))
         check_like(key + of, state[key], p)
 
 

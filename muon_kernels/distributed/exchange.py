@@ -307,7 +307,8 @@ class Pending:
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def _gather(into: Tensor, share: Tensor, team: Team, of: str) -> Pending:
+def gather(into: Tensor, share: Tensor, team: Team, of: str) -> Pending:
+    """Begin to write what every replica has to all of them; `of` names it in an error."""
     return Pending(
         f"gathering the results of {of}",
         lambda: _all_gather(into, share, group=team.replicas, async_op=True),
@@ -463,7 +464,7 @@ class CutRound:
         size, shares = self.share * self.sent[0].record, [buffers.slices]
         if team.replicas is not None:
             gathered = buffers.owned[: team.replica_count * size]  # what was in it has gone
-            _gather(gathered, buffers.slices[:size], team, str(self.lot)).wait()
+            gather(gathered, buffers.slices[:size], team, str(self.lot)).wait()
             shares = list(torch.split(gathered, size)) if size else [gathered] * team.replica_count
         first = self.first * team.ranks
         for params, ratios, share in zip(self.params, self.ratios, shares, strict=True):
@@ -555,7 +556,7 @@ class CopyRound:
                     result = run(work, stacks, scale)
                     place._replace(matrices=len(entries)).of(buffers.slices, dtype).copy_(result)
         size = _end(self.places)
-        self.pending = _gather(
+        self.pending = gather(
             buffers.owned[: size * self.team.replica_count],
             buffers.slices[:size],
             self.team,

@@ -256,17 +256,15 @@ class GramRound(CutRound):
         X = stacks.X[:, : slices.shape[1]]  # nothing, where this rank has none
         if stacks.blend is not None:
             stacks.blend.norms.copy_(norms)
-        scale = None
+        X.copy_(slices)
+        scale = stacks.derived.setdefault("scale", torch.empty(self.count, device=X.device))
         if ops.normalizes():
-            part = (own / norms).where(norms != 0, 0.0)
-            X.copy_(slices.float().mul_(part.float()[:, None, None]))
+            scale.copy_((own / norms).where(norms != 0, 0.0))
         else:
-            X.copy_(slices)
-            scale = stacks.derived.setdefault("scale", torch.empty(self.count, device=X.device))
             scale.copy_(scale_of(norms, shift_of(own), scalars.eps, work.schedule.margin))
         slices.copy_(self._together(stacks, scale, buffers)()[:, : slices.shape[1]])
 
-    def _together(self, stacks: Stacks, scale: Tensor | None, buffers: Buffers) -> Callable[[], Tensor]:
+    def _together(self, stacks: Stacks, scale: Tensor, buffers: Buffers) -> Callable[[], Tensor]:
         """The iteration, with the sums in the order of its products."""
         if self._program is None or self._program[0] is not stacks or self._program[1] is not buffers:
             work = self.lot.work
