@@ -445,7 +445,9 @@ class CutRound:
                 stacks.blend.norms.copy_(norms)
             scale = None
             if not scaled:
-                scale = stacks.derived.setdefault("scale", torch.empty(self.owned, device=stacks.X.device))
+                scale = stacks.derived.setdefault(
+                    "scale", torch.empty(self.owned, dtype=torch.float32, device=stacks.X.device)
+                )
                 scale.copy_(scale_of(norms, shift, scalars.eps, work.schedule.margin))
             result = run(work, stacks, scale)
             for s in self.received:

@@ -257,7 +257,7 @@ class GramRound(CutRound):
         if stacks.blend is not None:
             stacks.blend.norms.copy_(norms)
         X.copy_(slices)
-        scale = stacks.derived.setdefault("scale", torch.empty(self.count, device=X.device))
+        scale = stacks.derived.setdefault("scale", torch.empty(self.count, dtype=torch.float32, device=X.device))
         if ops.normalizes():
             scale.copy_((own / norms).where(norms != 0, 0.0))
         else:
