@@ -126,7 +126,7 @@ MUTANTS = [
         'return "standard"',
         "squares",
     ),
-    _gram("visits miscounted", "return counter.visits", "return counter.visits + 1", "gram_is_muon and cpu and 3"),
+    _gram("visits miscounted", "return visited.visits,", "return visited.visits + 1,", "gram_is_muon and cpu and 3"),
     _gram(
         "bytes of half a ring",
         "2 * (team.shard_count - 1) * size // team.shard_count",

@@ -344,6 +344,11 @@ class CutRound:
         return kind.shape, kind.shape
 
     @classmethod
+    def counted(cls, bucket: Bucket, schedule: Schedule) -> Bucket:
+        """The bucket with what the iteration costs in this way."""
+        return bucket
+
+    @classmethod
     def algorithm(cls, name: str, backend: str) -> str:
         """The form of the iteration, the same on all ranks; "auto" if each may choose."""
         return name
@@ -790,7 +795,7 @@ def _lot(
     chunks = tuple(min(most, owned - first) for first in range(0, owned, most))
     slots = max(chunks, default=0)
     held = workspace_bytes(bucket.backend, bucket.algorithm, *own, schedule)
-    bucket = replace(bucket, chunks=chunks, slots=slots, workspace_bytes=slots * held)
+    bucket = way.counted(replace(bucket, chunks=chunks, slots=slots, workspace_bytes=slots * held), schedule)
     return Lot(kind, work(bucket, notes, schedule, kind.device, []), number, entries, most, way)
 
 

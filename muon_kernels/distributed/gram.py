@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ from torch import Tensor
 from .. import backends
 from ..coefficients import Schedule
 from ..newton_schulz import ALGORITHMS, Products, Square
-from ..plan import Counter, count_iteration
+from ..plan import Bucket, Counter, count_iteration
 from .exchange import Buffers, CutRound, Iterate, Kind, Lot, Pending, Rectangle, holders, scale_of, shift_of
 from .placement import Team
 
@@ -134,12 +135,10 @@ def unpack(packed: Tensor, square: Square) -> None:
         torch.sub(exact, high.diagonal(dim1=1, dim2=2).float(), out=square.diagonal)
 
 
-class _Visits(Counter):
+class _Visited(Summed):
     """Counts products that contract over what is cut."""
 
-    def __init__(self, precise: bool) -> None:
-        super().__init__(symmetric=True, precise=precise)
-        self.visits = 0
+    visits = 0
 
     def syrk(self, A: Tensor | Square, **rest: Any) -> None:
         self.visits += not isinstance(A, Square)
@@ -147,11 +146,14 @@ class _Visits(Counter):
 
 
 @lru_cache(maxsize=256)
-def visits(algorithm: str, m: int, schedule: Schedule, precise: bool) -> int:
-    """How many times the iteration needs the Gram matrix of X."""
-    counter = _Visits(precise)
-    count_iteration(counter, algorithm, m, m, schedule)
-    return counter.visits
+def count(backend: str, algorithm: str, m: int, n: int, schedule: Schedule) -> tuple[int, int, int, int]:
+    """(visits to X, launches, FLOPs, bytes) of the iteration on n columns of an m-row matrix; see plan.py."""
+    ops = backends.get(backend)
+    counter = Counter(ops.symmetric_products(), ops.precise_squares())
+    rest = Square(torch.empty(1, m, m, dtype=torch.bfloat16, device="meta"))
+    visited = _Visited(counter, rest, lambda *_: None)
+    count_iteration(visited, algorithm, m, n, schedule)  # type: ignore[arg-type]
+    return visited.visits, counter.launches, counter.flops, counter.bytes
 
 
 class GramRound(CutRound):
@@ -197,14 +199,25 @@ class GramRound(CutRound):
             return name
         return "gram" if backends.get(backend).precise_squares() else "standard"
 
+    @classmethod
+    def counted(cls, bucket: Bucket, schedule: Schedule) -> Bucket:
+        """See `CutRound`."""
+        _, launches, flops, bytes_ = count(bucket.backend, bucket.algorithm, *bucket.shape, schedule)
+        ops = backends.get(bucket.backend)
+        return replace(
+            bucket,
+            launches=sum(launches + ops.update_launches(chunk) for chunk in bucket.chunks),
+            flops=bucket.count * flops,
+            product_bytes=bucket.count * bytes_,
+        )
+
     def __init__(self, lot: Lot, first: int, params: Sequence[Tensor], momenta: Sequence[Tensor | None]) -> None:
         """See `CutRound`."""
         super().__init__(lot, first, params, momenta)
-        bucket, m = lot.work.bucket, lot.kind.shape[0]
+        bucket = lot.work.bucket
         self.count = len(self.entries[lot.kind.team.replica])
-        self.packed = (self.count, *packed_size(m))
-        precise = backends.get(bucket.backend).precise_squares()
-        self.visits = visits(bucket.algorithm, m, lot.work.schedule, precise)
+        self.packed = (self.count, *packed_size(lot.kind.shape[0]))
+        self.visits = count(bucket.backend, bucket.algorithm, *bucket.shape, lot.work.schedule)[0]
         self._program: tuple[Stacks, Buffers, Callable[[], Tensor]] | None = None
 
     @property

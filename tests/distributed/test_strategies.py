@@ -372,6 +372,18 @@ def test_parts_of_a_split_are_summed_apart(ranks: World) -> None:
             assert relative_error(p, own.detach().double()) < 0.02
 
 
+def flops_of(shape: tuple[int, int], dim: int, options: dict[str, Any]) -> int:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return Muon([Parameter(cut(torch.zeros(shape), mesh, [Shard(dim)]))], **options).plan().flops
+
+
+def test_a_plan_counts_what_a_rank_does(ranks: World) -> None:
+    """Standard steps on eager: of X Xᵀ the second product too, of 50 columns or of what is left; and m x m products."""
+    for size, columns in ((2, (50, 50)), (3, (34, 34, 32))):
+        found = ranks.run(size, flops_of, (20, 100), 1, {"strategy": "gram", "backend": "eager"})
+        assert found == [5 * (2 * 20 * 20 * n * 3 + 2 * 20**3) for n in columns]
+
+
 def plan_of(shape: tuple[int, int], dim: int, options: dict[str, Any]) -> str:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     return str(Muon([Parameter(cut(torch.zeros(shape), mesh, [Shard(dim)]))], **options).plan())
