@@ -447,7 +447,7 @@ def prepare(
         if stochastic_rounding:
             check_rounding(p)
         split, placement = splits[index] if splits else None, placements[index] if placements else None
-        cut_here = apart and placement is not None and placement.team.shards is not None
+        cut_here = apart and placement is not None and placement.team.shards is not None and power != 1
         if placement is not None and power != 1 and not cut_here:
             shared.append(placement)
             continue

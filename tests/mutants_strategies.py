@@ -37,14 +37,14 @@ MUTANTS = [
         "what was rounded is forgotten",
         "pack([square, rest], scale, packed)",
         "pack([square], scale, packed)",
-        "every_spectrum or squares",
+        "squares",
     ),
     _gram("rest added, not left", "beta=-1.0, out=self._rest", "beta=1.0, out=self._rest", "accuracy_rule and keller"),
     _gram(
         "rest of the scaled sum",
         "self._ops.syrk(A, C=out, beta=-1.0, out=self._rest)",
         "self._ops.syrk(A, C=out, beta=-1.0, out=self._rest, scale=scale)",
-        "any_scale",
+        "squares",
     ),
     _gram(
         "scaled once",
@@ -119,7 +119,7 @@ MUTANTS = [
         "return list(range(team.ranks))",
         "gram_is_muon and cpu and 3",
     ),
-    _gram("all replicas do all", "return team.replica * team.shard_count\n", "return 0\n", "replicas"),
+    _gram("all replicas do all", "return team.replica * team.shard_count\n", "return 0\n", "plan_counts"),
     _gram(
         "standard form always",
         'return "gram" if backends.get(backend).precise_squares() else "standard"',
@@ -161,6 +161,12 @@ MUTANTS = [
         "apart and placement is not None and placement.team.shards is not None",
         "apart and placement is not None",
         "copies_have",
+    ),
+    _step(
+        "blocks of what is not orthogonalized",
+        "placement.team.shards is not None and power != 1",
+        "placement.team.shards is not None",
+        "momentum_alone",
     ),
     _step("strategy forgotten", "way=STRATEGIES[strategy],", 'way=STRATEGIES["owner"],', "squares"),
     Mutant(

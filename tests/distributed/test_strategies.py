@@ -257,20 +257,34 @@ def test_gram_orthogonalizes_every_spectrum(ranks: World) -> None:
                     assert relative_error(-p, truth) <= max(1.3 * torchs, 0.025), spectrum
 
 
-def sums_and_squares(matrices: Sequence[tuple[Tensor, int]], options: dict[str, Any]) -> tuple[list[Tensor], int]:
-    """Copies of all squares when a step of `stepped` has ended, and how many products contracted over parts."""
-    before, kept, visits = gram.GramRound._together, [], 0
-    unpack = gram.unpack
+def sums_and_squares(
+    matrices: Sequence[tuple[Tensor, int]], options: dict[str, Any]
+) -> tuple[list[Tensor], int, float]:
+    """What a step of `stepped` makes: all squares at its end, visits to X, and the largest error of the first sum.
+
+    That of an element of R relative to √(R_aa R_bb), from R in float64 of what is multiplied.
+    """
+    before, kept, visits, worst = gram.GramRound._together, [], 0, 0.0
+    unpack, truth, before_sum = gram.unpack, torch.empty(0), dist.all_reduce
 
     def counted(packed: Tensor, square: Square) -> None:
-        nonlocal visits
-        visits += 1
+        nonlocal visits, worst
         unpack(packed, square)
+        if visits == 0:
+            sum_ = Square(torch.empty_like(truth))
+            unpack(packed, sum_)
+            d = truth.diagonal(dim1=1, dim2=2).sqrt()
+            worst = float(((sum_.high - truth).abs() / (d[:, :, None] * d[:, None, :])).max())
+        visits += 1
 
     def together(self: Any, stacks: Any, scale: Any, buffers: Any) -> Callable[[], Tensor]:
         program = before(self, stacks, scale, buffers)
 
         def run() -> Tensor:
+            nonlocal truth
+            X = stacks.X.double() * scale.double()[:, None, None]
+            truth = X @ X.mT
+            before_sum(truth)
             result = program()
             kept.extend(square.high.clone() for square in stacks.squares)
             return result
@@ -282,7 +296,7 @@ def sums_and_squares(matrices: Sequence[tuple[Tensor, int]], options: dict[str, 
         stepped(matrices, [[t for t, _ in matrices]], (dist.get_world_size(),), options)
     finally:
         gram.unpack, gram.GramRound._together = unpack, before  # type: ignore[method-assign]
-    return kept, visits
+    return kept, visits, worst
 
 
 @pytest.mark.parametrize(("backend", "visits"), [("cpu", 3), ("eager", 5)])
@@ -292,8 +306,9 @@ def test_all_ranks_have_the_same_squares(ranks: World, backend: str, visits: int
     options = {**PLAIN, "strategy": "gram", "backend": backend}
     first, *others = ranks.run(4, sums_and_squares, matrices, options)
     assert first[1] == visits
+    assert first[2] < 2**-16
     assert first[0]
-    for squares, _ in others:
+    for squares, _, _ in others:
         assert all(torch.equal(a, b) for a, b in zip(first[0], squares, strict=True))
 
 
@@ -372,16 +387,21 @@ def test_parts_of_a_split_are_summed_apart(ranks: World) -> None:
             assert relative_error(p, own.detach().double()) < 0.02
 
 
-def flops_of(shape: tuple[int, int], dim: int, options: dict[str, Any]) -> int:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    return Muon([Parameter(cut(torch.zeros(shape), mesh, [Shard(dim)]))], **options).plan().flops
+def flops_of(mesh_shape: tuple[int, ...], count: int, options: dict[str, Any]) -> int:
+    mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=tuple("abc"[: len(mesh_shape)]))
+    placements = [Replicate()] * (len(mesh_shape) - 1) + [Shard(1)]
+    params = [Parameter(cut(torch.zeros(20, 100), mesh, placements)) for _ in range(count)]
+    return Muon(params, **options).plan().flops
 
 
 def test_a_plan_counts_what_a_rank_does(ranks: World) -> None:
     """Standard steps on eager: of X Xᵀ the second product too, of 50 columns or of what is left; and m x m products."""
-    for size, columns in ((2, (50, 50)), (3, (34, 34, 32))):
-        found = ranks.run(size, flops_of, (20, 100), 1, {"strategy": "gram", "backend": "eager"})
-        assert found == [5 * (2 * 20 * 20 * n * 3 + 2 * 20**3) for n in columns]
+    options = {"strategy": "gram", "backend": "eager"}
+    for mesh, count, columns in (((2,), 1, [50, 50]), ((3,), 2, [34, 34, 32]), ((2, 2), 3, [50, 50, 50, 50])):
+        found = ranks.run(len(columns), flops_of, mesh, count, options)
+        shares = [2, 2, 1, 1] if len(mesh) == 2 else [count] * len(columns)
+        steps = [5 * (2 * 20 * 20 * n * 3 + 2 * 20**3) for n in columns]
+        assert found == [share * flops for share, flops in zip(shares, steps, strict=True)]
 
 
 def plan_of(shape: tuple[int, int], dim: int, options: dict[str, Any]) -> str:
@@ -421,7 +441,7 @@ def written_out(
     return W
 
 
-@pytest.mark.parametrize(("shape", "dim"), [((30, 70), 0), ((30, 70), 1), ((70, 30), 0), ((7, 5), 0)], ids=str)
+@pytest.mark.parametrize(("shape", "dim"), [((30, 70), 0), ((30, 70), 1), ((70, 30), 0), ((5, 3), 0)], ids=str)
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_blocks_between_whole_steps(ranks: World, size: int, shape: tuple[int, int], dim: int) -> None:
     """The first step is whole; factors of the learning rate are those of what is orthogonalized."""
@@ -469,6 +489,16 @@ def test_a_block_is_stepped_as_a_matrix(ranks: World, split: str | None) -> None
     options = {"lr": 0.1, "backend": "cpu"}
     own = {**options, "split": "heads(2)" if split else None}
     assert all(ranks.run(3, parts_alone, (36, 70), 0, {**options, "strategy": "blocks", "split": split}, own))
+
+
+def test_momentum_alone_has_no_blocks(ranks: World) -> None:
+    """Where the direction is the update, its factor is that of the parameter."""
+    matrices, grads = [(normal(30, 7, seed=1), 0)], [[normal(30, 7, seed=seed)] for seed in (2, 3)]
+    results = [
+        ranks.run(2, stepped, matrices, grads, (2,), {"power": 1.0, "strategy": strategy, "block_lr_ratio": 0.5})[0]
+        for strategy in ("owner", "blocks")
+    ]
+    assert torch.equal(results[0][0][0], results[1][0][0])
 
 
 def resumed(whole_steps: int, total: int) -> tuple[Tensor, int, list[str]]:
@@ -644,35 +674,44 @@ def test_options_of_flat_slices_are_muons(ranks: World, options: dict[str, Any])
         assert relative_error(p - before.detach(), update) < 0.03, p.shape
 
 
-def with_gaps(scaled: bool) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """A parameter without gradient, one that another rank alone has; then a step that a rank finds no number in."""
-    params = params_for([(6, 9), (8, 5), (4, 4)], torch.float32)
+GAPS = [(6, 9), (8, 5), (4, 4)]
+
+
+def with_gaps(scaled: bool) -> tuple[list[list[Tensor]], list[Tensor]]:
+    """Parameters and momentum after each of three steps.
+
+    With all gradients; without that of a parameter, and that of another but on one rank; where one rank finds no number.
+    """
+    params = params_for(GAPS, torch.float32)
     optimizer = ZeroMuon(params, lr=0.1, backend="cpu")
-    params[0].grad = gradient((6, 9), 0, 0, 0) * (1024.0 if scaled else 1.0)
-    if dist.get_rank() == 1:
-        params[2].grad = gradient((4, 4), 2, 0, 0) * (1024.0 if scaled else 1.0)
-    if scaled:
-        optimizer.grad_scale, optimizer.found_inf = torch.tensor(1024.0), torch.tensor(0.0)
-    optimizer.step()
-    after = [p.detach().clone() for p in params]
-    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(float(dist.get_rank() == 1))
-    optimizer.step()
-    momentum = next(iter(optimizer.state.values()))["momentum_buffer"].full_tensor()
-    return after, [p.detach() for p in params], momentum
+    seen: list[list[Tensor]] = []
+    momenta = []
+    for step, found_inf in enumerate((False, False, dist.get_rank() == 1)):
+        for i, p in enumerate(params):
+            p.grad = None
+            if step != 1 or i == 0 or (i == 2 and dist.get_rank() == 1):
+                p.grad = gradient(p.shape, i, step, 0) * (1024.0 if scaled else 1.0)
+        optimizer.grad_scale = torch.tensor(1024.0) if scaled else None
+        optimizer.found_inf = torch.tensor(float(found_inf))
+        optimizer.step()
+        seen.append([p.detach().clone() for p in params])
+        momenta.append(next(iter(optimizer.state.values()))["momentum_buffer"].full_tensor().clone())
+    return seen, momenta
 
 
 def test_gradients_that_some_ranks_have_not(ranks: World) -> None:
     results = {scaled: ranks.run(3, with_gaps, scaled) for scaled in (False, True)}
-    before = [p.detach() for p in params_for([(6, 9), (8, 5), (4, 4)], torch.float32)]
-    for after, later, momentum in results[False] + results[True]:
-        assert all(torch.equal(a, b) for a, b in zip(after, later, strict=True))
-        assert torch.equal(after[1], before[1])
-        assert not momentum[54:94].any()
-        of_one = 0.05 * gradient((4, 4), 2, 0, 0).flatten() / 3
-        torch.testing.assert_close(momentum[94:], of_one)
-        for i in (0, 2):
-            assert not torch.equal(after[i], before[i])
-    assert torch.equal(results[False][0][0][0], results[True][0][0][0])
+    for (all_, some, none), (M_all, M_some, M_none) in results[False] + results[True]:
+        for i, (before, after, later) in enumerate(zip(all_, some, none, strict=True)):
+            assert torch.equal(before, after) == (i == 1)
+            assert torch.equal(after, later)
+        assert torch.equal(M_some[54:94], M_all[54:94])
+        assert M_all[54:94].any()
+        of_one = gradient((4, 4), 2, 1, 0).flatten() / 3
+        torch.testing.assert_close(M_some[94:], M_all[94:].lerp(of_one, 0.05))
+        assert torch.equal(M_none, M_some)
+    for a, b in zip(results[False][0][0][1], results[True][0][0][1], strict=True):
+        assert torch.equal(a, b)
 
 
 def saved_and_loaded(folder: str, save: bool, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
