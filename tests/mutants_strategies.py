@@ -96,9 +96,6 @@ MUTANTS = [
     ),
     _gram("squares of empty parts are old", "_clear(out, self._rest)", "None", "gram_is_muon and cpu and 4"),
     _gram(
-        "sums where results of replicas go", "return share, max(squares, gathered)", "return share, squares", "replicas"
-    ),
-    _gram(
         "cut rows are summed", "all(kind.parts[rank].rows == m for rank in holders(kind))", "True", "cannot_be_summed"
     ),
     _gram(
