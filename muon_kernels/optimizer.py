@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, overload
 
 import torch
@@ -196,7 +197,7 @@ class Muon(Optimizer):
                 "muon_kernels.MuonAdamW(muon_kernels.param_groups(model)) all parameters of a model"
             )
         super().__init__(params, defaults)
-        check_apart([("parameter", local(p)) for group in self.param_groups for p in group["params"]])
+        check_apart([("parameter", p) for group in self.param_groups for p in group["params"]])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group after checking its options and parameters; on error the optimizer is unchanged."""
@@ -234,7 +235,7 @@ class Muon(Optimizer):
                     workspace_dtype=group["workspace_dtype"],
                 )
                 costs.append(plan.flops)
-            check_apart([("parameter", local(p)) for p in group["params"]])
+            check_apart([("parameter", p) for p in group["params"]])
             self._place(group, costs)
         except Exception:
             del self.param_groups[before:]
@@ -393,6 +394,27 @@ class Muon(Optimizer):
                     group.setdefault(key, value)
             _set_peak_lr(group)
 
+    @contextmanager
+    def whole_state(self) -> Iterator[None]:
+        """Have what other ranks keep of the state in ours, for as long as the context lasts; on all ranks at once."""
+        owned = {p: at for p, at in self._placements.items() if at is not None and at.owner is not None}
+        momenta = consensus.gathered(owned, self.state, "momentum_buffer")
+        own = {p: self.state.get(p) for p in momenta}
+        try:
+            self.state.update({p: {**(own[p] or {}), "momentum_buffer": m} for p, m in momenta.items()})
+            yield
+        finally:
+            for p, state in own.items():
+                if state is None:
+                    del self.state[p]
+                else:
+                    self.state[p] = state
+
+    def state_dict(self) -> dict[str, Any]:
+        """A checkpoint, whole also where ranks share the state of plain tensors: then all have to ask for it."""
+        with self.whole_state():
+            return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class or of torch.optim.Muon, momentum in the precision in which it was saved.
 
@@ -422,6 +444,9 @@ class Muon(Optimizer):
             for key in ("momentum_buffer", "second_momentum_buffer"):
                 if key in state:
                     self.state[p][key] = state[key].detach().to(p.device, copy=True)
+        for p, at in self._placements.items():
+            if at is not None and at.owner not in (None, at.team.rank):
+                self.state.pop(p, None)
 
 
 def check_checkpoint(
@@ -465,7 +490,7 @@ def check_state(of: str, p: Tensor, state: Mapping[str, Any], moments: Sequence[
         if key not in state:
             raise ValueError(f"state{of} should have {', '.join(moments)} but has: {', '.join(map(str, state))}")
         if not p.is_complex():  # AdamW's moments of those are complex as well
-            check_dense(key + of, state[key])
+            check_dense(key + of, local(state[key]))
         check_like(key + of, state[key], p)
 
 

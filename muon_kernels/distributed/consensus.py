@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -74,6 +75,51 @@ def agree(teams: Mapping[Team, Sequence[Tensor]], found_inf: Tensor | None) -> A
         return _grad(p)
 
     return Agreed(found, grad)
+
+
+# A rank that asks for a checkpoint by itself, as one does where all have everything, is told so after this time.
+_PATIENCE = timedelta(seconds=60)
+
+
+def gathered(
+    owned: Mapping[Tensor, Placement], state: Mapping[Tensor, Mapping[str, Any]], key: str
+) -> dict[Tensor, Tensor]:
+    """What other ranks keep of the state; every rank of the teams has to ask.
+
+    Args:
+        owned: parameters with an owner.
+        state: of this rank.
+        key: of what its owner keeps.
+
+    Raises:
+        RuntimeError: some rank does not ask.
+    """
+    found: dict[Tensor, Tensor] = {}
+    teams = teams_of(owned)
+    for team, params in teams.items():
+        group = team.replicas
+        assert group is not None
+        here = dist.all_reduce(torch.zeros(1, device=params[0].device), group=group, async_op=True)
+        try:
+            here.wait(_PATIENCE)
+        except Exception as error:
+            raise RuntimeError(
+                f"state_dict() should be called on every rank of the process group, which share the state, but some did "
+                f"not within {_PATIENCE.seconds} s: {error}"
+            ) from error
+        own = [None if key not in state.get(p, {}) else state[p][key].dtype for p in params]
+        everybody: list[Any] = [None] * group.size()
+        dist.all_gather_object(everybody, own, group=group)
+        for i, p in enumerate(params):
+            owner = owned[p].owner
+            assert owner is not None
+            dtype = everybody[owner][i]
+            if dtype is None:
+                continue
+            mine = owner == team.rank
+            found[p] = state[p][key] if mine else torch.empty_like(p, dtype=dtype)
+            dist.broadcast(found[p], group_src=owner, group=group)
+    return found
 
 
 def check_alike(placements: Mapping[Tensor, Placement | None], group: Mapping[str, Any]) -> None:
