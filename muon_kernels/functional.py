@@ -479,7 +479,7 @@ def prepare(
             exchange.prepare(
                 params,
                 grads,
-                buffers,
+                momentum_bufs,
                 placements,
                 schedule=schedule,
                 ratio=partial(lr_ratio, adjust_lr_fn),

@@ -25,12 +25,11 @@ class Agreed(NamedTuple):
     grad: Callable[[Tensor], Tensor | None]
 
 
-def teams_of(placements: Mapping[Tensor, Placement | None]) -> dict[Team, list[Tensor]]:
+def teams_of(placements: Mapping[Tensor, Placement]) -> dict[Team, list[Tensor]]:
     """Every team and the parameters that it steps together, in their order."""
     teams: dict[Team, list[Tensor]] = {}
     for p, placement in placements.items():
-        if placement is not None:
-            teams.setdefault(placement.team, []).append(p)
+        teams.setdefault(placement.team, []).append(p)
     return teams
 
 
@@ -104,8 +103,8 @@ def gathered(
             here.wait(_PATIENCE)
         except Exception as error:
             raise RuntimeError(
-                f"state_dict() should be called on every rank of the process group, which share the state, but some did "
-                f"not within {_PATIENCE.seconds} s: {error}"
+                f"state_dict() should be called on every rank of the process group, which share the state, but some "
+                f"did not within {_PATIENCE.seconds} s: {error}"
             ) from error
         own = [None if key not in state.get(p, {}) else state[p][key].dtype for p in params]
         everybody: list[Any] = [None] * group.size()
@@ -122,7 +121,7 @@ def gathered(
     return found
 
 
-def check_alike(placements: Mapping[Tensor, Placement | None], group: Mapping[str, Any]) -> None:
+def check_alike(placements: Mapping[Tensor, Placement], group: Mapping[str, Any]) -> None:
     """Raise ValueError, on every rank, unless all ranks of a team gave the same parameters and options.
 
     Args:

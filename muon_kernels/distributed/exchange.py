@@ -36,6 +36,8 @@ from .placement import Placement, Range, Team
 if TYPE_CHECKING:
     from ..functional import Scalars, Stacks, Work, Workspace
 
+# One a parameter, but where another rank keeps it; None where the direction is the gradient.
+Momenta = Sequence[Tensor | None] | None
 Iterate = Callable[["Work", "Stacks", "Tensor | None"], Tensor]
 
 # Sets of buffers, each of a round: one that is multiplied, the next, whose slices come, the last, whose results go.
@@ -310,13 +312,13 @@ def _gather(into: Tensor, share: Tensor, team: Team, of: str) -> _Pending:
 class CutRound:
     """A round of matrices whose parts are on several ranks."""
 
-    def __init__(self, lot: Lot, first: int, params: Sequence[Tensor], momenta: Sequence[Tensor | None]) -> None:
+    def __init__(self, lot: Lot, first: int, params: Sequence[Tensor], momenta: Momenta) -> None:
         """Settle what goes where.
 
         Args:
             lot: the matrices.
             first: of each owner's, the first in this round.
-            params, momenta: this rank's parts.
+            params, momenta: this rank's parts; None: the direction is the gradient.
         """
         self.lot, self.first = lot, first
         team, kind = lot.kind.team, lot.kind
@@ -330,7 +332,10 @@ class CutRound:
         self.owned = len(here[team.shard])
         self.entries = [[entry for entries in replica for entry in entries] for replica in by_replica]
         there = bool(own.elements)
-        self.momenta = [_bundle_of(momenta, entries, "momentum_at") if there else Bundle() for entries in self.entries]
+        self.momenta = [
+            None if momenta is None else _bundle_of(momenta, entries if there else (), "momentum_at")
+            for entries in self.entries
+        ]
         self.params = [_bundle_of(params, entries, "param_at") if there else Bundle() for entries in self.entries]
         self.ratios = [array("d", [entry.ratio for entry in entries]) for entries in self.entries]
         self.share = max(map(len, self.entries))
@@ -356,7 +361,7 @@ class CutRound:
         ops = backends.get(work.bucket.backend)
         for replica in [r for r in range(team.replica_count) if r != team.replica] + [team.replica]:
             entries, momenta = self.entries[replica], self.momenta[replica]
-            if not momenta:
+            if not self.params[replica] or (momenta is None and replica != team.replica):
                 continue
             at = _Slices(0, len(entries), self.sent[0].part)
             directions = [Matrices(grads[e.param], e.grad_at) for e in entries if e.grad_at is not None]
@@ -445,7 +450,10 @@ class CopyRound:
     """A round of matrices of which several ranks have copies and each does its share; of several lots, one by one."""
 
     def __init__(
-        self, lots: Sequence[tuple[Lot, int]], params: Sequence[Tensor], momenta: Sequence[Tensor | None]
+        self,
+        lots: Sequence[tuple[Lot, int]],
+        params: Sequence[Tensor],
+        momenta: Momenta,
     ) -> None:
         """Settle who does what.
 
@@ -458,19 +466,16 @@ class CopyRound:
         counts = []
         for lot, first in lots:
             shares = [entries[first : first + lot.most] for entries in lot.entries]
-            kept = [all(momenta[entry.param] is not None for entry in entries) for entries in shares]
-            self.lots.append(
-                _Copies(
-                    lot,
-                    first,
-                    shares,
-                    [
-                        _bundle_of(momenta, es, "momentum_at") if k else Bundle()
-                        for es, k in zip(shares, kept, strict=True)
-                    ],
-                    [_bundle_of(params, entries, "param_at") for entries in shares],
-                )
-            )
+            # Of copies without an owner every rank keeps all momenta.
+            kept = [
+                momenta is not None and all(momenta[entry.param] is not None for entry in entries) for entries in shares
+            ]
+            own = [
+                None if momenta is None else _bundle_of(momenta, entries if keeps else (), "momentum_at")
+                for entries, keeps in zip(shares, kept, strict=True)
+            ]
+            copies = [_bundle_of(params, entries, "param_at") for entries in shares]
+            self.lots.append(_Copies(lot, first, shares, own, copies))
             whole = Rectangle(0, 0, *lot.kind.shape)
             counts.append((max(map(len, shares)), whole))
         self.places = _in_turn(counts)
@@ -498,7 +503,7 @@ class CopyRound:
             turns = [r for r in range(self.team.replica_count) if r != self.team.replica] + [self.team.replica]
             for rank in turns:  # its own share last, for those of others leave nothing but momenta
                 momenta, entries = copies.momenta[rank], copies.shares[rank]
-                if not momenta:
+                if not entries or (rank != self.team.replica and not momenta):
                     continue
                 stacks = workspace.stacks(work, len(entries))
                 scale = ops.momentum_update(
@@ -547,7 +552,7 @@ class _Copies(NamedTuple):
     lot: Lot
     first: int
     shares: list[list[Entry]]
-    momenta: list[Bundle]
+    momenta: list[Bundle | None]
     params: list[Bundle]
 
 
@@ -630,7 +635,7 @@ class Exchange:
 def prepare(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
-    momenta: Sequence[Tensor | None],
+    momenta: Momenta,
     placements: Sequence[Placement | None],
     *,
     schedule: Schedule,
@@ -646,7 +651,8 @@ def prepare(
     """How the parameters that have a placement are stepped, a team at a time; nothing is written.
 
     Args:
-        params, grads, momenta: this rank's parts; no momentum of what another rank owns.
+        params, grads, momenta: this rank's parts; no momentum of what another rank owns, and none at all where the
+            direction is the gradient.
         placements: where they are; None for those that are stepped alone.
         schedule: what to iterate.
         ratio: of the learning rate, for (rows, cols).
@@ -657,9 +663,10 @@ def prepare(
         ValueError, TypeError, RuntimeError: what cannot be stepped.
     """
     by_kind: dict[Kind, list[tuple[int | None, Entry]]] = {}
-    for index, (p, g, buffer, placement) in enumerate(zip(params, grads, momenta, placements, strict=True)):
+    for index, (p, g, placement) in enumerate(zip(params, grads, placements, strict=True)):
         if placement is None:
             continue
+        buffer = None if momenta is None else momenta[index]
         for piece, (batch, rows, cols), rectangles in cuts(placement, flatten, splits[index] if splits else None):
             tall = rows > cols
             if tall:
@@ -741,11 +748,11 @@ def _lot(
     return Lot(kind, work(bucket, notes, schedule, kind.device, []), number, entries, most)
 
 
-def _cut_rounds(lots: Sequence[Lot], params: Sequence[Tensor], momenta: Sequence[Tensor | None]) -> list[CutRound]:
+def _cut_rounds(lots: Sequence[Lot], params: Sequence[Tensor], momenta: Momenta) -> list[CutRound]:
     return [CutRound(lot, i * lot.most, params, momenta) for lot in lots for i in range(lot.rounds)]
 
 
-def _copy_rounds(lots: Sequence[Lot], params: Sequence[Tensor], momenta: Sequence[Tensor | None]) -> list[CopyRound]:
+def _copy_rounds(lots: Sequence[Lot], params: Sequence[Tensor], momenta: Momenta) -> list[CopyRound]:
     """Lots together until a share of their results is worth a collective."""
     rounds, waiting = [], []
     for lot in lots:
