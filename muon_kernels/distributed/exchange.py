@@ -743,7 +743,8 @@ def _lot(
     rounds = -(-most // max(1, cap // (each + 2 * _IN_FLIGHT * bucket.workspace_dtype.itemsize * m * n)))
     most = -(-most // rounds)
     chunks = tuple(min(most, owned - first) for first in range(0, owned, most))
-    slots = max(chunks, default=0)
+    # Momenta of copies are updated in the workspace, on every rank those of all.
+    slots = most if kind.team.shards is None else max(chunks, default=0)
     bucket = replace(bucket, chunks=chunks, slots=slots, workspace_bytes=slots * each)
     return Lot(kind, work(bucket, notes, schedule, kind.device, []), number, entries, most)
 

@@ -76,8 +76,8 @@ class World:
     def run(self, size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         """What function(*args) returns on every rank; AssertionError where one raised."""
         found = self.outcomes(size, function, *args)
-        for rank, (returned, what) in enumerate(found):
-            assert returned, f"rank {rank} of {size}: {what}"
+        failed = [f"rank {rank} of {size}: {what}" for rank, (returned, what) in enumerate(found) if not returned]
+        assert not failed, "\n".join(sorted(failed, key=lambda text: "Timed out" in text))
         return [what for _, what in found]
 
     def stop(self) -> None:
