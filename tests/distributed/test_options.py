@@ -77,7 +77,7 @@ def compare(layout: str) -> list[str]:
         placements["copies of rows"] = two, [Replicate(), Shard(0)]
         placements["rows and columns"] = two, [Shard(0), Shard(1)]
     different = []
-    for case, (kind, shapes, own) in CASES.items():
+    for case, (kind, _, own) in CASES.items():
         for name, scale in SCALES.items():
             if name and case not in ("defaults", "half power"):
                 continue

@@ -65,12 +65,14 @@ class World:
             for rank in range(size):
                 self._ranks[rank][1].send((function, args, rank, size, store, timeout))
             found: list[tuple[bool, Any]] = []
+            alive = self._ranks[size:]
             for process, connection in self._ranks[:size]:
-                while not connection.poll(1):
-                    if not process.is_alive():
-                        break
-                found.append(connection.recv() if connection.poll() else (False, "died"))
-        self._ranks = [(process, c) for process, c in self._ranks if process.is_alive()]
+                try:
+                    found.append(connection.recv())
+                    alive.append((process, connection))
+                except EOFError:
+                    found.append((False, "died"))
+        self._ranks = alive
         return found
 
     def run(self, size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
