@@ -65,14 +65,15 @@ class World:
             for rank in range(size):
                 self._ranks[rank][1].send((function, args, rank, size, store, timeout))
             found: list[tuple[bool, Any]] = []
-            alive = self._ranks[size:]
+            alive = []
             for process, connection in self._ranks[:size]:
                 try:
                     found.append(connection.recv())
                     alive.append((process, connection))
                 except EOFError:
                     found.append((False, "died"))
-        self._ranks = alive
+        # A process keeps its rank: torch remembers where parts are for a mesh that looks the same.
+        self._ranks = [*alive, *self._ranks[size:]]
         return found
 
     def run(self, size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
