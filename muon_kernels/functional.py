@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from itertools import accumulate, repeat
-from operator import eq
+from operator import eq, mul
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -36,7 +36,7 @@ from .layout import (
 from .newton_schulz import ALGORITHMS, Blend, Square, squares_of
 from .plan import Bucket, plain_bucket, plan_bucket
 from .scaling import lr_ratio
-from .second_moment import normalize, of_rows, shape_of
+from .second_moment import normalize, piece_of_rows, scratch_numbers, shape_of, take_signs
 from .spectral import EXACT, check_power, schedule_of
 from .split import by_name, check_split, pieces
 
@@ -89,7 +89,8 @@ class Plain(NamedTuple):
 class Work(NamedTuple):
     """A bucket with all that is settled before a step; `notes` is `Plan`'s.
 
-    `number` is that of its first matrix among all of the group, which are counted as the parameters come.
+    `number` is that of its first matrix among all of the group, which are counted as the parameters come. `between` is
+    how many numbers of fp32 a matrix needs for what stands before and after the iteration.
     """
 
     bucket: Bucket
@@ -99,6 +100,8 @@ class Work(NamedTuple):
     chunks: list[Chunk]
     second_moment: str | None = None
     number: int = 0
+    signs: bool = False
+    between: int = 0
 
 
 class Prepared(NamedTuple):
@@ -155,6 +158,7 @@ class Stacks(NamedTuple):
     squares: list[Square]
     blend: Blend | None  # where iterates have weights
     scratch: Tensor  # (batch * scratch_bytes,) uint8
+    between: Tensor  # (batch * between,) fp32, see `Work`
     derived: dict[str, Any]  # what is computed from them once
 
 
@@ -163,7 +167,7 @@ class Workspace:
 
     def __init__(self) -> None:
         self._blocks: dict[torch.device, Tensor] = {}
-        self._stacks: dict[tuple[Bucket, Schedule, int, torch.device], Stacks] = {}
+        self._stacks: dict[tuple[Bucket, Schedule, int, torch.device, int], Stacks] = {}
 
     def reserve(self, device: torch.device, bytes_: int) -> None:
         """Have at least `bytes_` on `device`."""
@@ -175,13 +179,13 @@ class Workspace:
 
     def stacks(self, work: Work, batch: int) -> Stacks:
         """Those of a chunk of `batch` matrices; the same tensors every time."""
-        key = work.bucket, work.schedule, batch, work.device
+        key = work.bucket, work.schedule, batch, work.device, work.between
         if key not in self._stacks:
             with torch.inference_mode(False):  # what is kept must be of use outside inference mode too
                 self._stacks[key] = self._cut(*key)
         return self._stacks[key]
 
-    def _cut(self, bucket: Bucket, schedule: Schedule, batch: int, device: torch.device) -> Stacks:
+    def _cut(self, bucket: Bucket, schedule: Schedule, batch: int, device: torch.device, between: int) -> Stacks:
         m, n = bucket.shape
         ops = backends.get(bucket.backend)
         block = self._blocks[device]
@@ -196,6 +200,7 @@ class Workspace:
         def stack(cols: int) -> Tensor:
             return take(m, ops.leading_dimension(cols), bucket.workspace_dtype)[..., :cols]
 
+        numbers_between = take(1, between, torch.float32).flatten()
         X, Y, *total = (stack(n) for _ in range(3 if schedule.weights else 2))
         highs = [stack(m) for _ in range(squares_of(bucket.algorithm, schedule))]
         # What needs alignment last, the doubles first: the leading dimensions of a backend that has them leave it.
@@ -204,7 +209,8 @@ class Workspace:
         squares = [Square(high, take(1, m, torch.float32)[:, 0] if precise else None) for high in highs]
         offset += -offset % 4  # stacks of a backend whose leading dimensions are odd
         numbers = (take(1, 1, torch.float32)[:, 0, 0] for _ in range(3))
-        return Stacks(X, Y, squares, Blend(*total, *numbers) if total else None, scratch, {})
+        blend = Blend(*total, *numbers) if total else None
+        return Stacks(X, Y, squares, blend, scratch, numbers_between, {})
 
 
 class _Source(NamedTuple):
@@ -328,10 +334,10 @@ def check_apart(tensors: Sequence[tuple[str, Tensor]]) -> None:
         )
 
 
-def check_second_moment(name: str, V: Any, form: str, p: Tensor, flatten: bool | None) -> None:
+def check_second_moment(name: str, V: Any, form: str, p: Tensor, flatten: bool | None, split: str | None) -> None:
     """Raise ValueError or TypeError unless V can be the second moment of `p`."""
     check_dense(name, V)
-    expected = shape_of(form, p.shape, flatten)
+    expected = shape_of(form, p.shape, flatten, split)
     if V.shape != expected or V.dtype != torch.float32:
         raise ValueError(
             f"{name} should be of size {expected} and float32 for second_moment={form!r} but is of size "
@@ -401,6 +407,7 @@ def prepare(
     backend: str = "auto",
     max_workspace_bytes: int | None = None,
     workspace_dtype: torch.dtype = torch.bfloat16,
+    sign_momentum: bool = False,
     second_moment: str | None = None,
     stochastic_rounding: bool = False,
     moments: Sequence[Tensor] = (),
@@ -413,7 +420,7 @@ def prepare(
         momentum_bufs: one a parameter; None: the direction is the gradient.
         splits: what each parameter is cut to, see `muon_kernels.split`; None leaves all whole.
         ns_coefficients, ns_steps, power, adjust_lr_fn, flatten, ns_algorithm, backend, max_workspace_bytes,
-            workspace_dtype, second_moment, stochastic_rounding: see `Muon`.
+            workspace_dtype, sign_momentum, second_moment, stochastic_rounding: see `Muon`.
         moments: with a second_moment, one a parameter.
 
     Raises:
@@ -421,8 +428,8 @@ def prepare(
         RuntimeError: a named backend that cannot run here.
     """
     schedule = schedule_for(ns_coefficients, ns_steps, power)
-    for p, V in zip(params, moments, strict=bool(moments)):
-        check_second_moment("second_momentum_buffer", V, cast(str, second_moment), p, flatten)
+    for p, V, split in zip(params, moments, splits or repeat(None), strict=False):
+        check_second_moment("second_momentum_buffer", V, cast(str, second_moment), p, flatten, split)
         _check_device("second_momentum_buffer", V, p)
     by_kind: dict[Kind, list[tuple[int, int]]] = {}
     ratios: list[float] = []
@@ -471,12 +478,20 @@ def prepare(
             prepared.grad_copies.append((index, at, grad.tensor.view_as(at.of(g))))
 
     seconds: list[_Source] = []
-    if second_moment == "element":
-        seconds = [_seen(moments[index], flatten, order, piece, prepared.copies) for index, order, piece in cuts]
+    parts_before = [0] * len(moments)
+    for index, order, piece in cuts if moments else ():
+        V, copies = moments[index], prepared.copies
+        if second_moment == "element":
+            seconds.append(_seen(V, flatten, order, piece, copies))
+            continue
+        at_rows = piece_of_rows(V, params[index].shape, flatten, piece, parts_before[index])
+        seconds.append(_seen(V, False, (), at_rows, copies))
+        parts_before[index] += 1 if piece is None else piece.parts
     numbers = [0, *accumulate(split_shape(params[index].shape, flatten, piece)[0] for index, _, piece in cuts)]
     for kind, counts in by_kind.items():
         dtypes = (kind.grad_dtype, kind.momentum_dtype, kind.param_dtype)
         name, notes = backends.choose(backend, kind.device, dtypes, workspace_dtype, (kind.rows, kind.cols))
+        between = scratch_numbers(second_moment, sign_momentum, kind.rows, kind.cols, kind.device)
         bucket = plan_bucket(
             (kind.rows, kind.cols),
             sum(count for _, count in counts),
@@ -488,9 +503,13 @@ def prepare(
             bytes_per_element=_bytes_per_element(kind, momentum_bufs is not None),
             direction_bytes=kind.grad_dtype.itemsize + kind.momentum_dtype.itemsize,
             stepped=momentum_bufs is not None,
+            sign_momentum=sign_momentum,
             second_moment=second_moment,
+            between_bytes=4 * between,
             stochastic_rounding=stochastic_rounding,
         )
+        if sign_momentum:
+            notes += ("sign_momentum=True goes over a direction twice more, and no step with it is fused",)
         if second_moment is not None:
             notes += (f"second_moment={second_moment!r} goes over an update twice more, and no step with it is fused",)
         chunks: list[Chunk] = []
@@ -504,15 +523,16 @@ def prepare(
                     chunk.momenta.append(Matrices(momentum.tensor, momentum.layout(part)))
                 chunk.grads.append((read, grad.layout(part)))
                 chunk.ratios.extend([ratios[part.piece]] * (part.stop - part.start))
-                if second_moment == "element":
+                if seconds:
                     moment = seconds[part.piece]
-                    chunk.second_moments.append(Matrices(moment.tensor, moment.layout(part)).view())
-                elif second_moment is not None:
-                    V, transposed = moments[cuts[part.piece][0]], param.layout(part).transposed
-                    chunk.second_moments.append(of_rows(V, part.start, part.stop, transposed))
+                    found = Matrices(moment.tensor, moment.layout(part)).view()
+                    # A column is described as a row, too.
+                    turned = second_moment == "neuron" and not param.layout(part).transposed
+                    chunk.second_moments.append(found.mT if turned else found)
             chunks.append(chunk)
         number = numbers[counts[0][0]]
-        prepared.works.append(Work(bucket, notes, schedule, kind.device, chunks, second_moment, number))
+        work = Work(bucket, notes, schedule, kind.device, chunks, second_moment, number, sign_momentum, between)
+        prepared.works.append(work)
     return prepared
 
 
@@ -528,6 +548,7 @@ SETTLED = (
     "backend",
     "max_workspace_bytes",
     "workspace_dtype",
+    "sign_momentum",
     "second_moment",
     "stochastic_rounding",
 )
@@ -639,11 +660,13 @@ def _iterate(
 ) -> Tensor:
     """Prologue and iteration of a chunk; the result lies in the workspace."""
     ops, schedule = backends.get(work.bucket.backend), work.schedule
-    X, Y, squares, blend, scratch, derived = workspace.stacks(work, sum(g.layout.batch for g in grads))
+    X, Y, squares, blend, scratch, between, derived = workspace.stacks(work, sum(g.layout.batch for g in grads))
     norms = None if blend is None else blend.norms
     scale = ops.momentum_update(
         grads, momenta, X, **scalars.of_momentum(), margin=schedule.margin, scratch=scratch, norms=norms
     )
+    if work.signs:
+        scale = take_signs(X, scale, schedule.margin, norms, between)
     key = scale is not None and scale.data_ptr()
     if derived.get("key") != key:
         run = ALGORITHMS[work.bucket.algorithm].run
@@ -684,9 +707,12 @@ def _step(
             _fused_step(work, chunk, directions, workspace, scalars)
         else:
             result = _iterate(work, directions, chunk.momenta, workspace, scalars)
+            ratios = chunk.ratios
             if work.second_moment is not None and not rehearsing:
-                normalize(work.second_moment, result, chunk.second_moments, scalars.beta2)
-            ops.apply_update(chunk.params, result, **scalars.of_update(work.number, chunk.first), ratios=chunk.ratios)
+                between = workspace.stacks(work, len(ratios)).between
+                kept = normalize(work.second_moment, result, chunk.second_moments, scalars.beta2, between)
+                ratios = ratios if kept is None else array("d", map(mul, ratios, kept))
+            ops.apply_update(chunk.params, result, **scalars.of_update(work.number, chunk.first), ratios=ratios)
 
 
 def _plain_step(plain: Plain, grad: Tensor, scalars: Scalars) -> None:

@@ -104,9 +104,13 @@ class Muon(Optimizer):
         cautious: decay only elements that the update moves towards zero, or not at all (arXiv 2510.12402).
         stochastic_rounding: round parameters, which must be bf16 then, up or down with the probabilities that make the
             mean exact. The same steps, from a checkpoint or not, have the same random bits, on every backend.
+        sign_momentum: NS(sign(D)) and not NS(D), AdaMuon's (arXiv 2507.11005): its own settings are
+            `Muon(params, sign_momentum=True, second_moment="element", dampened=False, adjust_lr_fn="match_rms_adamw")`.
+            In fp16 workspaces an element below 1e-7 of the matrix's norm counts as zero.
         second_moment: divide NS(D) by the root of a running mean of its squares and keep its norm: "neuron" of each
-            row, NorMuon's (arXiv 2510.05491), or "element" of each element, AdaMuon's (arXiv 2507.11005, without the
-            sign that it takes of the momentum); both papers scale as adjust_lr_fn="match_rms_adamw" does.
+            row, NorMuon's (arXiv 2510.05491), or "element" of each element, AdaMuon's; both papers scale as
+            adjust_lr_fn="match_rms_adamw" does. A part of a `split` has rows of its own. With a power above 0, updates
+            should be within 1e-18 and 1e18, where their squares are fp32.
         beta2: β₂ of that mean.
 
     Raises:
@@ -142,6 +146,7 @@ class Muon(Optimizer):
         peak_lr: float | Tensor | None = None,
         cautious: bool = False,
         stochastic_rounding: bool = False,
+        sign_momentum: bool = False,
         second_moment: str | None = None,
         beta2: float = 0.95,
     ) -> None:
@@ -169,6 +174,7 @@ class Muon(Optimizer):
             "peak_lr": peak_lr,
             "cautious": cautious,
             "stochastic_rounding": stochastic_rounding,
+            "sign_momentum": sign_momentum,
             "second_moment": second_moment,
             "beta2": beta2,
         }
@@ -240,6 +246,7 @@ class Muon(Optimizer):
         new: list[tuple[Tensor, str, Tensor]] = []
         nothing: dict[str, Any] = {}
         form = group["second_moment"]
+        split_of: dict[Tensor, str | None] = {}
         for p in group["params"]:
             grad = grad_of(p)
             if grad is None:
@@ -253,7 +260,8 @@ class Muon(Optimizer):
             if form is not None:
                 moment = state.get("second_momentum_buffer")
                 if moment is None:
-                    moment = create(form, p, group["flatten"])
+                    split_of = split_of or dict(splits(group))
+                    moment = create(form, p, group["flatten"], split_of[p])
                     new.append((p, "second_momentum_buffer", moment))
                 moments.append(moment)
             params.append(p)
@@ -360,7 +368,7 @@ class Muon(Optimizer):
                     pieces(p.shape, loaded["flatten"], split)
                     V, form = state_of.get(p, {}).get("second_momentum_buffer"), loaded["second_moment"]
                     if V is not None and form is not None:
-                        check_second_moment("second_momentum_buffer", V, form, p, loaded["flatten"])
+                        check_second_moment("second_momentum_buffer", V, form, p, loaded["flatten"], split)
         super().load_state_dict(state_dict)
         # torch casts state to the parameter's dtype, which would round what is fp32 with bf16 parameters.
         for p, state in states:
@@ -433,7 +441,7 @@ def _seed(group: dict[str, Any], index: int) -> int:
 
 
 def _check_options(options: dict[str, Any]) -> None:
-    for key in ("nesterov", "dampened", "maximize", "cautious", "stochastic_rounding"):
+    for key in ("nesterov", "dampened", "maximize", "cautious", "stochastic_rounding", "sign_momentum"):
         if not isinstance(options[key], bool):
             raise TypeError(f"{key} should be True or False but is: {options[key]!r}")
     if isinstance(options["lr"], Tensor) and options["lr"].numel() != 1:

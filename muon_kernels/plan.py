@@ -18,7 +18,7 @@ from . import backends
 from .coefficients import DEFAULT, Schedule, resolve
 from .newton_schulz import ALGORITHMS, Blend, Square, squares_of
 from .options import check_algorithm, check_workspace, check_workspace_dtype
-from .second_moment import FORMS
+from .second_moment import FORMS, SIGNS_LAUNCHES, SIGNS_VISITS
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Bucket:
         product_bytes: traffic of the products if each operand is read and each result written once; none if fused.
         bytes: traffic of prologue and epilogue: gradients, momenta and parameters read, momenta and parameters written,
             and, unless fused, the workspace written and read once each. Where the backend reads twice, so counted; and
-            what a second moment takes.
+            what signs and a second moment take.
         least_bytes: the same if everything were read once.
         workspace_bytes: of all slots.
     """
@@ -274,7 +274,9 @@ def plan_bucket(
     workspace_dtype: torch.dtype = torch.bfloat16,
     direction_bytes: int = 0,
     stepped: bool = True,
+    sign_momentum: bool = False,
     second_moment: str | None = None,
+    between_bytes: int = 0,
     stochastic_rounding: bool = False,
 ) -> Bucket:
     """Plan `count_` matrices of one shape (m ≤ n) on a backend that was chosen.
@@ -290,7 +292,8 @@ def plan_bucket(
         workspace_dtype: torch.bfloat16 or torch.float16.
         direction_bytes: of these, what is read of an element for its direction; only counts where a step may be fused.
         stepped: whether parameters are updated, so that a whole step may be fused.
-        second_moment: see `Muon`; it comes between iteration and update, so that no step is fused.
+        sign_momentum, second_moment: see `Muon`; they come before and after the iteration, so that no step is fused.
+        between_bytes: what these need of the workspace for a matrix.
         stochastic_rounding: see `Muon`; not every backend's fused step can.
 
     Raises:
@@ -305,11 +308,11 @@ def plan_bucket(
         return Bucket(
             shape, count_, algorithm, schedule.power, backend, workspace_dtype, False, (), 0, 0, 0, 0, 0, 0, 0
         )
-    each = workspace_bytes(backend, algorithm, m, n, schedule)
+    each = workspace_bytes(backend, algorithm, m, n, schedule) + between_bytes
     ops = backends.get(backend)
     cap = ops.default_workspace_bytes() if max_workspace_bytes is None else max_workspace_bytes
     fused = None
-    if stepped and second_moment is None and not schedule.weights:
+    if stepped and second_moment is None and not sign_momentum and not schedule.weights:
         fused = ops.fused_plan(m, n, count_, schedule, stochastic_rounding)
     if fused is not None and fused.slots * each > cap:
         fused = None
@@ -325,6 +328,9 @@ def plan_bucket(
         chunks = chunk_counts(count_, each, max_workspace_bytes, backend)
         slots, launches = max(chunks), sum(launches + ops.update_launches(chunk) for chunk in chunks)
         bytes_ = least_bytes = elements * (bytes_per_element + 2 * workspace_dtype.itemsize)
+        if sign_momentum:
+            launches += SIGNS_LAUNCHES * len(chunks)
+            bytes_ += elements * SIGNS_VISITS * workspace_dtype.itemsize
         if second_moment is not None:
             extra = FORMS[second_moment]
             launches += extra.launches * len(chunks)
