@@ -51,7 +51,7 @@ SIGNS_LAUNCHES, SIGNS_VISITS = 2, 3
 
 # Elements that are made fp32 at a time. On a processor they stay in its cache, and torch's operations on two dtypes,
 # which would need no copy, are ten times slower.
-_BLOCK, _BLOCK_ON_CPU = 1 << 20, 1 << 17
+_BLOCK, _BLOCK_ON_CPU = 1 << 20, 1 << 18
 
 # A sum of squares is this much or zero, for all that matters.
 _TINY = torch.finfo(torch.float32).tiny
@@ -99,15 +99,18 @@ def _in_cache(device: torch.device) -> bool:
 
 
 def scratch_numbers(form: str | None, signs: bool, m: int, n: int, device: torch.device) -> int:
-    """How many of fp32 `normalize` and `take_signs` need for every m x n matrix: a multiple of 16, for alignment."""
-    block = min(m * n, max(n, _BLOCK_ON_CPU if _in_cache(device) else _BLOCK))
-    numbers = 0
-    if signs:
-        numbers = 3 + (block if _in_cache(device) else 0)
-    if form == "neuron":
-        numbers = max(numbers, 2 * n + 2 + (block if _in_cache(device) else 0))
-    elif form == "element":
-        numbers = max(numbers, 3 + 2 * block)
+    """How many of fp32 `normalize` and `take_signs` need for every m x n matrix.
+
+    A multiple of 16, as what a block needs is: so all but a few sums is aligned.
+    """
+    on_processor = _in_cache(device)
+    block = _padded(min(m * n, max(n, _BLOCK_ON_CPU if on_processor else _BLOCK)))
+    of_signs = signs * (3 + on_processor * block)
+    of_form = {None: 0, "neuron": 2 * n + 2 + on_processor * block, "element": 3 + 2 * block}[form]
+    return _padded(max(of_signs, of_form))
+
+
+def _padded(numbers: int) -> int:
     return -(-numbers // 16) * 16
 
 
@@ -162,7 +165,7 @@ def _by_row(X: Tensor, moments: Sequence[Tensor], beta2: float, eps: float, scra
     dim = -1 if moments[0].shape[-1] == 1 else -2
     batch, rows = len(X), X.shape[-3 - dim]
     sizes = batch * rows, batch * rows, batch, batch
-    *own, block = torch.split(scratch, [*sizes, scratch.numel() - sum(sizes)])
+    block, *own = torch.split(scratch, [scratch.numel() - sum(sizes), *sizes])
     shape = (batch, rows, 1) if dim == -1 else (batch, 1, rows)
     squares, V, before, after = own[0].view(shape), own[1].view(shape), own[2].view(-1, 1, 1), own[3].view(-1, 1, 1)
     _sums_of_squares(X, dim, squares, V, block)
@@ -178,10 +181,10 @@ def _by_row(X: Tensor, moments: Sequence[Tensor], beta2: float, eps: float, scra
 
 def _by_element(X: Tensor, moments: Sequence[Tensor], beta2: float, eps: float, scratch: Tensor) -> Tensor:
     """Return what X is still to be multiplied by, (batch, 1, 1)."""
-    *own, block = torch.split(scratch, [len(X)] * 3 + [scratch.numel() - 3 * len(X)])
+    block, *own = torch.split(scratch, [scratch.numel() - 3 * len(X)] + [len(X)] * 3)
     before, after, part = (x.view(-1, 1, 1) for x in own)
     before.zero_(), after.zero_()
-    numbers, start = block.numel() // 2, 0
+    numbers, start = block.numel() // 32 * 16, 0
     for V in moments:
         stop = start + len(V)
         x, sums = X[start:stop], [t[start:stop] for t in (before, after, part)]
@@ -244,7 +247,7 @@ def take_signs(X: Tensor, scale: Tensor | None, margin: float, norms: Tensor | N
     Returns:
         (batch,) fp32: what brings the norms to 1/margin, NaN where the matrix was not finite.
     """
-    *own, block = torch.split(scratch, [len(X)] * 3 + [scratch.numel() - 3 * len(X)])
+    block, *own = torch.split(scratch, [scratch.numel() - 3 * len(X)] + [len(X)] * 3)
     sums, part, found = (x.view(-1, 1, 1) for x in own)
     if scale is None:
         _sums_of_squares(X, (-2, -1), found, part, block)
