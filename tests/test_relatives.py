@@ -182,6 +182,22 @@ def test_blocks_of_a_large_stack(form: str, monkeypatch: pytest.MonkeyPatch) -> 
             torch.testing.assert_close(a, b, rtol=ROUNDED[form], atol=0)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_epsilon(form: str) -> None:
+    """Where it is what an update is: the papers' own, and outside the root."""
+    eps = FORMS[form].eps
+    for row in (0.3, 1.0, 30.0):
+        X = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0)).mul_(eps)
+        X[:, ::2] *= row
+        X = X.bfloat16()
+        V = torch.zeros(2, 6, 8 if form == "element" else 1)
+        expected, v = normalized(form, X.double(), V.double(), 0.5)
+        kept = second_moment.normalize(form, X, [V], 0.5, torch.empty(2 * scratch_numbers(form, False, 6, 8, X.device)))
+        factor = 1.0 if kept is None else torch.tensor(kept).view(-1, 1, 1)
+        torch.testing.assert_close((X * factor).double(), expected, rtol=2.0**-7, atol=0)
+        torch.testing.assert_close(V.double(), v, rtol=1e-5, atol=0)
+
+
 class Allocations(TorchDispatchMode):
     """The operations that return memory of their own, with more than a number in it."""
 

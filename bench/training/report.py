@@ -355,9 +355,11 @@ def clip(results: dict[float, dict[float, Result]], figures: Path) -> Iterator[s
         for (lr, own), color in zip(results.items(), colours, strict=True):
             for each, of in own.items():
                 style = {"color": color, "linestyle": "-" if each else "--"}
-                label = f"lr {lr:g}, {f'tau {each:g}' if each else 'no clipping'}"
-                panels[0].plot(*zip(*of["logits"], strict=True), **style, label=label)
-                panels[1].plot(*zip(*of["curve"], strict=True), **style, label=label)
+                # Colours are rates, in the one legend, dashes are without clipping, in the other.
+                panels[0].plot(*zip(*of["logits"], strict=True), **style, label=f"lr {lr:g}" if each else None)
+                panels[1].plot(*zip(*of["curve"], strict=True), **style)
+        for name, line in (("no clipping", "--"), (f"tau {tau:g}", "-")):
+            panels[1].plot([], [], color="black", linestyle=line, label=name)
         panels[0].axhline(tau, color="black", linewidth=0.8)
         panels[0].set(yscale="log", xlabel="step", ylabel="largest attention logit of a stretch")
         panels[1].set(xlabel="step", ylabel="training loss, nats per byte, mean of a stretch")
