@@ -28,6 +28,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "stochastic_rounding": {"stochastic_rounding": True},
     'second_moment="neuron"': {"second_moment": "neuron"},
     'second_moment="element"': {"second_moment": "element"},
+    "sign_momentum": {"sign_momentum": True},
+    "AdaMuon": {"second_moment": "element", "sign_momentum": True},
 }
 
 
