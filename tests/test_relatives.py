@@ -137,6 +137,23 @@ def test_second_moment(backend: str, form: str, cap: int | None) -> None:
             exact[i] = p.detach().double()
 
 
+def test_moments_of_elements_lie_as_their_stack_does(tmp_path: Path) -> None:
+    """From a checkpoint too: across the rows, each operation on both takes ten times as long."""
+    params = parameters()
+    train(first := Muon(params, second_moment="element"), params, 0, 1)
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second = Muon(params, second_moment="element")
+    second.load_state_dict(torch.load(tmp_path / "state.pt"))
+    train(second, params, 1, 2)
+    for muon in (first, second):
+        (settled,) = muon._prepared._settled.values()
+        views = [V for work in settled.prepared.works for chunk in work.chunks for V in chunk.second_moments]
+        assert len(views) == len(params) and {V.stride(-1) for V in views} == {1}
+        # Nor are they copied, but for what no strides describe in the parameter either.
+        states = {s["second_momentum_buffer"].untyped_storage().data_ptr() for s in muon.state.values()}
+        assert all(V.untyped_storage().data_ptr() in states for V in views)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("beta2", [0.0, 0.95])
 def test_what_has_no_second_moment(backend: str, form: str, beta2: float) -> None:
