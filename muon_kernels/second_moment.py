@@ -34,7 +34,7 @@ class Form(NamedTuple):
     Attributes:
         eps: ε.
         launches: of a pass through the workspace, counted as one for each time that it is gone over.
-        visits: how often the workspace is read or written.
+        visits: how often the workspace is read or written; on a processor less for "element", see `normalize`.
         state_bytes: read and written for every element.
     """
 

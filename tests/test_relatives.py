@@ -35,6 +35,7 @@ MAKERS: dict[str, Callable[[], Tensor]] = {
     "convolution": lambda: torch.randn(12, 4, 3, 5),
     "channels last": lambda: torch.randn(12, 3, 5, 4).permute(0, 3, 1, 2),
     "no strides": lambda: torch.randn(40, 4, 2, 3)[:, :, :, ::2],
+    "column": lambda: torch.randn(9, 1),
 }
 STEPS = 3
 # X is rounded to bf16 once more where it was scaled, and twice by "element".
