@@ -129,7 +129,7 @@ MUTANTS = [
     # Weight decay.
     _scaling("independent of nothing", "return lr, weight_decay / lr", "return lr, weight_decay"),
     _scaling("no decay at zero", "max(lr, 1e-30)", "lr or 1.0"),
-    _scaling("no decay at a zero on a device", "lr.clamp(min=1e-30)", "lr.clamp(min=1.0)"),
+    _scaling("no decay at a zero on a device", "lr.clamp(min=1e-30)", "lr"),
     _scaling("schedule squared", "weight_decay * lr / peak_lr", "weight_decay * (lr / peak_lr) ** 2"),
     _scaling("schedule upside down", "weight_decay * lr / peak_lr", "weight_decay * peak_lr / max(lr, 1e-30)"),
     # Cuts.

@@ -35,7 +35,7 @@ MAKERS: dict[str, Callable[[], Tensor]] = {
     "convolution": lambda: torch.randn(12, 4, 3, 5),
     "channels last": lambda: torch.randn(12, 3, 5, 4).permute(0, 3, 1, 2),
     "no strides": lambda: torch.randn(40, 4, 2, 3)[:, :, :, ::2],
-    "column": lambda: torch.randn(9, 1),
+    "column": lambda: torch.randn(11, 1),
 }
 STEPS = 3
 # X is rounded to bf16 once more where it was scaled, and twice by "element".
@@ -416,6 +416,15 @@ def test_forms_of_weight_decay(backend: str, form: str, tensors: bool) -> None:
         for p, W, u in zip(params, before, U[t], strict=True):
             moved = lr * math.sqrt(max(1, p.shape[0] / p.shape[1])) * u
             torch.testing.assert_close(p.detach().double(), (1 - decays[form](lr)) * W - moved, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("lr", [0.0, 1e-3, 0.5])
+def test_forms_of_weight_decay_of_tensors(lr: float) -> None:
+    """As a device's are handed on: the step is lr, and the product what decays."""
+    expected = {"decoupled": lr * 0.25, "independent": 0.25, "scheduled": lr * 0.25 * lr / 0.5}
+    for form, decay in expected.items():
+        step, rate = decayed(form, *torch.tensor([lr, 0.25, 0.5], dtype=torch.float64))
+        assert float(step) == pytest.approx(lr, abs=1e-20) and float(step * rate) == pytest.approx(decay)
 
 
 def test_nothing_waits_for_numbers_on_a_device() -> None:
