@@ -523,6 +523,7 @@ P = "parameter of size \\(48, 40\\)"
         (qkv(4, 4), ValueError, None),
         (qkv(12, 4), ValueError, f"should divide dimension 0 of the {P} by 20 but 48 is no multiple of it"),
         (qkv(12, 4, interleaved=True), ValueError, "by 20 but 48"),
+        (qkv(32, interleaved=True), ValueError, "by 96 but 48"),
         (blocks(24, 12), ValueError, f"sizes of .* should sum to 48, dimension 0 of the {P}, but sum to 36"),
         (blocks(24, 32), ValueError, "should sum to 48, .* but sum to 56"),
         (blocks(8, 2, interleaved=True), ValueError, "should repeat to 48, .* but sum to 10"),
