@@ -77,6 +77,13 @@ def check_relatives(group: Mapping[str, Any]) -> None:
         raise ValueError(f"second_moment should be None where power is not 0 but they are: {form!r} and {power}")
     if power == 1 and (group["cautious"] or group["stochastic_rounding"]):
         raise ValueError("cautious and stochastic_rounding should be False where power is 1, which is SGD in torch")
+    if group["master_weights"] and group["stochastic_rounding"]:
+        raise ValueError("stochastic_rounding should be False where master_weights is True, which rounds nothing away")
+    if power == 1 and (group["master_weights"] or group["momentum_dtype"] == torch.int8):
+        raise ValueError(
+            "master_weights should be False and momentum_dtype floating-point where power is 1, which is SGD in torch, "
+            f"but they are: {group['master_weights']} and {group['momentum_dtype']}"
+        )
     split = group["split"]
     if form == "neuron" and any(split.values() if isinstance(split, Mapping) else (split,)):
         raise ValueError(
