@@ -301,8 +301,9 @@ def check_dense(name: str, t: Any, dtypes: Sequence[torch.dtype] = DTYPES) -> No
     if t.layout != torch.strided:
         raise TypeError(f"{name} should be dense, not sparse, but has layout: {t.layout}")
     if t.dtype not in dtypes:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise TypeError(f"{name} should be of a floating-point dtype among {names} but is of: {t.dtype}")
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        kind = "a floating-point dtype among " if dtypes == DTYPES else "a dtype among " if len(dtypes) > 1 else ""
+        raise TypeError(f"{name} should be of {kind}{names} but is of: {t.dtype}")
     if t.numel() and t.device.type != "meta" and not has_memory(t):
         raise TypeError(
             f"{name} should be a tensor with memory of its own but is a {type(t).__name__} without, like DTensors and "
@@ -464,7 +465,7 @@ def prepare(
         ns_coefficients, ns_steps, power, adjust_lr_fn, flatten, ns_algorithm, backend, max_workspace_bytes,
             workspace_dtype, second_moment, stochastic_rounding, master_weights: see `Muon`.
         moments: with a second_moment, one a parameter.
-        scales: if a momentum is int8, one a parameter: its absmax, see packed.py, or None.
+        scales: if a momentum is int8, one a parameter: its absmax, see packed.py; for others it does not matter.
         mantissas: with master_weights, the lower halves, one a parameter.
 
     Raises:
@@ -489,8 +490,9 @@ def prepare(
         if stochastic_rounding:
             check_rounding(p)
         order = column_order(p.shape, p.stride()) if flattens(p.shape, flatten) else ()
-        split, scale = splits[index] if splits else None, scales[index] if scales else None
+        split, scale = splits[index] if splits else None, None
         if buffer is not None and buffer.dtype == torch.int8:
+            scale = scales[index] if scales else None
             if power == 1:
                 raise ValueError(
                     "momentum_buffer should be floating-point where power is 1, which is SGD in torch, but is of int8; "
@@ -513,7 +515,7 @@ def prepare(
         [("parameter", p) for p in params]
         + [("momentum_buffer", b) for b in momentum_bufs or ()]
         + [("second_momentum_buffer", V) for V in moments]
-        + [("momentum_scale", scale) for scale in scales if scale is not None]
+        + [("momentum_scale", scale) for scale in scales if isinstance(scale, Tensor)]
         + [("mantissa", m) for m in mantissas]
     )
 

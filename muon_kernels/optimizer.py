@@ -261,17 +261,14 @@ class Muon(Optimizer):
             if grad is None:
                 continue
             state = self.state.get(p, nothing)
-            buffer = state.get("momentum_buffer")
+            buffer, scale = state.get("momentum_buffer"), state.get("momentum_scale")
             if buffer is None:
                 dtype = group["momentum_dtype"] or grad.dtype
                 # Eight bits are kept in the order in which their blocks are.
                 format_ = torch.contiguous_format if dtype == torch.int8 else torch.preserve_format
                 buffer = torch.zeros_like(p, dtype=dtype, memory_format=format_)
                 new.append((p, "momentum_buffer", buffer))
-            scale = None
-            if buffer.dtype == torch.int8:
-                scale = state.get("momentum_scale")
-                if "momentum_buffer" not in state:
+                if dtype == torch.int8:
                     split_of = split_of or dict(splits(group))
                     scale = torch.zeros(scale_size(p.shape, group["flatten"], split_of[p]), device=p.device)
                     new.append((p, "momentum_scale", scale))
@@ -460,8 +457,8 @@ def check_state(of: str, p: Tensor, state: Mapping[str, Any], moments: Sequence[
 
 def _check_precision(own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     """Raise ValueError if state of a checkpoint's group is packed, and that of our group is not, or the other way."""
-    for key, packed in (("momentum_dtype", torch.int8), ("master_weights", True)):
-        wanted, found = own[key], saved.get(key)  # torch.optim.Muon has neither
+    for key, packed, without in (("momentum_dtype", torch.int8, None), ("master_weights", True, False)):
+        wanted, found = own[key], saved.get(key, without)  # torch.optim.Muon has neither
         if (wanted == packed) != (found == packed):
             raise ValueError(
                 f"{key} of the checkpoint should be {wanted}, as in this optimizer, but is: {found}; "
