@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from muon_kernels import Muon, MuonAdamW, SpectralMomentum, backends, packed
+from muon_kernels.coefficients import resolve
 from muon_kernels.packed import Halves, Quantized
+from muon_kernels.plan import Bucket, plan_bucket
 from muon_kernels.quantized import BLOCK, dequantize, quantize
 from muon_kernels.split import blocks, equal, heads, pieces, qkv
 
@@ -642,6 +644,15 @@ def test_plan_and_workspace(backend: str, monkeypatch: pytest.MonkeyPatch) -> No
         assert {launches(b) for b in plans} == {plain.launches / len(plain.chunks)}
         with pytest.raises(ValueError, match="max_workspace_bytes should be at least"):
             Muon(params, backend=backend, max_workspace_bytes=each(plain), **EIGHT).plan()
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_no_packed_step_is_fused(name: str) -> None:
+    def planned(packed: int) -> Bucket:
+        options: dict[str, Any] = {"max_workspace_bytes": None, "bytes_per_element": 10, "ns_algorithm": "auto"}
+        return plan_bucket((64, 64), 8, resolve("keller", None), backend=name, packed=packed, **options)
+
+    assert planned(0).fused and not planned(1).fused
 
 
 def test_no_more_than_a_piece_beside_the_workspace(backend: str) -> None:
