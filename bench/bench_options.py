@@ -49,7 +49,7 @@ def optimizer(workload: str, dtype: torch.dtype, **options: Any) -> muon_kernels
 @cache
 def times(workload: str, option: str) -> tuple[list[float], list[float]]:
     """Seconds of steps without and with the option, taken in turn."""
-    dtype = torch.bfloat16 if option in ("stochastic_rounding", "master_weights") else torch.float32
+    dtype = torch.bfloat16 if {"stochastic_rounding", "master_weights"} & set(OPTIONS[option]) else torch.float32
     pair = optimizer(workload, dtype), optimizer(workload, dtype, **OPTIONS[option])
     taken: tuple[list[float], list[float]] = ([], [])
     gc.collect()
