@@ -1,7 +1,7 @@
 """State in fewer bits: 8-bit momentum, and fp32 parameters in a bf16 one and sixteen more bits.
 
 Both are judged by the same training with a momentum, or parameters, in fp32, to the bit; and the bits themselves by
-`quantize`, which test_quantized.py judges one number at a time, and by Python's integers.
+formulas written here and by Python's integers.
 """
 
 import copy
@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from muon_kernels import Muon, MuonAdamW, SpectralMomentum, backends, packed
 from muon_kernels.coefficients import resolve
-from muon_kernels.packed import Halves, Quantized
+from muon_kernels.packed import BLOCK, Halves, Quantized
 from muon_kernels.plan import Bucket, plan_bucket
-from muon_kernels.quantized import BLOCK, dequantize, quantize
 from muon_kernels.split import blocks, equal, heads, pieces, qkv
 
 MAKERS: dict[str, Callable[[], Tensor]] = {
@@ -75,19 +74,23 @@ def matrices(t: Tensor) -> list[Tensor]:
     return list(t.reshape(1, t.shape[0], -1) if t.ndim == 4 else t.reshape(math.prod(t.shape[:-2]), *t.shape[-2:]))
 
 
+def in_blocks(t: Tensor) -> list[Tensor]:
+    """Of 2048 elements along the rows of every matrix, the last one of each shorter."""
+    return [block for matrix in matrices(t) if matrix.numel() for block in matrix.flatten().split(2048)]
+
+
 def quantized(t: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes of t's size, and the absmax of all blocks, counted in every matrix by itself."""
-    found = [quantize(matrix) for matrix in matrices(t)]
-    if not found:
+    """Codes of t's size, and the absmax of all blocks; of numbers that are not all zero."""
+    absmax = [block.abs().max() for block in in_blocks(t)]
+    codes = [(block / most * 127).round().to(torch.int8) for block, most in zip(in_blocks(t), absmax, strict=True)]
+    if not codes:
         return torch.zeros(t.shape, dtype=torch.int8), torch.zeros(0)
-    return torch.stack([codes for codes, _ in found]).view(t.shape), torch.cat([absmax for _, absmax in found])
+    return torch.cat(codes).view(t.shape), torch.stack(absmax)
 
 
 def dequantized(codes: Tensor, scale: Tensor) -> Tensor:
-    cut = matrices(codes)
-    if not cut:
-        return torch.zeros(codes.shape)
-    return torch.stack([dequantize(c, s) for c, s in zip(cut, scale.chunk(len(cut)), strict=True)]).view(codes.shape)
+    numbers = [block.float() / 127 * most for block, most in zip(in_blocks(codes), scale, strict=True)]
+    return torch.cat(numbers).view(codes.shape) if numbers else torch.zeros(codes.shape)
 
 
 def same(a: Any, b: Any) -> bool:
