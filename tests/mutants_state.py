@@ -9,7 +9,7 @@ TESTS = ["tests/test_packed.py"]
 PACKED, FUNCTIONAL, OPTIMIZER = "muon_kernels/packed.py", "muon_kernels/functional.py", "muon_kernels/optimizer.py"
 PLAN, OPTIONS = "muon_kernels/plan.py", "muon_kernels/options.py"
 EIGHT, MASTERS = "eager and (eight or nan)", "halves or (eager and (masters or parameters_written))"
-CHECKPOINT, PLANNED = "eager and (resumes or precision or fit or changing)", "eager and (plan_and or a_piece)"
+CHECKPOINT, PLANNED = "another_precision or (eager and (resumes or fit or changing))", "eager and (plan_and or a_piece)"
 
 MUTANTS = [
     Mutant("blocks rounded down", "return -(-elements // BLOCK)", "return max(elements // BLOCK, 1)", EIGHT, PACKED),
@@ -85,13 +85,6 @@ MUTANTS = [
         "packed in a rehearsal",
         "    yield seen\n    if not rehearsing:\n",
         "    yield seen\n    if True:\n",
-        "rehearsal",
-        PACKED,
-    ),
-    Mutant(
-        "unpacked in a rehearsal",
-        "        if not rehearsing:\n            part.unpack(values)",
-        "        if True:\n            part.unpack(values)",
         "rehearsal",
         PACKED,
     ),

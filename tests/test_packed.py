@@ -30,7 +30,7 @@ MAKERS: dict[str, Callable[[], Tensor]] = {
     "strided": lambda: torch.randn(140, 180)[::2, ::2],
     "whole blocks": lambda: torch.randn(64, 96),
     "row": lambda: torch.randn(1, 9),
-    "batch": lambda: torch.randn(3, 60, 35),
+    "batch": lambda: torch.randn(7, 60, 35),
     "strided batch": lambda: torch.randn(35, 2, 60).movedim(1, 0),
     "convolution": lambda: torch.randn(12, 40, 3, 5),
     "channels last": lambda: torch.randn(12, 3, 5, 40).permute(0, 3, 1, 2),
