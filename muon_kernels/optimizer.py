@@ -270,7 +270,7 @@ class Muon(Optimizer):
             buffer, scale = state.get("momentum_buffer"), state.get("momentum_scale")
             if buffer is None:
                 dtype = group["momentum_dtype"] or grad.dtype
-                # Eight bits are kept in the order in which their blocks are.
+                # The order of the blocks, in which packing is fastest.
                 format_ = torch.contiguous_format if dtype == torch.int8 else torch.preserve_format
                 buffer = torch.zeros_like(p, dtype=dtype, memory_format=format_)
                 new.append((p, "momentum_buffer", buffer))

@@ -187,13 +187,6 @@ MUTANTS = [
         OPTIMIZER,
     ),
     Mutant(
-        "codes in the parameter's strides",
-        "torch.contiguous_format if dtype == torch.int8 else torch.preserve_format",
-        "torch.preserve_format",
-        EIGHT,
-        OPTIMIZER,
-    ),
-    Mutant(
         "rounded twice",
         'if group["master_weights"] and group["stochastic_rounding"]:',
         "if False:",
