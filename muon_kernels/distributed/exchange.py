@@ -29,6 +29,7 @@ from .. import backends
 from ..coefficients import Schedule
 from ..layout import Bundle, Layout, Matrices, Piece, flattens, layout, split_shape
 from ..plan import Bucket, plan_bucket, workspace_bytes
+from ..second_moment import scratch_numbers
 from ..split import pieces
 from .deal import deal
 from .placement import Placement, Range, Team
@@ -646,6 +647,7 @@ def prepare(
     backend: str,
     max_workspace_bytes: int | None,
     workspace_dtype: torch.dtype,
+    sign_momentum: bool,
     work: Callable[..., Work],
 ) -> list[Exchange]:
     """How the parameters that have a placement are stepped, a team at a time; nothing is written.
@@ -656,7 +658,8 @@ def prepare(
         placements: where they are; None for those that are stepped alone.
         schedule: what to iterate.
         ratio: of the learning rate, for (rows, cols).
-        flatten, splits, ns_algorithm, backend, max_workspace_bytes, workspace_dtype: see `functional.prepare`.
+        flatten, splits, ns_algorithm, backend, max_workspace_bytes, workspace_dtype, sign_momentum: see
+            `functional.prepare`.
         work: makes one of (bucket, notes, schedule, device).
 
     Raises:
@@ -701,6 +704,8 @@ def prepare(
                 workspace_dtype=workspace_dtype,
                 bytes_per_element=kind.grad_dtype.itemsize + 4 * kind.param_dtype.itemsize,
                 stepped=False,
+                sign_momentum=sign_momentum,
+                between_bytes=4 * scratch_numbers(None, sign_momentum, *kind.shape, kind.device),
             )
             chosen[kind] = plan, notes
         costs, among, dealt = [], [], []
@@ -718,7 +723,9 @@ def prepare(
             by_owner: list[list[Entry]] = [[] for _ in range(team.ranks)]
             for _, entry in entries:
                 by_owner[next(owners)].append(entry)
-            dealt.append(_lot(kind, by_owner, number, schedule, *chosen[kind], max_workspace_bytes, work))
+            dealt.append(
+                _lot(kind, by_owner, number, schedule, *chosen[kind], max_workspace_bytes, sign_momentum, work)
+            )
             number += len(entries)
         rounds = _copy_rounds if team.shards is None else _cut_rounds
         exchanges.append(Exchange(team, rounds(dealt, params, momenta)))
@@ -733,12 +740,14 @@ def _lot(
     plan: Callable[[int], Bucket],
     notes: tuple[str, ...],
     max_workspace_bytes: int | None,
+    sign_momentum: bool,
     work: Callable[..., Work],
 ) -> Lot:
     owned, most = len(entries[kind.team.rank]), max(map(len, entries))
     bucket = plan(owned)
     ops, (m, n) = backends.get(bucket.backend), kind.shape
-    each = workspace_bytes(bucket.backend, bucket.algorithm, m, n, schedule)
+    between = scratch_numbers(None, sign_momentum, m, n, kind.device)
+    each = workspace_bytes(bucket.backend, bucket.algorithm, m, n, schedule) + 4 * between
     cap = ops.default_workspace_bytes() if max_workspace_bytes is None else max_workspace_bytes
     rounds = -(-most // max(1, cap // (each + 2 * _IN_FLIGHT * bucket.workspace_dtype.itemsize * m * n)))
     most = -(-most // rounds)
@@ -746,7 +755,8 @@ def _lot(
     # Momenta of copies are updated in the workspace, on every rank those of all.
     slots = most if kind.team.shards is None else max(chunks, default=0)
     bucket = replace(bucket, chunks=chunks, slots=slots, workspace_bytes=slots * each)
-    return Lot(kind, work(bucket, notes, schedule, kind.device, []), number, entries, most)
+    own = work(bucket, notes, schedule, kind.device, [], signs=sign_momentum, between=between)
+    return Lot(kind, own, number, entries, most)
 
 
 def _cut_rounds(lots: Sequence[Lot], params: Sequence[Tensor], momenta: Momenta) -> list[CutRound]:
