@@ -40,6 +40,11 @@ class Square(NamedTuple):
     diagonal: Tensor | None = None
 
 
+def square(A: Tensor | Square) -> Square:
+    """A, of which rounding took nothing that is known if it is a tensor."""
+    return A if isinstance(A, Square) else Square(A)
+
+
 class Products(Protocol):
     """The verbs that the iteration is written in; every backend has them.
 
@@ -79,21 +84,22 @@ class Products(Protocol):
     ) -> None:
         """Write scale²·(alpha·A·Aᵀ + beta·C + gamma·I), exactly symmetric."""
 
-    def syrkx(self, A: Square, B: Square, *, out: Square) -> None:
-        """Write A·B, which the caller knows to be symmetric, exactly symmetric."""
+    def syrkx(self, A: Square, B: Square, *, out: Square, gamma: float = 0.0) -> None:
+        """Write A·B + gamma·I, which the caller knows to be symmetric, exactly symmetric."""
 
     def gemm(
         self,
         A: Square,
-        X: Tensor,
+        X: Tensor | Square,
         *,
-        out: Tensor,
-        C: Tensor | None = None,
+        out: Tensor | Square,
+        C: Tensor | Square | None = None,
         alpha: float = 1.0,
         beta: float = 0.0,
+        gamma: float = 0.0,
         scale: Tensor | None = None,
     ) -> None:
-        """Write scale·(alpha·A·X + beta·C)."""
+        """Write scale·(alpha·A·X + beta·C + gamma·I), of any shape if gamma is 0."""
 
 
 class Segment(NamedTuple):
@@ -241,32 +247,32 @@ class Blend(NamedTuple):
 def _measure(
     ops: Products, X: Tensor, squares: Sequence[Square], scale: Tensor | None, power: float, blend: Blend
 ) -> None:
-    """Write `blend.scale` and `blend.factor`.
+    """Write `blend.scale` and `blend.factor`, and what the first step needs: R = scale² X Xᵀ and R², the squares.
 
     The Frobenius norm may be √m times the largest singular value, and what is as far below 1 as the weights reach would
-    be lost. With R = X Xᵀ, ‖R²‖_F^¼ is no smaller than that value either, but at most m^⅛ times as large.
+    be lost. ‖R²‖_F^¼ is no smaller than that value either, but at most m^⅛ times as large. Its square is rounded up to
+    a power of two: both squares, which are there by then, are scaled without rounding again.
     """
     R, S = squares[:2]
 
     def write() -> None:
-        bound = torch.linalg.vector_norm(S.high, dim=(1, 2), dtype=torch.float32).pow_(0.25)
-        bound.masked_fill_(bound == 0, 1.0)
-        torch.reciprocal(bound, out=blend.scale)
+        square = torch.linalg.vector_norm(S.high, dim=(1, 2), dtype=torch.float32).sqrt_()
+        exponent = torch.frexp(square).exponent.neg_()
+        exponent.masked_fill_(square == 0, 0)
+        one = torch.ones_like(square)
+        for of, times in ((R, exponent), (S, 2 * exponent)):
+            factor = torch.ldexp(one, times)
+            of.high.mul_(factor.to(of.high.dtype)[:, None, None])
+            if of.diagonal is not None:
+                of.diagonal.mul_(factor[:, None])
+        torch.sqrt(torch.ldexp(one, exponent), out=blend.scale)
+        torch.pow(blend.norms / blend.scale, power, out=blend.factor)
         if scale is not None:
             blend.scale.mul_(scale)
-        torch.pow(bound.mul_(blend.norms), power, out=blend.factor)
 
     ops.syrk(X, out=R, scale=scale)
     ops.syrk(R, out=S)
-    ops.then(write, [S.high])
-
-
-def _add_iterate(ops: Products, total: Square, X: Tensor, weight: float, pending: Tensor | None) -> None:
-    """total += weight·X, or where X is still to be scaled, which is where the sum begins, total = weight·scale·X."""
-    begun = pending is None
-    if begun and weight == 0:
-        return
-    ops.add(Square(X), C=total if begun else None, alpha=weight, beta=1.0, out=total, scale=pending)
+    ops.then(write, [R.high, S.high])
 
 
 def standard(
@@ -292,27 +298,40 @@ def standard(
     Returns:
         The stack that holds the result: X, Y or `blend.total`.
     """
-    triples, weights = schedule.triples, schedule.weights
-    pending, total = scale, None
     if blend is not None:
-        _measure(ops, X, squares, scale, schedule.power, blend)
-        pending, total = blend.scale, Square(blend.total)
-    A, B = squares[:2]
-    for step, triple in enumerate(triples):
-        if total is not None and blend is not None:
-            if step + 1 == len(triples):
-                # w x + v (a x + b x³ + c x⁵): the last iterate itself is never needed.
-                a, b, c = triple
-                v = weights[step + 1]
-                ops.add(Square(X), C=total, alpha=weights[step] + v * a, beta=1.0, out=total)
-                ops.syrk(X, out=A)
-                ops.syrk(A, C=A, alpha=c, beta=b, out=B)
-                ops.gemm(B, X, C=total.high, alpha=v, beta=1.0, out=Y, scale=blend.factor)
-                return Y
-            _add_iterate(ops, total, X, weights[step], pending)
-        _standard_step(ops, X, Y, A, B, pending, triple)
-        X, Y, pending = Y, X, None
+        return _standard_sum(ops, X, Y, squares, scale, schedule, blend)
+    A, B = squares
+    for triple in schedule.triples:
+        _standard_step(ops, X, Y, A, B, scale, triple)
+        X, Y, scale = Y, X, None
     return X
+
+
+def _standard_sum(
+    ops: Products, X: Tensor, Y: Tensor, squares: Sequence[Square], scale: Tensor | None, schedule: Schedule, blend: Blend
+) -> Tensor:
+    """Σ wᵢ Xᵢ, an iterate at a time."""
+    triples, weights = schedule.triples, schedule.weights
+    A, B = squares[:2]
+    total = Square(blend.total)
+    _measure(ops, X, squares, scale, schedule.power, blend)
+    a, b, c = triples[0]
+    ops.add(A, C=B, alpha=b, beta=c, out=B)
+    ops.add(Square(X), alpha=weights[0], out=total, scale=blend.scale)
+    ops.gemm(B, X, C=X, out=Y, beta=a, scale=blend.scale)
+    X, Y = Y, X
+    for triple, weight in zip(triples[1:-1], weights[1:-2], strict=True):
+        if weight:
+            ops.add(Square(X), C=total, alpha=weight, beta=1.0, out=total)
+        _standard_step(ops, X, Y, A, B, None, triple)
+        X, Y = Y, X
+    # w x + v (a x + b x³ + c x⁵): the last iterate itself is never needed.
+    (a, b, c), (w, v) = triples[-1], weights[-2:]
+    ops.add(Square(X), C=total, alpha=w + v * a, beta=1.0, out=total)
+    ops.syrk(X, out=A)
+    ops.syrk(A, C=A, alpha=c, beta=b, out=B)
+    ops.gemm(B, X, C=total.high, alpha=v, beta=1.0, out=Y, scale=blend.factor)
+    return Y
 
 
 def gram(
@@ -327,27 +346,19 @@ def gram(
     """Do what `standard` does, by the Gram form; the same arguments.
 
     In every segment, with R = X Xᵀ: S = a I + b R + c R², Q ← Q S, R ← R S²; at its end X ← Q X. The identity goes
-    into S before S is rounded, and no product is expanded: both would cancel. Of a weighted sum, P = Σ wᵢ Qᵢ is a
-    segment's part, which goes to the sum as P X.
+    into S before S is rounded, and no product is expanded: both would cancel.
     """
-    triples, weights = schedule.triples, schedule.weights
-    R, W, S, Q, Q_next, P = squares if blend is not None else (*squares, squares[0])
-    pending = scale
     if blend is not None:
-        _measure(ops, X, squares, scale, schedule.power, blend)
-        pending, total = blend.scale, blend.total
+        return _gram_sum(ops, X, Y, squares, scale, schedule, blend)
+    R, W, S, Q, Q_next = squares
     for start, stop in segments(schedule, X.shape[1], ops.precise_squares()):
-        last = stop == len(triples)
-        summed = blend is not None and (last or any(weights[start + 1 : stop]))
-        if blend is not None and not summed:  # of this segment, only what it begins with
-            _add_iterate(ops, Square(total), X, weights[start], pending)
-        if stop - start == 1 and not summed:
-            _standard_step(ops, X, Y, W, S, pending, triples[start])
-            X, Y, pending = Y, X, None
+        if stop - start == 1:
+            _standard_step(ops, X, Y, W, S, scale, schedule.triples[start])
+            X, Y, scale = Y, X, None
             continue
-        ops.syrk(X, out=R, scale=pending)
+        ops.syrk(X, out=R, scale=scale)
         for step in range(start, stop):
-            a, b, c = triples[step]
+            a, b, c = schedule.triples[step]
             factor = Q if step == start else S
             ops.syrk(R, C=R, alpha=c, beta=b, gamma=a, out=factor)
             if step + 1 < stop:
@@ -356,26 +367,62 @@ def gram(
             if step > start:
                 ops.syrkx(Q, S, out=Q_next)
                 Q, Q_next = Q_next, Q
-            if summed and (step + 1 < stop or last):
-                first = step == start
-                gamma = weights[start] if first else 0.0
-                ops.add(Q, C=None if first else P, alpha=weights[step + 1], beta=1.0, gamma=gamma, out=P)
-        if summed and blend is not None:
-            begun = start > 0
-            ops.gemm(
-                P,
-                X,
-                C=total if begun else None,
-                beta=float(begun),
-                out=Y,
-                scale=blend.factor if last else pending,
-            )
-            total, Y = Y, total
-            if last:
-                return total
-        ops.gemm(Q, X, out=Y, scale=pending)
-        X, Y, pending = Y, X, None
+        ops.gemm(Q, X, out=Y, scale=scale)
+        X, Y, scale = Y, X, None
     return X
+
+
+def _gram_sum(
+    ops: Products, X: Tensor, Y: Tensor, squares: Sequence[Square], scale: Tensor | None, schedule: Schedule, blend: Blend
+) -> Tensor:
+    """Σ wᵢ Xᵢ = (P₀ + (P₁ + P₂ Q₁) Q₀) X, where P = Σ wᵢ Qᵢ is a segment's part of the sum and Q takes X to the next.
+
+    So all but the last product are of squares. They are polynomials of other Gram matrices, which rounding keeps from
+    commuting: the order counts, and what is added up has no symmetry.
+    """
+    if not ops.precise_squares():  # and so a segment for every step
+        return _standard_sum(ops, X, Y, squares, scale, schedule, blend)
+    _measure(ops, X, squares, scale, schedule.power, blend)
+    *weights, v = schedule.weights
+    a, b, c = schedule.triples[-1]
+    triples = (*schedule.triples[:-1], (weights[-1] + v * a, v * b, v * c))  # of the last two iterates' sum
+    R, W, *free = squares
+    parts: list[tuple[Square, Square, float, float]] = []
+    source, pending = X, blend.scale
+    stacks = [Y, blend.total]
+    for start, stop in segments(schedule, X.shape[1], True):
+        if start:
+            ops.syrk(source, out=R)
+        factors = []
+        for step in range(start, stop):
+            a, b, c = triples[step]
+            S = free.pop()
+            if step:
+                ops.syrk(R, C=R, alpha=c, beta=b, gamma=a, out=S)
+            else:
+                ops.add(R, C=W, alpha=b, beta=c, gamma=a, out=S)
+            if step + 1 < stop:
+                ops.syrkx(R, S, out=W)
+                ops.syrkx(W, S, out=R)
+            factors.append(S)
+        part = factors.pop()
+        if stop < len(triples):
+            Q = free.pop()
+            ops.syrkx(factors[0], part, out=Q)
+            free.append(part)
+            parts.append((Q, factors.pop(), *weights[start:stop]))
+            target = stacks.pop(0)
+            ops.gemm(Q, source, out=target, scale=pending)
+            source, pending = target, None
+    for S, weight in zip(reversed(factors), reversed(weights[start : stop - 1]), strict=True):
+        ops.syrkx(S, part, gamma=weight, out=W)
+        part, W = W, part
+    for Q, S, w, v in reversed(parts):
+        ops.gemm(part, Q, C=S, beta=v, gamma=w, out=R)
+        part, R = R, part
+    ops.then(lambda: blend.factor.mul_(blend.scale), [])
+    ops.gemm(part, X, out=Y, scale=blend.factor)
+    return Y
 
 
 class Algorithm(NamedTuple):
@@ -388,7 +435,7 @@ class Algorithm(NamedTuple):
 
 ALGORITHMS = {
     "standard": Algorithm(standard, 2, 2),
-    "gram": Algorithm(gram, 5, 6),
+    "gram": Algorithm(gram, 5, 9),
 }
 
 
