@@ -203,7 +203,7 @@ class Workspace:
         precise = ops.precise_squares()
         squares = [Square(high, take(1, m, torch.float32)[:, 0] if precise else None) for high in highs]
         offset += -offset % 4  # stacks of a backend whose leading dimensions are odd
-        numbers = (take(1, 1, torch.float32)[:, 0, 0] for _ in range(3))
+        numbers = (take(1, 1, torch.float32)[:, 0, 0] for _ in range(5))
         return Stacks(X, Y, squares, Blend(*total, *numbers) if total else None, scratch, {})
 
 

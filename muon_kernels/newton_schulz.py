@@ -66,7 +66,7 @@ class Products(Protocol):
         gamma: float = 0.0,
         scale: Tensor | None = None,
     ) -> None:
-        """Write scale·(alpha·A + beta·C + gamma·I), of any shape if gamma is 0; `out` may be C."""
+        """Write scale·(alpha·A + beta·C + gamma·I), of any shape if gamma is 0; `out` may be A or C."""
 
     def then(self, run: Callable[[], object], operands: Sequence[Tensor]) -> None:
         """Do `run`, torch operations that read and write `operands`, where it stands in the order of the products."""
@@ -232,47 +232,45 @@ class Blend(NamedTuple):
     """What a weighted sum of iterates needs beside them.
 
     Attributes:
-        total: (batch, m, n) like X, written: the sum.
+        total: (batch, m, n) like X, overwritten.
         norms: (batch,) fp32, read: the Frobenius norms of the matrices that X was made from.
         scale: (batch,) fp32, written: what brings the largest singular value of X to 1 or below, but not far below.
         factor: (batch,) fp32, written: what the sum is multiplied by.
+        of_gram, of_square: (batch,) fp32, written: what the first Gram matrix and its square are multiplied by.
     """
 
     total: Tensor
     norms: Tensor
     scale: Tensor
     factor: Tensor
+    of_gram: Tensor
+    of_square: Tensor
 
 
 def _measure(
     ops: Products, X: Tensor, squares: Sequence[Square], scale: Tensor | None, power: float, blend: Blend
 ) -> None:
-    """Write `blend.scale` and `blend.factor`, and what the first step needs: R = scale² X Xᵀ and R², the squares.
+    """Write R = scale² X Xᵀ and R², the squares, and the numbers of the blend.
 
     The Frobenius norm may be √m times the largest singular value, and what is as far below 1 as the weights reach would
-    be lost. ‖R²‖_F^¼ is no smaller than that value either, but at most m^⅛ times as large. Its square is rounded up to
-    a power of two: both squares, which are there by then, are scaled without rounding again.
+    be lost. ‖R²‖_F^¼ is no smaller than that value either, but at most m^⅛ times as large. The first step has these
+    squares to begin with, and is spared two products.
     """
     R, S = squares[:2]
 
     def write() -> None:
-        square = torch.linalg.vector_norm(S.high, dim=(1, 2), dtype=torch.float32).sqrt_()
-        exponent = torch.frexp(square).exponent.neg_()
-        exponent.masked_fill_(square == 0, 0)
-        one = torch.ones_like(square)
-        for of, times in ((R, exponent), (S, 2 * exponent)):
-            factor = torch.ldexp(one, times)
-            of.high.mul_(factor.to(of.high.dtype)[:, None, None])
-            if of.diagonal is not None:
-                of.diagonal.mul_(factor[:, None])
-        torch.sqrt(torch.ldexp(one, exponent), out=blend.scale)
-        torch.pow(blend.norms / blend.scale, power, out=blend.factor)
+        bound = torch.linalg.vector_norm(S.high, dim=(1, 2), dtype=torch.float32).pow_(0.25)
+        bound.masked_fill_(bound == 0, 1.0)
+        torch.reciprocal(bound, out=blend.scale)
+        torch.square(blend.scale, out=blend.of_gram)
+        torch.square(blend.of_gram, out=blend.of_square)
         if scale is not None:
             blend.scale.mul_(scale)
+        torch.pow(bound.mul_(blend.norms), power, out=blend.factor)
 
     ops.syrk(X, out=R, scale=scale)
     ops.syrk(R, out=S)
-    ops.then(write, [R.high, S.high])
+    ops.then(write, [S.high])
 
 
 def standard(
@@ -316,7 +314,8 @@ def _standard_sum(
     total = Square(blend.total)
     _measure(ops, X, squares, scale, schedule.power, blend)
     a, b, c = triples[0]
-    ops.add(A, C=B, alpha=b, beta=c, out=B)
+    ops.add(B, alpha=c, out=B, scale=blend.of_gram)
+    ops.add(A, C=B, alpha=b, beta=1.0, out=B, scale=blend.of_gram)
     ops.add(Square(X), alpha=weights[0], out=total, scale=blend.scale)
     ops.gemm(B, X, C=X, out=Y, beta=a, scale=blend.scale)
     X, Y = Y, X
@@ -383,10 +382,12 @@ def _gram_sum(
     if not ops.precise_squares():  # and so a segment for every step
         return _standard_sum(ops, X, Y, squares, scale, schedule, blend)
     _measure(ops, X, squares, scale, schedule.power, blend)
+    R, W, *free = squares
+    ops.add(R, out=R, scale=blend.of_gram)
+    ops.add(W, out=W, scale=blend.of_square)
     *weights, v = schedule.weights
     a, b, c = schedule.triples[-1]
     triples = (*schedule.triples[:-1], (weights[-1] + v * a, v * b, v * c))  # of the last two iterates' sum
-    R, W, *free = squares
     parts: list[tuple[Square, Square, float, float]] = []
     source, pending = X, blend.scale
     stacks = [Y, blend.total]

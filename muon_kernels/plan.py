@@ -214,7 +214,7 @@ def count_iteration(
         return Square(empty(m), torch.empty(1, m, device="meta") if counter.precise_squares() else None)
 
     number = torch.empty(1, device="meta")
-    blend = Blend(empty(n), number, number, number) if schedule.weights else None
+    blend = Blend(empty(n), *[number] * 5) if schedule.weights else None
     squares = [empty_square() for _ in range(squares_of(algorithm, schedule))]
     run(counter, empty(n), empty(n), squares, number, schedule, blend)
 
@@ -251,8 +251,8 @@ def _count_on(backend: str, algorithm: str, m: int, n: int, schedule: Schedule) 
 def workspace_bytes(backend: str, algorithm: str, m: int, n: int, schedule: Schedule) -> int:
     """Workspace of one m x n matrix."""
     ops, squares = backends.get(backend), squares_of(algorithm, schedule)
-    # Three fp32 numbers, and what they may need to be aligned.
-    wide, numbers = (3, 4) if schedule.weights else (2, 0)
+    # Five fp32 numbers, and what they may need to be aligned.
+    wide, numbers = (3, 6) if schedule.weights else (2, 0)
     stacks = 2 * m * (wide * ops.leading_dimension(n) + squares * ops.leading_dimension(m))
     return stacks + ops.scratch_bytes(m, n) + (4 * m * squares if ops.precise_squares() else 0) + 4 * numbers
 
