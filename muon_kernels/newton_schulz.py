@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 import torch
@@ -145,16 +144,13 @@ def _largest_image(triples: Sequence[Triple], eigenvalues: Sequence[float], loss
 
 
 def segments(schedule: Schedule, size: int, precise: bool) -> tuple[Segment, ...]:
-    """Where the Gram form goes back to X: as the schedule says, which is for precise squares, or from a simulation.
+    """Where the Gram form goes back to X, from a simulation.
 
     Args:
         schedule: what to iterate.
         size: m.
         precise: whether the backend has precise squares.
     """
-    if schedule.segments:
-        stops = tuple(accumulate(schedule.segments if precise else [1] * len(schedule.triples)))
-        return tuple(map(Segment, (0, *stops[:-1]), stops))
     return _simulated(schedule.triples, schedule.margin, size, precise)
 
 
@@ -266,7 +262,7 @@ def _measure(
         torch.square(blend.of_gram, out=blend.of_square)
         if scale is not None:
             blend.scale.mul_(scale)
-        torch.pow(bound.mul_(blend.norms), power, out=blend.factor)
+        torch.pow(bound.mul_(blend.norms), power, out=blend.factor).mul_(blend.scale)
 
     ops.syrk(X, out=R, scale=scale)
     ops.syrk(R, out=S)
@@ -308,26 +304,28 @@ def standard(
 def _standard_sum(
     ops: Products, X: Tensor, Y: Tensor, squares: Sequence[Square], scale: Tensor | None, schedule: Schedule, blend: Blend
 ) -> Tensor:
-    """Σ wᵢ Xᵢ, an iterate at a time."""
+    """Σ wᵢ Xᵢ, an iterate at a time; only Gram matrices and the sum are scaled."""
     triples, weights = schedule.triples, schedule.weights
     A, B = squares[:2]
-    total = Square(blend.total)
     _measure(ops, X, squares, scale, schedule.power, blend)
     a, b, c = triples[0]
     ops.add(B, alpha=c, out=B, scale=blend.of_gram)
     ops.add(A, C=B, alpha=b, beta=1.0, out=B, scale=blend.of_gram)
-    ops.add(Square(X), alpha=weights[0], out=total, scale=blend.scale)
-    ops.gemm(B, X, C=X, out=Y, beta=a, scale=blend.scale)
-    X, Y = Y, X
-    for triple, weight in zip(triples[1:-1], weights[1:-2], strict=True):
+    ops.gemm(B, X, C=X, beta=a, out=Y)
+    total, kept = Square(X), weights[0]  # The sum so far is kept·total.
+    X, Y = Y, blend.total
+    for (a, b, c), weight in zip(triples[1:-1], weights[1:-2], strict=True):
         if weight:
-            ops.add(Square(X), C=total, alpha=weight, beta=1.0, out=total)
-        _standard_step(ops, X, Y, A, B, None, triple)
+            ops.add(Square(X), C=total, alpha=weight, beta=kept, out=total)
+            kept = 1.0
+        ops.syrk(X, out=A, scale=blend.scale)
+        ops.syrk(A, C=A, alpha=c, beta=b, out=B)
+        ops.gemm(B, X, C=X, beta=a, out=Y)
         X, Y = Y, X
     # w x + v (a x + b x³ + c x⁵): the last iterate itself is never needed.
     (a, b, c), (w, v) = triples[-1], weights[-2:]
-    ops.add(Square(X), C=total, alpha=w + v * a, beta=1.0, out=total)
-    ops.syrk(X, out=A)
+    ops.add(Square(X), C=total, alpha=w + v * a, beta=kept, out=total)
+    ops.syrk(X, out=A, scale=blend.scale)
     ops.syrk(A, C=A, alpha=c, beta=b, out=B)
     ops.gemm(B, X, C=total.high, alpha=v, beta=1.0, out=Y, scale=blend.factor)
     return Y
@@ -348,7 +346,8 @@ def gram(
     into S before S is rounded, and no product is expanded: both would cancel.
     """
     if blend is not None:
-        return _gram_sum(ops, X, Y, squares, scale, schedule, blend)
+        form = _gram_sum if ops.precise_squares() else _standard_sum  # which it is with a segment for every step
+        return form(ops, X, Y, squares, scale, schedule, blend)
     R, W, S, Q, Q_next = squares
     for start, stop in segments(schedule, X.shape[1], ops.precise_squares()):
         if stop - start == 1:
@@ -374,56 +373,54 @@ def gram(
 def _gram_sum(
     ops: Products, X: Tensor, Y: Tensor, squares: Sequence[Square], scale: Tensor | None, schedule: Schedule, blend: Blend
 ) -> Tensor:
-    """Σ wᵢ Xᵢ = (P₀ + (P₁ + P₂ Q₁) Q₀) X, where P = Σ wᵢ Qᵢ is a segment's part of the sum and Q takes X to the next.
+    """Σ wᵢ Xᵢ = w₀ X₀ + (w₂ I + w₃ S₂ + T Q) X₂, where Q = S₂ S₃ and T = w₄ I + S₄ (w₅ I + S₅ (…)).
 
-    So all but the last product are of squares. They are polynomials of other Gram matrices, which rounding keeps from
-    commuting: the order counts, and what is added up has no symmetry.
+    Segments are of two steps, two, and the rest: with more at first, an eigenvalue that rounding left below zero
+    explodes wherever one singular value is a few times as large as the others, as in momenta of trained layers; the
+    last steps see a flatter spectrum. The sum is of squares as far as X₂, which costs less than a product with each
+    iterate, but not as far as X₀, in which nothing would mask the rounding of squares as large as σ^(p-1) for the
+    smallest σ. T and Q are of two Gram matrices, which rounding keeps from commuting: T Q is not symmetric.
+
+    Raises:
+        ValueError: X₁ has a weight.
     """
-    if not ops.precise_squares():  # and so a segment for every step
-        return _standard_sum(ops, X, Y, squares, scale, schedule, blend)
+    triples, weights = schedule.triples, schedule.weights
+    if weights[1]:
+        raise ValueError(f"expected no weight of the second iterate, which is never there, got {weights[1]}")
+    R, W, S, Q, *others = squares
+
+    def factors(of: Sequence[Triple], out: Sequence[Square], squared: bool = False) -> None:
+        """S = a I + b R + c R² of successive steps and R ← R S² between; R² is W if it is there."""
+        for step, ((a, b, c), to) in enumerate(zip(of, out, strict=True)):
+            if squared and step == 0:
+                ops.add(R, C=W, alpha=b, beta=c, gamma=a, out=to)
+            else:
+                ops.syrk(R, C=R, alpha=c, beta=b, gamma=a, out=to)
+            if step + 1 < len(of):
+                ops.syrkx(R, to, out=W)
+                ops.syrkx(W, to, out=R)
+
     _measure(ops, X, squares, scale, schedule.power, blend)
-    R, W, *free = squares
     ops.add(R, out=R, scale=blend.of_gram)
     ops.add(W, out=W, scale=blend.of_square)
-    *weights, v = schedule.weights
-    a, b, c = schedule.triples[-1]
-    triples = (*schedule.triples[:-1], (weights[-1] + v * a, v * b, v * c))  # of the last two iterates' sum
-    parts: list[tuple[Square, Square, float, float]] = []
-    source, pending = X, blend.scale
-    stacks = [Y, blend.total]
-    for start, stop in segments(schedule, X.shape[1], True):
-        if start:
-            ops.syrk(source, out=R)
-        factors = []
-        for step in range(start, stop):
-            a, b, c = triples[step]
-            S = free.pop()
-            if step:
-                ops.syrk(R, C=R, alpha=c, beta=b, gamma=a, out=S)
-            else:
-                ops.add(R, C=W, alpha=b, beta=c, gamma=a, out=S)
-            if step + 1 < stop:
-                ops.syrkx(R, S, out=W)
-                ops.syrkx(W, S, out=R)
-            factors.append(S)
-        part = factors.pop()
-        if stop < len(triples):
-            Q = free.pop()
-            ops.syrkx(factors[0], part, out=Q)
-            free.append(part)
-            parts.append((Q, factors.pop(), *weights[start:stop]))
-            target = stacks.pop(0)
-            ops.gemm(Q, source, out=target, scale=pending)
-            source, pending = target, None
-    for S, weight in zip(reversed(factors), reversed(weights[start : stop - 1]), strict=True):
-        ops.syrkx(S, part, gamma=weight, out=W)
-        part, W = W, part
-    for Q, S, w, v in reversed(parts):
-        ops.gemm(part, Q, C=S, beta=v, gamma=w, out=R)
-        part, R = R, part
-    ops.then(lambda: blend.factor.mul_(blend.scale), [])
-    ops.gemm(part, X, out=Y, scale=blend.factor)
-    return Y
+    factors(triples[:2], (S, W), squared=True)
+    ops.syrkx(S, W, out=Q)
+    ops.gemm(Q, X, out=Y)
+    X_2, X_4 = Y, blend.total
+    ops.syrk(X_2, out=R, scale=blend.scale)
+    factors(triples[2:4], (S, W))
+    ops.syrkx(S, W, out=Q)
+    ops.gemm(Q, X_2, out=X_4)
+    ops.syrk(X_4, out=R, scale=blend.scale)
+    (a, b, c), (*_, w, v) = triples[-1], weights
+    factors((*triples[4:-1], (w + v * a, v * b, v * c)), (*others, W))  # the last two iterates in one
+    T, spare = W, R
+    for other, weight in zip(reversed(others), reversed(weights[4:-2]), strict=True):
+        ops.syrkx(other, T, gamma=weight, out=spare)
+        T, spare = spare, T
+    ops.gemm(T, Q, C=S, beta=weights[3], gamma=weights[2], out=spare)
+    ops.gemm(spare, X_2, C=X, beta=weights[0], out=X_4, scale=blend.factor)
+    return X_4
 
 
 class Algorithm(NamedTuple):
@@ -436,7 +433,7 @@ class Algorithm(NamedTuple):
 
 ALGORITHMS = {
     "standard": Algorithm(standard, 2, 2),
-    "gram": Algorithm(gram, 5, 9),
+    "gram": Algorithm(gram, 5, 6),
 }
 
 

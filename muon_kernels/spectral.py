@@ -28,23 +28,17 @@ LOWEST = 3e-4
 # Found by `fit`, to five digits; other starts come to errors of 2.1 to 3 %, as these. Slopes are gentler than those of
 # sets that only want the last iterate: rounding errors grow less.
 TRIPLES: tuple[Triple, ...] = (
-    (4.06939, -8.53223, 4.79640),
-    (3.37861, -4.97921, 2.09031),
-    (3.56244, -5.82475, 2.55317),
-    (3.39686, -4.95359, 2.11728),
-    (3.51907, -5.62909, 2.41182),
-    (3.21977, -4.57400, 1.94595),
-    (2.03063, -2.08628, 0.84097),
+    (3.32933, -7.14284, 4.04516),
+    (2.89477, -4.00995, 2.38167),
+    (3.62354, -7.01039, 3.77181),
+    (3.79035, -7.06066, 3.74027),
+    (3.60439, -6.28381, 2.89797),
+    (3.43231, -5.36757, 2.44371),
+    (2.19529, -2.25542, 0.93961),
 )
 
-# How many steps the Gram form may do before it goes back to the matrix. With more than two at first, an eigenvalue that
-# rounding left below zero explodes wherever one singular value is a few times as large as the others, as in momenta of
-# trained layers; the last steps see a flatter spectrum.
-SEGMENTS = (2, 2, 3)
-
-# The iterates that are summed. In Gram form, one inside of a segment but the last costs a product with the matrix; but
-# triples whose sum does without those were found to explode when an iterate is a few percent too large.
-ITERATES = tuple(range(len(TRIPLES) + 1))
+# The iterates that are summed: in Gram form the second one is never there.
+ITERATES = (0, *range(2, len(TRIPLES) + 1))
 
 # What `fit_weights` says of the paper's powers.
 WEIGHTS: dict[float, tuple[float, ...]] = {}
@@ -62,7 +56,7 @@ def check_power(power: Any, name: str = "power") -> float:
 def schedule_of(power: float) -> Schedule:
     """What to iterate for a power strictly between 0 and 1."""
     weights = WEIGHTS.get(power) or fit_weights(power)
-    return Schedule(TRIPLES, 1.0, "spectral", weights, power, SEGMENTS)
+    return Schedule(TRIPLES, 1.0, "spectral", weights, power)
 
 
 def _iterates(triples: Tensor, sigma: Tensor) -> Tensor:
