@@ -9,7 +9,7 @@ then amplifies, so it must start afresh from X now and then: see `segments`.
 
 The iterates of one X are U f(Σ) Vᵀ with odd f that saturate at ever smaller singular values; a fixed sum of them is as
 near to U Σ^p Vᵀ as its weights are good (spectral.py), and costs little beside the last iterate. In Gram form it is
-largely a sum of m x m matrices.
+a sum of m x m matrices, but for its first term.
 """
 
 from __future__ import annotations
@@ -302,7 +302,13 @@ def standard(
 
 
 def _standard_sum(
-    ops: Products, X: Tensor, Y: Tensor, squares: Sequence[Square], scale: Tensor | None, schedule: Schedule, blend: Blend
+    ops: Products,
+    X: Tensor,
+    Y: Tensor,
+    squares: Sequence[Square],
+    scale: Tensor | None,
+    schedule: Schedule,
+    blend: Blend,
 ) -> Tensor:
     """Σ wᵢ Xᵢ, an iterate at a time; only Gram matrices and the sum are scaled."""
     triples, weights = schedule.triples, schedule.weights
@@ -371,7 +377,13 @@ def gram(
 
 
 def _gram_sum(
-    ops: Products, X: Tensor, Y: Tensor, squares: Sequence[Square], scale: Tensor | None, schedule: Schedule, blend: Blend
+    ops: Products,
+    X: Tensor,
+    Y: Tensor,
+    squares: Sequence[Square],
+    scale: Tensor | None,
+    schedule: Schedule,
+    blend: Blend,
 ) -> Tensor:
     """Σ wᵢ Xᵢ = w₀ X₀ + (w₂ I + w₃ S₂ + T Q) X₂, where Q = S₂ S₃ and T = w₄ I + S₄ (w₅ I + S₅ (…)).
 
