@@ -161,9 +161,10 @@ def test_parts_of_squares_are_exact_on_integers(backend: str, m: int) -> None:
         A = Square(inside_nan(symmetric(3, m)), diagonal)
         return A, A.high.double() + diagonal.double().diag_embed()
 
-    def check(exact: Tensor) -> None:
-        """The result is the lower triangle of `exact`, mirrored."""
-        exact = exact.tril() + exact.tril(-1).mT
+    def check(exact: Tensor, symmetric: bool = True) -> None:
+        """The result is `exact`, or the lower triangle of it, mirrored."""
+        if symmetric:
+            exact = exact.tril() + exact.tril(-1).mT
         assert torch.equal(high, exact.float().bfloat16())
         on_diagonal = high.double().diagonal(dim1=-2, dim2=-1) + diagonal.double()
         assert torch.equal(on_diagonal, exact.diagonal(dim1=-2, dim2=-1))
@@ -175,12 +176,16 @@ def test_parts_of_squares_are_exact_on_integers(backend: str, m: int) -> None:
     out = Square(high, diagonal)
     ops.syrkx(A, B, out=out)
     check(a @ b)
+    ops.syrkx(A, B, gamma=8.0, out=out)
+    check(a @ b + 8 * torch.eye(m))
     scale = torch.tensor([1.0, 0.5, 2.0])
     eye, scales = torch.eye(m), scale[:, None, None]
     ops.syrk(A, C=C, alpha=2.0, beta=-4.0, gamma=8.0, scale=scale, out=out)
     check(scales**2 * (2 * a @ a.mT - 4 * c + 8 * eye))
     ops.syrk(A, C=A, alpha=2.0, beta=-4.0, gamma=8.0, scale=scale, out=out)
     check(scales**2 * (2 * a @ a.mT - 4 * a + 8 * eye))
+    ops.gemm(A, B, C=C, alpha=2.0, beta=-4.0, gamma=8.0, out=out)
+    check(2 * a @ b - 4 * c + 8 * eye, symmetric=False)
     for n in (m, 2 * m + 1):
         X, Y = integers(3, m, n), integers(3, m, n)
         for of in (X, Y):  # added to the product, or another matrix

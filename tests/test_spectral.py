@@ -61,12 +61,12 @@ def test_weights_hold_in_exact_arithmetic(p: float, m: int) -> None:
 def test_weights_of_any_power() -> None:
     for p in (0.01, 0.06, 0.3, 0.9, 0.99):
         assert error(schedule_of(p)).worst < 0.06
-        assert all(abs(w) < 1.4 for w in schedule_of(p).weights)
+        assert all(abs(w) < 1.1 for w in schedule_of(p).weights)
 
 
 def test_iterates_do_not_explode() -> None:
     """Wherever rounding puts them, above one too."""
-    for factors in itertools.product((0.97, 1.03), repeat=len(TRIPLES)):
+    for factors in itertools.product((0.93, 1.07), repeat=len(TRIPLES)):
         x = torch.linspace(0, 1, 500, dtype=torch.float64)
         for (a, b, c), factor in zip(TRIPLES, factors, strict=True):
             x = x * factor
