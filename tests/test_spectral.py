@@ -78,6 +78,8 @@ def test_iterates_do_not_explode() -> None:
 def test_fit_finds_such_triples() -> None:
     triples, worst = fit((0.5,), steps=4, iterates=range(5), lowest=0.03, starts=1)
     assert worst < 0.03
+    beyond = torch.linspace(0, 1.08, 500, dtype=torch.float64)
+    assert all((a * beyond + b * beyond**3 + c * beyond**5).abs().max() < 1.02 for a, b, c in triples)
     weights = fit_weights(0.5, triples, tuple(range(5)), 0.03)
     sigma = torch.logspace(math.log10(0.03), 0, 1000, dtype=torch.float64)
     total, x = weights[0] * sigma, sigma
@@ -228,6 +230,8 @@ def test_references_of_singular_matrices() -> None:
     for exact in ("svd", "coupled"):
         torch.testing.assert_close(spectral_power(G, 0.5, exact=exact), wanted, rtol=1e-6, atol=1e-6)
         assert (spectral_power(torch.zeros(3, 4), 0.5, exact=exact) == 0).all()
+    polar = G / torch.linalg.norm(G)
+    torch.testing.assert_close(spectral_power(G, 0, exact="svd"), polar, rtol=1e-6, atol=1e-6)
 
 
 def test_compiles() -> None:
