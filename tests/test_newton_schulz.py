@@ -166,7 +166,7 @@ def test_a_singular_value_that_leads(backend: str, algorithm: str, name: str) ->
 
 @pytest.mark.parametrize("shape", [(512, 512), (512, 768)], ids=str)
 def test_three_steps_where_a_singular_value_leads(shape: tuple[int, int]) -> None:
-    """The accuracy rule where segments of three steps come closest to it: it leads by little."""
+    """The accuracy rule where segments of three steps come closest to it: it is ten times the next."""
     if backends.unavailable("cpu"):
         pytest.skip("needs precise squares")
     schedule = resolve("keller")
