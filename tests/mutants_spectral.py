@@ -147,7 +147,7 @@ MUTANTS = [
         ROUNDING,
         ITERATION,
     ),
-    Mutant("gram: second weight unnoticed", "    if weights[1]:\n", "    if False:\n", SUMS, ITERATION),
+    Mutant("gram: second weight unnoticed", "    if weights[1]:\n", "    if False:\n", "second_iterate", ITERATION),
     Mutant(
         "gram without precise squares",
         "_gram_sum if ops.precise_squares() else _standard_sum",

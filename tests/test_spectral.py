@@ -16,7 +16,7 @@ from muon_kernels import Muon, SpectralAdam, SpectralMomentum, paper_optimizer, 
 from muon_kernels.backends import unavailable
 from muon_kernels.coefficients import resolve
 from muon_kernels.newton_schulz import ALGORITHMS
-from muon_kernels.plan import plan_bucket
+from muon_kernels.plan import count, plan_bucket
 from muon_kernels.spectral import TRIPLES, error, fit, fit_weights, schedule_of
 from muon_kernels.split import equal
 
@@ -87,6 +87,12 @@ def test_fit_finds_such_triples() -> None:
         x = a * x + b * x**3 + c * x**5
         total += w * x
     assert (total / sigma.sqrt() - 1).abs().max() < 0.03
+
+
+def test_gram_form_has_no_second_iterate() -> None:
+    weights = fit_weights(0.5, TRIPLES, tuple(range(len(TRIPLES) + 1)))
+    with pytest.raises(ValueError, match="no weight of the second iterate"):
+        count("gram", 8, 16, schedule_of(0.5)._replace(weights=weights), True, True)
 
 
 # ---- spectral_power ----
