@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import backends
 from .coefficients import DEFAULT, Schedule, resolve
-from .newton_schulz import ALGORITHMS, Blend, Square, squares_of
+from .newton_schulz import ALGORITHMS, Blend, Square, square, squares_of
 from .options import check_algorithm, check_workspace, check_workspace_dtype
 from .packed import VISITS, floats
 from .second_moment import FORMS, SIGNS_LAUNCHES, SIGNS_VISITS
@@ -181,16 +181,24 @@ class Counter:
 
     def syrk(self, A: Tensor | Square, *, out: Square, C: Square | None = None, **_: object) -> None:
         """Count one."""
-        A = A if isinstance(A, Square) else Square(A)
+        A = square(A)
         self._count(A, A, C.high if C else None, out.high, symmetric=True)
 
-    def syrkx(self, A: Square, B: Square, *, out: Square) -> None:
+    def syrkx(self, A: Square, B: Square, *, out: Square, gamma: float = 0.0) -> None:
         """Count one."""
         self._count(A, B, None, out.high, symmetric=True)
 
-    def gemm(self, A: Square, X: Tensor, *, out: Tensor, C: Tensor | None = None, **_: object) -> None:
+    def gemm(
+        self,
+        A: Square,
+        X: Tensor | Square,
+        *,
+        out: Tensor | Square,
+        C: Tensor | Square | None = None,
+        **_: object,
+    ) -> None:
         """Count one."""
-        self._count(A, Square(X), C, out, symmetric=False)
+        self._count(A, square(X), square(C).high if C is not None else None, square(out).high, symmetric=False)
 
 
 def count_iteration(
@@ -206,12 +214,12 @@ def count_iteration(
     def empty(cols: int) -> Tensor:
         return torch.empty(1, m, cols, dtype=torch.bfloat16, device="meta")
 
-    def square() -> Square:
+    def empty_square() -> Square:
         return Square(empty(m), torch.empty(1, m, device="meta") if counter.precise_squares() else None)
 
     number = torch.empty(1, device="meta")
-    blend = Blend(empty(n), number, number, number) if schedule.weights else None
-    squares = [square() for _ in range(squares_of(algorithm, schedule))]
+    blend = Blend(empty(n), *[number] * 5) if schedule.weights else None
+    squares = [empty_square() for _ in range(squares_of(algorithm, schedule))]
     run(counter, empty(n), empty(n), squares, number, schedule, blend)
 
 
@@ -247,8 +255,8 @@ def _count_on(backend: str, algorithm: str, m: int, n: int, schedule: Schedule) 
 def workspace_bytes(backend: str, algorithm: str, m: int, n: int, schedule: Schedule, packed: int = 0) -> int:
     """Workspace of one m x n matrix; momentum and parameter are in it one after the other."""
     ops, squares = backends.get(backend), squares_of(algorithm, schedule)
-    # An fp64 and two fp32 numbers, and what they may need to be aligned.
-    wide, numbers = (3, 24) if schedule.weights else (2, 0)
+    # An fp64 and four fp32 numbers, and what they may need to be aligned.
+    wide, numbers = (3, 32) if schedule.weights else (2, 0)
     stacks = 2 * m * (wide * ops.leading_dimension(n) + squares * ops.leading_dimension(m))
     unpacked = 4 * floats(m, n) if packed else 0
     diagonals = 4 * m * squares if ops.precise_squares() else 0

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..coefficients import Schedule
 from ..layout import Matrices
-from ..newton_schulz import Square
+from ..newton_schulz import Square, square
 
 
 def unavailable() -> str | None:
@@ -187,28 +187,29 @@ def syrk(
     scale: Tensor | None = None,
 ) -> None:
     """See `Products.syrk`."""
-    A = A.high if isinstance(A, Square) else A
-    squared = None if scale is None else scale * scale
+    A, squared = square(A).high, None if scale is None else scale * scale
     _product(A, A.mT, out.high, None if C is None else C.high, alpha, beta, gamma, squared)
 
 
-def syrkx(A: Square, B: Square, *, out: Square) -> None:
+def syrkx(A: Square, B: Square, *, out: Square, gamma: float = 0.0) -> None:
     """See `Products.syrkx`."""
-    _product(A.high, B.high, out.high, None, 1.0, 0.0, 0.0, None)
+    _product(A.high, B.high, out.high, None, 1.0, 0.0, gamma, None)
 
 
 def gemm(
     A: Square,
-    X: Tensor,
+    X: Tensor | Square,
     *,
-    out: Tensor,
-    C: Tensor | None = None,
+    out: Tensor | Square,
+    C: Tensor | Square | None = None,
     alpha: float = 1.0,
     beta: float = 0.0,
+    gamma: float = 0.0,
     scale: Tensor | None = None,
 ) -> None:
     """See `Products.gemm`."""
-    _product(A.high, X, out, C, alpha, beta, 0.0, scale)
+    addend = None if C is None else square(C).high
+    _product(A.high, square(X).high, square(out).high, addend, alpha, beta, gamma, scale)
 
 
 def _towards_zero(p: Tensor, update: Tensor) -> Tensor:
