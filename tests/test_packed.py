@@ -540,7 +540,7 @@ def test_state_that_does_not_fit(backend: str, case: str) -> None:
             ValueError,
             "master_weights should be False where power is 1",
         ),
-        ({**EIGHT, "power": 1.0}, ValueError, "momentum_dtype should not be int8 where power is 1"),
+        ({**EIGHT, "power": 1.0}, ValueError, "momentum_dtype should be floating-point where power is 1"),
         ({"master_weights": 1}, TypeError, "master_weights should be True or False but is: 1"),
     ],
 )
