@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 Iterate = Callable[["Work", "Stacks", "Tensor | None"], Tensor]
 
 # Sets of buffers, each of a round: one that is multiplied, the next, whose slices come, the last, whose results go.
-_IN_FLIGHT = 3
+IN_FLIGHT = 3
 # A share of results, in bytes a rank, that is worth a collective of its own.
-_SHARE = 16 << 20
-_NORM = 8  # bytes of a double
+SHARE_BYTES = 16 << 20
+NORM_BYTES = 8  # bytes of a double
 
 
 class Rectangle(NamedTuple):
@@ -173,6 +173,22 @@ class Lot:
         return f"the bucket of {sum(map(len, self.entries))} x {m}x{n}"
 
 
+def record_bytes(elements: int) -> int:
+    """Of a slice and its norm, a multiple of 8; none of an empty one."""
+    return (-(-2 * elements // NORM_BYTES) + 1) * NORM_BYTES if elements else 0
+
+
+def in_round(most: int, bytes_each: int, cap: int) -> int:
+    """Of an owner's matrices, no more than `most`, how many go through at a time, if they are to fit `cap`."""
+    rounds = -(-most // max(1, cap // bytes_each))
+    return -(-most // rounds)
+
+
+def bytes_in_flight(workspace_bytes: int, elements: int) -> int:
+    """Of one matrix in a round: of its workspace and of the buffers that it is in."""
+    return workspace_bytes + 2 * IN_FLIGHT * 2 * elements
+
+
 class _Slices(NamedTuple):
     """Slices of one owner's matrices, all of one rank's part, in a buffer: each with room for its norm behind it."""
 
@@ -182,8 +198,8 @@ class _Slices(NamedTuple):
 
     @property
     def record(self) -> int:
-        """Bytes of a slice and what belongs to it, of a multiple of 8; none of what is empty."""
-        return (-(-2 * self.part.elements // _NORM) + 1) * _NORM if self.part.elements else 0
+        """Bytes of a slice and what belongs to it."""
+        return record_bytes(self.part.elements)
 
     @property
     def bytes(self) -> int:
@@ -199,7 +215,7 @@ class _Slices(NamedTuple):
     def norms(self, buffer: Tensor) -> Tensor:
         """(count,) float64."""
         flat = buffer[self.offset : self.offset + self.bytes].view(torch.float64)
-        step = self.record // _NORM
+        step = self.record // NORM_BYTES
         return flat.as_strided((self.matrices,), (step,), flat.storage_offset() + step - 1)
 
 
@@ -350,6 +366,11 @@ class CutRound:
         back = _end(self.received) - self.received[team.shard].bytes
         return out + back + (team.replica_count - 1) * self.share * self.sent[0].record
 
+    @property
+    def collectives(self) -> int:
+        """Calls that it takes."""
+        return 2 + (self.lot.kind.team.replicas is not None)
+
     def begin(self, grads: Sequence[Tensor], scalars: Scalars, buffers: Buffers) -> None:
         """Update momenta and send slices of the directions off."""
         team, work = self.lot.kind.team, self.lot.work
@@ -455,7 +476,6 @@ class CopyRound:
         """
         self.team = lots[0][0].kind.team
         self.lots = []
-        counts = []
         for lot, first in lots:
             shares = [entries[first : first + lot.most] for entries in lot.entries]
             kept = [all(momenta[entry.param] is not None for entry in entries) for entries in shares]
@@ -471,20 +491,28 @@ class CopyRound:
                     [_bundle_of(params, entries, "param_at") for entries in shares],
                 )
             )
-            whole = Rectangle(0, 0, *lot.kind.shape)
-            counts.append((max(map(len, shares)), whole))
-        self.places = _in_turn(counts)
+        # Where in its share every rank has its results.
+        self.places = [
+            _in_turn([(len(copies.shares[rank]), Rectangle(0, 0, *copies.lot.kind.shape)) for copies in self.lots])
+            for rank in range(self.team.replica_count)
+        ]
+        self.share = max(map(_end, self.places))
         self.pending: _Pending | None = None
 
     @property
     def buffer_bytes(self) -> tuple[int, int]:
         """Of `Buffers.slices`, this rank's results, and `Buffers.owned`, everybody's."""
-        return _end(self.places), _end(self.places) * self.team.replica_count
+        return self.share, self.share * self.team.replica_count
 
     @property
     def bytes_sent(self) -> int:
         """By this rank to others."""
-        return _end(self.places) * (self.team.replica_count - 1)
+        return self.share * (self.team.replica_count - 1)
+
+    @property
+    def collectives(self) -> int:
+        """Calls that it takes."""
+        return 1
 
     def begin(self, grads: Sequence[Tensor], scalars: Scalars, buffers: Buffers) -> None:
         """Remember the gradients: there is nothing to send yet."""
@@ -492,7 +520,7 @@ class CopyRound:
 
     def iterate(self, scalars: Scalars, workspace: Workspace, buffers: Buffers, run: Iterate) -> None:
         """Orthogonalize this rank's share and send it to the others."""
-        for copies, place in zip(self.lots, self.places, strict=True):
+        for copies, place in zip(self.lots, self.places[self.team.replica], strict=True):
             work, dtype = copies.lot.work, copies.lot.work.bucket.workspace_dtype
             ops = backends.get(work.bucket.backend)
             turns = [r for r in range(self.team.replica_count) if r != self.team.replica] + [self.team.replica]
@@ -512,11 +540,10 @@ class CopyRound:
                 )
                 if rank == self.team.replica:
                     result = run(work, stacks, scale)
-                    place._replace(matrices=len(entries)).of(buffers.slices, dtype).copy_(result)
-        size = _end(self.places)
+                    place.of(buffers.slices, dtype).copy_(result)
         self.pending = _gather(
-            buffers.owned[: size * self.team.replica_count],
-            buffers.slices[:size],
+            buffers.owned[: self.share * self.team.replica_count],
+            buffers.slices[: self.share],
             self.team,
             " and ".join(str(copies.lot) for copies in self.lots),
         )
@@ -526,14 +553,13 @@ class CopyRound:
         assert self.pending is not None
         self.pending.wait()
         self.pending = None
-        size = _end(self.places)
-        for copies, place in zip(self.lots, self.places, strict=True):
+        for number, copies in enumerate(self.lots):
             work, dtype = copies.lot.work, copies.lot.work.bucket.workspace_dtype
             first = copies.first * self.team.replica_count
             for rank, (params, entries) in enumerate(zip(copies.params, copies.shares, strict=True)):
                 if entries:
-                    results = buffers.owned[rank * size : (rank + 1) * size]
-                    X = place._replace(matrices=len(entries)).of(results, dtype)
+                    results = buffers.owned[rank * self.share : (rank + 1) * self.share]
+                    X = self.places[rank][number].of(results, dtype)
                     ratios = array("d", [entry.ratio for entry in entries])
                     backends.get(work.bucket.backend).apply_update(
                         params, X, **scalars.of_update(copies.lot.number, first), ratios=ratios
@@ -575,26 +601,37 @@ class Exchange:
         return sum(r.bytes_sent for r in self.rounds)
 
     @property
+    def collectives(self) -> int:
+        """Calls in a step."""
+        return sum(r.collectives for r in self.rounds)
+
+    @property
+    def _sizes(self) -> tuple[int, int, int]:
+        """Elements of a set of buffers: bytes, bytes, norms."""
+        slices, owned = (max(column) for column in zip(*(r.buffer_bytes for r in self.rounds), strict=True))
+        most = max(max(map(len, lot.entries)) for lot in self.lots)
+        return slices, owned, most * self.team.shard_count
+
+    @property
     def buffer_bytes(self) -> int:
         """What is allocated beside the workspace."""
-        sizes = [r.buffer_bytes for r in self.rounds]
-        return min(_IN_FLIGHT, len(sizes)) * sum(max(column, default=0) for column in zip(*sizes, strict=True))
+        if not self.rounds:
+            return 0
+        slices, owned, norms = self._sizes
+        return min(IN_FLIGHT, len(self.rounds)) * (slices + owned + NORM_BYTES * norms)
 
     def reserve(self) -> None:
         """Allocate buffers."""
         if self._buffers or not self.rounds:
             return
-        sizes = [r.buffer_bytes for r in self.rounds]
         device = self.works[0].device
-        most = max(max(map(len, lot.entries)) for lot in self.lots)
-        for _ in range(min(_IN_FLIGHT, len(self.rounds))):
+        *sizes, count = self._sizes
+        for _ in range(min(IN_FLIGHT, len(self.rounds))):
             # doubles, for what is viewed as such
             slices, owned = (
-                torch.empty(-(-max(column) // _NORM), dtype=torch.float64, device=device).view(torch.uint8)
-                for column in zip(*sizes, strict=True)
+                torch.empty(size // NORM_BYTES, dtype=torch.float64, device=device).view(torch.uint8) for size in sizes
             )
-            norms = torch.empty(most * self.team.shard_count, dtype=torch.float64, device=device)
-            self._buffers.append(Buffers(slices, owned, norms))
+            self._buffers.append(Buffers(slices, owned, torch.empty(count, dtype=torch.float64, device=device)))
 
     @property
     def lots(self) -> list[Lot]:
@@ -619,12 +656,12 @@ class Exchange:
             if i == 0:
                 r.begin(grads, scalars, buffers[0])
             if i + 1 < len(rounds):
-                rounds[i + 1].begin(grads, scalars, buffers[(i + 1) % _IN_FLIGHT])
-            r.iterate(scalars, workspace, buffers[i % _IN_FLIGHT], run)
+                rounds[i + 1].begin(grads, scalars, buffers[(i + 1) % IN_FLIGHT])
+            r.iterate(scalars, workspace, buffers[i % IN_FLIGHT], run)
             if i:
-                rounds[i - 1].end(scalars, buffers[(i - 1) % _IN_FLIGHT])
+                rounds[i - 1].end(scalars, buffers[(i - 1) % IN_FLIGHT])
         if rounds:
-            rounds[-1].end(scalars, buffers[(len(rounds) - 1) % _IN_FLIGHT])
+            rounds[-1].end(scalars, buffers[(len(rounds) - 1) % IN_FLIGHT])
 
 
 def prepare(
@@ -733,8 +770,7 @@ def _lot(
     ops, (m, n) = backends.get(bucket.backend), kind.shape
     each = workspace_bytes(bucket.backend, bucket.algorithm, m, n, schedule)
     cap = ops.default_workspace_bytes() if max_workspace_bytes is None else max_workspace_bytes
-    rounds = -(-most // max(1, cap // (each + 2 * _IN_FLIGHT * bucket.workspace_dtype.itemsize * m * n)))
-    most = -(-most // rounds)
+    most = in_round(most, bytes_in_flight(each, m * n), cap)
     chunks = tuple(min(most, owned - first) for first in range(0, owned, most))
     slots = max(chunks, default=0)
     bucket = replace(bucket, chunks=chunks, slots=slots, workspace_bytes=slots * each)
@@ -752,7 +788,7 @@ def _copy_rounds(lots: Sequence[Lot], params: Sequence[Tensor], momenta: Sequenc
         for i in range(lot.rounds):
             waiting.append((lot, i * lot.most))
             copies = CopyRound(waiting, params, momenta)
-            if copies.buffer_bytes[0] >= _SHARE:
+            if copies.buffer_bytes[0] >= SHARE_BYTES:
                 rounds.append(copies)
                 waiting = []
     if waiting:
