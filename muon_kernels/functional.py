@@ -21,7 +21,7 @@ from torch import Tensor
 from . import backends, options
 from .coefficients import DEFAULT, NS_STEPS, Schedule, resolve
 from .distributed import exchange
-from .distributed.placement import Placement
+from .distributed.placement import Placement, local
 from .layout import (
     Bundle,
     Layout,
@@ -318,6 +318,7 @@ def check_like(name: str, t: Tensor, p: Tensor) -> None:
 
 def check_apart(tensors: Sequence[tuple[str, Tensor]]) -> None:
     """Raise ValueError if two elements of the named tensors share memory: a step would write it twice."""
+    tensors = [(name, local(t)) for name, t in tensors]
     for name, t in tensors:
         if overlaps_itself(t.shape, t.stride()):
             raise ValueError(
@@ -478,7 +479,7 @@ def prepare(
             exchange.prepare(
                 params,
                 grads,
-                buffers,
+                momentum_bufs,
                 placements,
                 schedule=schedule,
                 ratio=partial(lr_ratio, adjust_lr_fn),

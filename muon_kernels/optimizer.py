@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, overload
 
 import torch
@@ -13,9 +14,9 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from .coefficients import COEFFICIENTS, DEFAULT, NS_STEPS, resolve
 from .distributed import consensus
-from .distributed.deal import deal
 from .distributed.exchange import Failed
-from .distributed.placement import Placement, Team, is_dtensor, local, placement_of, replicated, team_of_replicas
+from .distributed.placement import local
+from .distributed.ranks import Ranks
 from .functional import (
     DTYPES,
     SETTLED,
@@ -185,10 +186,7 @@ class Muon(Optimizer):
             defaults["ns_steps"] = len(resolve(ns_coefficients, ns_steps).triples)
         self._workspace = Workspace()
         self._prepared = Preparations()
-        self._process_group = process_group
-        self._placements: dict[Tensor, Placement | None] = {}
-        self._teams: dict[Team, list[Tensor]] = {}
-        self._loads: list[int] = []  # of the owners of plain tensors, in FLOPs
+        self._ranks = Ranks(process_group)
         self._steps = 0
         if isinstance(params, nn.Module):
             raise TypeError(
@@ -196,7 +194,7 @@ class Muon(Optimizer):
                 "muon_kernels.MuonAdamW(muon_kernels.param_groups(model)) all parameters of a model"
             )
         super().__init__(params, defaults)
-        check_apart([("parameter", local(p)) for group in self.param_groups for p in group["params"]])
+        check_apart([("parameter", p) for group in self.param_groups for p in group["params"]])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group after checking its options and parameters; on error the optimizer is unchanged."""
@@ -234,33 +232,11 @@ class Muon(Optimizer):
                     workspace_dtype=group["workspace_dtype"],
                 )
                 costs.append(plan.flops)
-            check_apart([("parameter", local(p)) for p in group["params"]])
-            self._place(group, costs)
+            check_apart([("parameter", p) for p in group["params"]])
+            self._ranks.add(group, costs)
         except Exception:
             del self.param_groups[before:]
             raise
-
-    def _place(self, group: dict[str, Any], costs: Sequence[int]) -> None:
-        """Find out where the parameters of a group are; deal those that every rank has a copy of."""
-        placements: dict[Tensor, Placement | None] = {}
-        owners: Sequence[int] = ()
-        loads = self._loads
-        if self._process_group is not None and group["power"] != 1:
-            team = team_of_replicas(self._process_group)
-            plain = [0 if is_dtensor(p) else cost for p, cost in zip(group["params"], costs, strict=True)]
-            owners = deal(plain, team.ranks, loads=loads)
-            loads = list(loads) or [0] * team.ranks
-            for owner, cost in zip(owners, plain, strict=True):
-                loads[owner] += cost
-        for i, p in enumerate(group["params"]):
-            if is_dtensor(p):
-                placements[p] = placement_of(p, group["flatten"])
-            else:
-                placements[p] = replicated(team, p.shape, owners[i]) if owners else None
-        consensus.check_alike(placements, group)
-        self._placements.update(placements)
-        self._teams = consensus.teams_of(self._placements)
-        self._loads = loads
 
     def _steps_of(self, ns_coefficients: Coefficients) -> int:
         """The number of steps of a group that gives its own coefficients but no number."""
@@ -283,9 +259,8 @@ class Muon(Optimizer):
             if grad is None:
                 continue
             state = self.state.get(p, nothing)
-            placement = self._placements.get(p)
             buffer = state.get("momentum_buffer")
-            if placement is not None and placement.owner not in (None, placement.team.rank):
+            if self._ranks.elsewhere(p):
                 buffer = None
             elif buffer is None:
                 dtype = group["momentum_dtype"] or grad.dtype
@@ -300,7 +275,7 @@ class Muon(Optimizer):
             params.append(local(p))
             grads.append(local(grad))
             buffers.append(None if buffer is None else local(buffer))
-            placements.append(placement)
+            placements.append(self._ranks.placements.get(p))
         cuts = lambda: [split for p, split in splits(group) if grad_of(p) is not None]
         options = {key: group[key] for key in SETTLED}
         return self._prepared.get(id(group), params, grads, buffers, options, cuts, moments, placements), grads, new
@@ -329,7 +304,7 @@ class Muon(Optimizer):
                 loss = closure()
         # torch.amp.GradScaler sets these for the duration of a step.
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        agreed = consensus.agree(self._teams, found_inf)
+        agreed = consensus.agree(self._ranks.teams, found_inf)
         if agreed.found_inf:
             return loss
         self._steps += 1
@@ -382,16 +357,33 @@ class Muon(Optimizer):
         super().__setstate__(state)
         self._workspace = Workspace()
         self._prepared = Preparations()
-        self.__dict__.setdefault("_placements", dict.fromkeys(p for g in self.param_groups for p in g["params"]))
-        self.__dict__.setdefault("_process_group", None)
-        self.__dict__.setdefault("_teams", {})
-        self.__dict__.setdefault("_loads", [])
+        self.__dict__.setdefault("_ranks", Ranks())
         self.__dict__.setdefault("_steps", 0)
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 if key != "differentiable":  # torch puts this one into the defaults
                     group.setdefault(key, value)
             _set_peak_lr(group)
+
+    @contextmanager
+    def whole_state(self) -> Iterator[None]:
+        """Have what other ranks keep of the state in ours, for as long as the context lasts; on all ranks at once."""
+        momenta = consensus.gathered(self._ranks.owned, self.state, "momentum_buffer")
+        own = {p: self.state.get(p) for p in momenta}
+        try:
+            self.state.update({p: {**(own[p] or {}), "momentum_buffer": m} for p, m in momenta.items()})
+            yield
+        finally:
+            for p, state in own.items():
+                if state is None:
+                    del self.state[p]
+                else:
+                    self.state[p] = state
+
+    def state_dict(self) -> dict[str, Any]:
+        """A checkpoint, whole also where ranks share the state of plain tensors: then all have to ask for it."""
+        with self.whole_state():
+            return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class or of torch.optim.Muon, momentum in the precision in which it was saved.
@@ -422,6 +414,9 @@ class Muon(Optimizer):
             for key in ("momentum_buffer", "second_momentum_buffer"):
                 if key in state:
                     self.state[p][key] = state[key].detach().to(p.device, copy=True)
+        for p in self._ranks.owned:
+            if self._ranks.elsewhere(p):
+                self.state.pop(p, None)
 
 
 def check_checkpoint(
@@ -465,7 +460,7 @@ def check_state(of: str, p: Tensor, state: Mapping[str, Any], moments: Sequence[
         if key not in state:
             raise ValueError(f"state{of} should have {', '.join(moments)} but has: {', '.join(map(str, state))}")
         if not p.is_complex():  # AdamW's moments of those are complex as well
-            check_dense(key + of, state[key])
+            check_dense(key + of, local(state[key]))
         check_like(key + of, state[key], p)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -24,12 +25,11 @@ class Agreed(NamedTuple):
     grad: Callable[[Tensor], Tensor | None]
 
 
-def teams_of(placements: Mapping[Tensor, Placement | None]) -> dict[Team, list[Tensor]]:
+def teams_of(placements: Mapping[Tensor, Placement]) -> dict[Team, list[Tensor]]:
     """Every team and the parameters that it steps together, in their order."""
     teams: dict[Team, list[Tensor]] = {}
     for p, placement in placements.items():
-        if placement is not None:
-            teams.setdefault(placement.team, []).append(p)
+        teams.setdefault(placement.team, []).append(p)
     return teams
 
 
@@ -76,7 +76,52 @@ def agree(teams: Mapping[Team, Sequence[Tensor]], found_inf: Tensor | None) -> A
     return Agreed(found, grad)
 
 
-def check_alike(placements: Mapping[Tensor, Placement | None], group: Mapping[str, Any]) -> None:
+# A rank that asks for a checkpoint by itself, as one does where all have everything, is told so after this time.
+_PATIENCE = timedelta(seconds=60)
+
+
+def gathered(
+    owned: Mapping[Tensor, Placement], state: Mapping[Tensor, Mapping[str, Any]], key: str
+) -> dict[Tensor, Tensor]:
+    """What other ranks keep of the state; every rank of the teams has to ask.
+
+    Args:
+        owned: parameters with an owner.
+        state: of this rank.
+        key: of what its owner keeps.
+
+    Raises:
+        RuntimeError: some rank does not ask.
+    """
+    found: dict[Tensor, Tensor] = {}
+    teams = teams_of(owned)
+    for team, params in teams.items():
+        group = team.replicas
+        assert group is not None
+        here = dist.all_reduce(torch.zeros(1, device=params[0].device), group=group, async_op=True)
+        try:
+            here.wait(_PATIENCE)
+        except Exception as error:
+            raise RuntimeError(
+                f"state_dict() should be called on every rank of the process group, which share the state, but some "
+                f"did not within {_PATIENCE.seconds} s: {error}"
+            ) from error
+        own = [None if key not in state.get(p, {}) else state[p][key].dtype for p in params]
+        everybody: list[Any] = [None] * group.size()
+        dist.all_gather_object(everybody, own, group=group)
+        for i, p in enumerate(params):
+            owner = owned[p].owner
+            assert owner is not None
+            dtype = everybody[owner][i]
+            if dtype is None:
+                continue
+            mine = owner == team.rank
+            found[p] = state[p][key] if mine else torch.empty_like(p, dtype=dtype)
+            dist.broadcast(found[p], group_src=owner, group=group)
+    return found
+
+
+def check_alike(placements: Mapping[Tensor, Placement], group: Mapping[str, Any]) -> None:
     """Raise ValueError, on every rank, unless all ranks of a team gave the same parameters and options.
 
     Args:

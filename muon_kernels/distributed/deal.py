@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+# Of the least possible: LPT gives every rank about as many of each kind, so that they also send and wait less.
+_GOOD = 1.1
 # Halvings of the interval between what is possible and what is reached.
 _TRIES = 10
 
@@ -14,9 +16,8 @@ def deal(
     """The rank of every piece of work, so that the most loaded one has little more than the mean.
 
     The costliest first, each to the rank with the least so far (Graham's LPT rule: at most 4/3 of the best deal); where
-    that is not the least possible, to the first rank whose load stays below a bound, which is halved towards it
-    (MULTIFIT of Coffman, Garey and Johnson: at most 13/11). Ranks that are given the same arguments come to the same
-    result.
+    that is not good, to the first rank whose load stays below a bound, which is searched by halving (MULTIFIT of
+    Coffman, Garey and Johnson: at most 13/11). Ranks that are given the same arguments come to the same result.
 
     Args:
         costs: of the pieces.
@@ -33,9 +34,7 @@ def deal(
         owners[i] = min(candidates[i], key=total.__getitem__)
         total[owners[i]] += costs[i]
     low, high = least(costs, ranks, before), max(total)
-    for _ in range(_TRIES):
-        if low >= high:
-            break
+    for _ in range(_TRIES if high > _GOOD * low else 0):
         bound = (low + high) // 2
         found = _first_fit(costs, order, candidates, before, bound)
         if found is None:

@@ -36,11 +36,13 @@ from .placement import Placement, Range, Team
 if TYPE_CHECKING:
     from ..functional import Scalars, Stacks, Work, Workspace
 
+# One a parameter, but where another rank keeps it; None where the direction is the gradient.
+Momenta = Sequence[Tensor | None] | None
 Iterate = Callable[["Work", "Stacks", "Tensor | None"], Tensor]
 
 # Sets of buffers, each of a round: one that is multiplied, the next, whose slices come, the last, whose results go.
 IN_FLIGHT = 3
-# A share of results, in bytes a rank, that is worth a collective of its own.
+# Of a rank's results, what is worth a collective of its own.
 SHARE_BYTES = 16 << 20
 NORM_BYTES = 8  # bytes of a double
 
@@ -184,9 +186,14 @@ def in_round(most: int, bytes_each: int, cap: int) -> int:
     return -(-most // rounds)
 
 
-def bytes_in_flight(workspace_bytes: int, elements: int) -> int:
-    """Of one matrix in a round: of its workspace and of the buffers that it is in."""
-    return workspace_bytes + 2 * IN_FLIGHT * 2 * elements
+def bytes_in_flight(workspace_bytes: int, elements: int, replicas: int) -> int:
+    """Of one matrix of each owner in a round: of its workspace, and of buffers; there is one from every replica."""
+    return workspace_bytes + IN_FLIGHT * 2 * elements * (1 + replicas)
+
+
+def share_bytes(cap: int, ranks: int) -> int:
+    """Of a rank's results, how many go in one collective, but for the last lot's: all ranks' have to fit `cap`."""
+    return min(SHARE_BYTES, cap // (IN_FLIGHT * (1 + ranks)))
 
 
 class _Slices(NamedTuple):
@@ -326,13 +333,13 @@ def _gather(into: Tensor, share: Tensor, team: Team, of: str) -> _Pending:
 class CutRound:
     """A round of matrices whose parts are on several ranks."""
 
-    def __init__(self, lot: Lot, first: int, params: Sequence[Tensor], momenta: Sequence[Tensor | None]) -> None:
+    def __init__(self, lot: Lot, first: int, params: Sequence[Tensor], momenta: Momenta) -> None:
         """Settle what goes where.
 
         Args:
             lot: the matrices.
             first: of each owner's, the first in this round.
-            params, momenta: this rank's parts.
+            params, momenta: this rank's parts; None: the direction is the gradient.
         """
         self.lot, self.first = lot, first
         team, kind = lot.kind.team, lot.kind
@@ -346,7 +353,10 @@ class CutRound:
         self.owned = len(here[team.shard])
         self.entries = [[entry for entries in replica for entry in entries] for replica in by_replica]
         there = bool(own.elements)
-        self.momenta = [_bundle_of(momenta, entries, "momentum_at") if there else Bundle() for entries in self.entries]
+        self.momenta = [
+            None if momenta is None else _bundle_of(momenta, entries if there else (), "momentum_at")
+            for entries in self.entries
+        ]
         self.params = [_bundle_of(params, entries, "param_at") if there else Bundle() for entries in self.entries]
         self.ratios = [array("d", [entry.ratio for entry in entries]) for entries in self.entries]
         self.share = max(map(len, self.entries))
@@ -377,7 +387,7 @@ class CutRound:
         ops = backends.get(work.bucket.backend)
         for replica in [r for r in range(team.replica_count) if r != team.replica] + [team.replica]:
             entries, momenta = self.entries[replica], self.momenta[replica]
-            if not momenta:
+            if not self.params[replica] or (momenta is None and replica != team.replica):
                 continue
             at = _Slices(0, len(entries), self.sent[0].part)
             directions = [Matrices(grads[e.param], e.grad_at) for e in entries if e.grad_at is not None]
@@ -466,7 +476,10 @@ class CopyRound:
     """A round of matrices of which several ranks have copies and each does its share; of several lots, one by one."""
 
     def __init__(
-        self, lots: Sequence[tuple[Lot, int]], params: Sequence[Tensor], momenta: Sequence[Tensor | None]
+        self,
+        lots: Sequence[tuple[Lot, int]],
+        params: Sequence[Tensor],
+        momenta: Momenta,
     ) -> None:
         """Settle who does what.
 
@@ -478,19 +491,16 @@ class CopyRound:
         self.lots = []
         for lot, first in lots:
             shares = [entries[first : first + lot.most] for entries in lot.entries]
-            kept = [all(momenta[entry.param] is not None for entry in entries) for entries in shares]
-            self.lots.append(
-                _Copies(
-                    lot,
-                    first,
-                    shares,
-                    [
-                        _bundle_of(momenta, es, "momentum_at") if k else Bundle()
-                        for es, k in zip(shares, kept, strict=True)
-                    ],
-                    [_bundle_of(params, entries, "param_at") for entries in shares],
-                )
-            )
+            # Of copies without an owner every rank keeps all momenta.
+            kept = [
+                momenta is not None and all(momenta[entry.param] is not None for entry in entries) for entries in shares
+            ]
+            own = [
+                None if momenta is None else _bundle_of(momenta, entries if keeps else (), "momentum_at")
+                for entries, keeps in zip(shares, kept, strict=True)
+            ]
+            copies = [_bundle_of(params, entries, "param_at") for entries in shares]
+            self.lots.append(_Copies(lot, first, shares, own, copies))
         # Where in its share every rank has its results.
         self.places = [
             _in_turn([(len(copies.shares[rank]), Rectangle(0, 0, *copies.lot.kind.shape)) for copies in self.lots])
@@ -526,7 +536,7 @@ class CopyRound:
             turns = [r for r in range(self.team.replica_count) if r != self.team.replica] + [self.team.replica]
             for rank in turns:  # its own share last, for those of others leave nothing but momenta
                 momenta, entries = copies.momenta[rank], copies.shares[rank]
-                if not momenta:
+                if not entries or (rank != self.team.replica and not momenta):
                     continue
                 stacks = workspace.stacks(work, len(entries))
                 scale = ops.momentum_update(
@@ -573,7 +583,7 @@ class _Copies(NamedTuple):
     lot: Lot
     first: int
     shares: list[list[Entry]]
-    momenta: list[Bundle]
+    momenta: list[Bundle | None]
     params: list[Bundle]
 
 
@@ -667,7 +677,7 @@ class Exchange:
 def prepare(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
-    momenta: Sequence[Tensor | None],
+    momenta: Momenta,
     placements: Sequence[Placement | None],
     *,
     schedule: Schedule,
@@ -683,7 +693,8 @@ def prepare(
     """How the parameters that have a placement are stepped, a team at a time; nothing is written.
 
     Args:
-        params, grads, momenta: this rank's parts; no momentum of what another rank owns.
+        params, grads, momenta: this rank's parts; no momentum of what another rank owns, and none at all where the
+            direction is the gradient.
         placements: where they are; None for those that are stepped alone.
         schedule: what to iterate.
         ratio: of the learning rate, for (rows, cols).
@@ -694,9 +705,10 @@ def prepare(
         ValueError, TypeError, RuntimeError: what cannot be stepped.
     """
     by_kind: dict[Kind, list[tuple[int | None, Entry]]] = {}
-    for index, (p, g, buffer, placement) in enumerate(zip(params, grads, momenta, placements, strict=True)):
+    for index, (p, g, placement) in enumerate(zip(params, grads, placements, strict=True)):
         if placement is None:
             continue
+        buffer = None if momenta is None else momenta[index]
         for piece, (batch, rows, cols), rectangles in cuts(placement, flatten, splits[index] if splits else None):
             tall = rows > cols
             if tall:
@@ -750,9 +762,14 @@ def prepare(
                 by_owner[next(owners)].append(entry)
             dealt.append(_lot(kind, by_owner, number, schedule, *chosen[kind], max_workspace_bytes, work))
             number += len(entries)
-        rounds = _copy_rounds if team.shards is None else _cut_rounds
+        cap = max((_cap(lot.work.bucket.backend, max_workspace_bytes) for lot in dealt), default=0)
+        rounds = _cut_rounds if team.shards else partial(_copy_rounds, share=share_bytes(cap, team.ranks))
         exchanges.append(Exchange(team, rounds(dealt, params, momenta)))
     return exchanges
+
+
+def _cap(backend: str, max_workspace_bytes: int | None) -> int:
+    return backends.get(backend).default_workspace_bytes() if max_workspace_bytes is None else max_workspace_bytes
 
 
 def _lot(
@@ -767,28 +784,28 @@ def _lot(
 ) -> Lot:
     owned, most = len(entries[kind.team.rank]), max(map(len, entries))
     bucket = plan(owned)
-    ops, (m, n) = backends.get(bucket.backend), kind.shape
+    m, n = kind.shape
     each = workspace_bytes(bucket.backend, bucket.algorithm, m, n, schedule)
-    cap = ops.default_workspace_bytes() if max_workspace_bytes is None else max_workspace_bytes
-    most = in_round(most, bytes_in_flight(each, m * n), cap)
+    cap = _cap(bucket.backend, max_workspace_bytes)
+    most = in_round(most, bytes_in_flight(each, m * n, kind.team.replica_count), cap)
     chunks = tuple(min(most, owned - first) for first in range(0, owned, most))
     slots = max(chunks, default=0)
     bucket = replace(bucket, chunks=chunks, slots=slots, workspace_bytes=slots * each)
     return Lot(kind, work(bucket, notes, schedule, kind.device, []), number, entries, most)
 
 
-def _cut_rounds(lots: Sequence[Lot], params: Sequence[Tensor], momenta: Sequence[Tensor | None]) -> list[CutRound]:
+def _cut_rounds(lots: Sequence[Lot], params: Sequence[Tensor], momenta: Momenta) -> list[CutRound]:
     return [CutRound(lot, i * lot.most, params, momenta) for lot in lots for i in range(lot.rounds)]
 
 
-def _copy_rounds(lots: Sequence[Lot], params: Sequence[Tensor], momenta: Sequence[Tensor | None]) -> list[CopyRound]:
-    """Lots together until a share of their results is worth a collective."""
+def _copy_rounds(lots: Sequence[Lot], params: Sequence[Tensor], momenta: Momenta, share: int) -> list[CopyRound]:
+    """Lots together until a share of their results has so many bytes, which is worth a collective."""
     rounds, waiting = [], []
     for lot in lots:
         for i in range(lot.rounds):
             waiting.append((lot, i * lot.most))
             copies = CopyRound(waiting, params, momenta)
-            if copies.buffer_bytes[0] >= SHARE_BYTES:
+            if copies.share >= share:
                 rounds.append(copies)
                 waiting = []
     if waiting:

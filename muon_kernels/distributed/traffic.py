@@ -17,7 +17,7 @@ from ..coefficients import DEFAULT, Schedule, resolve
 from ..newton_schulz import segments
 from ..plan import Bucket, plan_bucket, plan_for_shapes
 from .deal import deal
-from .exchange import IN_FLIGHT, NORM_BYTES, SHARE_BYTES, Rectangle, bytes_in_flight, in_round, record_bytes
+from .exchange import IN_FLIGHT, NORM_BYTES, Rectangle, bytes_in_flight, in_round, record_bytes, share_bytes
 from .placement import chunk
 
 Shapes = Sequence[tuple[int, int, int]]  # (rows, columns, how many)
@@ -91,6 +91,11 @@ class _Lot(NamedTuple):
     owned: list[int]
 
     @property
+    def cap(self) -> int:
+        """Bytes that a round may take."""
+        return backends.get(self.plan.backend).default_workspace_bytes()
+
+    @property
     def records(self) -> list[int]:
         """By shard, bytes of a slice."""
         return [record_bytes(part.elements) for part in self.parts]
@@ -98,9 +103,8 @@ class _Lot(NamedTuple):
     @property
     def most(self) -> int:
         """Of an owner's, how many go through in a round."""
-        m, n = self.plan.shape
-        cap = backends.get(self.plan.backend).default_workspace_bytes()
-        return in_round(max(self.owned), bytes_in_flight(self.plan.workspace_bytes, m * n), cap)
+        (m, n), replicas = self.plan.shape, len(self.owned) // len(self.parts)
+        return in_round(max(self.owned), bytes_in_flight(self.plan.workspace_bytes, m * n, replicas), self.cap)
 
     @property
     def rounds(self) -> list[list[int]]:
@@ -143,10 +147,11 @@ def _dealt(shapes: Shapes, mesh: Mesh, schedule: Schedule, backend: str) -> list
         members.sort(key=lambda equal: order[id(equal[0][0])] if equal else -1)
     pieces = [piece for equal in members for piece in equal]
     among: list[list[int] | None] = []
-    for lot, _ in pieces:
-        holders = [shard for shard, part in enumerate(lot.parts) if part.elements]
+    for equal in members:
+        holders = [shard for shard, part in enumerate(equal[0][0].parts) if part.elements] if equal else []
         alone = mesh.shards > 1 and len(holders) == 1
-        among.append([r * mesh.shards + holders[0] for r in range(mesh.replicas)] if alone else None)
+        nearby = [r * mesh.shards + holders[0] for r in range(mesh.replicas)] if alone else None
+        among += [nearby] * len(equal)
     for (lot, _), owner in zip(pieces, deal([cost for _, cost in pieces], mesh.ranks, among=among), strict=True):
         lot.owned[owner] += 1
     return list(lots.values())
@@ -180,11 +185,11 @@ def _in_flight(rounds: int, slices: int, owned: int, lots: Sequence[_Lot]) -> in
 
 def _copied(lots: Sequence[_Lot], mesh: Mesh, state_bytes: int) -> list[Cost]:
     """Of copies, each rank does its share and all gather them: rounds are joined until a share is worth it."""
-    shares, waiting = [], [0] * mesh.ranks
+    shares, waiting, enough = [], [0] * mesh.ranks, share_bytes(max(lot.cap for lot in lots), mesh.ranks)
     for lot in lots:
         for taken in lot.rounds:
             waiting = [before + n * lot.records[0] for before, n in zip(waiting, taken, strict=True)]
-            if max(waiting) >= SHARE_BYTES:
+            if max(waiting) >= enough:
                 shares.append(max(waiting))
                 waiting = [0] * mesh.ranks
     if any(waiting):
@@ -241,7 +246,7 @@ def _ring(bytes_: float, ranks: int) -> float:
 
 
 def adamw(shapes: Shapes, ranks: int) -> Cost:
-    """AdamW under ZeRO-1: two moments in fp32 of a slice of all parameters, and nothing to send but what is `BESIDE`."""
+    """AdamW under ZeRO-1: two moments in fp32 of a slice of all parameters; it sends nothing but what is `BESIDE`."""
     return Cost(0, 8 * elements(shapes) / ranks, 0, 0, 0, 0)
 
 
