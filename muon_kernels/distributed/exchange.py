@@ -15,6 +15,7 @@ are rounded.
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from torch import Tensor
 from .. import backends
 from ..coefficients import Schedule
 from ..layout import Bundle, Layout, Matrices, Piece, flattens, layout, split_shape
-from ..plan import Bucket, plan_bucket, workspace_bytes
+from ..plan import Bucket, Shared, plan_bucket, workspace_bytes
 from ..split import pieces
 from .deal import deal
 from .placement import Placement, Range, Team
@@ -510,6 +511,11 @@ class CopyRound:
         self.pending: _Pending | None = None
 
     @property
+    def momenta(self) -> list[Bundle | None]:
+        """Of all ranks' matrices, those that are kept here."""
+        return [bundle for copies in self.lots for bundle in copies.momenta]
+
+    @property
     def buffer_bytes(self) -> tuple[int, int]:
         """Of `Buffers.slices`, this rank's results, and `Buffers.owned`, everybody's."""
         return self.share, self.share * self.team.replica_count
@@ -629,6 +635,27 @@ class Exchange:
             return 0
         slices, owned, norms = self._sizes
         return min(IN_FLIGHT, len(self.rounds)) * (slices + owned + NORM_BYTES * norms)
+
+    @property
+    def state_bytes(self) -> int:
+        """Of the momenta that this rank keeps."""
+        kept = [matrix for r in self.rounds for bundle in r.momenta for matrix in bundle or ()]
+        return sum(at.batch * at.rows * at.cols * t.itemsize for t, at in kept)
+
+    @property
+    def plan(self) -> Shared:
+        """What a plan has of it."""
+        entries = [(lot, of_rank) for lot in self.lots for of_rank in lot.entries]
+        return Shared(
+            ranks=self.team.ranks,
+            matrices=sum(len(of_rank) for _, of_rank in entries),
+            owned=sum(len(lot.entries[self.team.rank]) for lot in self.lots),
+            elements=sum(len(of_rank) * math.prod(lot.kind.shape) for lot, of_rank in entries),
+            bytes_sent=self.bytes_sent,
+            collectives=self.collectives,
+            state_bytes=self.state_bytes,
+            buffer_bytes=self.buffer_bytes,
+        )
 
     def reserve(self) -> None:
         """Allocate buffers."""

@@ -7,8 +7,8 @@ that. Gradients and parameters travel besides, whatever the optimizer: see `BESI
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
+from functools import lru_cache, partial
 from itertools import product
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ Shapes = Sequence[tuple[int, int, int]]  # (rows, columns, how many)
 
 # Bytes of an element that every rank sends in a step but for the factor (N - 1) / N, all in fp32: gradients are summed,
 # and, sharded, scattered only; sharded parameters are gathered once, or, by FSDP2, before each of the two passes.
-BESIDE = {"DDP": 4 + 4, "ZeRO-1": 4 + 4, "FSDP2": 4 + 2 * 4}
+BESIDE = {"ZeRO-1": 4 + 4, "DDP": 4 + 4, "FSDP2": 4 + 2 * 4}
 
 
 class Mesh(NamedTuple):
@@ -235,6 +235,12 @@ def _cut(lots: Sequence[_Lot], mesh: Mesh, state_bytes: int) -> list[Cost]:
     ]
 
 
+def flops(shapes: Shapes, *, schedule: Schedule | None = None, backend: str = "cuda") -> list[int]:
+    """Of every matrix."""
+    plans = [(_plan(*sorted((m, n)), schedule or resolve(DEFAULT), backend), count) for m, n, count in shapes]
+    return [plan.flops for plan, count in plans for _ in range(count)]
+
+
 def elements(shapes: Shapes) -> int:
     """How many all parameters have."""
     return sum(rows * cols * count for rows, cols, count in shapes)
@@ -256,7 +262,7 @@ def gathered(shapes: Shapes, ranks: int, *, schedule: Schedule | None = None, ba
     Every rank gathers every matrix's direction in bf16, orthogonalizes it, and keeps its slice of the result.
     """
     schedule = schedule or resolve(DEFAULT)
-    plans = [(_plan(min(m, n), max(m, n), schedule, backend), count) for m, n, count in shapes]
+    plans = [(_plan(*sorted((m, n)), schedule, backend), count) for m, n, count in shapes]
     return Cost(
         sent=_ring(2 * elements(shapes), ranks),
         state=4 * elements(shapes) / ranks,
@@ -308,3 +314,25 @@ def blockwise(
         )
         for whole, blocks in zip(owners(shapes, mesh, schedule=schedule, backend=backend), alone, strict=True)
     ]
+
+
+def largest(costs: Sequence[Cost]) -> Cost:
+    """The most that any rank has, number by number."""
+    return Cost(*map(max, zip(*costs, strict=True)))
+
+
+def ways(
+    shapes: Shapes, ranks: int, *, schedule: Schedule | None = None, backend: str = "cuda"
+) -> Iterator[tuple[str, float, list[Cost]]]:
+    """(name, bytes that a rank sends beside, costs of every rank or of any) of each way; nodes have 8 ranks."""
+    of = partial(owners, shapes, schedule=schedule, backend=backend)
+    zero, ddp, fsdp = (_ring(each * elements(shapes), ranks) for each in BESIDE.values())
+    hybrid = _ring(BESIDE["FSDP2"] * elements(shapes), 8) + 2 * _ring(4 * elements(shapes) / 8, ranks // 8)
+    parallel = 2 * _ring(4 * elements(shapes) / 8, ranks // 8)
+    yield "AdamW, ZeRO-1", zero, [adamw(shapes, ranks)]
+    yield "gathered, ZeRO-1", zero, [gathered(shapes, ranks, schedule=schedule, backend=backend)]
+    yield "owners, DDP", ddp, of(Mesh(replicas=ranks))
+    yield "owners, FSDP2", fsdp, of(Mesh(rows=ranks))
+    yield "owners, FSDP2 in a node", hybrid, of(Mesh(rows=8, replicas=ranks // 8))
+    yield "sums of X Xᵀ, TP of 8", parallel, [gram(shapes, 8, schedule=schedule, backend=backend)]
+    yield "MuonBP of 5, TP of 8", parallel, blockwise(shapes, Mesh(cols=8), 5, schedule=schedule, backend=backend)
