@@ -288,3 +288,21 @@ def test_sums_and_blocks() -> None:
     whole_model = traffic.gathered([(64, 256, 4)], 4, schedule=keller, backend="eager")
     assert whole_model.sent == 2 * 4 * 64 * 256 * 3 / 4
     assert whole_model.flops == 4 * 5 * (2 * 64 * 64 * 256 * 2 + 2 * 64**3)
+
+
+@pytest.mark.parametrize("mesh", [Mesh(replicas=16), Mesh(rows=2, replicas=8), Mesh(rows=16)])
+def test_held_memory_has_a_limit(mesh: Mesh) -> None:
+    """Three rounds' buffers of what 16 replicas gather, and the workspace: the cap, or the largest matrix of each."""
+    for cost in owners(MODELS["moonlight-16b"], mesh, backend="cuda"):
+        assert 0 < cost.workspace + cost.buffers <= (1 << 30) + 3 * 2 * 11264 * 2048 * mesh.replicas
+
+
+def test_what_a_lone_holder_has_stays_there(ranks: World) -> None:
+    """One row of 300 and one of 40, cut along rows: the first of two ranks has them whole."""
+    shapes = [(1, 300, 3), (1, 40, 2), (64, 96, 2)]
+    found = ranks.run(2, step, "Shard(0)", shapes, None)
+    model = owners(shapes, Mesh(rows=2), backend="eager")
+    assert [rank["shared"].owned for rank in found] in ([6, 1], [5, 2])
+    for rank, cost in zip(found, model, strict=True):
+        assert (cost.sent, cost.flops) == (rank["shared"].bytes_sent, rank["plan"].flops)
+        assert rank["shared"].bytes_sent <= 4 * 64 * 96 + 100
