@@ -246,6 +246,15 @@ class Muon(Optimizer):
         except ValueError:  # a set or a list of another length
             return len(resolve(ns_coefficients, None).triples)
 
+    def _check_gradients(self) -> None:
+        """Raise for what other ranks should not wait for."""
+        for group in self.param_groups:
+            _check_options(group)
+            for p in group["params"]:
+                if p.grad is not None:
+                    check_dense("gradient", local(p.grad))
+                    check_like("gradient", p.grad, p)
+
     def _prepare(
         self, group: dict[str, Any], grad_of: Callable[[Tensor], Tensor | None]
     ) -> tuple[Prepared, list[Tensor], list[tuple[Tensor, str, Tensor]]]:
@@ -305,10 +314,13 @@ class Muon(Optimizer):
                 loss = closure()
         # torch.amp.GradScaler sets these for the duration of a step.
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        agreed = consensus.agree(self._ranks.teams, found_inf)
+        self._steps += 1
+        try:
+            agreed = consensus.agree(self._ranks.teams, found_inf, self._check_gradients)
+        except Failed as error:
+            raise RuntimeError(f"step {self._steps} of Muon did not begin: {error}") from error
         if agreed.found_inf:
             return loss
-        self._steps += 1
         scale: Tensor | None = getattr(self, "grad_scale", None)
         grad_scale = 1.0 if scale is None else 1.0 / float(scale)
         # What is kept must be of use outside inference mode too.

@@ -183,6 +183,17 @@ class SpectralAdam(Optimizer):
             id(group), [local(p) for p in params], updates, None, settled, cuts, placements=placements
         )
 
+    def _check_gradients(self) -> None:
+        for group in self.param_groups:
+            _check_options(group)
+            for p in group["params"]:
+                if (grad := p.grad) is None:
+                    continue
+                check_dense("gradient", local(grad))
+                check_like("gradient", grad, p)
+                if grad.dtype != p.dtype:
+                    raise TypeError(f"gradient should be of the parameter's dtype {p.dtype} but is of: {grad.dtype}")
+
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload
@@ -205,18 +216,14 @@ class SpectralAdam(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        agreed, steps = consensus.agree(self._ranks.teams, None), []
+        if not self._ranks.teams:
+            self._check_gradients()
+        agreed, steps = consensus.agree(self._ranks.teams, None, self._check_gradients), []
         for group in self.param_groups:
-            _check_options(group)
             grads: dict[Tensor, Tensor] = {}
             for p in group["params"]:
-                if (grad := agreed.grad(p)) is None:
-                    continue
-                check_dense("gradient", local(grad))
-                check_like("gradient", grad, p)
-                if grad.dtype != p.dtype:
-                    raise TypeError(f"gradient should be of the parameter's dtype {p.dtype} but is of: {grad.dtype}")
-                grads[p] = local(grad)
+                if (grad := agreed.grad(p)) is not None:
+                    grads[p] = local(grad)
             params = list(grads)
             matrices = [p for p in params if _iterated(p, group)]
             rest = [p for p in params if not _iterated(p, group)]

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .exchange import Failed
 from .placement import Placement, Team, is_dtensor, local
 
 
@@ -36,9 +37,12 @@ def teams_of(placements: Mapping[Tensor, Placement]) -> dict[Team, list[Tensor]]
 def _reduced(values: list[int], team: Team, device: torch.device) -> list[int]:
     """The maximum of all ranks, number by number."""
     numbers = torch.tensor(values, dtype=torch.int32, device=device)
-    for group in team.groups:
-        dist.all_reduce(numbers, dist.ReduceOp.MAX, group=group)
-    reduced: list[int] = numbers.tolist()
+    try:
+        for group in team.groups:
+            dist.all_reduce(numbers, dist.ReduceOp.MAX, group=group)
+        reduced: list[int] = numbers.tolist()
+    except Exception as error:
+        raise Failed(f"asking all ranks for their gradients of {len(values) - 1} parameters: {error}") from error
     return reduced
 
 
@@ -52,28 +56,47 @@ def _grad(p: Tensor) -> Tensor | None:
     return grad
 
 
-def agree(teams: Mapping[Team, Sequence[Tensor]], found_inf: Tensor | None) -> Agreed:
+_FOUND_INF, _REFUSED = 1, 2  # what is more comes through a maximum
+
+
+def agree(
+    teams: Mapping[Team, Sequence[Tensor]], found_inf: Tensor | None, check: Callable[[], object] = lambda: None
+) -> Agreed:
     """Have all ranks of every team decide alike.
 
     Args:
         teams: and the parameters that each steps together.
         found_inf: what torch.amp.GradScaler found in this rank's gradients; None without it.
+        check: raises where this rank cannot step.
+
+    Raises:
+        Failed: a rank did not answer.
+        RuntimeError: another rank cannot step. On that one, what `check` raises.
     """
     if is_dtensor(found_inf):
         found_inf = found_inf.full_tensor()
-    found = found_inf is not None and bool(found_inf)
+    verdict = _FOUND_INF * (found_inf is not None and bool(found_inf))
     present: set[Tensor] = set()
+    refusal: Exception | None = None
+    if teams:
+        try:
+            check()
+        except Exception as error:  # to be raised when the others know
+            refusal, verdict = error, _REFUSED
     for team, params in teams.items():
-        found_here, *has = _reduced([found, *(p.grad is not None for p in params)], team, local(params[0]).device)
-        found = found or bool(found_here)
+        verdict, *has = _reduced([verdict, *(p.grad is not None for p in params)], team, local(params[0]).device)
         present.update(p for p, somewhere in zip(params, has, strict=True) if somewhere)
+    if refusal is not None:
+        raise refusal
+    if verdict == _REFUSED:
+        raise RuntimeError("another rank cannot take this step, and says why; nothing has been stepped on this one")
 
     def grad(p: Tensor) -> Tensor | None:
         if p.grad is None and p in present:
             return torch.zeros_like(p)
         return _grad(p)
 
-    return Agreed(found, grad)
+    return Agreed(verdict == _FOUND_INF, grad)
 
 
 # A rank that asks for a checkpoint by itself, as one does where all have everything, is told so after this time.

@@ -816,7 +816,8 @@ def _lot(
     cap = _cap(bucket.backend, max_workspace_bytes)
     most = in_round(most, bytes_in_flight(each, m * n, kind.team.replica_count), cap)
     chunks = tuple(min(most, owned - first) for first in range(0, owned, most))
-    slots = max(chunks, default=0)
+    # Momenta of copies are updated in the workspace, on every rank those of all.
+    slots = most if kind.team.shards is None else max(chunks, default=0)
     bucket = replace(bucket, chunks=chunks, slots=slots, workspace_bytes=slots * each)
     return Lot(kind, work(bucket, notes, schedule, kind.device, []), number, entries, most)
 

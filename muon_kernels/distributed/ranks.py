@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 
 from . import consensus
 from .deal import deal
-from .placement import Placement, Team, is_dtensor, placement_of, replicated, team_of_replicas
+from .placement import Placement, Team, Teams, is_dtensor, placement_of, replicated
 
 
 class Ranks:
@@ -25,7 +25,8 @@ class Ranks:
         """`process_group`: of ranks that have the same plain tensors; see `Muon`."""
         self.placements: dict[Tensor, Placement] = {}
         self.teams: dict[Team, list[Tensor]] = {}
-        self._copies = None if process_group is None else team_of_replicas(process_group)
+        self._copies = None if process_group is None else Team(None, process_group)
+        self._teams = Teams()
         self._loads = [0] * (0 if self._copies is None else self._copies.ranks)
 
     @property
@@ -51,7 +52,7 @@ class Ranks:
         params: Sequence[Tensor] = group["params"]
         placements: dict[Tensor, Placement] = {}
         for p in params:
-            if is_dtensor(p) and (at := placement_of(p, group["flatten"])) is not None:
+            if is_dtensor(p) and (at := placement_of(p, group["flatten"], self._teams)) is not None:
                 placements[p] = at
         loads = self._loads
         if self._copies is not None and group["power"] != 1:

@@ -112,11 +112,10 @@ def train(layout: str, width: int, steps: int, dtype: torch.dtype, options: dict
     }
 
 
-@pytest.mark.parametrize(
-    ("layout", "size"),
-    [("ddp", 1), ("ddp", 2), ("ddp", 3), ("ddp", 4), ("fsdp", 1), ("fsdp", 2), ("fsdp", 3), ("fsdp", 4)]
-    + [("hsdp", 2), ("hsdp", 4), ("tp", 2), ("tp", 4), ("fsdp and tp", 4)],
-)
+SIZES = {"ddp": (1, 2, 3, 4), "fsdp": (1, 2, 3, 4), "hsdp": (2, 4), "tp": (2, 4), "fsdp and tp": (4,)}
+
+
+@pytest.mark.parametrize(("layout", "size"), [(layout, size) for layout, sizes in SIZES.items() for size in sizes])
 def test_as_in_one_process(ranks: World, layout: str, size: int) -> None:
     """Widths that three ranks cut unevenly; each rank its own batch."""
     found = ranks.run(size, train, layout, 40, 3, torch.float32, {})
