@@ -776,7 +776,7 @@ def plan_of(prepared: Sequence[Prepared]) -> Plan:
     """What steps of these groups do, as far as it is this rank that does it."""
     exchanges = [shared for decided in prepared for shared in decided.exchanges]
     works = [work for decided in prepared for work in decided.works]
-    works += [work for shared in exchanges for work in shared.works if work.bucket.count]
+    works += [work for shared in exchanges for work in shared.works if work.bucket.slots]
     notes = dict.fromkeys(note for work in works for note in work.notes)
     return Plan(tuple(work.bucket for work in works), tuple(notes), tuple(shared.plan for shared in exchanges))
 

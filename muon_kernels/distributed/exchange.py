@@ -787,7 +787,8 @@ def prepare(
             by_owner: list[list[Entry]] = [[] for _ in range(team.ranks)]
             for _, entry in entries:
                 by_owner[next(owners)].append(entry)
-            dealt.append(_lot(kind, by_owner, number, schedule, *chosen[kind], max_workspace_bytes, work))
+            apart = entries[0][0] is not None
+            dealt.append(_lot(kind, by_owner, number, schedule, *chosen[kind], max_workspace_bytes, work, apart))
             number += len(entries)
         cap = max((_cap(lot.work.bucket.backend, max_workspace_bytes) for lot in dealt), default=0)
         rounds = _cut_rounds if team.shards else partial(_copy_rounds, share=share_bytes(cap, team.ranks))
@@ -808,6 +809,7 @@ def _lot(
     notes: tuple[str, ...],
     max_workspace_bytes: int | None,
     work: Callable[..., Work],
+    kept_apart: bool,
 ) -> Lot:
     owned, most = len(entries[kind.team.rank]), max(map(len, entries))
     bucket = plan(owned)
@@ -816,8 +818,8 @@ def _lot(
     cap = _cap(bucket.backend, max_workspace_bytes)
     most = in_round(most, bytes_in_flight(each, m * n, kind.team.replica_count), cap)
     chunks = tuple(min(most, owned - first) for first in range(0, owned, most))
-    # Momenta of copies are updated in the workspace, on every rank those of all.
-    slots = most if kind.team.shards is None else max(chunks, default=0)
+    # Momenta of copies that no rank alone keeps are updated in the workspace, on every rank those of all.
+    slots = most if kind.team.shards is None and not kept_apart else max(chunks, default=0)
     bucket = replace(bucket, chunks=chunks, slots=slots, workspace_bytes=slots * each)
     return Lot(kind, work(bucket, notes, schedule, kind.device, []), number, entries, most)
 
