@@ -12,9 +12,13 @@ TRAFFIC = "muon_kernels/distributed/traffic.py"
 
 MUTANTS = [
     Mutant("cheapest first", "key=lambda i: (-costs[i], i)", "key=lambda i: (costs[i], i)", "deal or slowest", DEAL),
-    Mutant("LPT alone", "_TRIES if high > _GOOD * low else 0", "0", "deal or slowest", DEAL),
+    Mutant("LPT alone", "_TRIES if high * ranks > _GOOD * sum(total) else 0", "0", "deal or slowest", DEAL),
     Mutant(
-        "first fit in all cases", "_TRIES if high > _GOOD * low else 0", "_TRIES", "figures or counted and DDP-2", DEAL
+        "first fit in all cases",
+        "_TRIES if high * ranks > _GOOD * sum(total) else 0",
+        "_TRIES",
+        "figures or counted and DDP-2",
+        DEAL,
     ),
     Mutant(
         "first fit forgets loads",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-# Of the least possible: LPT gives every rank about as many of each kind, so that they also send and wait less.
+# Of the mean: LPT gives every rank about as many of each kind, so that they also send and wait less.
 _GOOD = 1.1
 # Halvings of the interval between what is possible and what is reached.
 _TRIES = 10
@@ -34,7 +34,7 @@ def deal(
         owners[i] = min(candidates[i], key=total.__getitem__)
         total[owners[i]] += costs[i]
     low, high = least(costs, ranks, before), max(total)
-    for _ in range(_TRIES if high > _GOOD * low else 0):
+    for _ in range(_TRIES if high * ranks > _GOOD * sum(total) else 0):
         bound = (low + high) // 2
         found = _first_fit(costs, order, candidates, before, bound)
         if found is None:
