@@ -17,7 +17,7 @@ MUTANTS = [
         "first fit in all cases",
         "_TRIES if high * ranks > _GOOD * sum(total) else 0",
         "_TRIES",
-        "figures or counted and DDP-2",
+        "figures",
         DEAL,
     ),
     Mutant(

@@ -174,6 +174,8 @@ def test_the_figures_to_reach(model: str, ranks: int) -> None:
     assert sum(cost.sent for cost in fsdp) <= 4 * count
     for cost in fsdp:
         assert cost.sent <= 4 * (count / ranks + largest)
+    if model == "moonlight-16b":  # every rank has several of each kind: shares of replicas are hardly padded
+        assert ddp[0].sent <= 1.25 * 2 * count * (ranks - 1) / ranks
         assert abs(cost.state - 4 * count / ranks) <= 4 * sum(n * c for m, n, c in shapes)  # a row of each matrix
     assert sum(cost.state for cost in fsdp) == sum(cost.state for cost in ddp) == 4 * count
     assert traffic.adamw(shapes, ranks).state == 2 * traffic.gathered(shapes, ranks).state == 8 * count / ranks
