@@ -38,6 +38,7 @@ MUTANTS = [
     Mutant(
         "bound passed", "if total[owner] + costs[i] <= bound:", "if total[owner] <= bound:", "deal or slowest", DEAL
     ),
+    Mutant("goes on where none is better", "if low >= high:", "if low > high:", "even_one_is_kept", DEAL),
     Mutant("one try", "_TRIES = 10", "_TRIES = 1", "deal or slowest", DEAL),
     Mutant("place of another kind kept", "before, start = kind, 0", "before = kind", "deal or slowest", DEAL),
     Mutant("least is the costliest or the mean", "bound = max(bound, sum(", "max(bound, sum(", "deal or slowest", DEAL),

@@ -35,6 +35,8 @@ def deal(
         total[owners[i]] += costs[i]
     low, high = least(costs, ranks, before), max(total)
     for _ in range(_TRIES if high * ranks > _GOOD * sum(total) else 0):
+        if low >= high:
+            break
         bound = (low + high) // 2
         found = _first_fit(costs, order, candidates, before, bound)
         if found is None:
