@@ -18,7 +18,8 @@ from . import backends
 from .coefficients import DEFAULT, Schedule, resolve
 from .newton_schulz import ALGORITHMS, Blend, Square, squares_of
 from .options import check_algorithm, check_workspace, check_workspace_dtype
-from .second_moment import FORMS
+from .packed import VISITS, floats
+from .second_moment import FORMS, SIGNS_LAUNCHES, SIGNS_VISITS
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,11 @@ class Bucket:
         product_bytes: traffic of the products if each operand is read and each result written once; none if fused.
         bytes: traffic of prologue and epilogue: gradients, momenta and parameters read, momenta and parameters written,
             and, unless fused, the workspace written and read once each. Where the backend reads twice, so counted; and
-            what a second moment takes.
+            what signs, a second moment and what is packed take.
         least_bytes: the same if everything were read once.
         workspace_bytes: of all slots.
+        packed: how many of momentum and parameter are kept in fewer bits and computed with in fp32 memory of the
+            workspace.
     """
 
     shape: tuple[int, int]
@@ -60,6 +63,7 @@ class Bucket:
     bytes: int
     least_bytes: int
     workspace_bytes: int
+    packed: int = 0
 
 
 @dataclass(frozen=True)
@@ -292,13 +296,15 @@ def _count_on(backend: str, algorithm: str, m: int, n: int, schedule: Schedule) 
     return count(algorithm, m, n, schedule, ops.symmetric_products(), ops.precise_squares())
 
 
-def workspace_bytes(backend: str, algorithm: str, m: int, n: int, schedule: Schedule) -> int:
-    """Workspace of one m x n matrix."""
+def workspace_bytes(backend: str, algorithm: str, m: int, n: int, schedule: Schedule, packed: int = 0) -> int:
+    """Workspace of one m x n matrix; momentum and parameter are in it one after the other."""
     ops, squares = backends.get(backend), squares_of(algorithm, schedule)
     # An fp64 and two fp32 numbers, and what they may need to be aligned.
     wide, numbers = (3, 24) if schedule.weights else (2, 0)
     stacks = 2 * m * (wide * ops.leading_dimension(n) + squares * ops.leading_dimension(m))
-    return stacks + ops.scratch_bytes(m, n) + (4 * m * squares if ops.precise_squares() else 0) + numbers
+    unpacked = 4 * floats(m, n) if packed else 0
+    diagonals = 4 * m * squares if ops.precise_squares() else 0
+    return unpacked + stacks + ops.scratch_bytes(m, n) + diagonals + numbers
 
 
 def chunk_counts(total: int, each: int, cap: int | None, backend: str) -> tuple[int, ...]:
@@ -326,8 +332,11 @@ def plan_bucket(
     workspace_dtype: torch.dtype = torch.bfloat16,
     direction_bytes: int = 0,
     stepped: bool = True,
+    sign_momentum: bool = False,
     second_moment: str | None = None,
+    between_bytes: int = 0,
     stochastic_rounding: bool = False,
+    packed: int = 0,
 ) -> Bucket:
     """Plan `count_` matrices of one shape (m ≤ n) on a backend that was chosen.
 
@@ -342,8 +351,10 @@ def plan_bucket(
         workspace_dtype: torch.bfloat16 or torch.float16.
         direction_bytes: of these, what is read of an element for its direction; only counts where a step may be fused.
         stepped: whether parameters are updated, so that a whole step may be fused.
-        second_moment: see `Muon`; it comes between iteration and update, so that no step is fused.
+        sign_momentum, second_moment: see `Muon`; they come before and after the iteration, so that no step is fused.
+        between_bytes: what these need of the workspace for a matrix.
         stochastic_rounding: see `Muon`; not every backend's fused step can.
+        packed: see `Bucket`; no step is fused then.
 
     Raises:
         ValueError, TypeError: an algorithm or a dtype that there is not, a cap that is none or holds no matrix.
@@ -355,13 +366,13 @@ def plan_bucket(
     algorithm = choose_algorithm(ns_algorithm, backend, m, n, schedule)
     if m == 0 or count_ == 0:
         return Bucket(
-            shape, count_, algorithm, schedule.power, backend, workspace_dtype, False, (), 0, 0, 0, 0, 0, 0, 0
+            shape, count_, algorithm, schedule.power, backend, workspace_dtype, False, (), 0, 0, 0, 0, 0, 0, 0, packed
         )
-    each = workspace_bytes(backend, algorithm, m, n, schedule)
+    each = workspace_bytes(backend, algorithm, m, n, schedule, packed) + between_bytes
     ops = backends.get(backend)
     cap = ops.default_workspace_bytes() if max_workspace_bytes is None else max_workspace_bytes
     fused = None
-    if stepped and second_moment is None and not schedule.weights:
+    if stepped and second_moment is None and not sign_momentum and not packed and not schedule.weights:
         fused = ops.fused_plan(m, n, count_, schedule, stochastic_rounding)
     if fused is not None and fused.slots * each > cap:
         fused = None
@@ -377,10 +388,15 @@ def plan_bucket(
         chunks = chunk_counts(count_, each, max_workspace_bytes, backend)
         slots, launches = max(chunks), sum(launches + ops.update_launches(chunk) for chunk in chunks)
         bytes_ = least_bytes = elements * (bytes_per_element + 2 * workspace_dtype.itemsize)
+        if sign_momentum:
+            launches += SIGNS_LAUNCHES * len(chunks)
+            bytes_ += elements * SIGNS_VISITS * workspace_dtype.itemsize
         if second_moment is not None:
             extra = FORMS[second_moment]
             launches += extra.launches * len(chunks)
             bytes_ += elements * (extra.visits * workspace_dtype.itemsize + extra.state_bytes)
+        launches += packed * VISITS * len(chunks)
+        bytes_ += packed * elements * (VISITS + 2) * 4  # of the fp32 memory, where the verb reads and writes too
     return Bucket(
         shape=shape,
         count=count_,
@@ -397,6 +413,7 @@ def plan_bucket(
         bytes=bytes_,
         least_bytes=least_bytes,
         workspace_bytes=slots * each,
+        packed=packed,
     )
 
 

@@ -284,6 +284,14 @@ def _diagonal(S: Square) -> Tensor:
     return on_diagonal if S.diagonal is None else on_diagonal + S.diagonal
 
 
+def _step_size(lr: float | Tensor, ratios: Sequence[float], like: Tensor) -> float | Tensor:
+    """(matrices, 1, 1) where they have several; second moments make them differ within a parameter."""
+    if ratios.count(ratios[0]) == len(ratios):
+        return lr * ratios[0]
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return lr * torch.tensor(ratios, dtype=dtype, device=like.device).view(-1, 1, 1)
+
+
 def apply_update(
     params: Sequence[Matrices],
     X: Tensor,
@@ -300,7 +308,7 @@ def apply_update(
     start, decay = 0, 1 - lr * weight_decay
     for param in params:
         stop = start + param.layout.batch
-        p, update, step_size = param.view(), X[start:stop], lr * ratios[start]
+        p, update, step_size = param.view(), X[start:stop], _step_size(lr, ratios[start:stop], param.tensor)
         if stochastic_rounding and p.dtype == torch.bfloat16:
             value = p.float()
             decayed = value * _fp32(decay, X.device)

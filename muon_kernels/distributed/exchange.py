@@ -30,6 +30,7 @@ from .. import backends
 from ..coefficients import Schedule
 from ..layout import Bundle, Layout, Matrices, Piece, flattens, layout, split_shape
 from ..plan import Bucket, Shared, plan_bucket, workspace_bytes
+from ..second_moment import scratch_numbers
 from ..split import pieces
 from .deal import deal
 from .placement import Placement, Range, Team
@@ -715,6 +716,7 @@ def prepare(
     backend: str,
     max_workspace_bytes: int | None,
     workspace_dtype: torch.dtype,
+    sign_momentum: bool,
     work: Callable[..., Work],
 ) -> list[Exchange]:
     """How the parameters that have a placement are stepped, a team at a time; nothing is written.
@@ -725,7 +727,8 @@ def prepare(
         placements: where they are; None for those that are stepped alone.
         schedule: what to iterate.
         ratio: of the learning rate, for (rows, cols).
-        flatten, splits, ns_algorithm, backend, max_workspace_bytes, workspace_dtype: see `functional.prepare`.
+        flatten, splits, ns_algorithm, backend, max_workspace_bytes, workspace_dtype, sign_momentum: see
+            `functional.prepare`.
         work: makes one of (bucket, notes, schedule, device).
 
     Raises:
@@ -770,6 +773,8 @@ def prepare(
                 workspace_dtype=workspace_dtype,
                 bytes_per_element=kind.grad_dtype.itemsize + 4 * kind.param_dtype.itemsize,
                 stepped=False,
+                sign_momentum=sign_momentum,
+                between_bytes=4 * scratch_numbers(None, sign_momentum, *kind.shape, kind.device),
             )
             chosen[kind] = plan, notes
         costs, among, dealt = [], [], []
@@ -788,7 +793,9 @@ def prepare(
             for _, entry in entries:
                 by_owner[next(owners)].append(entry)
             apart = entries[0][0] is not None
-            dealt.append(_lot(kind, by_owner, number, schedule, *chosen[kind], max_workspace_bytes, work, apart))
+            dealt.append(
+                _lot(kind, by_owner, number, schedule, *chosen[kind], max_workspace_bytes, sign_momentum, work, apart)
+            )
             number += len(entries)
         cap = max((_cap(lot.work.bucket.backend, max_workspace_bytes) for lot in dealt), default=0)
         rounds = _cut_rounds if team.shards else partial(_copy_rounds, share=share_bytes(cap, team.ranks))
@@ -808,20 +815,23 @@ def _lot(
     plan: Callable[[int], Bucket],
     notes: tuple[str, ...],
     max_workspace_bytes: int | None,
+    sign_momentum: bool,
     work: Callable[..., Work],
     kept_apart: bool,
 ) -> Lot:
     owned, most = len(entries[kind.team.rank]), max(map(len, entries))
     bucket = plan(owned)
     m, n = kind.shape
-    each = workspace_bytes(bucket.backend, bucket.algorithm, m, n, schedule)
+    between = scratch_numbers(None, sign_momentum, m, n, kind.device)
+    each = workspace_bytes(bucket.backend, bucket.algorithm, m, n, schedule) + 4 * between
     cap = _cap(bucket.backend, max_workspace_bytes)
     most = in_round(most, bytes_in_flight(each, m * n, kind.team.replica_count), cap)
     chunks = tuple(min(most, owned - first) for first in range(0, owned, most))
     # Momenta of copies that no rank alone keeps are updated in the workspace, on every rank those of all.
     slots = most if kind.team.shards is None and not kept_apart else max(chunks, default=0)
     bucket = replace(bucket, chunks=chunks, slots=slots, workspace_bytes=slots * each)
-    return Lot(kind, work(bucket, notes, schedule, kind.device, []), number, entries, most)
+    own = work(bucket, notes, schedule, kind.device, [], signs=sign_momentum, between=between)
+    return Lot(kind, own, number, entries, most)
 
 
 def _cut_rounds(lots: Sequence[Lot], params: Sequence[Tensor], momenta: Momenta) -> list[CutRound]:

@@ -39,6 +39,10 @@ class Ranks:
         at = self.placements.get(p)
         return at is not None and at.owner is not None and at.owner != at.team.rank
 
+    def shares(self, params: Sequence[Tensor]) -> bool:
+        """Whether any of them may be on other ranks too."""
+        return self._copies is not None or any(map(is_dtensor, params))
+
     def add(self, group: Mapping[str, Any], costs: Sequence[int]) -> None:
         """Find out where a group's parameters are; all ranks have to, at the same time.
 

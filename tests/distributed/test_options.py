@@ -29,6 +29,7 @@ CASES: dict[str, tuple[type[Optimizer], list[tuple[int, ...]], dict[str, Any]]] 
     "no momentum": (Muon, SHAPES, {"momentum": 0.0, "nesterov": False, "maximize": True}),
     "bf16 momentum": (Muon, SHAPES, {"momentum_dtype": torch.bfloat16}),
     "cautious": (Muon, SHAPES, {"cautious": True, "weight_decay": 0.5}),
+    "signs": (Muon, SHAPES, {"sign_momentum": True}),
     "half power": (SpectralMomentum, SHAPES, {"power": 0.5}),
     "SGD": (SpectralMomentum, SHAPES, {"power": 1.0}),
     "quarter power of Adam": (SpectralAdam, SHAPES, {"power": 0.25}),
