@@ -38,7 +38,7 @@ from .layout import (
 )
 from .newton_schulz import ALGORITHMS, Blend, Square, squares_of
 from .packed import Halves, Packed, Quantized, floats, scale_size, scales_of, unpacked
-from .plan import Bucket, plain_bucket, plan_bucket
+from .plan import Bucket, Plan, plain_bucket, plan_bucket
 from .scaling import lr_ratio
 from .second_moment import normalize, piece_of_rows, scratch_numbers, shape_of, take_signs
 from .spectral import EXACT, check_power, schedule_of
@@ -896,6 +896,15 @@ def _plain_step(plain: Plain, grad: Tensor, scalars: Scalars) -> None:
         p.sub_(direction * step_size)
     else:
         p.add_(direction, alpha=-step_size)
+
+
+def plan_of(prepared: Sequence[Prepared]) -> Plan:
+    """What steps of these groups do, as far as it is this rank that does it."""
+    exchanges = [shared for decided in prepared for shared in decided.exchanges]
+    works = [work for decided in prepared for work in decided.works]
+    works += [work for shared in exchanges for work in shared.works if work.bucket.slots]
+    notes = dict.fromkeys(note for work in works for note in work.notes)
+    return Plan(tuple(work.bucket for work in works), tuple(notes), tuple(shared.plan for shared in exchanges))
 
 
 def execute(prepared: Prepared, grads: Sequence[Tensor], scalars: Scalars, workspace: Workspace) -> None:

@@ -39,6 +39,7 @@ from .functional import (
     check_settled,
     check_shared,
     execute,
+    plan_of,
     ready,
     schedule_for,
     splits,
@@ -400,9 +401,7 @@ class Muon(Optimizer):
         """What a step does if every parameter has a gradient of its own dtype; `print` it."""
         prepared = [self._prepare(group, lambda p: p)[0] for group in self.param_groups]
         self._prepared.clear()  # it would keep the momentum buffers that a first step has not made yet
-        works = [work for decided in prepared for work in decided.works]
-        notes = dict.fromkeys(note for work in works for note in work.notes)
-        return Plan(tuple(work.bucket for work in works), tuple(notes))
+        return plan_of(prepared)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take up a pickle or a checkpoint, torch.optim.Muon's too: what it lacks is as in the constructor."""

@@ -67,16 +67,57 @@ class Bucket:
 
 
 @dataclass(frozen=True)
+class Shared:
+    """Matrices that several ranks step together, seen from one of them.
+
+    Attributes:
+        ranks: how many.
+        matrices: of all ranks.
+        owned: of these, what this rank orthogonalizes; the plan's buckets have them.
+        elements: of all matrices.
+        bytes_sent: by this rank to others in a step, but for a few by which ranks agree to step.
+        collectives: calls in a step.
+        state_bytes: of the momenta that this rank keeps.
+        buffer_bytes: of what is on its way, held beside the workspace.
+    """
+
+    ranks: int
+    matrices: int
+    owned: int
+    elements: int
+    bytes_sent: int
+    collectives: int
+    state_bytes: int
+    buffer_bytes: int
+
+    @property
+    def adamw_state_bytes(self) -> int:
+        """What AdamW under ZeRO-1 would keep on a rank: its part of two moments in fp32."""
+        return 8 * self.elements // self.ranks
+
+    def __str__(self) -> str:
+        """Two lines."""
+        return (
+            f"{self.ranks} ranks step {self.matrices} matrices together. This one multiplies {self.owned}, sends "
+            f"{_scaled(self.bytes_sent, 'B')} in {self.collectives} collectives,\nkeeps "
+            f"{_scaled(self.state_bytes, 'B')} of momenta (AdamW under ZeRO-1: {_scaled(self.adamw_state_bytes, 'B')}) "
+            f"and holds {_scaled(self.buffer_bytes, 'B')} of buffers."
+        )
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a step does, bucket by bucket; `print` it.
 
     Attributes:
-        buckets: equal matrices.
+        buckets: equal matrices; of those that several ranks step together, this one's.
         notes: what "auto" could not use here, and the mend.
+        shared: what other ranks have a part in.
     """
 
     buckets: tuple[Bucket, ...]
     notes: tuple[str, ...] = ()
+    shared: tuple[Shared, ...] = ()
 
     @property
     def launches(self) -> int:
@@ -108,10 +149,21 @@ class Plan:
         """Workspace that a step holds: buckets follow one another and share it."""
         return max((b.workspace_bytes for b in self.buckets), default=0)
 
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes that this rank sends to others in a step."""
+        return sum(s.bytes_sent for s in self.shared)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes held beside the workspace for what other ranks send and are sent."""
+        return sum(s.buffer_bytes for s in self.shared)
+
     def __str__(self) -> str:
         """A table with a row for every bucket."""
+        between = [str(s) for s in self.shared if s.matrices]
         if not self.buckets:
-            return "nothing to do: Muon was given no matrix"
+            return "\n".join([*between, *self.notes]) or "nothing to do: Muon was given no matrix"
         rows = [("matrices", "algorithm", "backend", "launches", "FLOPs", "bytes moved", "workspace")]
         for b in self.buckets:
             name = f"{b.count} x {b.shape[0]}x{b.shape[1]}"
@@ -129,7 +181,7 @@ class Plan:
         note = ["A launch is a call of a kernel; where it is one, the whole step is fused."]
         if any(b.shape[0] < b.shape[1] for b in self.buckets):
             note.append("A matrix taller than wide is stepped, and shown, as its transpose.")
-        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], *note, *self.notes])
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], *between, *note, *self.notes])
 
 
 def _figures(of: Bucket | Plan) -> tuple[str, str, str, str]:

@@ -275,13 +275,12 @@ class SpectralAdam(Optimizer):
     @torch.no_grad()
     def plan(self) -> Plan:
         """What a step does with the matrices if each has a gradient; `print` it."""
-        works = []
+        prepared = []
         for group in self.param_groups:
             matrices = [p for p in group["params"] if _iterated(p, group)]
-            works += self._prepare(group, matrices, matrices).works
+            prepared.append(self._prepare(group, matrices, [local(p) for p in matrices]))
         self._prepared.clear()
-        notes = dict.fromkeys(note for work in works for note in work.notes)
-        return Plan(tuple(work.bucket for work in works), tuple(notes))
+        return functional.plan_of(prepared)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take up a pickle or a checkpoint."""

@@ -15,6 +15,7 @@ are rounded.
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from torch import Tensor
 from .. import backends
 from ..coefficients import Schedule
 from ..layout import Bundle, Layout, Matrices, Piece, flattens, layout, split_shape
-from ..plan import Bucket, plan_bucket, workspace_bytes
+from ..plan import Bucket, Shared, plan_bucket, workspace_bytes
 from ..second_moment import scratch_numbers
 from ..split import pieces
 from .deal import deal
@@ -42,10 +43,10 @@ Momenta = Sequence[Tensor | None] | None
 Iterate = Callable[["Work", "Stacks", "Tensor | None"], Tensor]
 
 # Sets of buffers, each of a round: one that is multiplied, the next, whose slices come, the last, whose results go.
-_IN_FLIGHT = 3
-# A share of results, in bytes a rank, that is worth a collective of its own.
-_SHARE = 16 << 20
-_NORM = 8  # bytes of a double
+IN_FLIGHT = 3
+# Of a rank's results, what is worth a collective of its own.
+SHARE_BYTES = 16 << 20
+NORM_BYTES = 8  # bytes of a double
 
 
 class Rectangle(NamedTuple):
@@ -176,6 +177,27 @@ class Lot:
         return f"the bucket of {sum(map(len, self.entries))} x {m}x{n}"
 
 
+def record_bytes(elements: int) -> int:
+    """Of a slice and its norm, a multiple of 8; none of an empty one."""
+    return (-(-2 * elements // NORM_BYTES) + 1) * NORM_BYTES if elements else 0
+
+
+def in_round(most: int, bytes_each: int, cap: int) -> int:
+    """Of an owner's matrices, no more than `most`, how many go through at a time, if they are to fit `cap`."""
+    rounds = -(-most // max(1, cap // bytes_each))
+    return -(-most // rounds)
+
+
+def bytes_in_flight(workspace_bytes: int, elements: int, replicas: int) -> int:
+    """Of one matrix of each owner in a round: of its workspace, and of buffers; there is one from every replica."""
+    return workspace_bytes + IN_FLIGHT * 2 * elements * (1 + replicas)
+
+
+def share_bytes(cap: int, ranks: int) -> int:
+    """Of a rank's results, how many go in one collective, but for the last lot's: all ranks' have to fit `cap`."""
+    return min(SHARE_BYTES, cap // (IN_FLIGHT * (1 + ranks)))
+
+
 class _Slices(NamedTuple):
     """Slices of one owner's matrices, all of one rank's part, in a buffer: each with room for its norm behind it."""
 
@@ -185,8 +207,8 @@ class _Slices(NamedTuple):
 
     @property
     def record(self) -> int:
-        """Bytes of a slice and what belongs to it, of a multiple of 8; none of what is empty."""
-        return (-(-2 * self.part.elements // _NORM) + 1) * _NORM if self.part.elements else 0
+        """Bytes of a slice and what belongs to it."""
+        return record_bytes(self.part.elements)
 
     @property
     def bytes(self) -> int:
@@ -202,7 +224,7 @@ class _Slices(NamedTuple):
     def norms(self, buffer: Tensor) -> Tensor:
         """(count,) float64."""
         flat = buffer[self.offset : self.offset + self.bytes].view(torch.float64)
-        step = self.record // _NORM
+        step = self.record // NORM_BYTES
         return flat.as_strided((self.matrices,), (step,), flat.storage_offset() + step - 1)
 
 
@@ -356,6 +378,11 @@ class CutRound:
         back = _end(self.received) - self.received[team.shard].bytes
         return out + back + (team.replica_count - 1) * self.share * self.sent[0].record
 
+    @property
+    def collectives(self) -> int:
+        """Calls that it takes."""
+        return 2 + (self.lot.kind.team.replicas is not None)
+
     def begin(self, grads: Sequence[Tensor], scalars: Scalars, buffers: Buffers) -> None:
         """Update momenta and send slices of the directions off."""
         team, work = self.lot.kind.team, self.lot.work
@@ -464,7 +491,6 @@ class CopyRound:
         """
         self.team = lots[0][0].kind.team
         self.lots = []
-        counts = []
         for lot, first in lots:
             shares = [entries[first : first + lot.most] for entries in lot.entries]
             # Of copies without an owner every rank keeps all momenta.
@@ -477,20 +503,33 @@ class CopyRound:
             ]
             copies = [_bundle_of(params, entries, "param_at") for entries in shares]
             self.lots.append(_Copies(lot, first, shares, own, copies))
-            whole = Rectangle(0, 0, *lot.kind.shape)
-            counts.append((max(map(len, shares)), whole))
-        self.places = _in_turn(counts)
+        # Where in its share every rank has its results.
+        self.places = [
+            _in_turn([(len(copies.shares[rank]), Rectangle(0, 0, *copies.lot.kind.shape)) for copies in self.lots])
+            for rank in range(self.team.replica_count)
+        ]
+        self.share = max(map(_end, self.places))
         self.pending: _Pending | None = None
+
+    @property
+    def momenta(self) -> list[Bundle | None]:
+        """Of all ranks' matrices, those that are kept here."""
+        return [bundle for copies in self.lots for bundle in copies.momenta]
 
     @property
     def buffer_bytes(self) -> tuple[int, int]:
         """Of `Buffers.slices`, this rank's results, and `Buffers.owned`, everybody's."""
-        return _end(self.places), _end(self.places) * self.team.replica_count
+        return self.share, self.share * self.team.replica_count
 
     @property
     def bytes_sent(self) -> int:
         """By this rank to others."""
-        return _end(self.places) * (self.team.replica_count - 1)
+        return self.share * (self.team.replica_count - 1)
+
+    @property
+    def collectives(self) -> int:
+        """Calls that it takes."""
+        return 1
 
     def begin(self, grads: Sequence[Tensor], scalars: Scalars, buffers: Buffers) -> None:
         """Remember the gradients: there is nothing to send yet."""
@@ -498,7 +537,7 @@ class CopyRound:
 
     def iterate(self, scalars: Scalars, workspace: Workspace, buffers: Buffers, run: Iterate) -> None:
         """Orthogonalize this rank's share and send it to the others."""
-        for copies, place in zip(self.lots, self.places, strict=True):
+        for copies, place in zip(self.lots, self.places[self.team.replica], strict=True):
             work, dtype = copies.lot.work, copies.lot.work.bucket.workspace_dtype
             ops = backends.get(work.bucket.backend)
             turns = [r for r in range(self.team.replica_count) if r != self.team.replica] + [self.team.replica]
@@ -518,11 +557,10 @@ class CopyRound:
                 )
                 if rank == self.team.replica:
                     result = run(work, stacks, scale)
-                    place._replace(matrices=len(entries)).of(buffers.slices, dtype).copy_(result)
-        size = _end(self.places)
+                    place.of(buffers.slices, dtype).copy_(result)
         self.pending = _gather(
-            buffers.owned[: size * self.team.replica_count],
-            buffers.slices[:size],
+            buffers.owned[: self.share * self.team.replica_count],
+            buffers.slices[: self.share],
             self.team,
             " and ".join(str(copies.lot) for copies in self.lots),
         )
@@ -532,14 +570,13 @@ class CopyRound:
         assert self.pending is not None
         self.pending.wait()
         self.pending = None
-        size = _end(self.places)
-        for copies, place in zip(self.lots, self.places, strict=True):
+        for number, copies in enumerate(self.lots):
             work, dtype = copies.lot.work, copies.lot.work.bucket.workspace_dtype
             first = copies.first * self.team.replica_count
             for rank, (params, entries) in enumerate(zip(copies.params, copies.shares, strict=True)):
                 if entries:
-                    results = buffers.owned[rank * size : (rank + 1) * size]
-                    X = place._replace(matrices=len(entries)).of(results, dtype)
+                    results = buffers.owned[rank * self.share : (rank + 1) * self.share]
+                    X = self.places[rank][number].of(results, dtype)
                     ratios = array("d", [entry.ratio for entry in entries])
                     backends.get(work.bucket.backend).apply_update(
                         params, X, **scalars.of_update(copies.lot.number, first), ratios=ratios
@@ -581,26 +618,58 @@ class Exchange:
         return sum(r.bytes_sent for r in self.rounds)
 
     @property
+    def collectives(self) -> int:
+        """Calls in a step."""
+        return sum(r.collectives for r in self.rounds)
+
+    @property
+    def _sizes(self) -> tuple[int, int, int]:
+        """Elements of a set of buffers: bytes, bytes, norms."""
+        slices, owned = (max(column) for column in zip(*(r.buffer_bytes for r in self.rounds), strict=True))
+        most = max(max(map(len, lot.entries)) for lot in self.lots)
+        return slices, owned, most * self.team.shard_count
+
+    @property
     def buffer_bytes(self) -> int:
         """What is allocated beside the workspace."""
-        sizes = [r.buffer_bytes for r in self.rounds]
-        return min(_IN_FLIGHT, len(sizes)) * sum(max(column, default=0) for column in zip(*sizes, strict=True))
+        if not self.rounds:
+            return 0
+        slices, owned, norms = self._sizes
+        return min(IN_FLIGHT, len(self.rounds)) * (slices + owned + NORM_BYTES * norms)
+
+    @property
+    def state_bytes(self) -> int:
+        """Of the momenta that this rank keeps."""
+        kept = [matrix for r in self.rounds for bundle in r.momenta for matrix in bundle or ()]
+        return sum(at.batch * at.rows * at.cols * t.itemsize for t, at in kept)
+
+    @property
+    def plan(self) -> Shared:
+        """What a plan has of it."""
+        entries = [(lot, of_rank) for lot in self.lots for of_rank in lot.entries]
+        return Shared(
+            ranks=self.team.ranks,
+            matrices=sum(len(of_rank) for _, of_rank in entries),
+            owned=sum(len(lot.entries[self.team.rank]) for lot in self.lots),
+            elements=sum(len(of_rank) * math.prod(lot.kind.shape) for lot, of_rank in entries),
+            bytes_sent=self.bytes_sent,
+            collectives=self.collectives,
+            state_bytes=self.state_bytes,
+            buffer_bytes=self.buffer_bytes,
+        )
 
     def reserve(self) -> None:
         """Allocate buffers."""
         if self._buffers or not self.rounds:
             return
-        sizes = [r.buffer_bytes for r in self.rounds]
         device = self.works[0].device
-        most = max(max(map(len, lot.entries)) for lot in self.lots)
-        for _ in range(min(_IN_FLIGHT, len(self.rounds))):
+        *sizes, count = self._sizes
+        for _ in range(min(IN_FLIGHT, len(self.rounds))):
             # doubles, for what is viewed as such
             slices, owned = (
-                torch.empty(-(-max(column) // _NORM), dtype=torch.float64, device=device).view(torch.uint8)
-                for column in zip(*sizes, strict=True)
+                torch.empty(size // NORM_BYTES, dtype=torch.float64, device=device).view(torch.uint8) for size in sizes
             )
-            norms = torch.empty(most * self.team.shard_count, dtype=torch.float64, device=device)
-            self._buffers.append(Buffers(slices, owned, norms))
+            self._buffers.append(Buffers(slices, owned, torch.empty(count, dtype=torch.float64, device=device)))
 
     @property
     def lots(self) -> list[Lot]:
@@ -625,12 +694,12 @@ class Exchange:
             if i == 0:
                 r.begin(grads, scalars, buffers[0])
             if i + 1 < len(rounds):
-                rounds[i + 1].begin(grads, scalars, buffers[(i + 1) % _IN_FLIGHT])
-            r.iterate(scalars, workspace, buffers[i % _IN_FLIGHT], run)
+                rounds[i + 1].begin(grads, scalars, buffers[(i + 1) % IN_FLIGHT])
+            r.iterate(scalars, workspace, buffers[i % IN_FLIGHT], run)
             if i:
-                rounds[i - 1].end(scalars, buffers[(i - 1) % _IN_FLIGHT])
+                rounds[i - 1].end(scalars, buffers[(i - 1) % IN_FLIGHT])
         if rounds:
-            rounds[-1].end(scalars, buffers[(len(rounds) - 1) % _IN_FLIGHT])
+            rounds[-1].end(scalars, buffers[(len(rounds) - 1) % IN_FLIGHT])
 
 
 def prepare(
@@ -723,13 +792,19 @@ def prepare(
             by_owner: list[list[Entry]] = [[] for _ in range(team.ranks)]
             for _, entry in entries:
                 by_owner[next(owners)].append(entry)
+            apart = entries[0][0] is not None
             dealt.append(
-                _lot(kind, by_owner, number, schedule, *chosen[kind], max_workspace_bytes, sign_momentum, work)
+                _lot(kind, by_owner, number, schedule, *chosen[kind], max_workspace_bytes, sign_momentum, work, apart)
             )
             number += len(entries)
-        rounds = _copy_rounds if team.shards is None else _cut_rounds
+        cap = max((_cap(lot.work.bucket.backend, max_workspace_bytes) for lot in dealt), default=0)
+        rounds = _cut_rounds if team.shards else partial(_copy_rounds, share=share_bytes(cap, team.ranks))
         exchanges.append(Exchange(team, rounds(dealt, params, momenta)))
     return exchanges
+
+
+def _cap(backend: str, max_workspace_bytes: int | None) -> int:
+    return backends.get(backend).default_workspace_bytes() if max_workspace_bytes is None else max_workspace_bytes
 
 
 def _lot(
@@ -742,18 +817,18 @@ def _lot(
     max_workspace_bytes: int | None,
     sign_momentum: bool,
     work: Callable[..., Work],
+    kept_apart: bool,
 ) -> Lot:
     owned, most = len(entries[kind.team.rank]), max(map(len, entries))
     bucket = plan(owned)
-    ops, (m, n) = backends.get(bucket.backend), kind.shape
+    m, n = kind.shape
     between = scratch_numbers(None, sign_momentum, m, n, kind.device)
     each = workspace_bytes(bucket.backend, bucket.algorithm, m, n, schedule) + 4 * between
-    cap = ops.default_workspace_bytes() if max_workspace_bytes is None else max_workspace_bytes
-    rounds = -(-most // max(1, cap // (each + 2 * _IN_FLIGHT * bucket.workspace_dtype.itemsize * m * n)))
-    most = -(-most // rounds)
+    cap = _cap(bucket.backend, max_workspace_bytes)
+    most = in_round(most, bytes_in_flight(each, m * n, kind.team.replica_count), cap)
     chunks = tuple(min(most, owned - first) for first in range(0, owned, most))
-    # Momenta of copies are updated in the workspace, on every rank those of all.
-    slots = most if kind.team.shards is None else max(chunks, default=0)
+    # Momenta of copies that no rank alone keeps are updated in the workspace, on every rank those of all.
+    slots = most if kind.team.shards is None and not kept_apart else max(chunks, default=0)
     bucket = replace(bucket, chunks=chunks, slots=slots, workspace_bytes=slots * each)
     own = work(bucket, notes, schedule, kind.device, [], signs=sign_momentum, between=between)
     return Lot(kind, own, number, entries, most)
@@ -763,14 +838,14 @@ def _cut_rounds(lots: Sequence[Lot], params: Sequence[Tensor], momenta: Momenta)
     return [CutRound(lot, i * lot.most, params, momenta) for lot in lots for i in range(lot.rounds)]
 
 
-def _copy_rounds(lots: Sequence[Lot], params: Sequence[Tensor], momenta: Momenta) -> list[CopyRound]:
-    """Lots together until a share of their results is worth a collective."""
+def _copy_rounds(lots: Sequence[Lot], params: Sequence[Tensor], momenta: Momenta, share: int) -> list[CopyRound]:
+    """Lots together until a share of their results has so many bytes, which is worth a collective."""
     rounds, waiting = [], []
     for lot in lots:
         for i in range(lot.rounds):
             waiting.append((lot, i * lot.most))
             copies = CopyRound(waiting, params, momenta)
-            if copies.buffer_bytes[0] >= _SHARE:
+            if copies.share >= share:
                 rounds.append(copies)
                 waiting = []
     if waiting:

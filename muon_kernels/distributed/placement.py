@@ -109,7 +109,7 @@ def _dim(shard: Any, shape: Sequence[int]) -> int:
     return dim % len(shape)
 
 
-def _chunk(at: Range, count: int, index: int) -> Range:
+def chunk(at: Range, count: int, index: int) -> Range:
     """As torch.chunk cuts, and DTensor with it: all but the last are equal, and some may be empty."""
     start, stop = at
     size = -(-(stop - start) // count)
@@ -126,7 +126,7 @@ def _ranges(
     first = [(i, c) for i, c in zip(dims, at, strict=True) if (i, c) not in later]
     for i, coordinate in (*first, *reversed(later)):
         dim = _dim(placements[i], shape)
-        ranges[dim] = _chunk(ranges[dim], mesh[i], coordinate)
+        ranges[dim] = chunk(ranges[dim], mesh[i], coordinate)
     return tuple(ranges)
 
 
