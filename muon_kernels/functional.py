@@ -20,8 +20,9 @@ from torch import Tensor
 
 from . import backends, options
 from .coefficients import DEFAULT, NS_STEPS, Schedule, resolve
-from .distributed import exchange
+from .distributed import blocks, exchange
 from .distributed.placement import Placement, local
+from .distributed.strategies import STRATEGIES
 from .layout import (
     Bundle,
     Layout,
@@ -467,6 +468,9 @@ def prepare(
     scales: Sequence[Tensor | None] = (),
     mantissas: Sequence[Tensor] = (),
     placements: Sequence[Placement | None] | None = None,
+    strategy: str = "owner",
+    block_lr_ratio: float = 1.0,
+    apart: bool = False,
 ) -> Prepared:
     """Everything that steps of one group have in common; nothing is written.
 
@@ -482,6 +486,8 @@ def prepare(
         mantissas: with master_weights, the lower halves, one a parameter.
         placements: of parameters, gradients and momenta that are this rank's part of what several ranks step together;
             None for those that it steps alone. There is no momentum_buf where another rank keeps it.
+        strategy, block_lr_ratio: see `Muon`.
+        apart: whether parts of matrices that are cut are stepped as matrices, see distributed/blocks.py.
 
     Raises:
         ValueError, TypeError: an operand or an option that cannot be used, with what was expected.
@@ -499,14 +505,18 @@ def prepare(
     scaled: list[Tensor | None] = []  # of every cut, the absmax of an int8 momentum
     ratios: list[float] = []
     cuts: list[tuple[int, tuple[int, ...], Piece | None]] = []
+    shared: list[Placement | None] = []
     buffers = momentum_bufs if momentum_bufs is not None else [None] * len(params)
     for index, (p, g, buffer) in enumerate(zip(params, grads, buffers, strict=True)):
         _check_operands(p, g, buffer)
         if stochastic_rounding:
             check_rounding(p)
         split, placement = splits[index] if splits else None, placements[index] if placements else None
-        if placement is not None and power != 1:
+        cut_here = apart and placement is not None and placement.team.shards is not None and power != 1
+        if placement is not None and power != 1 and not cut_here:
+            shared.append(placement)
             continue
+        shared.append(None)
         order = column_order(p.shape, p.stride()) if flattens(p.shape, flatten) else ()
         scale = None
         if buffer is not None and buffer.dtype == torch.int8:
@@ -522,11 +532,13 @@ def prepare(
                 order = tuple(range(1, p.ndim))
         if placement is None:
             cut = [(piece, split_shape(p.shape, flatten, piece)) for piece in _pieces(p, flatten, order, split)]
+        elif cut_here:
+            cut = list(blocks.parts(placement, flatten, split))
         else:
             cut = [(piece, shape) for piece, shape, _ in exchange.cuts(placement, flatten, split)]
         scaled += repeat(None, len(cut)) if scale is None else scales_of(scale, p.shape, flatten, split, len(cut))
         for piece, (count, rows, cols) in cut:
-            ratios.append(lr_ratio(adjust_lr_fn, rows, cols))
+            ratios.append(lr_ratio(adjust_lr_fn, rows, cols) * (block_lr_ratio if cut_here else 1.0))
             momentum_dtype = g.dtype if buffer is None else buffer.dtype
             kind = Kind(min(rows, cols), max(rows, cols), p.device, g.dtype, momentum_dtype, p.dtype)
             by_kind.setdefault(kind, []).append((len(cuts), count))
@@ -552,13 +564,13 @@ def prepare(
             bucket = plain_bucket((kind.rows, kind.cols), sum(count for _, count in counts), _bytes_per_element(kind))
             prepared.works.append(Work(bucket, (), schedule, kind.device, []))
         return prepared
-    if placements is not None and any(placements):
+    if any(shared):
         prepared.exchanges.extend(
             exchange.prepare(
                 params,
                 grads,
                 momentum_bufs,
-                placements,
+                shared,
                 schedule=schedule,
                 ratio=partial(lr_ratio, adjust_lr_fn),
                 flatten=flatten,
@@ -569,6 +581,7 @@ def prepare(
                 workspace_dtype=workspace_dtype,
                 sign_momentum=sign_momentum,
                 work=Work,
+                way=STRATEGIES[strategy],
             )
         )
     sources: list[tuple[_Source, _Source | None, _Source, int]] = []
@@ -690,6 +703,8 @@ SETTLED = (
     "second_moment",
     "stochastic_rounding",
     "master_weights",
+    "strategy",
+    "block_lr_ratio",
 )
 
 
@@ -743,7 +758,7 @@ class Preparations:
     """What `prepare` decided for groups, as long as they ask for the same."""
 
     def __init__(self) -> None:
-        self._settled: dict[int, _Settled] = {}
+        self._settled: dict[tuple[int, bool], _Settled] = {}
 
     def get(
         self,
@@ -757,14 +772,16 @@ class Preparations:
         scales: Sequence[Tensor | None] = (),
         mantissas: Sequence[Tensor] = (),
         placements: Sequence[Placement | None] | None = None,
+        apart: bool = False,
     ) -> Prepared:
         """`prepare` for the group `key`, with its options in SETTLED, or what it said before.
 
         Args:
             cuts: for the parameters, what follows from the option `split`.
             moments, scales, mantissas, placements: see `prepare`; where a parameter is does not change.
+            apart: see `prepare`; either kind of step is remembered.
         """
-        settled = self._settled.get(key)
+        settled = self._settled.get((key, apart))
         buffers = repeat(None) if momentum_bufs is None else momentum_bufs
         own = [kept for kept in (moments, scales, mantissas) if kept]
         operands = (params, grads, buffers, *own)
@@ -781,8 +798,8 @@ class Preparations:
             kept = {**options, **{key: deepcopy(options[key]) for key in ("ns_coefficients", "split")}}
             taken = {key: value for key, value in options.items() if key != "split"}
             taken |= {"moments": moments, "scales": scales, "mantissas": mantissas, "placements": placements}
-            prepared = prepare(params, grads, momentum_bufs, splits=cuts(), **taken)
-            settled = self._settled[key] = _Settled(kept, torch.get_num_threads(), signatures, prepared)
+            prepared = prepare(params, grads, momentum_bufs, splits=cuts(), apart=apart, **taken)
+            settled = self._settled[key, apart] = _Settled(kept, torch.get_num_threads(), signatures, prepared)
         return settled.prepared
 
     def clear(self) -> None:

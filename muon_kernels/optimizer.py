@@ -13,10 +13,11 @@ from torch.distributed import ProcessGroup
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from .coefficients import COEFFICIENTS, DEFAULT, NS_STEPS, resolve
-from .distributed import consensus
+from .distributed import blocks, consensus
 from .distributed.exchange import Failed
 from .distributed.placement import local
 from .distributed.ranks import Ranks
+from .distributed.strategies import STRATEGIES
 from .functional import (
     DTYPES,
     MOMENTUM_DTYPES,
@@ -46,6 +47,7 @@ from .functional import (
 )
 from .layout import split_shape
 from .options import (
+    check_choice,
     check_eps,
     check_fraction,
     check_number,
@@ -132,6 +134,13 @@ class Muon(Optimizer):
         process_group: of ranks that have the same plain tensors for parameters, and the same gradients, as under
             DistributedDataParallel: each steps a share, and only its owner keeps the momentum of a parameter. None:
             plain tensors are this process's own. DTensors say themselves where they are.
+        strategy: who orthogonalizes matrices that several ranks have parts of: "owner", to whom the others send theirs;
+            "gram", nobody: those cut along their longer dimension stay where they are, and Gram matrices are summed;
+            "blocks", MuonBP's (arXiv 2510.16981), each rank its own part, and owners the whole every `block_period`
+            steps. distributed/ has a file on each.
+        block_period: for "blocks"; 1 is "owner".
+        block_lr_ratio: for "blocks", what multiplies `lr` where parts are orthogonalized. `adjust_lr_fn` is then
+            applied to their shapes; the paper's update is that of "match_rms_adamw".
 
     Raises:
         ValueError, TypeError: an argument that cannot be used, with what was expected.
@@ -171,6 +180,9 @@ class Muon(Optimizer):
         second_moment: str | None = None,
         beta2: float = 0.95,
         process_group: ProcessGroup | None = None,
+        strategy: str = "owner",
+        block_period: int = 5,
+        block_lr_ratio: float = 1.0,
     ) -> None:
         """Check everything and set nothing aside yet: momentum buffers come with the first gradients."""
         defaults = {
@@ -200,6 +212,9 @@ class Muon(Optimizer):
             "master_weights": master_weights,
             "second_moment": second_moment,
             "beta2": beta2,
+            "strategy": strategy,
+            "block_period": block_period,
+            "block_lr_ratio": block_lr_ratio,
         }
         _check_options(defaults)
         if ns_steps is NS_STEPS:  # a checkpoint must hold a plain number
@@ -328,7 +343,10 @@ class Muon(Optimizer):
         cuts = lambda: [split for p, split in splits(group) if grad_of(p) is not None]
         options = {key: group[key] for key in SETTLED}
         beside = moments, scales if any(s is not None for s in scales) else (), mantissas, placements
-        return self._prepared.get(id(group), params, grads, buffers, options, cuts, *beside), grads, new
+        prepared = self._prepared.get(
+            id(group), params, grads, buffers, options, cuts, *beside, apart=blocks.apart(group)
+        )
+        return prepared, grads, new
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -385,7 +403,7 @@ class Muon(Optimizer):
         for group, (decided, grads, new), numbers in zip(self.param_groups, prepared, scalars, strict=True):
             for p, key, tensor in new:
                 self.state[p][key] = tensor
-            if numbers.seed is not None:
+            if numbers.seed is not None or group["strategy"] == "blocks":
                 group["step"] = group.get("step", 0) + 1
             try:
                 execute(decided, grads, numbers, self._workspace)
@@ -578,6 +596,11 @@ def _check_options(options: dict[str, Any]) -> None:
     check_relatives(options)
     check_eps(options["eps"])
     check_settled(options)
+    check_choice("strategy", options["strategy"], STRATEGIES)
+    period = options["block_period"]
+    if isinstance(period, bool) or not isinstance(period, int) or period < 1:
+        raise ValueError(f"block_period should be an int >= 1 but is: {period!r}")
+    check_number("block_lr_ratio", options["block_lr_ratio"])
     dtype = options["momentum_dtype"]
     if dtype not in (None, *MOMENTUM_DTYPES):
         raise ValueError(f"momentum_dtype should be a floating-point dtype, torch.int8 or None but is: {dtype!r}")

@@ -75,6 +75,8 @@ def check_relatives(group: Mapping[str, Any]) -> None:
     power, form = group["power"], group["second_moment"]
     if group["master_weights"] and group["stochastic_rounding"]:
         raise ValueError("stochastic_rounding should be False where master_weights is True, which rounds nothing away")
+    if group["strategy"] == "gram" and group["sign_momentum"]:
+        raise ValueError("sign_momentum should be False for strategy='gram', in which no rank has a whole direction")
     if power != 1:
         return
     if form is not None:

@@ -84,6 +84,11 @@ class Kind(NamedTuple):
     param_dtype: torch.dtype
 
 
+def holders(kind: Kind) -> list[int]:
+    """The ranks that have any of such a matrix."""
+    return [rank for rank, part in enumerate(kind.parts) if part.elements]
+
+
 def _overlap(a: Range, b: Range) -> Range:
     """What both have, counted from the start of `a`; empty ranges begin at 0."""
     start, stop = max(a[0], b[0]), min(a[1], b[1])
@@ -158,6 +163,7 @@ class Lot:
         number: of the first one among all of the group; for stochastic rounding.
         entries: for every rank of the team, what it owns.
         most: matrices of one owner in a round.
+        way: of the rounds, where the matrices are cut.
     """
 
     kind: Kind
@@ -165,6 +171,7 @@ class Lot:
     number: int
     entries: list[list[Entry]]
     most: int
+    way: type[CutRound]
 
     @property
     def rounds(self) -> int:
@@ -250,14 +257,14 @@ def _end(slices: Sequence[_Slices]) -> int:
 _UNSCALED = 30
 
 
-def _shift(norms: Tensor) -> Tensor:
+def shift_of(norms: Tensor) -> Tensor:
     """Of matrices with these norms, the exponent of that power."""
     exponent = torch.frexp(norms)[1]
     outside = norms.isfinite() & (norms != 0) & ((norms < 2.0**-_UNSCALED) | (norms > 2.0**_UNSCALED))
     return (1 - exponent).where(outside, 0)
 
 
-def _scale(norms: Tensor, shift: Tensor, eps: float, margin: float) -> Tensor:
+def scale_of(norms: Tensor, shift: Tensor, eps: float, margin: float) -> Tensor:
     """What brings matrices of these norms, times 2^shift, to 1/margin, as `momentum_update` returns it."""
     mantissa, exponent = torch.frexp(norms)
     size = torch.ldexp(1 / ((2 * mantissa).clamp_min(eps) * margin), 1 - exponent - shift)
@@ -276,13 +283,13 @@ def _gathered(parts: Sequence[tuple[Rectangle, Tensor, Tensor]], X: Tensor, scal
         (count,) norms of the directions in double, and the exponents of the powers of two that X was multiplied by.
     """
     norms = torch.stack([part[2] for part in parts]).square_().sum(0).sqrt_()
-    shift = _shift(norms)
+    shift = shift_of(norms)
     for (top, left, rows, cols), slices, of_slice in parts:
         target = X[:, top : top + rows, left : left + cols]
         if scaled:
             target.copy_(slices.float().mul_((of_slice / norms).nan_to_num_(0.0).float()[:, None, None]))
             continue
-        power = torch.ldexp(torch.ones_like(norms), shift - _shift(of_slice))
+        power = torch.ldexp(torch.ones_like(norms), shift - shift_of(of_slice))
         if X.device.type == "cpu" and bool((power == 1).all()):
             target.copy_(slices)
         else:
@@ -303,7 +310,7 @@ class Failed(RuntimeError):
     """A collective that did not end."""
 
 
-class _Pending:
+class Pending:
     """A collective under way; `what` it does is said if it fails."""
 
     def __init__(self, what: str, begin: Callable[[], Any]) -> None:
@@ -325,8 +332,9 @@ class _Pending:
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def _gather(into: Tensor, share: Tensor, team: Team, of: str) -> _Pending:
-    return _Pending(
+def gather(into: Tensor, share: Tensor, team: Team, of: str) -> Pending:
+    """Begin to write what every replica has to all of them; `of` names it in an error."""
+    return Pending(
         f"gathering the results of {of}",
         lambda: _all_gather(into, share, group=team.replicas, async_op=True),
     )
@@ -334,6 +342,41 @@ def _gather(into: Tensor, share: Tensor, team: Team, of: str) -> _Pending:
 
 class CutRound:
     """A round of matrices whose parts are on several ranks."""
+
+    @classmethod
+    def refuses(cls, kind: Kind) -> str | None:
+        """Why such matrices cannot go through in this way, so that they are sent to owners; None if they can."""
+        return None
+
+    @classmethod
+    def turns(cls, rectangles: Sequence[Rectangle]) -> bool:
+        """Whether square matrices with such parts should be transposed."""
+        return False
+
+    @classmethod
+    def owners(cls, team: Team) -> list[int] | None:
+        """The ranks that matrices are dealt to; None for all."""
+        return None
+
+    @classmethod
+    def owner_here(cls, team: Team) -> int:
+        """Of the ranks that matrices are dealt to, the one whose matrices this rank iterates."""
+        return team.rank
+
+    @classmethod
+    def shapes(cls, kind: Kind) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(m, n) of what this rank iterates, and of the largest that any does."""
+        return kind.shape, kind.shape
+
+    @classmethod
+    def counted(cls, bucket: Bucket, schedule: Schedule) -> Bucket:
+        """The bucket with what the iteration costs in this way."""
+        return bucket
+
+    @classmethod
+    def algorithm(cls, name: str, backend: str) -> str:
+        """The form of the iteration, the same on all ranks; "auto" if each may choose."""
+        return name
 
     def __init__(self, lot: Lot, first: int, params: Sequence[Tensor], momenta: Momenta) -> None:
         """Settle what goes where.
@@ -362,7 +405,7 @@ class CutRound:
         self.params = [_bundle_of(params, entries, "param_at") if there else Bundle() for entries in self.entries]
         self.ratios = [array("d", [entry.ratio for entry in entries]) for entries in self.entries]
         self.share = max(map(len, self.entries))
-        self.pending: _Pending | None = None
+        self.pending: Pending | None = None
 
     @property
     def buffer_bytes(self) -> tuple[int, int]:
@@ -385,6 +428,11 @@ class CutRound:
 
     def begin(self, grads: Sequence[Tensor], scalars: Scalars, buffers: Buffers) -> None:
         """Update momenta and send slices of the directions off."""
+        self.update_momenta(grads, scalars, buffers)
+        self.pending = self._exchange(buffers.slices, self.sent, buffers.owned, self.received, "slices")
+
+    def update_momenta(self, grads: Sequence[Tensor], scalars: Scalars, buffers: Buffers) -> None:
+        """And leave the directions of this replica's share, and their norms, in `buffers`."""
         team, work = self.lot.kind.team, self.lot.work
         ops = backends.get(work.bucket.backend)
         for replica in [r for r in range(team.replica_count) if r != team.replica] + [team.replica]:
@@ -405,12 +453,11 @@ class CutRound:
             )
             if replica == team.replica:
                 at.norms(buffers.slices).copy_(norms)
-        self.pending = self._exchange(buffers.slices, self.sent, buffers.owned, self.received, "slices")
 
     def _exchange(
         self, source: Tensor, sent: Sequence[_Slices], target: Tensor, received: Sequence[_Slices], what: str
-    ) -> _Pending:
-        return _Pending(
+    ) -> Pending:
+        return Pending(
             f"exchanging {what} of {self.lot}",
             lambda: dist.all_to_all_single(
                 target[: _end(received)],
@@ -436,8 +483,10 @@ class CutRound:
                 stacks.blend.norms.copy_(norms)
             scale = None
             if not scaled:
-                scale = stacks.derived.setdefault("scale", torch.empty(self.owned, device=stacks.X.device))
-                scale.copy_(_scale(norms, shift, scalars.eps, work.schedule.margin))
+                scale = stacks.derived.setdefault(
+                    "scale", torch.empty(self.owned, dtype=torch.float32, device=stacks.X.device)
+                )
+                scale.copy_(scale_of(norms, shift, scalars.eps, work.schedule.margin))
             result = run(work, stacks, scale)
             for s in self.received:
                 top, left, rows, cols = s.part
@@ -447,15 +496,15 @@ class CutRound:
 
     def end(self, scalars: Scalars, buffers: Buffers) -> None:
         """Update parameters with the slices that come back."""
-        assert self.pending is not None
-        self.pending.wait()
-        self.pending = None
+        if self.pending is not None:
+            self.pending.wait()
+            self.pending = None
         team, work = self.lot.kind.team, self.lot.work
         ops, dtype = backends.get(work.bucket.backend), work.bucket.workspace_dtype
         size, shares = self.share * self.sent[0].record, [buffers.slices]
         if team.replicas is not None:
             gathered = buffers.owned[: team.replica_count * size]  # what was in it has gone
-            _gather(gathered, buffers.slices[:size], team, str(self.lot)).wait()
+            gather(gathered, buffers.slices[:size], team, str(self.lot)).wait()
             shares = list(torch.split(gathered, size)) if size else [gathered] * team.replica_count
         first = self.first * team.ranks
         for params, ratios, share in zip(self.params, self.ratios, shares, strict=True):
@@ -509,7 +558,7 @@ class CopyRound:
             for rank in range(self.team.replica_count)
         ]
         self.share = max(map(_end, self.places))
-        self.pending: _Pending | None = None
+        self.pending: Pending | None = None
 
     @property
     def momenta(self) -> list[Bundle | None]:
@@ -558,7 +607,7 @@ class CopyRound:
                 if rank == self.team.replica:
                     result = run(work, stacks, scale)
                     place.of(buffers.slices, dtype).copy_(result)
-        self.pending = _gather(
+        self.pending = gather(
             buffers.owned[: self.share * self.team.replica_count],
             buffers.slices[: self.share],
             self.team,
@@ -718,6 +767,7 @@ def prepare(
     workspace_dtype: torch.dtype,
     sign_momentum: bool,
     work: Callable[..., Work],
+    way: type[CutRound] = CutRound,
 ) -> list[Exchange]:
     """How the parameters that have a placement are stepped, a team at a time; nothing is written.
 
@@ -730,6 +780,7 @@ def prepare(
         flatten, splits, ns_algorithm, backend, max_workspace_bytes, workspace_dtype, sign_momentum: see
             `functional.prepare`.
         work: makes one of (bucket, notes, schedule, device).
+        way: of the rounds of what is cut, where it can.
 
     Raises:
         ValueError, TypeError, RuntimeError: what cannot be stepped.
@@ -740,7 +791,7 @@ def prepare(
             continue
         buffer = None if momenta is None else momenta[index]
         for piece, (batch, rows, cols), rectangles in cuts(placement, flatten, splits[index] if splits else None):
-            tall = rows > cols
+            tall = rows > cols or (rows == cols and way.turns(rectangles))
             if tall:
                 rectangles = tuple(Rectangle(left, top, c, r) for top, left, r, c in rectangles)
             kind = Kind(placement.team, (min(rows, cols), max(rows, cols)), rectangles, p.device, g.dtype, p.dtype)
@@ -758,16 +809,20 @@ def prepare(
     exchanges = []
     for team in dict.fromkeys(kind.team for kind in by_kind):
         kinds = {kind: entries for kind, entries in by_kind.items() if kind.team is team and min(kind.shape)}
-        chosen = {}
+        chosen, ways = {}, {}
         for kind in kinds:
             name, notes = backends.choose(
                 backend, kind.device, (kind.grad_dtype, kind.param_dtype), workspace_dtype, kind.shape
             )
+            reason = way.refuses(kind)
+            ways[kind] = CutRound if reason else way
+            if reason and len(holders(kind)) > 1:
+                notes += (reason,)
             plan = partial(
                 plan_bucket,
-                kind.shape,
+                ways[kind].shapes(kind)[0],
                 schedule=schedule,
-                ns_algorithm=ns_algorithm,
+                ns_algorithm=ways[kind].algorithm(ns_algorithm, name),
                 backend=name,
                 max_workspace_bytes=max_workspace_bytes,
                 workspace_dtype=workspace_dtype,
@@ -780,12 +835,12 @@ def prepare(
         costs, among, dealt = [], [], []
         for kind, entries in kinds.items():
             cost = chosen[kind][0](1).flops
-            holders = [rank for rank, part in enumerate(kind.parts) if part.elements]
-            nearby = [r * team.shard_count + h for r in range(team.replica_count) for h in holders]
+            nearby = [r * team.shard_count + h for r in range(team.replica_count) for h in holders(kind)]
+            dealt_to = ways[kind].owners(team)
             for owner, _ in entries:
                 costs.append(cost)
                 # What only one rank has a part of stays there.
-                among.append([owner] if owner is not None else nearby if len(holders) == 1 else None)
+                among.append([owner] if owner is not None else nearby if len(holders(kind)) == 1 else dealt_to)
         owners = iter(deal(costs, team.ranks, among=among))
         number = 0
         for kind, entries in kinds.items():
@@ -794,7 +849,18 @@ def prepare(
                 by_owner[next(owners)].append(entry)
             apart = entries[0][0] is not None
             dealt.append(
-                _lot(kind, by_owner, number, schedule, *chosen[kind], max_workspace_bytes, sign_momentum, work, apart)
+                _lot(
+                    kind,
+                    by_owner,
+                    number,
+                    schedule,
+                    *chosen[kind],
+                    max_workspace_bytes,
+                    sign_momentum,
+                    work,
+                    apart,
+                    ways[kind],
+                )
             )
             number += len(entries)
         cap = max((_cap(lot.work.bucket.backend, max_workspace_bytes) for lot in dealt), default=0)
@@ -818,24 +884,29 @@ def _lot(
     sign_momentum: bool,
     work: Callable[..., Work],
     kept_apart: bool,
+    way: type[CutRound],
 ) -> Lot:
-    owned, most = len(entries[kind.team.rank]), max(map(len, entries))
+    owned, most = len(entries[way.owner_here(kind.team)]), max(map(len, entries))
     bucket = plan(owned)
-    m, n = kind.shape
-    between = scratch_numbers(None, sign_momentum, m, n, kind.device)
-    each = workspace_bytes(bucket.backend, bucket.algorithm, m, n, schedule) + 4 * between
+    held, (m, n) = way.shapes(kind)
+    between = scratch_numbers(None, sign_momentum, *held, kind.device)
+
+    def each(m: int, n: int) -> int:
+        numbers = scratch_numbers(None, sign_momentum, m, n, kind.device)
+        return workspace_bytes(bucket.backend, bucket.algorithm, m, n, schedule) + 4 * numbers
+
     cap = _cap(bucket.backend, max_workspace_bytes)
-    most = in_round(most, bytes_in_flight(each, m * n, kind.team.replica_count), cap)
+    most = in_round(most, bytes_in_flight(each(m, n), m * n, kind.team.replica_count), cap)
     chunks = tuple(min(most, owned - first) for first in range(0, owned, most))
     # Momenta of copies that no rank alone keeps are updated in the workspace, on every rank those of all.
     slots = most if kind.team.shards is None and not kept_apart else max(chunks, default=0)
-    bucket = replace(bucket, chunks=chunks, slots=slots, workspace_bytes=slots * each)
+    bucket = way.counted(replace(bucket, chunks=chunks, slots=slots, workspace_bytes=slots * each(*held)), schedule)
     own = work(bucket, notes, schedule, kind.device, [], signs=sign_momentum, between=between)
-    return Lot(kind, own, number, entries, most)
+    return Lot(kind, own, number, entries, most, way)
 
 
 def _cut_rounds(lots: Sequence[Lot], params: Sequence[Tensor], momenta: Momenta) -> list[CutRound]:
-    return [CutRound(lot, i * lot.most, params, momenta) for lot in lots for i in range(lot.rounds)]
+    return [lot.way(lot, i * lot.most, params, momenta) for lot in lots for i in range(lot.rounds)]
 
 
 def _copy_rounds(lots: Sequence[Lot], params: Sequence[Tensor], momenta: Momenta, share: int) -> list[CopyRound]:

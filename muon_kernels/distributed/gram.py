@@ -1,0 +1,310 @@
+"""The strategy "gram": matrices that are cut along their longer dimension are orthogonalized where they are.
+
+With X = [X_1 ... X_k], one part a rank, X Xᵀ = Σ X_i X_iᵀ: nothing else in Newton-Schulz needs more than a rank's own
+part. The ranks sum the Gram matrix wherever the iteration visits X, two or three times in the Gram form, iterate on it
+alike, and apply the result to their parts. Nobody sends a slice. Megatron-Core's Muon has the same for tensor
+parallelism ("distributed").
+
+A sum is of m(m+1)/2 numbers in fp32, one triangle, and takes 4 m² (k-1)/k bytes from every rank for each visit. Owners
+take 4 m n (k-1)/k² for a matrix. So this sends less where parts are wider than m times the number of visits; beyond
+that it may be of use where matrices are so few that some ranks would own none. The m x m products are every rank's.
+
+Rounded to bf16 each, partial sums would be wrong by Σ 2^-9 |(X_i X_iᵀ)_ab| <= 2^-9 √(R_aa R_bb) in an element of the
+Gram matrix R, which is more than the rounding of the sum where they cancel, and too much for three steps between two
+visits. So a second product returns what rounding took from the first, and the sum is exact to 2^-17 √(R_aa R_bb).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import backends
+from ..coefficients import Schedule
+from ..newton_schulz import ALGORITHMS, Products, Square
+from ..plan import Bucket, Counter, count_iteration
+from .exchange import Buffers, CutRound, Iterate, Kind, Lot, Momenta, Pending, Rectangle, holders, scale_of, shift_of
+from .placement import Team
+
+if TYPE_CHECKING:
+    from ..functional import Scalars, Stacks, Workspace
+
+
+class Summed:
+    """A backend's products of matrices of which every rank has some columns; squares are the same on all ranks."""
+
+    def __init__(self, ops: Products, rest: Square, add_up: Callable[[Square, Square, Tensor | None], None]) -> None:
+        """Take on a backend.
+
+        Args:
+            ops: the backend.
+            rest: of the size of all squares, overwritten.
+            add_up: replaces its first argument, a square, by the sum of all ranks' scale²·(square + rest).
+        """
+        self._ops, self._rest, self._add_up = ops, rest, add_up
+
+    def __getattr__(self, name: str) -> Any:
+        """What contracts over no dimension that is cut."""
+        return getattr(self._ops, name)
+
+    def syrk(self, A: Tensor | Square, *, out: Square, scale: Tensor | None = None, **rest: Any) -> None:
+        """See `Products.syrk`; of a matrix that is cut, scale²·A·Aᵀ only."""
+        if isinstance(A, Square):
+            self._ops.syrk(A, out=out, scale=scale, **rest)
+            return
+        assert not rest, "every rank would add it"
+        if A.numel():
+            self._ops.syrk(A, out=out)
+            self._ops.syrk(A, C=out, beta=-1.0, out=self._rest)
+        else:
+            self._ops.then(lambda: _clear(out, self._rest), [out.high, self._rest.high])
+        self._ops.then(lambda: self._add_up(out, self._rest, scale), [out.high, self._rest.high])
+
+    def gemm(self, A: Square, X: Tensor | Square, *, out: Tensor | Square, **rest: Any) -> None:
+        """See `Products.gemm`."""
+        if (out.high if isinstance(out, Square) else out).numel():
+            self._ops.gemm(A, X, out=out, **rest)
+
+    def add(self, A: Square, *, out: Square, **rest: Any) -> None:
+        """See `Products.add`."""
+        if out.high.numel():
+            self._ops.add(A, out=out, **rest)
+
+
+def _clear(*squares: Square) -> None:
+    for square in squares:
+        square.high.zero_()
+        if square.diagonal is not None:
+            square.diagonal.zero_()
+
+
+def packed_size(m: int) -> tuple[int, int]:
+    """(rows, cols) of a packed m x m matrix."""
+    return m + 1 - m % 2, (m + 1) // 2
+
+
+def _halves(packed: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """Where its first columns are, lower triangle, and its last rows and columns, transposed: upper triangle.
+
+    Rectangular full packed format, LAPACK's (Gustavson et al., ACM TOMS 37, 2010).
+    """
+    rows, h = packed_size(m)
+    down = rows - m
+    return packed[:, down:], packed[:, : m - h, 1 - down : 1 - down + m - h]
+
+
+def pack(squares: Sequence[Square], scale: Tensor | None, packed: Tensor) -> None:
+    """Write the lower triangle of scale²·Σ squares.
+
+    Args:
+        squares: (batch, m, m).
+        scale: (batch,) fp32; None: 1.
+        packed: (batch, *packed_size(m)) fp32, written.
+    """
+    left, right = _halves(packed, squares[0].high.shape[1])
+    h = left.shape[2]
+    packed.zero_()
+    for square in squares:
+        left[:, :h].add_(square.high[:, :h, :h].tril())
+        left[:, h:].add_(square.high[:, h:, :h])
+        right.add_(square.high[:, h:, h:].mT.triu())
+        if square.diagonal is not None:
+            left.diagonal(dim1=1, dim2=2).add_(square.diagonal[:, :h])
+            right.diagonal(dim1=1, dim2=2).add_(square.diagonal[:, h:])
+    if scale is not None:  # whose square may be outside fp32's range
+        packed.mul_(scale[:, None, None]).mul_(scale[:, None, None])
+
+
+def unpack(packed: Tensor, square: Square) -> None:
+    """Write an exactly symmetric matrix, rounded, and what that took from its diagonal; see `pack`."""
+    high = square.high
+    left, right = _halves(packed, high.shape[1])
+    h = left.shape[2]
+    high[:, :, :h].copy_(left)
+    high[:, h:, h:].copy_(right.mT)
+    high.copy_(high.tril() + high.tril(-1).mT)
+    if square.diagonal is not None:
+        exact = torch.cat([half.diagonal(dim1=1, dim2=2) for half in (left, right)], 1)
+        torch.sub(exact, high.diagonal(dim1=1, dim2=2).float(), out=square.diagonal)
+
+
+class _Visited(Summed):
+    """Counts products that contract over what is cut."""
+
+    visits = 0
+
+    def syrk(self, A: Tensor | Square, **rest: Any) -> None:
+        self.visits += not isinstance(A, Square)
+        super().syrk(A, **rest)
+
+
+@lru_cache(maxsize=256)
+def count(backend: str, algorithm: str, m: int, n: int, schedule: Schedule) -> tuple[int, int, int, int]:
+    """(visits to X, launches, FLOPs, bytes) of the iteration on n columns of an m-row matrix; see plan.py."""
+    ops = backends.get(backend)
+    counter = Counter(ops.symmetric_products(), ops.precise_squares())
+    rest = Square(torch.empty(1, m, m, dtype=torch.bfloat16, device="meta"))
+    visited = _Visited(counter, rest, lambda *_: None)
+    count_iteration(visited, algorithm, m, n, schedule)  # type: ignore[arg-type]
+    return visited.visits, counter.launches, counter.flops, counter.bytes
+
+
+class GramRound(CutRound):
+    """A round of matrices that stay where they are."""
+
+    @classmethod
+    def refuses(cls, kind: Kind) -> str | None:
+        """See `CutRound`: a rank that has any of a matrix should have whole columns, wide side up."""
+        m, n = kind.shape
+        if len(holders(kind)) > 1 and all(kind.parts[rank].rows == m for rank in holders(kind)):
+            return None
+        return (
+            f"strategy='gram' is for matrices that are cut along their longer dimension: the parts of {m}x{n} ones, "
+            f"which are {' and '.join(sorted({f'{p.rows}x{p.cols}' for p in kind.parts}))}, go to owners"
+        )
+
+    @classmethod
+    def turns(cls, rectangles: Sequence[Rectangle]) -> bool:
+        """See `CutRound`: so that columns are cut."""
+        found = [part for part in rectangles if part.elements]
+        return all(part.left == 0 and part.cols == found[0].cols for part in found)
+
+    @classmethod
+    def owners(cls, team: Team) -> list[int]:
+        """See `CutRound`: the first rank of each replica, for all of it."""
+        return [replica * team.shard_count for replica in range(team.replica_count)]
+
+    @classmethod
+    def owner_here(cls, team: Team) -> int:
+        """See `CutRound`."""
+        return team.replica * team.shard_count
+
+    @classmethod
+    def shapes(cls, kind: Kind) -> tuple[tuple[int, int], tuple[int, int]]:
+        """See `CutRound`."""
+        m, own = kind.shape[0], kind.parts[kind.team.shard].cols
+        return (m, own), (m, max(part.cols for part in kind.parts))
+
+    @classmethod
+    def algorithm(cls, name: str, backend: str) -> str:
+        """See `CutRound`: "auto" visits X as seldom as the backend's accuracy allows, whatever the parts' shapes."""
+        if name != "auto":
+            return name
+        return "gram" if backends.get(backend).precise_squares() else "standard"
+
+    @classmethod
+    def counted(cls, bucket: Bucket, schedule: Schedule) -> Bucket:
+        """See `CutRound`."""
+        _, launches, flops, bytes_ = count(bucket.backend, bucket.algorithm, *bucket.shape, schedule)
+        ops = backends.get(bucket.backend)
+        return replace(
+            bucket,
+            launches=sum(launches + ops.update_launches(chunk) for chunk in bucket.chunks),
+            flops=bucket.count * flops,
+            product_bytes=bucket.count * bytes_,
+        )
+
+    def __init__(self, lot: Lot, first: int, params: Sequence[Tensor], momenta: Momenta) -> None:
+        """See `CutRound`."""
+        super().__init__(lot, first, params, momenta)
+        bucket = lot.work.bucket
+        self.count = len(self.entries[lot.kind.team.replica])
+        self.packed = (self.count, *packed_size(lot.kind.shape[0]))
+        self.visits = count(bucket.backend, bucket.algorithm, *bucket.shape, lot.work.schedule)[0]
+        self._program: tuple[Stacks, Buffers, Callable[[], Tensor]] | None = None
+
+    @property
+    def buffer_bytes(self) -> tuple[int, int]:
+        """Of `Buffers.slices`, this rank's parts, and `Buffers.owned`, sums of squares."""
+        team, share = self.lot.kind.team, self.share * self.sent[0].record
+        gathered = share * team.replica_count * (team.replica_count > 1)
+        m = self.lot.kind.shape[0]
+        squares = self._sum_bytes + self.count * m * (4 + self.lot.work.bucket.workspace_dtype.itemsize * m)
+        return share, max(squares, gathered)
+
+    @property
+    def _sum_bytes(self) -> int:
+        return math.prod(self.packed) * torch.float32.itemsize
+
+    @property
+    def bytes_sent(self) -> int:
+        """By this rank to others, if a sum is reduced and then gathered, as in a ring."""
+        team = self.lot.kind.team
+        sums = [self.count * torch.float64.itemsize] + self.visits * [self._sum_bytes]
+        out = sum(2 * (team.shard_count - 1) * size // team.shard_count for size in sums)
+        return out + (team.replica_count - 1) * self.share * self.sent[0].record
+
+    @property
+    def collectives(self) -> int:
+        """See `CutRound`."""
+        return 1 + self.visits + (self.lot.kind.team.replicas is not None)
+
+    def begin(self, grads: Sequence[Tensor], scalars: Scalars, buffers: Buffers) -> None:
+        """Update momenta and begin to sum norms."""
+        own = buffers.norms[: self.count]
+        own.zero_()  # where this rank has nothing
+        self.update_momenta(grads, scalars, buffers)
+        self._own = own.clone()
+        self._squares = own.square()
+        self.pending = self._sum(self._squares, "norms") if self.count else None
+
+    def _sum(self, numbers: Tensor, what: str) -> Pending:
+        return Pending(
+            f"summing {what} of {self.lot}",
+            lambda: dist.all_reduce(numbers, group=self.lot.kind.team.shards, async_op=True),
+        )
+
+    def iterate(self, scalars: Scalars, workspace: Workspace, buffers: Buffers, run: Iterate) -> None:
+        """Orthogonalize together."""
+        if self.pending is None:
+            return
+        self.pending.wait()
+        self.pending = None
+        work, ops = self.lot.work, backends.get(self.lot.work.bucket.backend)
+        stacks = workspace.stacks(work, self.count)
+        own, norms = self._own, self._squares.sqrt_()
+        slices = self.sent[0]._replace(matrices=self.count).of(buffers.slices, work.bucket.workspace_dtype)
+        X = stacks.X[:, : slices.shape[1]]  # nothing, where this rank has none
+        if stacks.blend is not None:
+            stacks.blend.norms.copy_(norms)
+        X.copy_(slices)
+        scale = stacks.derived.setdefault("scale", torch.empty(self.count, dtype=torch.float32, device=X.device))
+        if ops.normalizes():
+            scale.copy_((own / norms).where(norms != 0, 0.0))
+        else:
+            scale.copy_(scale_of(norms, shift_of(own), scalars.eps, work.schedule.margin))
+        slices.copy_(self._together(stacks, scale, buffers)()[:, : slices.shape[1]])
+
+    def _together(self, stacks: Stacks, scale: Tensor, buffers: Buffers) -> Callable[[], Tensor]:
+        """The iteration, with the sums in the order of its products."""
+        if self._program is None or self._program[0] is not stacks or self._program[1] is not buffers:
+            work = self.lot.work
+            ops, m = backends.get(work.bucket.backend), self.lot.kind.shape[0]
+            offset = 0
+
+            def take(dtype: torch.dtype, *size: int) -> Tensor:
+                nonlocal offset
+                begin, offset = offset, offset + math.prod(size) * dtype.itemsize
+                return buffers.owned[begin:offset].view(dtype).view(size)
+
+            packed = take(torch.float32, *self.packed)
+            diagonal = take(torch.float32, self.count, m) if ops.precise_squares() else None
+            rest = Square(take(work.bucket.workspace_dtype, self.count, m, m), diagonal)
+
+            def add_up(square: Square, rest: Square, scale: Tensor | None) -> None:
+                pack([square, rest], scale, packed)
+                self._sum(packed, "squares").wait()
+                unpack(packed, square)
+
+            summed, algorithm = Summed(ops, rest, add_up), ALGORITHMS[work.bucket.algorithm]
+            X, Y, squares, blend, *_ = stacks
+            program = ops.program(lambda: algorithm.run(summed, X, Y, squares, scale, work.schedule, blend))
+            self._program = stacks, buffers, program
+        return self._program[2]
