@@ -1,6 +1,7 @@
 """What Muon's options cost: a step with one of them beside a step without, on the workloads of large layers.
 
-Pairs take turns in one process. Stochastic rounding is of bf16 parameters, and compared with a step of those.
+Pairs take turns in one process. Stochastic rounding and master weights are of bf16 parameters, and compared with a step
+of those.
 
     pytest bench/bench_options.py --benchmark-columns=median,iqr,rounds
     python bench/bench_options.py            a Markdown table, for RESULTS.md
@@ -28,6 +29,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "stochastic_rounding": {"stochastic_rounding": True},
     'second_moment="neuron"': {"second_moment": "neuron"},
     'second_moment="element"': {"second_moment": "element"},
+    "sign_momentum": {"sign_momentum": True},
+    "AdaMuon": {"second_moment": "element", "sign_momentum": True},
+    "momentum_dtype=int8": {"momentum_dtype": torch.int8},
+    "master_weights": {"master_weights": True},
 }
 
 
@@ -46,7 +51,7 @@ def optimizer(workload: str, dtype: torch.dtype, **options: Any) -> muon_kernels
 @cache
 def times(workload: str, option: str) -> tuple[list[float], list[float]]:
     """Seconds of steps without and with the option, taken in turn."""
-    dtype = torch.bfloat16 if "stochastic_rounding" in OPTIONS[option] else torch.float32
+    dtype = torch.bfloat16 if {"stochastic_rounding", "master_weights"} & set(OPTIONS[option]) else torch.float32
     pair = optimizer(workload, dtype), optimizer(workload, dtype, **OPTIONS[option])
     taken: tuple[list[float], list[float]] = ([], [])
     gc.collect()

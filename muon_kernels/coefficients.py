@@ -66,7 +66,6 @@ class Schedule(NamedTuple):
         name: the set's, or "custom".
         weights: of the iterates, from the normalised matrix to the last one; empty if the last one is the result.
         power: which power of the singular values their sum stands for.
-        segments: how many steps the Gram form may do between two visits to the matrix; empty: as a simulation says.
     """
 
     triples: tuple[Triple, ...]
@@ -74,7 +73,6 @@ class Schedule(NamedTuple):
     name: str
     weights: tuple[float, ...] = ()
     power: float = 0.0
-    segments: tuple[int, ...] = ()
 
 
 def _widen(triples: Sequence[Triple], factor: float) -> tuple[Triple, ...]:

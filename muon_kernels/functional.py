@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from itertools import accumulate, repeat
-from operator import eq
+from operator import eq, mul
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from . import backends, options
 from .coefficients import DEFAULT, NS_STEPS, Schedule, resolve
 from .distributed import blocks, exchange
-from .distributed.placement import Placement
+from .distributed.placement import Placement, local
 from .distributed.strategies import STRATEGIES
 from .layout import (
     Bundle,
@@ -38,9 +38,10 @@ from .layout import (
     view,
 )
 from .newton_schulz import ALGORITHMS, Blend, Square, squares_of
-from .plan import Bucket, plain_bucket, plan_bucket
+from .packed import Halves, Packed, Quantized, floats, scale_size, scales_of, unpacked
+from .plan import Bucket, Plan, plain_bucket, plan_bucket
 from .scaling import lr_ratio
-from .second_moment import normalize, of_rows, shape_of
+from .second_moment import normalize, piece_of_rows, scratch_numbers, shape_of, take_signs
 from .spectral import EXACT, check_power, schedule_of
 from .split import by_name, check_split, pieces
 
@@ -48,6 +49,8 @@ Coefficients = str | Sequence[float] | Sequence[Sequence[float]]
 
 # Of parameters, gradients and momentum. torch computes nothing in the 8-bit ones.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# What momentum may be kept in.
+MOMENTUM_DTYPES = (*DTYPES, torch.int8)
 
 
 class Kind(NamedTuple):
@@ -72,8 +75,8 @@ class Part(NamedTuple):
 class Chunk(NamedTuple):
     """The operands of one pass through the workspace."""
 
-    params: Bundle
-    momenta: Bundle | None
+    params: Bundle | Packed
+    momenta: Bundle | Packed | None
     grads: list[tuple[int, Layout]]
     ratios: array[float]  # one a matrix
     second_moments: list[Tensor]  # none, or as `normalize` takes them
@@ -93,7 +96,8 @@ class Plain(NamedTuple):
 class Work(NamedTuple):
     """A bucket with all that is settled before a step; `notes` is `Plan`'s.
 
-    `number` is that of its first matrix among all of the group, which are counted as the parameters come.
+    `number` is that of its first matrix among all of the group, which are counted as the parameters come. `between` is
+    how many numbers of fp32 a matrix needs for what stands before and after the iteration.
     """
 
     bucket: Bucket
@@ -103,6 +107,8 @@ class Work(NamedTuple):
     chunks: list[Chunk]
     second_moment: str | None = None
     number: int = 0
+    signs: bool = False
+    between: int = 0
 
 
 class Prepared(NamedTuple):
@@ -160,6 +166,8 @@ class Stacks(NamedTuple):
     squares: list[Square]
     blend: Blend | None  # where iterates have weights
     scratch: Tensor  # (batch * scratch_bytes,) uint8
+    between: Tensor  # (batch * between,) fp32, see `Work`
+    unpacked: Tensor | None  # (batch, floats) fp32, of momentum or parameters that are kept packed
     derived: dict[str, Any]  # what is computed from them once
 
 
@@ -168,7 +176,7 @@ class Workspace:
 
     def __init__(self) -> None:
         self._blocks: dict[torch.device, Tensor] = {}
-        self._stacks: dict[tuple[Bucket, Schedule, int, torch.device], Stacks] = {}
+        self._stacks: dict[tuple[Bucket, Schedule, int, torch.device, int], Stacks] = {}
 
     def reserve(self, device: torch.device, bytes_: int) -> None:
         """Have at least `bytes_` on `device`."""
@@ -180,13 +188,13 @@ class Workspace:
 
     def stacks(self, work: Work, batch: int) -> Stacks:
         """Those of a chunk of `batch` matrices; the same tensors every time."""
-        key = work.bucket, work.schedule, batch, work.device
+        key = work.bucket, work.schedule, batch, work.device, work.between
         if key not in self._stacks:
             with torch.inference_mode(False):  # what is kept must be of use outside inference mode too
                 self._stacks[key] = self._cut(*key)
         return self._stacks[key]
 
-    def _cut(self, bucket: Bucket, schedule: Schedule, batch: int, device: torch.device) -> Stacks:
+    def _cut(self, bucket: Bucket, schedule: Schedule, batch: int, device: torch.device, between: int) -> Stacks:
         m, n = bucket.shape
         ops = backends.get(bucket.backend)
         block = self._blocks[device]
@@ -201,6 +209,8 @@ class Workspace:
         def stack(cols: int) -> Tensor:
             return take(m, ops.leading_dimension(cols), bucket.workspace_dtype)[..., :cols]
 
+        numbers_between = take(1, between, torch.float32).flatten()
+        memory = take(1, floats(m, n), torch.float32)[:, 0] if bucket.packed else None
         X, Y, *total = (stack(n) for _ in range(3 if schedule.weights else 2))
         highs = [stack(m) for _ in range(squares_of(bucket.algorithm, schedule))]
         # What needs alignment last, the doubles first: the leading dimensions of a backend that has them leave it.
@@ -208,8 +218,9 @@ class Workspace:
         precise = ops.precise_squares()
         squares = [Square(high, take(1, m, torch.float32)[:, 0] if precise else None) for high in highs]
         offset += -offset % 8  # stacks of a backend whose leading dimensions are odd
-        numbers = (take(1, 1, dtype)[:, 0, 0] for dtype in (torch.float64, torch.float32, torch.float32))
-        return Stacks(X, Y, squares, Blend(*total, *numbers) if total else None, scratch, {})
+        numbers = (take(1, 1, dtype)[:, 0, 0] for dtype in (torch.float64, *[torch.float32] * 4))
+        blend = Blend(*total, *numbers) if total else None
+        return Stacks(X, Y, squares, blend, scratch, numbers_between, memory, {})
 
 
 class _Source(NamedTuple):
@@ -225,6 +236,12 @@ class _Source(NamedTuple):
         at = layout(t.shape, t.stride(), flatten, order, piece, part.start, part.stop)
         assert at is not None
         return at
+
+    def untransposed(self, part: Part) -> Tensor:
+        """(matrices, rows, cols) as the parameter has them, sharing its memory."""
+        at = self.layout(part)
+        seen = Matrices(self.tensor, at).view()
+        return seen.mT if at.transposed else seen
 
 
 def _source(
@@ -288,15 +305,16 @@ def has_memory(t: Tensor) -> bool:
         return False
 
 
-def check_dense(name: str, t: Any) -> None:
+def check_dense(name: str, t: Any, dtypes: Sequence[torch.dtype] = DTYPES) -> None:
     """Raise TypeError unless `t` is a tensor of a layout and a dtype that can be computed with."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} should be a Tensor but is: {type(t).__name__}")
     if t.layout != torch.strided:
         raise TypeError(f"{name} should be dense, not sparse, but has layout: {t.layout}")
-    if t.dtype not in DTYPES:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise TypeError(f"{name} should be of a floating-point dtype among {names} but is of: {t.dtype}")
+    if t.dtype not in dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        kind = "a floating-point dtype among " if dtypes == DTYPES else "a dtype among " if len(dtypes) > 1 else ""
+        raise TypeError(f"{name} should be of {kind}{names} but is of: {t.dtype}")
     if t.numel() and t.device.type != "meta" and not has_memory(t):
         raise TypeError(
             f"{name} should be a tensor with memory of its own but is a {type(t).__name__} without, like DTensors and "
@@ -319,6 +337,7 @@ def check_like(name: str, t: Tensor, p: Tensor) -> None:
 
 def check_apart(tensors: Sequence[tuple[str, Tensor]]) -> None:
     """Raise ValueError if two elements of the named tensors share memory: a step would write it twice."""
+    tensors = [(name, local(t)) for name, t in tensors]
     for name, t in tensors:
         if overlaps_itself(t.shape, t.stride()):
             raise ValueError(
@@ -333,10 +352,10 @@ def check_apart(tensors: Sequence[tuple[str, Tensor]]) -> None:
         )
 
 
-def check_second_moment(name: str, V: Any, form: str, p: Tensor, flatten: bool | None) -> None:
+def check_second_moment(name: str, V: Any, form: str, p: Tensor, flatten: bool | None, split: str | None) -> None:
     """Raise ValueError or TypeError unless V can be the second moment of `p`."""
     check_dense(name, V)
-    expected = shape_of(form, p.shape, flatten)
+    expected = shape_of(form, p.shape, flatten, split)
     if V.shape != expected or V.dtype != torch.float32:
         raise ValueError(
             f"{name} should be of size {expected} and float32 for second_moment={form!r} but is of size "
@@ -353,11 +372,46 @@ def check_rounding(p: Tensor) -> None:
         )
 
 
+def check_momentum_scale(name: str, scale: Any, p: Tensor, flatten: bool | None, split: str | None) -> None:
+    """Raise ValueError or TypeError unless it can be the absmax of an int8 momentum of `p`."""
+    if scale is None:
+        raise ValueError(
+            f"{name} should be in the state beside a momentum_buffer of int8 but is not; delete that from the state to "
+            "start anew"
+        )
+    check_dense(name, scale)
+    expected = (scale_size(p.shape, flatten, split),)
+    if scale.shape != expected or scale.dtype != torch.float32:
+        raise ValueError(
+            f"{name} should be of size {expected}, one for every block of each matrix, and float32 but is of size "
+            f"{tuple(scale.shape)} and {str(scale.dtype).removeprefix('torch.')}; were flatten or split others then? "
+            "delete momentum_buffer from the state to start anew"
+        )
+
+
+def check_master(p: Tensor) -> None:
+    """Raise TypeError unless a parameter is of the dtype that can be the upper half of an fp32 one."""
+    if p.dtype != torch.bfloat16:
+        raise TypeError(
+            f"master_weights is of torch.bfloat16 parameters but one is of: {p.dtype}; "
+            "put it into a group with master_weights=False"
+        )
+
+
+def check_mantissa(name: str, mantissa: Any, p: Tensor) -> None:
+    """Raise ValueError or TypeError unless it can be the lower half of fp32 numbers whose upper one is `p`."""
+    check_dense(name, mantissa, (torch.int16,))
+    check_like(name, mantissa, p)
+
+
 def _check_operands(p: Tensor, g: Tensor, buffer: Tensor | None) -> None:
-    for name, t in (("gradient", g), *([] if buffer is None else [("momentum_buffer", buffer)])):
-        check_dense(name, t)
-        check_like(name, t, p)
-        _check_device(name, t, p)
+    check_dense("gradient", g)
+    check_like("gradient", g, p)
+    _check_device("gradient", g, p)
+    if buffer is not None:
+        check_dense("momentum_buffer", buffer, MOMENTUM_DTYPES)
+        check_like("momentum_buffer", buffer, p)
+        _check_device("momentum_buffer", buffer, p)
 
 
 def _check_device(name: str, t: Tensor, p: Tensor) -> None:
@@ -370,13 +424,13 @@ def as_scalar(x: float | Tensor) -> float | Tensor:
     return float(x) if options.on_host(x) else cast(Tensor, x).reshape(())
 
 
-def signature(p: Tensor, g: Tensor, buffer: Tensor | None, moment: Tensor | None = None) -> tuple[object, ...]:
+def signature(p: Tensor, g: Tensor, buffer: Tensor | None, *own: Tensor | None) -> tuple[object, ...]:
     """All that `prepare` looks at: where a parameter's tensors lie and what they are; not the gradient's address.
 
-    Momentum buffer and second moment are the optimizer's own: they may be moved or replaced, but not seen otherwise.
+    Momentum buffer and what else is the optimizer's own may be moved or replaced, but not seen otherwise.
     """
     return (
-        moment if moment is None else (id(moment), moment.data_ptr()),
+        tuple([(id(t), t.data_ptr()) if isinstance(t, Tensor) else t for t in own]),
         p.data_ptr(),
         p.shape,
         p.stride(),
@@ -406,9 +460,13 @@ def prepare(
     backend: str = "auto",
     max_workspace_bytes: int | None = None,
     workspace_dtype: torch.dtype = torch.bfloat16,
+    sign_momentum: bool = False,
     second_moment: str | None = None,
     stochastic_rounding: bool = False,
+    master_weights: bool = False,
     moments: Sequence[Tensor] = (),
+    scales: Sequence[Tensor | None] = (),
+    mantissas: Sequence[Tensor] = (),
     placements: Sequence[Placement | None] | None = None,
     strategy: str = "owner",
     block_lr_ratio: float = 1.0,
@@ -422,8 +480,10 @@ def prepare(
         momentum_bufs: one a parameter; None: the direction is the gradient.
         splits: what each parameter is cut to, see `muon_kernels.split`; None leaves all whole.
         ns_coefficients, ns_steps, power, adjust_lr_fn, flatten, ns_algorithm, backend, max_workspace_bytes,
-            workspace_dtype, second_moment, stochastic_rounding: see `Muon`.
+            workspace_dtype, sign_momentum, second_moment, stochastic_rounding, master_weights: see `Muon`.
         moments: with a second_moment, one a parameter.
+        scales: if a momentum is int8, one a parameter: its absmax, see packed.py; for others it does not matter.
+        mantissas: with master_weights, the lower halves, one a parameter.
         placements: of parameters, gradients and momenta that are this rank's part of what several ranks step together;
             None for those that it steps alone. There is no momentum_buf where another rank keeps it.
         strategy, block_lr_ratio: see `Muon`.
@@ -434,10 +494,15 @@ def prepare(
         RuntimeError: a named backend that cannot run here.
     """
     schedule = schedule_for(ns_coefficients, ns_steps, power)
-    for p, V in zip(params, moments, strict=bool(moments)):
-        check_second_moment("second_momentum_buffer", V, cast(str, second_moment), p, flatten)
+    for p, V, split in zip(params, moments, splits or repeat(None), strict=False):
+        check_second_moment("second_momentum_buffer", V, cast(str, second_moment), p, flatten, split)
         _check_device("second_momentum_buffer", V, p)
+    for p, mantissa in zip(params, mantissas, strict=bool(mantissas)):
+        check_master(p)
+        check_mantissa("mantissa", mantissa, p)
+        _check_device("mantissa", mantissa, p)
     by_kind: dict[Kind, list[tuple[int, int]]] = {}
+    scaled: list[Tensor | None] = []  # of every cut, the absmax of an int8 momentum
     ratios: list[float] = []
     cuts: list[tuple[int, tuple[int, ...], Piece | None]] = []
     shared: list[Placement | None] = []
@@ -453,13 +518,26 @@ def prepare(
             continue
         shared.append(None)
         order = column_order(p.shape, p.stride()) if flattens(p.shape, flatten) else ()
+        scale = None
+        if buffer is not None and buffer.dtype == torch.int8:
+            scale = scales[index] if scales else None
+            if power == 1:
+                raise ValueError(
+                    "momentum_buffer should be floating-point where power is 1, which is SGD in torch, but is of int8; "
+                    "delete it from the state to start anew"
+                )
+            check_momentum_scale("momentum_scale", scale, p, flatten, split)
+            _check_device("momentum_scale", cast(Tensor, scale), p)
+            if order:  # blocks are along rows as everybody sees them, whatever the strides
+                order = tuple(range(1, p.ndim))
         if placement is None:
-            found = [(piece, split_shape(p.shape, flatten, piece)) for piece in _pieces(p, flatten, order, split)]
+            cut = [(piece, split_shape(p.shape, flatten, piece)) for piece in _pieces(p, flatten, order, split)]
         elif cut_here:
-            found = list(blocks.parts(placement, flatten, split))
+            cut = list(blocks.parts(placement, flatten, split))
         else:
-            found = [(piece, shape) for piece, shape, _ in exchange.cuts(placement, flatten, split)]
-        for piece, (count, rows, cols) in found:
+            cut = [(piece, shape) for piece, shape, _ in exchange.cuts(placement, flatten, split)]
+        scaled += repeat(None, len(cut)) if scale is None else scales_of(scale, p.shape, flatten, split, len(cut))
+        for piece, (count, rows, cols) in cut:
             ratios.append(lr_ratio(adjust_lr_fn, rows, cols) * (block_lr_ratio if cut_here else 1.0))
             momentum_dtype = g.dtype if buffer is None else buffer.dtype
             kind = Kind(min(rows, cols), max(rows, cols), p.device, g.dtype, momentum_dtype, p.dtype)
@@ -469,6 +547,8 @@ def prepare(
         [("parameter", p) for p in params]
         + [("momentum_buffer", b) for b in buffers if b is not None]
         + [("second_momentum_buffer", V) for V in moments]
+        + [("momentum_scale", scale) for scale in scales if isinstance(scale, Tensor)]
+        + [("mantissa", m) for m in mantissas]
     )
 
     prepared = Prepared([], [], [], [], set(), [])
@@ -485,12 +565,11 @@ def prepare(
             prepared.works.append(Work(bucket, (), schedule, kind.device, []))
         return prepared
     if any(shared):
-        _check_shared(shared, second_moment, workspace_dtype)
         prepared.exchanges.extend(
             exchange.prepare(
                 params,
                 grads,
-                buffers,
+                momentum_bufs,
                 shared,
                 schedule=schedule,
                 ratio=partial(lr_ratio, adjust_lr_fn),
@@ -500,6 +579,7 @@ def prepare(
                 backend=backend,
                 max_workspace_bytes=max_workspace_bytes,
                 workspace_dtype=workspace_dtype,
+                sign_momentum=sign_momentum,
                 work=Work,
                 way=STRATEGIES[strategy],
             )
@@ -516,12 +596,29 @@ def prepare(
             prepared.grad_copies.append((index, at, grad.tensor.view_as(at.of(g))))
 
     seconds: list[_Source] = []
-    if second_moment == "element":
-        seconds = [_seen(moments[index], flatten, order, piece, prepared.copies) for index, order, piece in cuts]
+    parts_before = [0] * len(moments)
+    for index, order, piece in cuts if moments else ():
+        V, copies = moments[index], prepared.copies
+        if second_moment == "element":
+            seconds.append(_seen(V, flatten, order, piece, copies))
+            continue
+        at_rows = piece_of_rows(V, params[index].shape, flatten, piece, parts_before[index])
+        seconds.append(_seen(V, False, (), at_rows, copies))
+        parts_before[index] += 1 if piece is None else piece.parts
+    lower = [
+        _seen(mantissas[index], flatten, order, piece, prepared.copies) for index, order, piece in cuts if mantissas
+    ]
     numbers = [0, *accumulate(split_shape(params[index].shape, flatten, piece)[0] for index, _, piece in cuts)]
     for kind, counts in by_kind.items():
-        dtypes = (kind.grad_dtype, kind.momentum_dtype, kind.param_dtype)
+        quantized = kind.momentum_dtype == torch.int8
+        packed = quantized + master_weights
+        dtypes = (
+            kind.grad_dtype,
+            torch.float32 if quantized else kind.momentum_dtype,
+            torch.float32 if master_weights else kind.param_dtype,
+        )
         name, notes = backends.choose(backend, kind.device, dtypes, workspace_dtype, (kind.rows, kind.cols))
+        between = scratch_numbers(second_moment, sign_momentum, kind.rows, kind.cols, kind.device)
         bucket = plan_bucket(
             (kind.rows, kind.cols),
             sum(count for _, count in counts),
@@ -530,50 +627,64 @@ def prepare(
             backend=name,
             max_workspace_bytes=max_workspace_bytes,
             workspace_dtype=workspace_dtype,
-            bytes_per_element=_bytes_per_element(kind, momentum_bufs is not None),
+            bytes_per_element=_bytes_per_element(kind, momentum_bufs is not None) + 4 * master_weights,
             direction_bytes=kind.grad_dtype.itemsize + kind.momentum_dtype.itemsize,
             stepped=momentum_bufs is not None,
+            sign_momentum=sign_momentum,
             second_moment=second_moment,
+            between_bytes=4 * between,
             stochastic_rounding=stochastic_rounding,
+            packed=packed,
         )
+        if sign_momentum:
+            notes += ("sign_momentum=True goes over a direction twice more, and no step with it is fused",)
+        kept = ["momentum_dtype=torch.int8"] * quantized + ["master_weights"] * master_weights
+        if kept:
+            notes += (f"{' and '.join(kept)} goes through fp32 memory of the workspace, and no step with it is fused",)
         if second_moment is not None:
             notes += (f"second_moment={second_moment!r} goes over an update twice more, and no step with it is fused",)
         chunks: list[Chunk] = []
         for parts in _deal(counts, bucket.chunks):
-            first, momenta = sum(bucket.chunks[: len(chunks)]), Bundle() if momentum_bufs is not None else None
-            chunk = Chunk(Bundle(), momenta, [], array("d"), [], first)
+            first = sum(bucket.chunks[: len(chunks)])
+            momenta = None if momentum_bufs is None else Packed() if quantized else Bundle()
+            chunk = Chunk(Packed() if master_weights else Bundle(), momenta, [], array("d"), [], first)
             for part in parts:
                 param, momentum, grad, read = sources[part.piece]
-                chunk.params.append(Matrices(param.tensor, param.layout(part)))
-                if momentum is not None and chunk.momenta is not None:
+                seen = param.layout(part)
+                if isinstance(chunk.params, Packed):
+                    chunk.params.append(
+                        Halves(param.untransposed(part), seen.transposed, lower[part.piece].untransposed(part))
+                    )
+                else:
+                    chunk.params.append(Matrices(param.tensor, seen))
+                if momentum is not None and isinstance(chunk.momenta, Packed):
+                    absmax = cast(Tensor, scaled[part.piece])[part.start : part.stop]
+                    chunk.momenta.append(Quantized(momentum.untransposed(part), seen.transposed, absmax))
+                elif momentum is not None and isinstance(chunk.momenta, Bundle):
                     chunk.momenta.append(Matrices(momentum.tensor, momentum.layout(part)))
                 chunk.grads.append((read, grad.layout(part)))
                 chunk.ratios.extend([ratios[part.piece]] * (part.stop - part.start))
-                if second_moment == "element":
+                if seconds:
                     moment = seconds[part.piece]
-                    chunk.second_moments.append(Matrices(moment.tensor, moment.layout(part)).view())
-                elif second_moment is not None:
-                    V, transposed = moments[cuts[part.piece][0]], param.layout(part).transposed
-                    chunk.second_moments.append(of_rows(V, part.start, part.stop, transposed))
+                    found = Matrices(moment.tensor, moment.layout(part)).view()
+                    # A column is described as a row, too.
+                    turned = second_moment == "neuron" and not seen.transposed
+                    chunk.second_moments.append(found.mT if turned else found)
             chunks.append(chunk)
         number = numbers[counts[0][0]]
-        prepared.works.append(Work(bucket, notes, schedule, kind.device, chunks, second_moment, number))
+        work = Work(bucket, notes, schedule, kind.device, chunks, second_moment, number, sign_momentum, between)
+        prepared.works.append(work)
     return prepared
 
 
-def _check_shared(
-    placements: Sequence[Placement | None], second_moment: str | None, workspace_dtype: torch.dtype
-) -> None:
-    """Raise ValueError where an option is not for matrices that several ranks step together."""
-    if second_moment is not None:
-        raise ValueError(
-            f"second_moment should be None for parameters that several ranks step together but is: {second_moment!r}"
-        )
-    if workspace_dtype != torch.bfloat16:
-        raise ValueError(
-            "workspace_dtype should be torch.bfloat16 for parameters that several ranks step together but is: "
-            f"{workspace_dtype}"
-        )
+def check_shared(group: Mapping[str, Any]) -> None:
+    """Raise ValueError where an option of a group is not for what several ranks have parts or copies of."""
+    wanted = {"second_moment": None, "master_weights": False, "workspace_dtype": torch.bfloat16}
+    for name, value in wanted.items():
+        if group[name] != value:
+            raise ValueError(f"{name} should be {value} for DTensors and with a process_group but is: {group[name]!r}")
+    if group["momentum_dtype"] == torch.int8:
+        raise ValueError("momentum_dtype should be floating-point for DTensors and with a process_group but is: int8")
 
 
 # The options of a group that `prepare` takes.
@@ -588,8 +699,10 @@ SETTLED = (
     "backend",
     "max_workspace_bytes",
     "workspace_dtype",
+    "sign_momentum",
     "second_moment",
     "stochastic_rounding",
+    "master_weights",
     "strategy",
     "block_lr_ratio",
 )
@@ -656,6 +769,8 @@ class Preparations:
         options: dict[str, Any],
         cuts: Callable[[], Sequence[str | None]],
         moments: Sequence[Tensor] = (),
+        scales: Sequence[Tensor | None] = (),
+        mantissas: Sequence[Tensor] = (),
         placements: Sequence[Placement | None] | None = None,
         apart: bool = False,
     ) -> Prepared:
@@ -663,13 +778,13 @@ class Preparations:
 
         Args:
             cuts: for the parameters, what follows from the option `split`.
-            moments: with a second_moment, one a parameter.
-            placements: see `prepare`; those of a parameter do not change.
+            moments, scales, mantissas, placements: see `prepare`; where a parameter is does not change.
             apart: see `prepare`; either kind of step is remembered.
         """
         settled = self._settled.get((key, apart))
         buffers = repeat(None) if momentum_bufs is None else momentum_bufs
-        operands = (params, grads, buffers, moments) if moments else (params, grads, buffers)
+        own = [kept for kept in (moments, scales, mantissas) if kept]
+        operands = (params, grads, buffers, *own)
         # Signatures are compared one by one: a list of them would set off the garbage collector at every step.
         if (
             settled is None
@@ -682,8 +797,8 @@ class Preparations:
             # Copies: a list of coefficients and a dict of splits may be changed in place.
             kept = {**options, **{key: deepcopy(options[key]) for key in ("ns_coefficients", "split")}}
             taken = {key: value for key, value in options.items() if key != "split"}
-            taken.update(splits=cuts(), moments=moments, placements=placements, apart=apart)
-            prepared = prepare(params, grads, momentum_bufs, **taken)
+            taken |= {"moments": moments, "scales": scales, "mantissas": mantissas, "placements": placements}
+            prepared = prepare(params, grads, momentum_bufs, splits=cuts(), apart=apart, **taken)
             settled = self._settled[key, apart] = _Settled(kept, torch.get_num_threads(), signatures, prepared)
         return settled.prepared
 
@@ -702,28 +817,38 @@ def _bytes_per_element(kind: Kind, momentum: bool = True) -> int:
 
 
 def _iterate(
-    work: Work, grads: Sequence[Matrices], momenta: Sequence[Matrices] | None, workspace: Workspace, scalars: Scalars
+    work: Work,
+    grads: Sequence[Matrices],
+    momenta: Bundle | Packed | None,
+    workspace: Workspace,
+    scalars: Scalars,
+    rehearsing: bool = False,
 ) -> Tensor:
     """Prologue and iteration of a chunk; the result lies in the workspace."""
     stacks = workspace.stacks(work, sum(g.layout.batch for g in grads))
-    scale = backends.get(work.bucket.backend).momentum_update(
-        grads,
-        momenta,
-        stacks.X,
-        **scalars.of_momentum(),
-        margin=work.schedule.margin,
-        scratch=stacks.scratch,
-        norms=None if stacks.blend is None else stacks.blend.norms,
-    )
+    norms = None if stacks.blend is None else stacks.blend.norms
+    with unpacked(momenta, stacks.unpacked, rehearsing) as seen:
+        scale = backends.get(work.bucket.backend).momentum_update(
+            grads,
+            seen,
+            stacks.X,
+            **scalars.of_momentum(),
+            margin=work.schedule.margin,
+            scratch=stacks.scratch,
+            norms=norms,
+        )
     return _run(work, stacks, scale)
 
 
 def _run(work: Work, stacks: Stacks, scale: Tensor | None) -> Tensor:
-    """The iteration; the result lies in the workspace."""
+    """From the directions to the result, which lies in the workspace."""
     ops, derived = backends.get(work.bucket.backend), stacks.derived
+    if work.signs:
+        norms = None if stacks.blend is None else stacks.blend.norms
+        scale = take_signs(stacks.X, scale, work.schedule.margin, norms, stacks.between)
     key = scale is not None and scale.data_ptr()
     if derived.get("key") != key:
-        X, Y, squares, blend, _, _ = stacks
+        X, Y, squares, blend, *_ = stacks
         run = ALGORITHMS[work.bucket.algorithm].run
         program = ops.program(lambda: run(ops, X, Y, squares, scale, work.schedule, blend))
         derived.update(key=key, program=program)
@@ -732,7 +857,7 @@ def _run(work: Work, stacks: Stacks, scale: Tensor | None) -> Tensor:
 
 def _fused_step(work: Work, chunk: Chunk, grads: Sequence[Matrices], workspace: Workspace, scalars: Scalars) -> None:
     ops, schedule = backends.get(work.bucket.backend), work.schedule
-    assert chunk.momenta is not None
+    assert isinstance(chunk.params, Bundle) and isinstance(chunk.momenta, Bundle)
     X, Y, squares, *_ = workspace.stacks(work, work.bucket.slots)
 
     def iterate(scale: Tensor) -> Tensor:
@@ -761,10 +886,13 @@ def _step(
         if work.bucket.fused:
             _fused_step(work, chunk, directions, workspace, scalars)
         else:
-            result = _iterate(work, directions, chunk.momenta, workspace, scalars)
+            result = _iterate(work, directions, chunk.momenta, workspace, scalars, rehearsing)
+            stacks, ratios = workspace.stacks(work, len(chunk.ratios)), chunk.ratios
             if work.second_moment is not None and not rehearsing:
-                normalize(work.second_moment, result, chunk.second_moments, scalars.beta2)
-            ops.apply_update(chunk.params, result, **scalars.of_update(work.number, chunk.first), ratios=chunk.ratios)
+                kept = normalize(work.second_moment, result, chunk.second_moments, scalars.beta2, stacks.between)
+                ratios = ratios if kept is None else array("d", map(mul, ratios, kept))
+            with unpacked(chunk.params, stacks.unpacked, rehearsing) as params:
+                ops.apply_update(params, result, **scalars.of_update(work.number, chunk.first), ratios=ratios)
 
 
 def _plain_step(plain: Plain, grad: Tensor, scalars: Scalars) -> None:
@@ -785,6 +913,15 @@ def _plain_step(plain: Plain, grad: Tensor, scalars: Scalars) -> None:
         p.sub_(direction * step_size)
     else:
         p.add_(direction, alpha=-step_size)
+
+
+def plan_of(prepared: Sequence[Prepared]) -> Plan:
+    """What steps of these groups do, as far as it is this rank that does it."""
+    exchanges = [shared for decided in prepared for shared in decided.exchanges]
+    works = [work for decided in prepared for work in decided.works]
+    works += [work for shared in exchanges for work in shared.works if work.bucket.slots]
+    notes = dict.fromkeys(note for work in works for note in work.notes)
+    return Plan(tuple(work.bucket for work in works), tuple(notes), tuple(shared.plan for shared in exchanges))
 
 
 def execute(prepared: Prepared, grads: Sequence[Tensor], scalars: Scalars, workspace: Workspace) -> None:
@@ -964,9 +1101,9 @@ def spectral_power(
     backend: str = "auto",
     max_workspace_bytes: int | None = None,
 ) -> Tensor:
-    """U Σ^p Vᵀ of every matrix G = U Σ Vᵀ, at 1.5 to 2 times the price of `orthogonalize`; see spectral.py.
+    """U Σ^p Vᵀ of every matrix G = U Σ Vᵀ, at up to 1.6 times the price of `orthogonalize`; see spectral.py.
 
-    Within 2.8 % of σ^p (1.4 % rms) for p ≥ 1/8 and singular values down to 1e-3 of the largest, in bf16 products with
+    Within 4.2 % of σ^p (2 % rms) for p ≥ 1/8 and singular values down to 1e-3 of the largest, in bf16 products with
     fp32 accumulation, whose rounding adds to that. Smaller ones fall below σ^p in proportion to σ. The power of c·G is
     c^p times that of G, from 1e-30 to 1e30; a zero matrix gives zero; NaN or infinity spoils its own matrix only.
     Not differentiated: the result is detached. Inside `torch.compile` it is one operation,

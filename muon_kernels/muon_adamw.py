@@ -135,6 +135,12 @@ class MuonAdamW(Optimizer):
         self._hand_over()
         return self._muon.plan()
 
+    def state_dict(self) -> dict[str, Any]:
+        """A checkpoint; see `Muon.state_dict`."""
+        self._hand_over()
+        with self._muon.whole_state():
+            return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned for the same kinds of groups in the same order.
 

@@ -9,7 +9,7 @@ then amplifies, so it must start afresh from X now and then: see `segments`.
 
 The iterates of one X are U f(Σ) Vᵀ with odd f that saturate at ever smaller singular values; a fixed sum of them is as
 near to U Σ^p Vᵀ as its weights are good (spectral.py), and costs little beside the last iterate. In Gram form it is
-largely a sum of m x m matrices.
+a sum of m x m matrices, but for its first term.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 import torch
@@ -38,6 +37,11 @@ class Square(NamedTuple):
 
     high: Tensor
     diagonal: Tensor | None = None
+
+
+def square(A: Tensor | Square) -> Square:
+    """A, of which rounding took nothing that is known if it is a tensor."""
+    return A if isinstance(A, Square) else Square(A)
 
 
 class Products(Protocol):
@@ -61,7 +65,7 @@ class Products(Protocol):
         gamma: float = 0.0,
         scale: Tensor | None = None,
     ) -> None:
-        """Write scale·(alpha·A + beta·C + gamma·I), of any shape if gamma is 0; `out` may be C."""
+        """Write scale·(alpha·A + beta·C + gamma·I), of any shape if gamma is 0; `out` may be A or C."""
 
     def then(self, run: Callable[[], object], operands: Sequence[Tensor]) -> None:
         """Do `run`, torch operations that read and write `operands`, where it stands in the order of the products."""
@@ -79,21 +83,22 @@ class Products(Protocol):
     ) -> None:
         """Write scale²·(alpha·A·Aᵀ + beta·C + gamma·I), exactly symmetric."""
 
-    def syrkx(self, A: Square, B: Square, *, out: Square) -> None:
-        """Write A·B, which the caller knows to be symmetric, exactly symmetric."""
+    def syrkx(self, A: Square, B: Square, *, out: Square, gamma: float = 0.0) -> None:
+        """Write A·B + gamma·I, which the caller knows to be symmetric, exactly symmetric."""
 
     def gemm(
         self,
         A: Square,
-        X: Tensor,
+        X: Tensor | Square,
         *,
-        out: Tensor,
-        C: Tensor | None = None,
+        out: Tensor | Square,
+        C: Tensor | Square | None = None,
         alpha: float = 1.0,
         beta: float = 0.0,
+        gamma: float = 0.0,
         scale: Tensor | None = None,
     ) -> None:
-        """Write scale·(alpha·A·X + beta·C)."""
+        """Write scale·(alpha·A·X + beta·C + gamma·I), of any shape if gamma is 0."""
 
 
 class Segment(NamedTuple):
@@ -139,16 +144,13 @@ def _largest_image(triples: Sequence[Triple], eigenvalues: Sequence[float], loss
 
 
 def segments(schedule: Schedule, size: int, precise: bool) -> tuple[Segment, ...]:
-    """Where the Gram form goes back to X: as the schedule says, which is for precise squares, or from a simulation.
+    """Where the Gram form goes back to X, from a simulation.
 
     Args:
         schedule: what to iterate.
         size: m.
         precise: whether the backend has precise squares.
     """
-    if schedule.segments:
-        stops = tuple(accumulate(schedule.segments if precise else [1] * len(schedule.triples)))
-        return tuple(map(Segment, (0, *stops[:-1]), stops))
     return _simulated(schedule.triples, schedule.margin, size, precise)
 
 
@@ -226,25 +228,29 @@ class Blend(NamedTuple):
     """What a weighted sum of iterates needs beside them.
 
     Attributes:
-        total: (batch, m, n) like X, written: the sum.
+        total: (batch, m, n) like X, overwritten.
         norms: (batch,) fp64, read: the Frobenius norms of the matrices that X was made from.
         scale: (batch,) fp32, written: what brings the largest singular value of X to 1 or below, but not far below.
         factor: (batch,) fp32, written: what the sum is multiplied by.
+        of_gram, of_square: (batch,) fp32, written: what the first Gram matrix and its square are multiplied by.
     """
 
     total: Tensor
     norms: Tensor
     scale: Tensor
     factor: Tensor
+    of_gram: Tensor
+    of_square: Tensor
 
 
 def _measure(
     ops: Products, X: Tensor, squares: Sequence[Square], scale: Tensor | None, power: float, blend: Blend
 ) -> None:
-    """Write `blend.scale` and `blend.factor`.
+    """Write R = scale² X Xᵀ and R², the squares, and the numbers of the blend.
 
     The Frobenius norm may be √m times the largest singular value, and what is as far below 1 as the weights reach would
-    be lost. With R = X Xᵀ, ‖R²‖_F^¼ is no smaller than that value either, but at most m^⅛ times as large.
+    be lost. ‖R²‖_F^¼ is no smaller than that value either, but at most m^⅛ times as large. The first step has these
+    squares to begin with, and is spared two products.
     """
     R, S = squares[:2]
 
@@ -252,21 +258,15 @@ def _measure(
         bound = torch.linalg.vector_norm(S.high, dim=(1, 2), dtype=torch.float32).pow_(0.25)
         bound.masked_fill_(bound == 0, 1.0)
         torch.reciprocal(bound, out=blend.scale)
+        torch.square(blend.scale, out=blend.of_gram)
+        torch.square(blend.of_gram, out=blend.of_square)
         if scale is not None:
             blend.scale.mul_(scale)
-        torch.pow(bound.mul_(blend.norms), power, out=blend.factor)
+        torch.pow(bound.mul_(blend.norms), power, out=blend.factor).mul_(blend.scale)
 
     ops.syrk(X, out=R, scale=scale)
     ops.syrk(R, out=S)
     ops.then(write, [S.high])
-
-
-def _add_iterate(ops: Products, total: Square, X: Tensor, weight: float, pending: Tensor | None) -> None:
-    """total += weight·X, or where X is still to be scaled, which is where the sum begins, total = weight·scale·X."""
-    begun = pending is None
-    if begun and weight == 0:
-        return
-    ops.add(Square(X), C=total if begun else None, alpha=weight, beta=1.0, out=total, scale=pending)
 
 
 def standard(
@@ -292,27 +292,49 @@ def standard(
     Returns:
         The stack that holds the result: X, Y or `blend.total`.
     """
-    triples, weights = schedule.triples, schedule.weights
-    pending, total = scale, None
     if blend is not None:
-        _measure(ops, X, squares, scale, schedule.power, blend)
-        pending, total = blend.scale, Square(blend.total)
-    A, B = squares[:2]
-    for step, triple in enumerate(triples):
-        if total is not None and blend is not None:
-            if step + 1 == len(triples):
-                # w x + v (a x + b x³ + c x⁵): the last iterate itself is never needed.
-                a, b, c = triple
-                v = weights[step + 1]
-                ops.add(Square(X), C=total, alpha=weights[step] + v * a, beta=1.0, out=total)
-                ops.syrk(X, out=A)
-                ops.syrk(A, C=A, alpha=c, beta=b, out=B)
-                ops.gemm(B, X, C=total.high, alpha=v, beta=1.0, out=Y, scale=blend.factor)
-                return Y
-            _add_iterate(ops, total, X, weights[step], pending)
-        _standard_step(ops, X, Y, A, B, pending, triple)
-        X, Y, pending = Y, X, None
+        return _standard_sum(ops, X, Y, squares, scale, schedule, blend)
+    A, B = squares
+    for triple in schedule.triples:
+        _standard_step(ops, X, Y, A, B, scale, triple)
+        X, Y, scale = Y, X, None
     return X
+
+
+def _standard_sum(
+    ops: Products,
+    X: Tensor,
+    Y: Tensor,
+    squares: Sequence[Square],
+    scale: Tensor | None,
+    schedule: Schedule,
+    blend: Blend,
+) -> Tensor:
+    """Σ wᵢ Xᵢ, an iterate at a time; only Gram matrices and the sum are scaled."""
+    triples, weights = schedule.triples, schedule.weights
+    A, B = squares[:2]
+    _measure(ops, X, squares, scale, schedule.power, blend)
+    a, b, c = triples[0]
+    ops.add(B, alpha=c, out=B, scale=blend.of_gram)
+    ops.add(A, C=B, alpha=b, beta=1.0, out=B, scale=blend.of_gram)
+    ops.gemm(B, X, C=X, beta=a, out=Y)
+    total, kept = Square(X), weights[0]  # The sum so far is kept·total.
+    X, Y = Y, blend.total
+    for (a, b, c), weight in zip(triples[1:-1], weights[1:-2], strict=True):
+        if weight:
+            ops.add(Square(X), C=total, alpha=weight, beta=kept, out=total)
+            kept = 1.0
+        ops.syrk(X, out=A, scale=blend.scale)
+        ops.syrk(A, C=A, alpha=c, beta=b, out=B)
+        ops.gemm(B, X, C=X, beta=a, out=Y)
+        X, Y = Y, X
+    # w x + v (a x + b x³ + c x⁵): the last iterate itself is never needed.
+    (a, b, c), (w, v) = triples[-1], weights[-2:]
+    ops.add(Square(X), C=total, alpha=w + v * a, beta=kept, out=total)
+    ops.syrk(X, out=A, scale=blend.scale)
+    ops.syrk(A, C=A, alpha=c, beta=b, out=B)
+    ops.gemm(B, X, C=total.high, alpha=v, beta=1.0, out=Y, scale=blend.factor)
+    return Y
 
 
 def gram(
@@ -327,27 +349,20 @@ def gram(
     """Do what `standard` does, by the Gram form; the same arguments.
 
     In every segment, with R = X Xᵀ: S = a I + b R + c R², Q ← Q S, R ← R S²; at its end X ← Q X. The identity goes
-    into S before S is rounded, and no product is expanded: both would cancel. Of a weighted sum, P = Σ wᵢ Qᵢ is a
-    segment's part, which goes to the sum as P X.
+    into S before S is rounded, and no product is expanded: both would cancel.
     """
-    triples, weights = schedule.triples, schedule.weights
-    R, W, S, Q, Q_next, P = squares if blend is not None else (*squares, squares[0])
-    pending = scale
     if blend is not None:
-        _measure(ops, X, squares, scale, schedule.power, blend)
-        pending, total = blend.scale, blend.total
+        form = _gram_sum if ops.precise_squares() else _standard_sum  # which it is with a segment for every step
+        return form(ops, X, Y, squares, scale, schedule, blend)
+    R, W, S, Q, Q_next = squares
     for start, stop in segments(schedule, X.shape[1], ops.precise_squares()):
-        last = stop == len(triples)
-        summed = blend is not None and (last or any(weights[start + 1 : stop]))
-        if blend is not None and not summed:  # of this segment, only what it begins with
-            _add_iterate(ops, Square(total), X, weights[start], pending)
-        if stop - start == 1 and not summed:
-            _standard_step(ops, X, Y, W, S, pending, triples[start])
-            X, Y, pending = Y, X, None
+        if stop - start == 1:
+            _standard_step(ops, X, Y, W, S, scale, schedule.triples[start])
+            X, Y, scale = Y, X, None
             continue
-        ops.syrk(X, out=R, scale=pending)
+        ops.syrk(X, out=R, scale=scale)
         for step in range(start, stop):
-            a, b, c = triples[step]
+            a, b, c = schedule.triples[step]
             factor = Q if step == start else S
             ops.syrk(R, C=R, alpha=c, beta=b, gamma=a, out=factor)
             if step + 1 < stop:
@@ -356,26 +371,68 @@ def gram(
             if step > start:
                 ops.syrkx(Q, S, out=Q_next)
                 Q, Q_next = Q_next, Q
-            if summed and (step + 1 < stop or last):
-                first = step == start
-                gamma = weights[start] if first else 0.0
-                ops.add(Q, C=None if first else P, alpha=weights[step + 1], beta=1.0, gamma=gamma, out=P)
-        if summed and blend is not None:
-            begun = start > 0
-            ops.gemm(
-                P,
-                X,
-                C=total if begun else None,
-                beta=float(begun),
-                out=Y,
-                scale=blend.factor if last else pending,
-            )
-            total, Y = Y, total
-            if last:
-                return total
-        ops.gemm(Q, X, out=Y, scale=pending)
-        X, Y, pending = Y, X, None
+        ops.gemm(Q, X, out=Y, scale=scale)
+        X, Y, scale = Y, X, None
     return X
+
+
+def _gram_sum(
+    ops: Products,
+    X: Tensor,
+    Y: Tensor,
+    squares: Sequence[Square],
+    scale: Tensor | None,
+    schedule: Schedule,
+    blend: Blend,
+) -> Tensor:
+    """Σ wᵢ Xᵢ = w₀ X₀ + (w₂ I + w₃ S₂ + T Q) X₂, where Q = S₂ S₃ and T = w₄ I + S₄ (w₅ I + S₅ (…)).
+
+    Segments are of two steps, two, and the rest: with more at first, an eigenvalue that rounding left below zero
+    explodes wherever one singular value is a few times as large as the others, as in momenta of trained layers; the
+    last steps see a flatter spectrum. The sum is of squares as far as X₂, which costs less than a product with each
+    iterate, but not as far as X₀, in which nothing would mask the rounding of squares as large as σ^(p-1) for the
+    smallest σ. T and Q are of two Gram matrices, which rounding keeps from commuting: T Q is not symmetric.
+
+    Raises:
+        ValueError: X₁ has a weight.
+    """
+    triples, weights = schedule.triples, schedule.weights
+    if weights[1]:
+        raise ValueError(f"expected no weight of the second iterate, which is never there, got {weights[1]}")
+    R, W, S, Q, *others = squares
+
+    def factors(of: Sequence[Triple], out: Sequence[Square], squared: bool = False) -> None:
+        """S = a I + b R + c R² of successive steps and R ← R S² between; R² is W if it is there."""
+        for step, ((a, b, c), to) in enumerate(zip(of, out, strict=True)):
+            if squared and step == 0:
+                ops.add(R, C=W, alpha=b, beta=c, gamma=a, out=to)
+            else:
+                ops.syrk(R, C=R, alpha=c, beta=b, gamma=a, out=to)
+            if step + 1 < len(of):
+                ops.syrkx(R, to, out=W)
+                ops.syrkx(W, to, out=R)
+
+    _measure(ops, X, squares, scale, schedule.power, blend)
+    ops.add(R, out=R, scale=blend.of_gram)
+    ops.add(W, out=W, scale=blend.of_square)
+    factors(triples[:2], (S, W), squared=True)
+    ops.syrkx(S, W, out=Q)
+    ops.gemm(Q, X, out=Y)
+    X_2, X_4 = Y, blend.total
+    ops.syrk(X_2, out=R, scale=blend.scale)
+    factors(triples[2:4], (S, W))
+    ops.syrkx(S, W, out=Q)
+    ops.gemm(Q, X_2, out=X_4)
+    ops.syrk(X_4, out=R, scale=blend.scale)
+    (a, b, c), (*_, w, v) = triples[-1], weights
+    factors((*triples[4:-1], (w + v * a, v * b, v * c)), (*others, W))  # the last two iterates in one
+    T, spare = W, R
+    for other, weight in zip(reversed(others), reversed(weights[4:-2]), strict=True):
+        ops.syrkx(other, T, gamma=weight, out=spare)
+        T, spare = spare, T
+    ops.gemm(T, Q, C=S, beta=weights[3], gamma=weights[2], out=spare)
+    ops.gemm(spare, X_2, C=X, beta=weights[0], out=X_4, scale=blend.factor)
+    return X_4
 
 
 class Algorithm(NamedTuple):

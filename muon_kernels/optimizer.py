@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, overload
 
 import torch
@@ -13,12 +14,13 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from .coefficients import COEFFICIENTS, DEFAULT, NS_STEPS, resolve
 from .distributed import blocks, consensus
-from .distributed.deal import deal
 from .distributed.exchange import Failed
-from .distributed.placement import Placement, Team, is_dtensor, local, placement_of, replicated, team_of_replicas
+from .distributed.placement import local
+from .distributed.ranks import Ranks
 from .distributed.strategies import STRATEGIES
 from .functional import (
     DTYPES,
+    MOMENTUM_DTYPES,
     SETTLED,
     Coefficients,
     Preparations,
@@ -29,11 +31,16 @@ from .functional import (
     check_apart,
     check_dense,
     check_like,
+    check_mantissa,
+    check_master,
     check_matrices,
+    check_momentum_scale,
     check_rounding,
     check_second_moment,
     check_settled,
+    check_shared,
     execute,
+    plan_of,
     ready,
     schedule_for,
     splits,
@@ -48,6 +55,7 @@ from .options import (
     check_second_moment_form,
     check_weight_decay_form,
 )
+from .packed import scale_size
 from .plan import Plan, plan_for_shapes
 from .scaling import decayed
 from .second_moment import create
@@ -100,7 +108,9 @@ class Muon(Optimizer):
             passes. None: 64 MiB for "cpu", 1 GiB for the others, or one matrix's need if that is more.
         workspace_dtype: of what is multiplied. torch.float16 is several times more accurate than torch.bfloat16 and as
             fast on a GPU; the "cpu" backend has it not, and "auto" then takes "eager", which is slower.
-        momentum_dtype: of new momentum buffers; None: the gradient's.
+        momentum_dtype: of new momentum buffers; None: the gradient's. torch.int8 is 1.002 bytes an element: codes in
+            `momentum_buffer`, and in `momentum_scale` the largest magnitude of every 2048 elements of a matrix, see
+            packed.py. Steps compute in fp32. While there is such a momentum, `flatten` and `split` should not change.
         maximize: ascend.
         power: p in [0, 1]: the direction's singular values become σ^p and not 1; see `muon_kernels.spectral_power`.
             Above 0, `ns_coefficients`, `ns_steps` and `eps` are not used, and the update scales with the direction^p.
@@ -110,9 +120,16 @@ class Muon(Optimizer):
         cautious: decay only elements that the update moves towards zero, or not at all (arXiv 2510.12402).
         stochastic_rounding: round parameters, which must be bf16 then, up or down with the probabilities that make the
             mean exact. The same steps, from a checkpoint or not, have the same random bits, on every backend.
+        sign_momentum: NS(sign(D)) and not NS(D), AdaMuon's (arXiv 2507.11005): its own settings are
+            `Muon(params, sign_momentum=True, second_moment="element", dampened=False, adjust_lr_fn="match_rms_adamw")`.
+            In fp16 workspaces an element below 1e-7 of the matrix's norm counts as zero.
+        master_weights: take bf16 parameters for fp32 ones rounded to nearest, whose other 16 bits are `mantissa` in the
+            state: steps are those of fp32 parameters, to the bit, in 4 bytes. Written between steps, a parameter keeps
+            its `mantissa`, at most half a unit in its last place; delete that from the state to begin at the parameter.
         second_moment: divide NS(D) by the root of a running mean of its squares and keep its norm: "neuron" of each
-            row, NorMuon's (arXiv 2510.05491), or "element" of each element, AdaMuon's (arXiv 2507.11005, without the
-            sign that it takes of the momentum); both papers scale as adjust_lr_fn="match_rms_adamw" does.
+            row, NorMuon's (arXiv 2510.05491), or "element" of each element, AdaMuon's; both papers scale as
+            adjust_lr_fn="match_rms_adamw" does. A part of a `split` has rows of its own. With a power above 0, updates
+            should be within 1e-18 and 1e18, where their squares are fp32.
         beta2: β₂ of that mean.
         process_group: of ranks that have the same plain tensors for parameters, and the same gradients, as under
             DistributedDataParallel: each steps a share, and only its owner keeps the momentum of a parameter. None:
@@ -158,6 +175,8 @@ class Muon(Optimizer):
         peak_lr: float | Tensor | None = None,
         cautious: bool = False,
         stochastic_rounding: bool = False,
+        sign_momentum: bool = False,
+        master_weights: bool = False,
         second_moment: str | None = None,
         beta2: float = 0.95,
         process_group: ProcessGroup | None = None,
@@ -189,6 +208,8 @@ class Muon(Optimizer):
             "peak_lr": peak_lr,
             "cautious": cautious,
             "stochastic_rounding": stochastic_rounding,
+            "sign_momentum": sign_momentum,
+            "master_weights": master_weights,
             "second_moment": second_moment,
             "beta2": beta2,
             "strategy": strategy,
@@ -200,10 +221,7 @@ class Muon(Optimizer):
             defaults["ns_steps"] = len(resolve(ns_coefficients, ns_steps).triples)
         self._workspace = Workspace()
         self._prepared = Preparations()
-        self._process_group = process_group
-        self._placements: dict[Tensor, Placement | None] = {}
-        self._teams: dict[Team, list[Tensor]] = {}
-        self._loads: list[int] = []  # of the owners of plain tensors, in FLOPs
+        self._ranks = Ranks(process_group)
         self._steps = 0
         if isinstance(params, nn.Module):
             raise TypeError(
@@ -211,7 +229,7 @@ class Muon(Optimizer):
                 "muon_kernels.MuonAdamW(muon_kernels.param_groups(model)) all parameters of a model"
             )
         super().__init__(params, defaults)
-        check_apart([("parameter", local(p)) for group in self.param_groups for p in group["params"]])
+        check_apart([("parameter", p) for group in self.param_groups for p in group["params"]])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group after checking its options and parameters; on error the optimizer is unchanged."""
@@ -232,11 +250,15 @@ class Muon(Optimizer):
                 raise ValueError("every parameter of a group should be there once but some are repeated")
             if isinstance(group["split"], Mapping):
                 group["split"] = dict(group["split"])  # which any checkpoint can hold
+            if self._ranks.shares(group["params"]):
+                check_shared(group)
             costs = []
             for p, split in splits(group):
                 check_matrices("parameter", local(p), _ADAMW_HINT)
                 if group["stochastic_rounding"]:
                     check_rounding(p)
+                if group["master_weights"]:
+                    check_master(p)
                 cut = [split_shape(p.shape, group["flatten"], x) for x in pieces(p.shape, group["flatten"], split)]
                 plan = plan_for_shapes(
                     [(rows, cols, count) for count, rows, cols in cut],
@@ -249,33 +271,11 @@ class Muon(Optimizer):
                     workspace_dtype=group["workspace_dtype"],
                 )
                 costs.append(plan.flops)
-            check_apart([("parameter", local(p)) for p in group["params"]])
-            self._place(group, costs)
+            check_apart([("parameter", p) for p in group["params"]])
+            self._ranks.add(group, costs)
         except Exception:
             del self.param_groups[before:]
             raise
-
-    def _place(self, group: dict[str, Any], costs: Sequence[int]) -> None:
-        """Find out where the parameters of a group are; deal those that every rank has a copy of."""
-        placements: dict[Tensor, Placement | None] = {}
-        owners: Sequence[int] = ()
-        loads = self._loads
-        if self._process_group is not None and group["power"] != 1:
-            team = team_of_replicas(self._process_group)
-            plain = [0 if is_dtensor(p) else cost for p, cost in zip(group["params"], costs, strict=True)]
-            owners = deal(plain, team.ranks, loads=loads)
-            loads = list(loads) or [0] * team.ranks
-            for owner, cost in zip(owners, plain, strict=True):
-                loads[owner] += cost
-        for i, p in enumerate(group["params"]):
-            if is_dtensor(p):
-                placements[p] = placement_of(p, group["flatten"])
-            else:
-                placements[p] = replicated(team, p.shape, owners[i]) if owners else None
-        consensus.check_alike(placements, group)
-        self._placements.update(placements)
-        self._teams = consensus.teams_of(self._placements)
-        self._loads = loads
 
     def _steps_of(self, ns_coefficients: Coefficients) -> int:
         """The number of steps of a group that gives its own coefficients but no number."""
@@ -284,12 +284,23 @@ class Muon(Optimizer):
         except ValueError:  # a set or a list of another length
             return len(resolve(ns_coefficients, None).triples)
 
+    def _check_gradients(self) -> None:
+        """Raise for what other ranks should not wait for."""
+        for group in self.param_groups:
+            _check_options(group)
+            for p in group["params"]:
+                if p.grad is not None:
+                    check_dense("gradient", local(p.grad))
+                    check_like("gradient", p.grad, p)
+
     def _prepare(
         self, group: dict[str, Any], grad_of: Callable[[Tensor], Tensor | None]
     ) -> tuple[Prepared, list[Tensor], list[tuple[Tensor, str, Tensor]]]:
         """What a step of this group does, its gradients, and what it would add to the state."""
         _check_options(group)
-        params, grads, buffers, moments, placements = [], [], [], [], []
+        params, grads, buffers, moments, mantissas, placements = [], [], [], [], [], []
+        scales: list[Tensor | None] = []
+        split_of: dict[Tensor, str | None] = {}
         new: list[tuple[Tensor, str, Tensor]] = []
         nothing: dict[str, Any] = {}
         form = group["second_moment"]
@@ -298,28 +309,42 @@ class Muon(Optimizer):
             if grad is None:
                 continue
             state = self.state.get(p, nothing)
-            placement = self._placements.get(p)
-            buffer = state.get("momentum_buffer")
-            if placement is not None and placement.owner not in (None, placement.team.rank):
+            buffer, scale = state.get("momentum_buffer"), state.get("momentum_scale")
+            if self._ranks.elsewhere(p):
                 buffer = None
             elif buffer is None:
                 dtype = group["momentum_dtype"] or grad.dtype
-                buffer = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+                # The order of the blocks, in which packing is fastest.
+                format_ = torch.contiguous_format if dtype == torch.int8 else torch.preserve_format
+                buffer = torch.zeros_like(p, dtype=dtype, memory_format=format_)
                 new.append((p, "momentum_buffer", buffer))
+                if dtype == torch.int8:
+                    split_of = split_of or dict(splits(group))
+                    scale = torch.zeros(scale_size(p.shape, group["flatten"], split_of[p]), device=p.device)
+                    new.append((p, "momentum_scale", scale))
+            scales.append(scale)
+            if group["master_weights"]:
+                mantissa = state.get("mantissa")
+                if mantissa is None:
+                    mantissa = torch.zeros_like(p, dtype=torch.int16, memory_format=torch.preserve_format)
+                    new.append((p, "mantissa", mantissa))
+                mantissas.append(mantissa)
             if form is not None:
                 moment = state.get("second_momentum_buffer")
                 if moment is None:
-                    moment = create(form, p, group["flatten"])
+                    split_of = split_of or dict(splits(group))
+                    moment = create(form, p, group["flatten"], split_of[p])
                     new.append((p, "second_momentum_buffer", moment))
                 moments.append(moment)
             params.append(local(p))
             grads.append(local(grad))
             buffers.append(None if buffer is None else local(buffer))
-            placements.append(placement)
+            placements.append(self._ranks.placements.get(p))
         cuts = lambda: [split for p, split in splits(group) if grad_of(p) is not None]
         options = {key: group[key] for key in SETTLED}
+        beside = moments, scales if any(s is not None for s in scales) else (), mantissas, placements
         prepared = self._prepared.get(
-            id(group), params, grads, buffers, options, cuts, moments, placements, blocks.apart(group)
+            id(group), params, grads, buffers, options, cuts, *beside, apart=blocks.apart(group)
         )
         return prepared, grads, new
 
@@ -347,10 +372,13 @@ class Muon(Optimizer):
                 loss = closure()
         # torch.amp.GradScaler sets these for the duration of a step.
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        agreed = consensus.agree(self._teams, found_inf)
+        self._steps += 1
+        try:
+            agreed = consensus.agree(self._ranks.teams, found_inf, self._check_gradients)
+        except Failed as error:
+            raise RuntimeError(f"step {self._steps} of Muon did not begin: {error}") from error
         if agreed.found_inf:
             return loss
-        self._steps += 1
         scale: Tensor | None = getattr(self, "grad_scale", None)
         grad_scale = 1.0 if scale is None else 1.0 / float(scale)
         # What is kept must be of use outside inference mode too.
@@ -391,20 +419,14 @@ class Muon(Optimizer):
         """What a step does if every parameter has a gradient of its own dtype; `print` it."""
         prepared = [self._prepare(group, lambda p: p)[0] for group in self.param_groups]
         self._prepared.clear()  # it would keep the momentum buffers that a first step has not made yet
-        works = [work for decided in prepared for work in decided.works]
-        works += [work for decided in prepared for shared in decided.exchanges for work in shared.works]
-        notes = dict.fromkeys(note for work in works for note in work.notes)
-        return Plan(tuple(work.bucket for work in works), tuple(notes))
+        return plan_of(prepared)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take up a pickle or a checkpoint, torch.optim.Muon's too: what it lacks is as in the constructor."""
         super().__setstate__(state)
         self._workspace = Workspace()
         self._prepared = Preparations()
-        self.__dict__.setdefault("_placements", dict.fromkeys(p for g in self.param_groups for p in g["params"]))
-        self.__dict__.setdefault("_process_group", None)
-        self.__dict__.setdefault("_teams", {})
-        self.__dict__.setdefault("_loads", [])
+        self.__dict__.setdefault("_ranks", Ranks())
         self.__dict__.setdefault("_steps", 0)
         for group in self.param_groups:
             for key, value in self.defaults.items():
@@ -412,8 +434,32 @@ class Muon(Optimizer):
                     group.setdefault(key, value)
             _set_peak_lr(group)
 
+    @contextmanager
+    def whole_state(self) -> Iterator[None]:
+        """Have what other ranks keep of the state in ours, for as long as the context lasts; on all ranks at once."""
+        momenta = consensus.gathered(self._ranks.owned, self.state, "momentum_buffer")
+        own = {p: self.state.get(p) for p in momenta}
+        try:
+            self.state.update({p: {**(own[p] or {}), "momentum_buffer": m} for p, m in momenta.items()})
+            yield
+        finally:
+            for p, state in own.items():
+                if state is None:
+                    del self.state[p]
+                else:
+                    self.state[p] = state
+
+    def state_dict(self) -> dict[str, Any]:
+        """A checkpoint, whole also where ranks share the state of plain tensors: then all have to ask for it."""
+        with self.whole_state():
+            return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class or of torch.optim.Muon, momentum in the precision in which it was saved.
+
+        Between eight bits and a floating-point momentum, and with `master_weights` and without, nothing is converted:
+        such a checkpoint raises. To change over, load it as it was saved, change the option in `param_groups`, and for
+        a new momentum, which begins at zero, delete `momentum_buffer` from the state; masters begin at the parameters.
 
         Raises:
             ValueError, TypeError: it is another optimizer's, or groups, sizes or options do not fit; nothing has been
@@ -430,17 +476,27 @@ class Muon(Optimizer):
             state_dict = {**state_dict, "param_groups": saved}
             for own, group in zip(groups, saved, strict=True):
                 loaded = {**own, **self.defaults, **group, "params": own["params"]}
+                _check_precision(own, group)
                 for p, split in splits(loaded):
                     pieces(p.shape, loaded["flatten"], split)
-                    V, form = state_of.get(p, {}).get("second_momentum_buffer"), loaded["second_moment"]
+                    state = state_of.get(p, {})
+                    if "momentum_buffer" in state and state["momentum_buffer"].dtype == torch.int8:
+                        scale = state.get("momentum_scale")
+                        check_momentum_scale("momentum_scale", scale, p, loaded["flatten"], split)
+                    if "mantissa" in state:
+                        check_mantissa("mantissa", state["mantissa"], p)
+                    V, form = state.get("second_momentum_buffer"), loaded["second_moment"]
                     if V is not None and form is not None:
-                        check_second_moment("second_momentum_buffer", V, form, p, loaded["flatten"])
+                        check_second_moment("second_momentum_buffer", V, form, p, loaded["flatten"], split)
         super().load_state_dict(state_dict)
         # torch casts state to the parameter's dtype, which would round what is fp32 with bf16 parameters.
         for p, state in states:
-            for key in ("momentum_buffer", "second_momentum_buffer"):
+            for key in ("momentum_buffer", "momentum_scale", "mantissa", "second_momentum_buffer"):
                 if key in state:
                     self.state[p][key] = state[key].detach().to(p.device, copy=True)
+        for p in self._ranks.owned:
+            if self._ranks.elsewhere(p):
+                self.state.pop(p, None)
 
 
 def check_checkpoint(
@@ -484,8 +540,19 @@ def check_state(of: str, p: Tensor, state: Mapping[str, Any], moments: Sequence[
         if key not in state:
             raise ValueError(f"state{of} should have {', '.join(moments)} but has: {', '.join(map(str, state))}")
         if not p.is_complex():  # AdamW's moments of those are complex as well
-            check_dense(key + of, local(state[key]))
+            check_dense(key + of, local(state[key]), MOMENTUM_DTYPES if key == "momentum_buffer" else DTYPES)
         check_like(key + of, state[key], p)
+
+
+def _check_precision(own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Raise ValueError if state of a checkpoint's group is packed, and that of our group is not, or the other way."""
+    for key, packed, without in (("momentum_dtype", torch.int8, None), ("master_weights", True, False)):
+        wanted, found = own[key], saved.get(key, without)  # torch.optim.Muon has neither
+        if (wanted == packed) != (found == packed):
+            raise ValueError(
+                f"{key} of the checkpoint should be {wanted}, as in this optimizer, but is: {found}; "
+                f"state is not converted: load it into an optimizer with {key}={found}"
+            )
 
 
 def _set_peak_lr(group: dict[str, Any]) -> None:
@@ -507,7 +574,15 @@ def _seed(group: dict[str, Any], index: int) -> int:
 
 
 def _check_options(options: dict[str, Any]) -> None:
-    for key in ("nesterov", "dampened", "maximize", "cautious", "stochastic_rounding"):
+    for key in (
+        "nesterov",
+        "dampened",
+        "maximize",
+        "cautious",
+        "stochastic_rounding",
+        "sign_momentum",
+        "master_weights",
+    ):
         if not isinstance(options[key], bool):
             raise TypeError(f"{key} should be True or False but is: {options[key]!r}")
     if isinstance(options["lr"], Tensor) and options["lr"].numel() != 1:
@@ -527,5 +602,5 @@ def _check_options(options: dict[str, Any]) -> None:
         raise ValueError(f"block_period should be an int >= 1 but is: {period!r}")
     check_number("block_lr_ratio", options["block_lr_ratio"])
     dtype = options["momentum_dtype"]
-    if dtype not in (None, *DTYPES):
-        raise ValueError(f"momentum_dtype should be a floating-point dtype or None but is: {dtype!r}")
+    if dtype not in (None, *MOMENTUM_DTYPES):
+        raise ValueError(f"momentum_dtype should be a floating-point dtype, torch.int8 or None but is: {dtype!r}")

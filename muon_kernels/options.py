@@ -73,14 +73,20 @@ SECOND_MOMENTS = (None, *FORMS)
 def check_relatives(group: Mapping[str, Any]) -> None:
     """Raise ValueError where options of a group do not go together."""
     power, form = group["power"], group["second_moment"]
-    if form is not None and power != 0:
-        raise ValueError(f"second_moment should be None where power is not 0 but they are: {form!r} and {power}")
-    if power == 1 and (group["cautious"] or group["stochastic_rounding"]):
-        raise ValueError("cautious and stochastic_rounding should be False where power is 1, which is SGD in torch")
-    split = group["split"]
-    if form == "neuron" and any(split.values() if isinstance(split, Mapping) else (split,)):
+    if group["master_weights"] and group["stochastic_rounding"]:
+        raise ValueError("stochastic_rounding should be False where master_weights is True, which rounds nothing away")
+    if group["strategy"] == "gram" and group["sign_momentum"]:
+        raise ValueError("sign_momentum should be False for strategy='gram', in which no rank has a whole direction")
+    if power != 1:
+        return
+    if form is not None:
+        raise ValueError(f"second_moment should be None where power is 1, which is SGD in torch, but is: {form!r}")
+    for name in ("cautious", "sign_momentum", "stochastic_rounding", "master_weights"):
+        if group[name]:
+            raise ValueError(f"{name} should be False where power is 1, which is SGD in torch")
+    if group["momentum_dtype"] == torch.int8:
         raise ValueError(
-            f"second_moment should be None or 'element' where parameters are split but is 'neuron' with split={split!r}"
+            "momentum_dtype should be floating-point where power is 1, which is SGD in torch, but is: int8"
         )
 
 

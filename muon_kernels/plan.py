@@ -16,9 +16,10 @@ from torch import Tensor
 
 from . import backends
 from .coefficients import DEFAULT, Schedule, resolve
-from .newton_schulz import ALGORITHMS, Blend, Square, squares_of
+from .newton_schulz import ALGORITHMS, Blend, Square, square, squares_of
 from .options import check_algorithm, check_workspace, check_workspace_dtype
-from .second_moment import FORMS
+from .packed import VISITS, floats
+from .second_moment import FORMS, SIGNS_LAUNCHES, SIGNS_VISITS
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,11 @@ class Bucket:
         product_bytes: traffic of the products if each operand is read and each result written once; none if fused.
         bytes: traffic of prologue and epilogue: gradients, momenta and parameters read, momenta and parameters written,
             and, unless fused, the workspace written and read once each. Where the backend reads twice, so counted; and
-            what a second moment takes.
+            what signs, a second moment and what is packed take.
         least_bytes: the same if everything were read once.
         workspace_bytes: of all slots.
+        packed: how many of momentum and parameter are kept in fewer bits and computed with in fp32 memory of the
+            workspace.
     """
 
     shape: tuple[int, int]
@@ -60,6 +63,46 @@ class Bucket:
     bytes: int
     least_bytes: int
     workspace_bytes: int
+    packed: int = 0
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Matrices that several ranks step together, seen from one of them.
+
+    Attributes:
+        ranks: how many.
+        matrices: of all ranks.
+        owned: of these, what this rank orthogonalizes; the plan's buckets have them.
+        elements: of all matrices.
+        bytes_sent: by this rank to others in a step, but for a few by which ranks agree to step.
+        collectives: calls in a step.
+        state_bytes: of the momenta that this rank keeps.
+        buffer_bytes: of what is on its way, held beside the workspace.
+    """
+
+    ranks: int
+    matrices: int
+    owned: int
+    elements: int
+    bytes_sent: int
+    collectives: int
+    state_bytes: int
+    buffer_bytes: int
+
+    @property
+    def adamw_state_bytes(self) -> int:
+        """What AdamW under ZeRO-1 would keep on a rank: its part of two moments in fp32."""
+        return 8 * self.elements // self.ranks
+
+    def __str__(self) -> str:
+        """Two lines."""
+        return (
+            f"{self.ranks} ranks step {self.matrices} matrices together. This one multiplies {self.owned}, sends "
+            f"{_scaled(self.bytes_sent, 'B')} in {self.collectives} collectives,\nkeeps "
+            f"{_scaled(self.state_bytes, 'B')} of momenta (AdamW under ZeRO-1: {_scaled(self.adamw_state_bytes, 'B')}) "
+            f"and holds {_scaled(self.buffer_bytes, 'B')} of buffers."
+        )
 
 
 @dataclass(frozen=True)
@@ -67,12 +110,14 @@ class Plan:
     """What a step does, bucket by bucket; `print` it.
 
     Attributes:
-        buckets: equal matrices.
+        buckets: equal matrices; of those that several ranks step together, this one's.
         notes: what "auto" could not use here, and the mend.
+        shared: what other ranks have a part in.
     """
 
     buckets: tuple[Bucket, ...]
     notes: tuple[str, ...] = ()
+    shared: tuple[Shared, ...] = ()
 
     @property
     def launches(self) -> int:
@@ -104,10 +149,21 @@ class Plan:
         """Workspace that a step holds: buckets follow one another and share it."""
         return max((b.workspace_bytes for b in self.buckets), default=0)
 
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes that this rank sends to others in a step."""
+        return sum(s.bytes_sent for s in self.shared)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes held beside the workspace for what other ranks send and are sent."""
+        return sum(s.buffer_bytes for s in self.shared)
+
     def __str__(self) -> str:
         """A table with a row for every bucket."""
+        between = [str(s) for s in self.shared if s.matrices]
         if not self.buckets:
-            return "nothing to do: Muon was given no matrix"
+            return "\n".join([*between, *self.notes]) or "nothing to do: Muon was given no matrix"
         rows = [("matrices", "algorithm", "backend", "launches", "FLOPs", "bytes moved", "workspace")]
         for b in self.buckets:
             name = f"{b.count} x {b.shape[0]}x{b.shape[1]}"
@@ -125,7 +181,7 @@ class Plan:
         note = ["A launch is a call of a kernel; where it is one, the whole step is fused."]
         if any(b.shape[0] < b.shape[1] for b in self.buckets):
             note.append("A matrix taller than wide is stepped, and shown, as its transpose.")
-        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], *note, *self.notes])
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], *between, *note, *self.notes])
 
 
 def _figures(of: Bucket | Plan) -> tuple[str, str, str, str]:
@@ -177,16 +233,24 @@ class Counter:
 
     def syrk(self, A: Tensor | Square, *, out: Square, C: Square | None = None, **_: object) -> None:
         """Count one."""
-        A = A if isinstance(A, Square) else Square(A)
+        A = square(A)
         self._count(A, A, C.high if C else None, out.high, symmetric=True)
 
-    def syrkx(self, A: Square, B: Square, *, out: Square) -> None:
+    def syrkx(self, A: Square, B: Square, *, out: Square, gamma: float = 0.0) -> None:
         """Count one."""
         self._count(A, B, None, out.high, symmetric=True)
 
-    def gemm(self, A: Square, X: Tensor, *, out: Tensor, C: Tensor | None = None, **_: object) -> None:
+    def gemm(
+        self,
+        A: Square,
+        X: Tensor | Square,
+        *,
+        out: Tensor | Square,
+        C: Tensor | Square | None = None,
+        **_: object,
+    ) -> None:
         """Count one."""
-        self._count(A, Square(X), C, out, symmetric=False)
+        self._count(A, square(X), square(C).high if C is not None else None, square(out).high, symmetric=False)
 
 
 def count_iteration(
@@ -202,12 +266,12 @@ def count_iteration(
     def empty(cols: int) -> Tensor:
         return torch.empty(1, m, cols, dtype=torch.bfloat16, device="meta")
 
-    def square() -> Square:
+    def empty_square() -> Square:
         return Square(empty(m), torch.empty(1, m, device="meta") if counter.precise_squares() else None)
 
     number = torch.empty(1, device="meta")
-    blend = Blend(empty(n), number, number, number) if schedule.weights else None
-    squares = [square() for _ in range(squares_of(algorithm, schedule))]
+    blend = Blend(empty(n), *[number] * 5) if schedule.weights else None
+    squares = [empty_square() for _ in range(squares_of(algorithm, schedule))]
     run(counter, empty(n), empty(n), squares, number, schedule, blend)
 
 
@@ -240,13 +304,15 @@ def _count_on(backend: str, algorithm: str, m: int, n: int, schedule: Schedule) 
     return count(algorithm, m, n, schedule, ops.symmetric_products(), ops.precise_squares())
 
 
-def workspace_bytes(backend: str, algorithm: str, m: int, n: int, schedule: Schedule) -> int:
-    """Workspace of one m x n matrix."""
+def workspace_bytes(backend: str, algorithm: str, m: int, n: int, schedule: Schedule, packed: int = 0) -> int:
+    """Workspace of one m x n matrix; momentum and parameter are in it one after the other."""
     ops, squares = backends.get(backend), squares_of(algorithm, schedule)
-    # An fp64 and two fp32 numbers, and what they may need to be aligned.
-    wide, numbers = (3, 24) if schedule.weights else (2, 0)
+    # An fp64 and four fp32 numbers, and what they may need to be aligned.
+    wide, numbers = (3, 32) if schedule.weights else (2, 0)
     stacks = 2 * m * (wide * ops.leading_dimension(n) + squares * ops.leading_dimension(m))
-    return stacks + ops.scratch_bytes(m, n) + (4 * m * squares if ops.precise_squares() else 0) + numbers
+    unpacked = 4 * floats(m, n) if packed else 0
+    diagonals = 4 * m * squares if ops.precise_squares() else 0
+    return unpacked + stacks + ops.scratch_bytes(m, n) + diagonals + numbers
 
 
 def chunk_counts(total: int, each: int, cap: int | None, backend: str) -> tuple[int, ...]:
@@ -274,8 +340,11 @@ def plan_bucket(
     workspace_dtype: torch.dtype = torch.bfloat16,
     direction_bytes: int = 0,
     stepped: bool = True,
+    sign_momentum: bool = False,
     second_moment: str | None = None,
+    between_bytes: int = 0,
     stochastic_rounding: bool = False,
+    packed: int = 0,
 ) -> Bucket:
     """Plan `count_` matrices of one shape (m ≤ n) on a backend that was chosen.
 
@@ -290,8 +359,10 @@ def plan_bucket(
         workspace_dtype: torch.bfloat16 or torch.float16.
         direction_bytes: of these, what is read of an element for its direction; only counts where a step may be fused.
         stepped: whether parameters are updated, so that a whole step may be fused.
-        second_moment: see `Muon`; it comes between iteration and update, so that no step is fused.
+        sign_momentum, second_moment: see `Muon`; they come before and after the iteration, so that no step is fused.
+        between_bytes: what these need of the workspace for a matrix.
         stochastic_rounding: see `Muon`; not every backend's fused step can.
+        packed: see `Bucket`; no step is fused then.
 
     Raises:
         ValueError, TypeError: an algorithm or a dtype that there is not, a cap that is none or holds no matrix.
@@ -303,13 +374,13 @@ def plan_bucket(
     algorithm = choose_algorithm(ns_algorithm, backend, m, n, schedule)
     if m == 0 or count_ == 0:
         return Bucket(
-            shape, count_, algorithm, schedule.power, backend, workspace_dtype, False, (), 0, 0, 0, 0, 0, 0, 0
+            shape, count_, algorithm, schedule.power, backend, workspace_dtype, False, (), 0, 0, 0, 0, 0, 0, 0, packed
         )
-    each = workspace_bytes(backend, algorithm, m, n, schedule)
+    each = workspace_bytes(backend, algorithm, m, n, schedule, packed) + between_bytes
     ops = backends.get(backend)
     cap = ops.default_workspace_bytes() if max_workspace_bytes is None else max_workspace_bytes
     fused = None
-    if stepped and second_moment is None and not schedule.weights:
+    if stepped and second_moment is None and not sign_momentum and not packed and not schedule.weights:
         fused = ops.fused_plan(m, n, count_, schedule, stochastic_rounding)
     if fused is not None and fused.slots * each > cap:
         fused = None
@@ -325,10 +396,15 @@ def plan_bucket(
         chunks = chunk_counts(count_, each, max_workspace_bytes, backend)
         slots, launches = max(chunks), sum(launches + ops.update_launches(chunk) for chunk in chunks)
         bytes_ = least_bytes = elements * (bytes_per_element + 2 * workspace_dtype.itemsize)
+        if sign_momentum:
+            launches += SIGNS_LAUNCHES * len(chunks)
+            bytes_ += elements * SIGNS_VISITS * workspace_dtype.itemsize
         if second_moment is not None:
             extra = FORMS[second_moment]
             launches += extra.launches * len(chunks)
             bytes_ += elements * (extra.visits * workspace_dtype.itemsize + extra.state_bytes)
+        launches += packed * VISITS * len(chunks)
+        bytes_ += packed * elements * (VISITS + 2) * 4  # of the fp32 memory, where the verb reads and writes too
     return Bucket(
         shape=shape,
         count=count_,
@@ -345,6 +421,7 @@ def plan_bucket(
         bytes=bytes_,
         least_bytes=least_bytes,
         workspace_bytes=slots * each,
+        packed=packed,
     )
 
 

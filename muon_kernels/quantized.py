@@ -5,20 +5,14 @@ Source: 8-bit Muon, https://arxiv.org/abs/2509.23106, the linear kind.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .functional import check_dense
+from .packed import BLOCK, decode_, encode
 
 __all__ = ["BLOCK", "dequantize", "quantize"]
-
-BLOCK = 2048
-
-# No number gets it: the codes of numbers are symmetric, -127 to 127.
-_NAN = -128
 
 
 @torch.no_grad()
@@ -52,11 +46,9 @@ def quantize(x: Tensor, block: int = BLOCK, *, out: tuple[Tensor, Tensor] | None
     if codes.shape != x.shape:
         raise ValueError(f"codes should have x's size {tuple(x.shape)} but have: {tuple(codes.shape)}")
     rows = _rows(x.detach().float(), blocks, block)
-    finite = rows.isfinite()
-    torch.amax(rows.abs().where(finite, 0.0), 1, out=absmax)
-    # The ratio first: 127 x would leave the range where x is large.
-    ratio = rows / absmax.where(absmax != 0, 1.0).unsqueeze(1)
-    codes.copy_(_elements((ratio * 127).round().where(finite, _NAN), x.shape))
+    found = torch.empty_like(rows)
+    encode(rows, absmax, found)
+    codes.copy_(_elements(found, x.shape))
     return codes, absmax
 
 
@@ -82,10 +74,9 @@ def dequantize(codes: Tensor, absmax: Tensor, block: int = BLOCK, *, out: Tensor
     check_dense("out", out)
     if out.shape != codes.shape:
         raise ValueError(f"out should have the codes' size {tuple(codes.shape)} but has: {tuple(out.shape)}")
-    rows = _rows(codes, blocks, block)
-    # Divided first, 127 gives absmax itself, so that it is found again.
-    values = (rows / 127 * absmax.unsqueeze(1)).where(rows != _NAN, math.nan)
-    return out.copy_(_elements(values, codes.shape))
+    rows = _rows(codes.float(), blocks, block)
+    decode_(rows, absmax)
+    return out.copy_(_elements(rows, codes.shape))
 
 
 def _blocks(elements: int, block: int) -> int:

@@ -1,20 +1,22 @@
-"""What NorMuon and AdaMuon do to the orthogonalized update: divide it by the root of a running mean of its squares.
+"""What NorMuon and AdaMuon do to the orthogonalized update, and AdaMuon to the direction before.
 
-For every matrix U = NS(D), of the parameter's own rows and columns, V the state and β₂ the option `beta2`:
+They divide the update by the root of a running mean of its squares. For every matrix U = NS(D), of the parameter's own
+rows and columns or of a part that it is cut to, V the state and β₂ the option `beta2`:
 
     V ← V + (1 - β₂)(S - V)
     U' = U / (√V + ε)
     U ← U' ‖U‖_F / ‖U'‖_F
 
 with S the mean square of each row for "neuron" (NorMuon, arXiv 2510.05491, ε = 1e-10), U² for "element" (AdaMuon, arXiv
-2507.11005, ε = 1e-8). The norm is kept, so that the rules of the learning rate hold as they do for Muon.
+2507.11005, ε = 1e-8). The norm is kept, so that the rules of the learning rate hold as they do for Muon. AdaMuon's U is
+NS(sign(D)).
 
-In torch operations on the stacks, between the last product and the update of the parameters, for any backend.
+In torch operations on the stacks, before the first product and after the last, for any backend. Their memory is
+`scratch`, which the workspace sets aside, so that none can be missing in the midst of a step.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
@@ -22,7 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .layout import flattens
+from .layout import Piece, column_order, flattens, split_shape
+from .split import pieces
 
 
 class Form(NamedTuple):
@@ -31,7 +34,7 @@ class Form(NamedTuple):
     Attributes:
         eps: ε.
         launches: of a pass through the workspace, counted as one for each time that it is gone over.
-        visits: how often the workspace is read or written.
+        visits: how often the workspace is read or written; on a processor less for "element", see `normalize`.
         state_bytes: read and written for every element.
     """
 
@@ -43,115 +46,226 @@ class Form(NamedTuple):
 
 FORMS = {"neuron": Form(1e-10, 2, 3, 0), "element": Form(1e-8, 2, 4, 8)}
 
+# Of `take_signs`, as in `Form`.
+SIGNS_LAUNCHES, SIGNS_VISITS = 2, 3
+
 # Elements that are made fp32 at a time. On a processor they stay in its cache, and torch's operations on two dtypes,
 # which would need no copy, are ten times slower.
 _BLOCK, _BLOCK_ON_CPU = 1 << 20, 1 << 18
 
+# A sum of squares is this much or zero, for all that matters.
+_TINY = torch.finfo(torch.float32).tiny
 
-def shape_of(form: str, shape: Sequence[int], flatten: bool | None) -> tuple[int, ...]:
-    """The size of V for a parameter of such a shape: (..., rows, 1) or its own."""
+
+def _cuts_columns(shape: Sequence[int], flatten: bool | None, piece: Piece | None) -> bool:
+    return piece is not None and piece.dim != (0 if flattens(shape, flatten) else len(shape) - 2)
+
+
+def shape_of(form: str, shape: Sequence[int], flatten: bool | None, split: str | None) -> tuple[int, ...]:
+    """The size of V for a parameter of such a shape: its own, or (..., rows, number of parts that rows are cut to)."""
     if form == "element":
         return tuple(shape)
-    return (shape[0], 1) if flattens(shape, flatten) else (*shape[:-1], 1)
+    cut = [piece for piece in pieces(tuple(shape), flatten, split) if piece and _cuts_columns(shape, flatten, piece)]
+    parts = sum(piece.parts for piece in cut) if cut else 1
+    return (shape[0], parts) if flattens(shape, flatten) else (*shape[:-1], parts)
 
 
-def create(form: str, p: Tensor, flatten: bool | None) -> Tensor:
-    """V of a parameter that has not been stepped: zeros in fp32."""
-    if form == "element":
-        return torch.zeros_like(p, dtype=torch.float32, memory_format=torch.preserve_format)
-    return torch.zeros(shape_of(form, p.shape, flatten), device=p.device, dtype=torch.float32)
+def create(form: str, p: Tensor, flatten: bool | None, split: str | None) -> Tensor:
+    """V of a parameter that has not been stepped: zeros in fp32.
+
+    That of "element" lies in memory as a stack does, which has tall matrices transposed: torch's operations on two
+    tensors that are walked in different directions are ten times slower.
+    """
+    if form == "neuron":
+        return torch.zeros(shape_of(form, p.shape, flatten, split), device=p.device, dtype=torch.float32)
+    if flattens(p.shape, flatten):
+        batch, rows, cols = [], [0], list(column_order(p.shape, p.stride()))
+    else:
+        batch, rows, cols = list(range(p.ndim - 2)), [p.ndim - 2], [p.ndim - 1]
+    _, height, width = split_shape(p.shape, flatten, pieces(p.shape, flatten, split)[0])
+    order = batch + (cols + rows if height > width else rows + cols)
+    V = torch.zeros([p.shape[d] for d in order], device=p.device, dtype=torch.float32)
+    return V.permute([order.index(d) for d in range(p.ndim)])
 
 
-def of_rows(V: Tensor, start: int, stop: int, transposed: bool) -> Tensor:
-    """V of "neuron" for matrices start..stop of a parameter as they lie in a stack: (batch, m, 1) or (batch, 1, n)."""
-    rows = V.view(math.prod(V.shape[:-2]), V.shape[-2])[start:stop]
-    return rows[:, None, :] if transposed else rows[:, :, None]
+def piece_of_rows(V: Tensor, shape: Sequence[int], flatten: bool | None, piece: Piece | None, first: int) -> Piece:
+    """Where V of "neuron" has what belongs to a piece of the parameter: matrices of one column.
+
+    Args:
+        V: of the size `shape_of`.
+        shape, flatten: of the parameter.
+        piece: of the parameter; None for all of it.
+        first: number of parts in the pieces before.
+    """
+    if piece is None:
+        return Piece(V.ndim - 1, 0, 1, 1, 1, 1)
+    if _cuts_columns(shape, flatten, piece):
+        return Piece(V.ndim - 1, first, piece.parts, 1, 1, 1)
+    return piece._replace(dim=V.ndim - 2)
 
 
-def _in_cache(X: Tensor) -> bool:
-    """Whether it is worth while to go over X piece by piece."""
-    return X.device.type == "cpu"
+def _in_cache(device: torch.device) -> bool:
+    """Whether it is worth while to go over a stack piece by piece."""
+    return device.type == "cpu"
 
 
-def _blocks(X: Tensor) -> Iterator[tuple[slice, slice]]:
-    """(matrices, rows) of X, piece by piece."""
+def scratch_numbers(form: str | None, signs: bool, m: int, n: int, device: torch.device) -> int:
+    """How many of fp32 `normalize` and `take_signs` need for every m x n matrix.
+
+    A multiple of 16, as what a block needs is: so all but a few sums is aligned.
+    """
+    on_processor = _in_cache(device)
+    block = _padded(min(m * n, max(n, _BLOCK_ON_CPU if on_processor else _BLOCK)))
+    of_signs = signs * (3 + on_processor * block)
+    of_form = {None: 0, "neuron": 2 * n + 2 + on_processor * block, "element": 3 + 2 * block}[form]
+    return _padded(max(of_signs, of_form))
+
+
+def _padded(numbers: int) -> int:
+    return -(-numbers // 16) * 16
+
+
+def _blocks(X: Tensor, numbers: int) -> Iterator[tuple[slice, slice]]:
+    """(matrices, rows) of X, piece by piece of at most so many."""
     batch, m, n = X.shape
-    rows = max(1, (_BLOCK_ON_CPU if _in_cache(X) else _BLOCK) // n)
+    rows = max(1, min(numbers, _BLOCK_ON_CPU if _in_cache(X.device) else _BLOCK) // n)
     matrices = max(1, rows // m)
     for i in range(0, batch, matrices):
         for row in range(0, m, rows):
             yield slice(i, i + matrices), slice(row, row + rows)
 
 
-def _sums_of_squares(X: Tensor, dim: int) -> Tensor:
-    """Over -1 or -2, which stays with size 1, in fp32."""
-    if not _in_cache(X):
-        norms: Tensor = torch.linalg.vector_norm(X, dim=dim, keepdim=True, dtype=torch.float32)
-        return norms.square_()
-    sums = X.new_zeros((X.shape[0], X.shape[1], 1) if dim == -1 else (X.shape[0], 1, X.shape[2]), dtype=torch.float32)
-    for matrices, rows in _blocks(X):
-        block = X[matrices, rows].float()
-        sums[matrices, rows if dim == -1 else slice(None)] += block.square_().sum(dim, keepdim=True)
-    return sums
+def _in_fp32(X: Tensor, scratch: Tensor) -> Tensor:
+    """A copy of X, contiguous, in the beginning of `scratch`."""
+    return scratch[: X.numel()].view(X.shape).copy_(X)
 
 
-def _multiply(X: Tensor, factor: Tensor) -> None:
+def _sums_of_squares(X: Tensor, dim: int | tuple[int, int], out: Tensor, part: Tensor, scratch: Tensor) -> None:
+    """Over -1, -2 or (-2, -1), which stay with size 1; `part` is overwritten and of the size of `out`."""
+    if not _in_cache(X.device):
+        torch.linalg.vector_norm(X, dim=dim, keepdim=True, dtype=torch.float32, out=out)
+        out.square_()
+        return
+    out.zero_()
+    for matrices, rows in _blocks(X, scratch.numel()):
+        own = matrices, rows if dim == -1 else slice(None)
+        _add_sum(_in_fp32(X[matrices, rows], scratch).square_(), dim, out[own], part[own])
+
+
+def _add_sum(x: Tensor, dim: int | tuple[int, int], out: Tensor, part: Tensor) -> None:
+    torch.sum(x, dim, keepdim=True, out=part)
+    out.add_(part)
+
+
+def _multiply(X: Tensor, factor: Tensor, scratch: Tensor) -> None:
     """X by an fp32 factor, rounded once."""
-    if not _in_cache(X):
+    if not _in_cache(X.device):
         X.mul_(factor)
         return
-    factor = factor.expand(*factor.shape[:2], X.shape[2])
-    for matrices, rows in _blocks(X):
+    for matrices, rows in _blocks(X, scratch.numel()):
         own = factor[matrices, rows if factor.shape[1] > 1 else slice(None)]
-        X[matrices, rows].copy_(X[matrices, rows].float().mul_(own))
+        X[matrices, rows].copy_(_in_fp32(X[matrices, rows], scratch).mul_(own))
 
 
 def _norm_kept(before: Tensor, after: Tensor) -> Tensor:
     """From sums of squares: what brings a matrix back to the norm that it had; 0 for zero, and NaN stays."""
-    return (before / after).sqrt_().masked_fill_(after == 0, 0.0)
+    return before.div_(after.clamp_(min=_TINY)).sqrt_()
 
 
-def _by_row(X: Tensor, moments: Sequence[Tensor], beta2: float, eps: float) -> None:
+def _by_row(X: Tensor, moments: Sequence[Tensor], beta2: float, eps: float, scratch: Tensor) -> None:
     dim = -1 if moments[0].shape[-1] == 1 else -2
-    squares = _sums_of_squares(X, dim)
-    V = torch.cat(list(moments)).lerp_(squares / X.shape[dim], 1 - beta2)
-    torch._foreach_copy_(list(moments), torch.split(V, [len(v) for v in moments]))
+    batch, rows = len(X), X.shape[-3 - dim]
+    sizes = batch * rows, batch * rows, batch, batch
+    block, *own = torch.split(scratch, [scratch.numel() - sum(sizes), *sizes])
+    shape = (batch, rows, 1) if dim == -1 else (batch, 1, rows)
+    squares, V, before, after = own[0].view(shape), own[1].view(shape), own[2].view(-1, 1, 1), own[3].view(-1, 1, 1)
+    _sums_of_squares(X, dim, squares, V, block)
+    torch.sum(squares, (1, 2), keepdim=True, out=before)
+    torch.cat(list(moments), out=V)
+    V.mul_(beta2).add_(squares, alpha=(1 - beta2) / X.shape[dim])
+    for moment, new in zip(moments, torch.split(V, [len(v) for v in moments]), strict=True):
+        moment.copy_(new)
     factor = V.sqrt_().add_(eps).reciprocal_()
-    kept = _norm_kept(squares.sum((1, 2), keepdim=True), (squares * factor * factor).sum((1, 2), keepdim=True))
-    _multiply(X, factor.mul_(kept))
+    torch.sum(squares.mul_(factor).mul_(factor), (1, 2), keepdim=True, out=after)
+    _multiply(X, factor.mul_(_norm_kept(before, after)), block)
 
 
-def _by_element(X: Tensor, V: Tensor, beta2: float, eps: float) -> None:
-    before, after = torch.zeros(2, len(X), 1, 1, device=X.device)
-    for matrices, rows in _blocks(X):
-        U, v = X[matrices, rows].float(), V[matrices, rows]
-        square = U * U
-        before[matrices] += square.sum((1, 2), keepdim=True)
-        v.lerp_(square, 1 - beta2)
-        U.div_(torch.sqrt(v, out=square).add_(eps))
-        after[matrices] += torch.mul(U, U, out=square).sum((1, 2), keepdim=True)
-        X[matrices, rows].copy_(U)
-    _multiply(X, _norm_kept(before, after))
+def _by_element(X: Tensor, moments: Sequence[Tensor], beta2: float, eps: float, scratch: Tensor) -> Tensor:
+    """Return what X is still to be multiplied by, (batch, 1, 1)."""
+    block, *own = torch.split(scratch, [scratch.numel() - 3 * len(X)] + [len(X)] * 3)
+    before, after, part = (x.view(-1, 1, 1) for x in own)
+    before.zero_(), after.zero_()
+    numbers, start = block.numel() // 32 * 16, 0
+    for V in moments:
+        stop = start + len(V)
+        x, sums = X[start:stop], [t[start:stop] for t in (before, after, part)]
+        for matrices, rows in _blocks(x, numbers):
+            U, v = _in_fp32(x[matrices, rows], block), V[matrices, rows]
+            square = block[numbers : numbers + U.numel()].view(U.shape)
+            own_before, own_after, own_part = (t[matrices] for t in sums)
+            torch.mul(U, U, out=square)
+            _add_sum(square, (1, 2), own_before, own_part)
+            v.lerp_(square, 1 - beta2)
+            U.div_(torch.sqrt(v, out=square).add_(eps))
+            _add_sum(torch.mul(U, U, out=square), (1, 2), own_after, own_part)
+            x[matrices, rows].copy_(U)
+        start = stop
+    return _norm_kept(before, after)
 
 
-def normalize(form: str, X: Tensor, moments: Sequence[Tensor], beta2: float) -> None:
+def normalize(form: str, X: Tensor, moments: Sequence[Tensor], beta2: float, scratch: Tensor) -> list[float] | None:
     """Update V and divide by it, in place.
 
     Args:
         form: of `FORMS`.
         X: (batch, m, n), a stack of orthogonalized updates; written.
-        moments: fp32, in the order of X's batch, (matrices, m, 1) or (matrices, 1, n) from `of_rows`, or
-            (matrices, m, n); written.
+        moments: fp32, in the order of X's batch, (matrices, m, n), or one number a row of the parameter's:
+            (matrices, m, 1), or (matrices, 1, n) where X has it transposed; written.
         beta2: β₂.
+        scratch: batch times `scratch_numbers` of fp32, contiguous; overwritten.
+
+    Returns:
+        One number a matrix, by which X is still to be multiplied: on a processor that is cheaper where X is used. None
+        where X is the result.
     """
-    start, eps = 0, FORMS[form].eps
+    eps = FORMS[form].eps
     if form == "element":
-        for V in moments:
-            _by_element(X[start : start + len(V)], V, beta2, eps)
-            start += len(V)
-        return
+        kept = _by_element(X, moments, beta2, eps, scratch)
+        if _in_cache(X.device):
+            return kept.flatten().tolist()
+        X.mul_(kept)
+        return None
+    start = 0
     for _, run in groupby(moments, key=lambda V: V.shape[-1] == 1):  # matrices of one orientation
         same = list(run)
         stop = start + sum(map(len, same))
-        _by_row(X[start:stop], same, beta2, eps)
+        _by_row(X[start:stop], same, beta2, eps, scratch)
         start = stop
+    return None
+
+
+def take_signs(X: Tensor, scale: Tensor | None, margin: float, norms: Tensor | None, scratch: Tensor) -> Tensor:
+    """Write the signs of a stack to it; those of zeros are zeros.
+
+    Args:
+        X: (batch, m, n), the directions; written.
+        scale: (batch,) fp32, as `Backend.momentum_update` returned it: NaN for a matrix that is not finite. Written.
+            None where X itself is not finite then.
+        margin: of the coefficient set.
+        norms: (batch,) fp32, written: the Frobenius norms of the signs, at least 1; None if nobody asks.
+        scratch: see `normalize`.
+
+    Returns:
+        (batch,) fp32: what brings the norms to 1/margin, NaN where the matrix was not finite.
+    """
+    block, *own = torch.split(scratch, [scratch.numel() - 3 * len(X)] + [len(X)] * 3)
+    sums, part, found = (x.view(-1, 1, 1) for x in own)
+    if scale is None:
+        _sums_of_squares(X, (-2, -1), found, part, block)
+        scale = found.view(-1)
+    X.sign_()
+    _sums_of_squares(X, (-2, -1), sums, part, block)
+    norm = sums.view(-1).sqrt_().clamp_(min=1.0)
+    if norms is not None:
+        norms.copy_(norm)
+    return scale.mul_(0.0).add_(1 / margin).div_(norm)

@@ -17,6 +17,9 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import functional, options
+from .distributed import consensus
+from .distributed.placement import local
+from .distributed.ranks import Ranks
 from .functional import check_dense, check_like
 from .optimizer import Muon, check_checkpoint
 from .plan import Plan
@@ -145,6 +148,7 @@ class SpectralAdam(Optimizer):
         }
         _check_options(defaults)
         self._workspace, self._prepared = functional.Workspace(), functional.Preparations()
+        self._ranks = Ranks()
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -159,9 +163,10 @@ class SpectralAdam(Optimizer):
                 )
             _check_options(group)
             for p in group["params"]:
-                check_dense("parameter", p)
+                check_dense("parameter", local(p))
             matrices = [p for p in group["params"] if _iterated(p, group)]
-            self._prepare(group, matrices, matrices)
+            self._ranks.add({**group, "params": matrices}, [])
+            self._prepare(group, matrices, [local(p) for p in matrices])
         except Exception:
             del self.param_groups[before:]
             raise
@@ -173,7 +178,21 @@ class SpectralAdam(Optimizer):
             of_all = dict(functional.splits(group))
             return [of_all[p] for p in params]
 
-        return self._prepared.get(id(group), params, updates, None, settled, cuts)
+        placements = [self._ranks.placements.get(p) for p in params]
+        return self._prepared.get(
+            id(group), [local(p) for p in params], updates, None, settled, cuts, placements=placements
+        )
+
+    def _check_gradients(self) -> None:
+        for group in self.param_groups:
+            _check_options(group)
+            for p in group["params"]:
+                if (grad := p.grad) is None:
+                    continue
+                check_dense("gradient", local(grad))
+                check_like("gradient", grad, p)
+                if grad.dtype != p.dtype:
+                    raise TypeError(f"gradient should be of the parameter's dtype {p.dtype} but is of: {grad.dtype}")
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -197,34 +216,39 @@ class SpectralAdam(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        steps = []
+        if not self._ranks.teams:
+            self._check_gradients()
+        agreed, steps = consensus.agree(self._ranks.teams, None, self._check_gradients), []
         for group in self.param_groups:
-            _check_options(group)
-            params = [p for p in group["params"] if p.grad is not None]
-            for p in params:
-                assert p.grad is not None
-                check_dense("gradient", p.grad)
-                check_like("gradient", p.grad, p)
-                if p.grad.dtype != p.dtype:
-                    raise TypeError(f"gradient should be of the parameter's dtype {p.dtype} but is of: {p.grad.dtype}")
+            grads: dict[Tensor, Tensor] = {}
+            for p in group["params"]:
+                if (grad := agreed.grad(p)) is not None:
+                    grads[p] = local(grad)
+            params = list(grads)
             matrices = [p for p in params if _iterated(p, group)]
             rest = [p for p in params if not _iterated(p, group)]
-            updates = [torch.zeros_like(p, memory_format=torch.preserve_format) for p in matrices]
+            updates = [torch.zeros_like(local(p), memory_format=torch.preserve_format) for p in matrices]
             prepared = self._prepare(group, matrices, updates)
             scalars = functional.Scalars(group["lr"], group["weight_decay"], 0.0, False, True, 0.0, -1.0)
             functional.ready(prepared, updates, scalars, self._workspace)
-            steps.append((group, rest, matrices, updates, prepared, scalars))
-        for group, rest, matrices, updates, prepared, scalars in steps:
-            self._adamw(group, rest, rest, group["lr"], group["weight_decay"])
+            steps.append((group, grads, rest, matrices, updates, prepared, scalars))
+        for group, grads, rest, matrices, updates, prepared, scalars in steps:
+            self._adamw(group, grads, rest, [local(p) for p in rest], group["lr"], group["weight_decay"])
             # Of a parameter that is zero, a step of size 1 makes -R.
-            self._adamw(group, matrices, updates, 1.0, 0.0)
+            self._adamw(group, grads, matrices, updates, 1.0, 0.0)
             functional.execute(prepared, updates, scalars, self._workspace)
         return loss
 
     def _adamw(
-        self, group: dict[str, Any], params: list[Tensor], targets: list[Tensor], lr: float | Tensor, decay: float
+        self,
+        group: dict[str, Any],
+        grads: Mapping[Tensor, Tensor],
+        params: list[Tensor],
+        targets: list[Tensor],
+        lr: float | Tensor,
+        decay: float,
     ) -> None:
-        """torch's AdamW with the gradients and the state of `params` on `targets`."""
+        """torch's AdamW with the gradients and the state of `params` on `targets`; of DTensors, this rank's parts."""
         for p in params:
             if not self.state[p]:
                 zeros = (torch.zeros_like(p, memory_format=torch.preserve_format) for _ in range(2))
@@ -234,9 +258,9 @@ class SpectralAdam(Optimizer):
         beta1, beta2 = group["betas"]
         adamw(
             targets,
-            [p.grad for p in params if p.grad is not None],
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
+            [grads[p] for p in params],
+            [local(s["exp_avg"]) for s in states],
+            [local(s["exp_avg_sq"]) for s in states],
             [],
             [s["step"] for s in states],
             amsgrad=False,
@@ -251,18 +275,18 @@ class SpectralAdam(Optimizer):
     @torch.no_grad()
     def plan(self) -> Plan:
         """What a step does with the matrices if each has a gradient; `print` it."""
-        works = []
+        prepared = []
         for group in self.param_groups:
             matrices = [p for p in group["params"] if _iterated(p, group)]
-            works += self._prepare(group, matrices, matrices).works
+            prepared.append(self._prepare(group, matrices, [local(p) for p in matrices]))
         self._prepared.clear()
-        notes = dict.fromkeys(note for work in works for note in work.notes)
-        return Plan(tuple(work.bucket for work in works), tuple(notes))
+        return functional.plan_of(prepared)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take up a pickle or a checkpoint."""
         super().__setstate__(state)
         self._workspace, self._prepared = functional.Workspace(), functional.Preparations()
+        self.__dict__.setdefault("_ranks", Ranks())
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 if key != "differentiable":  # torch puts this one into the defaults

@@ -178,25 +178,41 @@ MUTANTS = [
     ),
     Mutant(
         "absmax not exact",
-        "rows / 127 * absmax.unsqueeze(1)",
-        "rows * (absmax.unsqueeze(1) / 127)",
+        "F.threshold(x.div_(127), (_NAN + 0.5) / 127, math.nan, inplace=True).mul_(absmax.unsqueeze(-1))",
+        "F.threshold(x, _NAN + 0.5, math.nan, inplace=True).mul_((absmax / 127).unsqueeze(-1))",
         "test_quantized",
-        "muon_kernels/quantized.py",
+        "muon_kernels/packed.py",
     ),
     Mutant(
         "127 x leaves the range",
-        "ratio = rows / absmax.where(absmax != 0, 1.0).unsqueeze(1)\n    codes.copy_(_elements((ratio * 127)",
-        "ratio = rows * 127\n    codes.copy_(_elements((ratio / absmax.where(absmax != 0, 1.0).unsqueeze(1))",
+        "    torch.div(x, absmax.where(absmax != 0, 1.0).unsqueeze(-1), out=out)\n    out.mul_(127)",
+        "    torch.div(x * 127, absmax.where(absmax != 0, 1.0).unsqueeze(-1), out=out)\n    out",
         "test_quantized",
-        "muon_kernels/quantized.py",
+        "muon_kernels/packed.py",
     ),
-    Mutant("truncated", ".round()", ".trunc()", "test_quantized", "muon_kernels/quantized.py"),
-    Mutant("128 levels", "(ratio * 127)", "(ratio * 126)", "test_quantized", "muon_kernels/quantized.py"),
+    Mutant("truncated", ".round_()", ".trunc_()", "test_quantized", "muon_kernels/packed.py"),
+    Mutant("128 levels", "out.mul_(127)", "out.mul_(126)", "test_quantized", "muon_kernels/packed.py"),
     Mutant(
-        "NaN in absmax", "rows.abs().where(finite, 0.0)", "rows.abs()", "test_quantized", "muon_kernels/quantized.py"
+        "NaN in absmax",
+        "torch.nan_to_num(x, 0.0, 0.0, 0.0, out=out).abs_()",
+        "torch.abs(x, out=out)",
+        "test_quantized",
+        "muon_kernels/packed.py",
     ),
-    Mutant("NaN is zero", ".where(finite, _NAN)", ".where(finite, 0.0)", "test_quantized", "muon_kernels/quantized.py"),
-    Mutant("NaN code is a number", ".where(rows != _NAN, math.nan)", "", "test_quantized", "muon_kernels/quantized.py"),
+    Mutant(
+        "NaN is zero",
+        ".nan_to_num_(_NAN, _NAN, _NAN)",
+        ".nan_to_num_(0, 0, 0)",
+        "test_quantized",
+        "muon_kernels/packed.py",
+    ),
+    Mutant(
+        "NaN code is a number",
+        "F.threshold(x.div_(127), (_NAN + 0.5) / 127, math.nan, inplace=True)",
+        "x.div_(127)",
+        "test_quantized",
+        "muon_kernels/packed.py",
+    ),
     Mutant(
         "blocks rounded down",
         "return -(-elements // block)",
@@ -211,7 +227,5 @@ MUTANTS = [
         "test_quantized",
         "muon_kernels/quantized.py",
     ),
-    Mutant(
-        "magnitude of positives only", "rows.abs().where", "rows.where", "test_quantized", "muon_kernels/quantized.py"
-    ),
+    Mutant("magnitude of positives only", "out=out).abs_()", "out=out)", "test_quantized", "muon_kernels/packed.py"),
 ]

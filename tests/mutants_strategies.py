@@ -5,7 +5,6 @@ from __future__ import annotations
 from planting import Mutant
 
 TESTS = ["tests/distributed/test_strategies.py"]
-BUILT = "muon_kernels/_C*.so"
 
 
 def _gram(name: str, old: str, new: str, tests: str) -> Mutant:

@@ -3,8 +3,7 @@
     python tests/planting.py tests/cuda/mutants_products.py [--only NAME] [--log FILE]
 
 A list has MUTANTS; TESTS, the files of tests that must notice; and may have LEAN, (file, old, new) replaced before:
-instantiations that no chosen test needs, to save time; and BUILT, a pattern of files to take along that git does not
-track: the compiled module, for faults that are not in it. A fault costs a compilation, a list a quarter of an hour.
+instantiations that no chosen test needs, to save time. A fault costs a compilation, a list a quarter of an hour.
 The tests build the kernels, and names of builds are hashes of what goes into them: a fault's test cannot meet a sound
 build. What only costs time is no fault, unless the profile's assertions count it.
 """
@@ -63,10 +62,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary).resolve()
         files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-        built = [str(path.relative_to(ROOT)) for path in ROOT.glob(given["BUILT"])] if "BUILT" in given else []
-        for name in filter(None, [*files.split("\0"), *built]):
+        for name in filter(None, files.split("\0")):
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, root / name)
+        for built in (ROOT / "muon_kernels").glob("_C.*"):  # for faults in Python that only native code meets
+            shutil.copyfile(built, root / "muon_kernels" / built.name)
         for mutant in (*(Mutant("lean", old, new, "", file) for file, old, new in lean), *chosen):
             path = root / mutant.file
             text = path.read_text()

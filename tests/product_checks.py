@@ -118,6 +118,13 @@ def parts_of_squares(run: Run, m: int, width: int, dtype: torch.dtype) -> None:
     factors = dict(alpha=2.0, beta=-4.0, gamma=8.0)
     check(scales**2 * (2 * a @ a.mT - 4 * c + 8 * eye), c=C, c_diagonal=of_c, **squared, **factors)
     check(scales**2 * (2 * a @ a.mT - 4 * a + 8 * eye), c=A, c_diagonal=of_a, **squared, **factors)
+    out, diagonal = empty(3, m, m, dtype, width), torch.full((3, m), torch.nan)
+    diagonals = dict(a_diagonal=of_a, b_diagonal=of_b, c_diagonal=of_c, out_diagonal=diagonal)
+    run(A, B, out, c=C, beta=-4.0, gamma=8.0, **diagonals)
+    sums = a @ b - 4 * c + 8 * eye  # of which nobody says that it is symmetric
+    assert torch.equal(out, sums.float().to(dtype)) and untouched(out)
+    on_diagonal = out.double().diagonal(dim1=-2, dim2=-1) + diagonal.double()
+    assert torch.equal(on_diagonal, sums.diagonal(dim1=-2, dim2=-1))
     for n in (m, m + 9):
         X, Y = (placed(integers(3, m, n, dtype=dtype), width) for _ in range(2))
         for of in (X, Y):  # added to the product, or another matrix

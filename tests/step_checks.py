@@ -104,6 +104,25 @@ def test_relatives_are_those_of_the_other_backends(gpu: Gpu) -> None:
         assert float((V - W).norm() / W.norm()) < 0.06
 
 
+def test_packed_state_is_that_of_the_other_backends(gpu: Gpu) -> None:
+    """8-bit momentum and fp32 masters, made fp32 in the workspace; codes may be rounded to the next one."""
+    results = []
+    for backend in (gpu.backend, "eager"):
+        params = [nn.Parameter(make_params(gpu.device)[i].detach().bfloat16()) for i in (0, 1, 4)]
+        muon = Muon(params, lr=0.1, backend=backend, momentum_dtype=torch.int8, master_weights=True)
+        for t in range(2):
+            for i, p in enumerate(params):
+                p.grad = make_grad(p, 10 * t + i).bfloat16()
+            muon.step()
+        assert {(b.backend, b.fused, b.packed) for b in muon.plan().buckets} == {(backend, False, 2)}
+        results.append((params, [muon.state[p] for p in params]))
+    for p, ours, q, theirs in zip(*results[0], *results[1], strict=True):
+        assert (ours["momentum_buffer"].int() - theirs["momentum_buffer"].int()).abs().max() <= 1
+        torch.testing.assert_close(ours["momentum_scale"], theirs["momentum_scale"], rtol=1e-6, atol=0)
+        assert ours["mantissa"].any() and ours["mantissa"].dtype == torch.int16
+        assert float((p.float() - q.float()).norm()) < 0.06 * 0.2 * min(p.shape) ** 0.5
+
+
 def test_a_step_with_a_split_is_that_of_the_parts(gpu: Gpu) -> None:
     """Parts as they lie in rows, in columns and in every second one, and copies where heads are interleaved."""
     cases: dict[str, Callable[[Tensor], list[Tensor]]] = {

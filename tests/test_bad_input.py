@@ -70,9 +70,13 @@ OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"max_workspace_bytes": 1e9}, TypeError, "should be a positive int or None but is: 1000000000.0"),
     ({"max_workspace_bytes": True}, TypeError, "should be a positive int or None but is: True"),
     ({"max_workspace_bytes": "1G"}, TypeError, "should be a positive int or None but is: '1G'"),
-    ({"momentum_dtype": torch.int8}, ValueError, "floating-point dtype or None but is: torch.int8"),
-    ({"momentum_dtype": torch.complex64}, ValueError, "floating-point dtype or None but is: torch.complex64"),
-    ({"momentum_dtype": "bfloat16"}, ValueError, "floating-point dtype or None but is: 'bfloat16'"),
+    ({"momentum_dtype": torch.int16}, ValueError, "floating-point dtype, torch.int8 or None but is: torch.int16"),
+    (
+        {"momentum_dtype": torch.complex64},
+        ValueError,
+        "floating-point dtype, torch.int8 or None but is: torch.complex64",
+    ),
+    ({"momentum_dtype": "bfloat16"}, ValueError, "floating-point dtype, torch.int8 or None but is: 'bfloat16'"),
 ]
 
 
@@ -480,7 +484,7 @@ def test_checkpoint_whose_momentum_is_none(buffer: Any) -> None:
     optimizer = Muon([nn.Parameter(torch.ones(3, 4))])
     saved = optimizer.state_dict()
     saved["state"] = {0: {"momentum_buffer": buffer}}
-    with pytest.raises(TypeError, match=r"momentum_buffer of parameter 0 should be (a Tensor|dense|of a floating)"):
+    with pytest.raises(TypeError, match=r"momentum_buffer of parameter 0 should be (a Tensor|dense|of a dtype)"):
         optimizer.load_state_dict(saved)
     assert not optimizer.state
 

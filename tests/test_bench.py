@@ -114,7 +114,7 @@ def test_options_are_measured_beside_a_step_without(monkeypatch: pytest.MonkeyPa
     for option, options in bench_options.OPTIONS.items():
         without, with_ = bench_options.times.__wrapped__("tiny", option)
         assert len(without) == len(with_) == bench_options.ROUNDS
-        dtype = torch.bfloat16 if options.get("stochastic_rounding") else torch.float32
+        dtype = torch.bfloat16 if {"stochastic_rounding", "master_weights"} & set(options) else torch.float32
         muon = bench_options.optimizer("tiny", dtype, **options)
         assert all(p.dtype == dtype and muon.state[p] for p in muon.param_groups[0]["params"])
     monkeypatch.setattr(bench_options, "times", lambda *_: ([1.0, 9.0, 2.0], [1.1, 9.0, 2.4]))

@@ -127,7 +127,17 @@ def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert arguments or all(f"\n    {name} " in out for name in COMMANDS)
 
 
-@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["demo", "--steps", "0"], ["demo", "--optimizers", "SGD"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["nonsense"],
+        ["demo", "--steps", "0"],
+        ["demo", "--optimizers", "SGD"],
+        ["ledger", "--ranks", "12"],
+        ["ledger", "--ranks", "0"],
+    ],
+)
 def test_mistakes_end_with_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
@@ -173,3 +183,19 @@ def test_the_ledger_keeps_its_promises(backend: str) -> None:
     assert ours.flops <= 0.4576 * torchs.flops
     assert heads[f"muon_kernels, {backend}"].launches == 1
     assert heads[f"muon_kernels, {backend}"].flops <= heads["torch.optim.Muon"].flops
+
+
+def test_the_ledger_of_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 8 matrices of 768x3072, one for each of 8 ranks: 2 bytes an element of a part to 7 others, and 2 back."""
+    assert main(["ledger", "--shape", "768x3072x8", "--ranks", "64"]) == 0
+    out = capsys.readouterr().out
+    assert "a model, not a measurement" in out
+    rows = {(line[:5].strip(), line[7:29].strip()): line[29:].split() for line in out.splitlines()}
+    sent, _, state, _, _, ratio, calls, _ = rows["8", "owners, FSDP2"]
+    assert float(sent) == round(4 * 768 * 3072 * 7 / 8 / 1e6)
+    assert float(state) == round(4 * 768 * 3072 / 1e6) and (ratio, calls) == ("1.00", "2")
+    sent, beside, state, *_ = rows["64", "AdamW, ZeRO-1"]
+    assert sent == "0" and float(state) == round(768 * 3072 * 8 * 8 / 64 / 1e6)
+    assert float(beside) == round(8 * 8 * 768 * 3072 * 63 / 64 / 1e6)
+    assert rows["64", "gathered, ZeRO-1"][5] == "64.00" and rows["64", "owners, DDP"][5] == "8.00"
+    assert len([key for key in rows if key[0] in ("8", "64")]) == 14

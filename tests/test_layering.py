@@ -66,6 +66,7 @@ def test_reference_stands_alone() -> None:
         ("spectral.py", ["backends", "functional", "optimizer", "plan", "newton_schulz", "_C"]),
         ("spectra.py", ["backends", "optimizer", "muon_adamw", "_C"]),
         ("qk_clip.py", ["backends", "optimizer", "muon_adamw", "_C"]),
+        ("packed.py", ["backends", "functional", "optimizer", "plan", "newton_schulz", "_C"]),
         ("quantized.py", ["backends", "optimizer", "muon_adamw", "_C"]),
         ("functional.py", ["optimizer", "muon_adamw", "_C", "backends.cpu", "backends.eager"]),
         ("backends/eager.py", ["functional", "optimizer", "plan", "backends.cpu", "_C"]),

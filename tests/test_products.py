@@ -161,9 +161,10 @@ def test_parts_of_squares_are_exact_on_integers(backend: str, m: int) -> None:
         A = Square(inside_nan(symmetric(3, m)), diagonal)
         return A, A.high.double() + diagonal.double().diag_embed()
 
-    def check(exact: Tensor) -> None:
-        """The result is the lower triangle of `exact`, mirrored."""
-        exact = exact.tril() + exact.tril(-1).mT
+    def check(exact: Tensor, symmetric: bool = True) -> None:
+        """The result is `exact`, or the lower triangle of it, mirrored."""
+        if symmetric:
+            exact = exact.tril() + exact.tril(-1).mT
         assert torch.equal(high, exact.float().bfloat16())
         on_diagonal = high.double().diagonal(dim1=-2, dim2=-1) + diagonal.double()
         assert torch.equal(on_diagonal, exact.diagonal(dim1=-2, dim2=-1))
@@ -175,12 +176,16 @@ def test_parts_of_squares_are_exact_on_integers(backend: str, m: int) -> None:
     out = Square(high, diagonal)
     ops.syrkx(A, B, out=out)
     check(a @ b)
+    ops.syrkx(A, B, gamma=8.0, out=out)
+    check(a @ b + 8 * torch.eye(m))
     scale = torch.tensor([1.0, 0.5, 2.0])
     eye, scales = torch.eye(m), scale[:, None, None]
     ops.syrk(A, C=C, alpha=2.0, beta=-4.0, gamma=8.0, scale=scale, out=out)
     check(scales**2 * (2 * a @ a.mT - 4 * c + 8 * eye))
     ops.syrk(A, C=A, alpha=2.0, beta=-4.0, gamma=8.0, scale=scale, out=out)
     check(scales**2 * (2 * a @ a.mT - 4 * a + 8 * eye))
+    ops.gemm(A, B, C=C, alpha=2.0, beta=-4.0, gamma=8.0, out=out)
+    check(2 * a @ b - 4 * c + 8 * eye, symmetric=False)
     for n in (m, 2 * m + 1):
         X, Y = integers(3, m, n), integers(3, m, n)
         for of in (X, Y):  # added to the product, or another matrix
@@ -188,6 +193,41 @@ def test_parts_of_squares_are_exact_on_integers(backend: str, m: int) -> None:
             ops.gemm(A, X, C=of, alpha=2.0, beta=-4.0, scale=scale, out=to)
             assert torch.equal(to, (scales * (2 * a @ X.double() - 4 * of.double())).float().bfloat16())
             assert_untouched(around, m, n)
+
+
+@pytest.mark.parametrize("m", SIZES)
+@pytest.mark.parametrize("place", ["another", "A", "C"])
+def test_sums_are_exact_on_integers(backend: str, m: int, place: str) -> None:
+    """Of squares and of other matrices, with all that may be added or left out, in the place of an operand too."""
+    ops = backends.get(backend)
+    scale = torch.tensor([1.0, 0.5, 2.0])
+
+    def square() -> tuple[Square, Tensor]:
+        high = inside_nan(integers(3, m, m))
+        diagonal = integers(3, m).float() if ops.precise_squares() else None
+        return Square(high, diagonal), high.double() + (diagonal.double().diag_embed() if diagonal is not None else 0)
+
+    for alpha, beta, gamma, by in ((2.0, -4.0, 8.0, scale), (1.0, 0.0, 8.0, None), (-2.0, 1.0, 0.0, None)):
+        for wide in (False, True):
+            (A, a), (C, c) = square(), square()
+            if wide:
+                A, C = (Square(inside_nan(integers(3, m, 2 * m + 1))) for _ in range(2))
+                a, c, gamma = A.high.double(), C.high.double(), 0.0
+            for addend in (C, None) if place != "C" else (C,):
+                block, around = guarded(3, m, a.shape[2])
+                of_out = torch.full((3, m), torch.nan) if A.diagonal is not None else None
+                out = {"another": Square(block, of_out), "A": A, "C": C}[place]
+                exact = alpha * a + (beta * c if addend else 0) + (gamma * torch.eye(m) if gamma else 0)
+                exact = exact if by is None else by[:, None, None] * exact
+                ops.add(A, C=addend, alpha=alpha, beta=beta, gamma=gamma, scale=by, out=out)
+                assert torch.equal(out.high, exact.float().bfloat16())
+                if out.diagonal is not None:
+                    on_diagonal = out.high.double().diagonal(dim1=-2, dim2=-1) + out.diagonal.double()
+                    assert torch.equal(on_diagonal, exact.diagonal(dim1=-2, dim2=-1))
+                if place == "A":
+                    a = exact
+                if place == "another":
+                    assert_untouched(around, m, a.shape[2])
 
 
 @pytest.mark.parametrize("shape", [(65, 129), (129, 1300)], ids=str)

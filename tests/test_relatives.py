@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from muon_kernels import Muon, MuonAdamW, backends, orthogonalize
+from muon_kernels import Muon, MuonAdamW, backends, orthogonalize, reference, second_moment, spectral_power
+from muon_kernels.coefficients import DEFAULT, resolve
 from muon_kernels.layout import Matrices, layout
 from muon_kernels.scaling import WEIGHT_DECAY_FORMS, decayed
-from muon_kernels.second_moment import FORMS
+from muon_kernels.second_moment import FORMS, scratch_numbers, take_signs
 from muon_kernels.split import equal
 
 MAKERS: dict[str, Callable[[], Tensor]] = {
@@ -33,6 +35,7 @@ MAKERS: dict[str, Callable[[], Tensor]] = {
     "convolution": lambda: torch.randn(12, 4, 3, 5),
     "channels last": lambda: torch.randn(12, 3, 5, 4).permute(0, 3, 1, 2),
     "no strides": lambda: torch.randn(40, 4, 2, 3)[:, :, :, ::2],
+    "column": lambda: torch.randn(11, 1),
 }
 STEPS = 3
 # X is rounded to bf16 once more where it was scaled, and twice by "element".
@@ -135,6 +138,23 @@ def test_second_moment(backend: str, form: str, cap: int | None) -> None:
             exact[i] = p.detach().double()
 
 
+def test_moments_of_elements_lie_as_their_stack_does(tmp_path: Path) -> None:
+    """From a checkpoint too: across the rows, each operation on both takes ten times as long."""
+    params = parameters()
+    train(first := Muon(params, second_moment="element"), params, 0, 1)
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second = Muon(params, second_moment="element")
+    second.load_state_dict(torch.load(tmp_path / "state.pt"))
+    train(second, params, 1, 2)
+    for muon in (first, second):
+        (settled,) = muon._prepared._settled.values()
+        views = [V for work in settled.prepared.works for chunk in work.chunks for V in chunk.second_moments]
+        assert len(views) == len(params) and {V.stride(-1) for V in views} == {1}
+        # Nor are they copied, but for what no strides describe in the parameter either.
+        states = {s["second_momentum_buffer"].untyped_storage().data_ptr() for s in muon.state.values()}
+        assert all(V.untyped_storage().data_ptr() in states for V in views)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("beta2", [0.0, 0.95])
 def test_what_has_no_second_moment(backend: str, form: str, beta2: float) -> None:
@@ -153,25 +173,206 @@ def test_what_has_no_second_moment(backend: str, form: str, beta2: float) -> Non
     assert not (some[:3] == 1).any() and not (batch[::2] == 1).all()
 
 
+def stack_with(form: str) -> tuple[Tensor, list[Tensor], Tensor]:
+    """A stack with padded rows, second moments of several parameters and scratch, in which is what nobody may use."""
+    torch.manual_seed(0)
+    X = torch.randn(5, 6, 11).bfloat16()[..., :8]
+    moments = [torch.rand(2, 6, 1), torch.rand(3, 1, 8)] if form == "neuron" else list(torch.rand(2, 2, 6, 8))
+    if form == "element":
+        moments.append(torch.rand(1, 6, 8))
+    return X, moments, torch.full((5 * scratch_numbers(form, True, 6, 8, X.device),), torch.nan)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_blocks_of_a_large_stack(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same whatever is made fp32 at a time: rows of a matrix, several matrices, or, as on a GPU, nothing."""
-    from muon_kernels import second_moment
-
     results = []
     for block in (1, 97, 500, 1 << 18, None):
         monkeypatch.setattr(second_moment, "_BLOCK_ON_CPU", block)
         monkeypatch.setattr(second_moment, "_in_cache", lambda _, block=block: block is not None)
-        torch.manual_seed(0)
-        X = torch.randn(5, 6, 8).bfloat16()
-        moments = [torch.rand(2, 6, 1), torch.rand(3, 1, 8)] if form == "neuron" else list(torch.rand(2, 2, 6, 8))
-        if form == "element":
-            moments.append(torch.rand(1, 6, 8))
-        second_moment.normalize(form, X, moments, 0.9)
-        results.append([X.float(), *moments])
+        X, moments, scratch = stack_with(form)
+        kept = second_moment.normalize(form, X, moments, 0.9, scratch)
+        assert (kept is None) == (form == "neuron" or block is None)
+        factor = 1.0 if kept is None else torch.tensor(kept).view(-1, 1, 1)
+        results.append([X.float() * factor, *moments])
     for result in results[1:]:
         for a, b in zip(results[0], result, strict=True):
             torch.testing.assert_close(a, b, rtol=ROUNDED[form], atol=0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_epsilon(form: str) -> None:
+    """Where it is what an update is: the papers' own, and outside the root."""
+    eps = FORMS[form].eps
+    for row in (0.3, 1.0, 30.0):
+        X = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0)).mul_(eps)
+        X[:, ::2] *= row
+        X = X.bfloat16()
+        V = torch.zeros(2, 6, 8 if form == "element" else 1)
+        expected, v = normalized(form, X.double(), V.double(), 0.5)
+        kept = second_moment.normalize(form, X, [V], 0.5, torch.empty(2 * scratch_numbers(form, False, 6, 8, X.device)))
+        factor = 1.0 if kept is None else torch.tensor(kept).view(-1, 1, 1)
+        torch.testing.assert_close((X * factor).double(), expected, rtol=2.0**-7, atol=0)
+        torch.testing.assert_close(V.double(), v, rtol=1e-5, atol=0)
+
+
+class Allocations(TorchDispatchMode):
+    """The operations that return memory of their own, with more than a number in it."""
+
+    def __init__(self, *known: Tensor) -> None:
+        super().__init__()
+        self.known = {t.untyped_storage().data_ptr() for t in known}
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for t in result if isinstance(result, (list, tuple)) else [result]:
+            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in self.known:
+                self.seen.append(str(func))
+        return result
+
+
+@pytest.mark.parametrize("in_cache", [True, False])
+@pytest.mark.parametrize("form", FORMS)
+def test_no_memory_is_asked_for_in_the_midst_of_a_step(
+    form: str, in_cache: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which might not be there, with parameters written already; on a processor and as on a GPU."""
+    monkeypatch.setattr(second_moment, "_in_cache", lambda _: in_cache)
+    monkeypatch.setattr(second_moment, "_BLOCK_ON_CPU", 16)
+    X, moments, scratch = stack_with(form)
+    scale, norms = torch.rand(2, 5)
+    with Allocations(X, *moments, scratch, scale, norms) as allocations:
+        take_signs(X, scale, 1.0, norms, scratch)
+        take_signs(X, None, 1.0, norms, scratch)
+        second_moment.normalize(form, X, moments, 0.9, scratch)
+    assert not allocations.seen
+    assert not X.isnan().any() and not any(v.isnan().any() for v in moments)
+
+
+def test_a_plan_counts_signs_and_second_moments(backend: str) -> None:
+    """Their passes, and their memory within the cap that the user sets."""
+    params = [nn.Parameter(torch.randn(24, 40)) for _ in range(6)]
+    bucket = lambda **options: Muon(params, backend=backend, **options).plan().buckets[0]
+    plain = bucket(second_moment="neuron")  # as plain Muon may be fused
+    signed = bucket(second_moment="neuron", sign_momentum=True)
+    assert signed.bytes - plain.bytes == 6 * 24 * 40 * 3 * 2 and signed.launches - plain.launches == 2
+    element = bucket(second_moment="element")
+    assert element.bytes - plain.bytes == 6 * 24 * 40 * (2 + 8)
+    for form in FORMS:
+        numbers = scratch_numbers(form, False, 24, 40, torch.device("cpu"))
+        alone = bucket(second_moment=form, max_workspace_bytes=20_000)
+        each, signs_alone = alone.workspace_bytes // alone.slots, bucket(sign_momentum=True)
+        of_signs = scratch_numbers(None, True, 24, 40, torch.device("cpu"))
+        assert each - signs_alone.workspace_bytes // signs_alone.slots == 4 * (numbers - of_signs)
+        assert alone.workspace_bytes <= 20_000 and len(alone.chunks) > 1
+        with pytest.raises(ValueError, match=f"max_workspace_bytes should be at least {each} to hold one matrix"):
+            bucket(second_moment=form, max_workspace_bytes=each - 1)
+
+
+# ---- signs ----
+
+
+@pytest.mark.parametrize("options", [{}, {"nesterov": False}, {"dampened": False}], ids=str)
+def test_sign_momentum(backend: str, options: dict[str, Any]) -> None:
+    """AdaMuon's NS(sign(D)), in float64."""
+    params = parameters()
+    mu, dampened, nesterov = 0.9, options.get("dampened", True), options.get("nesterov", True)
+    options = {**options, "weight_decay": 0.0, "momentum": mu, "adjust_lr_fn": "none", "backend": backend}
+    muon = Muon(params, lr=1.0, sign_momentum=True, **options)
+    keller = resolve(DEFAULT, None)
+    M = [torch.zeros_like(p, dtype=torch.float64) for p in params]
+    for t in range(STEPS):
+        before = [p.detach().double() for p in params]
+        train(muon, params, t, t + 1)
+        for i, p in enumerate(params):
+            assert p.grad is not None
+            g = p.grad.double()
+            M[i] = M[i] + (1 - mu) * (g - M[i]) if dampened else mu * M[i] + g
+            D = M[i] if not nesterov else g + mu * (M[i] - g) if dampened else g + mu * M[i]
+            U = reference.newton_schulz(as_matrices(D.sign()), keller.triples, keller.margin).reshape(p.shape)
+            off = (before[i] - p.detach().double() - U).norm() / U.norm()
+            assert off < 0.03, (list(MAKERS)[i], off)
+            assert (orthogonalize(D, backend="eager") - U).norm() > 0.1 * U.norm()  # it would not do without signs
+
+
+def test_signs_do_not_know_magnitudes(backend: str) -> None:
+    """To the bit."""
+    torch.manual_seed(0)
+    p, q = (nn.Parameter(torch.ones(3, 24, 40)) for _ in range(2))
+    p.grad = torch.randn(3, 24, 40)
+    p.grad[0, :5] = 0
+    q.grad = p.grad * torch.rand(3, 24, 40).add(0.1).mul(torch.tensor([1e-12, 1.0, 1e12])[:, None, None])
+    for x in (p, q):
+        Muon([x], momentum=0.0, sign_momentum=True, backend=backend).step()
+    assert torch.equal(p, q) and not torch.equal(p[:, 5:], torch.ones(3, 19, 40))
+
+
+def test_what_has_no_signs(backend: str) -> None:
+    """Zero gives zero; NaN, and infinity, spoil their own matrix only."""
+    for power in (0.0, 0.5):
+        batch = nn.Parameter(torch.ones(5, 24, 40))
+        batch.grad = torch.randn(5, 24, 40)
+        batch.grad[0] = 0
+        batch.grad[1, 2, 3] = torch.nan
+        batch.grad[2, 3, 2] = -torch.inf
+        batch.grad[3] = 0
+        batch.grad[3, 5, 7] = -1e-20
+        Muon([batch], lr=0.5, weight_decay=0.0, sign_momentum=True, power=power, backend=backend).step()
+        assert torch.equal(batch[0], torch.ones(24, 40))
+        assert batch[1:3].isnan().all() and batch[3:].isfinite().all()
+        assert batch[3, 5, 7] > 1.3 and (batch[3] != 1).sum() == 1
+        assert (batch[4] != 1).sum() > 900
+
+
+@pytest.mark.parametrize("margin", [1.0, 1.02])
+@pytest.mark.parametrize("in_cache", [True, False])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_signs_are_scaled_to_their_norm(
+    scaled: bool, in_cache: bool, margin: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(second_moment, "_in_cache", lambda _: in_cache)
+    X, _, scratch = stack_with("element")
+    X[0], X[1, 2] = 0, 0
+    X[2, 1, 1] = torch.nan
+    scale = torch.tensor([0.0, 3.0, torch.nan, 2.0, 1e-3]) if scaled else None
+    expected, norms = X.sign(), torch.empty(5)
+    found = take_signs(X, scale, margin, norms, scratch)
+    assert torch.equal(X[3:], expected[3:]) and torch.equal(X[:2], expected[:2])
+    assert norms[torch.tensor([0, 1, 3, 4])].tolist() == pytest.approx([1, 40**0.5, 48**0.5, 48**0.5])
+    assert found[2].isnan() and found[0].isfinite()
+    assert found[[1, 3, 4]].tolist() == pytest.approx([1 / margin / n**0.5 for n in (40, 48, 48)])
+
+
+@pytest.mark.parametrize("form", [None, *FORMS])
+def test_of_a_power(backend: str, form: str | None) -> None:
+    """The second moment of U Σ^½ Vᵀ, and of signs."""
+    params = parameters(names=["wide", "tall", "batch"])
+    exact = [p.detach().double() for p in params]
+    options: dict[str, Any] = {"power": 0.5, "backend": backend}
+    for sign in (False, True):
+        U = updates(params, sign_momentum=sign, **options)
+        muon = Muon(params, lr=0.5, weight_decay=0.0, second_moment=form, beta2=0.8, sign_momentum=sign, **options)
+        V: list[Tensor] = [torch.zeros(1, dtype=torch.float64)] * len(params)
+        exact = [p.detach().double() for p in params]
+        for t in range(STEPS):
+            train(muon, params, t, t + 1)
+            for i, p in enumerate(params):
+                changed = U[t][i]
+                if form is not None:
+                    changed, V[i] = normalized(form, changed, V[i], 0.8)
+                rows, cols = as_matrices(p).shape[1:]
+                moved = 0.5 * math.sqrt(max(1, rows / cols)) * changed
+                allowed = moved.abs() * ROUNDED[form] * 1.01 + 3e-5
+                assert ((p.detach().double() - (exact[i] - moved)).abs() <= allowed).all()
+                exact[i] = p.detach().double()
+    first = params[0].grad
+    assert first is not None
+    p = nn.Parameter(torch.zeros(24, 40))
+    p.grad = first.clone()
+    Muon([p], lr=1.0, weight_decay=0.0, momentum=0.0, sign_momentum=True, **options).step()
+    expected = -spectral_power(first.sign(), 0.5, exact="svd")
+    assert (p - expected).norm() < 0.03 * expected.norm()
 
 
 # ---- weight decay ----
@@ -215,6 +416,15 @@ def test_forms_of_weight_decay(backend: str, form: str, tensors: bool) -> None:
         for p, W, u in zip(params, before, U[t], strict=True):
             moved = lr * math.sqrt(max(1, p.shape[0] / p.shape[1])) * u
             torch.testing.assert_close(p.detach().double(), (1 - decays[form](lr)) * W - moved, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("lr", [0.0, 1e-3, 0.5])
+def test_forms_of_weight_decay_of_tensors(lr: float) -> None:
+    """As a device's are handed on: the step is lr, and the product what decays."""
+    expected = {"decoupled": lr * 0.25, "independent": 0.25, "scheduled": lr * 0.25 * lr / 0.5}
+    for form, decay in expected.items():
+        step, rate = decayed(form, *torch.tensor([lr, 0.25, 0.5], dtype=torch.float64))
+        assert float(step) == pytest.approx(lr, abs=1e-20) and float(step * rate) == pytest.approx(decay)
 
 
 def test_nothing_waits_for_numbers_on_a_device() -> None:
@@ -393,11 +603,14 @@ EVERYTHING: dict[str, Any] = {
 }
 
 
+ADAMUON = {"second_moment": "element", "sign_momentum": True}
+
+
 def groups_of(params: list[nn.Parameter]) -> list[dict[str, Any]]:
     """With different options each."""
     return [
         {"params": params[:3], **EVERYTHING, "stochastic_rounding": True},
-        {"params": params[3:6], **EVERYTHING, "second_moment": "element", "weight_decay_form": "independent"},
+        {"params": params[3:6], **EVERYTHING, **ADAMUON, "weight_decay_form": "independent"},
         {"params": params[6:8], "stochastic_rounding": True, "cautious": True},
         {"params": params[8:]},
     ]
@@ -410,13 +623,15 @@ def test_all_options_at_once(backend: str) -> None:
     for group in groups:
         group["stochastic_rounding"] = False  # whose bits are judged above
     muon, U = Muon(groups, backend=backend), updates(params, backend=backend)
+    signed = updates(params, sign_momentum=True, backend=backend)
     V: list[Tensor] = [torch.zeros(1, dtype=torch.float64)] * len(params)
     before = [p.detach().double() for p in params]
     for t in range(STEPS):
         train(muon, params, t, t + 1)
         for i, p in enumerate(params):
             group = next(g for g in muon.param_groups if any(p is q for q in g["params"]))
-            update, lr, decay = U[t][i], group["lr"], group["lr"] * group["weight_decay"]
+            update = (signed if group["sign_momentum"] else U)[t][i]
+            lr, decay = group["lr"], group["lr"] * group["weight_decay"]
             if group["second_moment"] is not None:
                 update, V[i] = normalized(group["second_moment"], update, V[i], group["beta2"])
             if group["weight_decay_form"] != "decoupled":
@@ -577,13 +792,15 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"peak_lr": "big"}, TypeError, "peak_lr should be a number but is: 'big'"),
     ({"second_moment": "row"}, ValueError, "second_moment should be one of None, 'neuron', 'element' but is: 'row'"),
     ({"second_moment": True}, ValueError, "but is: True"),
-    ({"second_moment": "neuron", "split": "equal(2)"}, ValueError, "but is 'neuron' with split='equal(2)'"),
+    ({"sign_momentum": None}, TypeError, "sign_momentum should be True or False but is: None"),
     (
-        {"second_moment": "element", "power": 0.5},
+        {"second_moment": "element", "power": 1.0},
         ValueError,
-        "None where power is not 0 but they are: 'element' and 0.5",
+        "second_moment should be None where power is 1, which is SGD in torch, but is: 'element'",
     ),
-    ({"cautious": True, "power": 1.0}, ValueError, "cautious and stochastic_rounding should be False where power is 1"),
+    ({"cautious": True, "power": 1.0}, ValueError, "cautious should be False where power is 1, which is SGD in torch"),
+    ({"sign_momentum": True, "power": 1.0}, ValueError, "sign_momentum should be False where power is 1"),
+    ({"stochastic_rounding": True, "power": 1.0}, ValueError, "stochastic_rounding should be False where power is 1"),
     ({"beta2": 1.0}, ValueError, "beta2 should be < 1 but is: 1.0"),
     ({"beta2": -0.1}, ValueError, "beta2 should be >= 0 but is: -0.1"),
     ({"beta2": float("nan")}, ValueError, "beta2 should be >= 0 but is: nan"),

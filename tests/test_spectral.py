@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ from muon_kernels import Muon, SpectralAdam, SpectralMomentum, paper_optimizer, 
 from muon_kernels.backends import unavailable
 from muon_kernels.coefficients import resolve
 from muon_kernels.newton_schulz import ALGORITHMS
-from muon_kernels.plan import plan_bucket
+from muon_kernels.plan import count, plan_bucket
 from muon_kernels.spectral import TRIPLES, error, fit, fit_weights, schedule_of
 from muon_kernels.split import equal
 
@@ -54,26 +55,31 @@ def relative(Y: Tensor, U: Tensor, S: Tensor, Vh: Tensor, p: float) -> Tensor:
 def test_weights_hold_in_exact_arithmetic(p: float, m: int) -> None:
     """However far `_measure` may leave the largest singular value below 1."""
     worst, rms = error(schedule_of(p), 1e-3, m**-0.125)
-    assert worst < 0.03 and rms < 0.02
+    assert worst < 0.05 and rms < 0.03
 
 
 def test_weights_of_any_power() -> None:
     for p in (0.01, 0.06, 0.3, 0.9, 0.99):
-        assert error(schedule_of(p)).worst < 0.04
+        assert error(schedule_of(p)).worst < 0.06
         assert all(abs(w) < 1.1 for w in schedule_of(p).weights)
 
 
-def test_iterates_do_not_explode_above_one() -> None:
-    """Rounding may put the largest singular value there."""
-    x = torch.linspace(0, 1.05, 2000, dtype=torch.float64)
-    for a, b, c in TRIPLES:
-        x = x * (a + b * x**2 + c * x**4)
-        assert x.abs().max() < 1.2
+def test_iterates_do_not_explode() -> None:
+    """Wherever rounding puts them, above one too."""
+    for factors in itertools.product((0.93, 1.07), repeat=len(TRIPLES)):
+        x = torch.linspace(0, 1, 500, dtype=torch.float64)
+        for (a, b, c), factor in zip(TRIPLES, factors, strict=True):
+            x = x * factor
+            x = x * (a + b * x**2 + c * x**4)
+            assert x.abs().max() < 1.2
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch.func's own
 def test_fit_finds_such_triples() -> None:
     triples, worst = fit((0.5,), steps=4, iterates=range(5), lowest=0.03, starts=1)
     assert worst < 0.03
+    beyond = torch.linspace(0, 1.08, 500, dtype=torch.float64)
+    assert all((a * beyond + b * beyond**3 + c * beyond**5).abs().max() < 1.02 for a, b, c in triples)
     weights = fit_weights(0.5, triples, tuple(range(5)), 0.03)
     sigma = torch.logspace(math.log10(0.03), 0, 1000, dtype=torch.float64)
     total, x = weights[0] * sigma, sigma
@@ -81,6 +87,12 @@ def test_fit_finds_such_triples() -> None:
         x = a * x + b * x**3 + c * x**5
         total += w * x
     assert (total / sigma.sqrt() - 1).abs().max() < 0.03
+
+
+def test_gram_form_has_no_second_iterate() -> None:
+    weights = fit_weights(0.5, TRIPLES, tuple(range(len(TRIPLES) + 1)))
+    with pytest.raises(ValueError, match="no weight of the second iterate"):
+        count("gram", 8, 16, schedule_of(0.5)._replace(weights=weights), True, True)
 
 
 # ---- spectral_power ----
@@ -99,7 +111,8 @@ def test_accuracy(backend: str, algorithm: str, spectrum: str, shape: tuple[int,
         else (spectral_power(((U * S) @ Vh).float(), p, backend=backend, ns_algorithm=algorithm))
     )
     off = relative(Y, U, S, Vh, p)
-    assert off.max() < 0.10 and off.square().mean().sqrt() < 0.03
+    # Of equal singular values, the mean is the error of one.
+    assert off.max() < 0.10 and off.square().mean().sqrt() < (0.03 if spectrum == "log-spaced" else 0.04)
     exact = (U * S**p) @ Vh
     assert (Y.double() - exact).norm() < 0.16 * exact.norm()
 
@@ -117,6 +130,20 @@ def test_a_singular_value_that_leads(backend: str, algorithm: str, n: int) -> No
         exact = (U * S[:, None].sqrt()) @ Vh
         Y = spectral_power(G, 0.5, backend=backend, ns_algorithm=algorithm)
         assert ((Y - exact).norm(dim=(1, 2)) < 0.1 * exact.norm(dim=(1, 2))).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("p", [0.125, 0.25, 0.5])
+def test_singular_values_of_rounding(backend: str, algorithm: str, p: float) -> None:
+    """Spectra that end far below what bf16 tells apart: what their powers are summed from must not spoil large ones."""
+    for condition in (1e4, 1e6):
+        U, S, Vh = of_spectrum(torch.logspace(0, -math.log10(condition), 96, dtype=torch.float64), 96, 300)
+        S[3:8] = S[:1]
+        Y = spectral_power(((U * S) @ Vh).float(), p, backend=backend, ns_algorithm=algorithm)
+        large = S > 0.01
+        assert relative(Y, U[:, large], S[large], Vh[large], p).max() < 0.09
+        assert torch.linalg.svdvals(Y.double()).max() < 1.08
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -209,6 +236,8 @@ def test_references_of_singular_matrices() -> None:
     for exact in ("svd", "coupled"):
         torch.testing.assert_close(spectral_power(G, 0.5, exact=exact), wanted, rtol=1e-6, atol=1e-6)
         assert (spectral_power(torch.zeros(3, 4), 0.5, exact=exact) == 0).all()
+    polar = G / torch.linalg.norm(G)
+    torch.testing.assert_close(spectral_power(G, 0, exact="svd"), polar, rtol=1e-6, atol=1e-6)
 
 
 def test_compiles() -> None:
@@ -218,9 +247,9 @@ def test_compiles() -> None:
     torch.library.opcheck(torch.ops.muon_kernels.spectral_power.default, (G, 0.5, None, "auto", "auto", None))
 
 
-@pytest.mark.parametrize("shape", [(768, 768), (768, 3072), (1024, 2048), (384, 1024), (64, 768), (64, 64)])
-def test_costs_at_most_twice_as_much(shape: tuple[int, int]) -> None:
-    """Than five steps of `orthogonalize`, on backends that have the Gram form and on those that have not."""
+@pytest.mark.parametrize("shape", [(768, 768), (768, 3072), (1024, 2048), (768, 900), (384, 1024), (64, 768), (64, 64)])
+def test_costs_at_most_1_6_times_as_much(shape: tuple[int, int]) -> None:
+    """As five steps of `orthogonalize`, on backends that have the Gram form and on those that have not."""
     for backend in ("cuda", "eager"):
         flops = [
             plan_bucket(
@@ -229,7 +258,7 @@ def test_costs_at_most_twice_as_much(shape: tuple[int, int]) -> None:
             ).flops
             for schedule in (resolve("keller", 5), schedule_of(0.5))
         ]  # fmt: skip
-        assert flops[1] <= 2 * flops[0]
+        assert flops[1] <= 1.6 * flops[0]
 
 
 @pytest.mark.parametrize(

@@ -334,6 +334,63 @@ def test_momentum_is_that_of_a_whole_parameter(backend: str, name: str) -> None:
     assert not torch.equal(p, q)
 
 
+def of_parts(case: Case, V: Tensor, form: str) -> Sequence[Tensor]:
+    """What a second moment has of every part: of columns, "neuron" has one for each."""
+    if form == "element" or "dim=1" not in case.split:
+        return case.parts(V)
+    return V.split(1, -1)
+
+
+@pytest.mark.parametrize("form", ["neuron", "element"])
+@pytest.mark.parametrize("name", CASES)
+def test_second_moments_follow_the_parts(backend: str, name: str, form: str) -> None:
+    """NorMuon's and AdaMuon's, with a checkpoint midway."""
+    case = CASES[name]
+    p = nn.Parameter(0.1 * gradient(case.shape, 9))
+    parts = contiguous(case.parts(p))
+    options = {**OPTIONS, "flatten": case.flatten, "second_moment": form, "beta2": 0.9, "backend": backend}
+    options["sign_momentum"] = form == "element"
+    whole, apart = Muon([{"params": [p], "split": case.split}], **options), Muon(parts, **options)
+    for t in range(2 * STEPS):
+        g = gradient(case.shape, t)
+        train(whole, [p], [g])
+        train(apart, parts, [x.contiguous() for x in case.parts(g)])
+        for ours, theirs in zip(case.parts(p.detach()), parts, strict=True):
+            torch.testing.assert_close(ours, theirs.detach(), rtol=0, atol=2**-7 * 0.1)
+        if t == STEPS:
+            state = copy.deepcopy(whole.state_dict())
+            q = nn.Parameter(p.detach().clone())
+    V = whole.state[p]["second_momentum_buffer"]
+    for i, v in enumerate(of_parts(case, V, form)):
+        expected = apart.state[parts[i]]["second_momentum_buffer"]
+        assert expected.any()
+        torch.testing.assert_close(v, expected, rtol=2**-6, atol=1e-6)
+    assert i + 1 == len(parts)
+    resumed = Muon([q], **options)
+    resumed.load_state_dict(state)
+    for t in range(STEPS + 1, 2 * STEPS):
+        train(resumed, [q], [gradient(case.shape, t)])
+    assert torch.equal(p, q) and torch.equal(V, resumed.state[q]["second_momentum_buffer"])
+
+
+def test_a_second_moment_of_another_cut_changes_nothing(backend: str) -> None:
+    """Parts of columns have statistics of their own, which a run that is cut otherwise cannot go on with."""
+    options: dict[str, Any] = {"second_moment": "neuron", "backend": backend}
+    p = nn.Parameter(torch.ones(24, 40))
+    muon = Muon([p], split=equal(2, dim=1), **options)
+    train(muon, [p], [gradient(p.shape, 0)])
+    state, before = copy.deepcopy(muon.state_dict()), p.detach().clone()
+    assert muon.state[p]["second_momentum_buffer"].shape == (24, 2)
+    muon.param_groups[0]["split"] = heads(4)
+    sentence = r"should be of size \(24, 1\) and float32 for second_moment='neuron' but is of size \(24, 2\)"
+    with pytest.raises(ValueError, match=sentence):
+        muon.step()
+    assert torch.equal(p, before)
+    state["param_groups"][0]["split"] = None
+    with pytest.raises(ValueError, match=sentence):
+        Muon([p], **options).load_state_dict(state)
+
+
 def named(*shapes: tuple[int, int]) -> list[tuple[str, nn.Parameter]]:
     return [(f"layer.{i}", nn.Parameter(0.1 * gradient(shape, i))) for i, shape in enumerate(shapes)]
 
@@ -466,6 +523,7 @@ P = "parameter of size \\(48, 40\\)"
         (qkv(4, 4), ValueError, None),
         (qkv(12, 4), ValueError, f"should divide dimension 0 of the {P} by 20 but 48 is no multiple of it"),
         (qkv(12, 4, interleaved=True), ValueError, "by 20 but 48"),
+        (qkv(32, interleaved=True), ValueError, "by 96 but 48"),
         (blocks(24, 12), ValueError, f"sizes of .* should sum to 48, dimension 0 of the {P}, but sum to 36"),
         (blocks(24, 32), ValueError, "should sum to 48, .* but sum to 56"),
         (blocks(8, 2, interleaved=True), ValueError, "should repeat to 48, .* but sum to 10"),

@@ -117,6 +117,37 @@ def test_training_is_what_one_would_write(
     assert result["loss"] == pytest.approx(held_out, rel=1e-5)
 
 
+def test_logits_are_seen_and_held() -> None:
+    """As attention has them, with the heads of a fused projection told apart."""
+    config = replace(TINY, width=64, optimizer="muon", lr=0.5, steps=12)
+    of = harness.model(config)
+    logits = harness.Logits(of)
+    text = torch.randint(256, (2, 9))
+    block = of.layers[0]
+
+    def largest() -> list[float]:
+        of(text)
+        x = of.byte_embedding(text[:, :-1]) + of.position_embedding.weight[:8]
+        q, k, _ = block.qkv(block.attention_norm(x)).detach().split(64, -1)
+        found = []
+        for head in (slice(0, 32), slice(32, 64)):
+            scores = q[..., head] @ k[..., head].mT / 32**0.5
+            found.append(max(scores[b, i, j].item() for b in range(2) for i in range(8) for j in range(i + 1)))
+        return found
+
+    before = largest()
+    assert logits.largest() == pytest.approx(max(before))
+    tau = (max(before) + min(before)) / 2
+    assert 0 < min(before) < tau
+    logits.clip(tau)
+    assert sorted(largest()) == pytest.approx([min(before), tau], rel=1e-5)
+
+    free, held, unseen = (harness.train(replace(config, tau=tau)) for tau in (0.0, 1.5, None))
+    assert free["loss"] == unseen["loss"] != held["loss"] and not unseen["logits"]
+    assert [step for step, _ in free["logits"]] == [step for step, _ in free["curve"]]
+    assert max(x for _, x in held["logits"]) < 0.5 * max(x for _, x in free["logits"])
+
+
 def test_what_goes_astray_is_told() -> None:
     result = harness.train(replace(TINY, optimizer="msgd", lr=1e30))
     assert result["loss"] is None and harness.loss(result) == math.inf
@@ -207,13 +238,13 @@ def test_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     arguments = ["--quick", "--out", str(tmp_path)]
     run.main(["powers", *arguments])
     page = (tmp_path / "REPORT.md").read_text()
-    assert page.count("Not complete yet.") == 3 and not (tmp_path / "figures" / "scaling.png").exists()
+    assert page.count("Not complete yet.") == 4 and not (tmp_path / "figures" / "scaling.png").exists()
     run.main(["all", *arguments])
     capsys.readouterr()
 
     page = (tmp_path / "REPORT.md").read_text()
     assert "Not complete" not in page
-    for name in ("powers", "scaling", "finetune", "entropy"):
+    for name in ("powers", "scaling", "finetune", "entropy", "clip"):
         assert (tmp_path / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert f"figures/{name}.png" in page
     results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
@@ -223,6 +254,7 @@ def test_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
             row = next(line for line in page.splitlines() if line.startswith(f"| {config['optimizer']} |"))
             assert f"{result['loss']:.3f}" in row
         assert bool(result["spectra"]) == bool(config["record_every"])
+        assert bool(result["logits"]) == (config["tau"] is not None)
 
     # Trained once, shown as often as one likes.
     monkeypatch.setattr(harness, "train", None)

@@ -3,7 +3,8 @@
 Every function takes `run`, which gives the result of a config, and returns results by what the report's tables and
 figures are made of; so the same lines say what is to be trained and what is to be shown.
 
-[1] "Muon is Scalable for LLM Training", arXiv 2502.16982; [2] "Delving into Muon and Beyond", arXiv 2602.04669.
+[1] "Muon is Scalable for LLM Training", arXiv 2502.16982; [2] "Delving into Muon and Beyond", arXiv 2602.04669;
+[3] "Kimi K2", arXiv 2507.20534.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ PAPER_LR = {
     "adam_q": 2e-2,
     "adam_z": 7e-3,
 }
+
+# Of QK-Clip's: from a rate that needs none. [3] has 100 for heads of 128, and these are 32 wide.
+CLIP_LR = (16e-3, 64e-3, 256e-3)
+TAU = 30.0
 
 # Optimizer and weight decay of [1]'s comparisons.
 VARIANTS = {"AdamW": ("adamw", DECAY), "Muon": ("muon", DECAY), "Muon without decay": ("muon", 0.0)}
@@ -136,3 +141,9 @@ def finetune(run: Run, scale: Scale) -> dict[tuple[str, str], list[dict[float, R
 def entropy(run: Run, scale: Scale) -> dict[str, Result]:
     """By variant, the scaling comparison's mixture of experts, of which spectra were recorded."""
     return _variants(run, adamw(run, _mixture(scale)))
+
+
+def clip(run: Run, scale: Scale) -> dict[float, dict[float, Result]]:
+    """By learning rate and by tau, 0 for no clipping: Muon without weight decay, which would hold logits too."""
+    configs = {lr: Config("muon", lr, scale.steps, width=scale.width) for lr in CLIP_LR}
+    return {lr: {tau: run(replace(config, tau=tau)) for tau in (0.0, TAU)} for lr, config in configs.items()}

@@ -13,7 +13,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ class Config:
         seed: of the model and of the batches.
         start: whose trained model goes on here, with a fresh optimizer, instead of a new one.
         record_every: spectra of the layers' weights are recorded every so many steps; 0: never.
+        tau: the largest attention logits are recorded, and if it is above 0, QK-Clip holds them at tau; None: neither.
     """
 
     optimizer: str
@@ -69,6 +70,7 @@ class Config:
     seed: int = 0
     start: Config | None = None
     record_every: int = 0
+    tau: float | None = None
 
 
 Result = dict[str, Any]
@@ -163,6 +165,30 @@ def optimizers(config: Config, of: nn.Module) -> list[Optimizer]:
     ]
 
 
+class Logits:
+    """The largest attention logit of every head in the last forward pass, by layer, and QK-Clip by them."""
+
+    def __init__(self, of: demo.GPT) -> None:
+        self._seen: dict[demo.Block, Tensor] = {}
+        for block in of.layers:
+            assert isinstance(block, demo.Block)
+            block.qkv.register_forward_hook(partial(self._look, block))
+
+    def _look(self, block: demo.Block, _: nn.Module, __: object, qkv: Tensor) -> None:
+        q, k, _v = qkv.unflatten(-1, (3, block.heads, -1)).permute(2, 0, 3, 1, 4)
+        self._seen[block] = muon_kernels.max_logits(q, k, causal=True)
+
+    def largest(self) -> float:
+        """Of all."""
+        return max(logits.max().item() for logits in self._seen.values())
+
+    def clip(self, tau: float) -> None:
+        """To be called after the step that the pass was for."""
+        for block, logits in self._seen.items():
+            weight, width = block.qkv.weight, block.qkv.in_features
+            muon_kernels.qk_clip_(weight[:width], weight[width : 2 * width], logits, tau)
+
+
 def machine() -> str:
     """What the seconds are of, and whose library is the text."""
     python, threads = platform.python_version(), torch.get_num_threads()
@@ -176,7 +202,8 @@ def train(config: Config) -> Result:
     Returns:
         config; active_parameters; curve: pairs of a step and the mean training loss since the last one; loss: held out,
         None if it is not finite, that is if the training went astray; weight_rms: of the layers' matrices, the mean, or
-        None likewise; seconds; machine; spectra: SPECTRA of the rows of `spectra.Recorder`.
+        None likewise; seconds; machine; spectra: SPECTRA of the rows of `spectra.Recorder`; logits: with a tau, pairs
+        of a step and the largest attention logit since the last one.
     """
     return _trained(config)[1]
 
@@ -201,27 +228,36 @@ def _trained(config: Config) -> tuple[demo.GPT, Result]:
         recorder = spectra.Recorder(used[0], of.named_parameters(), **options)
         recorder.record()
 
+    logits = None if config.tau is None else Logits(of)
     train_text = text(config.text)[0]
     # Its own, so that batches are the same however many numbers the model took.
     generator = torch.Generator().manual_seed(config.seed + 1)
     points = {round((n + 1) * config.steps / CURVE) for n in range(CURVE)}
     curve: list[tuple[int, float]] = []
     since: list[float] = []
+    largest: list[tuple[int, float]] = []
+    since_then: list[float] = []
     for step in range(1, config.steps + 1):
         starts = torch.randint(len(train_text) - CONTEXT, (BATCH,), generator=generator)
         loss = of(windows(train_text, starts))
         since.append(loss.item())
         if not math.isfinite(since[-1]):
             break
+        if logits is not None:
+            since_then.append(logits.largest())
         loss.backward()
         nn.utils.clip_grad_norm_(of.parameters(), 1.0)
         for optimizer, scheduler in zip(used, schedules, strict=True):
             optimizer.step()
             optimizer.zero_grad()
             scheduler.step()
+        if logits is not None and config.tau:
+            logits.clip(config.tau)
         if step in points:
             curve.append((step, sum(since) / len(since)))
             since = []
+            largest += [(step, max(since_then))] if since_then else []
+            since_then = []
     final = held_out_loss(of, config.text)
     matrices = [p for p in of.layers.parameters() if p.ndim >= 2]
     weight_rms = sum(spectra.rms(p).mean().item() for p in matrices) / len(matrices)
@@ -234,6 +270,7 @@ def _trained(config: Config) -> tuple[demo.GPT, Result]:
         "seconds": time.perf_counter() - began,
         "machine": machine(),
         "spectra": [{key: row[key] for key in SPECTRA} for row in recorder.rows] if recorder else [],
+        "logits": largest,
     }
 
 

@@ -56,9 +56,10 @@ VARIANT_STYLES: dict[str, dict[str, Any]] = {
 FAMILIES = {"msgd": "momentum (mSGD)", "adam": "RMS-normalised (Adam)"}
 
 INTRODUCTION = """\
-# Two papers' comparisons, at a size for a laptop
+# Three papers' claims, at a size for a laptop
 
 [1] "Muon is Scalable for LLM Training", arXiv 2502.16982. [2] "Delving into Muon and Beyond", arXiv 2602.04669.
+[3] "Kimi K2", arXiv 2507.20534.
 
 `python bench/training/report.py` writes this page and its figures from results.jsonl, which
 `python bench/training/run.py all` makes; an interrupted run goes on where it was. Numbers of the papers are marked so.
@@ -345,6 +346,52 @@ def entropy(results: dict[str, Result], figures: Path) -> Iterator[str]:
     )
 
 
+def clip(results: dict[float, dict[float, Result]], figures: Path) -> Iterator[str]:
+    colours = [POWER_STYLES[suffix]["color"] for suffix in ("_z", "_s", "_q")]
+    largest = {lr: {tau: max(x for _, x in of["logits"]) for tau, of in own.items()} for lr, own in results.items()}
+    tau = experiments.TAU
+
+    def draw(panels: Sequence[Any]) -> None:
+        for (lr, own), color in zip(results.items(), colours, strict=True):
+            for each, of in own.items():
+                style = {"color": color, "linestyle": "-" if each else "--"}
+                # Colours are rates, in the one legend, dashes are without clipping, in the other.
+                panels[0].plot(*zip(*of["logits"], strict=True), **style, label=f"lr {lr:g}" if each else None)
+                panels[1].plot(*zip(*of["curve"], strict=True), **style)
+        for name, line in (("no clipping", "--"), (f"tau {tau:g}", "-")):
+            panels[1].plot([], [], color="black", linestyle=line, label=name)
+        panels[0].axhline(tau, color="black", linewidth=0.8)
+        panels[0].set(yscale="log", xlabel="step", ylabel="largest attention logit of a stretch")
+        panels[1].set(xlabel="step", ylabel="training loss, nats per byte, mean of a stretch")
+
+    figure(figures / "clip.png", ["attention logits", "loss"], draw)
+    config = results[experiments.CLIP_LR[0]][0.0]["config"]
+    yield (
+        f"Muon for {config['steps']} steps without weight decay and without normalised queries and keys, at a learning "
+        f"rate that suits it and at 4 and 16 times that; with `max_logits` in every forward pass and `qk_clip_` at tau "
+        f"= {tau:g} after every step, or without. The largest logit is that of all heads, layers and steps, as the "
+        "forward pass has it: before that step's clipping.\n\n"
+        "![attention logits and loss](figures/clip.png)\n\n"
+    )
+    rows = []
+    for lr, own in results.items():
+        logits = [f"{largest[lr][each]:.4g}" for each in own]
+        rows.append([f"{lr:g}", *logits, *(number(loss(of)) for of in own.values())])
+    heads = [f"{what}, {how}" for what in ("largest logit", "loss") for how in ("no clipping", f"tau {tau:g}")]
+    yield table(["lr", *heads], rows)
+    over = [own[tau] / tau for own in largest.values()]
+    first = best([of for own in results.values() for of in own.values()])["config"]
+    yield (
+        f"\nWith clipping the largest logit is {', '.join(f'{x:.2f}' for x in over)} times tau: a step may take it "
+        "beyond, before the clipping that follows, which goes by the batch that was seen. Where no logit passes tau, "
+        "the two runs are the same to the bit. This shows that without decay logits grow with the learning rate, that "
+        "clipping holds them, and what that costs or gains in loss in a model of two layers. It cannot show what [3] "
+        "clips for: that logits grow at the learning rate of a well-tuned run and, after many thousands of steps of a "
+        f"large model, make its loss leap. The best loss is that at lr {first['lr']:g}"
+        f"{', where nothing had to be clipped' if largest[first['lr']][tau] < tau else ''}.\n"
+    )
+
+
 Section = tuple[str, str, Callable[[Callable[[Config], Result], experiments.Scale, Path], Iterator[str]]]
 SECTIONS: list[Section] = [
     (
@@ -368,6 +415,11 @@ SECTIONS: list[Section] = [
         "entropy",
         "SVD entropy of the weights",
         lambda run, scale, figures: entropy(experiments.entropy(run, scale), figures),
+    ),
+    (
+        "clip",
+        "QK-Clip where attention logits grow",
+        lambda run, scale, figures: clip(experiments.clip(run, scale), figures),
     ),
 ]
 

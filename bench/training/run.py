@@ -26,6 +26,7 @@ EXPERIMENTS: dict[str, Sequence[Callable[..., Any]]] = {
     "scaling": [experiments.scaling, experiments.over_trained],
     "finetune": [experiments.finetune],
     "entropy": [experiments.entropy],
+    "clip": [experiments.clip],
 }
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..coefficients import Schedule
 from ..layout import Bundle, Matrices
-from ..newton_schulz import Square
+from ..newton_schulz import Square, square
 from . import Fused, eager, native
 
 
@@ -200,33 +200,31 @@ def syrk(
     if _choice().products == "torch":
         eager.syrk(A, out=out, C=C, alpha=alpha, beta=beta, gamma=gamma, scale=scale)
         return
-    A = A if isinstance(A, Square) else Square(A)
+    A = square(A)
     _product(A, A, out, transposed=True, symmetric=True, C=C, alpha=alpha, beta=beta, gamma=gamma, scale=scale)
 
 
-def syrkx(A: Square, B: Square, *, out: Square) -> None:
+def syrkx(A: Square, B: Square, *, out: Square, gamma: float = 0.0) -> None:
     """See `Products.syrkx`."""
     if _choice().products == "torch":
-        eager.syrkx(A, B, out=out)
+        eager.syrkx(A, B, out=out, gamma=gamma)
         return
-    _product(A, B, out, symmetric=True)
+    _product(A, B, out, symmetric=True, gamma=gamma)
 
 
 def gemm(
     A: Square,
-    X: Tensor,
+    X: Tensor | Square,
     *,
-    out: Tensor,
-    C: Tensor | None = None,
-    alpha: float = 1.0,
-    beta: float = 0.0,
-    scale: Tensor | None = None,
+    out: Tensor | Square,
+    C: Tensor | Square | None = None,
+    **options: Any,
 ) -> None:
     """See `Products.gemm`."""
     if _choice().products == "torch":
-        eager.gemm(A, X, out=out, C=C, alpha=alpha, beta=beta, scale=scale)
+        eager.gemm(A, X, out=out, C=C, **options)
         return
-    _product(A, Square(X), Square(out), C=None if C is None else Square(C), alpha=alpha, beta=beta, scale=scale)
+    _product(A, square(X), square(out), C=None if C is None else square(C), **options)
 
 
 @lru_cache(maxsize=1)

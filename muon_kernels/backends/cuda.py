@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..coefficients import Schedule
 from ..layout import Matrices
-from ..newton_schulz import Square
+from ..newton_schulz import Square, square
 from . import Fused, eager, native
 from .gpu import default_workspace_bytes as default_workspace_bytes
 from .gpu import leading_dimension as leading_dimension
@@ -195,18 +195,20 @@ then = _queue.then
 
 def syrk(A: Tensor | Square, *, out: Square, **options: Any) -> None:
     """See `Products.syrk`."""
-    A = A if isinstance(A, Square) else Square(A)
+    A = square(A)
     _queue.product(_device.module(), A, A, out, transposed=True, symmetric=True, **options)
 
 
-def syrkx(A: Square, B: Square, *, out: Square) -> None:
+def syrkx(A: Square, B: Square, *, out: Square, gamma: float = 0.0) -> None:
     """See `Products.syrkx`."""
-    _queue.product(_device.module(), A, B, out, symmetric=True)
+    _queue.product(_device.module(), A, B, out, symmetric=True, gamma=gamma)
 
 
-def gemm(A: Square, X: Tensor, *, out: Tensor, C: Tensor | None = None, **options: Any) -> None:
+def gemm(
+    A: Square, X: Tensor | Square, *, out: Tensor | Square, C: Tensor | Square | None = None, **options: Any
+) -> None:
     """See `Products.gemm`."""
-    _queue.product(_device.module(), A, Square(X), Square(out), C=None if C is None else Square(C), **options)
+    _queue.product(_device.module(), A, square(X), square(out), C=None if C is None else square(C), **options)
 
 
 def add(A: Square, *, out: Square, C: Square | None = None, **options: Any) -> None:

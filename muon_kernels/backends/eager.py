@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..coefficients import Schedule
 from ..layout import Matrices
-from ..newton_schulz import Square
+from ..newton_schulz import Square, square
 
 
 def unavailable() -> str | None:
@@ -187,28 +187,29 @@ def syrk(
     scale: Tensor | None = None,
 ) -> None:
     """See `Products.syrk`."""
-    A = A.high if isinstance(A, Square) else A
-    squared = None if scale is None else scale * scale
+    A, squared = square(A).high, None if scale is None else scale * scale
     _product(A, A.mT, out.high, None if C is None else C.high, alpha, beta, gamma, squared)
 
 
-def syrkx(A: Square, B: Square, *, out: Square) -> None:
+def syrkx(A: Square, B: Square, *, out: Square, gamma: float = 0.0) -> None:
     """See `Products.syrkx`."""
-    _product(A.high, B.high, out.high, None, 1.0, 0.0, 0.0, None)
+    _product(A.high, B.high, out.high, None, 1.0, 0.0, gamma, None)
 
 
 def gemm(
     A: Square,
-    X: Tensor,
+    X: Tensor | Square,
     *,
-    out: Tensor,
-    C: Tensor | None = None,
+    out: Tensor | Square,
+    C: Tensor | Square | None = None,
     alpha: float = 1.0,
     beta: float = 0.0,
+    gamma: float = 0.0,
     scale: Tensor | None = None,
 ) -> None:
     """See `Products.gemm`."""
-    _product(A.high, X, out, C, alpha, beta, 0.0, scale)
+    addend = None if C is None else square(C).high
+    _product(A.high, square(X).high, square(out).high, addend, alpha, beta, gamma, scale)
 
 
 def _towards_zero(p: Tensor, update: Tensor) -> Tensor:
@@ -284,6 +285,14 @@ def _diagonal(S: Square) -> Tensor:
     return on_diagonal if S.diagonal is None else on_diagonal + S.diagonal
 
 
+def _step_size(lr: float | Tensor, ratios: Sequence[float], like: Tensor) -> float | Tensor:
+    """(matrices, 1, 1) where they have several; second moments make them differ within a parameter."""
+    if ratios.count(ratios[0]) == len(ratios):
+        return lr * ratios[0]
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return lr * torch.tensor(ratios, dtype=dtype, device=like.device).view(-1, 1, 1)
+
+
 def apply_update(
     params: Sequence[Matrices],
     X: Tensor,
@@ -300,7 +309,7 @@ def apply_update(
     start, decay = 0, 1 - lr * weight_decay
     for param in params:
         stop = start + param.layout.batch
-        p, update, step_size = param.view(), X[start:stop], lr * ratios[start]
+        p, update, step_size = param.view(), X[start:stop], _step_size(lr, ratios[start:stop], param.tensor)
         if stochastic_rounding and p.dtype == torch.bfloat16:
             value = p.float()
             decayed = value * _fp32(decay, X.device)

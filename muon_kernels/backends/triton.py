@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..coefficients import Schedule
 from ..layout import Matrices
-from ..newton_schulz import Square
+from ..newton_schulz import Square, square
 from ..triton_kernels import configs
 from . import Fused, eager
 from .gpu import default_workspace_bytes as default_workspace_bytes
@@ -202,18 +202,20 @@ def then(run: Callable[[], object], operands: Sequence[Tensor]) -> None:
 
 def syrk(A: Tensor | Square, *, out: Square, **options: Any) -> None:
     """See `Products.syrk`."""
-    A = A if isinstance(A, Square) else Square(A)
+    A = square(A)
     _product(A, A, out, b_transposed=True, symmetric=True, **options)
 
 
-def syrkx(A: Square, B: Square, *, out: Square) -> None:
+def syrkx(A: Square, B: Square, *, out: Square, gamma: float = 0.0) -> None:
     """See `Products.syrkx`."""
-    _product(A, B, out, symmetric=True)
+    _product(A, B, out, symmetric=True, gamma=gamma)
 
 
-def gemm(A: Square, X: Tensor, *, out: Tensor, C: Tensor | None = None, **options: Any) -> None:
+def gemm(
+    A: Square, X: Tensor | Square, *, out: Tensor | Square, C: Tensor | Square | None = None, **options: Any
+) -> None:
     """See `Products.gemm`."""
-    _product(A, Square(X), Square(out), None if C is None else Square(C), **options)
+    _product(A, square(X), square(out), None if C is None else square(C), **options)
 
 
 def add(A: Square, *, out: Square, C: Square | None = None, **options: Any) -> None:

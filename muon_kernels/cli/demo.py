@@ -10,12 +10,16 @@ schedule go to
 
 which take turns at every step, so whatever slows the machine slows them alike. The first two do the
 same arithmetic up to rounding: their loss curves should lie on one another.
+
+With --fsdp, started by torchrun on several ranks, the model is sharded by torch's fully_shard and each
+rank reads its part of every batch; torch.optim.Muon, which takes no DTensors, is left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import os
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,6 +29,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
@@ -156,7 +161,7 @@ STYLES: dict[str, dict[str, Any]] = {
 class Run:
     """One model in training: its losses and how long the parts of every step took."""
 
-    def __init__(self, name: str, model: nn.Module, steps: int) -> None:
+    def __init__(self, name: str, model: GPT, steps: int, fsdp: bool = False) -> None:
         """Train a copy of `model` with `OPTIMIZERS[name]`, decaying the rate to 0 over `steps`."""
         warmup = max(1, steps // 20)
 
@@ -165,6 +170,8 @@ class Run:
 
         self.name = name
         self.model = copy.deepcopy(model)
+        if fsdp:
+            _shard(self.model)
         self.optimizers = OPTIMIZERS[name](self.model)
         self.schedulers = [LambdaLR(optimizer, schedule) for optimizer in self.optimizers]
         self.losses: list[float] = []
@@ -174,8 +181,9 @@ class Run:
 
     def step(self, text: Tensor) -> None:
         """Do one training step on `text`, (BATCH, CONTEXT + 1), and note loss and times."""
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         start = perf_counter()
-        loss = self.model(text)
+        loss = self.model(text[rank::ranks])
         loss.backward()
         gradients = perf_counter()
         for optimizer in self.optimizers:
@@ -184,6 +192,8 @@ class Run:
         for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
             optimizer.zero_grad()
             scheduler.step()
+        if ranks > 1:
+            dist.all_reduce(loss.detach_().div_(ranks))
         self.losses.append(loss.item())
         self.step_seconds.append(end - start)
         self.optimizer_seconds.append(end - gradients)
@@ -208,9 +218,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--optimizers",
         nargs="+",
         choices=OPTIMIZERS,
-        default=list(OPTIMIZERS),
         metavar="NAME",
         help="which of them to run (default: all)",
+    )
+    parser.add_argument(
+        "--fsdp",
+        action="store_true",
+        help=f"shard the model over the ranks that torchrun starts, 2, 4 or {BATCH}: "
+        "torchrun --nproc-per-node 2 -m muon_kernels demo --fsdp",
     )
     parser.add_argument("--threads", type=_positive, help="of torch (default: its own choice)")
     parser.add_argument("--out", type=Path, default=Path(), help="folder for the picture (default: this one)")
@@ -227,21 +242,56 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 1
+    if not args.fsdp:
+        return _run(args, args.optimizers or list(OPTIMIZERS))
+    if "WORLD_SIZE" not in os.environ:
+        print(
+            "--fsdp needs ranks, which torchrun starts: torchrun --nproc-per-node 2 -m muon_kernels demo --fsdp",
+            file=sys.stderr,
+        )
+        return 1
+    names = args.optimizers or [name for name in OPTIMIZERS if name != "torch.optim.Muon"]
+    if "torch.optim.Muon" in names:
+        print("torch.optim.Muon takes no DTensors; leave it out with --fsdp", file=sys.stderr)
+        return 1
+    if BATCH % int(os.environ["WORLD_SIZE"]):
+        print(f"--fsdp needs ranks that divide the batch of {BATCH}", file=sys.stderr)
+        return 1
+    dist.init_process_group("gloo")
+    try:
+        return _run(args, names)
+    finally:
+        dist.destroy_process_group()
+
+
+def _shard(model: GPT) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def _run(args: argparse.Namespace, names: Sequence[str]) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    first = not dist.is_initialized() or dist.get_rank() == 0
     torch.manual_seed(args.seed)
     train, held_out = parted(prose() + source_code())
     model = GPT(WIDTH, LAYERS, HEADS, CONTEXT)
-    runs = [Run(name, model, args.steps) for name in dict.fromkeys(args.optimizers)]
+    runs = [Run(name, model, args.steps, args.fsdp) for name in dict.fromkeys(names)]
     # What the first pass of a process sets up is nobody's step time.
     model(next(_batches(train, 1))).backward()
-    console = Console()
+    console = Console(quiet=not first)
+    shared = f", {dist.get_world_size()} ranks" if args.fsdp else ""
     console.print(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters, "
-        f"{len(train) / 1e6:.1f} MB of text, {torch.get_num_threads()} threads, "
+        f"{len(train) / 1e6:.1f} MB of text, {torch.get_num_threads()} threads{shared}, "
         f"{args.steps} steps of {BATCH} x {CONTEXT} bytes"
     )
 
@@ -271,6 +321,8 @@ def run(args: argparse.Namespace) -> int:
     console.print(_table(runs))
     if comparison := _comparison(runs):
         console.print(comparison, highlight=False)
+    if not first:
+        return status
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "muon_demo.png"
     _plot(runs, path)

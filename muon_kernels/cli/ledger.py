@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .. import backends
 from ..coefficients import COEFFICIENTS, DEFAULT, Schedule, resolve
+from ..distributed.traffic import flops, largest, ways
 from ..newton_schulz import Square
 from ..plan import Counter, Plan, count_iteration, plan_for_shapes
 
@@ -30,6 +31,20 @@ MODELS: dict[str, Shapes] = {
     "heads": [(64, 768, 108)],
     "llama-1b": [(2048, 2048, 32), (512, 2048, 32), (8192, 2048, 32), (2048, 8192, 16)],
     "experts": [(1024, 384, 32)],
+    "llama-7b": [(4096, 4096, 128), (11008, 4096, 64), (4096, 11008, 32)],
+    "llama-70b": [(8192, 8192, 160), (1024, 8192, 160), (28672, 8192, 160), (8192, 28672, 80)],
+    # Its published configuration; the 15.29 billion parameters beside embeddings of https://arxiv.org/abs/2502.16982.
+    "moonlight-16b": [
+        *[
+            (3072, 2048, 27),
+            (576, 2048, 27),
+            (4096, 512, 27),
+            (2048, 2048, 27),
+        ],  # latent attention: q, kv down and up, o
+        *[(11264, 2048, 2), (2048, 11264, 1)],  # the first layer's MLP
+        *[(64, 2048, 26), (1408, 2048, 26 * 128), (2048, 1408, 26 * 64)],  # router and experts of the others
+        *[(2816, 2048, 26 * 2), (2048, 2816, 26)],  # and the two experts that all tokens share, as one
+    ],
 }
 
 
@@ -46,6 +61,17 @@ GPUS = {
     "rtx4090": Gpu(165e12, 1.008e12),
     "b200": Gpu(2250e12, 8.0e12),
 }
+
+
+class Network(NamedTuple):
+    """Assumed of each rank's connection: bytes/s that it sends, and seconds that a collective takes beside."""
+
+    bytes: float = 50e9  # 400 Gbit/s
+    latency: float = 20e-6
+
+
+# Assumed of products, of a GPU's peak.
+ATTAINED = 0.5
 
 
 class Cost(NamedTuple):
@@ -206,6 +232,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--launch-us", type=_microseconds, default=2.0, help="assumed time of a launch by one thread, default: 2 µs"
     )
+    parser.add_argument(
+        "--ranks", type=_ranks, metavar="N", help="instead, what each of 8 ... N ranks sends, keeps and multiplies"
+    )
 
 
 def _shape(text: str) -> tuple[int, int, int]:
@@ -225,10 +254,55 @@ def _microseconds(text: str) -> float:
     return value
 
 
+def _ranks(text: str) -> int:
+    value = int(text)
+    if value < 8 or value % 8:
+        raise argparse.ArgumentTypeError(f"should be a multiple of 8 but is: {text}")
+    return value
+
+
+def scaling(shapes: Shapes, ranks: int, gpu: Gpu, schedule: Schedule, network: Network) -> Iterator[str]:
+    """A line of a table for every way to step matrices on so many ranks; see `muon_kernels.distributed.traffic`."""
+    once = sum(flops(shapes, schedule=schedule))
+    for name, beside, costs in ways(shapes, ranks, schedule=schedule):
+        most = largest(costs)
+        seconds = most.flops / gpu.flops / ATTAINED + most.sent / network.bytes + most.collectives * network.latency
+        yield (
+            f"{ranks:5}  {name:22}{most.sent / 1e6:10.0f}{beside / 1e6:10.0f}{most.state / 1e6:9.0f}"
+            f"{(most.workspace + most.buffers) / 1e6:9.0f}{most.flops / 1e9:11.0f}{most.flops * ranks / once:9.2f}"
+            f"{most.collectives:9.0f}{seconds * 1e3:9.1f}"
+        )
+
+
+def _show_ranks(args: argparse.Namespace, shapes: Shapes, schedule: Schedule) -> None:
+    gpu, network = GPUS[args.gpu], Network()
+    print(" + ".join(f"{c} of {m}x{n}" for m, n, c in shapes))
+    print(f"a model, not a measurement: {ATTAINED:.0%} of {args.gpu}'s {gpu.flops / 1e12:.0f} TFLOP/s,", end=" ")
+    print(
+        f"{network.bytes / 1e9:.0f} GB/s a rank, {network.latency * 1e6:.0f} µs a collective, nothing at the same time"
+    )
+    print(
+        "MB a step that a rank sends for the optimizer, and beside, for gradients and parameters; MB that it keeps and"
+    )
+    print("holds; GFLOP of the slowest rank, and times the mean if every matrix is multiplied once\n")
+    print(
+        f"ranks  {'':22}{'sends':>10}{'beside':>10}{'keeps':>9}{'holds':>9}{'GFLOP':>11}{'/ mean':>9}{'calls':>9}"
+        f"{'ms':>9}"
+    )
+    ranks = 8
+    while ranks < args.ranks:
+        print("\n".join(scaling(shapes, ranks, gpu, schedule, network)), end="\n\n")
+        ranks *= 8
+    print("\n".join(scaling(shapes, args.ranks, gpu, schedule, network)))
+
+
 def run(args: argparse.Namespace) -> int:
     """Print the table; return 0."""
     shapes: Shapes = args.shape or MODELS[args.model]
     schedule = resolve(args.ns_coefficients)
+    if args.ranks:
+        _show_ranks(args, shapes, schedule)
+        return 0
     gpu, costs = GPUS[args.gpu], ledger(shapes, schedule)
     base = costs["torch.optim.Muon"]
     print(" + ".join(f"{c} of {m}x{n}" for m, n, c in shapes))

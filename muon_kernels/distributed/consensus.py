@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .exchange import Failed
 from .placement import Placement, Team, is_dtensor, local
 
 
@@ -24,21 +26,23 @@ class Agreed(NamedTuple):
     grad: Callable[[Tensor], Tensor | None]
 
 
-def teams_of(placements: Mapping[Tensor, Placement | None]) -> dict[Team, list[Tensor]]:
+def teams_of(placements: Mapping[Tensor, Placement]) -> dict[Team, list[Tensor]]:
     """Every team and the parameters that it steps together, in their order."""
     teams: dict[Team, list[Tensor]] = {}
     for p, placement in placements.items():
-        if placement is not None:
-            teams.setdefault(placement.team, []).append(p)
+        teams.setdefault(placement.team, []).append(p)
     return teams
 
 
 def _reduced(values: list[int], team: Team, device: torch.device) -> list[int]:
     """The maximum of all ranks, number by number."""
     numbers = torch.tensor(values, dtype=torch.int32, device=device)
-    for group in team.groups:
-        dist.all_reduce(numbers, dist.ReduceOp.MAX, group=group)
-    reduced: list[int] = numbers.tolist()
+    try:
+        for group in team.groups:
+            dist.all_reduce(numbers, dist.ReduceOp.MAX, group=group)
+        reduced: list[int] = numbers.tolist()
+    except Exception as error:
+        raise Failed(f"asking all ranks for their gradients of {len(values) - 1} parameters: {error}") from error
     return reduced
 
 
@@ -52,31 +56,95 @@ def _grad(p: Tensor) -> Tensor | None:
     return grad
 
 
-def agree(teams: Mapping[Team, Sequence[Tensor]], found_inf: Tensor | None) -> Agreed:
+_FOUND_INF, _REFUSED = 1, 2  # what is more comes through a maximum
+
+
+def agree(
+    teams: Mapping[Team, Sequence[Tensor]], found_inf: Tensor | None, check: Callable[[], object] = lambda: None
+) -> Agreed:
     """Have all ranks of every team decide alike.
 
     Args:
         teams: and the parameters that each steps together.
         found_inf: what torch.amp.GradScaler found in this rank's gradients; None without it.
+        check: raises where this rank cannot step.
+
+    Raises:
+        Failed: a rank did not answer.
+        RuntimeError: another rank cannot step. On that one, what `check` raises.
     """
     if is_dtensor(found_inf):
         found_inf = found_inf.full_tensor()
-    found = found_inf is not None and bool(found_inf)
+    verdict = _FOUND_INF * (found_inf is not None and bool(found_inf))
     present: set[Tensor] = set()
+    refusal: Exception | None = None
+    if teams:
+        try:
+            check()
+        except Exception as error:  # to be raised when the others know
+            refusal, verdict = error, _REFUSED
     for team, params in teams.items():
-        found_here, *has = _reduced([found, *(p.grad is not None for p in params)], team, local(params[0]).device)
-        found = found or bool(found_here)
+        verdict, *has = _reduced([verdict, *(p.grad is not None for p in params)], team, local(params[0]).device)
         present.update(p for p, somewhere in zip(params, has, strict=True) if somewhere)
+    if refusal is not None:
+        raise refusal
+    if verdict == _REFUSED:
+        raise RuntimeError("another rank cannot take this step, and says why; nothing has been stepped on this one")
 
     def grad(p: Tensor) -> Tensor | None:
         if p.grad is None and p in present:
             return torch.zeros_like(p)
         return _grad(p)
 
-    return Agreed(found, grad)
+    return Agreed(verdict == _FOUND_INF, grad)
 
 
-def check_alike(placements: Mapping[Tensor, Placement | None], group: Mapping[str, Any]) -> None:
+# A rank that asks for a checkpoint by itself, as one does where all have everything, is told so after this time.
+_PATIENCE = timedelta(seconds=60)
+
+
+def gathered(
+    owned: Mapping[Tensor, Placement], state: Mapping[Tensor, Mapping[str, Any]], key: str
+) -> dict[Tensor, Tensor]:
+    """What other ranks keep of the state; every rank of the teams has to ask.
+
+    Args:
+        owned: parameters with an owner.
+        state: of this rank.
+        key: of what its owner keeps.
+
+    Raises:
+        RuntimeError: some rank does not ask.
+    """
+    found: dict[Tensor, Tensor] = {}
+    teams = teams_of(owned)
+    for team, params in teams.items():
+        group = team.replicas
+        assert group is not None
+        here = dist.all_reduce(torch.zeros(1, device=params[0].device), group=group, async_op=True)
+        try:
+            here.wait(_PATIENCE)
+        except Exception as error:
+            raise RuntimeError(
+                f"state_dict() should be called on every rank of the process group, which share the state, but some "
+                f"did not within {_PATIENCE.seconds} s: {error}"
+            ) from error
+        own = [None if key not in state.get(p, {}) else state[p][key].dtype for p in params]
+        everybody: list[Any] = [None] * group.size()
+        dist.all_gather_object(everybody, own, group=group)
+        for i, p in enumerate(params):
+            owner = owned[p].owner
+            assert owner is not None
+            dtype = everybody[owner][i]
+            if dtype is None:
+                continue
+            mine = owner == team.rank
+            found[p] = state[p][key] if mine else torch.empty_like(p, dtype=dtype)
+            dist.broadcast(found[p], group_src=owner, group=group)
+    return found
+
+
+def check_alike(placements: Mapping[Tensor, Placement], group: Mapping[str, Any]) -> None:
     """Raise ValueError, on every rank, unless all ranks of a team gave the same parameters and options.
 
     Args:

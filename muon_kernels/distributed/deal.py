@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+# Of the mean: LPT gives every rank about as many of each kind, so that they also send and wait less.
+_GOOD = 1.1
+# Halvings of the interval between what is possible and what is reached.
+_TRIES = 10
+
 
 def deal(
     costs: Sequence[int], ranks: int, *, among: Sequence[Sequence[int] | None] = (), loads: Sequence[int] = ()
 ) -> list[int]:
     """The rank of every piece of work, so that the most loaded one has little more than the mean.
 
-    The costliest first, each to the rank with the least so far (Graham's LPT rule: at most 4/3 of the best deal). Ranks
-    that are given the same arguments come to the same result.
+    The costliest first, each to the rank with the least so far (Graham's LPT rule: at most 4/3 of the best deal); where
+    that is not good, to the first rank whose load stays below a bound, which is searched by halving (MULTIFIT of
+    Coffman, Garey and Johnson: at most 13/11). Ranks that are given the same arguments come to the same result.
 
     Args:
         costs: of the pieces.
@@ -19,11 +25,61 @@ def deal(
         among: for every piece, who may have it; None for any.
         loads: what ranks have already.
     """
-    total = list(loads) or [0] * ranks
-    owners = [0] * len(costs)
-    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        candidates = (among[index] if among else None) or range(ranks)
-        owner = min(candidates, key=total.__getitem__)
-        owners[index] = owner
-        total[owner] += costs[index]
+    before = list(loads) or [0] * ranks
+    order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
+    everybody = range(ranks)
+    candidates = [(among[i] if among else None) or everybody for i in range(len(costs))]
+    owners, total = [0] * len(costs), before.copy()
+    for i in order:
+        owners[i] = min(candidates[i], key=total.__getitem__)
+        total[owners[i]] += costs[i]
+    low, high = least(costs, ranks, before), max(total)
+    for _ in range(_TRIES if high * ranks > _GOOD * sum(total) else 0):
+        if low >= high:
+            break
+        bound = (low + high) // 2
+        found = _first_fit(costs, order, candidates, before, bound)
+        if found is None:
+            low = bound + 1
+        else:
+            owners, high = found
     return owners
+
+
+def least(costs: Sequence[int], ranks: int, loads: Sequence[int] = ()) -> int:
+    """What the most loaded rank cannot have less than, however pieces are dealt.
+
+    That is the mean, what it has already, and, for any k, the k + 1 smallest of the k·ranks + 1 costliest pieces: two
+    of k + 1 of them.
+    """
+    falling = sorted(costs, reverse=True)
+    bound = max(-(-(sum(falling) + sum(loads)) // ranks), max(loads, default=0))
+    for k in range((len(falling) - 1) // ranks + 1 if falling else 0):
+        bound = max(bound, sum(falling[k * (ranks - 1) : k * ranks + 1]))
+    return bound
+
+
+def _first_fit(
+    costs: Sequence[int],
+    order: Sequence[int],
+    candidates: Sequence[Sequence[int]],
+    loads: Sequence[int],
+    bound: int,
+) -> tuple[list[int], int] | None:
+    """(owners, the largest load) if every piece fits."""
+    owners, total = [0] * len(costs), list(loads)
+    before, start = None, 0
+    for i in order:
+        # Where a piece did not fit, an equal one does not.
+        kind = costs[i], id(candidates[i])
+        if kind != before:
+            before, start = kind, 0
+        for place in range(start, len(candidates[i])):
+            owner = candidates[i][place]
+            if total[owner] + costs[i] <= bound:
+                owners[i], start = owner, place
+                total[owner] += costs[i]
+                break
+        else:
+            return None
+    return owners, max(total)

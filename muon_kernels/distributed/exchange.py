@@ -15,6 +15,7 @@ are rounded.
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +29,8 @@ from torch import Tensor
 from .. import backends
 from ..coefficients import Schedule
 from ..layout import Bundle, Layout, Matrices, Piece, flattens, layout, split_shape
-from ..plan import Bucket, plan_bucket, workspace_bytes
+from ..plan import Bucket, Shared, plan_bucket, workspace_bytes
+from ..second_moment import scratch_numbers
 from ..split import pieces
 from .deal import deal
 from .placement import Placement, Range, Team
@@ -36,13 +38,15 @@ from .placement import Placement, Range, Team
 if TYPE_CHECKING:
     from ..functional import Scalars, Stacks, Work, Workspace
 
+# One a parameter, but where another rank keeps it; None where the direction is the gradient.
+Momenta = Sequence[Tensor | None] | None
 Iterate = Callable[["Work", "Stacks", "Tensor | None"], Tensor]
 
 # Sets of buffers, each of a round: one that is multiplied, the next, whose slices come, the last, whose results go.
-_IN_FLIGHT = 3
-# A share of results, in bytes a rank, that is worth a collective of its own.
-_SHARE = 16 << 20
-_NORM = 8  # bytes of a double
+IN_FLIGHT = 3
+# Of a rank's results, what is worth a collective of its own.
+SHARE_BYTES = 16 << 20
+NORM_BYTES = 8  # bytes of a double
 
 
 class Rectangle(NamedTuple):
@@ -180,6 +184,27 @@ class Lot:
         return f"the bucket of {sum(map(len, self.entries))} x {m}x{n}"
 
 
+def record_bytes(elements: int) -> int:
+    """Of a slice and its norm, a multiple of 8; none of an empty one."""
+    return (-(-2 * elements // NORM_BYTES) + 1) * NORM_BYTES if elements else 0
+
+
+def in_round(most: int, bytes_each: int, cap: int) -> int:
+    """Of an owner's matrices, no more than `most`, how many go through at a time, if they are to fit `cap`."""
+    rounds = -(-most // max(1, cap // bytes_each))
+    return -(-most // rounds)
+
+
+def bytes_in_flight(workspace_bytes: int, elements: int, replicas: int) -> int:
+    """Of one matrix of each owner in a round: of its workspace, and of buffers; there is one from every replica."""
+    return workspace_bytes + IN_FLIGHT * 2 * elements * (1 + replicas)
+
+
+def share_bytes(cap: int, ranks: int) -> int:
+    """Of a rank's results, how many go in one collective, but for the last lot's: all ranks' have to fit `cap`."""
+    return min(SHARE_BYTES, cap // (IN_FLIGHT * (1 + ranks)))
+
+
 class _Slices(NamedTuple):
     """Slices of one owner's matrices, all of one rank's part, in a buffer: each with room for its norm behind it."""
 
@@ -189,8 +214,8 @@ class _Slices(NamedTuple):
 
     @property
     def record(self) -> int:
-        """Bytes of a slice and what belongs to it, of a multiple of 8; none of what is empty."""
-        return (-(-2 * self.part.elements // _NORM) + 1) * _NORM if self.part.elements else 0
+        """Bytes of a slice and what belongs to it."""
+        return record_bytes(self.part.elements)
 
     @property
     def bytes(self) -> int:
@@ -206,7 +231,7 @@ class _Slices(NamedTuple):
     def norms(self, buffer: Tensor) -> Tensor:
         """(count,) float64."""
         flat = buffer[self.offset : self.offset + self.bytes].view(torch.float64)
-        step = self.record // _NORM
+        step = self.record // NORM_BYTES
         return flat.as_strided((self.matrices,), (step,), flat.storage_offset() + step - 1)
 
 
@@ -353,13 +378,13 @@ class CutRound:
         """The form of the iteration, the same on all ranks; "auto" if each may choose."""
         return name
 
-    def __init__(self, lot: Lot, first: int, params: Sequence[Tensor], momenta: Sequence[Tensor | None]) -> None:
+    def __init__(self, lot: Lot, first: int, params: Sequence[Tensor], momenta: Momenta) -> None:
         """Settle what goes where.
 
         Args:
             lot: the matrices.
             first: of each owner's, the first in this round.
-            params, momenta: this rank's parts.
+            params, momenta: this rank's parts; None: the direction is the gradient.
         """
         self.lot, self.first = lot, first
         team, kind = lot.kind.team, lot.kind
@@ -373,7 +398,10 @@ class CutRound:
         self.owned = len(here[team.shard])
         self.entries = [[entry for entries in replica for entry in entries] for replica in by_replica]
         there = bool(own.elements)
-        self.momenta = [_bundle_of(momenta, entries, "momentum_at") if there else Bundle() for entries in self.entries]
+        self.momenta = [
+            None if momenta is None else _bundle_of(momenta, entries if there else (), "momentum_at")
+            for entries in self.entries
+        ]
         self.params = [_bundle_of(params, entries, "param_at") if there else Bundle() for entries in self.entries]
         self.ratios = [array("d", [entry.ratio for entry in entries]) for entries in self.entries]
         self.share = max(map(len, self.entries))
@@ -393,6 +421,11 @@ class CutRound:
         back = _end(self.received) - self.received[team.shard].bytes
         return out + back + (team.replica_count - 1) * self.share * self.sent[0].record
 
+    @property
+    def collectives(self) -> int:
+        """Calls that it takes."""
+        return 2 + (self.lot.kind.team.replicas is not None)
+
     def begin(self, grads: Sequence[Tensor], scalars: Scalars, buffers: Buffers) -> None:
         """Update momenta and send slices of the directions off."""
         self.update_momenta(grads, scalars, buffers)
@@ -404,7 +437,7 @@ class CutRound:
         ops = backends.get(work.bucket.backend)
         for replica in [r for r in range(team.replica_count) if r != team.replica] + [team.replica]:
             entries, momenta = self.entries[replica], self.momenta[replica]
-            if not momenta:
+            if not self.params[replica] or (momenta is None and replica != team.replica):
                 continue
             at = _Slices(0, len(entries), self.sent[0].part)
             directions = [Matrices(grads[e.param], e.grad_at) for e in entries if e.grad_at is not None]
@@ -494,7 +527,10 @@ class CopyRound:
     """A round of matrices of which several ranks have copies and each does its share; of several lots, one by one."""
 
     def __init__(
-        self, lots: Sequence[tuple[Lot, int]], params: Sequence[Tensor], momenta: Sequence[Tensor | None]
+        self,
+        lots: Sequence[tuple[Lot, int]],
+        params: Sequence[Tensor],
+        momenta: Momenta,
     ) -> None:
         """Settle who does what.
 
@@ -504,36 +540,45 @@ class CopyRound:
         """
         self.team = lots[0][0].kind.team
         self.lots = []
-        counts = []
         for lot, first in lots:
             shares = [entries[first : first + lot.most] for entries in lot.entries]
-            kept = [all(momenta[entry.param] is not None for entry in entries) for entries in shares]
-            self.lots.append(
-                _Copies(
-                    lot,
-                    first,
-                    shares,
-                    [
-                        _bundle_of(momenta, es, "momentum_at") if k else Bundle()
-                        for es, k in zip(shares, kept, strict=True)
-                    ],
-                    [_bundle_of(params, entries, "param_at") for entries in shares],
-                )
-            )
-            whole = Rectangle(0, 0, *lot.kind.shape)
-            counts.append((max(map(len, shares)), whole))
-        self.places = _in_turn(counts)
+            # Of copies without an owner every rank keeps all momenta.
+            kept = [
+                momenta is not None and all(momenta[entry.param] is not None for entry in entries) for entries in shares
+            ]
+            own = [
+                None if momenta is None else _bundle_of(momenta, entries if keeps else (), "momentum_at")
+                for entries, keeps in zip(shares, kept, strict=True)
+            ]
+            copies = [_bundle_of(params, entries, "param_at") for entries in shares]
+            self.lots.append(_Copies(lot, first, shares, own, copies))
+        # Where in its share every rank has its results.
+        self.places = [
+            _in_turn([(len(copies.shares[rank]), Rectangle(0, 0, *copies.lot.kind.shape)) for copies in self.lots])
+            for rank in range(self.team.replica_count)
+        ]
+        self.share = max(map(_end, self.places))
         self.pending: Pending | None = None
+
+    @property
+    def momenta(self) -> list[Bundle | None]:
+        """Of all ranks' matrices, those that are kept here."""
+        return [bundle for copies in self.lots for bundle in copies.momenta]
 
     @property
     def buffer_bytes(self) -> tuple[int, int]:
         """Of `Buffers.slices`, this rank's results, and `Buffers.owned`, everybody's."""
-        return _end(self.places), _end(self.places) * self.team.replica_count
+        return self.share, self.share * self.team.replica_count
 
     @property
     def bytes_sent(self) -> int:
         """By this rank to others."""
-        return _end(self.places) * (self.team.replica_count - 1)
+        return self.share * (self.team.replica_count - 1)
+
+    @property
+    def collectives(self) -> int:
+        """Calls that it takes."""
+        return 1
 
     def begin(self, grads: Sequence[Tensor], scalars: Scalars, buffers: Buffers) -> None:
         """Remember the gradients: there is nothing to send yet."""
@@ -541,13 +586,13 @@ class CopyRound:
 
     def iterate(self, scalars: Scalars, workspace: Workspace, buffers: Buffers, run: Iterate) -> None:
         """Orthogonalize this rank's share and send it to the others."""
-        for copies, place in zip(self.lots, self.places, strict=True):
+        for copies, place in zip(self.lots, self.places[self.team.replica], strict=True):
             work, dtype = copies.lot.work, copies.lot.work.bucket.workspace_dtype
             ops = backends.get(work.bucket.backend)
             turns = [r for r in range(self.team.replica_count) if r != self.team.replica] + [self.team.replica]
             for rank in turns:  # its own share last, for those of others leave nothing but momenta
                 momenta, entries = copies.momenta[rank], copies.shares[rank]
-                if not momenta:
+                if not entries or (rank != self.team.replica and not momenta):
                     continue
                 stacks = workspace.stacks(work, len(entries))
                 scale = ops.momentum_update(
@@ -561,11 +606,10 @@ class CopyRound:
                 )
                 if rank == self.team.replica:
                     result = run(work, stacks, scale)
-                    place._replace(matrices=len(entries)).of(buffers.slices, dtype).copy_(result)
-        size = _end(self.places)
+                    place.of(buffers.slices, dtype).copy_(result)
         self.pending = gather(
-            buffers.owned[: size * self.team.replica_count],
-            buffers.slices[:size],
+            buffers.owned[: self.share * self.team.replica_count],
+            buffers.slices[: self.share],
             self.team,
             " and ".join(str(copies.lot) for copies in self.lots),
         )
@@ -575,14 +619,13 @@ class CopyRound:
         assert self.pending is not None
         self.pending.wait()
         self.pending = None
-        size = _end(self.places)
-        for copies, place in zip(self.lots, self.places, strict=True):
+        for number, copies in enumerate(self.lots):
             work, dtype = copies.lot.work, copies.lot.work.bucket.workspace_dtype
             first = copies.first * self.team.replica_count
             for rank, (params, entries) in enumerate(zip(copies.params, copies.shares, strict=True)):
                 if entries:
-                    results = buffers.owned[rank * size : (rank + 1) * size]
-                    X = place._replace(matrices=len(entries)).of(results, dtype)
+                    results = buffers.owned[rank * self.share : (rank + 1) * self.share]
+                    X = self.places[rank][number].of(results, dtype)
                     ratios = array("d", [entry.ratio for entry in entries])
                     backends.get(work.bucket.backend).apply_update(
                         params, X, **scalars.of_update(copies.lot.number, first), ratios=ratios
@@ -596,7 +639,7 @@ class _Copies(NamedTuple):
     lot: Lot
     first: int
     shares: list[list[Entry]]
-    momenta: list[Bundle]
+    momenta: list[Bundle | None]
     params: list[Bundle]
 
 
@@ -624,26 +667,58 @@ class Exchange:
         return sum(r.bytes_sent for r in self.rounds)
 
     @property
+    def collectives(self) -> int:
+        """Calls in a step."""
+        return sum(r.collectives for r in self.rounds)
+
+    @property
+    def _sizes(self) -> tuple[int, int, int]:
+        """Elements of a set of buffers: bytes, bytes, norms."""
+        slices, owned = (max(column) for column in zip(*(r.buffer_bytes for r in self.rounds), strict=True))
+        most = max(max(map(len, lot.entries)) for lot in self.lots)
+        return slices, owned, most * self.team.shard_count
+
+    @property
     def buffer_bytes(self) -> int:
         """What is allocated beside the workspace."""
-        sizes = [r.buffer_bytes for r in self.rounds]
-        return min(_IN_FLIGHT, len(sizes)) * sum(max(column, default=0) for column in zip(*sizes, strict=True))
+        if not self.rounds:
+            return 0
+        slices, owned, norms = self._sizes
+        return min(IN_FLIGHT, len(self.rounds)) * (slices + owned + NORM_BYTES * norms)
+
+    @property
+    def state_bytes(self) -> int:
+        """Of the momenta that this rank keeps."""
+        kept = [matrix for r in self.rounds for bundle in r.momenta for matrix in bundle or ()]
+        return sum(at.batch * at.rows * at.cols * t.itemsize for t, at in kept)
+
+    @property
+    def plan(self) -> Shared:
+        """What a plan has of it."""
+        entries = [(lot, of_rank) for lot in self.lots for of_rank in lot.entries]
+        return Shared(
+            ranks=self.team.ranks,
+            matrices=sum(len(of_rank) for _, of_rank in entries),
+            owned=sum(len(lot.entries[self.team.rank]) for lot in self.lots),
+            elements=sum(len(of_rank) * math.prod(lot.kind.shape) for lot, of_rank in entries),
+            bytes_sent=self.bytes_sent,
+            collectives=self.collectives,
+            state_bytes=self.state_bytes,
+            buffer_bytes=self.buffer_bytes,
+        )
 
     def reserve(self) -> None:
         """Allocate buffers."""
         if self._buffers or not self.rounds:
             return
-        sizes = [r.buffer_bytes for r in self.rounds]
         device = self.works[0].device
-        most = max(max(map(len, lot.entries)) for lot in self.lots)
-        for _ in range(min(_IN_FLIGHT, len(self.rounds))):
+        *sizes, count = self._sizes
+        for _ in range(min(IN_FLIGHT, len(self.rounds))):
             # doubles, for what is viewed as such
             slices, owned = (
-                torch.empty(-(-max(column) // _NORM), dtype=torch.float64, device=device).view(torch.uint8)
-                for column in zip(*sizes, strict=True)
+                torch.empty(size // NORM_BYTES, dtype=torch.float64, device=device).view(torch.uint8) for size in sizes
             )
-            norms = torch.empty(most * self.team.shard_count, dtype=torch.float64, device=device)
-            self._buffers.append(Buffers(slices, owned, norms))
+            self._buffers.append(Buffers(slices, owned, torch.empty(count, dtype=torch.float64, device=device)))
 
     @property
     def lots(self) -> list[Lot]:
@@ -668,18 +743,18 @@ class Exchange:
             if i == 0:
                 r.begin(grads, scalars, buffers[0])
             if i + 1 < len(rounds):
-                rounds[i + 1].begin(grads, scalars, buffers[(i + 1) % _IN_FLIGHT])
-            r.iterate(scalars, workspace, buffers[i % _IN_FLIGHT], run)
+                rounds[i + 1].begin(grads, scalars, buffers[(i + 1) % IN_FLIGHT])
+            r.iterate(scalars, workspace, buffers[i % IN_FLIGHT], run)
             if i:
-                rounds[i - 1].end(scalars, buffers[(i - 1) % _IN_FLIGHT])
+                rounds[i - 1].end(scalars, buffers[(i - 1) % IN_FLIGHT])
         if rounds:
-            rounds[-1].end(scalars, buffers[(len(rounds) - 1) % _IN_FLIGHT])
+            rounds[-1].end(scalars, buffers[(len(rounds) - 1) % IN_FLIGHT])
 
 
 def prepare(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
-    momenta: Sequence[Tensor | None],
+    momenta: Momenta,
     placements: Sequence[Placement | None],
     *,
     schedule: Schedule,
@@ -690,17 +765,20 @@ def prepare(
     backend: str,
     max_workspace_bytes: int | None,
     workspace_dtype: torch.dtype,
+    sign_momentum: bool,
     work: Callable[..., Work],
     way: type[CutRound] = CutRound,
 ) -> list[Exchange]:
     """How the parameters that have a placement are stepped, a team at a time; nothing is written.
 
     Args:
-        params, grads, momenta: this rank's parts; no momentum of what another rank owns.
+        params, grads, momenta: this rank's parts; no momentum of what another rank owns, and none at all where the
+            direction is the gradient.
         placements: where they are; None for those that are stepped alone.
         schedule: what to iterate.
         ratio: of the learning rate, for (rows, cols).
-        flatten, splits, ns_algorithm, backend, max_workspace_bytes, workspace_dtype: see `functional.prepare`.
+        flatten, splits, ns_algorithm, backend, max_workspace_bytes, workspace_dtype, sign_momentum: see
+            `functional.prepare`.
         work: makes one of (bucket, notes, schedule, device).
         way: of the rounds of what is cut, where it can.
 
@@ -708,9 +786,10 @@ def prepare(
         ValueError, TypeError, RuntimeError: what cannot be stepped.
     """
     by_kind: dict[Kind, list[tuple[int | None, Entry]]] = {}
-    for index, (p, g, buffer, placement) in enumerate(zip(params, grads, momenta, placements, strict=True)):
+    for index, (p, g, placement) in enumerate(zip(params, grads, placements, strict=True)):
         if placement is None:
             continue
+        buffer = None if momenta is None else momenta[index]
         for piece, (batch, rows, cols), rectangles in cuts(placement, flatten, splits[index] if splits else None):
             tall = rows > cols or (rows == cols and way.turns(rectangles))
             if tall:
@@ -749,6 +828,8 @@ def prepare(
                 workspace_dtype=workspace_dtype,
                 bytes_per_element=kind.grad_dtype.itemsize + 4 * kind.param_dtype.itemsize,
                 stepped=False,
+                sign_momentum=sign_momentum,
+                between_bytes=4 * scratch_numbers(None, sign_momentum, *kind.shape, kind.device),
             )
             chosen[kind] = plan, notes
         costs, among, dealt = [], [], []
@@ -766,11 +847,30 @@ def prepare(
             by_owner: list[list[Entry]] = [[] for _ in range(team.ranks)]
             for _, entry in entries:
                 by_owner[next(owners)].append(entry)
-            dealt.append(_lot(kind, by_owner, number, schedule, *chosen[kind], max_workspace_bytes, work, ways[kind]))
+            apart = entries[0][0] is not None
+            dealt.append(
+                _lot(
+                    kind,
+                    by_owner,
+                    number,
+                    schedule,
+                    *chosen[kind],
+                    max_workspace_bytes,
+                    sign_momentum,
+                    work,
+                    apart,
+                    ways[kind],
+                )
+            )
             number += len(entries)
-        rounds = _copy_rounds if team.shards is None else _cut_rounds
+        cap = max((_cap(lot.work.bucket.backend, max_workspace_bytes) for lot in dealt), default=0)
+        rounds = _cut_rounds if team.shards else partial(_copy_rounds, share=share_bytes(cap, team.ranks))
         exchanges.append(Exchange(team, rounds(dealt, params, momenta)))
     return exchanges
+
+
+def _cap(backend: str, max_workspace_bytes: int | None) -> int:
+    return backends.get(backend).default_workspace_bytes() if max_workspace_bytes is None else max_workspace_bytes
 
 
 def _lot(
@@ -781,36 +881,42 @@ def _lot(
     plan: Callable[[int], Bucket],
     notes: tuple[str, ...],
     max_workspace_bytes: int | None,
+    sign_momentum: bool,
     work: Callable[..., Work],
+    kept_apart: bool,
     way: type[CutRound],
 ) -> Lot:
     owned, most = len(entries[way.owner_here(kind.team)]), max(map(len, entries))
     bucket = plan(owned)
-    own, (m, n) = way.shapes(kind)
-    ops = backends.get(bucket.backend)
-    each = workspace_bytes(bucket.backend, bucket.algorithm, m, n, schedule)
-    cap = ops.default_workspace_bytes() if max_workspace_bytes is None else max_workspace_bytes
-    rounds = -(-most // max(1, cap // (each + 2 * _IN_FLIGHT * bucket.workspace_dtype.itemsize * m * n)))
-    most = -(-most // rounds)
+    held, (m, n) = way.shapes(kind)
+    between = scratch_numbers(None, sign_momentum, *held, kind.device)
+
+    def each(m: int, n: int) -> int:
+        numbers = scratch_numbers(None, sign_momentum, m, n, kind.device)
+        return workspace_bytes(bucket.backend, bucket.algorithm, m, n, schedule) + 4 * numbers
+
+    cap = _cap(bucket.backend, max_workspace_bytes)
+    most = in_round(most, bytes_in_flight(each(m, n), m * n, kind.team.replica_count), cap)
     chunks = tuple(min(most, owned - first) for first in range(0, owned, most))
-    slots = max(chunks, default=0)
-    held = workspace_bytes(bucket.backend, bucket.algorithm, *own, schedule)
-    bucket = way.counted(replace(bucket, chunks=chunks, slots=slots, workspace_bytes=slots * held), schedule)
-    return Lot(kind, work(bucket, notes, schedule, kind.device, []), number, entries, most, way)
+    # Momenta of copies that no rank alone keeps are updated in the workspace, on every rank those of all.
+    slots = most if kind.team.shards is None and not kept_apart else max(chunks, default=0)
+    bucket = way.counted(replace(bucket, chunks=chunks, slots=slots, workspace_bytes=slots * each(*held)), schedule)
+    own = work(bucket, notes, schedule, kind.device, [], signs=sign_momentum, between=between)
+    return Lot(kind, own, number, entries, most, way)
 
 
-def _cut_rounds(lots: Sequence[Lot], params: Sequence[Tensor], momenta: Sequence[Tensor | None]) -> list[CutRound]:
+def _cut_rounds(lots: Sequence[Lot], params: Sequence[Tensor], momenta: Momenta) -> list[CutRound]:
     return [lot.way(lot, i * lot.most, params, momenta) for lot in lots for i in range(lot.rounds)]
 
 
-def _copy_rounds(lots: Sequence[Lot], params: Sequence[Tensor], momenta: Sequence[Tensor | None]) -> list[CopyRound]:
-    """Lots together until a share of their results is worth a collective."""
+def _copy_rounds(lots: Sequence[Lot], params: Sequence[Tensor], momenta: Momenta, share: int) -> list[CopyRound]:
+    """Lots together until a share of their results has so many bytes, which is worth a collective."""
     rounds, waiting = [], []
     for lot in lots:
         for i in range(lot.rounds):
             waiting.append((lot, i * lot.most))
             copies = CopyRound(waiting, params, momenta)
-            if copies.buffer_bytes[0] >= _SHARE:
+            if copies.share >= share:
                 rounds.append(copies)
                 waiting = []
     if waiting:

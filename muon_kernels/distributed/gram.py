@@ -31,7 +31,7 @@ from .. import backends
 from ..coefficients import Schedule
 from ..newton_schulz import ALGORITHMS, Products, Square
 from ..plan import Bucket, Counter, count_iteration
-from .exchange import Buffers, CutRound, Iterate, Kind, Lot, Pending, Rectangle, holders, scale_of, shift_of
+from .exchange import Buffers, CutRound, Iterate, Kind, Lot, Momenta, Pending, Rectangle, holders, scale_of, shift_of
 from .placement import Team
 
 if TYPE_CHECKING:
@@ -68,9 +68,9 @@ class Summed:
             self._ops.then(lambda: _clear(out, self._rest), [out.high, self._rest.high])
         self._ops.then(lambda: self._add_up(out, self._rest, scale), [out.high, self._rest.high])
 
-    def gemm(self, A: Square, X: Tensor, *, out: Tensor, **rest: Any) -> None:
+    def gemm(self, A: Square, X: Tensor | Square, *, out: Tensor | Square, **rest: Any) -> None:
         """See `Products.gemm`."""
-        if out.numel():
+        if (out.high if isinstance(out, Square) else out).numel():
             self._ops.gemm(A, X, out=out, **rest)
 
     def add(self, A: Square, *, out: Square, **rest: Any) -> None:
@@ -212,7 +212,7 @@ class GramRound(CutRound):
             product_bytes=bucket.count * bytes_,
         )
 
-    def __init__(self, lot: Lot, first: int, params: Sequence[Tensor], momenta: Sequence[Tensor | None]) -> None:
+    def __init__(self, lot: Lot, first: int, params: Sequence[Tensor], momenta: Momenta) -> None:
         """See `CutRound`."""
         super().__init__(lot, first, params, momenta)
         bucket = lot.work.bucket
@@ -241,6 +241,11 @@ class GramRound(CutRound):
         sums = [self.count * torch.float64.itemsize] + self.visits * [self._sum_bytes]
         out = sum(2 * (team.shard_count - 1) * size // team.shard_count for size in sums)
         return out + (team.replica_count - 1) * self.share * self.sent[0].record
+
+    @property
+    def collectives(self) -> int:
+        """See `CutRound`."""
+        return 1 + self.visits + (self.lot.kind.team.replicas is not None)
 
     def begin(self, grads: Sequence[Tensor], scalars: Scalars, buffers: Buffers) -> None:
         """Update momenta and begin to sum norms."""

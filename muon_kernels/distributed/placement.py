@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
@@ -79,7 +78,6 @@ class Placement(NamedTuple):
     owner: int | None = None
 
 
-@lru_cache
 def _group(mesh: DeviceMesh, dims: tuple[int, ...]) -> dist.ProcessGroup | None:
     if not dims:
         return None
@@ -91,15 +89,19 @@ def _group(mesh: DeviceMesh, dims: tuple[int, ...]) -> dist.ProcessGroup | None:
     return mesh[tuple(names[dim] for dim in dims)]._flatten().get_group()
 
 
-@lru_cache
-def _team(mesh: DeviceMesh, shards: tuple[int, ...], replicas: tuple[int, ...]) -> Team:
-    return Team(_group(mesh, shards), _group(mesh, replicas))
+class Teams:
+    """Those of an optimizer, each once."""
 
+    def __init__(self) -> None:
+        """None yet."""
+        self._found: dict[tuple[DeviceMesh, tuple[int, ...], tuple[int, ...]], Team] = {}
 
-@lru_cache
-def team_of_replicas(group: dist.ProcessGroup) -> Team:
-    """That of plain tensors which every rank of a group has a copy of."""
-    return Team(None, group)
+    def get(self, mesh: DeviceMesh, shards: tuple[int, ...], replicas: tuple[int, ...]) -> Team:
+        """That of a DTensor which is cut along `shards` and repeated along `replicas` of the mesh's dimensions."""
+        key = mesh, shards, replicas
+        if key not in self._found:
+            self._found[key] = Team(_group(mesh, shards), _group(mesh, replicas))
+        return self._found[key]
 
 
 def _dim(shard: Any, shape: Sequence[int]) -> int:
@@ -107,7 +109,7 @@ def _dim(shard: Any, shape: Sequence[int]) -> int:
     return dim % len(shape)
 
 
-def _chunk(at: Range, count: int, index: int) -> Range:
+def chunk(at: Range, count: int, index: int) -> Range:
     """As torch.chunk cuts, and DTensor with it: all but the last are equal, and some may be empty."""
     start, stop = at
     size = -(-(stop - start) // count)
@@ -124,16 +126,17 @@ def _ranges(
     first = [(i, c) for i, c in zip(dims, at, strict=True) if (i, c) not in later]
     for i, coordinate in (*first, *reversed(later)):
         dim = _dim(placements[i], shape)
-        ranges[dim] = _chunk(ranges[dim], mesh[i], coordinate)
+        ranges[dim] = chunk(ranges[dim], mesh[i], coordinate)
     return tuple(ranges)
 
 
-def placement_of(t: DTensor, flatten: bool | None) -> Placement | None:
+def placement_of(t: DTensor, flatten: bool | None, teams: Teams) -> Placement | None:
     """Where a DTensor is; None if this rank has whole matrices of its own.
 
     Args:
         t: a parameter.
         flatten: see `Muon`.
+        teams: of the optimizer.
 
     Raises:
         ValueError: it is placed in a way that cannot be stepped.
@@ -163,7 +166,7 @@ def placement_of(t: DTensor, flatten: bool | None) -> Placement | None:
     assert coordinate is not None
     own = _ranges(shape, sizes, placements, dealt, [coordinate[i] for i in dealt])
     whole = tuple(stop - start for start, stop in own)
-    team = _team(mesh, tuple(cut), tuple(repeated))
+    team = teams.get(mesh, tuple(cut), tuple(repeated))
     everywhere = product(*(range(sizes[i]) for i in cut))
     parts = tuple(_ranges(whole, sizes, placements, cut, at) for at in everywhere)
     held = tuple(stop - start for start, stop in parts[team.shard])

@@ -34,7 +34,7 @@ from ..plan import plan_for_shapes
 from ..scaling import lr_ratio
 from . import consensus
 from .exchange import Failed, Pending, gather
-from .placement import Range, Team, is_dtensor, local, replicated, team_of_replicas
+from .placement import Range, Team, is_dtensor, local, replicated
 
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -164,7 +164,7 @@ class ZeroMuon(Optimizer):
         if group is None:
             raise ValueError("process_group should be one, or torch.distributed initialized before, but is: None")
         self._group: dist.ProcessGroup = group
-        self._team: Team = team_of_replicas(group)
+        self._team = Team(None, group)
         self._flats: list[Flat] = []
         self._steps = 0
         if ns_steps is NS_STEPS:  # a checkpoint must hold a plain number

@@ -680,7 +680,7 @@ GAPS = [(6, 9), (8, 5), (4, 4)]
 def with_gaps(scaled: bool) -> tuple[list[list[Tensor]], list[Tensor]]:
     """Parameters and momentum after each of three steps.
 
-    With all gradients; without those of a parameter, and of another but on one rank; where one rank finds no number.
+    With all gradients; without one of a parameter, and another only on one rank; where one rank finds no number.
     """
     params = params_for(GAPS, torch.float32)
     optimizer = ZeroMuon(params, lr=0.1, backend="cpu")

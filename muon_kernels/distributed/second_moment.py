@@ -1,0 +1,78 @@
+"""The second moments of NorMuon and AdaMuon where ranks have parts of a matrix; see muon_kernels/second_moment.py.
+
+Every rank keeps those of its own part. Beside it, they need sums over the whole matrix: of squares before and after,
+two numbers a matrix, and of squares of rows where columns are cut, a number a row. These are added in another order
+than in one process, so results are the same to fp32's rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..second_moment import FORMS
+
+_TINY = torch.finfo(torch.float32).tiny
+
+
+def normalize(
+    form: str,
+    X: Tensor,
+    moments: Sequence[Tensor],
+    beta2: float,
+    *,
+    rows: int,
+    at: tuple[int, int],
+    width: int,
+    whole_rows: bool,
+    group: dist.ProcessGroup | None,
+) -> list[float]:
+    """Update V and divide by it, in place; every rank of the group has to, one that has no part as well.
+
+    Args:
+        form: of `FORMS`.
+        X: (batch, m, n), this rank's parts of updates, as the parameters have them, not transposed; written.
+        moments: fp32, of every matrix, (m, n) for "element" and (m, 1) for "neuron"; written.
+        beta2: β₂.
+        rows: of the whole matrix.
+        at: (first, last + 1) of the rows of X in it.
+        width: columns of the whole matrix.
+        whole_rows: whether ranks that have any of a row have all of it.
+        group: the ranks that have the other parts; None if nobody has.
+
+    Returns:
+        One number a matrix, by which X is still to be multiplied.
+    """
+    batch, eps = len(X), FORMS[form].eps
+    sums = torch.zeros(2, batch, dtype=torch.float32, device=X.device)
+    if form == "neuron":
+        squares = X.float().square_().sum(-1)
+        complete = squares
+        if not whole_rows and group is not None:
+            of_all = squares.new_zeros(batch, rows)
+            of_all[:, at[0] : at[1]] = squares
+            dist.all_reduce(of_all, group=group)
+            complete = of_all[:, at[0] : at[1]]
+        factors = torch.empty_like(squares)
+        for V, square, factor in zip(moments, complete, factors, strict=True):
+            V[:, 0].lerp_(square / width, 1 - beta2)
+            torch.sqrt(V[:, 0], out=factor).add_(eps).reciprocal_()
+        sums[0], sums[1] = squares.sum(1), (squares * factors * factors).sum(1)
+        X.copy_(X.float().mul_(factors[:, :, None]))
+    else:
+        for i, V in enumerate(moments):
+            U = X[i].float()
+            square = U * U
+            sums[0, i] = square.sum()
+            V.lerp_(square, 1 - beta2)
+            U.div_(torch.sqrt(V, out=square).add_(eps))
+            sums[1, i] = U.square().sum()
+            X[i].copy_(U)
+    if group is not None:
+        dist.all_reduce(sums, group=group)
+    before, after = sums
+    kept: list[float] = before.div_(after.clamp_(min=_TINY)).sqrt_().tolist()
+    return kept

@@ -1,0 +1,338 @@
+"""What a step of several ranks sends, keeps and multiplies: by formula, for any number of ranks, without any of them.
+
+`owners` counts what exchange.py does, to the byte; the others are what the field does instead. Bytes sent are those of
+a ring: where B bytes are gathered or scattered over N ranks, each sends B (N - 1) / N; where they are summed, twice
+that. Gradients and parameters travel besides, whatever the optimizer: see `BESIDE`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache, partial
+from itertools import product
+from typing import NamedTuple
+
+from .. import backends
+from ..coefficients import DEFAULT, Schedule, resolve
+from ..newton_schulz import segments
+from ..plan import Bucket, plan_bucket, plan_for_shapes
+from .deal import deal
+from .exchange import IN_FLIGHT, NORM_BYTES, Rectangle, bytes_in_flight, in_round, record_bytes, share_bytes
+from .placement import chunk
+
+Shapes = Sequence[tuple[int, int, int]]  # (rows, columns, how many)
+
+# Bytes of an element that every rank sends in a step but for the factor (N - 1) / N, all in fp32: gradients are summed,
+# and, sharded, scattered only; sharded parameters are gathered once, or, by FSDP2, before each of the two passes.
+BESIDE = {"ZeRO-1": 4 + 4, "DDP": 4 + 4, "FSDP2": 4 + 2 * 4}
+
+
+class Mesh(NamedTuple):
+    """Ranks that cut the rows of every matrix, times those that cut its columns, times those that hold the same parts.
+
+    FSDP2 is rows=N, hybrid sharding rows=N and replicas=R, tensor parallelism rows=T or cols=T, DDP replicas=N.
+    """
+
+    rows: int = 1
+    cols: int = 1
+    replicas: int = 1
+
+    @property
+    def shards(self) -> int:
+        """Ranks that together hold every matrix once."""
+        return self.rows * self.cols
+
+    @property
+    def ranks(self) -> int:
+        """How many there are."""
+        return self.shards * self.replicas
+
+    def parts(self, rows: int, cols: int) -> list[Rectangle]:
+        """What each of the shards holds of a matrix."""
+        found = []
+        for i, j in product(range(self.rows), range(self.cols)):
+            (top, bottom), (left, right) = chunk((0, rows), self.rows, i), chunk((0, cols), self.cols, j)
+            empty = top == bottom or left == right
+            found.append(Rectangle(0, 0, 0, 0) if empty else Rectangle(top, left, bottom - top, right - left))
+        return found
+
+
+class Cost(NamedTuple):
+    """Of one rank and step.
+
+    Attributes:
+        sent: bytes, by the optimizer to other ranks.
+        state: bytes that are kept between steps.
+        workspace: bytes of what is multiplied.
+        buffers: bytes of what is on its way.
+        flops: FLOPs that are executed.
+        collectives: calls.
+    """
+
+    sent: float
+    state: float
+    workspace: int
+    buffers: int
+    flops: float
+    collectives: float
+
+
+class _Lot(NamedTuple):
+    """Equal matrices, equally cut.
+
+    Attributes:
+        plan: of one.
+        parts: by shard.
+        owned: by owner, how many.
+    """
+
+    plan: Bucket
+    parts: tuple[Rectangle, ...]
+    owned: list[int]
+
+    @property
+    def cap(self) -> int:
+        """Bytes that a round may take."""
+        return backends.get(self.plan.backend).default_workspace_bytes()
+
+    @property
+    def records(self) -> list[int]:
+        """By shard, bytes of a slice."""
+        return [record_bytes(part.elements) for part in self.parts]
+
+    @property
+    def most(self) -> int:
+        """Of an owner's, how many go through in a round."""
+        (m, n), replicas = self.plan.shape, len(self.owned) // len(self.parts)
+        return in_round(max(self.owned), bytes_in_flight(self.plan.workspace_bytes, m * n, replicas), self.cap)
+
+    @property
+    def rounds(self) -> list[list[int]]:
+        """How many there are of every owner's."""
+        most = self.most
+        return [[max(0, min(most, n - first)) for n in self.owned] for first in range(0, max(self.owned), most)]
+
+
+@lru_cache(maxsize=1024)
+def _plan(m: int, n: int, schedule: Schedule, backend: str) -> Bucket:
+    """Of one matrix."""
+    return plan_bucket(
+        (m, n),
+        1,
+        schedule,
+        ns_algorithm="auto",
+        backend=backend,
+        max_workspace_bytes=None,
+        bytes_per_element=0,
+        stepped=False,
+    )
+
+
+def _dealt(shapes: Shapes, mesh: Mesh, schedule: Schedule, backend: str) -> list[_Lot]:
+    """As optimizer.py deals copies, parameter by parameter, and exchange.py what is cut, lot by lot."""
+    lots: dict[tuple[int, int, tuple[Rectangle, ...]], _Lot] = {}
+    members: list[list[tuple[_Lot, int]]] = []  # of equal matrices, their lot and cost
+    for rows, cols, count in shapes:
+        m, n, parts = min(rows, cols), max(rows, cols), mesh.parts(rows, cols)
+        if rows > cols:
+            parts = [Rectangle(left, top, c, r) for top, left, r, c in parts]
+        plan = _plan(m, n, schedule, backend)
+        lot = lots.setdefault((m, n, tuple(parts)), _Lot(plan, tuple(parts), [0] * mesh.ranks))
+        cost = plan.flops
+        if mesh.shards == 1:
+            cost = plan_for_shapes([(m, n, 1)], schedule=schedule, backend=backend, available=False).flops
+        members.append([(lot, cost)] * count)
+    if mesh.shards > 1:
+        order = {id(lot): i for i, lot in enumerate(lots.values())}
+        members.sort(key=lambda equal: order[id(equal[0][0])] if equal else -1)
+    pieces = [piece for equal in members for piece in equal]
+    among: list[list[int] | None] = []
+    for equal in members:
+        holders = [shard for shard, part in enumerate(equal[0][0].parts) if part.elements] if equal else []
+        alone = mesh.shards > 1 and len(holders) == 1
+        nearby = [r * mesh.shards + holders[0] for r in range(mesh.replicas)] if alone else None
+        among += [nearby] * len(equal)
+    for (lot, _), owner in zip(pieces, deal([cost for _, cost in pieces], mesh.ranks, among=among), strict=True):
+        lot.owned[owner] += 1
+    return list(lots.values())
+
+
+def owners(
+    shapes: Shapes, mesh: Mesh, *, schedule: Schedule | None = None, backend: str = "cuda", state_bytes: int = 4
+) -> list[Cost]:
+    """What every rank does if each matrix has an owner who orthogonalizes it: this package's way.
+
+    Args:
+        shapes: of the parameters.
+        mesh: where they are.
+        schedule, backend: as in a step.
+        state_bytes: of an element of the momentum.
+    """
+    lots = _dealt(shapes, mesh, schedule or resolve(DEFAULT), backend)
+    return (_copied if mesh.shards == 1 else _cut)(lots, mesh, state_bytes)
+
+
+def _multiplied(lots: Sequence[_Lot], rank: int) -> tuple[int, int]:
+    """Bytes of workspace, and FLOPs."""
+    workspace = max((min(lot.most, lot.owned[rank]) * lot.plan.workspace_bytes for lot in lots), default=0)
+    return workspace, sum(lot.owned[rank] * lot.plan.flops for lot in lots)
+
+
+def _in_flight(rounds: int, slices: int, owned: int, lots: Sequence[_Lot]) -> int:
+    norms = NORM_BYTES * max(max(lot.owned) for lot in lots) * len(lots[0].parts)
+    return min(IN_FLIGHT, rounds) * (slices + owned + norms)
+
+
+def _copied(lots: Sequence[_Lot], mesh: Mesh, state_bytes: int) -> list[Cost]:
+    """Of copies, each rank does its share and all gather them: rounds are joined until a share is worth it."""
+    shares, waiting, enough = [], [0] * mesh.ranks, share_bytes(max(lot.cap for lot in lots), mesh.ranks)
+    for lot in lots:
+        for taken in lot.rounds:
+            waiting = [before + n * lot.records[0] for before, n in zip(waiting, taken, strict=True)]
+            if max(waiting) >= enough:
+                shares.append(max(waiting))
+                waiting = [0] * mesh.ranks
+    if any(waiting):
+        shares.append(max(waiting))
+    return [
+        Cost(
+            sent=sum(shares) * (mesh.ranks - 1),
+            state=state_bytes * sum(lot.owned[rank] * lot.parts[0].elements for lot in lots),
+            workspace=_multiplied(lots, rank)[0],
+            buffers=_in_flight(len(shares), max(shares), max(shares) * mesh.ranks, lots),
+            flops=_multiplied(lots, rank)[1],
+            collectives=len(shares),
+        )
+        for rank in range(mesh.ranks)
+    ]
+
+
+def _cut(lots: Sequence[_Lot], mesh: Mesh, state_bytes: int) -> list[Cost]:
+    """Of what is cut, each rank sends its slices to their owners and gets slices of results back."""
+    sent, slices, owned, rounds = [0] * mesh.ranks, [0] * mesh.ranks, [0] * mesh.ranks, 0
+    for lot in lots:
+        records, whole = lot.records, sum(lot.records)
+        for taken in lot.rounds:
+            rounds += 1
+            by_replica = [sum(taken[r * mesh.shards : (r + 1) * mesh.shards]) for r in range(mesh.replicas)]
+            share = max(by_replica)
+            for rank, own in enumerate(taken):
+                replica, shard = divmod(rank, mesh.shards)
+                here, record = by_replica[replica], records[shard]
+                sent[rank] += (here - own) * record + own * (whole - record) + (mesh.replicas - 1) * share * record
+                slices[rank] = max(slices[rank], share * record)
+                owned[rank] = max(owned[rank], own * whole, (mesh.replicas > 1) * mesh.replicas * share * record)
+    return [
+        Cost(
+            sent=sent[rank],
+            state=state_bytes * sum(sum(lot.owned) * lot.parts[rank % mesh.shards].elements for lot in lots),
+            workspace=_multiplied(lots, rank)[0],
+            buffers=_in_flight(rounds, slices[rank], owned[rank], lots),
+            flops=_multiplied(lots, rank)[1],
+            collectives=rounds * (2 + (mesh.replicas > 1)),
+        )
+        for rank in range(mesh.ranks)
+    ]
+
+
+def flops(shapes: Shapes, *, schedule: Schedule | None = None, backend: str = "cuda") -> list[int]:
+    """Of every matrix."""
+    plans = [(_plan(*sorted((m, n)), schedule or resolve(DEFAULT), backend), count) for m, n, count in shapes]
+    return [plan.flops for plan, count in plans for _ in range(count)]
+
+
+def elements(shapes: Shapes) -> int:
+    """How many all parameters have."""
+    return sum(rows * cols * count for rows, cols, count in shapes)
+
+
+def _ring(bytes_: float, ranks: int) -> float:
+    """What a rank sends where so much is gathered or scattered."""
+    return bytes_ * (ranks - 1) / ranks
+
+
+def adamw(shapes: Shapes, ranks: int) -> Cost:
+    """AdamW under ZeRO-1: two moments in fp32 of a slice of all parameters; it sends nothing but what is `BESIDE`."""
+    return Cost(0, 8 * elements(shapes) / ranks, 0, 0, 0, 0)
+
+
+def gathered(shapes: Shapes, ranks: int, *, schedule: Schedule | None = None, backend: str = "cuda") -> Cost:
+    """Muon under ZeRO-1 as Algorithm 1 of https://arxiv.org/abs/2502.16982 has it.
+
+    Every rank gathers every matrix's direction in bf16, orthogonalizes it, and keeps its slice of the result.
+    """
+    schedule = schedule or resolve(DEFAULT)
+    plans = [(_plan(*sorted((m, n)), schedule, backend), count) for m, n, count in shapes]
+    return Cost(
+        sent=_ring(2 * elements(shapes), ranks),
+        state=4 * elements(shapes) / ranks,
+        workspace=max(plan.workspace_bytes for plan, _ in plans),
+        buffers=max(2 * m * n for m, n, _ in shapes),
+        flops=sum(count * plan.flops for plan, count in plans),
+        collectives=sum(count for _, _, count in shapes),
+    )
+
+
+def gram(shapes: Shapes, ranks: int, *, schedule: Schedule | None = None, backend: str = "cuda") -> Cost:
+    """Of matrices whose longer side is cut, each rank multiplies its part: A = Σ Xᵢ Xᵢᵀ is summed in fp32.
+
+    That takes 4 m² bytes each time that A is made of X, for every step in the standard form and every segment in the
+    Gram form; polynomials of A are every rank's own. https://github.com/NVIDIA-NeMo/Emerging-Optimizers
+    ("distributed") does so.
+    """
+    schedule = schedule or resolve(DEFAULT)
+    sent = state = flops = collectives = 0.0
+    workspace = buffers = 0
+    for rows, cols, count in shapes:
+        m, n = min(rows, cols), -(-max(rows, cols) // ranks)
+        plan = _plan(m, n, schedule, backend)
+        sums = len(schedule.triples)
+        if plan.algorithm == "gram":
+            sums = len(segments(schedule, m, backends.get(backend).precise_squares()))
+        sent += count * sums * 2 * _ring(4 * m * m, ranks)
+        state += count * 4 * m * n
+        flops += count * plan.flops
+        collectives += count * sums
+        workspace, buffers = max(workspace, plan.workspace_bytes), max(buffers, 4 * m * m)
+    return Cost(sent, state, workspace, buffers, flops, collectives)
+
+
+def blockwise(
+    shapes: Shapes, mesh: Mesh, period: int, *, schedule: Schedule | None = None, backend: str = "cuda"
+) -> list[Cost]:
+    """MuonBP (https://arxiv.org/abs/2510.16981): the mean of a step with owners and period - 1 of each rank's parts."""
+    schedule = schedule or resolve(DEFAULT)
+    alone = [0.0] * mesh.ranks
+    for rows, cols, count in shapes:
+        for rank, part in enumerate(mesh.parts(rows, cols) * mesh.replicas):
+            alone[rank] += count * _plan(*sorted((part.rows, part.cols)), schedule, backend).flops
+    return [
+        whole._replace(
+            sent=whole.sent / period,
+            flops=(whole.flops + (period - 1) * blocks) / period,
+            collectives=whole.collectives / period,
+        )
+        for whole, blocks in zip(owners(shapes, mesh, schedule=schedule, backend=backend), alone, strict=True)
+    ]
+
+
+def largest(costs: Sequence[Cost]) -> Cost:
+    """The most that any rank has, number by number."""
+    return Cost(*map(max, zip(*costs, strict=True)))
+
+
+def ways(
+    shapes: Shapes, ranks: int, *, schedule: Schedule | None = None, backend: str = "cuda"
+) -> Iterator[tuple[str, float, list[Cost]]]:
+    """(name, bytes that a rank sends beside, costs of every rank or of any) of each way; nodes have 8 ranks."""
+    of = partial(owners, shapes, schedule=schedule, backend=backend)
+    zero, ddp, fsdp = (_ring(each * elements(shapes), ranks) for each in BESIDE.values())
+    hybrid = _ring(BESIDE["FSDP2"] * elements(shapes), 8) + 2 * _ring(4 * elements(shapes) / 8, ranks // 8)
+    parallel = 2 * _ring(4 * elements(shapes) / 8, ranks // 8)
+    yield "AdamW, ZeRO-1", zero, [adamw(shapes, ranks)]
+    yield "gathered, ZeRO-1", zero, [gathered(shapes, ranks, schedule=schedule, backend=backend)]
+    yield "owners, DDP", ddp, of(Mesh(replicas=ranks))
+    yield "owners, FSDP2", fsdp, of(Mesh(rows=ranks))
+    yield "owners, FSDP2 in a node", hybrid, of(Mesh(rows=8, replicas=ranks // 8))
+    yield "sums of X Xᵀ, TP of 8", parallel, [gram(shapes, 8, schedule=schedule, backend=backend)]
+    yield "MuonBP of 5, TP of 8", parallel, blockwise(shapes, Mesh(cols=8), 5, schedule=schedule, backend=backend)

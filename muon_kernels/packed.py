@@ -1,0 +1,237 @@
+"""What is kept in fewer bits than it is computed with: a momentum of eight bits, an fp32 parameter in two halves.
+
+A step makes fp32 numbers of a chunk in memory of the workspace, runs the ordinary verbs on those, and packs them again.
+So every backend does it, and no more than a chunk is ever there in fp32.
+
+Two forms. `Quantized` is blocks of 2048 numbers as int8 codes and the largest magnitude of each block, the linear kind
+of 8-bit Muon (arXiv 2509.23106); blocks are counted in every matrix by itself, along its rows, of the parameter or of
+what it is cut to. `Halves` is the bits of an fp32 number as
+
+    (bits of a bf16 number << 16) + a signed int16
+
+which makes the bf16 number the fp32 one rounded to nearest, halfway away from zero; as in the `store_param_remainders`
+of NVIDIA's FusedAdam.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .layout import Layout, Matrices, split_shape
+from .split import pieces
+
+BLOCK = 2048
+
+# No number gets it: the codes of numbers are symmetric, -127 to 127.
+_NAN = -128
+
+# Elements that are packed at a time, whole blocks. On a processor they stay in its cache.
+_PIECE, _PIECE_ON_CPU = 1 << 20, 1 << 18
+
+_Seen = TypeVar("_Seen")
+
+# How often the fp32 memory is gone over to make the numbers and to pack them; they are read and written there as well.
+VISITS = 2
+
+
+def floats(rows: int, cols: int) -> int:
+    """fp32 numbers of memory for a matrix: its elements, and what keeps the next one aligned to 64 bytes."""
+    return -(-rows * cols // 16) * 16
+
+
+def blocks_in(elements: int) -> int:
+    """How many blocks a matrix of that many elements has; the last one may be shorter."""
+    return -(-elements // BLOCK)
+
+
+def encode(x: Tensor, absmax: Tensor, out: Tensor) -> None:
+    """Codes round(127 x / absmax) of blocks (..., length), as fp32 numbers; `out` and `absmax` (...) are written."""
+    torch.nan_to_num(x, 0.0, 0.0, 0.0, out=out).abs_()
+    absmax.copy_(out.amax(-1))
+    # The ratio first: 127 x would leave the range where x is large.
+    torch.div(x, absmax.where(absmax != 0, 1.0).unsqueeze(-1), out=out)
+    out.mul_(127).round_().nan_to_num_(_NAN, _NAN, _NAN)
+
+
+def decode_(x: Tensor, absmax: Tensor) -> None:
+    """Numbers in the place of their codes; (..., length) and (...)."""
+    # Divided first, 127 gives absmax itself, so that it is found again. One pass makes NaN of what is below -1.
+    F.threshold(x.div_(127), (_NAN + 0.5) / 127, math.nan, inplace=True).mul_(absmax.unsqueeze(-1))
+
+
+def scale_size(shape: Sequence[int], flatten: bool | None, split: str | None) -> int:
+    """How many blocks a parameter has that is cut so."""
+    cut = [split_shape(shape, flatten, piece) for piece in pieces(tuple(shape), flatten, split)]
+    return sum(count * blocks_in(rows * cols) for count, rows, cols in cut)
+
+
+def scales_of(scale: Tensor, shape: Sequence[int], flatten: bool | None, split: str | None, cut: int) -> list[Tensor]:
+    """The absmax of each of the `cut` pieces that a parameter is stepped in, (matrices, blocks); `scale` is of all.
+
+    Equal parts may be together or apart, as strides want it, but keep their places here.
+    """
+    together, start = pieces(tuple(shape), flatten, split), 0
+    found: list[Tensor] = []
+    for piece in together:
+        count, rows, cols = split_shape(shape, flatten, piece)
+        blocks = blocks_in(rows * cols)
+        stop = start + count * blocks
+        own = scale[start:stop].view(count, blocks)
+        if piece is not None and cut > len(together):
+            found += own.view(count // piece.parts, piece.parts, blocks).unbind(1)
+        else:
+            found.append(own)
+        start = stop
+    return found
+
+
+def _pieces(values: Tensor) -> Iterator[tuple[slice, int, int]]:
+    """Matrices, and first and last element of each, of (matrices, elements), piece by piece."""
+    count, elements = values.shape
+    most = _PIECE_ON_CPU if values.device.type == "cpu" else _PIECE
+    at_once = max(1, most // elements)
+    for i in range(0, count, at_once):
+        for begin in range(0, elements, most):
+            yield slice(i, i + at_once), begin, min(begin + most, elements)
+
+
+def _rectangles(stored: Tensor, x: Tensor, begin: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Parts of `stored`, (matrices, rows, cols) of any strides, and where in x they are: from element `begin` on."""
+    cols, first, end = stored.shape[2], begin, begin + x.shape[1]
+    while begin < end:
+        row, col = divmod(begin, cols)
+        whole = 0 if col else (end - begin) // cols
+        stop = begin + whole * cols if whole else min(end, (row + 1) * cols)
+        part = stored[:, row : row + max(whole, 1), col : cols if whole else col + stop - begin]
+        yield part, x[:, begin - first : stop - first].view(part.shape)
+        begin = stop
+
+
+def _read(stored: Tensor, x: Tensor, begin: int) -> None:
+    for part, own in _rectangles(stored, x, begin):
+        own.copy_(part)
+
+
+def _write(stored: Tensor, x: Tensor, begin: int) -> None:
+    for part, own in _rectangles(stored, x, begin):
+        part.copy_(own)
+
+
+def _in_blocks(x: Tensor, absmax: Tensor, begin: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Elements from `begin`, a multiple of BLOCK, on as (matrices, blocks, length), and their absmax."""
+    whole, first = x.shape[1] // BLOCK, begin // BLOCK
+    if whole:
+        yield x[:, : whole * BLOCK].view(-1, whole, BLOCK), absmax[:, first : first + whole]
+    if x.shape[1] % BLOCK:
+        yield x[:, None, whole * BLOCK :], absmax[:, first + whole :]
+
+
+class Quantized(NamedTuple):
+    """Matrices in eight bits.
+
+    Attributes:
+        stored: (matrices, rows, cols) int8, see `encode`; rows and columns are the parameter's.
+        transposed: whether the verbs see them so, as in `Layout`.
+        absmax: (matrices, blocks) fp32.
+    """
+
+    stored: Tensor
+    transposed: bool
+    absmax: Tensor
+
+    def unpack(self, values: Tensor) -> None:
+        """Write the numbers to `values`, (matrices, elements) fp32."""
+        for i, begin, end in _pieces(values):
+            x = values[i, begin:end]
+            _read(self.stored[i], x, begin)
+            for block, absmax in _in_blocks(x, self.absmax[i], begin):
+                decode_(block, absmax)
+
+    def pack(self, values: Tensor) -> None:
+        """Keep what `values` are."""
+        for i, begin, end in _pieces(values):
+            x = values[i, begin:end]
+            codes = torch.empty_like(x, memory_format=torch.contiguous_format)
+            for (block, absmax), (out, _) in zip(
+                _in_blocks(x, self.absmax[i], begin), _in_blocks(codes, self.absmax[i], begin), strict=True
+            ):
+                encode(block, absmax, out)
+            _write(self.stored[i], codes, begin)
+
+
+class Halves(NamedTuple):
+    """Matrices in fp32, whose upper half is bf16.
+
+    Attributes:
+        stored: (matrices, rows, cols) bf16, the numbers rounded to nearest; rows and columns are the parameter's.
+        transposed: whether the verbs see them so, as in `Layout`.
+        mantissa: (matrices, rows, cols) int16, what the bits of the numbers have beside.
+    """
+
+    stored: Tensor
+    transposed: bool
+    mantissa: Tensor
+
+    def unpack(self, values: Tensor) -> None:
+        """Write the numbers to `values`, (matrices, elements) fp32."""
+        upper = self.stored.view(torch.int16)
+        for i, begin, end in _pieces(values):
+            bits = values[i, begin:end].view(torch.int32)
+            lower = torch.empty_like(bits, memory_format=torch.contiguous_format)
+            _read(upper[i], bits, begin)
+            _read(self.mantissa[i], lower, begin)
+            bits.bitwise_left_shift_(16).add_(lower)
+
+    def pack(self, values: Tensor) -> None:
+        """Keep what `values` are. NaN is made the one that has nothing in its lower half."""
+        upper = self.stored.view(torch.int16)
+        for i, begin, end in _pieces(values):
+            x = values[i, begin:end].nan_to_num_(math.nan, math.inf, -math.inf)
+            bits = x.view(torch.int32)
+            _write(self.mantissa[i], bits, begin)  # the lower 16 bits, whose first one is their sign now
+            _write(upper[i], bits.add(1 << 15).bitwise_right_shift_(16), begin)
+
+
+class Packed(list[Quantized | Halves]):
+    """The matrices of a chunk, consecutive ones of a parameter or of a piece of it together."""
+
+    def in_memory(self, memory: Tensor) -> Iterator[tuple[Quantized | Halves, Tensor]]:
+        """Every part and the place of its numbers, (matrices, elements), in `memory`, (batch, `floats`)."""
+        start = 0
+        for part in self:
+            count, rows, cols = part.stored.shape
+            yield part, memory[start : start + count, : rows * cols]
+            start += count
+
+
+@contextmanager
+def unpacked(matrices: _Seen | Packed, memory: Tensor | None, rehearsing: bool) -> Iterator[_Seen | list[Matrices]]:
+    """What verbs can read and write; what they have written to packed matrices is kept at the end.
+
+    Args:
+        matrices: to see; those that are not packed are left to themselves.
+        memory: (batch, `floats`) fp32 of the workspace.
+        rehearsing: whether nothing is to be read or written.
+    """
+    if not isinstance(matrices, Packed):
+        yield matrices
+        return
+    assert memory is not None
+    seen, stride = [], memory.stride(0)
+    for part, values in matrices.in_memory(memory):
+        if not rehearsing:
+            part.unpack(values)
+        count, rows, cols = part.stored.shape
+        dims = (cols, rows, 0, stride, 1, cols) if part.transposed else (rows, cols, 0, stride, cols, 1)
+        seen.append(Matrices(values, Layout(count, *dims, part.transposed)))
+    yield seen
+    if not rehearsing:
+        for part, values in matrices.in_memory(memory):
+            part.pack(values)

@@ -1,0 +1,204 @@
+"""Ranks that die, hang, differ or find what cannot be stepped: all others say so, in time."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from world import World
+
+from muon_kernels import Muon, SpectralAdam
+from muon_kernels.distributed import consensus, exchange
+
+SHAPES = [(40, 64), (64, 24), (40, 64)]
+
+
+def build(layout: str, shapes: Any = SHAPES, kind: type = Muon, **options: Any) -> tuple[list[Tensor], Any]:
+    torch.manual_seed(0)
+    whole = [torch.randn(shape) for shape in shapes]
+    if layout == "group":
+        params = [torch.nn.Parameter(t) for t in whole]
+        return params, kind(params, lr=0.1, process_group=dist.group.WORLD, **options)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    params = [torch.nn.Parameter(distribute_tensor(t, mesh, [Shard(0)])) for t in whole]
+    return params, kind(params, lr=0.1, **options)
+
+
+def give(params: list[Tensor]) -> None:
+    for p in params:
+        p.grad = torch.ones_like(p)
+
+
+def die_in(layout: str, where: str) -> None:
+    params, optimizer = build(layout)
+    give(params)
+    optimizer.step()
+    if dist.get_rank() == 1:
+        for kind in (exchange.CutRound, exchange.CopyRound):
+            setattr(kind, where, lambda *_: os._exit(1))
+    optimizer.step()
+
+
+@pytest.mark.parametrize("layout", ["group", "rows"])
+@pytest.mark.parametrize("where", ["begin", "iterate", "end"])
+def test_a_rank_that_dies(ranks: World, layout: str, where: str) -> None:
+    begun = time.monotonic()
+    (first, said), (second, _), (third, too) = ranks.outcomes(3, die_in, layout, where, timeout=10)
+    assert time.monotonic() - begun < 60
+    assert not second
+    if where == "end":  # it has done its part; who needs no more of it may end well
+        return
+    for returned, text in ((first, said), (third, too)):
+        assert not returned and "RuntimeError: step 2 of Muon is incomplete" in text
+        assert "x 40x64" in text or "x 24x64" in text, text
+        assert "go on from the last checkpoint" in text
+
+
+def late() -> None:
+    params, optimizer = build("rows")
+    give(params)
+    if dist.get_rank() == 1:
+        time.sleep(8)
+        return
+    optimizer.step()
+
+
+def test_a_rank_that_does_not_come(ranks: World) -> None:
+    (returned, text), _ = ranks.outcomes(2, late, timeout=2)
+    assert not returned and "step 1 of Muon did not begin: asking all ranks for their gradients" in text
+
+
+def refuse(layout: str, kind: type) -> list[Any]:
+    params, optimizer = build(layout, kind=kind)
+    give(params)
+    before = [p.detach().clone() for p in params]
+    if dist.get_rank() == 1:
+        optimizer.param_groups[0]["lr"] = float("nan")
+    try:
+        optimizer.step()
+    except Exception as error:
+        same = all(torch.equal(a, b) for a, b in zip(before, [p.detach() for p in params], strict=True))
+        return [f"{type(error).__name__}: {error}", same, len(optimizer.state)]
+    return []
+
+
+@pytest.mark.parametrize("kind", [Muon, SpectralAdam], ids=lambda kind: kind.__name__)
+def test_what_one_rank_cannot_step_no_rank_steps(ranks: World, kind: type) -> None:
+    first, second = ranks.run(2, refuse, "rows", kind)
+    assert first == [
+        "RuntimeError: another rank cannot take this step, and says why; nothing has been stepped on this one",
+        True,
+        0,
+    ]
+    assert second[1:] == [True, 0] and "Learning rate should be" in second[0]
+
+
+def differ(what: str) -> str:
+    shapes, options = list(SHAPES), {}
+    if dist.get_rank() == 1:
+        if what == "a size":
+            shapes[1] = (64, 32)
+        elif what == "a parameter less":
+            shapes.pop()
+        else:
+            options = {"momentum": 0.9}
+    try:
+        build("group", shapes, **options)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        (
+            "a size",
+            "rank 1 of the process group gave parameter 1 of size (64, 32) and torch.float32 where rank 0 gave "
+            "parameter 1 of size (64, 24) and torch.float32",
+        ),
+        ("a parameter less", "gave nothing more where rank 0 gave parameter 2 of size (40, 64)"),
+        ("an option", "gave momentum=0.9 where rank 0 gave momentum=0.95"),
+    ],
+)
+def test_ranks_that_differ_are_told_at_construction(ranks: World, what: str, said: str) -> None:
+    for text in ranks.run(3, differ, what):
+        assert text.startswith("all ranks should give the optimizer the same parameters") and said in text
+
+
+def scaled(layout: str) -> tuple[list[bool], list[float], int]:
+    """Three steps with GradScaler; in the second a NaN on one rank alone."""
+    params, optimizer = build(layout)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1)
+    moved, scales = [], []
+    for step in range(3):
+        give(params)
+        for p in params:
+            p.grad.mul_(scaler.get_scale())
+        scaler.scale(torch.zeros(()))
+        if step == 1 and dist.get_rank() == 1:
+            part = params[1].grad
+            (part.to_local() if isinstance(part, DTensor) else part).view(-1)[0] = torch.nan
+        before = [p.detach().clone() for p in params]
+        scaler.step(optimizer)
+        scaler.update()
+        moved.append(not any(torch.equal(a, p.detach()) for a, p in zip(before, params, strict=True)))
+        scales.append(scaler.get_scale())
+    finite = all(bool((p.to_local() if isinstance(p, DTensor) else p).isfinite().all()) for p in params)
+    return moved, scales, finite
+
+
+def test_a_nan_on_one_rank_skips_the_step_of_all(ranks: World) -> None:
+    for moved, scales, finite in ranks.run(2, scaled, "rows"):
+        assert moved == [True, False, True] and scales == [16.0, 8.0, 16.0] and finite
+    for moved, _, finite in ranks.run(2, scaled, "group"):  # the scale is GradScaler's own
+        assert moved == [True, False, True] and finite
+
+
+def missing(layout: str) -> tuple[bool, bool]:
+    """A gradient that only one rank has, and one that none has, against zeros and nothing in their place."""
+    params, optimizer = build(layout)
+    give(params)
+    params[2].grad = None
+    if dist.get_rank() == 1:
+        params[0].grad = None
+    optimizer.step()
+    same, expected = build(layout)
+    give(same)
+    same[2].grad = None
+    if dist.get_rank() == 1:
+        same[0].grad.zero_()
+    expected.step()
+    kept = torch.equal(params[2].detach(), build(layout)[0][2].detach())
+    return all(torch.equal(p.detach(), q.detach()) for p, q in zip(params, same, strict=True)), kept
+
+
+def test_gradients_that_some_ranks_lack(ranks: World) -> None:
+    assert ranks.run(3, missing, "rows") == [(True, True)] * 3
+
+
+def ask_alone() -> str:
+    params, optimizer = build("group")
+    give(params)
+    optimizer.step()
+    consensus._PATIENCE = timedelta(seconds=1)
+    if dist.get_rank() == 0:
+        try:
+            optimizer.state_dict()
+        except RuntimeError as error:
+            return str(error)
+    else:
+        time.sleep(3)
+    return ""
+
+
+def test_a_checkpoint_asked_for_on_one_rank(ranks: World) -> None:
+    assert "state_dict() should be called on every rank" in ranks.outcomes(2, ask_alone)[0][1]

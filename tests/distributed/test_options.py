@@ -1,0 +1,114 @@
+"""Every option that ranks can step with, on parameters of all kinds, against one process, to the bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.optim import Optimizer
+from world import World
+
+from muon_kernels import Muon, SpectralAdam, SpectralMomentum
+from muon_kernels.split import blocks, equal, heads, qkv
+
+# Wide, tall, square, odd, fewer rows than ranks, one row, many equal ones, a stack, two empty ones.
+SHAPES = [(128, 256), (256, 64), (96, 96), (96, 96), (33, 70), (3, 50), (1, 40), *[(24, 40)] * 5, (6, 64, 48), (0, 8)]
+SPLIT = [(96, 64), (96, 96), (48, 32)]
+
+CASES: dict[str, tuple[type[Optimizer], list[tuple[int, ...]], dict[str, Any]]] = {
+    "defaults": (Muon, SHAPES, {}),
+    "standard form": (Muon, SHAPES, {"ns_algorithm": "standard"}),
+    "Gram form": (Muon, SHAPES, {"ns_algorithm": "gram", "ns_coefficients": "polar_express"}),
+    "many rounds": (Muon, SHAPES, {"max_workspace_bytes": 700_000}),
+    "Moonlight": (Muon, SHAPES, {"dampened": False, "adjust_lr_fn": "match_rms_adamw", "weight_decay": 0.1}),
+    "no momentum": (Muon, SHAPES, {"momentum": 0.0, "nesterov": False, "maximize": True}),
+    "bf16 momentum": (Muon, SHAPES, {"momentum_dtype": torch.bfloat16}),
+    "cautious": (Muon, SHAPES, {"cautious": True, "weight_decay": 0.5}),
+    "signs": (Muon, SHAPES, {"sign_momentum": True}),
+    "half power": (SpectralMomentum, SHAPES, {"power": 0.5}),
+    "SGD": (SpectralMomentum, SHAPES, {"power": 1.0}),
+    "quarter power of Adam": (SpectralAdam, SHAPES, {"power": 0.25}),
+    "heads": (Muon, SPLIT, {"split": heads(12)}),
+    "thirds": (Muon, SPLIT, {"split": equal(3)}),
+    "columns": (Muon, SPLIT, {"split": equal(2, dim=1)}),
+    "grouped queries": (Muon, SPLIT[:2], {"split": qkv(4, 2)}),
+    "unequal blocks": (Muon, [(96, 64)], {"split": blocks(64, 32)}),
+    "convolutions": (Muon, [(32, 3, 5, 5), (24, 16, 3)], {"flatten": True}),
+}
+SCALES = {"": 1.0, "tiny gradients": 1e-25, "huge gradients": 1e25}
+
+
+def random(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def steps(case: str, place: Any, scale: float, **options: Any) -> tuple[list[Tensor], Optimizer]:
+    """Three steps with the same gradients wherever the parameters are; a gradient is missing in the second."""
+    kind, shapes, own = CASES[case]
+    params = [torch.nn.Parameter(place(random(shape, i) * 0.1)) for i, shape in enumerate(shapes)]
+    optimizer = kind(params, lr=0.02, **own, **options)  # type: ignore[call-arg]
+    for step in range(3):
+        for i, p in enumerate(params):
+            p.grad = None if step == 1 and i == 1 else place(random(shapes[i], 100 + 10 * step + i) * scale)
+        optimizer.step()
+    return [p.detach() for p in params], optimizer
+
+
+def alone(case: str, scale: float) -> list[Tensor]:
+    return steps(case, lambda t: t, scale, backend="cpu")[0]
+
+
+def compare(layout: str) -> list[str]:
+    """The cases in which a rank's result differs from one process's."""
+    size = dist.get_world_size()
+    one = init_device_mesh("cpu", (size,), mesh_dim_names=("a",))
+    placements: dict[str, tuple[Any, list[Any]]] = {
+        "rows": (one, [Shard(0)]),
+        "columns": (one, [Shard(1)]),
+        "last": (one, [Shard(-1)]),
+        "copies": (one, [Replicate()]),
+    }
+    if size == 4:
+        two = init_device_mesh("cpu", (2, 2), mesh_dim_names=("b", "c"))
+        placements["copies of rows"] = two, [Replicate(), Shard(0)]
+        placements["rows and columns"] = two, [Shard(0), Shard(1)]
+    different = []
+    for case, (kind, _, own) in CASES.items():
+        for name, scale in SCALES.items():
+            if name and case not in ("defaults", "half power"):
+                continue
+            options: dict[str, Any] = {"backend": "cpu"}
+            if layout == "group":
+                if kind is SpectralAdam:
+                    continue
+                place, options["process_group"] = (lambda t: t), dist.group.WORLD
+            else:
+                mesh, where = placements[layout]
+                if own.get("flatten") and layout not in ("rows", "copies", "copies of rows"):
+                    continue  # refused
+                place = lambda t, mesh=mesh, where=where: distribute_tensor(t, mesh, where, src_data_rank=None)
+            found, _ = steps(case, place, scale, **options)
+            whole = [t.full_tensor() if isinstance(t, DTensor) else t for t in found]
+            if not all(map(torch.equal, whole, alone(case, scale))):
+                different.append(f"{case} {name}")
+    return different
+
+
+LAYOUTS = {
+    2: ("group", "rows", "columns", "last"),
+    3: ("group", "rows", "columns"),
+    4: ("group", "rows", "copies", "copies of rows", "rows and columns"),
+}
+
+
+@pytest.mark.parametrize(
+    ("size", "layout"), [(size, layout) for size, layouts in LAYOUTS.items() for layout in layouts]
+)
+def test_as_in_one_process(ranks: World, size: int, layout: str) -> None:
+    for different in ranks.run(size, compare, layout):
+        assert not different

@@ -1,0 +1,118 @@
+"""Training goes on from a checkpoint of other ranks, of one process, and back, to the bit."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from test_layouts import CONTEXT, LAYOUTS, full, groups_of
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+from world import World
+
+from muon_kernels import MuonAdamW
+from muon_kernels.cli.demo import GPT
+
+
+def build(layout: str) -> tuple[nn.Module, MuonAdamW]:
+    torch.manual_seed(0)
+    model: nn.Module = GPT(40, 1, 4, CONTEXT)
+    if layout != "one":
+        model = LAYOUTS[layout](model)
+    shared = {"process_group": dist.group.WORLD} if layout == "ddp" else {}
+    return model, MuonAdamW(groups_of(model), muon_options=shared)
+
+
+def give(model: nn.Module, step: int) -> None:
+    """The same gradients in every layout."""
+    for i, p in enumerate(model.parameters()):
+        grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(1000 * step + i))
+        if isinstance(p, DTensor):
+            grad = distribute_tensor(grad, p.device_mesh, p.placements, src_data_rank=None)
+        p.grad = grad
+
+
+def train(layout: str, start: int, stop: int, folder: str) -> dict[str, Tensor]:
+    """Steps start..stop; from the checkpoint in `folder` unless they are the first, to one there unless the last."""
+    model, optimizer = build(layout)
+    if start:
+        state: dict[str, Any] = {"model": get_model_state_dict(model)}
+        state["optimizer"] = get_optimizer_state_dict(model, optimizer)
+        dcp.load(state, checkpoint_id=folder)
+        set_model_state_dict(model, state["model"])
+        set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    for step in range(start, stop):
+        give(model, step)
+        optimizer.step()
+    if stop < 4:
+        state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+        dcp.save(state, checkpoint_id=folder)
+    whole = {name.removeprefix("module."): full(p.detach()) for name, p in model.named_parameters()}
+    return {name: p for name, p in whole.items() if name.startswith("layers") and p.ndim == 2}
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [
+        (("fsdp", 4), ("fsdp", 2)),
+        (("fsdp", 2), ("fsdp", 3)),
+        (("fsdp", 2), ("one", 1)),
+        (("one", 1), ("fsdp", 3)),
+        (("hsdp", 4), ("ddp", 2)),
+        (("ddp", 3), ("ddp", 2)),
+        (("ddp", 2), ("one", 1)),
+        (("one", 1), ("ddp", 2)),
+    ],
+    ids=lambda what: f"{what[0]}-{what[1]}",
+)
+def test_resharding(ranks: World, saved: tuple[str, int], loaded: tuple[str, int], tmp_path: Path) -> None:
+    ranks.run(saved[1], train, saved[0], 0, 2, str(tmp_path))
+    expected = ranks.run(1, train, "one", 0, 4, str(tmp_path))[0]
+    for found in ranks.run(loaded[1], train, loaded[0], 2, 4, str(tmp_path)):
+        assert found.keys() == expected.keys() and len(found) == 4
+        for name in found:
+            torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0, msg=name)
+
+
+def plain_checkpoint() -> tuple[bool, bool]:
+    """state_dict() under DDP, saved by torch and loaded on every rank again, and by one process."""
+    model, optimizer = build("ddp")
+    give(model, 0)
+    optimizer.step()
+    held = len([s for s in optimizer.state.values() if "momentum_buffer" in s])
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert len([s for s in optimizer.state.values() if "momentum_buffer" in s]) == held  # as it was
+    whole = len([s for s in saved["state"].values() if "momentum_buffer" in s])
+    again, alone = build("ddp"), build("one")
+    outcomes = []
+    for other, theirs in (again, alone):
+        other.load_state_dict(
+            {
+                key.removeprefix("" if other is again[0] else "module."): value
+                for key, value in model.state_dict().items()
+            }
+        )
+        theirs.load_state_dict(copy.deepcopy(saved))  # torch.optim.AdamW takes tensors over
+    give(model, 1)
+    optimizer.step()
+    for other, theirs in (again, alone):
+        give(other, 1)
+        theirs.step()
+        outcomes.append(all(map(torch.equal, model.parameters(), other.parameters())))
+    kept = len([s for s in again[1].state.values() if "momentum_buffer" in s])
+    return all(outcomes), whole == 4 and held == kept < 4
+
+
+def test_a_plain_checkpoint_of_replicas(ranks: World) -> None:
+    assert ranks.run(2, plain_checkpoint) == [(True, True)] * 2

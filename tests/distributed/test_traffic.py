@@ -1,0 +1,322 @@
+"""What a plan says that a rank sends, keeps and holds: against what its process does, and the model's."""
+
+from __future__ import annotations
+
+import re
+import time
+from functools import lru_cache
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from world import World
+
+from muon_kernels import Muon
+from muon_kernels.cli.ledger import MODELS
+from muon_kernels.coefficients import resolve
+from muon_kernels.distributed import traffic
+from muon_kernels.distributed.deal import deal, least
+from muon_kernels.distributed.exchange import CutRound
+from muon_kernels.distributed.traffic import BESIDE, Mesh, elements, owners
+from muon_kernels.plan import Plan
+
+# Tall, wide and square; three ranks cut some unevenly, four leave the last one without a part of (5, 300) or (300, 5).
+SHAPES = [(96, 160, 5), (160, 96, 3), (128, 128, 4), (300, 5, 2), (5, 300, 1), (50, 200, 1)]
+LAYOUTS = {
+    "DDP": lambda size: Mesh(replicas=size),
+    "Shard(0)": lambda size: Mesh(rows=size),
+    "Shard(1)": lambda size: Mesh(cols=size),
+    "HSDP": lambda size: Mesh(rows=size // 2, replicas=2),
+    "2-D": lambda size: Mesh(rows=2, cols=size // 2),
+}
+
+
+def parameters(layout: str, shapes: list[tuple[int, int, int]]) -> list[nn.Parameter]:
+    """With gradients; the same on all ranks."""
+    torch.manual_seed(0)
+    size = dist.get_world_size()
+    if layout in ("HSDP", "2-D"):
+        mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("a", "b"))
+        placements: Any = (Replicate(), Shard(0)) if layout == "HSDP" else (Shard(0), Shard(1))
+    else:
+        mesh = init_device_mesh("cpu", (size,))
+        placements = (Shard(int(layout[-2])),) if layout != "DDP" else ()
+
+    def placed(t: Tensor) -> Tensor:
+        return t if layout == "DDP" else distribute_tensor(t, mesh, placements)
+
+    made = []
+    for rows, cols, count in shapes:
+        for _ in range(count):
+            made.append(nn.Parameter(placed(torch.randn(rows, cols))))
+            made[-1].grad = placed(torch.randn(rows, cols))
+    return made
+
+
+def written() -> int:
+    """Bytes that this process has handed to the system: to sockets, for it writes nothing else."""
+    with open("/proc/self/io") as file:
+        return int(re.findall(r"wchar: (\d+)", file.read())[0])
+
+
+def step(layout: str, shapes: list[tuple[int, int, int]], cap: int | None, measured: int = 2) -> dict[str, Any]:
+    """What a rank says before steps, and what it did in each of the last."""
+    params = parameters(layout, shapes)
+    muon = Muon(
+        params,
+        process_group=dist.group.WORLD if layout == "DDP" else None,
+        backend="eager",
+        max_workspace_bytes=cap,
+    )
+    plan = muon.plan()
+    sockets = []
+    for i in range(1 + measured):
+        if i:
+            dist.barrier()
+            before = written()
+        muon.step()
+        if i:
+            sockets.append(written() - before)
+    (settled,) = muon._prepared._settled.values()
+    (exchange,) = settled.prepared.exchanges
+    momenta = [muon.state[p].get("momentum_buffer") for p in params]
+    held = [m if layout == "DDP" else m.to_local() for m in momenta if m is not None]
+    buffers = [t for b in exchange._buffers for t in (b.slices, b.owned, b.norms)]
+    return {
+        "shared": plan.shared[0],
+        "plan": plan,
+        "sockets": sockets,
+        "state": sum(m.numel() * m.itemsize for m in held),
+        "buffers": sum(t.untyped_storage().nbytes() for t in buffers),
+        "rounds": len(exchange.rounds),
+        "cut": sum(isinstance(r, CutRound) for r in exchange.rounds),
+        "workspace": sum(t.numel() * t.itemsize for t in muon._workspace._blocks.values()),
+    }
+
+
+@pytest.mark.parametrize("cap", [None, 700_000])
+@pytest.mark.parametrize(
+    ("layout", "size"),
+    [(layout, size) for layout in ("DDP", "Shard(0)", "Shard(1)") for size in (2, 3, 4)] + [("HSDP", 4), ("2-D", 4)],
+)
+def test_counted_as_sent(
+    ranks: World, layout: str, size: int, cap: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cap that takes one matrix at a time makes more rounds of the same bytes."""
+    found = ranks.run(size, step, layout, SHAPES, cap)
+    if cap is not None:
+        monkeypatch.setattr("muon_kernels.backends.eager.default_workspace_bytes", lambda: cap)
+    model = owners(SHAPES, LAYOUTS[layout](size), backend="eager")
+    assert len(model) == size
+    for rank, cost in zip(found, model, strict=True):
+        shared = rank["shared"]
+        assert shared.ranks == size and shared.elements == elements(SHAPES)
+        assert shared.matrices == sum(count for *_, count in SHAPES)
+        assert shared.bytes_sent > 0
+        for sockets in rank["sockets"]:
+            # gloo writes 288 bytes with each message, and the ranks agree with an integer a parameter.
+            assert 0 <= sockets - shared.bytes_sent <= 1000 * size * (shared.collectives + 2)
+        assert shared.state_bytes == rank["state"]
+        assert shared.buffer_bytes == rank["buffers"]
+        assert shared.owned == sum(b.count for b in rank["plan"].buckets)
+        assert rank["plan"].workspace_bytes == rank["workspace"]
+        assert cost.sent == shared.bytes_sent
+        assert cost.state == shared.state_bytes
+        assert cost.buffers == shared.buffer_bytes
+        assert cost.collectives == shared.collectives
+        assert cost.workspace == rank["plan"].workspace_bytes
+        assert cost.flops == rank["plan"].flops
+    kinds = 1 if layout == "DDP" else len(SHAPES)
+    assert found[0]["rounds"] == kinds if cap is None else found[0]["rounds"] >= kinds + (size == 2)
+    assert sum(rank["shared"].owned for rank in found) == found[0]["shared"].matrices
+    if layout.startswith("Shard"):  # 2 bytes there and 2 back of what a rank holds
+        assert sum(rank["shared"].bytes_sent for rank in found) <= 4 * elements(SHAPES) * (size - 1) / size * 1.01
+
+
+def test_a_rank_without_a_part_says_so(ranks: World) -> None:
+    """One matrix on two ranks: one multiplies, both send."""
+    found = ranks.run(2, step, "Shard(0)", [(64, 96, 1)], None)
+    assert sorted(rank["shared"].owned for rank in found) == [0, 1]
+    for rank in found:
+        # 32 rows of 96 elements in bf16, and their norm in double.
+        assert rank["shared"].bytes_sent == 32 * 96 * 2 + 8
+        assert str(rank["shared"]) in str(rank["plan"])
+        assert bool(rank["plan"].buckets) == bool(rank["shared"].owned)
+    assert str(found[0]["shared"]) == (
+        f"2 ranks step 1 matrices together. This one multiplies {found[0]['shared'].owned}, sends 6.15 kB in 2 "
+        f"collectives,\nkeeps 12.3 kB of momenta (AdamW under ZeRO-1: 24.6 kB) and holds "
+        f"{found[0]['shared'].buffer_bytes / 1000:.3g} kB of buffers."
+    )
+
+
+def test_alone_nothing_is_sent() -> None:
+    params = [nn.Parameter(torch.ones(8, 9))]
+    plan = Muon(params).plan()
+    assert plan.shared == () and plan.bytes_sent == plan.buffer_bytes == 0 and "ranks" not in str(plan)
+    assert str(Plan(())) == "nothing to do: Muon was given no matrix"
+
+
+WHOLE = ["gpt2", "llama-7b", "moonlight-16b", "experts"]
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8, 16, 64])
+@pytest.mark.parametrize("model", WHOLE)
+def test_the_figures_to_reach(model: str, ranks: int) -> None:
+    """4 bytes an element of a rank's part; a rank keeps its share of the momenta, give or take a matrix."""
+    shapes = MODELS[model]
+    count, largest = elements(shapes), max(m * n for m, n, _ in shapes)
+    fsdp, ddp = owners(shapes, Mesh(rows=ranks)), owners(shapes, Mesh(replicas=ranks))
+    assert sum(cost.sent for cost in fsdp) <= 4 * count
+    for cost in fsdp:
+        assert cost.sent <= 4 * (count / ranks + largest)
+        assert abs(cost.state - 4 * count / ranks) <= 4 * sum(n * c for m, n, c in shapes)  # a row of each matrix
+    assert sum(cost.state for cost in fsdp) == sum(cost.state for cost in ddp) == 4 * count
+    assert traffic.adamw(shapes, ranks).state == 2 * traffic.gathered(shapes, ranks).state == 8 * count / ranks
+    # The paper's ZeRO-1: 4 + 2 + 4 bytes where AdamW sends 4 + 4.
+    beside = BESIDE["ZeRO-1"] * count * (ranks - 1) / ranks
+    assert 1 < (traffic.gathered(shapes, ranks).sent + beside) / beside <= 1.25
+    if model == "moonlight-16b":  # every rank has several of each kind: shares of replicas are hardly padded
+        assert ddp[0].sent <= 1.25 * 2 * count * (ranks - 1) / ranks
+
+
+def test_where_no_deal_is_better_the_even_one_is_kept() -> None:
+    """Costly matrices for half of the ranks, and cheap ones: those are spread although that makes no rank faster."""
+    dealt = deal([9] * 4 + [1] * 8, 8)
+    costly, cheap = set(dealt[:4]), dealt[4:]
+    assert len(costly) == 4
+    assert sorted(cheap) == sorted(2 * [rank for rank in range(8) if rank not in costly])
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64])
+@pytest.mark.parametrize("model", WHOLE)
+def test_the_slowest_owner(model: str, ranks: int) -> None:
+    """At most 1.1 times the mean, or what no deal of whole matrices is below."""
+    for mesh in (Mesh(rows=ranks), Mesh(replicas=ranks)):
+        flops = [cost.flops for cost in owners(MODELS[model], mesh)]
+        each = traffic.flops(MODELS[model])
+        assert sum(flops) == sum(each)
+        assert max(flops) <= max(1.1 * sum(each) / ranks, least(each, ranks))
+
+
+def fits(sizes: tuple[int, ...], counts: tuple[int, ...], bins: int, cap: int) -> bool:
+    """Whether so many pieces of these falling sizes go into so many bins: all ways to fill one, tried."""
+    ways = [
+        way
+        for way in product(*(range(min(n, cap // s) + 1) for s, n in zip(sizes, counts, strict=True)))
+        if sum(s * k for s, k in zip(sizes, way, strict=True)) <= cap
+    ]
+
+    @lru_cache(None)
+    def needed(left: tuple[int, ...]) -> int:
+        if not any(left):
+            return 0
+        first = next(i for i, n in enumerate(left) if n)
+        possible = [tuple(n - k for n, k in zip(left, way, strict=True)) for way in ways if way[first]]
+        return 1 + min(needed(rest) for rest in possible if min(rest) >= 0)
+
+    return sizes[0] <= cap and needed(counts) <= bins
+
+
+@pytest.mark.parametrize("ranks", [7, 13, 15, 16, 20, 25, 28, 32, 37, 48])
+def test_near_the_best_deal_there_is(ranks: int) -> None:
+    """GPT-2's 48 matrices on rank counts that do not suit them."""
+    each = traffic.flops(MODELS["gpt2"])
+    sizes = tuple(sorted(set(each), reverse=True))
+    counts = tuple(each.count(size) for size in sizes)
+    totals = [0] * ranks
+    for cost, owner in zip(each, deal(each, ranks), strict=True):
+        totals[owner] += cost
+    assert fits(sizes, counts, ranks, max(totals))
+    mean = sum(each) / ranks
+    if max(totals) > 1.1 * mean:
+        assert not fits(sizes, counts, ranks, max(totals) - 1)
+    assert least(each, ranks) <= max(totals)
+
+
+@pytest.mark.parametrize(
+    ("costs", "ranks", "expected"),
+    [
+        ([3, 3, 2, 2, 2], 2, 6),
+        ([5, 5, 4, 4, 3, 3, 3], 3, 9),
+        ([9], 4, 9),
+        ([1] * 5, 4, 2),
+        ([], 3, 0),
+        ([4, 4, 4], 2, 8),
+    ],
+)
+def test_a_deal(costs: list[int], ranks: int, expected: int) -> None:
+    """Graham's examples: LPT alone gives 7 and 11."""
+    totals = [0] * ranks
+    for cost, owner in zip(costs, deal(costs, ranks), strict=True):
+        totals[owner] += cost
+    assert max(totals) == expected
+    assert least(costs, ranks) <= expected
+
+
+def test_a_deal_minds_what_ranks_have_and_may_have() -> None:
+    assert sorted(deal([3, 3, 2, 2, 2], 3, loads=[6, 0, 0])) in (
+        [1, 1, 1, 2, 2],
+        [1, 1, 2, 2, 2],
+    )  # 6 each, by first fit
+    assert deal([1, 1, 1], 2, loads=[2, 0]).count(1) >= 2
+    assert deal([5, 1, 1], 2, among=[[1], None, None]) == [1, 0, 0]
+    costs = [7, 7, 6, 6, 5, 5, 4, 4, 4]
+    owners = deal(costs, 3, among=[[2], *[None] * 7, [0, 1]], loads=[0, 0, 3])
+    assert owners[0] == 2 and owners[-1] in (0, 1)
+    assert deal(costs, 3, loads=[9, 0, 0]) == deal(list(costs), 3, loads=(9, 0, 0))
+    assert (
+        least([1], 2, [5, 0]) == 5 and least([4, 4, 4], 2) == 8 and least([6, 1], 2) == 6 and least([3, 2], 2, [3]) == 4
+    )
+
+
+def test_many_matrices_are_dealt_soon() -> None:
+    each = traffic.flops(MODELS["moonlight-16b"])
+    assert len(each) > 5000
+    start = time.process_time()
+    deal(each, 1024)
+    assert time.process_time() - start < 2
+
+
+def test_moonlight_has_the_parameters_of_its_paper() -> None:
+    assert round(elements(MODELS["moonlight-16b"]) / 1e9, 2) == 15.29
+
+
+def test_sums_and_blocks() -> None:
+    """Matrices of 64x256 and 256x64 on four ranks, 64 columns each: five steps, 15 products, 5 sums of 64² in fp32."""
+    keller = resolve("keller", 5)
+    cost = traffic.gram([(64, 256, 3), (256, 64, 1)], 4, schedule=keller, backend="eager")
+    assert cost.collectives == 4 * 5
+    assert cost.sent == 4 * 5 * 2 * (3 / 4) * 4 * 64 * 64
+    assert cost.flops == 4 * 5 * (2 * 64 * 64 * 64 * 3)
+    assert cost.state == 4 * 4 * 64 * 64
+    whole = owners([(64, 256, 4)], Mesh(cols=4), schedule=keller, backend="eager")
+    mean = traffic.blockwise([(64, 256, 4)], Mesh(cols=4), 5, schedule=keller, backend="eager")
+    for step, sometimes in zip(whole, mean, strict=True):
+        assert sometimes.sent == step.sent / 5 and sometimes.collectives == step.collectives / 5
+        assert sometimes.flops == (step.flops + 4 * 4 * 5 * 6 * 64**3) / 5
+    whole_model = traffic.gathered([(64, 256, 4)], 4, schedule=keller, backend="eager")
+    assert whole_model.sent == 2 * 4 * 64 * 256 * 3 / 4
+    assert whole_model.flops == 4 * 5 * (2 * 64 * 64 * 256 * 2 + 2 * 64**3)
+
+
+@pytest.mark.parametrize("mesh", [Mesh(replicas=16), Mesh(rows=2, replicas=8), Mesh(rows=16)])
+def test_held_memory_has_a_limit(mesh: Mesh) -> None:
+    """Three rounds' buffers of what 16 replicas gather, and the workspace: the cap, or the largest matrix of each."""
+    for cost in owners(MODELS["moonlight-16b"], mesh, backend="cuda"):
+        assert 0 < cost.workspace + cost.buffers <= (1 << 30) + 3 * 2 * 11264 * 2048 * mesh.replicas
+
+
+def test_what_a_lone_holder_has_stays_there(ranks: World) -> None:
+    """One row of 300 and one of 40, cut along rows: the first of two ranks has them whole."""
+    shapes = [(1, 300, 3), (1, 40, 2), (64, 96, 2)]
+    found = ranks.run(2, step, "Shard(0)", shapes, None)
+    model = owners(shapes, Mesh(rows=2), backend="eager")
+    assert [rank["shared"].owned for rank in found] in ([6, 1], [5, 2])
+    for rank, cost in zip(found, model, strict=True):
+        assert (cost.sent, cost.flops) == (rank["shared"].bytes_sent, rank["plan"].flops)
+        assert rank["shared"].bytes_sent <= 4 * 64 * 96 + 100

@@ -1,0 +1,191 @@
+"""Faults in powers of the spectrum: weights, sums of iterates in both forms, sums of matrices; see planting.py."""
+
+from __future__ import annotations
+
+from planting import Mutant
+
+TESTS = ["tests/test_spectral.py", "tests/test_products.py", "tests/test_plan.py"]
+
+WEIGHTS, FIT = "exact_arithmetic or any_power", "fit_finds"
+SUMS = "(test_spectral and odd_sizes) or (accuracy and shape1 and spaced)"
+ROUNDING = "rounding"
+ADD = "sums_are_exact"
+SCALE = "test_scale or its_own"
+ITERATION, SPECTRAL, EAGER = (f"muon_kernels/{name}.py" for name in ("newton_schulz", "spectral", "backends/eager"))
+
+MUTANTS = [
+    Mutant("weights: as if σ were the power", "sigma[:, None] ** power\n", "sigma[:, None]\n", WEIGHTS, SPECTRAL),
+    Mutant(
+        "weights: once", "for _ in range(rounds):\n        root", "for _ in range(1):\n        root", WEIGHTS, SPECTRAL
+    ),
+    Mutant("weights: reach", "LOWEST = 3e-4", "LOWEST = 2e-3", WEIGHTS, SPECTRAL),
+    Mutant(
+        "iterates: cubic",
+        "x * (a + b * x**2 + c * x**4))\n    return torch.stack",
+        "x * (a + b * x**2))\n    return torch.stack",
+        WEIGHTS,
+        SPECTRAL,
+    ),
+    Mutant(
+        "iterates: last not summed",
+        "(0, *range(2, len(TRIPLES) + 1))",
+        "(0, *range(2, len(TRIPLES)))",
+        WEIGHTS,
+        SPECTRAL,
+    ),
+    Mutant(
+        "triples: one digit",
+        "(3.50266, -7.62293, 4.64233)",
+        "(3.50266, -7.12293, 4.64233)",
+        f"{WEIGHTS} or explode",
+        SPECTRAL,
+    ),
+    Mutant(
+        "fit: forgets the error",
+        "off = _iterates(triples, sigma)[:, iterates] @ weights / wanted - 1",
+        "off = _iterates(triples, sigma)[:, iterates] @ weights / wanted",
+        FIT,
+        SPECTRAL,
+    ),
+    Mutant(
+        "fit: excess unseen",
+        "return torch.relu((x * (a + b * x**2 + c * x**4)).abs() - 1)",
+        "return torch.relu((x * (a + b * x**2 + c * x**4)).abs() - 9)",
+        FIT,
+        SPECTRAL,
+    ),
+    Mutant("svd: rank", ".where(there, 0.0)", "", "references", SPECTRAL),
+    Mutant("coupled: size", "* (size * norm).sqrt()", "* norm.sqrt()", "references", SPECTRAL),
+    Mutant("measure: bound", "dtype=torch.float32).pow_(0.25)", "dtype=torch.float32).pow_(0.125)", SUMS, ITERATION),
+    Mutant("measure: zero unguarded", "        bound.masked_fill_(bound == 0, 1.0)\n", "", SCALE, ITERATION),
+    Mutant(
+        "measure: prologue's scale", "            blend.scale.mul_(scale)\n", "            pass\n", SCALE, ITERATION
+    ),
+    Mutant("measure: factor without the bound", "bound.mul_(blend.norms)", "bound.copy_(blend.norms)", SUMS, ITERATION),
+    Mutant(
+        "measure: factor without the scale",
+        "power, out=blend.factor).mul_(blend.scale)",
+        "power, out=blend.factor)",
+        SUMS,
+        ITERATION,
+    ),
+    Mutant(
+        "measure: of_square",
+        "torch.square(blend.of_gram, out=blend.of_square)",
+        "blend.of_square.copy_(blend.of_gram)",
+        SUMS,
+        ITERATION,
+    ),
+    Mutant(
+        "measure: of_gram",
+        "torch.square(blend.scale, out=blend.of_gram)",
+        "blend.of_gram.copy_(blend.scale)",
+        SUMS,
+        ITERATION,
+    ),
+    Mutant(
+        "standard: first square unscaled",
+        "ops.add(B, alpha=c, out=B, scale=blend.of_gram)",
+        "ops.add(B, alpha=c, out=B)",
+        SUMS,
+        ITERATION,
+    ),
+    Mutant(
+        "standard: first term", "total, kept = Square(X), weights[0]", "total, kept = Square(X), 1.0", SUMS, ITERATION
+    ),
+    Mutant("standard: first term again and again", "            kept = 1.0\n", "", SUMS, ITERATION),
+    Mutant("standard: last iterate's a", "alpha=w + v * a, beta=kept", "alpha=w, beta=kept", SUMS, ITERATION),
+    Mutant(
+        "standard: sum in the last product",
+        "C=total.high, alpha=v, beta=1.0",
+        "C=total.high, alpha=v, beta=0.0",
+        SUMS,
+        ITERATION,
+    ),
+    Mutant(
+        "standard: weight of another",
+        "zip(triples[1:-1], weights[1:-2], strict=True)",
+        "zip(triples[1:-1], weights[2:-1], strict=True)",
+        SUMS,
+        ITERATION,
+    ),
+    Mutant(
+        "gram: first identity",
+        "ops.add(R, C=W, alpha=b, beta=c, gamma=a, out=to)",
+        "ops.add(R, C=W, alpha=b, beta=c, out=to)",
+        SUMS,
+        ITERATION,
+    ),
+    Mutant("gram: first square unscaled", "    ops.add(W, out=W, scale=blend.of_square)\n", "", SUMS, ITERATION),
+    Mutant(
+        "gram: second visit unscaled",
+        "ops.syrk(X_2, out=R, scale=blend.scale)",
+        "ops.syrk(X_2, out=R)",
+        SUMS,
+        ITERATION,
+    ),
+    Mutant(
+        "gram: third visit unscaled", "ops.syrk(X_4, out=R, scale=blend.scale)", "ops.syrk(X_4, out=R)", SUMS, ITERATION
+    ),
+    Mutant("gram: last two in one", "(w + v * a, v * b, v * c)", "(v * a, v * b, v * c)", SUMS, ITERATION),
+    Mutant("gram: identities between", "gamma=weight, out=spare)", "out=spare)", SUMS, ITERATION),
+    Mutant("gram: weights in another order", "reversed(weights[4:-2])", "weights[4:-2]", SUMS, ITERATION),
+    Mutant("gram: third term", "beta=weights[3], gamma=weights[2]", "beta=weights[3]", SUMS, ITERATION),
+    Mutant("gram: fourth term", "C=S, beta=weights[3]", "C=S, beta=0.0", SUMS, ITERATION),
+    Mutant("gram: first term", "C=X, beta=weights[0], out=X_4", "out=X_4", SUMS, ITERATION),
+    Mutant(
+        "gram: a sum that is not symmetric",
+        "ops.gemm(T, Q, C=S, beta=weights[3], gamma=weights[2], out=spare)",
+        "ops.syrkx(T, Q, gamma=weights[2], out=spare); ops.add(S, C=spare, alpha=weights[3], beta=1.0, out=spare)",
+        ROUNDING,
+        ITERATION,
+    ),
+    Mutant(
+        "gram: diagonal of the sum",
+        "out=spare)\n    ops.gemm(spare, X_2",
+        "out=spare.high)\n    ops.gemm(Square(spare.high), X_2",
+        ROUNDING,
+        ITERATION,
+    ),
+    Mutant("gram: second weight unnoticed", "    if weights[1]:\n", "    if False:\n", "second_iterate", ITERATION),
+    Mutant(
+        "gram without precise squares",
+        "_gram_sum if ops.precise_squares() else _standard_sum",
+        "_gram_sum",
+        SUMS,
+        ITERATION,
+    ),
+    Mutant("cost: R² again", "        if squared and step == 0:\n", "        if False:\n", "costs", ITERATION),
+    Mutant(
+        "eager: identity of a sum",
+        "(gamma if C is None else gamma + beta * _diagonal(C))",
+        "(0.0 if C is None else beta * _diagonal(C))",
+        ADD,
+        EAGER,
+    ),
+    Mutant("eager: diagonal of the addend", "gamma + beta * _diagonal(C)", "gamma", ADD, EAGER),
+    Mutant(
+        "eager: scale of the diagonal", "            on_diagonal *= scale[:, None]\n", "            pass\n", ADD, EAGER
+    ),
+    Mutant(
+        "eager: beta of a sum",
+        "torch.add(beta * C.high.float(), A.high",
+        "torch.add(C.high.float(), A.high",
+        ADD,
+        EAGER,
+    ),
+    Mutant(
+        "eager: scale of a sum",
+        "total if scale is None else total.mul_(scale[:, None, None]))\n    if on_diagonal",
+        "total)\n    if on_diagonal",
+        ADD,
+        EAGER,
+    ),
+    Mutant(
+        "eager: alpha alone",
+        "torch.mul(A.high, alpha if scale is None else (alpha * scale)[:, None, None]",
+        "torch.mul(A.high, 1.0 if scale is None else scale[:, None, None]",
+        ADD,
+        EAGER,
+    ),
+]
