@@ -49,8 +49,8 @@ def deal(
 def least(costs: Sequence[int], ranks: int, loads: Sequence[int] = ()) -> int:
     """What the most loaded rank cannot have less than, however pieces are dealt.
 
-    That is the mean, what it has already, and, for any k, the k + 1 smallest of the k·ranks + 1 costliest pieces: two
-    of k + 1 of them.
+    That is the mean, what a rank has already, and, for any k, the k + 1 cheapest of the k·ranks + 1 costliest pieces:
+    some rank has k + 1 of these.
     """
     falling = sorted(costs, reverse=True)
     bound = max(-(-(sum(falling) + sum(loads)) // ranks), max(loads, default=0))
