@@ -918,10 +918,11 @@ def _plain_step(plain: Plain, grad: Tensor, scalars: Scalars) -> None:
 def plan_of(prepared: Sequence[Prepared]) -> Plan:
     """What steps of these groups do, as far as it is this rank that does it."""
     exchanges = [shared for decided in prepared for shared in decided.exchanges]
-    works = [work for decided in prepared for work in decided.works]
-    works += [work for shared in exchanges for work in shared.works if work.bucket.slots]
-    notes = dict.fromkeys(note for work in works for note in work.notes)
-    return Plan(tuple(work.bucket for work in works), tuple(notes), tuple(shared.plan for shared in exchanges))
+    alone = [work for decided in prepared for work in decided.works]
+    together = [work for shared in exchanges for work in shared.works]
+    notes = dict.fromkeys(note for work in (*alone, *together) for note in work.notes)
+    buckets = [work.bucket for work in (*alone, *(work for work in together if work.bucket.slots))]
+    return Plan(tuple(buckets), tuple(notes), tuple(shared.plan for shared in exchanges))
 
 
 def execute(prepared: Prepared, grads: Sequence[Tensor], scalars: Scalars, workspace: Workspace) -> None:
