@@ -464,7 +464,7 @@ def prepare(
     second_moment: str | None = None,
     stochastic_rounding: bool = False,
     master_weights: bool = False,
-    moments: Sequence[Tensor] = (),
+    moments: Sequence[Tensor | None] = (),
     scales: Sequence[Tensor | None] = (),
     mantissas: Sequence[Tensor] = (),
     placements: Sequence[Placement | None] | None = None,
@@ -495,6 +495,8 @@ def prepare(
     """
     schedule = schedule_for(ns_coefficients, ns_steps, power)
     for p, V, split in zip(params, moments, splits or repeat(None), strict=False):
+        if V is None:  # another rank keeps it
+            continue
         check_second_moment("second_momentum_buffer", V, cast(str, second_moment), p, flatten, split)
         _check_device("second_momentum_buffer", V, p)
     for p, mantissa in zip(params, mantissas, strict=bool(mantissas)):
@@ -546,7 +548,7 @@ def prepare(
     check_apart(
         [("parameter", p) for p in params]
         + [("momentum_buffer", b) for b in buffers if b is not None]
-        + [("second_momentum_buffer", V) for V in moments]
+        + [("second_momentum_buffer", V) for V in moments if V is not None]
         + [("momentum_scale", scale) for scale in scales if isinstance(scale, Tensor)]
         + [("mantissa", m) for m in mantissas]
     )
@@ -580,6 +582,8 @@ def prepare(
                 max_workspace_bytes=max_workspace_bytes,
                 workspace_dtype=workspace_dtype,
                 sign_momentum=sign_momentum,
+                form=second_moment,
+                moments=moments,
                 work=Work,
                 way=STRATEGIES[strategy],
             )
@@ -598,7 +602,7 @@ def prepare(
     seconds: list[_Source] = []
     parts_before = [0] * len(moments)
     for index, order, piece in cuts if moments else ():
-        V, copies = moments[index], prepared.copies
+        V, copies = cast(Tensor, moments[index]), prepared.copies
         if second_moment == "element":
             seconds.append(_seen(V, flatten, order, piece, copies))
             continue
@@ -679,10 +683,16 @@ def prepare(
 
 def check_shared(group: Mapping[str, Any]) -> None:
     """Raise ValueError where an option of a group is not for what several ranks have parts or copies of."""
-    wanted = {"second_moment": None, "master_weights": False, "workspace_dtype": torch.bfloat16}
+    wanted = {"master_weights": False, "workspace_dtype": torch.bfloat16}
     for name, value in wanted.items():
         if group[name] != value:
             raise ValueError(f"{name} should be {value} for DTensors and with a process_group but is: {group[name]!r}")
+    split = group["split"]
+    if group["second_moment"] and any(split.values() if isinstance(split, Mapping) else (split,)):
+        raise ValueError(
+            f"second_moment should be None for DTensors and with a process_group where parameters are split but is: "
+            f"{group['second_moment']!r}"
+        )
     if group["momentum_dtype"] == torch.int8:
         raise ValueError("momentum_dtype should be floating-point for DTensors and with a process_group but is: int8")
 
@@ -768,7 +778,7 @@ class Preparations:
         momentum_bufs: Sequence[Tensor | None] | None,
         options: dict[str, Any],
         cuts: Callable[[], Sequence[str | None]],
-        moments: Sequence[Tensor] = (),
+        moments: Sequence[Tensor | None] = (),
         scales: Sequence[Tensor | None] = (),
         mantissas: Sequence[Tensor] = (),
         placements: Sequence[Placement | None] | None = None,

@@ -15,8 +15,9 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from .coefficients import COEFFICIENTS, DEFAULT, NS_STEPS, resolve
 from .distributed import blocks, consensus
 from .distributed.exchange import Failed
-from .distributed.placement import local
+from .distributed.placement import is_dtensor, local
 from .distributed.ranks import Ranks
+from .distributed.second_moment import create as create_part
 from .distributed.strategies import STRATEGIES
 from .functional import (
     DTYPES,
@@ -331,11 +332,14 @@ class Muon(Optimizer):
                 mantissas.append(mantissa)
             if form is not None:
                 moment = state.get("second_momentum_buffer")
-                if moment is None:
-                    split_of = split_of or dict(splits(group))
-                    moment = create(form, p, group["flatten"], split_of[p])
+                if moment is None and not self._ranks.elsewhere(p):
+                    if is_dtensor(p):
+                        moment = create_part(form, p, group["flatten"])
+                    else:
+                        split_of = split_of or dict(splits(group))
+                        moment = create(form, p, group["flatten"], split_of[p])
                     new.append((p, "second_momentum_buffer", moment))
-                moments.append(moment)
+                moments.append(None if moment is None else local(moment))
             params.append(local(p))
             grads.append(local(grad))
             buffers.append(None if buffer is None else local(buffer))
@@ -437,10 +441,10 @@ class Muon(Optimizer):
     @contextmanager
     def whole_state(self) -> Iterator[None]:
         """Have what other ranks keep of the state in ours, for as long as the context lasts; on all ranks at once."""
-        momenta = consensus.gathered(self._ranks.owned, self.state, "momentum_buffer")
-        own = {p: self.state.get(p) for p in momenta}
+        whole = consensus.gathered(self._ranks.owned, self.state)
+        own = {p: self.state.get(p) for p in whole}
         try:
-            self.state.update({p: {**(own[p] or {}), "momentum_buffer": m} for p, m in momenta.items()})
+            self.state.update(whole)
             yield
         finally:
             for p, state in own.items():

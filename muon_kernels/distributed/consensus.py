@@ -104,19 +104,18 @@ _PATIENCE = timedelta(seconds=60)
 
 
 def gathered(
-    owned: Mapping[Tensor, Placement], state: Mapping[Tensor, Mapping[str, Any]], key: str
-) -> dict[Tensor, Tensor]:
-    """What other ranks keep of the state; every rank of the teams has to ask.
+    owned: Mapping[Tensor, Placement], state: Mapping[Tensor, Mapping[str, Any]]
+) -> dict[Tensor, dict[str, Any]]:
+    """The state of all parameters with an owner, tensors; every rank of the teams has to ask.
 
     Args:
         owned: parameters with an owner.
         state: of this rank.
-        key: of what its owner keeps.
 
     Raises:
         RuntimeError: some rank does not ask.
     """
-    found: dict[Tensor, Tensor] = {}
+    found: dict[Tensor, dict[str, Any]] = {}
     teams = teams_of(owned)
     for team, params in teams.items():
         group = team.replicas
@@ -129,18 +128,17 @@ def gathered(
                 f"state_dict() should be called on every rank of the process group, which share the state, but some "
                 f"did not within {_PATIENCE.seconds} s: {error}"
             ) from error
-        own = [None if key not in state.get(p, {}) else state[p][key].dtype for p in params]
+        own = [{key: (t.shape, t.dtype) for key, t in state.get(p, {}).items()} for p in params]
         everybody: list[Any] = [None] * group.size()
         dist.all_gather_object(everybody, own, group=group)
         for i, p in enumerate(params):
             owner = owned[p].owner
             assert owner is not None
-            dtype = everybody[owner][i]
-            if dtype is None:
-                continue
-            mine = owner == team.rank
-            found[p] = state[p][key] if mine else torch.empty_like(p, dtype=dtype)
-            dist.broadcast(found[p], group_src=owner, group=group)
+            for key, (shape, dtype) in everybody[owner][i].items():
+                mine = owner == team.rank
+                sent = state[p][key].contiguous() if mine else torch.empty(shape, dtype=dtype, device=p.device)
+                dist.broadcast(sent, group_src=owner, group=group)
+                found.setdefault(p, {})[key] = state[p][key] if mine else sent
     return found
 
 

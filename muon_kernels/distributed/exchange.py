@@ -20,6 +20,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import mul
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -30,8 +31,9 @@ from .. import backends
 from ..coefficients import Schedule
 from ..layout import Bundle, Layout, Matrices, Piece, flattens, layout, split_shape
 from ..plan import Bucket, Shared, plan_bucket, workspace_bytes
-from ..second_moment import scratch_numbers
+from ..second_moment import normalize, scratch_numbers
 from ..split import pieces
+from . import second_moment
 from .deal import deal
 from .placement import Placement, Range, Team
 
@@ -64,13 +66,22 @@ class Rectangle(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One matrix; where this rank holds none of it, without layouts. `param` is an index."""
+    """One matrix; where this rank holds none of it, without layouts.
+
+    Attributes:
+        param: index of the parameter.
+        ratio: of the learning rate.
+        tall: whether the parameter has it transposed.
+        moment: second moment of this rank's part, as the parameter has it, if one is kept here.
+    """
 
     param: int
     param_at: Layout | None
     momentum_at: Layout | None
     grad_at: Layout | None
     ratio: float
+    tall: bool
+    moment: Tensor | None
 
 
 class Kind(NamedTuple):
@@ -164,6 +175,7 @@ class Lot:
         entries: for every rank of the team, what it owns.
         most: matrices of one owner in a round.
         way: of the rounds, where the matrices are cut.
+        kept_apart: whether each owner alone keeps the state of its matrices.
     """
 
     kind: Kind
@@ -172,6 +184,7 @@ class Lot:
     entries: list[list[Entry]]
     most: int
     way: type[CutRound]
+    kept_apart: bool
 
     @property
     def rounds(self) -> int:
@@ -507,11 +520,43 @@ class CutRound:
             gather(gathered, buffers.slices[:size], team, str(self.lot)).wait()
             shares = list(torch.split(gathered, size)) if size else [gathered] * team.replica_count
         first = self.first * team.ranks
-        for params, ratios, share in zip(self.params, self.ratios, shares, strict=True):
+        for params, entries, ratios, share in zip(self.params, self.entries, self.ratios, shares, strict=True):
+            X = _Slices(0, len(entries), self.sent[0].part).of(share, dtype)
+            # Also where this rank has no part: others wait for its sums.
+            own = _normalized(self.lot, entries, X, scalars.beta2, ratios)
             if params:
-                X = _Slices(0, len(params), self.sent[0].part).of(share, dtype)
-                ops.apply_update(params, X, **scalars.of_update(self.lot.number, first), ratios=ratios)
+                ops.apply_update(params, X, **scalars.of_update(self.lot.number, first), ratios=own)
             first += len(ratios)
+
+
+def _normalized(lot: Lot, entries: Sequence[Entry], X: Tensor, beta2: float, ratios: array[float]) -> array[float]:
+    """Divide X, this rank's parts of results, by second moments; return the ratios that are left."""
+    form, team = lot.work.second_moment, lot.kind.team
+    if form is None:
+        return ratios
+    own, (m, n) = array("d", ratios), lot.kind.shape
+    top, left, height, width = lot.kind.parts[team.shard]
+    for tall in (False, True):  # rows of the parameters are columns of X, or rows
+        chosen = [i for i, entry in enumerate(entries) if entry.tall == tall]
+        if not chosen:
+            continue
+        parts = X[chosen] if height * width else X.new_empty(len(chosen), 0, 0)
+        kept = second_moment.normalize(
+            form,
+            parts.mT if tall else parts,
+            [entry.moment for entry in (entries[i] for i in chosen) if entry.moment is not None],
+            beta2,
+            rows=n if tall else m,
+            at=(left, left + width) if tall else (top, top + height),
+            width=m if tall else n,
+            whole_rows=all((part.rows if tall else part.cols) in (0, m if tall else n) for part in lot.kind.parts),
+            group=team.shards,
+        )
+        if height * width:
+            X[chosen] = parts
+        for i, factor in zip(chosen, kept, strict=True):
+            own[i] *= factor
+    return own
 
 
 def _bundle_of(tensors: Sequence[Tensor | None], entries: Sequence[Entry], which: str) -> Bundle:
@@ -606,6 +651,11 @@ class CopyRound:
                 )
                 if rank == self.team.replica:
                     result = run(work, stacks, scale)
+                    if work.second_moment is not None and copies.lot.kept_apart:
+                        moments = [(V.mT if e.tall else V)[None] for e in entries for V in (e.moment,) if V is not None]
+                        kept = normalize(work.second_moment, result, moments, scalars.beta2, stacks.between)
+                        own = place.norms(buffers.slices)
+                        own.copy_(torch.tensor(kept or [1.0] * len(entries), dtype=torch.float64))
                     place.of(buffers.slices, dtype).copy_(result)
         self.pending = gather(
             buffers.owned[: self.share * self.team.replica_count],
@@ -625,8 +675,12 @@ class CopyRound:
             for rank, (params, entries) in enumerate(zip(copies.params, copies.shares, strict=True)):
                 if entries:
                     results = buffers.owned[rank * self.share : (rank + 1) * self.share]
-                    X = self.places[rank][number].of(results, dtype)
-                    ratios = array("d", [entry.ratio for entry in entries])
+                    place = self.places[rank][number]
+                    X, ratios = place.of(results, dtype), array("d", [entry.ratio for entry in entries])
+                    if work.second_moment is not None and copies.lot.kept_apart:
+                        ratios = array("d", map(mul, ratios, place.norms(results).tolist()))
+                    else:
+                        ratios = _normalized(copies.lot, entries, X, scalars.beta2, ratios)
                     backends.get(work.bucket.backend).apply_update(
                         params, X, **scalars.of_update(copies.lot.number, first), ratios=ratios
                     )
@@ -716,7 +770,8 @@ class Exchange:
         for _ in range(min(IN_FLIGHT, len(self.rounds))):
             # doubles, for what is viewed as such
             slices, owned = (
-                torch.empty(size // NORM_BYTES, dtype=torch.float64, device=device).view(torch.uint8) for size in sizes
+                torch.empty(-(-size // NORM_BYTES), dtype=torch.float64, device=device).view(torch.uint8)
+                for size in sizes
             )
             self._buffers.append(Buffers(slices, owned, torch.empty(count, dtype=torch.float64, device=device)))
 
@@ -766,6 +821,8 @@ def prepare(
     max_workspace_bytes: int | None,
     workspace_dtype: torch.dtype,
     sign_momentum: bool,
+    form: str | None,
+    moments: Sequence[Tensor | None],
     work: Callable[..., Work],
     way: type[CutRound] = CutRound,
 ) -> list[Exchange]:
@@ -779,6 +836,7 @@ def prepare(
         ratio: of the learning rate, for (rows, cols).
         flatten, splits, ns_algorithm, backend, max_workspace_bytes, workspace_dtype, sign_momentum: see
             `functional.prepare`.
+        form: of second moments, and `moments` this rank's parts, none of what another rank keeps.
         work: makes one of (bucket, notes, schedule, device).
         way: of the rounds of what is cut, where it can.
 
@@ -800,10 +858,12 @@ def prepare(
                 _layouts(t, flatten, piece, batch, tall) if t is not None and here else [None] * batch
                 for t in (p, buffer, g)
             ]
+            V = moments[index] if form is not None else None
+            views = [None] * batch if form is None or V is None or not here else second_moment.views(form, V, flatten)
             found = by_kind.setdefault(kind, [])
             found += [
-                (placement.owner, Entry(index, of_p, of_buffer, of_g, ratio(rows, cols)))
-                for of_p, of_buffer, of_g in zip(*ats, strict=True)
+                (placement.owner, Entry(index, of_p, of_buffer, of_g, ratio(rows, cols), tall, view))
+                for of_p, of_buffer, of_g, view in zip(*ats, views, strict=True)
             ]
 
     exchanges = []
@@ -857,6 +917,7 @@ def prepare(
                     *chosen[kind],
                     max_workspace_bytes,
                     sign_momentum,
+                    form,
                     work,
                     apart,
                     ways[kind],
@@ -882,6 +943,7 @@ def _lot(
     notes: tuple[str, ...],
     max_workspace_bytes: int | None,
     sign_momentum: bool,
+    form: str | None,
     work: Callable[..., Work],
     kept_apart: bool,
     way: type[CutRound],
@@ -889,10 +951,11 @@ def _lot(
     owned, most = len(entries[way.owner_here(kind.team)]), max(map(len, entries))
     bucket = plan(owned)
     held, (m, n) = way.shapes(kind)
-    between = scratch_numbers(None, sign_momentum, *held, kind.device)
+    in_stack = form if kept_apart else None
+    between = scratch_numbers(in_stack, sign_momentum, *held, kind.device)
 
     def each(m: int, n: int) -> int:
-        numbers = scratch_numbers(None, sign_momentum, m, n, kind.device)
+        numbers = scratch_numbers(in_stack, sign_momentum, m, n, kind.device)
         return workspace_bytes(bucket.backend, bucket.algorithm, m, n, schedule) + 4 * numbers
 
     cap = _cap(bucket.backend, max_workspace_bytes)
@@ -901,8 +964,8 @@ def _lot(
     # Momenta of copies that no rank alone keeps are updated in the workspace, on every rank those of all.
     slots = most if kind.team.shards is None and not kept_apart else max(chunks, default=0)
     bucket = way.counted(replace(bucket, chunks=chunks, slots=slots, workspace_bytes=slots * each(*held)), schedule)
-    own = work(bucket, notes, schedule, kind.device, [], signs=sign_momentum, between=between)
-    return Lot(kind, own, number, entries, most, way)
+    own = work(bucket, notes, schedule, kind.device, [], form, signs=sign_momentum, between=between)
+    return Lot(kind, own, number, entries, most, way, kept_apart)
 
 
 def _cut_rounds(lots: Sequence[Lot], params: Sequence[Tensor], momenta: Momenta) -> list[CutRound]:

@@ -104,7 +104,8 @@ class Teams:
         return self._found[key]
 
 
-def _dim(shard: Any, shape: Sequence[int]) -> int:
+def dim_of(shard: Any, shape: Sequence[int]) -> int:
+    """The dimension that a placement cuts, from 0 on."""
     dim: int = shard.dim
     return dim % len(shape)
 
@@ -125,7 +126,7 @@ def _ranges(
     later = [(i, c) for i, c in zip(dims, at, strict=True) if type(placements[i]).__name__ == "_StridedShard"]
     first = [(i, c) for i, c in zip(dims, at, strict=True) if (i, c) not in later]
     for i, coordinate in (*first, *reversed(later)):
-        dim = _dim(placements[i], shape)
+        dim = dim_of(placements[i], shape)
         ranges[dim] = chunk(ranges[dim], mesh[i], coordinate)
     return tuple(ranges)
 
@@ -151,11 +152,11 @@ def placement_of(t: DTensor, flatten: bool | None, teams: Teams) -> Placement | 
             raise ValueError(f"parameters should be sharded or replicated but one has placements: {placements}")
         if placement.is_replicate():
             repeated.append(i)
-        elif _dim(placement, shape) in matrix:
+        elif dim_of(placement, shape) in matrix:
             cut.append(i)
         else:
             dealt.append(i)
-        if i in cut and flattens(shape, flatten) and _dim(placement, shape):
+        if i in cut and flattens(shape, flatten) and dim_of(placement, shape):
             raise ValueError(
                 f"a parameter of {len(shape)} dimensions that is flattened to matrices should be sharded along "
                 f"dimension 0 but has placements: {placements}"

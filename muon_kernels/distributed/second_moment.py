@@ -7,13 +7,44 @@ than in one process, so results are the same to fp32's rounding.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..second_moment import FORMS
+from ..layout import flattens
+from ..second_moment import FORMS, shape_of
+from .placement import dim_of
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def create(form: str, p: DTensor, flatten: bool | None) -> DTensor:
+    """V of a DTensor that has not been stepped: zeros in fp32, cut along rows as the parameter is."""
+    if form == "element":
+        return cast("DTensor", torch.zeros_like(p, dtype=torch.float32))
+    module = sys.modules["torch.distributed.tensor"]  # p is from it
+    last, shape = p.ndim - 1, shape_of(form, p.shape, flatten, None)
+    rows_cut = [
+        module.Replicate() if placement.is_replicate() or dim_of(placement, p.shape) == last else placement
+        for placement in p.placements
+    ]
+    own = torch.zeros(shape_of(form, p._local_tensor.shape, flatten, None), device=p.device, dtype=torch.float32)
+    stride = torch.empty(shape, device="meta").stride()
+    made: DTensor = module.DTensor.from_local(own, p.device_mesh, rows_cut, run_check=False, shape=shape, stride=stride)
+    return made
+
+
+def views(form: str, V: Tensor, flatten: bool | None) -> list[Tensor | None]:
+    """Of every matrix of this rank's part, (rows, cols) or (rows, 1)."""
+    if form == "element" and flattens(V.shape, flatten):
+        V = V.view(1, V.shape[0], -1)
+    return list(V.view(-1, *V.shape[-2:]).unbind())
+
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -35,7 +66,8 @@ def normalize(
     Args:
         form: of `FORMS`.
         X: (batch, m, n), this rank's parts of updates, as the parameters have them, not transposed; written.
-        moments: fp32, of every matrix, (m, n) for "element" and (m, 1) for "neuron"; written.
+        moments: fp32, of every matrix, (m, n) for "element" and (m, 1) for "neuron"; written. None where this rank has
+            no part.
         beta2: β₂.
         rows: of the whole matrix.
         at: (first, last + 1) of the rows of X in it.
@@ -57,7 +89,7 @@ def normalize(
             dist.all_reduce(of_all, group=group)
             complete = of_all[:, at[0] : at[1]]
         factors = torch.empty_like(squares)
-        for V, square, factor in zip(moments, complete, factors, strict=True):
+        for V, square, factor in zip(moments, complete, factors, strict=bool(moments)):
             V[:, 0].lerp_(square / width, 1 - beta2)
             torch.sqrt(V[:, 0], out=factor).add_(eps).reciprocal_()
         sums[0], sums[1] = squares.sum(1), (squares * factors * factors).sum(1)

@@ -18,6 +18,7 @@ from muon_kernels.split import blocks, equal, heads, qkv
 
 # Wide, tall, square, odd, fewer rows than ranks, one row, many equal ones, a stack, two empty ones.
 SHAPES = [(128, 256), (256, 64), (96, 96), (96, 96), (33, 70), (3, 50), (1, 40), *[(24, 40)] * 5, (6, 64, 48), (0, 8)]
+WHOLE = [*SHAPES[:7], (6, 64, 48)]
 SPLIT = [(96, 64), (96, 96), (48, 32)]
 
 CASES: dict[str, tuple[type[Optimizer], list[tuple[int, ...]], dict[str, Any]]] = {
@@ -30,6 +31,8 @@ CASES: dict[str, tuple[type[Optimizer], list[tuple[int, ...]], dict[str, Any]]] 
     "bf16 momentum": (Muon, SHAPES, {"momentum_dtype": torch.bfloat16}),
     "cautious": (Muon, SHAPES, {"cautious": True, "weight_decay": 0.5}),
     "signs": (Muon, SHAPES, {"sign_momentum": True}),
+    "rows": (Muon, WHOLE, {"second_moment": "neuron"}),
+    "elements": (Muon, WHOLE, {"second_moment": "element", "sign_momentum": True}),
     "half power": (SpectralMomentum, SHAPES, {"power": 0.5}),
     "SGD": (SpectralMomentum, SHAPES, {"power": 1.0}),
     "quarter power of Adam": (SpectralAdam, SHAPES, {"power": 0.25}),
@@ -94,7 +97,10 @@ def compare(layout: str) -> list[str]:
                 place = lambda t, mesh=mesh, where=where: distribute_tensor(t, mesh, where, src_data_rank=None)
             found, _ = steps(case, place, scale, **options)
             whole = [t.full_tensor() if isinstance(t, DTensor) else t for t in found]
-            if not all(map(torch.equal, whole, alone(case, scale))):
+            # Sums of squares of parts are in fp32, and in another order.
+            close = "second_moment" in own and layout != "group"
+            same = (lambda a, b: torch.allclose(a, b, rtol=0, atol=2e-4)) if close else torch.equal
+            if not all(map(same, whole, alone(case, scale))):
                 different.append(f"{case} {name}")
     return different
 

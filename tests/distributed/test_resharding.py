@@ -25,13 +25,13 @@ from muon_kernels import MuonAdamW
 from muon_kernels.cli.demo import GPT
 
 
-def build(layout: str) -> tuple[nn.Module, MuonAdamW]:
+def build(layout: str, **options: Any) -> tuple[nn.Module, MuonAdamW]:
     torch.manual_seed(0)
     model: nn.Module = GPT(40, 1, 4, CONTEXT)
     if layout != "one":
         model = LAYOUTS[layout](model)
     shared = {"process_group": dist.group.WORLD} if layout == "ddp" else {}
-    return model, MuonAdamW(groups_of(model), muon_options=shared)
+    return model, MuonAdamW(groups_of(model, **options), muon_options=shared)
 
 
 def give(model: nn.Module, step: int) -> None:
@@ -43,9 +43,9 @@ def give(model: nn.Module, step: int) -> None:
         p.grad = grad
 
 
-def train(layout: str, start: int, stop: int, folder: str) -> dict[str, Tensor]:
+def train(layout: str, start: int, stop: int, folder: str, **options: Any) -> dict[str, Tensor]:
     """Steps start..stop; from the checkpoint in `folder` unless they are the first, to one there unless the last."""
-    model, optimizer = build(layout)
+    model, optimizer = build(layout, **options)
     if start:
         state: dict[str, Any] = {"model": get_model_state_dict(model)}
         state["optimizer"] = get_optimizer_state_dict(model, optimizer)
@@ -83,6 +83,21 @@ def test_resharding(ranks: World, saved: tuple[str, int], loaded: tuple[str, int
         assert found.keys() == expected.keys() and len(found) == 4
         for name in found:
             torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0, msg=name)
+
+
+def train_norm(layout: str, start: int, stop: int, folder: str, form: str) -> dict[str, Tensor]:
+    return train(layout, start, stop, folder, second_moment=form)
+
+
+@pytest.mark.parametrize("form", ["neuron", "element"])
+def test_resharding_of_second_moments(ranks: World, form: str, tmp_path: Path) -> None:
+    """Sums over parts are in another order, so only nearly to the bit."""
+    ranks.run(2, train_norm, "fsdp", 0, 2, str(tmp_path), form)
+    expected = ranks.run(1, train_norm, "one", 0, 4, str(tmp_path), form)[0]
+    for layout, size in (("fsdp", 3), ("one", 1)):
+        for found in ranks.run(size, train_norm, layout, 2, 4, str(tmp_path), form):
+            for name in found:
+                torch.testing.assert_close(found[name], expected[name], rtol=0, atol=2e-4, msg=name)
 
 
 def plain_checkpoint() -> tuple[bool, bool]:
