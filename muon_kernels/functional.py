@@ -354,7 +354,7 @@ def check_apart(tensors: Sequence[tuple[str, Tensor]]) -> None:
 
 def check_second_moment(name: str, V: Any, form: str, p: Tensor, flatten: bool | None, split: str | None) -> None:
     """Raise ValueError or TypeError unless V can be the second moment of `p`."""
-    check_dense(name, V)
+    check_dense(name, local(V))
     expected = shape_of(form, p.shape, flatten, split)
     if V.shape != expected or V.dtype != torch.float32:
         raise ValueError(
