@@ -31,7 +31,20 @@ from .. import backends
 from ..coefficients import Schedule
 from ..newton_schulz import ALGORITHMS, Products, Square
 from ..plan import Bucket, Counter, count_iteration
-from .exchange import Buffers, CutRound, Iterate, Kind, Lot, Momenta, Pending, Rectangle, holders, scale_of, shift_of
+from .exchange import (
+    NORM_BYTES,
+    Buffers,
+    CutRound,
+    Iterate,
+    Kind,
+    Lot,
+    Momenta,
+    Pending,
+    Rectangle,
+    holders,
+    scale_of,
+    shift_of,
+)
 from .placement import Team
 
 if TYPE_CHECKING:
@@ -228,7 +241,7 @@ class GramRound(CutRound):
         gathered = share * team.replica_count * (team.replica_count > 1)
         m = self.lot.kind.shape[0]
         squares = self._sum_bytes + self.count * m * (4 + self.lot.work.bucket.workspace_dtype.itemsize * m)
-        return share, max(squares, gathered)
+        return share, max(squares + -squares % NORM_BYTES, gathered)  # buffers are of doubles
 
     @property
     def _sum_bytes(self) -> int:
