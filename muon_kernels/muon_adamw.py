@@ -253,6 +253,8 @@ def _unfuse(group: dict[str, Any]) -> None:
 
 def _check(group: dict[str, Any], state: Mapping[Tensor, dict[str, Any]]) -> None:
     """Raise where `AdamW.step` would, or should, refuse a gradient or the state of `group`."""
+    if group["foreach"] and isinstance(group["lr"], Tensor) and not group["capturable"]:
+        raise ValueError("AdamW's lr should be a number with foreach=True but is a tensor")
     moments = (*_MOMENTS, "max_exp_avg_sq") if group["amsgrad"] else _MOMENTS
     for param in group["params"]:
         grad = param.grad
@@ -266,3 +268,13 @@ def _check(group: dict[str, Any], state: Mapping[Tensor, dict[str, Any]]) -> Non
             )
         if state.get(param):
             check_state("", param, state[param], moments)
+            if not isinstance(state[param].get("step"), Tensor):
+                raise ValueError("AdamW's state should have step, a tensor, but has not; delete it to start anew")
+            for key in moments:
+                if state[param][key].dtype != param.dtype:
+                    raise ValueError(
+                        f"AdamW's {key} should be of the parameter's dtype {param.dtype} but is of: "
+                        f"{state[param][key].dtype}"
+                    )
+        if group["capturable"] and param.device.type == "cpu":
+            raise ValueError("AdamW's capturable should be False for parameters on the CPU")

@@ -285,10 +285,17 @@ class Muon(Optimizer):
         except ValueError:  # a set or a list of another length
             return len(resolve(ns_coefficients, None).triples)
 
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raise for options that cannot be used."""
+        _check_options(group)
+        if self._ranks.shares(group["params"]):
+            check_shared(group)
+            self._ranks.check(group)
+
     def _check_gradients(self) -> None:
         """Raise for what other ranks should not wait for."""
         for group in self.param_groups:
-            _check_options(group)
+            self._check_group(group)
             for p in group["params"]:
                 if p.grad is not None:
                     check_dense("gradient", local(p.grad))
@@ -298,7 +305,7 @@ class Muon(Optimizer):
         self, group: dict[str, Any], grad_of: Callable[[Tensor], Tensor | None]
     ) -> tuple[Prepared, list[Tensor], list[tuple[Tensor, str, Tensor]]]:
         """What a step of this group does, its gradients, and what it would add to the state."""
-        _check_options(group)
+        self._check_group(group)
         params, grads, buffers, moments, mantissas, placements = [], [], [], [], [], []
         scales: list[Tensor | None] = []
         split_of: dict[Tensor, str | None] = {}
@@ -377,6 +384,7 @@ class Muon(Optimizer):
         # torch.amp.GradScaler sets these for the duration of a step.
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         self._steps += 1
+        self._ranks.refresh(self.param_groups)
         try:
             agreed = consensus.agree(self._ranks.teams, found_inf, self._check_gradients)
         except Failed as error:
@@ -430,13 +438,29 @@ class Muon(Optimizer):
         super().__setstate__(state)
         self._workspace = Workspace()
         self._prepared = Preparations()
-        self.__dict__.setdefault("_ranks", Ranks())
         self.__dict__.setdefault("_steps", 0)
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 if key != "differentiable":  # torch puts this one into the defaults
                     group.setdefault(key, value)
             _set_peak_lr(group)
+        if "_ranks" not in self.__dict__:  # a copy
+            self._ranks = Ranks()
+        self._ranks.refresh(self.param_groups)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickling and copying keep.
+
+        Raises:
+            TypeError: with a process_group, which is of this process and has the state on several.
+        """
+        if self._ranks.owned:
+            raise TypeError(
+                "an optimizer with a process_group should not be copied or pickled, as ranks share its state; make "
+                "another one and load the state_dict() that all ranks have asked for"
+            )
+        state: dict[str, Any] = super().__getstate__()
+        return state
 
     @contextmanager
     def whole_state(self) -> Iterator[None]:
@@ -475,16 +499,30 @@ class Muon(Optimizer):
             _check_options({**self.defaults, **group})
         state_of = dict(states)
         if [len(group["params"]) for group in saved] == [len(own["params"]) for own in groups]:  # else torch raises
-            # What torch.optim.Muon saved has no split, and the default would not be the group's own.
-            saved = [{"split": own["split"], **group} for own, group in zip(groups, saved, strict=True)]
+            # What torch.optim.Muon saved lacks options, and the defaults would not be the group's own.
+            for own, group in zip(groups, saved, strict=True):
+                _check_precision(own, group)
+            kept = [{key: value for key, value in own.items() if key in self.defaults} for own in groups]
+            for own, group in zip(kept, saved, strict=True):
+                if group.get("ns_coefficients") != own["ns_coefficients"]:
+                    own.pop("ns_steps", None)
+            saved = [{**own, **group} for own, group in zip(kept, saved, strict=True)]
             state_dict = {**state_dict, "param_groups": saved}
             for own, group in zip(groups, saved, strict=True):
                 loaded = {**own, **self.defaults, **group, "params": own["params"]}
-                _check_precision(own, group)
+                if self._ranks.shares(own["params"]):
+                    check_shared(loaded)
                 for p, split in splits(loaded):
                     pieces(p.shape, loaded["flatten"], split)
                     state = state_of.get(p, {})
-                    if "momentum_buffer" in state and state["momentum_buffer"].dtype == torch.int8:
+                    is_packed = "momentum_buffer" in state and state["momentum_buffer"].dtype == torch.int8
+                    wants_packed = loaded["momentum_dtype"] == torch.int8
+                    if "momentum_buffer" in state and is_packed != wants_packed:
+                        raise ValueError(
+                            f"momentum_buffer should {'' if wants_packed else 'not '}be of int8 for momentum_dtype="
+                            f"{loaded['momentum_dtype']} but is of: {state['momentum_buffer'].dtype}"
+                        )
+                    if is_packed:
                         scale = state.get("momentum_scale")
                         check_momentum_scale("momentum_scale", scale, p, loaded["flatten"], split)
                     if "mantissa" in state:
@@ -521,7 +559,14 @@ def check_checkpoint(
     if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= set(state_dict):
         has = sorted(map(str, state_dict)) if isinstance(state_dict, dict) else type(state_dict).__name__
         raise ValueError(f"a checkpoint should be a dict with 'state' and 'param_groups' but is: {has}")
-    for group in state_dict["param_groups"]:
+    state, saved_groups = state_dict["state"], state_dict["param_groups"]
+    if not isinstance(state, Mapping) or not all(isinstance(kept, Mapping) for kept in state.values()):
+        raise TypeError("state of a checkpoint should be a dict of dicts, one a parameter, but is not")
+    if not isinstance(saved_groups, (list, tuple)) or not all(
+        isinstance(group, Mapping) and "params" in group for group in saved_groups
+    ):
+        raise TypeError("param_groups of a checkpoint should be a list of dicts with params but is not")
+    for group in saved_groups:
         if option not in group:
             raise ValueError(
                 f"a checkpoint of {optimizer} should have {option} in every group but has: {sorted(group)}"
@@ -598,6 +643,9 @@ def _check_options(options: dict[str, Any]) -> None:
     check_second_moment_form(options["second_moment"])
     check_fraction("beta2", options["beta2"])
     check_relatives(options)
+    step = options.get("step", 0)
+    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 1 << 31:
+        raise ValueError(f"step of a group, which counts its steps, should be an int from 0 to 2^31 but is: {step!r}")
     check_eps(options["eps"])
     check_settled(options)
     check_choice("strategy", options["strategy"], STRATEGIES)

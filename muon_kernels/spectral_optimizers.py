@@ -21,7 +21,7 @@ from .distributed import consensus
 from .distributed.placement import local
 from .distributed.ranks import Ranks
 from .functional import check_dense, check_like
-from .optimizer import Muon, check_checkpoint
+from .optimizer import Muon, check_checkpoint, check_state
 from .plan import Plan
 from .spectral import check_power
 
@@ -189,6 +189,10 @@ class SpectralAdam(Optimizer):
             for p in group["params"]:
                 if (grad := p.grad) is None:
                     continue
+                if self.state.get(p):
+                    check_state("", p, self.state[p], ["exp_avg", "exp_avg_sq"])
+                    if not isinstance(self.state[p].get("step"), Tensor):
+                        raise ValueError("state should have step, a tensor, but has not; delete it to start anew")
                 check_dense("gradient", local(grad))
                 check_like("gradient", grad, p)
                 if grad.dtype != p.dtype:
@@ -216,6 +220,7 @@ class SpectralAdam(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._ranks.refresh(self.param_groups)
         if not self._ranks.teams:
             self._check_gradients()
         agreed, steps = consensus.agree(self._ranks.teams, None, self._check_gradients), []
@@ -286,11 +291,13 @@ class SpectralAdam(Optimizer):
         """Take up a pickle or a checkpoint."""
         super().__setstate__(state)
         self._workspace, self._prepared = functional.Workspace(), functional.Preparations()
-        self.__dict__.setdefault("_ranks", Ranks())
+        if "_ranks" not in self.__dict__:  # a copy
+            self._ranks = Ranks()
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 if key != "differentiable":  # torch puts this one into the defaults
                     group.setdefault(key, value)
+        self._ranks.refresh(self.param_groups)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class or of torch.optim.AdamW.
@@ -300,9 +307,14 @@ class SpectralAdam(Optimizer):
                 changed then.
         """
         check_checkpoint(state_dict, self.param_groups, "SpectralAdam", "betas", ["exp_avg", "exp_avg_sq"])
-        for group in state_dict["param_groups"]:
+        saved = state_dict["param_groups"]
+        if len(saved) == len(self.param_groups):  # else torch raises
+            # What torch.optim.AdamW saved lacks options, and the defaults would not be the group's own.
+            kept = [{key: value for key, value in own.items() if key in self.defaults} for own in self.param_groups]
+            saved = [{**own, **group} for own, group in zip(kept, saved, strict=True)]
+        for group in saved:
             _check_options({**self.defaults, **group})
-        super().load_state_dict(deepcopy(state_dict))  # torch would share the moments
+        super().load_state_dict(deepcopy({**state_dict, "param_groups": saved}))  # torch would share the moments
 
 
 def _iterated(p: Tensor, group: dict[str, Any]) -> bool:

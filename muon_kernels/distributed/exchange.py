@@ -868,7 +868,9 @@ def prepare(
 
     exchanges = []
     for team in dict.fromkeys(kind.team for kind in by_kind):
-        kinds = {kind: entries for kind, entries in by_kind.items() if kind.team is team and min(kind.shape)}
+        kinds = {
+            kind: entries for kind, entries in by_kind.items() if kind.team is team and entries and min(kind.shape)
+        }
         chosen, ways = {}, {}
         for kind in kinds:
             name, notes = backends.choose(

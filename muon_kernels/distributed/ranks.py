@@ -27,6 +27,7 @@ class Ranks:
         self.teams: dict[Team, list[Tensor]] = {}
         self._copies = None if process_group is None else Team(None, process_group)
         self._teams = Teams()
+        self._flatten: dict[Tensor, bool | None] = {}  # as DTensors were seen
         self._loads = [0] * (0 if self._copies is None else self._copies.ranks)
 
     @property
@@ -54,10 +55,7 @@ class Ranks:
             ValueError: one is placed in a way that cannot be stepped, or ranks differ in what they give.
         """
         params: Sequence[Tensor] = group["params"]
-        placements: dict[Tensor, Placement] = {}
-        for p in params:
-            if is_dtensor(p) and (at := placement_of(p, group["flatten"], self._teams)) is not None:
-                placements[p] = at
+        placements = self._placed(group)
         loads = self._loads
         if self._copies is not None and group["power"] != 1:
             plain = [(p, cost) for p, cost in zip(params, costs, strict=True) if not is_dtensor(p)]
@@ -67,6 +65,38 @@ class Ranks:
                 placements[p] = replicated(self._copies, p.shape, owner)
                 loads[owner] += cost
         consensus.check_alike(placements, group)
+        self._take(group, placements)
+        self._loads = loads
+
+    def refresh(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """See DTensors again whose group has another `flatten` now, or which have not been seen.
+
+        Raises:
+            ValueError: one is placed in a way that cannot be stepped, or an option is not for several ranks.
+        """
+        for group in groups:
+            for p in group["params"]:
+                if is_dtensor(p) and self._flatten.get(p, "unseen") is not group["flatten"]:
+                    self._take(group, self._placed(group))
+                    break
+
+    def check(self, group: Mapping[str, Any]) -> None:
+        """Raise ValueError where `power` is one that owned parameters were not dealt for."""
+        if group["power"] == 1 and any(at.owner is not None for at in map(self.placements.get, group["params"]) if at):
+            raise ValueError("power should not become 1 with a process_group, where ranks keep the momentum of a share")
+
+    def _placed(self, group: Mapping[str, Any]) -> dict[Tensor, Placement]:
+        """Of the DTensors that other ranks have parts or copies of."""
+        placements: dict[Tensor, Placement] = {}
+        for p in group["params"]:
+            if is_dtensor(p) and (at := placement_of(p, group["flatten"], self._teams)) is not None:
+                placements[p] = at
+        return placements
+
+    def _take(self, group: Mapping[str, Any], placements: Mapping[Tensor, Placement]) -> None:
+        for p in group["params"]:
+            if is_dtensor(p):
+                self.placements.pop(p, None)
+                self._flatten[p] = group["flatten"]
         self.placements.update(placements)
         self.teams = consensus.teams_of(self.placements)
-        self._loads = loads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 from datetime import timedelta
@@ -183,6 +184,63 @@ def missing(layout: str) -> tuple[bool, bool]:
 
 def test_gradients_that_some_ranks_lack(ranks: World) -> None:
     assert ranks.run(3, missing, "rows") == [(True, True)] * 3
+
+
+def changed(how: str) -> tuple[bool, str]:
+    """(whether two steps are those of one process, what was said) where `how` comes between them."""
+    whole = [torch.randn(8, 12, 10, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    options: dict[str, Any] = {"lr": 0.1, "backend": "cpu"}
+    if how == "flatten, once True":
+        options["flatten"] = True
+    params = [torch.nn.Parameter(distribute_tensor(t, mesh, [Shard(0)], src_data_rank=None)) for t in whole]
+    plain = [torch.nn.Parameter(t.clone()) for t in whole]
+    if how.startswith("a group"):
+        params = [torch.nn.Parameter(t.clone()) for t in whole]
+        options["process_group"] = dist.group.WORLD
+    optimizer = Muon(params, **options)
+    alone = Muon(plain, **{key: value for key, value in options.items() if key != "process_group"})
+    said = ""
+    for step in range(2):
+        for p, q in zip(params, plain, strict=True):
+            q.grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(10 + step))
+            p.grad = q.grad.clone()
+            if isinstance(p, DTensor):
+                p.grad = distribute_tensor(q.grad, mesh, [Shard(0)], src_data_rank=None)
+        try:
+            optimizer.step()
+            alone.step()
+            if step == 0 and how.startswith("flatten"):
+                optimizer.param_groups[0]["flatten"] = alone.param_groups[0]["flatten"] = not options.get("flatten")
+            elif step == 0 and how == "a copy":
+                optimizer, params = copy.deepcopy((optimizer, params))
+            elif step == 0 and how == "a group's copy":
+                copy.deepcopy(optimizer)
+            elif step == 0 and how == "a group's power":
+                optimizer.param_groups[0]["power"] = 1.0
+            elif step == 0:
+                optimizer.param_groups[0]["momentum_dtype"] = torch.int8
+        except (TypeError, ValueError) as error:
+            said = str(error)
+            break
+    got = [p.detach().full_tensor() if isinstance(p, DTensor) else p.detach() for p in params]
+    return all(map(torch.equal, got, [q.detach() for q in plain])), said
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("flatten, once True", ""),
+        ("flatten", ""),
+        ("a copy", ""),
+        ("a group's copy", "an optimizer with a process_group should not be copied or pickled"),
+        ("a group's power", "power should not become 1 with a process_group"),
+        ("eight bits", "momentum_dtype should be floating-point for DTensors"),
+    ],
+)
+def test_what_changes_between_steps(ranks: World, how: str, said: str) -> None:
+    for same, text in ranks.run(2, changed, how):
+        assert same and text.startswith(said) and bool(text) == bool(said)
 
 
 def ask_alone() -> str:
