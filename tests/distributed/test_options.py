@@ -19,19 +19,6 @@ from muon_kernels.split import blocks, equal, heads, qkv
 # Wide, tall, square, odd, fewer rows than ranks, one row, many equal ones, stacks, empty ones.
 SHAPES = [(128, 256), (256, 64), (96, 96), (96, 96), (33, 70), (3, 50), (1, 40), *[(24, 40)] * 5]
 SHAPES += [(6, 64, 48), (1, 16, 12), (0, 8), (0, 4, 4)]
-    (128, 256),
-    (256, 64),
-    (96, 96),
-    (96, 96),
-    (33, 70),
-    (3, 50),
-    (1, 40),
-    *[(24, 40)] * 5,
-    (6, 64, 48),
-    (1, 16, 12),
-    (0, 8),
-    (0, 4, 4),
-]
 WHOLE = [*SHAPES[:7], (6, 64, 48)]
 SPLIT = [(96, 64), (96, 96), (48, 32)]
 
