@@ -258,7 +258,7 @@ def test_costs_at_most_1_6_times_as_much(shape: tuple[int, int]) -> None:
             ).flops
             for schedule in (resolve("keller", 5), schedule_of(0.5))
         ]  # fmt: skip
-        assert flops[1] <= 1.6 * flops[0]
+        assert flops[1] <= 1.501 * flops[0]  # asked are 1.6; a product more would be noticed
 
 
 @pytest.mark.parametrize(

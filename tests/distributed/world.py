@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,11 +20,12 @@ def _serve(connection: Connection) -> None:
         task = connection.recv()
         if task is None:
             return
-        function, args, rank, size, store, timeout = task
+        function, args, rank, size, (port, prefix), timeout = task
         try:
+            store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=timeout))
             dist.init_process_group(
                 "gloo",
-                store=dist.FileStore(store, size),
+                store=dist.PrefixStore(prefix, store),
                 rank=rank,
                 world_size=size,
                 timeout=timedelta(seconds=timeout),
@@ -45,6 +44,9 @@ class World:
     def __init__(self, most: int) -> None:
         self._most = most
         self._ranks: list[tuple[Any, Connection]] = []
+        # Not a FileStore: the first ranks that leave a group may delete its file under the last that comes.
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._tasks = 0
 
     def _start(self, count: int) -> None:
         context = mp.get_context("spawn")
@@ -60,18 +62,18 @@ class World:
         """(whether it returned, what) of function(*args) on every rank of a new gloo group; what it raised as text."""
         assert size <= self._most
         self._start(size)
-        with tempfile.TemporaryDirectory() as folder:
-            store = os.path.join(folder, "store")
-            for rank in range(size):
-                self._ranks[rank][1].send((function, args, rank, size, store, timeout))
-            found: list[tuple[bool, Any]] = []
-            alive = []
-            for process, connection in self._ranks[:size]:
-                try:
-                    found.append(connection.recv())
-                    alive.append((process, connection))
-                except EOFError:
-                    found.append((False, "died"))
+        self._tasks += 1
+        place = self._store.port, str(self._tasks)
+        for rank in range(size):
+            self._ranks[rank][1].send((function, args, rank, size, place, timeout))
+        found: list[tuple[bool, Any]] = []
+        alive = []
+        for process, connection in self._ranks[:size]:
+            try:
+                found.append(connection.recv())
+                alive.append((process, connection))
+            except EOFError:
+                found.append((False, "died"))
         # A process keeps its rank: torch remembers where parts are for a mesh that looks the same.
         self._ranks = [*alive, *self._ranks[size:]]
         return found
