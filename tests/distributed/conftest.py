@@ -4,8 +4,8 @@ import pytest
 from world import World, world
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ranks() -> Iterator[World]:
-    """Four processes for all tests."""
+    """Four processes; torch keeps groups that are gone in mind, so not the same for all files."""
     with world(4) as started:
         yield started
