@@ -44,8 +44,11 @@ if TYPE_CHECKING:
 Momenta = Sequence[Tensor | None] | None
 Iterate = Callable[["Work", "Stacks", "Tensor | None"], Tensor]
 
-# Sets of buffers, each of a round: one that is multiplied, the next, whose slices come, the last, whose results go.
-IN_FLIGHT = 3
+# Slices of so many rounds are under way before one is multiplied, and results of so many are not waited for yet: a rank
+# that has more to do in one round than in the next holds up no one.
+_AHEAD, _LATE = 2, 2
+# Sets of buffers, of a round each.
+IN_FLIGHT = _AHEAD + 1 + _LATE
 # Of a rank's results, what is worth a collective of its own.
 SHARE_BYTES = 16 << 20
 NORM_BYTES = 8  # bytes of a double
@@ -794,16 +797,13 @@ class Exchange:
             Failed: a collective did not end; some matrices may be stepped and others not.
         """
         rounds, buffers = self.rounds, self._buffers
-        for i, r in enumerate(rounds):
-            if i == 0:
-                r.begin(grads, scalars, buffers[0])
-            if i + 1 < len(rounds):
-                rounds[i + 1].begin(grads, scalars, buffers[(i + 1) % IN_FLIGHT])
-            r.iterate(scalars, workspace, buffers[i % IN_FLIGHT], run)
-            if i:
-                rounds[i - 1].end(scalars, buffers[(i - 1) % IN_FLIGHT])
-        if rounds:
-            rounds[-1].end(scalars, buffers[(len(rounds) - 1) % IN_FLIGHT])
+        for i in range(-_AHEAD, len(rounds) + _LATE):
+            if 0 <= i + _AHEAD < len(rounds):
+                rounds[i + _AHEAD].begin(grads, scalars, buffers[(i + _AHEAD) % IN_FLIGHT])
+            if 0 <= i < len(rounds):
+                rounds[i].iterate(scalars, workspace, buffers[i % IN_FLIGHT], run)
+            if i >= _LATE:
+                rounds[i - _LATE].end(scalars, buffers[(i - _LATE) % IN_FLIGHT])
 
 
 def prepare(
@@ -971,7 +971,9 @@ def _lot(
 
 
 def _cut_rounds(lots: Sequence[Lot], params: Sequence[Tensor], momenta: Momenta) -> list[CutRound]:
-    return [lot.way(lot, i * lot.most, params, momenta) for lot in lots for i in range(lot.rounds)]
+    """Those first in which most ranks have something to do."""
+    rounds = [lot.way(lot, i * lot.most, params, momenta) for lot in lots for i in range(lot.rounds)]
+    return sorted(rounds, key=lambda r: -sum(len(entries) > r.first for entries in r.lot.entries))
 
 
 def _copy_rounds(lots: Sequence[Lot], params: Sequence[Tensor], momenta: Momenta, share: int) -> list[CopyRound]:
