@@ -502,7 +502,9 @@ class Muon(Optimizer):
             # What torch.optim.Muon saved lacks options, and the defaults would not be the group's own.
             for own, group in zip(groups, saved, strict=True):
                 _check_precision(own, group)
-            kept = [{key: value for key, value in own.items() if key in self.defaults} for own in groups]
+            # But lr is the checkpoint's, and so is its peak.
+            options = self.defaults.keys() - {"peak_lr"}
+            kept = [{key: value for key, value in own.items() if key in options} for own in groups]
             for own, group in zip(kept, saved, strict=True):
                 if group.get("ns_coefficients") != own["ns_coefficients"]:
                     own.pop("ns_steps", None)

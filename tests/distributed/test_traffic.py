@@ -21,7 +21,7 @@ from muon_kernels.cli.ledger import MODELS
 from muon_kernels.coefficients import resolve
 from muon_kernels.distributed import traffic
 from muon_kernels.distributed.deal import deal, least
-from muon_kernels.distributed.exchange import CutRound, share_bytes
+from muon_kernels.distributed.exchange import IN_FLIGHT, CutRound, share_bytes
 from muon_kernels.distributed.traffic import BESIDE, Mesh, elements, owners
 from muon_kernels.plan import Plan
 
@@ -306,11 +306,12 @@ def test_sums_and_blocks() -> None:
 
 @pytest.mark.parametrize("mesh", [Mesh(replicas=16), Mesh(rows=2, replicas=8), Mesh(rows=16)])
 def test_held_memory_has_a_limit(mesh: Mesh) -> None:
-    """Three rounds' buffers of what 16 replicas gather, and the workspace: the cap, or the largest matrix of each."""
+    """All rounds' buffers, of what 16 replicas gather, and the workspace: the cap, or the largest matrix of each."""
     for cost in owners(MODELS["moonlight-16b"], mesh, backend="cuda"):
-        assert 0 < cost.workspace + cost.buffers <= (1 << 30) + 3 * 2 * 11264 * 2048 * mesh.replicas
+        assert 0 < cost.workspace + cost.buffers <= (1 << 30) + IN_FLIGHT * 2 * 11264 * 2048 * (1 + mesh.replicas)
     assert share_bytes(1 << 30, 2) == 16 << 20
-    assert 0 < 3 * 1001 * share_bytes(1 << 30, 1000) <= 1 << 30  # three sets of a share and of all that are gathered
+    # A set for each round in flight, of a share and of all that are gathered
+    assert 0 < IN_FLIGHT * 1001 * share_bytes(1 << 30, 1000) <= 1 << 30
 
 
 def test_what_a_lone_holder_has_stays_there(ranks: World) -> None:

@@ -1,0 +1,107 @@
+"""Faults in steps that several ranks take together: python tests/planting.py tests/mutants_exchange.py"""
+
+from planting import Mutant
+
+TESTS = ["tests/distributed/test_options.py", "tests/distributed/test_faults.py", "tests/distributed/test_layouts.py"]
+
+EXCHANGE = "muon_kernels/distributed/exchange.py"
+CONSENSUS = "muon_kernels/distributed/consensus.py"
+PLACEMENT = "muon_kernels/distributed/placement.py"
+RANKS = "muon_kernels/distributed/ranks.py"
+MOMENTS = "muon_kernels/distributed/second_moment.py"
+CUT = "test_options and 2-rows"
+COPIES = "test_options and 2-group"
+EVERY = "test_options and 4-copies"
+
+MUTANTS = [
+    Mutant("norms: of one part", ".square_().sum(0).sqrt_()", ".square_().amax(0).sqrt_()", CUT, EXCHANGE),
+    Mutant("shift: none", "return (1 - exponent).where(outside, 0)", "return (1 - exponent) * 0", CUT, EXCHANGE),
+    Mutant("power of two of the whole", "shift - shift_of(of_slice)", "shift", CUT, EXCHANGE),
+    Mutant("scale: eps forgotten", ".clamp_min(eps) * margin)", ".clamp_min(1.9) * margin)", CUT, EXCHANGE),
+    Mutant(
+        "rectangle: left",
+        "X[:, top : top + rows, left : left + cols]",
+        "X[:, top : top + rows, :cols]",
+        "2-columns",
+        EXCHANGE,
+    ),
+    Mutant("blend: old norms", "stacks.blend.norms.copy_(norms)", "pass", CUT, EXCHANGE),
+    Mutant("buffers: one set", "IN_FLIGHT = _AHEAD + 1 + _LATE", "IN_FLIGHT = _AHEAD + _LATE", CUT, EXCHANGE),
+    Mutant(
+        "overlap from the other's start",
+        "return (start - a[0], stop - a[0])",
+        "return (start - b[0], stop - b[0])",
+        CUT,
+        EXCHANGE,
+    ),
+    Mutant(
+        "momenta of other replicas stay",
+        "if not self.params[replica] or (",
+        "if replica != team.replica or (",
+        EVERY,
+        EXCHANGE,
+    ),
+    Mutant(
+        "owner's own momentum only",
+        "if not entries or (rank != self.team.replica and not momenta):",
+        "if not entries or rank != self.team.replica:",
+        EVERY,
+        EXCHANGE,
+    ),
+    Mutant("second moments: before and after", "own[i] *= factor", "own[i] /= factor", CUT, EXCHANGE),
+    Mutant(
+        "second moments: kept numbers of copies",
+        'ratios = array("d", map(mul, ratios, place.norms(results).tolist()))',
+        "pass",
+        COPIES,
+        EXCHANGE,
+    ),
+    Mutant("sums of this part alone", "        dist.all_reduce(sums, group=group)", "        pass", CUT, MOMENTS),
+    Mutant(
+        "rows of this part alone",
+        "            dist.all_reduce(of_all, group=group)",
+        "            pass",
+        "2-columns",
+        MOMENTS,
+    ),
+    Mutant("mean of a row of this part", "lerp_(square / width,", "lerp_(square / X.shape[-1],", "2-columns", MOMENTS),
+    Mutant(
+        "chunks rounded down",
+        "size = -(-(stop - start) // count)",
+        "size = max(1, (stop - start) // count)",
+        "test_layouts and fsdp-3",
+        PLACEMENT,
+    ),
+    Mutant(
+        "strided shards first",
+        "for i, coordinate in (*first, *reversed(later)):",
+        "for i, coordinate in (*later, *first):",
+        "test_layouts and tp-4",
+        PLACEMENT,
+    ),
+    Mutant("gradients that some lack: skipped", "if p.grad is None and p in present:", "if False:", "lack", CONSENSUS),
+    Mutant(
+        "NaN: each for itself",
+        "return Agreed(verdict == _FOUND_INF, grad)",
+        "return Agreed(found_inf is not None and bool(found_inf), grad)",
+        "nan",
+        CONSENSUS,
+    ),
+    Mutant("a refusal that nobody hears", "    if verdict == _REFUSED:", "    if False:", "cannot_step", CONSENSUS),
+    Mutant("differences unnoticed", "    if other == first:", "    if True:", "differ", CONSENSUS),
+    Mutant("patience unlimited", "here.wait(_PATIENCE)", "here.wait()", "asked_for_on_one", CONSENSUS),
+    Mutant(
+        "flatten as it was",
+        'if is_dtensor(p) and self._flatten.get(p, "unseen") is not group["flatten"]:',
+        "if False:",
+        "changes",
+        RANKS,
+    ),
+    Mutant(
+        "owned by all",
+        "return at is not None and at.owner is not None and at.owner != at.team.rank",
+        "return False",
+        "test_layouts and ddp-2",
+        RANKS,
+    ),
+]
