@@ -721,8 +721,8 @@ SETTLED = (
 def splits(group: Mapping[str, Any]) -> list[tuple[Tensor, str | None]]:
     """Every parameter of a group and what it is cut to."""
     params, split = group["params"], group["split"]
-    if not isinstance(split, Mapping):
-        return [(p, split) for p in params]
+    if not isinstance(split, Mapping) or not split:
+        return [(p, split or None) for p in params]
     if not params:
         return []
     if "param_names" not in group:
@@ -1123,7 +1123,7 @@ def spectral_power(
     Args:
         G: (..., m, n), any m, n and strides, of dtype float32, bfloat16, float16 or float64; only read.
         p: from 0, which is `orthogonalize` with its defaults, to 1, which is a copy.
-        exact: None; or "svd" or "coupled", the iteration of arXiv 2602.04669, for p = 1/2 and 1/4 only. References,
+        exact: None; or "svd"; or "coupled", the iteration of arXiv 2602.04669, for p = 1/2 and 1/4 alone. References,
             slow, in float64 if that is G's dtype, else in float32.
         ns_algorithm, backend, max_workspace_bytes: see `orthogonalize`.
 

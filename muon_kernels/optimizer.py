@@ -104,7 +104,7 @@ class Muon(Optimizer):
             pattern, for parameters given with names; each pattern has to match in every group that takes the dict.
             Parts are stepped, and shown by `plan()`, like parameters of their own; momentum is the parameter's.
         ns_algorithm: "standard", "gram", or "auto" for the one with fewer FLOPs.
-        backend: "cuda", "cpu", "eager", or "auto" for the first that can.
+        backend: "cuda", "triton", "cpu", "eager", or "auto" for the first that can.
         max_workspace_bytes: cap on the memory beside parameters and state; larger buckets are stepped in several
             passes. None: 64 MiB for "cpu", 1 GiB for the others, or one matrix's need if that is more.
         workspace_dtype: of what is multiplied. torch.float16 is several times more accurate than torch.bfloat16 and as

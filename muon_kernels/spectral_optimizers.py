@@ -355,7 +355,7 @@ def paper_optimizer(name: str, params: ParamsT, lr: float | Tensor, **options: A
     """One of the eight optimizers of arXiv 2602.04669 by its name, with its settings.
 
     Args:
-        name: in `PAPER`.
+        name: "msgd", "msgd_s", "msgd_q", "msgd_z", "adam", "adam_s", "adam_q" or "adam_z".
         params: of `SpectralMomentum` or `SpectralAdam`; the former's should be matrices, and the paper gives others to
             AdamW.
         lr: learning rate.
