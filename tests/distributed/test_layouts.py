@@ -87,7 +87,10 @@ def train(layout: str, width: int, steps: int, dtype: torch.dtype, options: dict
     different, state = [], 0
     for step in range(steps):
         torch.manual_seed(100 + 10 * step + dist.get_rank())
-        trained(torch.randint(256, (2, CONTEXT + 1))).backward()
+        for _ in range(2):  # accumulated
+            trained(torch.randint(256, (2, CONTEXT + 1))).backward()
+        if layout in ("ddp", "fsdp", "hsdp"):  # of tensors on different meshes torch takes no norm
+            nn.utils.clip_grad_norm_(trained.parameters(), 0.5)
         for p, q in zip(trained.parameters(), alone.parameters(), strict=True):
             q.grad = None if p.grad is None else full(p.grad).clone()
         optimizer.step()
