@@ -55,12 +55,12 @@ def relative(Y: Tensor, U: Tensor, S: Tensor, Vh: Tensor, p: float) -> Tensor:
 def test_weights_hold_in_exact_arithmetic(p: float, m: int) -> None:
     """However far `_measure` may leave the largest singular value below 1."""
     worst, rms = error(schedule_of(p), 1e-3, m**-0.125)
-    assert worst < 0.05 and rms < 0.03
+    assert worst < 0.043 and rms < 0.021
 
 
 def test_weights_of_any_power() -> None:
     for p in (0.01, 0.06, 0.3, 0.9, 0.99):
-        assert error(schedule_of(p)).worst < 0.06
+        assert error(schedule_of(p)).worst < 0.054
         assert all(abs(w) < 1.1 for w in schedule_of(p).weights)
 
 
