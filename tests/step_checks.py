@@ -85,6 +85,37 @@ def test_steps_are_those_of_the_other_backends(gpu: Gpu) -> None:
         assert float((p - q).norm()) < 0.06 * 0.2 * min(p.shape[-2:]) ** 0.5 * p[..., 0, 0].numel() ** 0.5
 
 
+SIZES = [1.0, 1000.0, 1.0, 0.001]  # of gradients, one step after the other
+
+
+def test_a_scratch_is_used_again(gpu: Gpu) -> None:
+    """Of what a call left there, the next one keeps nothing."""
+    ops, G = backends.get(gpu.backend), torch.randn(2, 20, 30, device=gpu.device)
+    at = layout(G.shape, G.stride(), None, ())
+    assert at is not None
+    X, scratch = torch.empty_like(G, dtype=torch.bfloat16), torch.empty(2 * ops.scratch_bytes(20, 30), dtype=torch.uint8)
+    rule = dict(momentum=0.0, nesterov=False, dampened=True, grad_scale=1.0, eps=1e-7, margin=1.0)
+    for size in SIZES:
+        grads = G * size
+        scale = ops.momentum_update([Matrices(grads, at)], None, X, scratch=scratch.to(gpu.device), **rule)
+        torch.testing.assert_close(scale.double(), 1 / grads.double().norm(dim=(1, 2)), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["keller", "deepseek_v4"], ids=["fused_step", "products"])
+def test_a_step_knows_nothing_of_the_gradients_before(gpu: Gpu, name: str) -> None:
+    """However large those were: every update is as far from the exact polynomial as the reference's, or less."""
+    p = nn.Parameter(torch.zeros(24, 40, device=gpu.device))
+    muon = Muon([p], lr=1.0, weight_decay=0.0, momentum=0.0, ns_coefficients=name, backend=gpu.backend)
+    schedule, ratio = resolve(name), lr_ratio("original", (24, 40))
+    for t, size in enumerate(SIZES):
+        before, grad = p.detach().double(), make_grad(p, t)
+        p.grad = grad * size
+        muon.step()
+        exact = newton_schulz(grad, schedule)
+        error = ((before - p.detach()) / ratio - exact).norm() / exact.norm()
+        assert error < 0.03, f"step {t}"
+
+
 def test_relatives_are_those_of_the_other_backends(gpu: Gpu) -> None:
     """The same random bits among them. Stochastic rounding and second moments take steps apart that else are fused."""
     results = []

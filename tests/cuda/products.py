@@ -119,7 +119,7 @@ class Products:
 
     def __call__(self, a: Tensor, b: Tensor, out: Tensor, *, multiprocessors: int = 1, **keywords: Any) -> Tensor:
         """One product; keywords of the runtime's options go there."""
-        options = {k: keywords.pop(k) for k in ("order", "asynchrony", "seed", "races", "profile") if k in keywords}
+        options = {k: keywords.pop(k) for k in ("order", "asynchrony", "seed", "races", "profile", "blocks") if k in keywords}
         product = self.product(a, b, out, **keywords)
         self.run(product, dtype=out.dtype, multiprocessors=multiprocessors, **options)
         return out
