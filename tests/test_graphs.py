@@ -15,9 +15,7 @@ from muon_kernels.graphs import capturing
 
 @pytest.mark.parametrize("captured", [0, 1, None])
 @pytest.mark.parametrize("current", [0, 1])
-def test_the_stream_of_the_device_is_asked(
-    current: int, captured: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_stream_of_the_device_is_asked(current: int, captured: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not that of the current device, which stays what it was."""
     now = [current]
 

@@ -312,6 +312,7 @@ def test_an_error_is_reported_once(cuda: Products, function: str) -> None:
         cuda.runtime.fail_next(2, function)
         with pytest.raises(RuntimeError, match="cudaErrorMemoryAllocation"):
             cuda.module.cuda.products([call], cuda.module.DType.bf16, 0)
+        assert cuda.runtime.last_error == 0
         cuda.module.cuda.products([call], cuda.module.DType.bf16, 0)
     assert torch.equal(out, exact(A, X, False).bfloat16())
     cuda.runtime.forget_memory()

@@ -259,6 +259,11 @@ class Runtime:
         """The next call of this function of the runtime does nothing and returns this cudaError_t."""
         self._library.standin_fail_next(ctypes.c_int32(error), function.encode())
 
+    @property
+    def last_error(self) -> int:
+        """The cudaError_t that cudaGetLastError would return."""
+        return int(self._library.standin_last_error())
+
     def replay(self) -> int:
         """Runs what was captured, with the parameters of then; a cudaError_t, not 0 if nothing was captured."""
         return int(self._library.standin_replay())

@@ -286,6 +286,7 @@ void standin_clear() {
 void standin_fail_next(s32 error, const char* function) {
     state().fail_next[function] = static_cast<cudaError_t>(error);
 }
+s32 standin_last_error() { return state().last; }
 void standin_begin_capture() {
     state().graph.clear();
     state().capturing = true;
@@ -370,6 +371,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* c, const void* f, void
     return launch(f, c->gridDim, c->blockDim, args, c->dynamicSmemBytes, cooperative);
 }
 cudaError_t cudaFuncSetAttribute(const void* f, cudaFuncAttribute attribute, int value) {
+    std::lock_guard lock(state().mutex);
     if (const cudaError_t error = planted("cudaFuncSetAttribute")) return error;
     Kernel* k = find(f);
     if (!k || !known(*k)) return set_last(cudaErrorInvalidDeviceFunction);
