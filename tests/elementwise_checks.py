@@ -23,8 +23,8 @@ def wide(t: Tensor) -> Tensor:
 
 
 class Implementation(Protocol):
-    """The two verbs of one implementation, of matrices or stacks of them. They fail if a launch touches anything but its arguments, or if the executor
-    warns."""
+    """The two verbs of one implementation, for matrices or stacks of them. They fail if a launch touches anything but
+    its arguments, or if the executor warns."""
 
     def momentum_update(
         self,

@@ -86,7 +86,13 @@ def test_an_error_is_reported_once(emulated: standin.Runtime, function: str, sha
 
 @needs_nvcc
 @pytest.mark.parametrize(
-    ("code", "mend"), [(209, "MUON_KERNELS_CUDA_ARCHS=80"), (35, "driver is older"), (700, "CUDA_LAUNCH_BLOCKING=1")]
+    ("code", "mend"),
+    [
+        (209, "MUON_KERNELS_CUDA_ARCHS=80"),
+        (35, "driver is older"),
+        (1, r"CUDA 12.1 \(530\)"),
+        (700, "CUDA_LAUNCH_BLOCKING=1"),
+    ],
 )
 @pytest.mark.parametrize(("shape", "verb"), [((24, 40), "fused_step"), ((130, 150), "momentum_update")])
 def test_an_error_of_a_launch(

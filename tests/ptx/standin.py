@@ -29,9 +29,9 @@ from .module import (
     Order,
     cached,
     load,
-    u32s,
     run,
     tensor_range,
+    u32s,
 )
 from .parser import PtxError
 from .profile import Profile
