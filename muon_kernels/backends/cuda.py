@@ -75,7 +75,8 @@ _device = _Device()
 _NO_CODE = "muon_kernels was built without code for this GPU; reinstall it with MUON_KERNELS_CUDA_ARCHS={}{}"
 _DRIVER = "the driver is older than the nvcc that built muon_kernels; update it, or reinstall with an older nvcc"
 _ARGUMENTS = (
-    "kernels take 32 KiB of arguments, for which the driver must be of CUDA 12.1 (530) or newer; see nvidia-smi"
+    "kernels take 32 KiB of arguments, for which the driver must be of CUDA 12.1 (530) or newer (nvidia-smi shows it); "
+    "if it is, please report it"
 )
 _EARLIER = "an earlier launch may be at fault, not only this one; CUDA_LAUNCH_BLOCKING=1 shows which"
 # By cudaError_t.
