@@ -23,6 +23,7 @@ from .coefficients import DEFAULT, NS_STEPS, Schedule, resolve
 from .distributed import blocks, exchange
 from .distributed.placement import Placement, local
 from .distributed.strategies import STRATEGIES
+from .graphs import capturing
 from .layout import (
     Bundle,
     Layout,
@@ -960,17 +961,15 @@ def execute(prepared: Prepared, grads: Sequence[Tensor], scalars: Scalars, works
 
 def ready(prepared: Prepared, grads: Sequence[Tensor], scalars: Scalars, workspace: Workspace) -> None:
     """Allocate what `execute` needs and have backends get ready what they will run; the last thing that may raise."""
-    for work in prepared.works:
+    for shared in prepared.exchanges:
+        shared.reserve()
+    for work in (*prepared.works, *(work for shared in prepared.exchanges for work in shared.works)):
         workspace.reserve(work.device, work.bucket.workspace_bytes)
-        if scalars.seed is not None and work.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if scalars.seed is not None and capturing(work.device):
             raise RuntimeError(
                 "a step with stochastic_rounding should not be captured in a graph, of which every replay would round "
                 "by the same random bits; step outside of it"
             )
-    for shared in prepared.exchanges:
-        shared.reserve()
-        for work in shared.works:
-            workspace.reserve(work.device, work.bucket.workspace_bytes)
     seen = [*grads, *(copy for _, _, copy in prepared.grad_copies)]
     # What `signature` does not have, and a kernel may be another for.
     on_host = options.on_host(scalars.lr), options.on_host(scalars.weight_decay)

@@ -570,6 +570,13 @@ MUTANTS = [
         "Schedule(triples, 1.0, name)",
         COEFFICIENTS,
     ),
+    Mutant(
+        "verbs hold the interpreter",
+        "python/bindings.cpp",
+        "    py::gil_scoped_release release;\n",
+        "",
+        'tests/test_threads.py -k "others_run"',
+    ),
     Mutant("widened by the wrong power", COEFFICIENTS_PY, "c / factor**5", "c / factor**3", COEFFICIENTS),
 ]
 
@@ -656,7 +663,7 @@ def run(mutants: list[Mutant], root: Path) -> list[tuple[Mutant, str | None]]:
             sys.exit(f"fails without a mutant: {failed}")
     results: list[tuple[Mutant, str | None]] = []
     for mutant in mutants:
-        native = mutant.file.startswith("csrc/")
+        native = mutant.file.startswith(("csrc/", "python/"))
         path = root / mutant.file
         text = path.read_text()
         if not native and built != sound:
