@@ -121,8 +121,7 @@ struct Step {
 namespace cpu {
 
 // The instruction sets that kernels exist for, best first.
-enum class Isa : int32_t { avx512bf16 = 0, avx2 = 1 };
-constexpr int kIsaCount = 2;
+enum class Isa : int32_t { avx512bf16 = 0, avx512 = 1, avx2 = 2 };
 
 bool isa_compiled(Isa isa);
 bool isa_supported(Isa isa);  // compiled, and this processor and operating system have it

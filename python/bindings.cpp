@@ -80,6 +80,7 @@ PYBIND11_MODULE(_C, m) {
     py::module_ cpu = m.def_submodule("cpu", "Kernels for this processor.");
     py::enum_<mk::cpu::Isa>(cpu, "Isa", py::module_local())
         .value("avx512bf16", mk::cpu::Isa::avx512bf16)
+        .value("avx512", mk::cpu::Isa::avx512)
         .value("avx2", mk::cpu::Isa::avx2);
     cpu.def("isa_supported", &mk::cpu::isa_supported);
     cpu.def("has_amx_bf16", &mk::cpu::has_amx_bf16);

@@ -1,5 +1,7 @@
 // The one place that asks what the processor can do, and the serial frame of every verb.
+#ifdef MUON_KERNELS_X86
 #include <cpuid.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -19,6 +21,7 @@ const Kernels* kernels_for(Isa isa) {
     switch (isa) {
 #ifdef MUON_KERNELS_X86
         case Isa::avx512bf16: return &kAvx512Bf16Kernels;
+        case Isa::avx512: return &kAvx512Kernels;
         case Isa::avx2: return &kAvx2Kernels;
 #endif
         default: return nullptr;
@@ -63,9 +66,9 @@ bool isa_supported(Isa isa) {
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (isa == Isa::avx2) return avx2;
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512bf16");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    return avx512 && (isa == Isa::avx512 || __builtin_cpu_supports("avx512bf16"));
 #else
     return false;
 #endif
