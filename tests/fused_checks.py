@@ -13,9 +13,10 @@ from typing import Any, Protocol
 import pytest
 import torch
 from matrices import SPECTRA, factors, spectral_truth
-from test_newton_schulz import bf16_loop, relative_error
+from test_newton_schulz import relative_error
 from torch import Tensor
 from vast import far_apart
+from yardsticks import bf16_loop
 
 from muon_kernels.coefficients import COEFFICIENTS, Schedule, resolve
 

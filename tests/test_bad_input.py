@@ -1,6 +1,7 @@
 """Whatever cannot be used raises, says what was expected and what came, and changes nothing."""
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -113,7 +114,8 @@ def stepped(**options: Any) -> tuple[list[nn.Parameter], Muon]:
     return params, optimizer
 
 
-ids = [f"{options}: {sentence[:12]}" for options, _, sentence in OPTIONS]
+# Without addresses, which differ between the processes of pytest -n.
+ids = [re.sub(" at 0x[0-9a-f]+", "", f"{options}: {sentence[:12]}") for options, _, sentence in OPTIONS]
 
 
 def test_torchs_own_sentences_are_kept() -> None:

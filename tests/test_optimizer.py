@@ -15,6 +15,7 @@ import torch
 from matrices import make
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from yardsticks import torchs_muon_in_fp32 as torchs_muon_in_fp32
 
 from muon_kernels import COEFFICIENTS, Muon, MuonAdamW, backends, orthogonalize, reference
 from muon_kernels.coefficients import resolve
@@ -25,6 +26,8 @@ SPECTRA = ["gaussian", "power -1", "one large", "exponential", "rank 8"]
 STEPS = 4
 # Beside torch's own error, what rounding to bf16 may make of an update: the accuracy rule of test_newton_schulz.py.
 FLOOR, FACTOR = 0.025, 1.3
+
+pytestmark = pytest.mark.usefixtures("torchs_muon_in_fp32")
 
 
 def parameters(shapes: Sequence[Sequence[int]] = SHAPES, dtype: torch.dtype = torch.float32) -> list[Tensor]:
