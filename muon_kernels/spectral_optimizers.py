@@ -16,12 +16,13 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable, but it imp
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import functional, options
+from . import functional
+from .adamw_checks import check_adamw_state, check_numbers
 from .distributed import consensus
 from .distributed.placement import local
 from .distributed.ranks import Ranks
 from .functional import check_dense, check_like
-from .optimizer import Muon, check_checkpoint, check_state
+from .optimizer import Muon, check_checkpoint
 from .plan import Plan
 from .spectral import check_power
 
@@ -190,9 +191,7 @@ class SpectralAdam(Optimizer):
                 if (grad := p.grad) is None:
                     continue
                 if self.state.get(p):
-                    check_state("", p, self.state[p], ["exp_avg", "exp_avg_sq"])
-                    if not isinstance(self.state[p].get("step"), Tensor):
-                        raise ValueError("state should have step, a tensor, but has not; delete it to start anew")
+                    check_adamw_state("", p, self.state[p])
                 check_dense("gradient", local(grad))
                 check_like("gradient", grad, p)
                 if grad.dtype != p.dtype:
@@ -306,7 +305,7 @@ class SpectralAdam(Optimizer):
             ValueError, TypeError: it is another optimizer's, or groups, sizes or options do not fit; nothing has been
                 changed then.
         """
-        check_checkpoint(state_dict, self.param_groups, "SpectralAdam", "betas", ["exp_avg", "exp_avg_sq"])
+        check_checkpoint(state_dict, self.param_groups, "SpectralAdam", "betas", _check_saved)
         saved = state_dict["param_groups"]
         if len(saved) == len(self.param_groups):  # else torch raises
             # What torch.optim.AdamW saved lacks options, and the defaults would not be the group's own.
@@ -317,6 +316,10 @@ class SpectralAdam(Optimizer):
         super().load_state_dict(deepcopy({**state_dict, "param_groups": saved}))  # torch would share the moments
 
 
+def _check_saved(of: str, p: Tensor, state: Mapping[str, Any]) -> None:
+    check_adamw_state(of, p, state, saved=True)
+
+
 def _iterated(p: Tensor, group: dict[str, Any]) -> bool:
     return p.ndim >= 2 and group["power"] != 1
 
@@ -325,16 +328,7 @@ def _check_options(group: dict[str, Any]) -> None:
     check_power(group["power"])
     if not isinstance(group["maximize"], bool):
         raise TypeError(f"maximize should be True or False but is: {group['maximize']!r}")
-    options.check_number("Learning rate", group["lr"])
-    options.check_number("weight decay", group["weight_decay"])
-    options.check_number("eps", group["eps"])
-    betas = group["betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise TypeError(f"betas should be two numbers but are: {betas!r}")
-    for beta in betas:
-        options.check_number("each of betas", beta)
-        if beta >= 1:
-            raise ValueError(f"each of betas should be < 1 but is: {beta}")
+    check_numbers(group)
     functional.check_settled({**group, "workspace_dtype": torch.bfloat16})
 
 
