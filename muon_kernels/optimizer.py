@@ -330,7 +330,8 @@ class Muon(Optimizer):
                 new.append((p, "momentum_buffer", buffer))
                 if dtype == torch.int8:
                     split_of = split_of or dict(splits(group))
-                    scale = torch.zeros(scale_size(p.shape, group["flatten"], split_of[p]), device=p.device)
+                    blocks_of_p = scale_size(p.shape, group["flatten"], split_of[p])
+                    scale = torch.zeros(blocks_of_p, dtype=torch.float32, device=p.device)
                     new.append((p, "momentum_scale", scale))
             scales.append(scale)
             if group["master_weights"]:

@@ -257,7 +257,9 @@ class SpectralAdam(Optimizer):
             if not self.state[p]:
                 zeros = (torch.zeros_like(p, memory_format=torch.preserve_format) for _ in range(2))
                 exp_avg, exp_avg_sq = zeros
-                self.state[p].update(step=torch.tensor(0.0), exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+                self.state[p].update(
+                    step=torch.tensor(0.0, dtype=torch.float32, device="cpu"), exp_avg=exp_avg, exp_avg_sq=exp_avg_sq
+                )
         states = [self.state[p] for p in params]
         beta1, beta2 = group["betas"]
         adamw(

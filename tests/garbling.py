@@ -87,7 +87,7 @@ def _frozen(value: Any) -> Any:
             return str(value.layout), value.shape, value.dtype
         if value.is_quantized:
             return value.dtype, value.shape, value.int_repr().tolist()
-        bits = value.detach().resolve_conj().resolve_neg().reshape(-1).clone()
+        bits = value.detach().resolve_conj().resolve_neg().reshape(-1).clone(memory_format=torch.contiguous_format)
         return value.dtype, value.shape, value.stride(), bits.view(torch.uint8).tolist()
     if isinstance(value, dict):
         return [(_frozen(k) if not isinstance(k, Tensor) else id(k), _frozen(v)) for k, v in value.items()]
