@@ -155,7 +155,7 @@ class MuonAdamW(Optimizer):
             state_dict = before(self, state_dict) or state_dict
         saved = [group.get("use_muon") for group in state_dict["param_groups"]]
         order = [group["use_muon"] for group in self.param_groups]
-        if saved != order:
+        if not all(isinstance(use_muon, bool) for use_muon in saved) or saved != order:
             raise ValueError(f"use_muon of the loaded param groups should be {order} but is: {saved}")
         self._hand_over()
         loaded: dict[bool, Iterator[dict[str, Any]]] = {}

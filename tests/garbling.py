@@ -1,7 +1,7 @@
 """Checkpoints with one to three things in them replaced by others, taken up and stepped with.
 
-`python garbling.py KIND FIRST LAST` tries those of the seeds FIRST..LAST-1 and prints what should not be: a load or a
-step that raises something else than it may, or raises and has written. A crash ends it, and the last line says where.
+`python garbling.py FIRST LAST KIND...` tries those of the seeds FIRST..LAST-1 and prints what should not be: a load or
+a step that raises something else than it may, or raises and has written. A crash ends it, and the last line says where.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from muon_kernels import Muon, MuonAdamW
-from muon_kernels.spectral_optimizers import SpectralAdam, SpectralMomentum
+from muon_kernels import Muon, MuonAdamW, SpectralAdam, SpectralMomentum
+from muon_kernels.distributed.zero import ZeroMuon
 
 SHAPES = [(6, 4), (4, 6), (2, 3, 5), (3, 2, 2, 2)]
 
@@ -64,6 +66,10 @@ KINDS: dict[str, list[Callable[[], Optimizer]]] = {
         lambda: SpectralAdam([{"params": half} for half in _halves(_params(True))]),
         lambda: SpectralAdam(_params(True), power=1.0, weight_decay=0.1),
     ],
+    "ZeroMuon": [
+        lambda: ZeroMuon([{"params": half} for half in _halves(_params(False))]),
+        lambda: ZeroMuon(_params(False, torch.bfloat16), maximize=True),
+    ],
     "MuonAdamW": [
         _muon_adamw(),
         _muon_adamw(muon_options={"momentum_dtype": torch.int8}, adamw_options={"amsgrad": True}),
@@ -82,6 +88,8 @@ def _backward(optimizer: Optimizer, step: int) -> None:
 
 def _frozen(value: Any) -> Any:
     """What compares equal if and only if it is the same to the bit."""
+    if isinstance(value, DTensor):
+        value = value.to_local()
     if isinstance(value, Tensor):
         if value.layout != torch.strided or value.device.type == "meta":
             return str(value.layout), value.shape, value.dtype
@@ -258,13 +266,18 @@ def attempt(kind: str, seed: int) -> str | None:
     return None
 
 
-def main(kind: str, first: str, last: str) -> None:
-    """Print what is wrong, and how many were tried."""
+def main(first: str, last: str, *kinds: str) -> int:
+    """Print what is wrong and how many were tried; return how many are wrong."""
     torch.set_num_threads(1)
-    wrong = [found for seed in range(int(first), int(last)) if (found := attempt(kind, seed))]
-    print("\n".join(wrong))
-    print(f"{kind}: {int(last) - int(first)} tried, {len(wrong)} wrong")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    total = 0
+    for kind in kinds or KINDS:
+        wrong = [found for seed in range(int(first), int(last)) if (found := attempt(kind, seed))]
+        print(*wrong, f"{kind}: {int(last) - int(first)} tried, {len(wrong)} wrong", sep="\n")
+        total += len(wrong)
+    dist.destroy_process_group()
+    return total
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main(*sys.argv[1:]) > 0)
