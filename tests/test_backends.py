@@ -25,7 +25,7 @@ def chosen(
         reason = f"{here} is missing; install it" if here in missing else None
         monkeypatch.setattr(module._device, "unavailable", lambda reason=reason: reason)
         monkeypatch.setattr(module._device, "capability", lambda device: capability)
-    monkeypatch.setattr(triton, "remarks", lambda device, shape: ("remarked",))
+    monkeypatch.setattr(triton, "remarks", lambda *_: ("remarked",))
     return backends.choose(name, GPU, [torch.float32], torch.bfloat16, (rows, 4096))
 
 

@@ -72,8 +72,8 @@ class Backend(Products, Protocol):
             run: asks for products, which need not be done when it returns; the operands stay where they are.
         """
 
-    def remarks(self, device: torch.device, shape: tuple[int, int]) -> tuple[str, ...]:
-        """What a plan should say of how such matrices are stepped there."""
+    def remarks(self, device: torch.device, shape: tuple[int, int], workspace_dtype: torch.dtype) -> tuple[str, ...]:
+        """What a plan should say of how such matrices, in stacks of that dtype, are stepped there."""
 
     def rehearsal(self) -> AbstractContextManager[None] | None:
         """Verbs inside make all ready that they need, and do nothing; None if there is nothing to make ready.
@@ -237,7 +237,7 @@ def choose(
             raise RuntimeError(f"backend {name!r} cannot run here: {reason}")
         if reason := backend.refuses(device, dtypes, workspace_dtype):
             raise ValueError(f"backend {name!r} cannot take these tensors: {reason}")
-        return name, backend.remarks(device, shape)
+        return name, backend.remarks(device, shape, workspace_dtype)
     reasons: dict[str, str] = {}
     notes: list[str] = []
     able = []
@@ -259,4 +259,4 @@ def choose(
     if outdone is not None and outdone[0] in able:
         notes.append(f"{first} was not chosen for {shape[0]}x{shape[1]}: {outdone[1]}")
         first = outdone[0]
-    return first, (*notes, *get(first).remarks(device, shape))
+    return first, (*notes, *get(first).remarks(device, shape, workspace_dtype))

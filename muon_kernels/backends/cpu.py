@@ -99,7 +99,7 @@ def outdone_by(device: torch.device, rows: int, cols: int) -> None:
     """By none."""
 
 
-def remarks(device: torch.device, shape: tuple[int, int]) -> tuple[str, ...]:
+def remarks(device: torch.device, shape: tuple[int, int], workspace_dtype: torch.dtype) -> tuple[str, ...]:
     """Nothing."""
     return ()
 

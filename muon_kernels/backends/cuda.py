@@ -130,7 +130,7 @@ def outdone_by(device: torch.device, rows: int, cols: int) -> tuple[str, str] | 
     return "triton", f"on compute capability {major}.{minor} tensor cores are faster by {own}, which triton uses"
 
 
-def remarks(device: torch.device, shape: tuple[int, int]) -> tuple[str, ...]:
+def remarks(device: torch.device, shape: tuple[int, int], workspace_dtype: torch.dtype) -> tuple[str, ...]:
     """Nothing."""
     return ()
 

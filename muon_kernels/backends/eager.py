@@ -1,10 +1,13 @@
 """The verbs in plain torch operations: any device, any floating-point dtype, and the twin that native kernels are read
-beside. Products run in 16 bits with fp32 accumulation, as in torch.optim.Muon, but batched.
+beside. Products run in 16 bits with fp32 accumulation, as in torch.optim.Muon, but batched. A processor without such
+instructions multiplies the same operands in fp32: torch's emulation takes up to a hundred times as long.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,9 +37,28 @@ def outdone_by(device: torch.device, rows: int, cols: int) -> None:
     """Never by one that "auto" would not have taken before."""
 
 
-def remarks(device: torch.device, shape: tuple[int, int]) -> tuple[str, ...]:
-    """Nothing."""
-    return ()
+@cache
+def emulates(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether torch multiplies matrices of a 16-bit dtype on such a device without instructions for it.
+
+    Only processors are asked. torch hands 16-bit products to oneDNN where the answer of its operator is yes; that one
+    still emulates bf16 on AVX-512 without AVX-512-BF16, which `get_capabilities` tells from torch 2.8 on.
+    """
+    if device_type != "cpu" or dtype.itemsize != 2:
+        return False
+    operator = f"_is_mkldnn_{'bf16' if dtype == torch.bfloat16 else 'fp16'}_supported"
+    takes: bool = getattr(torch.ops.mkldnn, operator, bool)()
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    has = any(capabilities.get(name, True) for name in ("avx512_bf16", "amx_bf16"))
+    return not takes or (dtype == torch.bfloat16 and not has)
+
+
+def remarks(device: torch.device, shape: tuple[int, int], workspace_dtype: torch.dtype) -> tuple[str, ...]:
+    """See `Backend.remarks`."""
+    if not emulates(device.type, workspace_dtype):
+        return ()
+    name = str(workspace_dtype).removeprefix("torch.")
+    return (f"eager multiplies {name} operands in float32: this processor has no products of {name}",)
 
 
 def rehearsal() -> None:
@@ -44,8 +66,10 @@ def rehearsal() -> None:
 
 
 def describe() -> str:
-    """What runs."""
-    return f"torch {torch.__version__} operations, batched"
+    """See `Backend.describe`."""
+    emulated = [name for name in ("bfloat16", "float16") if emulates("cpu", getattr(torch, name))]
+    how = f"; {' and '.join(emulated)} products in float32 on this processor" if emulated else ""
+    return f"torch {torch.__version__} operations, batched{how}"
 
 
 def symmetric_products() -> bool:
@@ -146,6 +170,15 @@ def momentum_update(
         start = stop
 
 
+def _multiply(A: Tensor, B: Tensor, out: Tensor, C: Tensor | None, alpha: float, beta: float) -> None:
+    """out = alpha·A·B + beta·C, summed in fp32 and rounded once."""
+    if not emulates(out.device.type, out.dtype):
+        torch.baddbmm(out if C is None else C, A, B, beta=0 if C is None else beta, alpha=alpha, out=out)
+        return
+    total = torch.bmm(A.float(), B.float()).mul_(alpha)
+    out.copy_(total.add_(C, alpha=beta) if C is not None and beta else total)
+
+
 def _product(
     A: Tensor,
     B: Tensor,
@@ -157,14 +190,16 @@ def _product(
     scale: Tensor | None,
 ) -> None:
     if gamma:  # the identity must not be added to a rounded sum: in fp32, which torch's product cannot return
-        total = torch.bmm(A, B).float().mul_(alpha)
+        rounded = torch.empty_like(out)
+        _multiply(A, B, rounded, None, 1.0, 0.0)
+        total = rounded.float().mul_(alpha)
         if C is not None:
             total.add_(C, alpha=beta)
         total.diagonal(dim1=-2, dim2=-1).add_(gamma)
     elif alpha == 0:  # on the CPU, torch 2.13 then takes beta for 0 too, or writes nothing
         total = torch.zeros_like(out) if C is None else C.float() * beta
     else:
-        torch.baddbmm(out if C is None else C, A, B, beta=0 if C is None else beta, alpha=alpha, out=out)
+        _multiply(A, B, out, C, alpha, beta)
         if scale is None:
             return
         total = out.float()

@@ -136,7 +136,7 @@ def outdone_by(device: torch.device, rows: int, cols: int) -> None:
     """Where `Backend.outdone_by` matters to it, the other one says so."""
 
 
-def remarks(device: torch.device, shape: tuple[int, int]) -> tuple[str, ...]:
+def remarks(device: torch.device, shape: tuple[int, int], workspace_dtype: torch.dtype) -> tuple[str, ...]:
     """Where products are not ours, and whether tiles were measured."""
     with _device.guard(device):
         table, shipped = _kernels("measured").table(), _kernels("measured").shipped()
