@@ -407,14 +407,15 @@ def check_mantissa(name: str, mantissa: Any, p: Tensor) -> None:
 def _check_operands(p: Tensor, g: Tensor, buffer: Tensor | None) -> None:
     check_dense("gradient", g)
     check_like("gradient", g, p)
-    _check_device("gradient", g, p)
+    check_device("gradient", g, p)
     if buffer is not None:
         check_dense("momentum_buffer", buffer, MOMENTUM_DTYPES)
         check_like("momentum_buffer", buffer, p)
-        _check_device("momentum_buffer", buffer, p)
+        check_device("momentum_buffer", buffer, p)
 
 
-def _check_device(name: str, t: Tensor, p: Tensor) -> None:
+def check_device(name: str, t: Tensor, p: Tensor) -> None:
+    """Raise ValueError unless `t` is where the parameter is."""
     if t.device != p.device:
         raise ValueError(f"{name} should be on the parameter's device {p.device} but is on: {t.device}")
 
@@ -505,11 +506,11 @@ def prepare(
         if V is None:  # another rank keeps it
             continue
         check_second_moment("second_momentum_buffer", V, cast(str, second_moment), p, flatten, split)
-        _check_device("second_momentum_buffer", V, p)
+        check_device("second_momentum_buffer", V, p)
     for p, mantissa in zip(params, mantissas, strict=bool(mantissas)):
         check_master(p)
         check_mantissa("mantissa", mantissa, p)
-        _check_device("mantissa", mantissa, p)
+        check_device("mantissa", mantissa, p)
     by_kind: dict[Kind, list[tuple[int, int]]] = {}
     scaled: list[Tensor | None] = []  # of every cut, the absmax of an int8 momentum
     ratios: list[float] = []
@@ -536,7 +537,7 @@ def prepare(
                     "delete it from the state to start anew"
                 )
             check_momentum_scale("momentum_scale", scale, p, flatten, split)
-            _check_device("momentum_scale", cast(Tensor, scale), p)
+            check_device("momentum_scale", cast(Tensor, scale), p)
             if order:  # blocks are along rows as everybody sees them, whatever the strides
                 order = tuple(range(1, p.ndim))
         if placement is None:

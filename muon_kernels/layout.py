@@ -211,7 +211,7 @@ def overlaps_itself(shape: Size, stride: tuple[int, ...]) -> bool:
     if nested:
         return False
     # Strides that do not nest may still miss one another, as (2, 3) do for (3, 2).
-    seen = torch.zeros(span, dtype=torch.bool)
+    seen = torch.zeros(span, dtype=torch.bool, device="cpu")
     seen.as_strided(shape, stride).fill_(True)
     return int(seen.sum()) < math.prod(shape)
 
@@ -240,7 +240,7 @@ def overlapping(tensors: Iterable[Tensor]) -> Tensor | None:
             continue
         first = cluster[0].data_ptr()
         unit = math.gcd(*(n for t in cluster for n in (t.itemsize, t.data_ptr() - first)))
-        taken = torch.zeros((max(map(_end, cluster)) - first) // unit, dtype=torch.bool)
+        taken = torch.zeros((max(map(_end, cluster)) - first) // unit, dtype=torch.bool, device="cpu")
         for t in cluster:
             units = t.itemsize // unit
             strides = (*(s * units for s in t.stride()), 1)

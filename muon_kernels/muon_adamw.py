@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable, but it imports dynamo when called only
 from torch.optim import AdamW, Optimizer
 
+from .adamw_checks import MOMENTS, check_adamw_state, check_gradient, check_group, same_layout
 from .functional import check_apart
-from .optimizer import Muon, check_checkpoint, check_state
-from .options import check_keys, check_number, settle
+from .optimizer import Muon, check_checkpoint
+from .options import check_keys, settle
 from .plan import Plan
 
 __all__ = ["MuonAdamW"]
 
 _Groups = list[dict[str, Any]]
 _ADAMW_OPTIONS = inspect.signature(AdamW).parameters.keys() - {"params"}
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-_ADAMW_STATE = {"step", *_MOMENTS, "max_exp_avg_sq"}
+_ADAMW_STATE = {"step", *MOMENTS, "max_exp_avg_sq"}
 
 
 class MuonAdamW(Optimizer):
@@ -140,10 +140,10 @@ class MuonAdamW(Optimizer):
         # Muon checks all it was given before it writes; checking AdamW's part here covers the rest.
         for group in self._adamw.param_groups:
             _settle(group)
-            _check_options(group)
+            check_group(group)
             self._begin(group, [p for p in group["params"] if p.grad is not None and self.state.get(p)])
             _check(group, self.state)
-            _unfuse(group)
+            _unfuse(group, self.state)
         # State that is made here must be of use outside inference mode too.
         with torch.inference_mode(False), torch.no_grad():
             for inner in (self._muon, self._adamw):
@@ -156,7 +156,7 @@ class MuonAdamW(Optimizer):
         self._hand_over()
         for group in self._adamw.param_groups:
             _settle(group)
-            _check_options(group)
+            check_group(group)
         self._muon.init_state()
         with torch.inference_mode(False), torch.no_grad():
             for group in self._adamw.param_groups:
@@ -199,13 +199,13 @@ class MuonAdamW(Optimizer):
             ValueError, TypeError: another optimizer's checkpoint, groups, sizes or options that do not fit; nothing has
                 been changed then.
         """
-        check_checkpoint(state_dict, self.param_groups, "MuonAdamW", "use_muon", [])
+        check_checkpoint(state_dict, self.param_groups, "MuonAdamW", "use_muon")
         state_dict = state_dict.copy()
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
         saved = [group.get("use_muon") for group in state_dict["param_groups"]]
         order = [group["use_muon"] for group in self.param_groups]
-        if saved != order:
+        if not all(isinstance(use_muon, bool) for use_muon in saved) or saved != order:
             raise ValueError(f"use_muon of the loaded param groups should be {order} but is: {saved}")
         self._hand_over()
         loaded: dict[bool, Iterator[dict[str, Any]]] = {}
@@ -218,12 +218,8 @@ class MuonAdamW(Optimizer):
                 "param_groups": groups,
             }
             if inner is self._adamw:
-                check_checkpoint(part, inner.param_groups, "AdamW", "betas", _MOMENTS)
+                part["param_groups"] = _checked_groups(part, inner)
                 part = deepcopy(part)  # torch would share the moments
-                for group in part["param_groups"]:
-                    group.update({key: value for key, value in inner.defaults.items() if key not in group})
-                    _settle(group)
-                    _check_options(group)
             inner.load_state_dict(part)
             loaded[use_muon] = iter(inner.param_groups)
             state.update(inner.state)
@@ -269,21 +265,25 @@ def _settle(group: dict[str, Any]) -> None:
 
 def _checked_adamw(options: Mapping[str, Any]) -> AdamW:
     """An AdamW without parameters; it raises what it has against the options, and we what it overlooks."""
-    _check_options({"lr": 0.0, "weight_decay": 0.0, "eps": 0.0, "betas": (0.0, 0.0), **options})
+    check_group({"lr": 0.0, "weight_decay": 0.0, "eps": 0.0, "betas": (0.0, 0.0), **options})
     return AdamW([{"params": []}], **options)
 
 
-def _check_options(group: Mapping[str, Any]) -> None:
-    """Raise ValueError or TypeError where a number of an AdamW group would fail a step, or make it NaN."""
-    for key in ("lr", "weight_decay", "eps"):
-        check_number(f"AdamW's {key}", group[key])
-    betas = group["betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise TypeError(f"AdamW's betas should be two numbers but are: {betas!r}")
-    for beta in betas:
-        check_number("each of AdamW's betas", beta)
-        if beta >= 1:
-            raise ValueError(f"each of AdamW's betas should be < 1 but is: {beta}")
+def _checked_groups(checkpoint: dict[str, Any], adamw: AdamW) -> _Groups:
+    """The AdamW groups of a checkpoint, with what they lack as in `adamw`; raise unless that can take them up."""
+    amsgrad: dict[Tensor, bool] = {}
+    groups: _Groups = []
+    for own, group in zip(adamw.param_groups, checkpoint["param_groups"], strict=False):
+        groups.append({**{key: own[key] for key in adamw.defaults if key in own}, **group})
+        _settle(groups[-1])
+        check_group(groups[-1])
+        amsgrad.update(dict.fromkeys(own["params"], groups[-1]["amsgrad"]))
+
+    def check(of: str, p: Tensor, state: Mapping[str, Any]) -> None:
+        check_adamw_state(of, p, state, amsgrad.get(p, False), saved=True)
+
+    check_checkpoint(checkpoint, adamw.param_groups, "AdamW", "betas", check)
+    return groups
 
 
 def _fuse(group: dict[str, Any]) -> None:
@@ -291,45 +291,28 @@ def _fuse(group: dict[str, Any]) -> None:
     if group["fused"] is group["foreach"] is None and not group["differentiable"]:
         if all(param.is_floating_point() and param.device.type in ("cpu", "cuda") for param in group["params"]):
             group["fused"] = True
-            _unfuse(group)
+            _unfuse(group, {})
 
 
-def _unfuse(group: dict[str, Any]) -> None:
-    """Take back `fused=True` where a parameter or a gradient is not contiguous.
+def _unfuse(group: dict[str, Any], state: Mapping[Tensor, Mapping[str, Any]]) -> None:
+    """Take back `fused=True` where a parameter, a gradient or a moment is not contiguous.
 
     The fused step pairs elements by their place in memory: on the CPU (torch 2.13) it silently
     updates with the wrong ones where two layouts differ; on CUDA it raises.
     """
-    if group["fused"] and not all(
-        tensor.is_contiguous() for param in group["params"] for tensor in (param, param.grad) if tensor is not None
-    ):
+    if group["fused"] and not all(same_layout(p, state.get(p, {})) for p in group["params"]):
         group["fused"] = None
 
 
 def _check(group: dict[str, Any], state: Mapping[Tensor, dict[str, Any]]) -> None:
     """Raise where `AdamW.step` would, or should, refuse a gradient or the state of `group`."""
-    if group["foreach"] and isinstance(group["lr"], Tensor) and not group["capturable"]:
-        raise ValueError("AdamW's lr should be a number with foreach=True but is a tensor")
-    moments = (*_MOMENTS, "max_exp_avg_sq") if group["amsgrad"] else _MOMENTS
     for param in group["params"]:
-        grad = param.grad
-        if grad is None:
+        if param.grad is None:
             continue
-        if grad.is_sparse:
-            raise RuntimeError("AdamW does not support sparse gradients")
-        if grad.dtype != param.dtype:
-            raise RuntimeError(
-                f"AdamW needs gradients of the parameter's dtype, {param.dtype}, but found: {grad.dtype}"
-            )
-        if state.get(param):
-            check_state("", param, state[param], moments)
-            if not isinstance(state[param].get("step"), Tensor):
-                raise ValueError("AdamW's state should have step, a tensor, but has not; delete it to start anew")
-            for key in moments:
-                if state[param][key].dtype != param.dtype:
-                    raise ValueError(
-                        f"AdamW's {key} should be of the parameter's dtype {param.dtype} but is of: "
-                        f"{state[param][key].dtype}"
-                    )
+        check_gradient(param, param.grad)
+        if kept := state.get(param):
+            check_adamw_state("", param, kept, group["amsgrad"])
         if group["capturable"] and param.device.type == "cpu":
             raise ValueError("AdamW's capturable should be False for parameters on the CPU")
+        if group["fused"] and not param.is_floating_point():
+            raise ValueError(f"AdamW's fused should be False or None for parameters of {param.dtype} but is: True")

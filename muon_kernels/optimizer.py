@@ -20,7 +20,6 @@ from .distributed.ranks import Ranks
 from .distributed.second_moment import create as create_part
 from .distributed.strategies import STRATEGIES
 from .functional import (
-    DTYPES,
     MOMENTUM_DTYPES,
     Coefficients,
     Preparations,
@@ -66,8 +65,11 @@ from .packed import scale_size
 from .plan import Plan, plan_for_shapes
 from .scaling import decayed
 from .second_moment import create
+from .spectral import check_power
 from .split import pieces
 
+# What it may hold of a parameter, all tensors.
+_STATE = ("momentum_buffer", "momentum_scale", "mantissa", "second_momentum_buffer")
 _KELLER = COEFFICIENTS[DEFAULT].triples[0]
 _ADAMW_HINT = "; give vectors and scalars to AdamW (muon_kernels.MuonAdamW with muon_kernels.param_groups(model) does)"
 
@@ -347,7 +349,8 @@ class Muon(Optimizer):
                 new.append((p, "momentum_buffer", buffer))
                 if dtype == torch.int8:
                     split_of = split_of or dict(splits(group))
-                    scale = torch.zeros(scale_size(p.shape, group["flatten"], split_of[p]), device=p.device)
+                    blocks_of_p = scale_size(p.shape, group["flatten"], split_of[p])
+                    scale = torch.zeros(blocks_of_p, dtype=torch.float32, device=p.device)
                     new.append((p, "momentum_scale", scale))
             scales.append(scale)
             if group["master_weights"]:
@@ -532,7 +535,7 @@ class Muon(Optimizer):
             ValueError, TypeError: it is another optimizer's, or groups, sizes or options do not fit; nothing has been
                 changed then.
         """
-        states = check_checkpoint(state_dict, self.param_groups, "Muon", "ns_coefficients", ["momentum_buffer"])
+        states = check_checkpoint(state_dict, self.param_groups, "Muon", "ns_coefficients", _check_state)
         self._settle()
         groups = self.param_groups
         saved = settled_checkpoint(state_dict["param_groups"], groups, self._options)
@@ -576,7 +579,7 @@ class Muon(Optimizer):
         super().load_state_dict(state_dict)
         # torch casts state to the parameter's dtype, which would round what is fp32 with bf16 parameters.
         for p, state in states:
-            for key in ("momentum_buffer", "momentum_scale", "mantissa", "second_momentum_buffer"):
+            for key in _STATE:
                 if key in state:
                     self.state[p][key] = state[key].detach().to(p.device, copy=True)
         for p in self._ranks.owned:
@@ -585,7 +588,11 @@ class Muon(Optimizer):
 
 
 def check_checkpoint(
-    state_dict: Any, groups: Sequence[dict[str, Any]], optimizer: str, option: str, moments: Sequence[str]
+    state_dict: Any,
+    groups: Sequence[dict[str, Any]],
+    optimizer: str,
+    option: str,
+    check: Callable[[str, Tensor, Mapping[str, Any]], None] = lambda of, p, state: None,
 ) -> list[tuple[Tensor, dict[str, Any]]]:
     """Raise ValueError or TypeError unless `state_dict` is of a kind of optimizer; options are not looked at.
 
@@ -594,7 +601,7 @@ def check_checkpoint(
         groups: those that are to take it up.
         optimizer: its name.
         option: every param group of its checkpoints has.
-        moments: the tensors, of the parameter's size, that the state of every parameter has.
+        check: raises unless a parameter can have such a state; its first argument names the parameter in the error.
 
     Returns:
         Every parameter that has state in the checkpoint, and that.
@@ -614,26 +621,49 @@ def check_checkpoint(
             raise ValueError(
                 f"a checkpoint of {optimizer} should have {option} in every group but has: {sorted(group)}"
             )
-    saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        if not isinstance(group["params"], (list, tuple)) or not all(map(_is_index, group["params"])):
+            raise TypeError(
+                f"params in the groups of a checkpoint should be lists of numbers or names but are: {group['params']!r}"
+            )
+    saved = [index for group in saved_groups for index in group["params"]]
+    if len(set(saved)) < len(saved):
+        raise ValueError("every parameter of a checkpoint should be there once but some are repeated")
     own = [p for group in groups for p in group["params"]]
     if len(saved) != len(own):
         return []  # torch has a sentence for it
     states = []
     for index, p in zip(saved, own, strict=True):
-        if state := state_dict["state"].get(index):
-            check_state(f" of parameter {index}", p, state, moments)
-            states.append((p, state))
+        if kept := state.get(index):
+            for key, value in kept.items():
+                _check_loadable(f"{key} of parameter {index}", value, p)
+            check(f" of parameter {index}", p, kept)
+            states.append((p, kept))
     return states
 
 
-def check_state(of: str, p: Tensor, state: Mapping[str, Any], moments: Sequence[str]) -> None:
-    """Raise ValueError or TypeError unless the state of `p` has `moments`, of its size; `of` names it in the error."""
-    for key in moments:
-        if key not in state:
-            raise ValueError(f"state{of} should have {', '.join(moments)} but has: {', '.join(map(str, state))}")
-        if not p.is_complex():  # AdamW's moments of those are complex as well
-            check_dense(key + of, local(state[key]), MOMENTUM_DTYPES if key == "momentum_buffer" else DTYPES)
-        check_like(key + of, state[key], p)
+def _is_index(index: Any) -> bool:
+    return isinstance(index, (int, str)) and not isinstance(index, bool)
+
+
+def _check_loadable(name: str, value: Any, p: Tensor) -> None:
+    """Raise ValueError or TypeError for a tensor, also one that we know nothing of, that torch could not copy."""
+    if not isinstance(value, Tensor):
+        return
+    if value.is_quantized:
+        raise TypeError(f"{name} should be a plain tensor but is of: {value.dtype}")
+    if value.is_meta and not p.is_meta:
+        raise ValueError(f"{name} should have memory but is on the meta device")
+
+
+def _check_state(of: str, p: Tensor, state: Mapping[str, Any]) -> None:
+    """Raise ValueError or TypeError unless `p` can have this state as far as its options do not matter."""
+    if "momentum_buffer" not in state:
+        raise ValueError(f"state{of} should have momentum_buffer but has: {', '.join(map(str, state))}")
+    for key in _STATE:
+        if key in state:
+            check_dense(key + of, local(state[key]), (*MOMENTUM_DTYPES, torch.int16))
+    check_dense("momentum_buffer" + of, local(state["momentum_buffer"]), MOMENTUM_DTYPES)
+    check_like("momentum_buffer" + of, state["momentum_buffer"], p)
 
 
 def settled_checkpoint(
@@ -713,6 +743,7 @@ def _check_options(options: dict[str, Any]) -> None:
     check_weight_decay_form(options["weight_decay_form"], options["peak_lr"])
     check_second_moment_form(options["second_moment"])
     check_fraction("beta2", options["beta2"])
+    check_power(options["power"])
     check_relatives(options)
     step = options.get("step", 0)
     if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 1 << 31:

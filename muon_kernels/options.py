@@ -99,6 +99,10 @@ def check_number(name: str, value: Any) -> None:
         raise TypeError(f"{name} should be a number but is: {value!r}")
     if isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex()):
         raise ValueError(f"{name} should be one real number but is a tensor of size {tuple(value.shape)}")
+    if isinstance(value, Tensor) and (value.is_meta or value.layout != torch.strided or value.is_quantized):
+        raise TypeError(
+            f"{name} should be a number but is a tensor of {value.dtype}, {value.layout}, on {value.device}"
+        )
     if not on_host(value):
         return
     number = float(value)

@@ -267,9 +267,11 @@ def count_iteration(
         return torch.empty(1, m, cols, dtype=torch.bfloat16, device="meta")
 
     def empty_square() -> Square:
-        return Square(empty(m), torch.empty(1, m, device="meta") if counter.precise_squares() else None)
+        return Square(
+            empty(m), torch.empty(1, m, dtype=torch.float32, device="meta") if counter.precise_squares() else None
+        )
 
-    number = torch.empty(1, device="meta")
+    number = torch.empty(1, dtype=torch.float32, device="meta")
     blend = Blend(empty(n), *[number] * 5) if schedule.weights else None
     squares = [empty_square() for _ in range(squares_of(algorithm, schedule))]
     run(counter, empty(n), empty(n), squares, number, schedule, blend)

@@ -41,6 +41,9 @@ TRIPLES: tuple[Triple, ...] = (
 # The iterates that are summed: in Gram form the second one is never there.
 ITERATES = (0, *range(2, len(TRIPLES) + 1))
 
+# Where and in what fits are computed, whatever torch's defaults are.
+_ON_HOST: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+
 # What `fit_weights` says of the paper's powers.
 WEIGHTS: dict[float, tuple[float, ...]] = {}
 
@@ -70,7 +73,7 @@ def _iterates(triples: Tensor, sigma: Tensor) -> Tensor:
 
 
 def _grid(lowest: float, points: int = 400) -> Tensor:
-    return torch.logspace(math.log10(lowest), 0, points, dtype=torch.float64)
+    return torch.logspace(math.log10(lowest), 0, points, **_ON_HOST)
 
 
 def _smallest_error(basis: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
@@ -113,7 +116,7 @@ def fit_weights(
         One weight for the normalised matrix and one for each step.
     """
     sigma = _grid(lowest)
-    basis = _iterates(torch.tensor(triples, dtype=torch.float64), sigma) / sigma[:, None] ** power
+    basis = _iterates(torch.tensor(triples, **_ON_HOST), sigma) / sigma[:, None] ** power
     weights = basis.new_zeros(basis.shape[1])
     weights[list(iterates)] = _smallest_error(basis[:, iterates], rounds)[0]
     return tuple(weights.tolist())
@@ -129,8 +132,8 @@ class Error(NamedTuple):
 def error(of: Schedule, lowest: float = 1e-3, largest: float = 1.0, points: int = 4000) -> Error:
     """What a schedule's sum makes of σ in [lowest, 1]·largest, against σ^p, in exact arithmetic."""
     sigma = _grid(lowest, points) * largest
-    values = _iterates(torch.tensor(of.triples, dtype=torch.float64), sigma)
-    off = values @ torch.tensor(of.weights, dtype=torch.float64) / sigma**of.power - 1
+    values = _iterates(torch.tensor(of.triples, **_ON_HOST), sigma)
+    off = values @ torch.tensor(of.weights, **_ON_HOST) / sigma**of.power - 1
     return Error(off.abs().max().item(), off.square().mean().sqrt().item())
 
 
@@ -214,12 +217,12 @@ def fit(
     Returns:
         The triples, and the largest relative error of any power.
     """
-    generator = torch.Generator().manual_seed(seed)
-    begin = torch.tensor([_FIRST, *[_NEXT] * (steps - 2), _LAST], dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    begin = torch.tensor([_FIRST, *[_NEXT] * (steps - 2), _LAST], **_ON_HOST)
     best, worst = begin, math.inf
     for start in range(starts):
         spread, around = ((0.02, best) if start % 2 else (0.1, begin)) if start else (0.0, begin)
-        noise = torch.randn(steps, 3, generator=generator, dtype=torch.float64)
+        noise = torch.randn(steps, 3, generator=generator, **_ON_HOST)
         try:
             triples, largest = _improved(around * (1 + spread * noise), powers, list(iterates), lowest)
         except OverflowError:
@@ -244,7 +247,7 @@ def _improved(
 ) -> tuple[Tensor, float]:
     """Triples after `rounds` of Levenberg-Marquardt, and their largest error."""
     steps = len(triples)
-    sigma, beyond = _grid(lowest, 240), torch.linspace(0.02, 1.08, 70, dtype=torch.float64)
+    sigma, beyond = _grid(lowest, 240), torch.linspace(0.02, 1.08, 70, **_ON_HOST)
     wanted = torch.stack([sigma**p for p in powers], 1)
 
     def residuals(unknown: Tensor, regard: Tensor) -> Tensor:

@@ -17,11 +17,12 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import functional, options
+from .adamw_checks import check_adamw_state, check_numbers
 from .distributed import consensus
 from .distributed.placement import local
 from .distributed.ranks import Ranks
 from .functional import check_dense, check_like
-from .optimizer import Muon, check_checkpoint, check_state, settled_checkpoint
+from .optimizer import Muon, check_checkpoint, settled_checkpoint
 from .plan import Plan
 from .spectral import check_power
 
@@ -198,9 +199,7 @@ class SpectralAdam(Optimizer):
                 if (grad := p.grad) is None:
                     continue
                 if self.state.get(p):
-                    check_state("", p, self.state[p], ["exp_avg", "exp_avg_sq"])
-                    if not isinstance(self.state[p].get("step"), Tensor):
-                        raise ValueError("state should have step, a tensor, but has not; delete it to start anew")
+                    check_adamw_state("", p, self.state[p])
                 check_dense("gradient", local(grad))
                 check_like("gradient", grad, p)
                 if grad.dtype != p.dtype:
@@ -266,7 +265,9 @@ class SpectralAdam(Optimizer):
             if not self.state[p]:
                 zeros = (torch.zeros_like(p, memory_format=torch.preserve_format) for _ in range(2))
                 exp_avg, exp_avg_sq = zeros
-                self.state[p].update(step=torch.tensor(0.0), exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+                self.state[p].update(
+                    step=torch.tensor(0.0, dtype=torch.float32, device="cpu"), exp_avg=exp_avg, exp_avg_sq=exp_avg_sq
+                )
         states = [self.state[p] for p in params]
         beta1, beta2 = group["betas"]
         adamw(
@@ -320,7 +321,7 @@ class SpectralAdam(Optimizer):
             ValueError, TypeError: it is another optimizer's, or groups, sizes or options do not fit; nothing has been
                 changed then.
         """
-        check_checkpoint(state_dict, self.param_groups, "SpectralAdam", "betas", ["exp_avg", "exp_avg_sq"])
+        check_checkpoint(state_dict, self.param_groups, "SpectralAdam", "betas", _check_saved)
         saved = settled_checkpoint(state_dict["param_groups"], self.param_groups, self._options)
         if len(saved) == len(self.param_groups):  # else torch raises
             # What torch.optim.AdamW saved lacks options, and the defaults would not be the group's own.
@@ -331,6 +332,10 @@ class SpectralAdam(Optimizer):
         super().load_state_dict(deepcopy({**state_dict, "param_groups": saved}))  # torch would share the moments
 
 
+def _check_saved(of: str, p: Tensor, state: Mapping[str, Any]) -> None:
+    check_adamw_state(of, p, state, saved=True)
+
+
 def _iterated(p: Tensor, group: dict[str, Any]) -> bool:
     return p.ndim >= 2 and group["power"] != 1
 
@@ -339,16 +344,7 @@ def _check_options(group: dict[str, Any]) -> None:
     check_power(group["power"])
     if not isinstance(group["maximize"], bool):
         raise TypeError(f"maximize should be True or False but is: {group['maximize']!r}")
-    options.check_number("Learning rate", group["lr"])
-    options.check_number("weight decay", group["weight_decay"])
-    options.check_number("eps", group["eps"])
-    betas = group["betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise TypeError(f"betas should be two numbers but are: {betas!r}")
-    for beta in betas:
-        options.check_number("each of betas", beta)
-        if beta >= 1:
-            raise ValueError(f"each of betas should be < 1 but is: {beta}")
+    check_numbers(group)
     functional.check_settled({**group, "workspace_dtype": "bfloat16"})
 
 

@@ -159,7 +159,11 @@ def momentum_update(
 ) -> Tensor:
     """See `Backend.momentum_update`."""
     _C, batch = native.required(), X.shape[0]
-    scale = torch.empty(batch, dtype=torch.float32) if scratch is None else scratch.view(torch.float32)[:batch]
+    scale = (
+        torch.empty(batch, dtype=torch.float32, device="cpu")
+        if scratch is None
+        else scratch.view(torch.float32)[:batch]
+    )
     update, _alive = native.momentum_update(
         _C, grads, momenta, X, scale, norms, momentum, nesterov, dampened, grad_scale, eps, margin
     )
@@ -322,7 +326,7 @@ def fused_step(
     _C = native.required()
     program = params.derived.get("program") if isinstance(params, Bundle) else None
     if program is None or program.X is not X:
-        scale = torch.empty(X.shape[0], dtype=torch.float32)
+        scale = torch.empty(X.shape[0], dtype=torch.float32, device="cpu")
         with _queue.collect() as (products, operands):
             program = _Program(X, scale, products, iterate(scale), operands)
         if isinstance(params, Bundle):

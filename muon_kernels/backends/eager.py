@@ -268,10 +268,11 @@ def _random_bits(seed: int, first: int, X: Tensor) -> Tensor:
     """Sixteen for every element of X, int64: RandomBits of csrc/cpu/elementwise.h."""
     batch, m, n = X.shape
     down, across = (m + 1) // 2, (n + 1) // 2
-    begin = _mixed(torch.tensor((seed + 2**63) % 2**64 - 2**63)).item()
-    block = torch.arange(first * down * across + 1, (first + batch) * down * across + 1, device=X.device)
+    begin = _mixed(torch.tensor((seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device="cpu")).item()
+    numbers = first * down * across + 1, (first + batch) * down * across + 1
+    block = torch.arange(*numbers, dtype=torch.int64, device=X.device)
     mixed = _mixed(block * (0x9E3779B97F4A7C15 - 2**64) + begin).view(batch, down, 1, across, 1)
-    of_element = torch.tensor([[[0, 16]], [[32, 48]]], device=X.device)
+    of_element = torch.tensor([[[0, 16]], [[32, 48]]], dtype=torch.int64, device=X.device)
     return ((mixed >> of_element) & 0xFFFF).reshape(batch, 2 * down, 2 * across)[:, :m, :n]
 
 

@@ -120,7 +120,7 @@ def gathered(
     for team, params in teams.items():
         group = team.replicas
         assert group is not None
-        here = dist.all_reduce(torch.zeros(1, device=params[0].device), group=group, async_op=True)
+        here = dist.all_reduce(torch.zeros(1, dtype=torch.int32, device=params[0].device), group=group, async_op=True)
         try:
             here.wait(_PATIENCE)
         except Exception as error:

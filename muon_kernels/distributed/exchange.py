@@ -658,7 +658,7 @@ class CopyRound:
                         moments = [(V.mT if e.tall else V)[None] for e in entries for V in (e.moment,) if V is not None]
                         kept = normalize(work.second_moment, result, moments, scalars.beta2, stacks.between)
                         own = place.norms(buffers.slices)
-                        own.copy_(torch.tensor(kept or [1.0] * len(entries), dtype=torch.float64))
+                        own.copy_(torch.tensor(kept or [1.0] * len(entries), dtype=torch.float64, device="cpu"))
                     place.of(buffers.slices, dtype).copy_(result)
         self.pending = gather(
             buffers.owned[: self.share * self.team.replica_count],

@@ -26,10 +26,12 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from .. import backends
 from ..coefficients import COEFFICIENTS, DEFAULT, NS_STEPS, resolve
 from ..functional import Coefficients, check_apart, check_dense, check_like, check_matrices, orthogonalize
 from ..layout import split_shape
-from ..options import check_eps, check_number
+from ..optimizer import check_checkpoint
+from ..options import check_algorithm, check_eps, check_number, check_workspace
 from ..plan import plan_for_shapes
 from ..scaling import lr_ratio
 from . import consensus
@@ -420,21 +422,25 @@ class ZeroMuon(Optimizer):
         Raises:
             ValueError, TypeError: groups, sizes or options do not fit; nothing has been changed then.
         """
-        if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= set(state_dict):
-            raise ValueError("a checkpoint should be a dict with 'state' and 'param_groups' but is another")
+        check_checkpoint(state_dict, self.param_groups, "ZeroMuon", "ns_coefficients")
         found: list[tuple[Tensor, Tensor]] = []
-        for group in state_dict["param_groups"]:
+        groups = state_dict["param_groups"]
+        if len(groups) == len(self.param_groups):  # else torch has a sentence for it
+            options = [{key: own[key] for key in self.defaults if key in own} for own in self.param_groups]
+            groups = [{**own, **group} for own, group in zip(options, groups, strict=True)]
+        for group in groups:
             _check_options({**self.defaults, **group})
-        for saved, group, flat in zip(state_dict["param_groups"], self.param_groups, self._flats, strict=False):
+        for saved, group, flat in zip(groups, self.param_groups, self._flats, strict=False):
             if not group["params"] or len(saved["params"]) != len(group["params"]):
                 continue  # torch has a sentence for it
+            _check_plan(group["params"], saved)
             values = state_dict["state"].get(saved["params"][0], {})
             for key, own in self.state[group["params"][0]].items():
                 if key not in values:
                     raise ValueError(f"a checkpoint of ZeroMuon should have {key} but has: {sorted(values)}")
                 found.append((local(own), _own_slice(key, values[key], flat, self._group.rank())))
         kept = dict(self.state)
-        super().load_state_dict({**state_dict, "state": {}})
+        super().load_state_dict({**state_dict, "state": {}, "param_groups": groups})
         self.state.update(kept)
         for own, value in found:
             own.copy_(value)
@@ -481,5 +487,9 @@ def _check_options(group: dict[str, Any]) -> None:
     check_number("weight decay", group["weight_decay"])
     check_eps(group["eps"])
     resolve(group["ns_coefficients"], group["ns_steps"])
+    check_algorithm(group["ns_algorithm"])
+    check_workspace(group["max_workspace_bytes"])
+    if group["backend"] != "auto":
+        backends.get(group["backend"])
     if not callable(group["adjust_lr_fn"]):
         lr_ratio(group["adjust_lr_fn"], 1, 1)

@@ -1,0 +1,119 @@
+"""What a step of torch's AdamW needs of a group, its gradients and its state.
+
+torch finds out while it steps, when some parameters have been stepped already, or not at all: the fused step reads and
+writes whatever lies at a moment's address. So all is looked at here, before anything is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .distributed.placement import local
+from .functional import DTYPES, check_dense, check_device, check_like
+from .layout import overlaps_itself
+from .options import check_number, on_host
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+_SWITCHES = ("amsgrad", "maximize", "capturable", "differentiable", "decoupled_weight_decay")
+_COMPLEX = (torch.complex64, torch.complex128, torch.complex32)
+_COUNTS = (torch.float32, torch.float64)
+
+
+def check_numbers(group: Mapping[str, Any], of: str = "") -> None:
+    """Raise ValueError or TypeError where a number of a group would fail a step, or make it NaN; `of` begins names."""
+    check_number(f"{of}lr", group["lr"])
+    for key in ("weight_decay", "eps"):
+        check_number(of + key, group[key])
+        if isinstance(group[key], Tensor):
+            raise TypeError(f"{of}{key} should be a number but is a tensor: {group[key]}")
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"{of}betas should be two numbers but are: {betas!r}")
+    for beta in betas:
+        check_number(f"each of {of}betas", beta)
+        if on_host(beta) and beta >= 1:
+            raise ValueError(f"each of {of}betas should be < 1 but is: {beta}")
+    if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
+        raise TypeError(f"{of}betas should be both numbers or both tensors but are: {betas!r}")
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Raise ValueError or TypeError unless torch's AdamW can step a group with these options."""
+    check_numbers(group, "AdamW's ")
+    for key in _SWITCHES:
+        if key in group and not isinstance(group[key], bool):
+            raise TypeError(f"AdamW's {key} should be True or False but is: {group[key]!r}")
+    for key in ("foreach", "fused"):
+        if group.get(key) is not None and not isinstance(group[key], bool):
+            raise TypeError(f"AdamW's {key} should be True, False or None but is: {group[key]!r}")
+    if group.get("differentiable"):
+        raise ValueError("AdamW's differentiable should be False, as Muon's step is not, but is: True")
+    if not group.get("decoupled_weight_decay", True):
+        raise ValueError("AdamW's decoupled_weight_decay should be True, or it is Adam, but is: False")
+    if group.get("fused") and group.get("foreach"):
+        raise ValueError("AdamW's fused and foreach should not both be True")
+    tensors = [name for name, x in (("lr", group["lr"]), ("betas", group["betas"][0])) if isinstance(x, Tensor)]
+    if group.get("foreach") and tensors and not group.get("capturable"):
+        raise ValueError(f"AdamW's {tensors[0]} should be a number with foreach=True but is a tensor")
+
+
+def check_gradient(p: Tensor, grad: Tensor) -> None:
+    """Raise ValueError or TypeError unless the gradient is of the parameter's size, dtype and device, and dense."""
+    if not isinstance(grad, Tensor) or grad.layout != torch.strided:
+        raise TypeError("AdamW's gradients should be dense but one is sparse")
+    if grad.dtype != p.dtype:
+        raise TypeError(f"AdamW's gradients should be of the parameter's dtype {p.dtype} but one is of: {grad.dtype}")
+    check_like("gradient", grad, p)
+    check_device("gradient", grad, p)
+
+
+def check_count(name: str, step: Any) -> None:
+    """Raise ValueError or TypeError unless `step` can be AdamW's number of steps: one of float32, not below zero."""
+    if isinstance(step, Tensor) and (step.dtype not in _COUNTS or step.layout != torch.strided):
+        raise TypeError(f"{name} should be of float32, which counts each step, but is of: {step.dtype}")
+    check_number(name, step)
+
+
+def check_adamw_state(of: str, p: Tensor, state: Mapping[str, Any], amsgrad: bool = False, saved: bool = False) -> None:
+    """Raise ValueError or TypeError unless torch's AdamW can step `p` with this state.
+
+    Args:
+        of: names the parameter in the error.
+        p: the parameter.
+        state: of it, not empty.
+        amsgrad: the option.
+        saved: in a checkpoint, which is cast to the parameter's dtype and device, and whose step may be a number.
+    """
+    moments = (*MOMENTS, "max_exp_avg_sq") if amsgrad else MOMENTS
+    for key in moments:
+        if key not in state:
+            raise ValueError(f"state{of} should have {', '.join(moments)} but has: {', '.join(map(str, state))}")
+        moment = state[key]
+        check_dense(key + of, local(moment), _COMPLEX if p.is_complex() else DTYPES)
+        check_like(key + of, moment, p)
+        if moment.is_meta and not p.is_meta:
+            raise ValueError(f"{key}{of} should have memory but is on the meta device")
+        if saved:
+            continue
+        if moment.dtype != p.dtype:
+            raise ValueError(f"{key}{of} should be of the parameter's dtype {p.dtype} but is of: {moment.dtype}")
+        check_device(key + of, moment, p)
+        if overlaps_itself(local(moment).shape, local(moment).stride()):
+            raise ValueError(
+                f"{key}{of} should have memory for every element but its strides {local(moment).stride()} give several "
+                "elements the same; clone it"
+            )
+    step = state.get("step")
+    if not isinstance(step, Tensor) and not (saved and isinstance(step, (int, float))):
+        raise ValueError(f"state{of} should have step, a tensor, but has: {step!r}; delete the state to start anew")
+    check_count("step" + of, step)
+
+
+def same_layout(p: Tensor, state: Mapping[str, Any]) -> bool:
+    """Whether the fused step, which pairs elements by their place in memory, pairs those that belong together."""
+    tensors = [p, p.grad, *(state.get(key) for key in (*MOMENTS, "max_exp_avg_sq"))]
+    return all(t.is_contiguous() for t in tensors if isinstance(t, Tensor))
