@@ -1,4 +1,5 @@
-// The batched bf16 product, written once over how it multiplies, `M` (pairs.h, floats.h), on vectors `I` (kernels_*.cpp):
+// The batched bf16 product, written once over how it multiplies, `M` (pairs.h, floats.h), on vectors `I`
+// (kernels_*.cpp):
 //
 //   I::kLanes                          floats in a vector
 //   I::Acc                             such a vector: zero, broadcast, load, store, multiply, add,
@@ -10,6 +11,8 @@
 //   M::A, M::B                         what a tile of a and a packed block of b consist of
 //   M::column(k)                       how many B a column of k elements takes
 //   M::pack, M::tile_of_a, M::a_room   the operands made ready
+//   M::kAlike                          whether a narrow panel of b could be a tile of a
+//   M::kNarrow                         columns up to which a symmetric result takes narrow panels
 //   M::add_products                    acc += a tile of a times a panel of b
 //
 // A task is one block of columns of one matrix: it packs its part of b once and runs all rows of a over it. A symmetric
@@ -73,7 +76,11 @@ MultiplyTile<M> pick_tile(int64_t rows, int64_t width) {
 template <class M>
 int64_t panel_width(const Product& p) {
     constexpr int64_t kLanes = M::Lanes::kLanes;
-    return p.out.cols <= kLanes || (p.symmetric && p.out.cols <= 8 * kLanes) ? kLanes : M::kVectors * kLanes;
+    return p.out.cols <= kLanes || (p.symmetric && p.out.cols <= M::kNarrow) ? kLanes : M::kVectors * kLanes;
+}
+
+inline bool same(const Stack& a, const Stack& b) {
+    return a.data == b.data && a.batch_stride == b.batch_stride && a.row_stride == b.row_stride;
 }
 
 inline uint16_t* row_of(const Stack& s, int64_t matrix, int64_t row) {
@@ -247,7 +254,10 @@ void product_task(const Product& p, int64_t task, void* scratch) {
     const FinishTile finish = pick_finish<I>(p, std::make_integer_sequence<int, 8>{});
     // Equal row tiles: a short last one would leave the multipliers waiting for its few accumulators.
     const int64_t tiles = ceil_div(m - i_begin, panel_cols == I::kLanes ? I::kLanes : M::kRows);
-    const auto tile_begin = [=](int64_t t) { return i_begin + (m - i_begin) * t / tiles; };
+    const bool shared = M::kAlike && panel_cols == I::kLanes && blocks == 1 && p.b_transposed && same(p.a, p.b);
+    const auto tile_begin = [=](int64_t t) {
+        return shared ? std::min<int64_t>(t * I::kLanes, m) : i_begin + (m - i_begin) * t / tiles;
+    };
 
     for (int64_t k0 = 0; k0 == 0 || k0 < k; k0 += M::kBlockK) {
         const int64_t depth = std::min(M::kBlockK, k - k0);
@@ -258,7 +268,9 @@ void product_task(const Product& p, int64_t task, void* scratch) {
             for (int64_t t = t0; t < t1; ++t) {
                 const int64_t i0 = tile_begin(t), rows = tile_begin(t + 1) - i0;
                 const uint16_t* from = row_of(p.a, matrix, i0) + k0;
-                a[t - t0] = M::tile_of_a(from, p.a.row_stride, rows, depth, a_room + (t - t0) * I::kLanes * depth);
+                auto* to = a_room + (t - t0) * I::kLanes * depth;
+                a[t - t0] = shared ? reinterpret_cast<const typename M::A*>(packed + i0 * M::column(depth))
+                                   : M::tile_of_a(from, p.a.row_stride, rows, depth, to);
             }
             for (int64_t j = 0; j < cols; j += panel_cols) {
                 const int64_t width = std::min(panel_cols, cols - j);
