@@ -303,7 +303,7 @@ def test_fused_step_is_its_parts(
 
 
 def without_memory(call: Callable[[], object]) -> BaseException | None:
-    """What `call` raises where no more than a few MiB can be had, on a thread that keeps no scratch of earlier calls."""
+    """What `call` raises where a few MiB are left, on a thread that keeps no scratch of earlier calls."""
     raised: list[BaseException] = []
 
     def run() -> None:

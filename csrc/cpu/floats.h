@@ -22,7 +22,7 @@ struct Floats {
     static constexpr int64_t kBlockK = 256;
     static constexpr int64_t kTiles = 128 / I::kLanes;
     static constexpr bool kAlike = true;
-    static constexpr int64_t kNarrow = 8 * I::kLanes;
+    static constexpr int64_t kNarrow = 128;
 
     static int64_t column(int64_t k) { return k; }
 
