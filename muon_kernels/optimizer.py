@@ -372,7 +372,7 @@ class Muon(Optimizer):
             params.append(local(p))
             grads.append(local(grad))
             buffers.append(None if buffer is None else local(buffer))
-            placements.append(self._ranks.placements.get(p))
+            placements.append(self._ranks.placement(p))
 
         def named() -> tuple[list[str | None], list[bool]]:
             both = [x for x in zip(splits(group), transposes(group), strict=True) if grad_of(x[0][0]) is not None]

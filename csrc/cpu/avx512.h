@@ -31,6 +31,19 @@ struct Avx512 {
         sum = _mm512_mask_mov_epi32(_mm512_srli_epi32(sum, 16), nan, _mm512_set1_epi32(0x7fc0));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(sum));
     }
+
+    // The first `count` lanes, of less than all; zero in the others, or nothing written there.
+    static __mmask16 first(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
+    static Acc load(const float* p, int64_t count) { return _mm512_maskz_loadu_ps(first(count), p); }
+    static Acc widen(const uint16_t* p, int64_t count) {
+        const __m256i bits = _mm256_maskz_loadu_epi16(first(count), p);
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+    }
+    static void round(uint16_t* p, Acc v, int64_t count) {
+        alignas(32) uint16_t lanes[kLanes];
+        round(lanes, v);
+        _mm256_mask_storeu_epi16(p, first(count), _mm256_load_si256(reinterpret_cast<const __m256i*>(lanes)));
+    }
 };
 
 }  // namespace

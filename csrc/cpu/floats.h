@@ -21,6 +21,8 @@ struct Floats {
     // the second.
     static constexpr int64_t kBlockK = 256;
     static constexpr int64_t kTiles = 128 / I::kLanes;
+    static constexpr bool kAlike = true;
+    static constexpr int64_t kNarrow = 128;
 
     static int64_t column(int64_t k) { return k; }
 
@@ -71,7 +73,7 @@ struct Floats {
         }
     }
 
-private:
+  private:
     // to[q][i] = from[i][q] for at most kLanes lines of k elements, zero in the lanes beyond.
     static void pack_lines(const uint16_t* from, int64_t stride, int64_t lines, int64_t k, float* to, int64_t width) {
         alignas(64) uint16_t columns[16][I::kLanes];

@@ -29,13 +29,22 @@ struct Avx512Bf16 : Avx512 {
     static void round(uint16_t* p, Acc v) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v));
     }
+    static void round(uint16_t* p, Acc v, int64_t count) {
+        _mm256_mask_storeu_epi16(p, first(count), (__m256i)_mm512_cvtneps_pbh(v));
+    }
 };
 
 }  // namespace
 
 const Kernels kAvx512Bf16Kernels = {
-    product_tasks, product_scratch_bytes<Pairs<Avx512Bf16>>, product_task<Pairs<Avx512Bf16>>, momentum_blocks, momentum_block, rescale,
-    apply_blocks,  apply_block,
+    product_tasks,
+    product_scratch_bytes<Pairs<Avx512Bf16>>,
+    product_task<Pairs<Avx512Bf16>>,
+    momentum_blocks,
+    momentum_block,
+    rescale,
+    apply_blocks,
+    apply_block,
 };
 
 }  // namespace muon_kernels::cpu

@@ -24,6 +24,8 @@ struct Pairs {
     static constexpr int kRows = 14, kVectors = 2;  // 28 accumulators, 2 of b, 1 of a: 31 of 32 registers
     static constexpr int64_t kBlockK = 1024;        // a packed block of b takes half of a 1 MiB second-level cache
     static constexpr int64_t kTiles = 1;            // a tile of a, once read, meets all panels
+    static constexpr bool kAlike = false;
+    static constexpr int64_t kNarrow = 8 * I::kLanes;
 
     static int64_t column(int64_t k) { return ceil_div(k, 2); }
 
@@ -52,6 +54,7 @@ struct Pairs {
             for (int p = 0; p < kPointers; ++p) row[p] += 2;
         }
         if (k & 1) {  // the last element of a row has no partner: what follows it in memory is not ours to read
+#pragma GCC unroll 16
             for (int r = 0; r < ROWS; ++r) {
                 uint16_t last[2] = {row[r / 3][(r % 3) * a_stride], 0};
                 typename I::PairA x = I::broadcast_pair(last);

@@ -1,4 +1,5 @@
-// The batched bf16 product, written once over how it multiplies, `M` (pairs.h, floats.h), on vectors `I` (kernels_*.cpp):
+// The batched bf16 product, written once over how it multiplies, `M` (pairs.h, floats.h), on vectors `I`
+// (kernels_*.cpp):
 //
 //   I::kLanes                          floats in a vector
 //   I::Acc                             such a vector: zero, broadcast, load, store, multiply, add,
@@ -10,6 +11,8 @@
 //   M::A, M::B                         what a tile of a and a packed block of b consist of
 //   M::column(k)                       how many B a column of k elements takes
 //   M::pack, M::tile_of_a, M::a_room   the operands made ready
+//   M::kAlike                          whether a narrow panel of b could be a tile of a
+//   M::kNarrow                         columns up to which a symmetric result takes narrow panels
 //   M::add_products                    acc += a tile of a times a panel of b
 //
 // A task is one block of columns of one matrix: it packs its part of b once and runs all rows of a over it. A symmetric
@@ -38,13 +41,17 @@ void multiply_tile(
 ) {
     using I = typename M::Lanes;
     typename I::Acc acc[ROWS][VECTORS];
+#pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 2
         for (int v = 0; v < VECTORS; ++v) {
             acc[r][v] = accumulate ? I::load(tile + r * tile_stride + v * I::kLanes) : I::zero();
         }
     }
     M::add_products(acc, a, a_stride, k, panel);
+#pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 2
         for (int v = 0; v < VECTORS; ++v) I::store(tile + r * tile_stride + v * I::kLanes, acc[r][v]);
     }
 }
@@ -69,7 +76,11 @@ MultiplyTile<M> pick_tile(int64_t rows, int64_t width) {
 template <class M>
 int64_t panel_width(const Product& p) {
     constexpr int64_t kLanes = M::Lanes::kLanes;
-    return p.out.cols <= kLanes || (p.symmetric && p.out.cols <= 8 * kLanes) ? kLanes : M::kVectors * kLanes;
+    return p.out.cols <= kLanes || (p.symmetric && p.out.cols <= M::kNarrow) ? kLanes : M::kVectors * kLanes;
+}
+
+inline bool same(const Stack& a, const Stack& b) {
+    return a.data == b.data && a.batch_stride == b.batch_stride && a.row_stride == b.row_stride;
 }
 
 inline uint16_t* row_of(const Stack& s, int64_t matrix, int64_t row) {
@@ -235,24 +246,31 @@ void product_task(const Product& p, int64_t task, void* scratch) {
     float* sums = static_cast<float*>(scratch) + room.b + room.a;
     const bool chunked = k > M::kBlockK;
     const int64_t sums_stride = chunked ? ceil_div(cols, panel_cols) * panel_cols : panel_cols;
-    const uint16_t* b = row_of(p.b, matrix, p.b_transposed ? j0 : 0) + (p.b_transposed ? 0 : j0);
-    const int64_t b_step = p.b_transposed ? 1 : p.b.row_stride;  // along k
+    // Of a symmetric b, columns are packed as its rows: a pair of rows is read as it lies.
+    const bool transposed = p.b_transposed && !p.a_diagonal;
+    const uint16_t* b = row_of(p.b, matrix, transposed ? j0 : 0) + (transposed ? 0 : j0);
+    const int64_t b_step = transposed ? 1 : p.b.row_stride;  // along k
 
     const FinishTile finish = pick_finish<I>(p, std::make_integer_sequence<int, 8>{});
     // Equal row tiles: a short last one would leave the multipliers waiting for its few accumulators.
     const int64_t tiles = ceil_div(m - i_begin, panel_cols == I::kLanes ? I::kLanes : M::kRows);
-    const auto tile_begin = [=](int64_t t) { return i_begin + (m - i_begin) * t / tiles; };
+    const bool shared = M::kAlike && panel_cols == I::kLanes && blocks == 1 && p.b_transposed && same(p.a, p.b);
+    const auto tile_begin = [=](int64_t t) {
+        return shared ? std::min<int64_t>(t * I::kLanes, m) : i_begin + (m - i_begin) * t / tiles;
+    };
 
     for (int64_t k0 = 0; k0 == 0 || k0 < k; k0 += M::kBlockK) {
         const int64_t depth = std::min(M::kBlockK, k - k0);
-        M::pack({b + k0 * b_step, p.b.row_stride, p.b_transposed, depth, cols}, panel_cols, packed);
+        M::pack({b + k0 * b_step, p.b.row_stride, transposed, depth, cols}, panel_cols, packed);
         for (int64_t t0 = 0; t0 < tiles; t0 += M::kTiles) {
             const int64_t t1 = std::min(t0 + M::kTiles, tiles);
             const typename M::A* a[M::kTiles];
             for (int64_t t = t0; t < t1; ++t) {
                 const int64_t i0 = tile_begin(t), rows = tile_begin(t + 1) - i0;
                 const uint16_t* from = row_of(p.a, matrix, i0) + k0;
-                a[t - t0] = M::tile_of_a(from, p.a.row_stride, rows, depth, a_room + (t - t0) * I::kLanes * depth);
+                auto* to = a_room + (t - t0) * I::kLanes * depth;
+                a[t - t0] = shared ? reinterpret_cast<const typename M::A*>(packed + i0 * M::column(depth))
+                                   : M::tile_of_a(from, p.a.row_stride, rows, depth, to);
             }
             for (int64_t j = 0; j < cols; j += panel_cols) {
                 const int64_t width = std::min(panel_cols, cols - j);

@@ -88,6 +88,15 @@ inline void transpose_8x16_u16(const __m256i (&r)[8], uint16_t* dst, int64_t dst
     }
 }
 
+// Fewer than sixteen words. memcpy of any number would be a call.
+inline void copy_few(uint16_t* to, const uint16_t* from, int64_t count) {
+    int64_t i = 0;
+    if (count & 8) std::memcpy(to, from, 16), i += 8;
+    if (count & 4) std::memcpy(to + i, from + i, 8), i += 4;
+    if (count & 2) std::memcpy(to + i, from + i, 4), i += 2;
+    if (count & 1) to[i] = from[i];
+}
+
 // dst[j][i] = src[i][j] for the first `lines` of LINES lines, zero for the others, and all j < deep <= 16.
 template <int LINES>
 void transpose_lines(const uint16_t* src, int64_t stride, int64_t lines, int64_t deep, uint16_t (&dst)[16][LINES]) {
@@ -100,7 +109,7 @@ void transpose_lines(const uint16_t* src, int64_t stride, int64_t lines, int64_t
             r[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + i * stride));
         } else {
             uint16_t line[16] = {};
-            std::memcpy(line, src + i * stride, static_cast<size_t>(deep) * sizeof(uint16_t));
+            copy_few(line, src + i * stride, deep);
             r[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(line));
         }
     }
