@@ -191,6 +191,25 @@ def test_gradients_that_some_ranks_lack(ranks: World) -> None:
     assert ranks.run(3, missing, "rows") == [(True, True)] * 3
 
 
+def begun(layout: str) -> tuple[bool, bool, bool]:
+    """Whether init_state moves nothing, makes this rank's state of a step, and changes no step."""
+    params, optimizer = build(layout, second_moment="neuron")
+    same, expected = build(layout, second_moment="neuron")
+    optimizer.init_state()
+    unmoved = all(torch.equal(p.detach(), q.detach()) for p, q in zip(params, same, strict=True))
+    made = [set(optimizer.state.get(p, {})) for p in params]
+    for tensors, each in ((params, optimizer), (same, expected)):
+        give(tensors)
+        each.step()
+    alike = all(torch.equal(p.detach(), q.detach()) for p, q in zip(params, same, strict=True))
+    return unmoved, any(made) and made == [set(expected.state.get(p, {})) for p in same], alike
+
+
+@pytest.mark.parametrize("layout", ["rows", "group"])
+def test_state_before_the_first_step(ranks: World, layout: str) -> None:
+    assert ranks.run(2, begun, layout) == [(True, True, True)] * 2
+
+
 def changed(how: str) -> tuple[bool, str]:
     """(whether two steps are those of one process, what was said) where `how` comes between them."""
     whole = [torch.randn(8, 12, 10, generator=torch.Generator().manual_seed(i)) for i in range(2)]
