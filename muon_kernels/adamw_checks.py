@@ -113,6 +113,19 @@ def check_adamw_state(of: str, p: Tensor, state: Mapping[str, Any], amsgrad: boo
     check_count("step" + of, step)
 
 
+def new_adamw_state(p: Tensor, amsgrad: bool = False, with_parameter: bool = False) -> dict[str, Tensor]:
+    """What torch's AdamW begins with, which it makes piece by piece while it steps.
+
+    Args:
+        p: the parameter.
+        amsgrad: the option.
+        with_parameter: whether the number of steps is on the parameter's device, as with `fused` and `capturable`.
+    """
+    step = torch.zeros((), dtype=torch.float32, device=p.device if with_parameter else "cpu")
+    moments = (*MOMENTS, "max_exp_avg_sq") if amsgrad else MOMENTS
+    return {"step": step, **{key: torch.zeros_like(p, memory_format=torch.preserve_format) for key in moments}}
+
+
 def same_layout(p: Tensor, state: Mapping[str, Any]) -> bool:
     """Whether the fused step, which pairs elements by their place in memory, pairs those that belong together."""
     tensors = [p, p.grad, *(state.get(key) for key in (*MOMENTS, "max_exp_avg_sq"))]

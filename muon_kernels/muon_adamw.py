@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable, but it imports dynamo when called only
 from torch.optim import AdamW, Optimizer
 
-from .adamw_checks import check_adamw_state, check_gradient, check_group, same_layout
+from .adamw_checks import check_adamw_state, check_gradient, check_group, new_adamw_state, same_layout
 from .functional import check_apart
 from .optimizer import Muon, check_checkpoint
 from .plan import Plan
@@ -125,7 +125,15 @@ class MuonAdamW(Optimizer):
             check_group(group)
             _check(group, self.state)
             _unfuse(group, self.state)
+        new = {
+            p: new_adamw_state(p, group["amsgrad"], bool(group["fused"] or group["capturable"]))
+            for group in self._adamw.param_groups
+            for p in group["params"]
+            if p.grad is not None and not self.state.get(p)
+        }
         self._muon.step()
+        for p, state in new.items():
+            self.state[p].update(state)
         self._adamw.step()
         return loss
 

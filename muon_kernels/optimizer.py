@@ -42,6 +42,7 @@ from .functional import (
     execute,
     plan_of,
     ready,
+    reserve,
     schedule_for,
     splits,
 )
@@ -413,6 +414,8 @@ class Muon(Optimizer):
                 )
                 for i, group in enumerate(self.param_groups)
             ]
+            for decided, _, _ in prepared:
+                reserve(decided, self._workspace)
             for (decided, grads, _), numbers in zip(prepared, scalars, strict=True):
                 ready(decided, grads, numbers, self._workspace)
         for group, (decided, grads, new), numbers in zip(self.param_groups, prepared, scalars, strict=True):
