@@ -71,6 +71,15 @@ def check_gradient(p: Tensor, grad: Tensor) -> None:
     check_device("gradient", grad, p)
 
 
+def check_step_size(p: Tensor, group: Mapping[str, Any]) -> None:
+    """Raise ValueError where the first step's size is more than the parameter's dtype has."""
+    lr, beta1 = group["lr"], group["betas"][0]
+    if isinstance(lr, Tensor) or isinstance(beta1, Tensor) or lr <= 1:
+        return
+    if lr / (1 - beta1) > torch.finfo(p.dtype).max:
+        raise ValueError(f"lr, divided by 1 - beta1, should be at most {torch.finfo(p.dtype).max} but lr is: {lr}")
+
+
 def check_count(name: str, step: Any) -> None:
     """Raise ValueError or TypeError unless `step` can be AdamW's number of steps: one of float32, not below zero."""
     if isinstance(step, Tensor) and (step.dtype not in _COUNTS or step.layout != torch.strided):
@@ -95,18 +104,16 @@ def check_adamw_state(of: str, p: Tensor, state: Mapping[str, Any], amsgrad: boo
         moment = state[key]
         check_dense(key + of, local(moment), _COMPLEX if p.is_complex() else DTYPES)
         check_like(key + of, moment, p)
-        if moment.is_meta and not p.is_meta:
-            raise ValueError(f"{key}{of} should have memory but is on the meta device")
-        if saved:
-            continue
-        if moment.dtype != p.dtype:
-            raise ValueError(f"{key}{of} should be of the parameter's dtype {p.dtype} but is of: {moment.dtype}")
-        check_device(key + of, moment, p)
         if overlaps_itself(local(moment).shape, local(moment).stride()):
             raise ValueError(
                 f"{key}{of} should have memory for every element but its strides {local(moment).stride()} give several "
                 "elements the same; clone it"
             )
+        if saved:
+            continue
+        if moment.dtype != p.dtype:
+            raise ValueError(f"{key}{of} should be of the parameter's dtype {p.dtype} but is of: {moment.dtype}")
+        check_device(key + of, moment, p)
     step = state.get("step")
     if not isinstance(step, Tensor) and not (saved and isinstance(step, (int, float))):
         raise ValueError(f"state{of} should have step, a tensor, but has: {step!r}; delete the state to start anew")

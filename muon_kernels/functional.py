@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from . import backends, memory, options
+from . import backends, interrupts, memory, options
 from .coefficients import DEFAULT, NS_STEPS, Schedule, resolve
 from .distributed import blocks, exchange
 from .distributed.placement import Placement, local
@@ -994,16 +994,17 @@ def execute(prepared: Prepared, grads: Sequence[Tensor], scalars: Scalars, works
         scalars: of this step.
         workspace: in which `ready` has made room.
     """
-    grads = [*grads, *(copy.copy_(at.of(grads[index])) for index, at, copy in prepared.grad_copies)]
-    for target, copy in prepared.copies:
-        copy.copy_(target)
-    for plain in prepared.plain:
-        g = grads[plain.gradient]
-        _plain_step(plain, g if plain.at is None else plain.at.of(g), scalars)
-    for work in prepared.works:
-        _step(work, grads, workspace, scalars)
-    for target, copy in prepared.copies:
-        target.copy_(copy)
+    with interrupts.held():
+        grads = [*grads, *(copy.copy_(at.of(grads[index])) for index, at, copy in prepared.grad_copies)]
+        for target, copy in prepared.copies:
+            copy.copy_(target)
+        for plain in prepared.plain:
+            g = grads[plain.gradient]
+            _plain_step(plain, g if plain.at is None else plain.at.of(g), scalars)
+        for work in prepared.works:
+            _step(work, grads, workspace, scalars)
+        for target, copy in prepared.copies:
+            target.copy_(copy)
     for shared in prepared.exchanges:
         shared.run(grads, scalars, workspace, _run)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable, but it imports dynamo when called only
 from torch.optim import AdamW, Optimizer
 
-from .adamw_checks import check_adamw_state, check_gradient, check_group, new_adamw_state, same_layout
+from .adamw_checks import check_adamw_state, check_gradient, check_group, check_step_size, new_adamw_state, same_layout
 from .functional import check_apart
 from .optimizer import Muon, check_checkpoint
 from .plan import Plan
@@ -263,6 +263,7 @@ def _check(group: dict[str, Any], state: Mapping[Tensor, dict[str, Any]]) -> Non
         if param.grad is None:
             continue
         check_gradient(param, param.grad)
+        check_step_size(param, group)
         if kept := state.get(param):
             check_adamw_state("", param, kept, group["amsgrad"])
         if group["capturable"] and param.device.type == "cpu":

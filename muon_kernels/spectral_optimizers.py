@@ -17,7 +17,7 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import functional
-from .adamw_checks import check_adamw_state, check_numbers, new_adamw_state
+from .adamw_checks import check_adamw_state, check_numbers, check_step_size, new_adamw_state
 from .distributed import consensus
 from .distributed.placement import local
 from .distributed.ranks import Ranks
@@ -192,6 +192,7 @@ class SpectralAdam(Optimizer):
                     continue
                 if self.state.get(p):
                     check_adamw_state("", p, self.state[p])
+                check_step_size(p, group)
                 check_dense("gradient", local(grad))
                 check_like("gradient", grad, p)
                 if grad.dtype != p.dtype:

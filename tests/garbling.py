@@ -110,7 +110,8 @@ def snapshot(optimizer: Optimizer) -> Any:
     """Parameters, state and groups, to the bit."""
     params = [p.detach() for group in optimizer.param_groups for p in group["params"]]
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    state = {id(p): dict(kept) for p, kept in optimizer.state.items() if kept}
+    places = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    state = sorted((places.get(id(p), -1), _frozen(dict(kept))) for p, kept in optimizer.state.items() if kept)
     return _frozen((params, groups, state))
 
 
