@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 
 @contextmanager
@@ -17,7 +18,7 @@ def held() -> Iterator[None]:
     if not callable(handler):
         yield
         return
-    come: list[tuple[int, object]] = []
+    come: list[tuple[int, FrameType | None]] = []
     signal.signal(signal.SIGINT, lambda number, frame: come.append((number, frame)))
     try:
         yield

@@ -7,6 +7,7 @@ a step that raises something else than it may, or raises and has written. A cras
 from __future__ import annotations
 
 import copy
+import ctypes
 import math
 import random
 import sys
@@ -96,7 +97,7 @@ def _frozen(value: Any) -> Any:
         if value.is_quantized:
             return value.dtype, value.shape, value.int_repr().tolist()
         bits = value.detach().resolve_conj().resolve_neg().reshape(-1).clone(memory_format=torch.contiguous_format)
-        return value.dtype, value.shape, value.stride(), bits.view(torch.uint8).tolist()
+        return value.dtype, value.shape, value.stride(), ctypes.string_at(bits.data_ptr(), bits.nbytes)
     if isinstance(value, dict):
         return [(_frozen(k) if not isinstance(k, Tensor) else id(k), _frozen(v)) for k, v in value.items()]
     if isinstance(value, (list, tuple)):

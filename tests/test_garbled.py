@@ -48,6 +48,23 @@ def made(
     return params, optimizer, checkpoint
 
 
+@pytest.mark.parametrize(
+    "junk", [None, 1.0, object(), [torch.ones(4, 4)], torch.ones(4, 4, device="meta")], ids=lambda x: type(x).__name__
+)
+@pytest.mark.parametrize("key", ["momentum_buffer", "momentum_scale", "mantissa", "second_momentum_buffer"])
+def test_state_of_muon_that_is_no_tensor(key: str, junk: Any) -> None:
+    optimizer = Muon([nn.Parameter(torch.ones(4, 4))], second_moment="neuron")
+    optimizer.param_groups[0]["params"][0].grad = torch.eye(4)
+    optimizer.step()
+    checkpoint = copy.deepcopy(optimizer.state_dict())
+    checkpoint["param_groups"][0]["lr"] = 7.0
+    checkpoint["state"][0][key] = junk
+    before = snapshot(optimizer)
+    with pytest.raises((ValueError, TypeError), match=f"{key} of parameter 0 should "):
+        optimizer.load_state_dict(checkpoint)
+    assert snapshot(optimizer) == before
+
+
 def test_moments_of_another_layout() -> None:
     """The fused step, which pairs elements by their place, would take the wrong ones."""
     params, optimizer, checkpoint = made(lambda t: t.mT.contiguous().mT)
