@@ -18,6 +18,7 @@ from .layout import overlaps_itself
 from .options import check_number, on_host
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+ADAMW_STATE = {"step", *MOMENTS, "max_exp_avg_sq"}
 _SWITCHES = ("amsgrad", "maximize", "capturable", "differentiable", "decoupled_weight_decay")
 _COMPLEX = (torch.complex64, torch.complex128, torch.complex32)
 _COUNTS = (torch.float32, torch.float64)
@@ -71,6 +72,15 @@ def check_gradient(p: Tensor, grad: Tensor) -> None:
     check_device("gradient", grad, p)
 
 
+def check_step_size(p: Tensor, group: Mapping[str, Any]) -> None:
+    """Raise ValueError where the first step's size is more than the parameter's dtype has."""
+    lr, beta1 = group["lr"], group["betas"][0]
+    if isinstance(lr, Tensor) or isinstance(beta1, Tensor) or lr <= 1:
+        return
+    if lr / (1 - beta1) > torch.finfo(p.dtype).max:
+        raise ValueError(f"lr, divided by 1 - beta1, should be at most {torch.finfo(p.dtype).max} but lr is: {lr}")
+
+
 def check_count(name: str, step: Any) -> None:
     """Raise ValueError or TypeError unless `step` can be AdamW's number of steps: one of float32, not below zero."""
     if isinstance(step, Tensor) and (step.dtype not in _COUNTS or step.layout != torch.strided):
@@ -95,22 +105,33 @@ def check_adamw_state(of: str, p: Tensor, state: Mapping[str, Any], amsgrad: boo
         moment = state[key]
         check_dense(key + of, local(moment), _COMPLEX if p.is_complex() else DTYPES)
         check_like(key + of, moment, p)
-        if moment.is_meta and not p.is_meta:
-            raise ValueError(f"{key}{of} should have memory but is on the meta device")
-        if saved:
-            continue
-        if moment.dtype != p.dtype:
-            raise ValueError(f"{key}{of} should be of the parameter's dtype {p.dtype} but is of: {moment.dtype}")
-        check_device(key + of, moment, p)
         if overlaps_itself(local(moment).shape, local(moment).stride()):
             raise ValueError(
                 f"{key}{of} should have memory for every element but its strides {local(moment).stride()} give several "
                 "elements the same; clone it"
             )
+        if saved:
+            continue
+        if moment.dtype != p.dtype:
+            raise ValueError(f"{key}{of} should be of the parameter's dtype {p.dtype} but is of: {moment.dtype}")
+        check_device(key + of, moment, p)
     step = state.get("step")
     if not isinstance(step, Tensor) and not (saved and isinstance(step, (int, float))):
         raise ValueError(f"state{of} should have step, a tensor, but has: {step!r}; delete the state to start anew")
     check_count("step" + of, step)
+
+
+def new_adamw_state(p: Tensor, amsgrad: bool = False, with_parameter: bool = False) -> dict[str, Tensor]:
+    """What torch's AdamW begins with, which it makes piece by piece while it steps.
+
+    Args:
+        p: the parameter.
+        amsgrad: the option.
+        with_parameter: whether the number of steps is on the parameter's device, as with `fused` and `capturable`.
+    """
+    step = torch.zeros((), dtype=torch.float32, device=p.device if with_parameter else "cpu")
+    moments = (*MOMENTS, "max_exp_avg_sq") if amsgrad else MOMENTS
+    return {"step": step, **{key: torch.zeros_like(p, memory_format=torch.preserve_format) for key in moments}}
 
 
 def same_layout(p: Tensor, state: Mapping[str, Any]) -> bool:

@@ -7,6 +7,7 @@ happens or leaves parameters and state as they were.
 from __future__ import annotations
 
 import math
+import threading
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from . import backends, options
+from . import backends, interrupts, memory, options
 from .coefficients import DEFAULT, NS_STEPS, Schedule, resolve
 from .distributed import blocks, exchange
 from .distributed.placement import Placement, local
@@ -185,6 +186,10 @@ class Workspace:
             self._stacks.clear()
             self._blocks.pop(device, None)
             self._blocks[device] = torch.empty(bytes_, dtype=torch.uint8, device=device)
+
+    def addresses(self) -> list[int]:
+        """Where the blocks are."""
+        return [block.data_ptr() for block in self._blocks.values()]
 
     def stacks(self, work: Work, batch: int) -> Stacks:
         """Those of a chunk of `batch` matrices; the same tensors every time."""
@@ -965,22 +970,66 @@ def _step(
 
 def _plain_step(plain: Plain, grad: Tensor, scalars: Scalars) -> None:
     """In the operations of torch.optim.SGD, in their order: un-dampened, the same bits."""
-    p, buffer, mu = plain.param, plain.momentum, scalars.momentum
-    g = grad if scalars.grad_scale == 1 else grad * scalars.grad_scale
+    p, buffer = plain.param, plain.momentum
+    if p.ndim == 0 or not p.numel():
+        return
+    rows = max(1, memory.piece(p.device) * len(p) // p.numel())
+    for i in range(0, len(p), rows):
+        _plain_piece(p[i : i + rows], buffer[i : i + rows], grad[i : i + rows], plain.ratio, scalars)
+
+
+def _plain_piece(p: Tensor, buffer: Tensor, grad: Tensor, ratio: float, scalars: Scalars) -> None:
+    mu, both = scalars.momentum, torch.promote_types(buffer.dtype, grad.dtype)
+    wide = torch.promote_types(both, p.dtype)
+    scaled, of_buffer, of_grad, sum_, ahead, update, moved = memory.take(
+        p.device,
+        *[(p.shape, dtype) for dtype in (grad.dtype, both, buffer.dtype, both, both, wide, wide)],
+    )
+    if memory.rehearsing():
+        return
+    lr, weight_decay = as_scalar(scalars.lr), as_scalar(scalars.weight_decay)
+    g = grad if scalars.grad_scale == 1 else torch.mul(grad, scalars.grad_scale, out=scaled)
     if scalars.dampened:
-        buffer.lerp_(g.to(buffer.dtype), 1 - mu)
+        buffer.lerp_(_as(g, of_grad), 1 - mu)
+    elif buffer.dtype == both:
+        buffer.mul_(mu).add_(_as(g, of_grad))
     else:
-        buffer.mul_(mu).add_(g)
+        buffer.copy_(of_buffer.copy_(buffer.mul_(mu)).add_(g))
     direction = buffer
-    if scalars.nesterov:
-        direction = g.lerp(buffer.to(g.dtype), mu) if scalars.dampened else g.add(buffer, alpha=mu)
-    if isinstance(scalars.weight_decay, Tensor) or scalars.weight_decay:
-        p.mul_(1 - scalars.lr * scalars.weight_decay)
-    step_size = scalars.lr * plain.ratio
+    if scalars.nesterov and scalars.dampened:
+        direction = torch.lerp(g, _as(buffer, scaled if g is not scaled else sum_), mu, out=ahead)
+    elif scalars.nesterov:
+        direction = torch.add(_as(g, of_buffer), _as(buffer, sum_), alpha=mu, out=ahead)
+    if isinstance(weight_decay, Tensor) or weight_decay:
+        p.mul_(1 - lr * weight_decay)
+    step_size = lr * ratio
+    direction = _as(direction, update)
     if isinstance(step_size, Tensor):
-        p.sub_(direction * step_size)
-    else:
+        direction, step_size = torch.mul(direction, step_size, out=update), 1.0
+    if p.dtype == wide:
         p.add_(direction, alpha=-step_size)
+    else:
+        p.copy_(moved.copy_(p).add_(direction, alpha=-step_size))
+
+
+def _as(t: Tensor, spare: Tensor) -> Tensor:
+    """`t` in the dtype of `spare`, in which a copy may lie."""
+    return t if t.dtype == spare.dtype else spare.copy_(t)
+
+
+def _check_range(work: Work, scalars: Scalars) -> None:
+    """Raise ValueError where a step size is more than the parameters' dtype has, which torch finds out half-way."""
+    lr = scalars.lr
+    if isinstance(lr, Tensor) or lr <= 1:
+        return
+    for chunk in work.chunks:
+        dtypes = {p.tensor.dtype if isinstance(p, Matrices) else p.stored.dtype for p in chunk.params}
+        limit = min(torch.finfo(dtype).max for dtype in dtypes)
+        if lr * max(chunk.ratios, default=0.0) > limit:
+            raise ValueError(
+                f"Learning rate, times what adjust_lr_fn says, should be at most {limit}, the largest number of "
+                f"{min(dtypes, key=str)}, but lr is: {lr}"
+            )
 
 
 def plan_of(prepared: Sequence[Prepared]) -> Plan:
@@ -1002,38 +1051,54 @@ def execute(prepared: Prepared, grads: Sequence[Tensor], scalars: Scalars, works
         scalars: of this step.
         workspace: in which `ready` has made room.
     """
-    grads = [*grads, *(copy.copy_(at.of(grads[index])) for index, at, copy in prepared.grad_copies)]
-    for target, copy in prepared.copies:
-        copy.copy_(target)
-    for plain in prepared.plain:
-        g = grads[plain.gradient]
-        _plain_step(plain, g if plain.at is None else plain.at.of(g), scalars)
-    for work in prepared.works:
-        _step(work, grads, workspace, scalars)
-    for target, copy in prepared.copies:
-        target.copy_(copy)
+    with interrupts.held():
+        grads = [*grads, *(copy.copy_(at.of(grads[index])) for index, at, copy in prepared.grad_copies)]
+        for target, copy in prepared.copies:
+            copy.copy_(target)
+        for plain in prepared.plain:
+            g = grads[plain.gradient]
+            _plain_step(plain, g if plain.at is None else plain.at.of(g), scalars)
+        for work in prepared.works:
+            _step(work, grads, workspace, scalars)
+        for target, copy in prepared.copies:
+            target.copy_(copy)
     for shared in prepared.exchanges:
         shared.run(grads, scalars, workspace, _run)
 
 
-def ready(prepared: Prepared, grads: Sequence[Tensor], scalars: Scalars, workspace: Workspace) -> None:
-    """Allocate what `execute` needs and have backends get ready what they will run; the last thing that may raise."""
+def reserve(prepared: Prepared, workspace: Workspace) -> None:
+    """Have the memory of what `execute` writes; of all groups before the first is `ready`."""
     for shared in prepared.exchanges:
         shared.reserve()
-    for work in (*prepared.works, *(work for shared in prepared.exchanges for work in shared.works)):
+    for work in _all_works(prepared):
         workspace.reserve(work.device, work.bucket.workspace_bytes)
+
+
+def _all_works(prepared: Prepared) -> list[Work]:
+    return [*prepared.works, *(work for shared in prepared.exchanges for work in shared.works)]
+
+
+def ready(prepared: Prepared, grads: Sequence[Tensor], scalars: Scalars, workspace: Workspace) -> None:
+    """Have backends get ready what `execute` will run, and memory that it takes; the last thing that may raise."""
+    for work in _all_works(prepared):
         if scalars.seed is not None and capturing(work.device):
             raise RuntimeError(
                 "a step with stochastic_rounding should not be captured in a graph, of which every replay would round "
                 "by the same random bits; step outside of it"
             )
+    for work in prepared.works:
+        _check_range(work, scalars)
     seen = [*grads, *(copy for _, _, copy in prepared.grad_copies)]
     # What `signature` does not have, and a kernel may be another for.
     on_host = options.on_host(scalars.lr), options.on_host(scalars.weight_decay)
     kind = scalars.nesterov, scalars.dampened, *on_host, *(i for i, g in enumerate(seen) if g.data_ptr() % 16)
-    kind = scalars.cautious, *kind
+    kind = scalars.cautious, threading.get_ident(), *workspace.addresses(), *kind
     if kind in prepared.rehearsed:
         return
+    with memory.rehearsal():
+        for plain in prepared.plain:
+            g = seen[plain.gradient]
+            _plain_step(plain, g if plain.at is None else plain.at.of(g), scalars)
     for work in prepared.works:
         if (rehearsal := backends.get(work.bucket.backend).rehearsal()) is not None:
             with rehearsal:

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable, but it imports dynamo when called only
 from torch.optim import AdamW, Optimizer
 
-from .adamw_checks import MOMENTS, check_adamw_state, check_gradient, check_group, same_layout
+from .adamw_checks import (
+    ADAMW_STATE,
+    check_adamw_state,
+    check_gradient,
+    check_group,
+    check_step_size,
+    new_adamw_state,
+    same_layout,
+)
 from .functional import check_apart
 from .optimizer import Muon, check_checkpoint
 from .options import check_keys, plain, settle
@@ -23,7 +31,6 @@ __all__ = ["MuonAdamW"]
 
 _Groups = list[dict[str, Any]]
 _ADAMW_OPTIONS = inspect.signature(AdamW).parameters.keys() - {"params"}
-_ADAMW_STATE = {"step", *MOMENTS, "max_exp_avg_sq"}
 
 
 class MuonAdamW(Optimizer):
@@ -142,13 +149,17 @@ class MuonAdamW(Optimizer):
         for group in self._adamw.param_groups:
             _settle(group)
             check_group(group)
-            self._begin(group, [p for p in group["params"] if p.grad is not None and self.state.get(p)])
             _check(group, self.state)
             _unfuse(group, self.state)
         # State that is made here must be of use outside inference mode too.
         with torch.inference_mode(False), torch.no_grad():
-            for inner in (self._muon, self._adamw):
-                _unhooked_step(inner)
+            new: dict[Tensor, dict[str, Tensor]] = {}
+            for group in self._adamw.param_groups:
+                new |= self._new_state(group, [p for p in group["params"] if p.grad is not None])
+            _unhooked_step(self._muon)
+            for p, state in new.items():
+                self.state[p].update(state)
+            _unhooked_step(self._adamw)
         return loss
 
     @torch.no_grad()
@@ -161,22 +172,18 @@ class MuonAdamW(Optimizer):
         self._muon.init_state()
         with torch.inference_mode(False), torch.no_grad():
             for group in self._adamw.param_groups:
-                self._begin(group, [p for p in group["params"] if p.requires_grad])
+                new = self._new_state(group, [p for p in group["params"] if p.requires_grad])
+                for p, state in new.items():
+                    self.state[p].update(state)
 
-    def _begin(self, group: dict[str, Any], params: Iterable[Tensor]) -> None:
-        """Make AdamW's state of parameters that have nothing of it yet; what others keep there stays."""
-        for p in params:
-            state = self.state[p]
-            if state.keys() & _ADAMW_STATE:
-                continue
-            others = dict(state)
-            state.clear()
-            grad = p.grad
-            if grad is None:
-                p.grad = p.detach()  # torch makes state where there is a gradient
-            self._adamw._init_group({**group, "params": [p]}, [], [], [], [], [], [])  # type: ignore[no-untyped-call]
-            p.grad = grad
-            state.update(others)
+    def _new_state(self, group: dict[str, Any], params: Iterable[Tensor]) -> dict[Tensor, dict[str, Tensor]]:
+        """AdamW's state of parameters that have nothing of it yet; what others keep there stays."""
+        with_parameter = bool(group["fused"] or group["capturable"])
+        return {
+            p: new_adamw_state(p, group["amsgrad"], with_parameter)
+            for p in params
+            if not self.state.get(p, {}).keys() & ADAMW_STATE
+        }
 
     def plan(self) -> Plan:
         """Return what the next step does with the Muon groups; see `Muon.plan`."""
@@ -312,7 +319,9 @@ def _check(group: dict[str, Any], state: Mapping[Tensor, dict[str, Any]]) -> Non
         if param.grad is None:
             continue
         check_gradient(param, param.grad)
-        if kept := state.get(param):
+        check_step_size(param, group)
+        kept = state.get(param, {})
+        if kept.keys() & ADAMW_STATE:
             check_adamw_state("", param, kept, group["amsgrad"])
         if group["capturable"] and param.device.type == "cpu":
             raise ValueError("AdamW's capturable should be False for parameters on the CPU")

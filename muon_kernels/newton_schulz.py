@@ -22,6 +22,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from . import memory
 from .coefficients import Schedule, Triple
 
 
@@ -255,14 +256,21 @@ def _measure(
     R, S = squares[:2]
 
     def write() -> None:
-        bound = torch.linalg.vector_norm(S.high, dim=(1, 2), dtype=torch.float32).pow_(0.25)
-        bound.masked_fill_(bound == 0, 1.0)
+        numbers = S.high.shape[:1]
+        kinds = torch.float32, torch.bool, torch.float64
+        square, bound, is_zero, norms = memory.take(
+            S.high.device, (S.high.shape, torch.float32), *[(numbers, dtype) for dtype in kinds]
+        )
+        if memory.rehearsing():
+            return
+        torch.linalg.vector_norm(square.copy_(S.high), dim=(1, 2), out=bound).pow_(0.25)
+        bound.masked_fill_(torch.eq(bound, 0, out=is_zero), 1.0)
         torch.reciprocal(bound, out=blend.scale)
         torch.square(blend.scale, out=blend.of_gram)
         torch.square(blend.of_gram, out=blend.of_square)
         if scale is not None:
             blend.scale.mul_(scale)
-        torch.pow(bound.mul_(blend.norms), power, out=blend.factor).mul_(blend.scale)
+        torch.pow(bound.copy_(norms.copy_(bound).mul_(blend.norms)), power, out=blend.factor).mul_(blend.scale)
 
     ops.syrk(X, out=R, scale=scale)
     ops.syrk(R, out=S)

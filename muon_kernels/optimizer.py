@@ -42,6 +42,7 @@ from .functional import (
     execute,
     plan_of,
     ready,
+    reserve,
     schedule_for,
     settled,
     splits,
@@ -446,6 +447,8 @@ class Muon(Optimizer):
         with torch.inference_mode(False), torch.no_grad():
             batches = self._batches()
             prepared = [self._prepare(groups, agreed.grad) for groups, _ in batches]
+            for decided, _, _ in prepared:
+                reserve(decided, self._workspace)
             for (decided, grads, _), (_, numbers) in zip(prepared, batches, strict=True):
                 ready(decided, grads, numbers, self._workspace)
         for (groups, numbers), (decided, grads, new) in zip(batches, prepared, strict=True):

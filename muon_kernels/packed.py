@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .layout import Layout, Matrices, split_shape
+from .memory import take
 from .split import pieces
 
 BLOCK = 2048
@@ -51,12 +52,21 @@ def blocks_in(elements: int) -> int:
     return -(-elements // BLOCK)
 
 
-def encode(x: Tensor, absmax: Tensor, out: Tensor) -> None:
-    """Codes round(127 x / absmax) of blocks (..., length), as fp32 numbers; `out` and `absmax` (...) are written."""
+def encode(x: Tensor, absmax: Tensor, out: Tensor, divisor: Tensor, is_zero: Tensor) -> None:
+    """Codes round(127 x / absmax) of blocks (..., length), as fp32 numbers.
+
+    Args:
+        x: (..., length), only read.
+        absmax: (...) fp32, written.
+        out: like x, written.
+        divisor, is_zero: (...) fp32 and bool, overwritten.
+    """
     torch.nan_to_num(x, 0.0, 0.0, 0.0, out=out).abs_()
-    absmax.copy_(out.amax(-1))
+    torch.amax(out, -1, out=divisor)
+    absmax.copy_(divisor)
+    divisor.masked_fill_(torch.eq(divisor, 0, out=is_zero), 1.0)
     # The ratio first: 127 x would leave the range where x is large.
-    torch.div(x, absmax.where(absmax != 0, 1.0).unsqueeze(-1), out=out)
+    torch.div(x, divisor.unsqueeze(-1), out=out)
     out.mul_(127).round_().nan_to_num_(_NAN, _NAN, _NAN)
 
 
@@ -100,6 +110,13 @@ def _pieces(values: Tensor) -> Iterator[tuple[slice, int, int]]:
     for i in range(0, count, at_once):
         for begin in range(0, elements, most):
             yield slice(i, i + at_once), begin, min(begin + most, elements)
+
+
+def _largest_piece(stored: Tensor) -> tuple[int, int]:
+    """The size of the first of `_pieces`, and so of the largest."""
+    count, rows, cols = stored.shape
+    most = _PIECE_ON_CPU if stored.device.type == "cpu" else _PIECE
+    return min(count, max(1, most // (rows * cols))), min(most, rows * cols)
 
 
 def _rectangles(stored: Tensor, x: Tensor, begin: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -158,12 +175,21 @@ class Quantized(NamedTuple):
         """Keep what `values` are."""
         for i, begin, end in _pieces(values):
             x = values[i, begin:end]
-            codes = torch.empty_like(x, memory_format=torch.contiguous_format)
-            for (block, absmax), (out, _) in zip(
-                _in_blocks(x, self.absmax[i], begin), _in_blocks(codes, self.absmax[i], begin), strict=True
+            codes, divisor, is_zero = take(x.device, *self._wanted(*x.shape))
+            for (block, absmax), (out, beside) in zip(
+                _in_blocks(x, self.absmax[i], begin), _in_blocks(codes, divisor, 0), strict=True
             ):
-                encode(block, absmax, out)
+                encode(block, absmax, out, beside, is_zero[:, : beside.shape[1]])
             _write(self.stored[i], codes, begin)
+
+    @staticmethod
+    def _wanted(count: int, elements: int) -> list[tuple[tuple[int, int], torch.dtype]]:
+        blocks = (count, blocks_in(elements))
+        return [((count, elements), torch.float32), (blocks, torch.float32), (blocks, torch.bool)]
+
+    def reserve(self) -> None:
+        """Have the memory that `pack` takes."""
+        take(self.stored.device, *self._wanted(*_largest_piece(self.stored)))
 
 
 class Halves(NamedTuple):
@@ -184,7 +210,7 @@ class Halves(NamedTuple):
         upper = self.stored.view(torch.int16)
         for i, begin, end in _pieces(values):
             bits = values[i, begin:end].view(torch.int32)
-            lower = torch.empty_like(bits, memory_format=torch.contiguous_format)
+            (lower,) = take(bits.device, (bits.shape, torch.int32))
             _read(upper[i], bits, begin)
             _read(self.mantissa[i], lower, begin)
             bits.bitwise_left_shift_(16).add_(lower)
@@ -196,7 +222,12 @@ class Halves(NamedTuple):
             x = values[i, begin:end].nan_to_num_(math.nan, math.inf, -math.inf)
             bits = x.view(torch.int32)
             _write(self.mantissa[i], bits, begin)  # the lower 16 bits, whose first one is their sign now
-            _write(upper[i], bits.add(1 << 15).bitwise_right_shift_(16), begin)
+            (rounded,) = take(bits.device, (bits.shape, torch.int32))
+            _write(upper[i], torch.add(bits, 1 << 15, out=rounded).bitwise_right_shift_(16), begin)
+
+    def reserve(self) -> None:
+        """Have the memory that `unpack` and `pack` take."""
+        take(self.stored.device, (_largest_piece(self.stored), torch.int32))
 
 
 class Packed(list[Quantized | Halves]):
@@ -218,7 +249,7 @@ def unpacked(matrices: _Seen | Packed, memory: Tensor | None, rehearsing: bool) 
     Args:
         matrices: to see; those that are not packed are left to themselves.
         memory: (batch, `floats`) fp32 of the workspace.
-        rehearsing: whether nothing is to be read or written.
+        rehearsing: whether nothing is to be read or written, and the memory for it had.
     """
     if not isinstance(matrices, Packed):
         yield matrices
@@ -226,7 +257,9 @@ def unpacked(matrices: _Seen | Packed, memory: Tensor | None, rehearsing: bool) 
     assert memory is not None
     seen, stride = [], memory.stride(0)
     for part, values in matrices.in_memory(memory):
-        if not rehearsing:
+        if rehearsing:
+            part.reserve()
+        else:
             part.unpack(values)
         count, rows, cols = part.stored.shape
         dims = (cols, rows, 0, stride, 1, cols) if part.transposed else (rows, cols, 0, stride, cols, 1)

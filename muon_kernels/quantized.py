@@ -47,7 +47,7 @@ def quantize(x: Tensor, block: int = BLOCK, *, out: tuple[Tensor, Tensor] | None
         raise ValueError(f"codes should have x's size {tuple(x.shape)} but have: {tuple(codes.shape)}")
     rows = _rows(x.detach().float(), blocks, block)
     found = torch.empty_like(rows)
-    encode(rows, absmax, found)
+    encode(rows, absmax, found, torch.empty_like(absmax), torch.empty_like(absmax, dtype=torch.bool))
     codes.copy_(_elements(found, x.shape))
     return codes, absmax
 

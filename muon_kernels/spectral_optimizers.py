@@ -17,7 +17,7 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import functional, options
-from .adamw_checks import check_adamw_state, check_numbers
+from .adamw_checks import check_adamw_state, check_numbers, check_step_size, new_adamw_state
 from .distributed import consensus
 from .distributed.placement import local
 from .distributed.ranks import Ranks
@@ -195,6 +195,7 @@ class SpectralAdam(Optimizer):
                     continue
                 if self.state.get(p):
                     check_adamw_state("", p, self.state[p])
+                check_step_size(p, group)
                 check_dense("gradient", local(grad))
                 check_like("gradient", grad, p)
                 if grad.dtype != p.dtype:
@@ -237,8 +238,11 @@ class SpectralAdam(Optimizer):
             updates = [torch.zeros_like(local(p), memory_format=torch.preserve_format) for p in matrices]
             prepared = self._prepare(group, matrices, updates)
             scalars = functional.Scalars(group["lr"], group["weight_decay"], 0.0, False, True, 0.0, -1.0)
-            functional.ready(prepared, updates, scalars, self._workspace)
+            functional.reserve(prepared, self._workspace)
             steps.append((group, grads, rest, matrices, updates, prepared, scalars))
+        for _, _, _, _, updates, prepared, scalars in steps:
+            functional.ready(prepared, updates, scalars, self._workspace)
+        self._begin(p for _, grads, *_ in steps for p in grads)
         for group, grads, rest, matrices, updates, prepared, scalars in steps:
             self._adamw(group, grads, rest, [local(p) for p in rest], group["lr"], group["weight_decay"])
             # Of a parameter that is zero, a step of size 1 makes -R.
@@ -248,12 +252,9 @@ class SpectralAdam(Optimizer):
 
     def _begin(self, params: Iterable[Tensor]) -> None:
         """Make the state of parameters that have none."""
-        for p in params:
-            if not self.state[p]:
-                exp_avg, exp_avg_sq = (torch.zeros_like(p, memory_format=torch.preserve_format) for _ in range(2))
-                self.state[p].update(
-                    step=torch.tensor(0.0, dtype=torch.float32, device="cpu"), exp_avg=exp_avg, exp_avg_sq=exp_avg_sq
-                )
+        new = {p: new_adamw_state(p) for p in params if not self.state.get(p)}
+        for p, state in new.items():
+            self.state[p].update(state)
 
     @torch.no_grad()
     def init_state(self) -> None:
@@ -271,7 +272,6 @@ class SpectralAdam(Optimizer):
         decay: float,
     ) -> None:
         """torch's AdamW with the gradients and the state of `params` on `targets`; of DTensors, this rank's parts."""
-        self._begin(params)
         states = [self.state[p] for p in params]
         beta1, beta2 = group["betas"]
         adamw(

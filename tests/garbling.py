@@ -7,6 +7,7 @@ a step that raises something else than it may, or raises and has written. A cras
 from __future__ import annotations
 
 import copy
+import ctypes
 import math
 import random
 import sys
@@ -96,7 +97,7 @@ def _frozen(value: Any) -> Any:
         if value.is_quantized:
             return value.dtype, value.shape, value.int_repr().tolist()
         bits = value.detach().resolve_conj().resolve_neg().reshape(-1).clone(memory_format=torch.contiguous_format)
-        return value.dtype, value.shape, value.stride(), bits.view(torch.uint8).tolist()
+        return value.dtype, value.shape, value.stride(), ctypes.string_at(bits.data_ptr(), bits.nbytes)
     if isinstance(value, dict):
         return [(_frozen(k) if not isinstance(k, Tensor) else id(k), _frozen(v)) for k, v in value.items()]
     if isinstance(value, (list, tuple)):
@@ -110,7 +111,8 @@ def snapshot(optimizer: Optimizer) -> Any:
     """Parameters, state and groups, to the bit."""
     params = [p.detach() for group in optimizer.param_groups for p in group["params"]]
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    state = {id(p): dict(kept) for p, kept in optimizer.state.items() if kept}
+    places = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    state = sorted((places.get(id(p), -1), _frozen(dict(kept))) for p, kept in optimizer.state.items() if kept)
     return _frozen((params, groups, state))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any, Literal, NamedTuple
@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import memory
 from ..coefficients import Schedule
 from ..layout import Bundle, Matrices
 from ..newton_schulz import Square, square
@@ -104,8 +105,9 @@ def remarks(device: torch.device, shape: tuple[int, int], workspace_dtype: torch
     return ()
 
 
-def rehearsal() -> None:
-    """All is compiled."""
+def rehearsal() -> AbstractContextManager[None]:
+    """All is compiled, but memory is not there; see memory.py."""
+    return memory.rehearsal()
 
 
 def describe() -> str:
@@ -167,12 +169,14 @@ def momentum_update(
     update, _alive = native.momentum_update(
         _C, grads, momenta, X, scale, norms, momentum, nesterov, dampened, grad_scale, eps, margin
     )
-    _C.cpu.momentum_update(*_isa_and_threads(), update)
+    if not memory.rehearsing():
+        _C.cpu.momentum_update(*_isa_and_threads(), update)
     return scale
 
 
 def _run(products: list[object], _operands: list[object]) -> None:
-    native.required().cpu.products(*_isa_and_threads(), products)
+    if not memory.rehearsing():
+        native.required().cpu.products(*_isa_and_threads(), products)
 
 
 _queue = native.Queue(_run)
@@ -258,6 +262,8 @@ def apply_update(
     first: int = 0,
 ) -> None:
     """See `Backend.apply_update`."""
+    if memory.rehearsing():
+        return
     _C = native.required()
     update, _alive = native.apply_update(_C, params, X, float(lr), float(weight_decay), ratios)
     options = _apply_options(cautious, stochastic_rounding, seed, first)
@@ -331,6 +337,8 @@ def fused_step(
             program = _Program(X, scale, products, iterate(scale), operands)
         if isinstance(params, Bundle):
             params.derived["program"] = program
+    if memory.rehearsing():
+        return
     before, _alive = native.momentum_update(
         _C, grads, momenta, X, program.scale, None, momentum, nesterov, dampened, grad_scale, eps, margin
     )

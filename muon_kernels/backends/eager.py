@@ -5,13 +5,17 @@ instructions multiplies the same operands in fp32: torch's emulation takes up to
 
 from __future__ import annotations
 
+import math
+from array import array
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import memory
 from ..coefficients import Schedule
 from ..layout import Matrices
 from ..newton_schulz import Square, square
@@ -61,8 +65,9 @@ def remarks(device: torch.device, shape: tuple[int, int], workspace_dtype: torch
     return (f"eager multiplies {name} operands in float32: this processor has no products of {name}",)
 
 
-def rehearsal() -> None:
-    """torch is ready."""
+def rehearsal() -> AbstractContextManager[None]:
+    """See memory.py."""
+    return memory.rehearsal()
 
 
 def describe() -> str:
@@ -98,7 +103,7 @@ def normalizes() -> bool:
 
 
 def scratch_bytes(rows: int, cols: int) -> int:
-    """None: torch allocates."""
+    """None: see memory.py."""
     return 0
 
 
@@ -120,6 +125,12 @@ def program(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return run
 
 
+def _groups(matrices: Tensor) -> list[slice]:
+    """Of a stack, so many matrices at a time that what is computed between stays small; at least one."""
+    count = max(1, memory.piece(matrices.device) // max(1, matrices.shape[1] * matrices.shape[2]))
+    return [slice(i, i + count) for i in range(0, len(matrices), count)]
+
+
 def momentum_update(
     grads: Sequence[Matrices],
     momenta: Sequence[Matrices] | None,
@@ -136,47 +147,80 @@ def momentum_update(
 ) -> None:
     """See `Backend.momentum_update`. Arithmetic in fp32, or in the gradient's dtype if that is wider."""
     start = 0
-    for i, grad in enumerate(grads):
-        g = grad.view()
-        g = g.to(torch.promote_types(g.dtype, torch.float32))
-        if grad_scale != 1.0:
-            g = g * grad_scale
-        if momenta is not None:
-            buffer = momenta[i].view()
-            if buffer.dtype == g.dtype:
-                b = buffer.lerp_(g, 1 - momentum) if dampened else buffer.mul_(momentum).add_(g)
-            else:
-                b = buffer.to(g.dtype)
-                b = b.lerp_(g, 1 - momentum) if dampened else b.mul_(momentum).add_(g)
-                buffer.copy_(b)
-            if not nesterov:
-                g = b
-            elif dampened:
-                g = g.lerp(b, momentum)
-            else:
-                g = g.add(b, alpha=momentum)
-        stop = start + grad.layout.batch
-        # Normalised before it is rounded, so that nothing below rounds otherwise than torch.optim.Muon does, and in two
-        # factors: the reciprocal norm alone may be outside fp32's range.
-        norm = torch.linalg.vector_norm(g, dim=(-2, -1), dtype=torch.float64, keepdim=True)
-        if norms is not None:
-            norms[start:stop].copy_(norm[:, 0, 0])
-        mantissa, exponent = torch.frexp(norm)
-        sound = norm.isfinite() & (norm > 0)
-        half = exponent.where(sound, 0) // 2
-        first = torch.ldexp(torch.ones_like(norm), -half)
-        second = torch.ldexp(1 / (mantissa.where(sound, 1) * margin), half - exponent.where(sound, 0))
-        X[start:stop].copy_((g * first.to(g.dtype)).mul_(second.to(g.dtype)))
-        start = stop
+    for i, matrices in enumerate(grads):
+        all_of, buffers = matrices.view(), None if momenta is None else momenta[i].view()
+        for at in _groups(all_of):
+            grad, buffer = all_of[at], None if buffers is None else buffers[at]
+            here = slice(start, start + len(grad))
+            start = here.stop
+            wide, one = torch.promote_types(grad.dtype, torch.float32), (len(grad), 1, 1)
+            value, moved, precise, norm, *beside = memory.take(
+                grad.device,
+                *[(grad.shape, wide)] * 2,
+                (grad.shape, torch.float64),
+                *[(one, dtype) for dtype in (torch.float64, *_NUMBERS, wide)],
+            )
+            if memory.rehearsing():
+                continue
+            g = _direction(grad, buffer, momentum, nesterov, dampened, grad_scale, value, moved)
+            g64 = g if g.dtype == torch.float64 else precise.copy_(g)
+            torch.linalg.vector_norm(g64, dim=(-2, -1), keepdim=True, out=norm)
+            if norms is not None:
+                norms[here].copy_(norm[:, 0, 0])
+            X[here].copy_(_normalized(g, norm, margin, value, beside))
 
 
-def _multiply(A: Tensor, B: Tensor, out: Tensor, C: Tensor | None, alpha: float, beta: float) -> None:
-    """out = alpha·A·B + beta·C, summed in fp32 and rounded once."""
-    if not emulates(out.device.type, out.dtype):
-        torch.baddbmm(out if C is None else C, A, B, beta=0 if C is None else beta, alpha=alpha, out=out)
-        return
-    total = torch.bmm(A.float(), B.float()).mul_(alpha)
-    out.copy_(total.add_(C, alpha=beta) if C is not None and beta else total)
+def _direction(
+    grad: Tensor,
+    buffer: Tensor | None,
+    momentum: float,
+    nesterov: bool,
+    dampened: bool,
+    grad_scale: float,
+    value: Tensor,
+    moved: Tensor,
+) -> Tensor:
+    """Update the momentum; the direction may be the gradient, the momentum, `value` or `moved`, memory for both."""
+    g = grad if grad.dtype == value.dtype else value.copy_(grad)
+    if grad_scale != 1.0:
+        g = torch.mul(g, grad_scale, out=value)
+    if buffer is None:
+        return g
+    b = buffer if buffer.dtype == g.dtype else moved.copy_(buffer)
+    if dampened:
+        b.lerp_(g, 1 - momentum)
+    else:
+        b.mul_(momentum).add_(g)
+    if b is moved:
+        buffer.copy_(b)
+    if not nesterov:
+        return b
+    return torch.lerp(g, b, momentum, out=value) if dampened else torch.add(g, b, alpha=momentum, out=value)
+
+
+# What `_normalized` needs of each matrix beside its norm.
+_NUMBERS = (torch.float64, torch.int32, torch.int64, torch.int64, torch.int64, torch.bool, torch.bool)
+
+
+def _normalized(g: Tensor, norm: Tensor, margin: float, value: Tensor, beside: Sequence[Tensor]) -> Tensor:
+    """g / (margin · norm) in `value`, before it is rounded, so that nothing below rounds otherwise than torch's Muon.
+
+    In two factors: the reciprocal norm alone may be outside fp32's range. A norm of zero, or none, counts as 1.
+    """
+    mantissa, exponent, whole, half, power, sound, finite, factor = beside
+    torch.frexp(norm, out=(mantissa, exponent))
+    torch.gt(norm, 0, out=sound).logical_and_(torch.lt(norm, math.inf, out=finite))
+    mantissa.masked_fill_(sound.logical_not_(), 1.0)
+    whole.copy_(exponent.masked_fill_(sound, 0))
+    torch.div(whole, 2, rounding_mode="floor", out=half)
+    torch.mul(g, factor.copy_(_power_of_two(torch.neg(half, out=power))), out=value)
+    mantissa.mul_(margin).reciprocal_().mul_(_power_of_two(torch.sub(half, whole, out=power)))
+    return value.mul_(factor.copy_(mantissa))
+
+
+def _power_of_two(exponents: Tensor) -> Tensor:
+    """Doubles in the place of their exponents, int64."""
+    return exponents.add_(1023).bitwise_left_shift_(52).view(torch.float64)
 
 
 def _product(
@@ -188,22 +232,68 @@ def _product(
     beta: float,
     gamma: float,
     scale: Tensor | None,
+    squared: bool = False,
 ) -> None:
-    if gamma:  # the identity must not be added to a rounded sum: in fp32, which torch's product cannot return
-        rounded = torch.empty_like(out)
-        _multiply(A, B, rounded, None, 1.0, 0.0)
-        total = rounded.float().mul_(alpha)
-        if C is not None:
-            total.add_(C, alpha=beta)
-        total.diagonal(dim1=-2, dim2=-1).add_(gamma)
-    elif alpha == 0:  # on the CPU, torch 2.13 then takes beta for 0 too, or writes nothing
-        total = torch.zeros_like(out) if C is None else C.float() * beta
-    else:
-        _multiply(A, B, out, C, alpha, beta)
+    """scale·(alpha·A·B + beta·C + gamma·I), with the square of scale if `squared`."""
+    # On the CPU, torch 2.13 takes beta for 0 where alpha is 0, or writes nothing.
+    native = not emulates(out.device.type, out.dtype) and alpha != 0
+    if native and not gamma:
+        if not memory.rehearsing():
+            torch.baddbmm(out if C is None else C, A, B, beta=0 if C is None else beta, alpha=alpha, out=out)
         if scale is None:
             return
-        total = out.float()
-    out.copy_(total if scale is None else total.mul_(scale[:, None, None]))
+    for at in _groups(max(A, B, out, key=Tensor.numel)):
+        C_at, scale_at = (None if t is None else t[at] for t in (C, scale))
+        _product_in_fp32(A[at], B[at], out[at], C_at, alpha, beta, gamma, scale_at, squared, native)
+
+
+def _product_in_fp32(
+    A: Tensor,
+    B: Tensor,
+    out: Tensor,
+    C: Tensor | None,
+    alpha: float,
+    beta: float,
+    gamma: float,
+    scale: Tensor | None,
+    squared: bool,
+    native: bool,
+) -> None:
+    """`_product` as far as torch's 16-bit one, if it is `native`, has not done it."""
+    fp32, none = torch.float32, torch.Size([0])
+    total, addend, rounded, left, right, factor = memory.take(
+        out.device,
+        (out.shape, fp32),
+        (none if C is None else out.shape, fp32),
+        (out.shape, out.dtype),
+        (none if native else A.shape, fp32),
+        (none if native else B.shape, fp32),
+        (out.shape[:1], fp32),
+    )
+    if memory.rehearsing():
+        return
+    if native and not gamma:
+        total.copy_(out)
+    else:
+        if alpha == 0:
+            total.zero_()
+        elif native:
+            torch.bmm(A, B, out=rounded)
+            total.copy_(rounded).mul_(alpha)
+        else:
+            torch.bmm(left.copy_(A), right.copy_(B), out=total)
+            if gamma:
+                total.copy_(rounded.copy_(total))
+            total.mul_(alpha)
+        if C is not None and beta:
+            total.add_(addend.copy_(C), alpha=beta)
+        if gamma:  # the identity must not be added to a rounded sum: in fp32, which torch's product cannot return
+            total.diagonal(dim1=-2, dim2=-1).add_(gamma)
+        elif scale is not None and alpha != 0:  # as the native product rounds
+            total.copy_(rounded.copy_(total))
+    if scale is not None:
+        total.mul_((torch.mul(scale, scale, out=factor) if squared else scale)[:, None, None])
+    out.copy_(total)
 
 
 def then(run: Callable[[], object], operands: Sequence[Tensor]) -> None:
@@ -222,8 +312,8 @@ def syrk(
     scale: Tensor | None = None,
 ) -> None:
     """See `Products.syrk`."""
-    A, squared = square(A).high, None if scale is None else scale * scale
-    _product(A, A.mT, out.high, None if C is None else C.high, alpha, beta, gamma, squared)
+    A = square(A).high
+    _product(A, A.mT, out.high, None if C is None else C.high, alpha, beta, gamma, scale, squared=True)
 
 
 def syrkx(A: Square, B: Square, *, out: Square, gamma: float = 0.0) -> None:
@@ -247,45 +337,6 @@ def gemm(
     _product(A.high, square(X).high, square(out).high, addend, alpha, beta, gamma, scale)
 
 
-def _towards_zero(p: Tensor, update: Tensor) -> Tensor:
-    """Where the update has the parameter's sign, or is zero. By the signs: a product may underflow to a zero."""
-    return update * torch.ones_like(p).copysign_(p) >= 0
-
-
-def _logical_shift(z: Tensor, bits: int | Tensor) -> Tensor:
-    """z >> bits, 0 < bits, of 64 bits without a sign."""
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _mixed(z: Tensor) -> Tensor:
-    """SplitMix64's output function (Steele, Lea, Flood 2014), int64 for 64 bits without a sign."""
-    z = (z ^ _logical_shift(z, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
-    z = (z ^ _logical_shift(z, 27)) * (0x94D049BB133111EB - 2**64)
-    return z ^ _logical_shift(z, 31)
-
-
-def _random_bits(seed: int, first: int, X: Tensor) -> Tensor:
-    """Sixteen for every element of X, int64: RandomBits of csrc/cpu/elementwise.h."""
-    batch, m, n = X.shape
-    down, across = (m + 1) // 2, (n + 1) // 2
-    begin = _mixed(torch.tensor((seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device="cpu")).item()
-    numbers = first * down * across + 1, (first + batch) * down * across + 1
-    block = torch.arange(*numbers, dtype=torch.int64, device=X.device)
-    mixed = _mixed(block * (0x9E3779B97F4A7C15 - 2**64) + begin).view(batch, down, 1, across, 1)
-    of_element = torch.tensor([[[0, 16]], [[32, 48]]], dtype=torch.int64, device=X.device)
-    return ((mixed >> of_element) & 0xFFFF).reshape(batch, 2 * down, 2 * across)[:, :m, :n]
-
-
-def _round_stochastically(value: Tensor, random: Tensor) -> Tensor:
-    """fp32 to bf16; up with the probability that makes the mean exact. NaN stays."""
-    rounded = ((value.view(torch.int32) + random.int()) >> 16).to(torch.int16).view(torch.bfloat16)
-    return rounded.where(~value.isnan(), torch.nan)
-
-
-def _fp32(x: float | Tensor, device: torch.device) -> Tensor:
-    return torch.as_tensor(x, dtype=torch.float32, device=device)
-
-
 def add(
     A: Square,
     *,
@@ -297,36 +348,41 @@ def add(
     scale: Tensor | None = None,
 ) -> None:
     """See `Products.add`; for the GPU backends too."""
-    on_diagonal = None
     if gamma or out.diagonal is not None:
-        on_diagonal = alpha * _diagonal(A) + (gamma if C is None else gamma + beta * _diagonal(C))
-        if scale is not None:
-            on_diagonal *= scale[:, None]
-    if C is None:
-        torch.mul(A.high, alpha if scale is None else (alpha * scale)[:, None, None], out=out.high)
-    elif C.high is out.high and beta == 1 and scale is None:
-        out.high.add_(A.high, alpha=alpha)
-    else:
-        total = torch.add(beta * C.high.float(), A.high, alpha=alpha)
-        out.high.copy_(total if scale is None else total.mul_(scale[:, None, None]))
-    if on_diagonal is not None:
-        rounded = out.high.diagonal(dim1=1, dim2=2)
-        rounded.copy_(on_diagonal)
-        if out.diagonal is not None:
-            torch.sub(on_diagonal, rounded.float(), out=out.diagonal)
+        _add_precisely(A, out, C, alpha, beta, gamma, scale)
+        return
+    for at in _groups(out.high):
+        total, addend = memory.take(out.high.device, *[(out.high[at].shape, torch.float32)] * 2)
+        if memory.rehearsing():
+            return
+        if C is None:
+            total.copy_(A.high[at]).mul_(alpha)
+        else:
+            total.copy_(C.high[at]).mul_(beta).add_(addend.copy_(A.high[at]), alpha=alpha)
+        out.high[at].copy_(total if scale is None else total.mul_(scale[at, None, None]))
+
+
+def _add_precisely(
+    A: Square, out: Square, C: Square | None, alpha: float, beta: float, gamma: float, scale: Tensor | None
+) -> None:
+    """`add` where the diagonal is kept in fp32."""
+    on_diagonal = alpha * _diagonal(A) + (gamma if C is None else gamma + beta * _diagonal(C))
+    total = A.high.float().mul_(alpha)
+    if C is not None:
+        total.add_(C.high, alpha=beta)
+    if scale is not None:
+        on_diagonal *= scale[:, None]
+        total *= scale[:, None, None]
+    out.high.copy_(total)
+    rounded = out.high.diagonal(dim1=1, dim2=2)
+    rounded.copy_(on_diagonal)
+    if out.diagonal is not None:
+        torch.sub(on_diagonal, rounded.float(), out=out.diagonal)
 
 
 def _diagonal(S: Square) -> Tensor:
     on_diagonal = S.high.diagonal(dim1=1, dim2=2).float()
     return on_diagonal if S.diagonal is None else on_diagonal + S.diagonal
-
-
-def _step_size(lr: float | Tensor, ratios: Sequence[float], like: Tensor) -> float | Tensor:
-    """(matrices, 1, 1) where they have several; second moments make them differ within a parameter."""
-    if ratios.count(ratios[0]) == len(ratios):
-        return lr * ratios[0]
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    return lr * torch.tensor(ratios, dtype=dtype, device=like.device).view(-1, 1, 1)
 
 
 def apply_update(
@@ -344,23 +400,145 @@ def apply_update(
     """See `Backend.apply_update`. Arithmetic in the parameter's dtype; before stochastic rounding in fp32, fused."""
     start, decay = 0, 1 - lr * weight_decay
     for param in params:
-        stop = start + param.layout.batch
-        p, update, step_size = param.view(), X[start:stop], _step_size(lr, ratios[start:stop], param.tensor)
-        if stochastic_rounding and p.dtype == torch.bfloat16:
-            value = p.float()
-            decayed = value * _fp32(decay, X.device)
-            if cautious:
-                decayed = decayed.where(_towards_zero(p, update), value)
-            value = (decayed.double() - update.double() * _fp32(step_size, X.device).double()).float()
-            p.copy_(_round_stochastically(value, _random_bits(seed, first + start, update)))
-            start = stop
-            continue
-        if cautious:
-            p.copy_((p * decay).where(_towards_zero(p, update), p))
-        else:
-            p.mul_(decay)
-        if isinstance(step_size, Tensor):
-            p.sub_(update * step_size)
-        else:
-            p.add_(update, alpha=-step_size)
-        start = stop
+        for at in _groups(param.view()):
+            p = param.view()[at]
+            here = slice(start, start + len(p))
+            start = here.stop
+            step_sizes = _StepSizes(lr, ratios[here])
+            if stochastic_rounding and p.dtype == torch.bfloat16:
+                _update_stochastically(p, X[here], step_sizes, decay, cautious, seed, first + here.start)
+            else:
+                _update(p, X[here], step_sizes, decay, cautious)
+
+
+class _StepSizes(NamedTuple):
+    """lr·ratio of matrices; second moments make ratios differ within a parameter."""
+
+    lr: float | Tensor
+    ratios: Sequence[float]
+
+    def of(self, spare: Tensor) -> float | Tensor:
+        """One for all of them, or every matrix's in `spare`, (batch, 1, 1)."""
+        ratios = self.ratios if isinstance(self.ratios, array) else array("d", self.ratios)
+        if ratios.count(ratios[0]) == len(ratios):
+            return self.lr * ratios[0]
+        return spare.copy_(torch.frombuffer(ratios, dtype=torch.float64).view(-1, 1, 1)).mul_(self.lr)
+
+
+def _update(p: Tensor, X: Tensor, step_sizes: _StepSizes, decay: float | Tensor, cautious: bool) -> None:
+    wide = torch.promote_types(torch.promote_types(p.dtype, X.dtype), torch.float32)
+    update, value, decayed, kept, *towards, spare = memory.take(
+        p.device,
+        *[(p.shape, wide)] * 2,
+        *[(p.shape, p.dtype)] * 2,
+        *[(p.shape, torch.bool)] * 3,
+        ((len(p), 1, 1), torch.promote_types(p.dtype, torch.float32)),
+    )
+    if memory.rehearsing():
+        return
+    if cautious:
+        torch.mul(p, decay, out=decayed)
+        p.copy_(torch.where(_towards_zero(p, X, towards), decayed, p, out=kept))
+    else:
+        p.mul_(decay)
+    step_size = step_sizes.of(spare)
+    if isinstance(step_size, Tensor):
+        update.copy_(X).mul_(step_size)
+        if step_size.ndim == 0:  # the product of two of torch's dtypes has the stack's
+            update.copy_(kept.copy_(update))
+        step_size = 1.0
+    elif p.dtype == X.dtype:
+        p.add_(X, alpha=-step_size)
+        return
+    else:
+        update.copy_(X)
+    if p.dtype == wide:
+        p.add_(update, alpha=-step_size)
+    else:
+        p.copy_(value.copy_(p).add_(update, alpha=-step_size))
+
+
+def _update_stochastically(
+    p: Tensor,
+    X: Tensor,
+    step_sizes: _StepSizes,
+    decay: float | Tensor,
+    cautious: bool,
+    seed: int,
+    first: int,
+) -> None:
+    batch, m, n = p.shape
+    down, across = (m + 1) // 2, (n + 1) // 2
+    value, decayed, precise, update, whole, rounded, *towards, spare, sizes, z, shifted, bits = memory.take(
+        p.device,
+        *[(p.shape, torch.float32)] * 2,
+        *[(p.shape, torch.float64)] * 2,
+        (p.shape, torch.int32),
+        (p.shape, torch.int16),
+        *[(p.shape, torch.bool)] * 3,
+        *[((batch, 1, 1), dtype) for dtype in (torch.float32, torch.float64)],
+        *[((batch, down, across), torch.int64)] * 2,
+        ((batch, down, 2, across, 2), torch.int64),
+    )
+    if memory.rehearsing():
+        return
+    torch.mul(value.copy_(p), decay, out=decayed)
+    precise.copy_(decayed)
+    if cautious:
+        precise.copy_(torch.where(_towards_zero(p, X, towards), decayed, value, out=whole.view(torch.float32)))
+    step_size = step_sizes.of(spare)
+    step_size = sizes.copy_(step_size) if isinstance(step_size, Tensor) else array("f", [step_size])[0]
+    # As if with one rounding, to fp32.
+    value.copy_(precise.sub_(update.copy_(X).mul_(step_size)))
+    _random_bits(seed, first, z, shifted, bits)
+    whole.copy_(bits.view(batch, 2 * down, 2 * across)[:, :m, :n])
+    # Up with the probability that makes the mean exact. NaN stays.
+    rounded.copy_(whole.add_(value.view(torch.int32)).bitwise_right_shift_(16))
+    p.copy_(rounded.view(torch.bfloat16).masked_fill_(torch.ne(value, value, out=towards[0]), math.nan))
+
+
+def _towards_zero(p: Tensor, update: Tensor, spare: Sequence[Tensor]) -> Tensor:
+    """Where the update has the parameter's sign, or is zero. By the signs: a product may underflow to a zero."""
+    negative, up, down = spare
+    torch.signbit(p, out=negative)
+    torch.le(update, 0, out=down).logical_and_(negative)
+    return torch.ge(update, 0, out=up).logical_and_(negative.logical_not_()).logical_or_(down)
+
+
+_MIX = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_STRIDE = 0x9E3779B97F4A7C15
+
+
+def _mixed(z: int) -> int:
+    """SplitMix64's output function (Steele, Lea, Flood 2014)."""
+    z = (z ^ z >> 30) * _MIX[0] % 2**64
+    z = (z ^ z >> 27) * _MIX[1] % 2**64
+    return z ^ z >> 31
+
+
+def _signed(z: int) -> int:
+    """int64 for 64 bits without a sign."""
+    return (z + 2**63) % 2**64 - 2**63
+
+
+def _random_bits(seed: int, first: int, z: Tensor, shifted: Tensor, bits: Tensor) -> None:
+    """Write sixteen for every element: RandomBits of csrc/cpu/elementwise.h.
+
+    Args:
+        seed, first: see `Backend.apply_update`.
+        z, shifted: (batch, down, across) int64, one number a block of 2 x 2 elements; overwritten.
+        bits: (batch, down, 2, across, 2) int64, written.
+    """
+    begin = first * z[0].numel() + 1
+    torch.arange(begin, begin + z.numel(), out=z.view(-1))
+    z.mul_(_signed(_STRIDE)).add_(_signed(_mixed(seed % 2**64)))
+    for shift, factor in zip((30, 27, 31), (*_MIX, 1), strict=True):  # `_mixed`
+        z.bitwise_xor_(_logically_shifted(z, shift, shifted)).mul_(_signed(factor))
+    for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        bits[:, :, row, :, column].copy_(torch.bitwise_right_shift(z, 32 * row + 16 * column, out=shifted))
+    bits.bitwise_and_(0xFFFF)
+
+
+def _logically_shifted(z: Tensor, bits: int, out: Tensor) -> Tensor:
+    """z >> bits, 0 < bits, of 64 bits without a sign."""
+    return torch.bitwise_right_shift(z, bits, out=out).bitwise_and_((1 << (64 - bits)) - 1)
