@@ -142,29 +142,25 @@ def param_groups(
             f"model should be an nn.Module, whose layers tell what a parameter is for, but is: {type(model).__name__}; "
             "give Muon and AdamW their parameters yourself where there is none"
         )
-    for name, options in (("muon_options", muon_options), ("adamw_options", adamw_options)):
-        if options is not None and not isinstance(options, Mapping):
-            raise TypeError(f"{name} should be a mapping of options but is: {options!r}")
-        if taken := sorted({"params", "param_names", "use_muon"} & set(options or ())):
-            raise ValueError(f"{name} should hold options, but {taken[0]!r} is for param_groups to say")
-    if isinstance(split, str) and split == "auto":
-        split = {"*": split}
-    for name, by_pattern, meaning in (
-        ("split", split, "cuts"),
-        ("lr", lr, "numbers"),
-        ("weight_decay", weight_decay, "numbers"),
-    ):
-        if not isinstance(by_pattern, (Mapping, NoneType)):
-            raise TypeError(f"{name} should be a mapping of patterns to {meaning} but is: {by_pattern!r}")
-    if split is not None and "split" in (muon_options or {}):
+    halves = {
+        "Muon": _mapping("muon_options", muon_options, "options"),
+        "AdamW": _mapping("adamw_options", adamw_options, "options"),
+    }
+    for half, options in halves.items():
+        if taken := sorted({"params", "param_names", "use_muon"} & options.keys()):
+            raise ValueError(f"{half.lower()}_options should hold options, but {taken[0]!r} is for param_groups to say")
+    split = _mapping("split", {"*": "auto"} if split == "auto" else split, "patterns to cuts")
+    if split and "split" in halves["Muon"]:
         raise ValueError("split should be given once but is in muon_options too")
-    halves = {"Muon": dict(muon_options or {}), "AdamW": dict(adamw_options or {})}
     flatten = halves["Muon"].get("flatten")
     places = _places(model, flatten)
     find = _Finder(places, missing_ok)
     claims = {"Muon": find.claims("muon", muon), "AdamW": find.claims("adamw", adamw)}
-    cuts = find.cuts(split or {})
-    own = {"lr": find.first("lr", lr or {}), "weight_decay": find.first("weight_decay", weight_decay or {})}
+    cuts = find.cuts(split)
+    own = {
+        "lr": find.first("lr", _mapping("lr", lr, "patterns to numbers")),
+        "weight_decay": find.first("weight_decay", _mapping("weight_decay", weight_decay, "patterns to numbers")),
+    }
     rules = tuple(rules)
 
     assignments = []
@@ -174,8 +170,7 @@ def param_groups(
         optimizer, reason = _judge(param, at, claims, rules)
         words = [reason]
         if optimizer != "none":
-            base = halves[optimizer].get("lr")
-            options = {key: _number(key, *of[param], base) for key, of in own.items() if param in of}
+            options = {key: _number(key, *of[param], optimizer, halves) for key, of in own.items() if param in of}
             group = groups[optimizer].setdefault(tuple(options.items()), {"params": [], "param_names": [], **options})
             group["params"].append(param)
             group["param_names"].append(name)
@@ -200,6 +195,13 @@ def param_groups(
         for group in [plain, *by_options.values()] if plain["params"] or not by_options else by_options.values():
             made.append({"use_muon": optimizer == "Muon", **halves[optimizer], **group})
     return ParamGroups(made, assignments)
+
+
+def _mapping(name: str, value: Any, of: str) -> Mapping[str, Any]:
+    """The value, empty for None."""
+    if value is not None and not isinstance(value, Mapping):
+        raise TypeError(f"{name} should be a mapping of {of} but is: {value!r}")
+    return value or {}
 
 
 _PARAMETRIZED = re.compile(r"(?:(.*)\.)?parametrizations\.(\w+)\.original\d*")
@@ -317,9 +319,10 @@ def _judge(
     if param.requires_grad:
         _check_whole(at[0])
         if not said:
-            rule = next((rule for rule in rules if any(map(rule.holds, at))), None)
             kind = f"{_kind(param, at[0].flatten)} in {type(at[0].module).__name__}"
-            said = [("Muon", kind) if rule is None else (rule.optimizer, rule.reason)]
+            otherwise = ("Muon", kind) if param.ndim > 1 else ("AdamW", "vector")
+            held = ((rule.optimizer, rule.reason) for rule in rules if any(map(rule.holds, at)))
+            said = [next(held, otherwise)]
     if said[:1] and said[0][0] == "Muon" and param.ndim < 2:
         raise ValueError(
             f"Muon takes parameters of 2 or more dimensions, but {said[0][1]} matches {name}, which has {param.ndim}"
@@ -353,16 +356,18 @@ def _kind(param: nn.Parameter, flatten: bool | None) -> str:
     return "flattened to a matrix" if flattens(param.shape, flatten) else "stack of matrices"
 
 
-def _number(key: str, pattern: str, value: float | str, base: Any) -> float:
+def _number(
+    key: str, pattern: str, value: float | str, optimizer: str, halves: Mapping[str, Mapping[str, Any]]
+) -> float:
     """The number that a pattern stands for."""
     name = f"{key}[{pattern!r}]"
     if key == "lr" and isinstance(value, str):
-        match = re.fullmatch(r"([\d.]+(?:e-?\d+)?)x", value)
+        match = re.fullmatch(r"(\d+|\d*\.\d+)x", value)
         if match is None:
             raise ValueError(f"{name} should be a number or a multiple such as '0.5x' but is: {value!r}")
-        if base is None:
-            raise ValueError(f"{name} is a multiple, so the options of that half should hold lr but do not")
-        return float(match[1]) * float(base)
+        if "lr" not in halves[optimizer]:
+            raise ValueError(f"{name} is a multiple, so {optimizer.lower()}_options should hold lr but do not")
+        return float(match[1]) * float(halves[optimizer]["lr"])
     check_number(name, value)
     return float(value)
 

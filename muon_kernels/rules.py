@@ -215,6 +215,12 @@ RULES: tuple[Rule, ...] = (
         why="The same, of any name: a convolution over more than one pixel of at most four channels.",
     ),
     Rule(
+        "position table",
+        name=_word("(?:rel_?|abs_?)?pos(?:_?(?:emb|enc))?", r"(?:rel|abs)?_?position(?:s|al)?\w*", "pe"),
+        when=is_table,
+        why="A row is the vector of one position. A linear layer on positions, as `linear_pos`, is a matrix.",
+    ),
+    Rule(
         "embedding by name",
         name=rf"embed{_ABOVE_LAYERS}|\bw[tp]e\b",
         why="Embeddings that are no nn.Embedding, of time steps, classes, images.",
@@ -224,12 +230,6 @@ RULES: tuple[Rule, ...] = (
         name=_word("embs?"),
         when=is_table,
         why="The same, abbreviated; `time_emb_proj` of a residual block is a linear layer, and hidden.",
-    ),
-    Rule(
-        "position table",
-        name=_word("(?:rel_?|abs_?)?pos(?:_?(?:emb|enc))?", r"(?:rel|abs)?_?position(?:s|al)?\w*", "pe"),
-        when=is_table,
-        why="A row is the vector of one position. A linear layer on positions, as `linear_pos`, is a matrix.",
     ),
     Rule(
         "learned tokens",
