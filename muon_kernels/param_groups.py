@@ -336,7 +336,7 @@ def _check_whole(place: Place) -> None:
     if is_lazy(param):
         raise ValueError(f"{name} should have a size but is not made yet; run the model once before")
     check_whole(name, param)
-    if param.ndim < 2 and place.leaf == "weight" and isinstance(place.module, _OF_MATRICES):
+    if param.ndim < 2 and name.rpartition(".")[2] == "weight" and isinstance(place.module, _OF_MATRICES):
         raise ValueError(
             f"{name} should be a matrix, as the weight of {type(place.module).__name__} is, but has size "
             f"{tuple(param.shape)}: {FLATTENED}"
@@ -393,10 +393,13 @@ def _check_cuts(
 ) -> None:
     """Raise ValueError for a pattern of `split` that matches parameters of AdamW's only."""
     went = dict(zip(places, assignments, strict=True))
-    for pattern in {by for by, cut in cuts.values() if cut != "auto"}:
-        names = [went[param].name for param, (by, _) in cuts.items() if by == pattern]
-        if all(went[param].optimizer == "AdamW" for param, (by, _) in cuts.items() if by == pattern):
+    matched: dict[str, list[Assignment]] = {}
+    for param, (pattern, cut) in cuts.items():
+        if cut != "auto":
+            matched.setdefault(pattern, []).append(went[param])
+    for pattern, found in matched.items():
+        if all(assignment.optimizer == "AdamW" for assignment in found):
             raise ValueError(
                 f"split={pattern!r} should match a parameter that goes to Muon but matches only, of AdamW's: "
-                f"{', '.join(names)}"
+                f"{', '.join(assignment.name for assignment in found)}"
             )

@@ -287,16 +287,14 @@ RULES: tuple[Rule, ...] = (
 
 
 class Heads(NamedTuple):
-    """Regular expressions for the names of modules, each for one part of a path as a whole.
-
-    None is looked for in numbered layers.
+    """Which names tell an output head: regular expressions for whole parts of a path, outside of numbered layers.
 
     Attributes:
         ends: modules that end in an output head: their last matrix, unless a norm follows it.
         heads: modules whose last matrix is an output head; within one of `ends`, these and not that one's last.
         never: modules that have none of `ends` below them.
         beside: parts of a head that are not its last matrix, whatever their order.
-        positions: embeddings whose number of rows is no number of classes.
+        positions: to be found in the names of embeddings whose number of rows is no number of classes.
     """
 
     ends: re.Pattern[str]
@@ -317,7 +315,7 @@ HEADS = Heads(
     ),
     never=re.compile(r"(?i)(?:\w+_)?(?:attn|se|squeeze\w*|mlp|ffn)(?:_\w+)?|\w*attention"),
     beside=re.compile(r"(?i)adaln\w*|\w*modulation"),
-    positions=re.compile(r"(?i)wpe|pe|\w*pos\w*"),
+    positions=re.compile(r"(?i)(?<![a-z])(?:pos|w?pe(?![a-z]))"),
 )
 
 # ------------------------------------------------------------------------------------------------ known layers

@@ -380,6 +380,7 @@ def test_parametrized_weights_are_judged_as_what_they_stand_for() -> None:
                 "depthwise": parametrizations.weight_norm(nn.Conv2d(8, 8, 3, groups=8, bias=False)),
                 "conv": parametrizations.weight_norm(nn.Conv1d(8, 8, 3, bias=False)),
                 "gate": parametrizations.spectral_norm(nn.Linear(8, 4, bias=False)),
+                "one_gain": parametrizations.weight_norm(nn.Linear(8, 6, bias=False), dim=None),
                 "head": parametrizations.weight_norm(nn.Linear(8, 6, bias=False)),
             }
         )
@@ -399,6 +400,8 @@ def test_parametrized_weights_are_judged_as_what_they_stand_for() -> None:
         "conv.parametrizations.weight.original0": vector,
         "conv.parametrizations.weight.original1": ("AdamW", "3-D convolution weight"),
         "gate.parametrizations.weight.original": ("Muon", "router"),
+        "one_gain.parametrizations.weight.original0": vector,
+        "one_gain.parametrizations.weight.original1": matrix,
         "head.parametrizations.weight.original0": vector,
         "head.parametrizations.weight.original1": head,
     }
@@ -599,7 +602,7 @@ def test_a_transposed_weight_moves_as_torchs_linear_does() -> None:
     conv1d.weight.grad = linear.weight.grad.T.clone()
     torch.optim.Muon(param_groups(linear).muon, lr=0.1).step()
     Muon(param_groups(conv1d).muon, lr=0.1).step()
-    torch.testing.assert_close(conv1d.weight.T - start, linear.weight - start, rtol=0, atol=2e-3)
+    torch.testing.assert_close(conv1d.weight.T - start, linear.weight - start, rtol=0, atol=5e-3)
     assert (linear.weight - start).norm() > 0.1
 
 
