@@ -252,7 +252,7 @@ def _output_heads(places: Sequence[Place]) -> set[nn.Parameter]:
 
 def _head_of(place: Place) -> tuple[str, bool]:
     """The path of the output head that holds the weight, empty without, and whether the name leaves no doubt."""
-    parts, end, doubt = place.name.split(".")[:-1], "", False
+    parts, end, inner = place.name.split(".")[:-1], "", False
     for depth, part in enumerate(parts, start=1):
         if part.isdigit():
             break
@@ -262,9 +262,11 @@ def _head_of(place: Place) -> tuple[str, bool]:
             return path, True
         if HEADS.beside.fullmatch(part):
             return "", False
-        doubt = doubt or HEADS.never.fullmatch(part) is not None
-        if not end and not doubt and HEADS.ends.fullmatch(part):
-            end = path
+        inner = inner or HEADS.never.fullmatch(part) is not None
+        if not inner and HEADS.ends.fullmatch(part):
+            if path == f"{end}.{part}":
+                return path, True
+            end = end or path
     return end, False
 
 

@@ -165,8 +165,9 @@ def _word(*words: str) -> str:
     return rf"(?i)(?<![a-z])(?:{'|'.join(words)})(?![a-z])[^.]*(?:\.weight)?$"
 
 
-# Numbered layers below what is called an embedding are layers, as those of `text_embedder.layers.0.mlp.fc1.weight`.
-_ABOVE_LAYERS = r"(?!.*\.(?:layers?|blocks?|stages?|resblocks|h)\.\d)"
+# Numbered layers below what is called an embedding are layers, as in `text_embedder.layers.0.mlp.fc1.weight`; and what
+# numbered stages begin with is no stem.
+_LAYER = r"\b(?:layers?|blocks?|stages?|resblocks|h)\.\d"
 
 # ------------------------------------------------------------------------------------------------ rules
 
@@ -206,7 +207,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "stem or patch embedding",
-        name=rf"(?i)(?<![a-z])(?:stem|patchify|patch_?embed\w*|to_patch\w*|conv_in|conv_first)(?![a-z]){_ABOVE_LAYERS}",
+        name=rf"(?i)^(?!.*{_LAYER})(?:.*[._])?(?:stem|patchify|patch_?embed\w*|to_patch\w*|conv_in|conv_first)(?![a-z])",
         why="The first layer, which reads pixels or patches as an embedding reads tokens. Muon is for hidden layers.",
     ),
     Rule(
@@ -222,7 +223,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "embedding by name",
-        name=rf"embed{_ABOVE_LAYERS}|\bw[tp]e\b",
+        name=rf"(?<!patch_)(?<!patch)embed(?!.*{_LAYER})|\bw[tp]e\b",
         why="Embeddings that are no nn.Embedding, of time steps, classes, images.",
     ),
     Rule(
@@ -290,7 +291,8 @@ class Heads(NamedTuple):
     """Which names tell an output head: regular expressions for whole parts of a path, outside of numbered layers.
 
     Attributes:
-        ends: modules that end in an output head: their last matrix, unless a norm follows it.
+        ends: modules that end in an output head: one called so within another, or else their last matrix, unless a norm
+            follows it.
         heads: modules whose last matrix is an output head; within one of `ends`, these and not that one's last.
         never: modules that have none of `ends` below them.
         beside: parts of a head that are not its last matrix, whatever their order.
@@ -306,7 +308,7 @@ class Heads(NamedTuple):
 
 HEADS = Heads(
     ends=re.compile(
-        r"(?:\w+_)?heads?(?:_?[a-z0-9]|_dist)?|fc|output|output_(?:layer|projection)|score|(?:\w+_)?pred|\w+_predictor|"
+        r"(?!conv_)(?:\w+_)?heads?(?:_?[a-z0-9]|_dist)?|fc|output|output_(?:layer|projection)|score|(?:\w+_)?pred|\w+_predictor|"
         r"conv_out|proj_out|to_rgb|final_(?:layer|conv|proj|linear)|last_layer"
     ),
     heads=re.compile(
@@ -360,6 +362,11 @@ def _gate_and_up(experts: Any) -> str:
 
 def _falcon(attention: Any) -> str:
     return qkv(attention.num_heads, attention.num_kv_heads, interleaved=attention.num_kv_heads > 1)
+
+
+def _delta_net(m: Any) -> str:
+    values = m.num_v_heads // m.num_k_heads * m.head_v_dim
+    return blocks(m.head_k_dim, m.head_k_dim, values, values, interleaved=True)
 
 
 def _levit(attention: Any) -> str:
@@ -433,6 +440,14 @@ LAYERS: tuple[Layer, ...] = (
         r"DeepseekV\d+Attention",
         r"q(_b)?_proj\.weight",
         lambda m: blocks(m.qk_nope_head_dim, m.qk_rope_head_dim, interleaved=True),
+    ),
+    # Queries, keys, values and gates of a group of heads after those of another.
+    Layer("transformers", "Qwen3NextGatedDeltaNet", r"in_proj_qkvz\.weight", _delta_net),
+    Layer(
+        "transformers",
+        "Qwen3NextAttention",
+        r"q_proj\.weight",
+        lambda m: blocks(m.head_dim, m.head_dim, interleaved=True),
     ),
     # States and gate; steps of time, and the maps B and C of states.
     Layer("transformers", "(Falcon|Jamba)?MambaMixer", r"in_proj\.weight", equal(2)),

@@ -226,6 +226,8 @@ def test_heads_within_heads() -> None:
     assert output_heads(modulated) == ["final_layer.linear.weight"]
     hidden = nested({"head.pre_logits.fc": nn.Linear(8, 8), "head.fc": nn.Linear(8, 5)})
     assert output_heads(hidden) == ["head.fc.weight"]
+    early = nested({"iou_prediction_head.proj_out": nn.Linear(8, 5), "iou_prediction_head.layers.0": nn.Linear(8, 8)})
+    assert output_heads(early) == ["iou_prediction_head.proj_out.weight"]
 
 
 @pytest.mark.parametrize(
@@ -237,6 +239,7 @@ def test_heads_within_heads() -> None:
         {"mlp.fc": nn.Linear(8, 8)},
         {"head.dense": nn.Linear(8, 8), "head.norm": nn.LayerNorm(8)},
         {"layers.0.output": nn.Linear(8, 8)},
+        {"conv_head": nn.Conv2d(8, 16, 1)},
         {"blocks.3.router.classifier": nn.Linear(8, 4)},
         {"tokens": nn.Embedding(60, 8), "embed_positions": nn.Embedding(34, 8), "fc2": nn.Linear(8, 34)},
     ],
@@ -350,6 +353,8 @@ def test_stems_and_patch_embeddings_are_judged_alike() -> None:
             f"{path}.weight": ("AdamW", "stem or patch embedding"),
             "layer1.conv1.weight": ("Muon", "flattened to a matrix in Conv2d"),
         }
+    stages = nested({f"stages.{i}.patch_embeddings.proj": nn.Conv2d(n, 8, 3, bias=False) for i, n in ((0, 3), (1, 8))})
+    assert [a.optimizer for a in param_groups(stages).assignments] == ["AdamW", "Muon"]
     later = nested({"stem.conv2": nn.Conv2d(8, 8, 3, bias=False), "se.reduce": nn.Conv2d(8, 4, 1, bias=False)})
     later.se.expand = nn.Conv2d(4, 8, 1, bias=False)  # type: ignore[union-attr]
     assert [a.optimizer for a in param_groups(later).assignments] == ["AdamW", "Muon", "Muon"]
