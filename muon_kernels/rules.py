@@ -184,9 +184,9 @@ ROUTER = Rule(
     "Muon",
     name=r"(?i)(?<!attn\.)(?<!attention\.)(?<![a-z])(?:router|gate)(?![a-z_])(?:\.\w+)?\.weight$",
     when=_is_wide,
-    why="A linear map of hidden states to experts, multiplied like any other: Moonlight, GLM-4.5 and DeepSeek-V4 train "
-    "it with Muon. Others give it to AdamW, as a classifier that rare experts should not disturb: put "
-    '`ROUTER._replace(optimizer="AdamW")` first, or say adamw="*.gate.weight".',
+    why="A hidden matrix, experts by width, multiplied like any other: Moonlight and GLM-4.5 train it with Muon. Others "
+    'give it to AdamW, as a classifier of tokens: put `ROUTER._replace(optimizer="AdamW")` first in `rules`, or say '
+    'adamw="*.gate.weight".',
 )
 
 RULES: tuple[Rule, ...] = (
@@ -272,9 +272,9 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "more than 3-D",
         when=_is_of_more_dimensions,
-        why="Muon flattens four dimensions, which outside of a convolution nobody can call right or wrong.",
+        why="Muon would flatten it like a convolution, but which of its dimensions are outputs nothing tells.",
     ),
-    Rule("stack of vectors", when=_is_stack_of_vectors, why="See vector."),
+    Rule("stack of vectors", when=_is_stack_of_vectors, why="Each of its matrices has one singular value."),
     Rule(
         "einsum weight",
         layer="^XLNetRelativeAttention$",
