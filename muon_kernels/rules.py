@@ -177,16 +177,16 @@ EMBEDDING = Rule(
     why="A row is the vector of one token, and a step sees few of them. An output head tied to it is one too.",
 )
 
-NORM = Rule("norm", layer=r"(?i)norm(\dd)?$", why="Gains and biases of a normalisation, whatever their shape.")
+NORM = Rule("norm", layer=r"(?i)norm(\dd|gated)?$", why="Gains and biases of a normalisation, whatever their shape.")
 
 ROUTER = Rule(
     "router",
     "Muon",
     name=r"(?i)(?<!attn\.)(?<!attention\.)(?<![a-z])(?:router|gate)(?![a-z_])(?:\.\w+)?\.weight$",
     when=_is_wide,
-    why="A hidden matrix, experts by width, multiplied like any other: Moonlight and GLM-4.5 train it with Muon. Others "
-    'give it to AdamW, as a classifier of tokens: put `ROUTER._replace(optimizer="AdamW")` first in `rules`, or say '
-    'adamw="*.gate.weight".',
+    why="A hidden matrix, experts by width, multiplied like any other: Moonlight and GLM-4.5 train it with Muon. "
+    'Others give it to AdamW, as a classifier of tokens: put `ROUTER._replace(optimizer="AdamW")` first in `rules`, or '
+    'say adamw="*.gate.weight".',
 )
 
 RULES: tuple[Rule, ...] = (
