@@ -387,6 +387,7 @@ def test_parametrized_weights_are_judged_as_what_they_stand_for() -> None:
                 "gate": parametrizations.spectral_norm(nn.Linear(8, 4, bias=False)),
                 "one_gain": parametrizations.weight_norm(nn.Linear(8, 6, bias=False), dim=None),
                 "head": parametrizations.weight_norm(nn.Linear(8, 6, bias=False)),
+                "classifier": weight_norm(nn.Linear(8, 6, bias=False)),
             }
         )
     vector, matrix = ("AdamW", "vector"), ("Muon", "matrix in ParametrizedLinear")
@@ -409,15 +410,21 @@ def test_parametrized_weights_are_judged_as_what_they_stand_for() -> None:
         "one_gain.parametrizations.weight.original1": matrix,
         "head.parametrizations.weight.original0": vector,
         "head.parametrizations.weight.original1": head,
+        "classifier.weight_g": vector,
+        "classifier.weight_v": head,
     }
 
 
 def test_routers_go_to_muon_or_where_one_says() -> None:
     routers = {"layers.0.mlp.gate": nn.Linear(8, 4, bias=False), "layers.0.moe.router.layer": nn.Linear(8, 4)}
-    model = nested({**routers, "layers.0.mlp.gate_proj": nn.Linear(8, 4), "layers.0.attn.gate": nn.Linear(8, 4)})
-    told = {name: by for name, by in went(param_groups(model)).items() if not name.endswith("bias")}
+    others = {"layers.0.mlp.gate_proj": (8, 4), "layers.0.attn.gate": (8, 4), "layers.0.unit.gate": (8, 8)}
+    model = nested({**routers, **{path: nn.Linear(*shape, bias=False) for path, shape in others.items()}})
     router, matrix = ("Muon", "router"), ("Muon", "matrix in Linear")
-    assert list(told.values()) == [router, matrix, router, matrix]
+    told = went(param_groups(model))
+    assert {name: by for name, by in told.items() if not name.endswith("bias")} == {
+        **{f"{path}.weight": router for path in routers},
+        **{f"{path}.weight": matrix for path in others},
+    }
     told = went(param_groups(model, rules=[ROUTER._replace(optimizer="AdamW"), *RULES]))
     assert told["layers.0.mlp.gate.weight"] == told["layers.0.moe.router.layer.weight"] == ("AdamW", "router")
     assert told["layers.0.mlp.gate_proj.weight"] == matrix
