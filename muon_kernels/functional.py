@@ -21,7 +21,7 @@ from torch import Tensor
 from . import backends, interrupts, memory, options
 from .coefficients import DEFAULT, NS_STEPS, Schedule, resolve
 from .distributed import blocks, exchange
-from .distributed.placement import Placement, local
+from .distributed.placement import Placement, check_whole, local
 from .distributed.strategies import STRATEGIES
 from .graphs import capturing
 from .layout import (
@@ -335,6 +335,7 @@ def check_dense(name: str, t: Any, dtypes: Sequence[torch.dtype] = DTYPES) -> No
 def check_matrices(name: str, t: Any, hint: str = "") -> None:
     """Raise ValueError or TypeError unless `t` can be read as matrices."""
     check_dense(name, t)
+    check_whole(name, t)
     if t.ndim < 2:
         raise ValueError(f"{name} should have at least 2 dimensions but has size: {tuple(t.shape)}{hint}")
 

@@ -591,8 +591,8 @@ MUTANTS = [
     Mutant(
         "split by a tied name",
         PARAM_GROUPS,
-        "            splits[name] = cut",
-        "            splits[places[-1].name] = cut",
+        'group.setdefault("split", {})[name] = cut',
+        'group.setdefault("split", {})[at[-1].full_name] = cut',
         SPLIT,
     ),
     Mutant("keller: a digit", COEFFICIENTS_PY, "_KELLER = (3.4445,", "_KELLER = (3.4435,", COEFFICIENTS),

@@ -34,6 +34,21 @@ def local(t: Tensor) -> Tensor:
     return t._local_tensor if is_dtensor(t) else t
 
 
+FLATTENED = (
+    "a part of a flat vector is no matrix; shard the model with torch.distributed.fsdp.fully_shard (FSDP2), which "
+    "leaves parameters their size"
+)
+
+
+def check_whole(name: str, p: Tensor) -> None:
+    """Raise ValueError if FSDP1 has made a flat vector, or ZeRO-3 nothing, of what may have been a matrix."""
+    whole = getattr(p, "ds_shape", None)
+    if whole is not None and tuple(whole) != tuple(p.shape):
+        raise ValueError(f"{name} should be of size {tuple(whole)} but ZeRO-3 leaves {tuple(p.shape)}: {FLATTENED}")
+    if getattr(p, "_fsdp_flattened", False):
+        raise ValueError(f"{name} should be whole but FSDP1 has flattened it to size {tuple(p.shape)}: {FLATTENED}")
+
+
 class Team:
     """The ranks that step a parameter together.
 
