@@ -41,8 +41,13 @@ def test_one_class_for_every_parameter() -> None:
         for group in groups
         for p in group["params"]
     }
+
+    def step(p: nn.Parameter) -> None:
+        optimizers[p].step()
+        optimizers[p].zero_grad()
+
     for p in model.parameters():
-        p.register_post_accumulate_grad_hook(lambda p: (optimizers[p].step(), optimizers[p].zero_grad()))
+        p.register_post_accumulate_grad_hook(step)
     for i in range(3):
         loss_of(model, i).backward()
     train(plain, own, range(3))

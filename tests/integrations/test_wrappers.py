@@ -12,14 +12,19 @@ from torch import Tensor
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from world import World
 
 from muon_kernels import Muon, MuonAdamW, param_groups
 
 
+def replicated(case: str) -> tuple[DistributedDataParallel, Optimizer]:
+    model, optimizer = build(case)
+    return DistributedDataParallel(model), optimizer
+
+
 def redundant(case: str, view: bool) -> tuple[DistributedDataParallel, ZeroRedundancyOptimizer]:
-    torch.manual_seed(0)
-    model = CASES[case][0]()
+    model, _ = build(case)
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=view)
     if case == "Muon":
         return wrapped, ZeroRedundancyOptimizer(model.parameters(), optimizer_class=Muon, **MUON)
@@ -27,22 +32,25 @@ def redundant(case: str, view: bool) -> tuple[DistributedDataParallel, ZeroRedun
     return wrapped, ZeroRedundancyOptimizer(groups, optimizer_class=MuonAdamW)
 
 
-def with_zero(case: str, view: bool) -> tuple[dict[str, Tensor], Any]:
+def with_zero(case: str, view: bool) -> None:
+    plain, whole = replicated(case)
+    train(plain, whole, range(2))
     model, optimizer = redundant(case, view)
     train(model, optimizer, range(2))
+    assert_same(parameters(model), parameters(plain))
+
     optimizer.consolidate_state_dict(to=0)
-    state = optimizer.state_dict() if dist.get_rank() == 0 else None
-    state = dist_object(state)
+    state = from_first(optimizer.state_dict() if dist.get_rank() == 0 else None)
+    assert_same(state["state"], whole.state_dict()["state"])
     again, own = redundant(case, view)
     again.load_state_dict(model.state_dict())
     own.load_state_dict(state)
-    train(model, optimizer, range(2, 4))
+    train(plain, whole, range(2, 4))
     train(again, own, range(2, 4))
-    assert_same(parameters(again), parameters(model))
-    return parameters(model.module), state
+    assert_same(parameters(again), parameters(plain))
 
 
-def dist_object(value: Any) -> Any:
+def from_first(value: Any) -> Any:
     """Rank 0's, on every rank, as from a file."""
     values = [value]
     dist.broadcast_object_list(values, src=0)
@@ -52,31 +60,24 @@ def dist_object(value: Any) -> Any:
 @pytest.mark.parametrize("view", [False, True], ids=["copied", "view"])
 @pytest.mark.parametrize("case", CASES)
 def test_zero_redundancy(case: str, view: bool, ranks: World) -> None:
-    """Each rank steps a part of the parameters: the same weights and state as one process, also when resumed."""
-    model, optimizer = build(case)
-    train(model, optimizer, range(2))
-    state = through_disk(optimizer.state_dict())["state"]
-    train(model, optimizer, range(2, 4))
-    for weights, consolidated in ranks.run(2, with_zero, case, view):
-        assert_same(weights, parameters(model))
-        assert_same(consolidated["state"], state)
+    """Each rank steps a part of the parameters: weights and state are those of an optimizer that steps all."""
+    ranks.run(2, with_zero, case, view)
 
 
-def zero_with_options_for_both() -> dict[str, Tensor]:
-    torch.manual_seed(0)
+def zero_with_options_for_both() -> None:
+    plain, whole = replicated("MuonAdamW")
     model = CASES["MuonAdamW"][0]()
+    model.load_state_dict(plain.module.state_dict())
     optimizer = ZeroRedundancyOptimizer(
         param_groups(model), optimizer_class=MuonAdamW, muon_options=MUON, adamw_options=ADAMW
     )
+    train(plain, whole, range(2))
     train(model, optimizer, range(2))
-    return parameters(model)
+    assert_same(parameters(model), parameters(plain.module))
 
 
 def test_zero_redundancy_passes_options_of_both_halves(ranks: World) -> None:
-    model, optimizer = build("MuonAdamW")
-    train(model, optimizer, range(2))
-    for weights in ranks.run(2, zero_with_options_for_both):
-        assert_same(weights, parameters(model))
+    ranks.run(2, zero_with_options_for_both)
 
 
 def averaged(case: str, by_hand: bool) -> dict[str, Tensor]:
