@@ -1,4 +1,5 @@
 import os
+import sys
 from collections.abc import Iterator
 
 # Before a library reads them: nothing here may be downloaded, and a second pool of threads would wait for the cores.
@@ -6,6 +7,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIB
 
 import pytest
 import torch
+from tiny import another_accelerator
 from world import World, world
 
 try:
@@ -18,6 +20,13 @@ except RuntimeError:
     declarations = torch.library.Library("torchvision", "DEF")
     declarations.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     declarations.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+@pytest.fixture(autouse=True)
+def _own_accelerator() -> Iterator[None]:
+    yield
+    if "accelerate" in sys.modules:
+        another_accelerator()
 
 
 @pytest.fixture(scope="module")

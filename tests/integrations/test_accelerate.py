@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from test_state_dicts import whole
-from tiny import CASES, assert_near, assert_same, build, loss_of, matrices, parameters
+from tiny import CASES, another_accelerator, assert_near, assert_same, build, loss_of, matrices, parameters
 from torch import nn
 from torch.optim import Optimizer
 from world import World
@@ -19,21 +18,6 @@ from world import World
 from muon_kernels import Muon
 
 pytest.importorskip("accelerate")
-
-
-def reset() -> None:
-    """An Accelerator is one a process: begin another."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-
-
-@pytest.fixture(autouse=True)
-def _another_accelerator() -> Iterator[None]:
-    reset()
-    yield
-    reset()
 
 
 def accelerator(**options: Any) -> Any:
@@ -77,7 +61,7 @@ def test_training_is_that_by_hand(case: str, accumulate: int) -> None:
 def test_is_that_of_torchs_muon(precision: str) -> None:
     models = []
     for optimizer in (Muon, torch.optim.Muon):
-        reset()
+        another_accelerator()
         a = accelerator(mixed_precision=precision, gradient_accumulation_steps=2)
         model, made = matrices(optimizer)
         run(a, *a.prepare(model, made), range(6))
@@ -104,7 +88,7 @@ def test_save_state_and_load_state(case: str, precision: str, tmp_path: Path) ->
     expected, state = parameters(model), inner.state_dict()
     rates = [group["lr"] for group in inner.param_groups]
 
-    reset()
+    another_accelerator()
     a = accelerator(mixed_precision=precision)
     model, inner = build(case, seed=1)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(inner, 10)
@@ -124,7 +108,7 @@ def sharding(kind: str) -> Any:
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
     from accelerate.state import DistributedType, PartialState
 
-    reset()
+    another_accelerator()
     os.environ.update(
         RANK=str(dist.get_rank()),
         LOCAL_RANK=str(dist.get_rank()),

@@ -84,7 +84,7 @@ def test_is_that_of_torchs_muon(precision: str, tmp_path: Path) -> None:
         module = Module(model, made)
         fit(module, tmp_path, precision=precision, gradient_clip_val=0.05, accumulate_grad_batches=STEPS_AN_EPOCH)
         models.append(model)
-    assert_near(*models, matrices(Muon)[0], most=0.03 if precision == "32-true" else 0.06)
+    assert_near(*models, matrices(Muon)[0], most=0.05 if precision == "32-true" else 0.08)
 
 
 @pytest.mark.parametrize("name", ["OneCycleLR", "CyclicLR"])
@@ -122,7 +122,7 @@ def test_rates_of_named_groups_are_logged(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_stochastic_weight_averaging(case: str, tmp_path: Path) -> None:
-    """The callback ends with the average of the weights at the ends of its epochs."""
+    """The callback ends with the average of the weights with which its epochs began."""
     from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
 
     ends = []
@@ -132,11 +132,11 @@ def test_stochastic_weight_averaging(case: str, tmp_path: Path) -> None:
             ends.append(parameters(module.model))
 
     model, optimizer = build(case)
-    average = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1, annealing_epochs=1)
+    average = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=2, annealing_epochs=1)
     fit(Module(model, optimizer), tmp_path, epochs=3, callbacks=[Ends(), average])
     assert all(group["lr"] == pytest.approx(0.01) for group in optimizer.param_groups)
     for name, p in parameters(model).items():
-        torch.testing.assert_close(p, (ends[1][name] + ends[2][name]) / 2)
+        torch.testing.assert_close(p, (ends[0][name] + ends[1][name]) / 2)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
@@ -185,17 +185,15 @@ def test_two_optimizers_by_hand(tmp_path: Path) -> None:
                 optimizer.zero_grad()
             self.manual_backward(loss)
             for optimizer in optimizers:
-                self.clip_gradients(optimizer, gradient_clip_val=1e9, gradient_clip_algorithm="norm")
                 optimizer.step()
 
         def configure_optimizers(self) -> list[Optimizer]:
             hidden, rest = param_groups(self.model)
-            return [Muon(hidden["params"], **MUON), torch.optim.AdamW(rest["params"], **ADAMW)]
+            return [Muon(hidden["params"], **MUON), torch.optim.AdamW(rest["params"], fused=True, **ADAMW)]
 
     torch.manual_seed(0)
     model = CASES["MuonAdamW"][0]()
     fit(Two(model), tmp_path)
     together, optimizer = build("MuonAdamW")
     fit(Module(together, optimizer), tmp_path)
-    for name, p in parameters(together).items():
-        torch.testing.assert_close(parameters(model)[name], p, rtol=1e-3, atol=1e-4)
+    assert_same(parameters(model), parameters(together))

@@ -86,7 +86,9 @@ def test_a_by_adamw_and_b_by_muon() -> None:
 
 
 def plus(optimizer_class: Callable[..., Optimizer], model: nn.Module) -> Optimizer:
-    return peft.optimizers.create_loraplus_optimizer(model, optimizer_class, lr=1e-3, loraplus_lr_ratio=16.0)
+    from peft.optimizers import create_loraplus_optimizer
+
+    return create_loraplus_optimizer(model, optimizer_class, lr=1e-3, loraplus_lr_ratio=16.0)
 
 
 def test_lora_plus_is_that_of_torchs_muon() -> None:

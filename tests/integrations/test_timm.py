@@ -36,7 +36,6 @@ def layerwise(model: nn.Module) -> MuonAdamW:
     hidden = set(param_groups(model)[0]["params"])
     groups = []
     for group in optim.param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.5):
-        del group["param_names"]  # which are of all of them
         for use_muon in (True, False):
             params = [p for p in group["params"] if (p in hidden) is use_muon]
             if params:
@@ -81,8 +80,7 @@ def test_groups_of_layers_are_those_of_torchs_muon() -> None:
         for p in model.parameters():
             p.requires_grad_(p.ndim == 2)
         groups = optim.param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.5)
-        named = [{k: v for k, v in group.items() if k != "param_names"} for group in groups]
-        optimizer = optimizer_class(named, lr=0.02)
+        optimizer = optimizer_class(groups, lr=0.02)
         schedule = scheduler.StepLRScheduler(optimizer, decay_t=1, decay_rate=0.5)
         for step in range(3):
             advance(model, optimizer, range(step, step + 1))
@@ -101,31 +99,12 @@ def test_create_optimizer_v2() -> None:
     model = vit()
     for p in model.parameters():
         p.requires_grad_(p.ndim == 2)
-    default_registry.register(OptimInfo(name="muon_kernels", opt_class=Muon, has_betas=False, has_momentum=True))
-    optimizer = optim.create_optimizer_v2(
-        model, "muon_kernels", lr=0.02, weight_decay=0.05, momentum=0.9, layer_decay=0.5
-    )
+    default_registry.register(OptimInfo(name="ours", opt_class=Muon, has_betas=False, has_momentum=True))
+    optimizer = optim.create_optimizer_v2(model, "ours", lr=0.02, weight_decay=0.05, momentum=0.9, layer_decay=0.5)
     assert type(optimizer) is Muon
     assert {group["momentum"] for group in optimizer.param_groups} == {0.9}
     assert {group["lr_scale"] for group in optimizer.param_groups} >= {0.5, 1.0}
     advance(model, optimizer, range(2))
-
-
-def test_param_group_fn() -> None:
-    """`param_group_fn` hands `create_optimizer_v2` our groups."""
-    from timm.optim._optim_factory import OptimInfo, default_registry
-
-    model = vit()
-    default_registry.register(
-        OptimInfo(name="muon_adamw", opt_class=MuonAdamW, has_eps=False, has_betas=False, has_momentum=False)
-    )
-    made = optim.create_optimizer_v2(
-        model,
-        "muon_adamw",
-        param_group_fn=lambda model: param_groups(model, muon_options={"lr": 0.02}, adamw_options={"lr": 3e-4}),
-    )
-    assert type(made) is MuonAdamW and [group["lr"] for group in made.param_groups] == [0.02, 3e-4]
-    advance(model, made, range(2))
 
 
 @pytest.mark.parametrize("clip", [None, 0.05])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -48,7 +47,7 @@ class Matrices(nn.Module):
         self.layers = nn.Sequential(Block(False), Block(False))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.layers(nn.functional.one_hot(tokens, WIDTH).float())
+        return self.layers(nn.functional.one_hot(tokens, WIDTH).to(self.layers[0].up.weight.dtype))
 
 
 MUON = {"lr": 0.02, "weight_decay": 0.1}
@@ -145,5 +144,9 @@ def assert_near(found: nn.Module, expected: nn.Module, start: nn.Module | None =
         )
 
 
-def twin(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model)
+def another_accelerator() -> None:
+    """Forget accelerate's settings, which are a process's and not an Accelerator's; Trainer of transformers has one."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
