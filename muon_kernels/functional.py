@@ -10,7 +10,6 @@ import math
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from functools import partial
 from itertools import accumulate, repeat
 from operator import eq, mul
 from typing import Any, NamedTuple, cast
@@ -40,10 +39,10 @@ from .layout import (
 from .newton_schulz import ALGORITHMS, Blend, Square, squares_of
 from .packed import Halves, Packed, Quantized, floats, scale_size, scales_of, unpacked
 from .plan import Bucket, Plan, plain_bucket, plan_bucket
-from .scaling import lr_ratio
+from .scaling import lr_ratio, rule_of
 from .second_moment import normalize, piece_of_rows, scratch_numbers, shape_of, take_signs
 from .spectral import EXACT, check_power, schedule_of
-from .split import by_name, check_split, pieces
+from .split import by_name, check_split, close, matching, pieces
 
 Coefficients = str | Sequence[float] | Sequence[Sequence[float]]
 
@@ -456,6 +455,7 @@ def prepare(
     adjust_lr_fn: str | Callable[[int, int], float] | None,
     flatten: bool | None = None,
     splits: Sequence[str | None] | None = None,
+    transposed: Sequence[bool] = (),
     ns_algorithm: str = "auto",
     backend: str = "auto",
     max_workspace_bytes: int | None = None,
@@ -479,6 +479,7 @@ def prepare(
         grads: one a parameter; only looked at.
         momentum_bufs: one a parameter; None: the direction is the gradient.
         splits: what each parameter is cut to, see `muon_kernels.split`; None leaves all whole.
+        transposed: whether each is (inputs, outputs), see `Muon`; () if none is.
         ns_coefficients, ns_steps, power, adjust_lr_fn, flatten, ns_algorithm, backend, max_workspace_bytes,
             workspace_dtype, sign_momentum, second_moment, stochastic_rounding, master_weights: see `Muon`.
         moments: with a second_moment, one a parameter.
@@ -494,6 +495,11 @@ def prepare(
         RuntimeError: a named backend that cannot run here.
     """
     schedule = schedule_for(ns_coefficients, ns_steps, power)
+
+    def ratio_of(index: int, rows: int, cols: int) -> float:
+        turned = bool(transposed) and transposed[index]
+        return lr_ratio(adjust_lr_fn, *((cols, rows) if turned else (rows, cols)))
+
     for p, V, split in zip(params, moments, splits or repeat(None), strict=False):
         if V is None:  # another rank keeps it
             continue
@@ -540,7 +546,7 @@ def prepare(
             cut = [(piece, shape) for piece, shape, _ in exchange.cuts(placement, flatten, split)]
         scaled += repeat(None, len(cut)) if scale is None else scales_of(scale, p.shape, flatten, split, len(cut))
         for piece, (count, rows, cols) in cut:
-            ratios.append(lr_ratio(adjust_lr_fn, rows, cols) * (block_lr_ratio if cut_here else 1.0))
+            ratios.append(ratio_of(index, rows, cols) * (block_lr_ratio if cut_here else 1.0))
             momentum_dtype = g.dtype if buffer is None else buffer.dtype
             kind = Kind(min(rows, cols), max(rows, cols), p.device, g.dtype, momentum_dtype, p.dtype)
             by_kind.setdefault(kind, []).append((len(cuts), count))
@@ -574,7 +580,7 @@ def prepare(
                 momentum_bufs,
                 shared,
                 schedule=schedule,
-                ratio=partial(lr_ratio, adjust_lr_fn),
+                ratio=ratio_of,
                 flatten=flatten,
                 splits=splits,
                 ns_algorithm=ns_algorithm,
@@ -683,7 +689,7 @@ def prepare(
 
 def check_shared(group: Mapping[str, Any]) -> None:
     """Raise ValueError where an option of a group is not for what several ranks have parts or copies of."""
-    wanted = {"master_weights": False, "workspace_dtype": torch.bfloat16}
+    wanted = {"master_weights": False, "workspace_dtype": "bfloat16"}
     for name, value in wanted.items():
         if group[name] != value:
             raise ValueError(f"{name} should be {value} for DTensors and with a process_group but is: {group[name]!r}")
@@ -693,7 +699,7 @@ def check_shared(group: Mapping[str, Any]) -> None:
             f"second_moment should be None for DTensors and with a process_group where parameters are split but is: "
             f"{group['second_moment']!r}"
         )
-    if group["momentum_dtype"] == torch.int8:
+    if group["momentum_dtype"] == "int8":
         raise ValueError("momentum_dtype should be floating-point for DTensors and with a process_group but is: int8")
 
 
@@ -705,6 +711,7 @@ SETTLED = (
     "adjust_lr_fn",
     "flatten",
     "split",
+    "transposed",
     "ns_algorithm",
     "backend",
     "max_workspace_bytes",
@@ -716,6 +723,11 @@ SETTLED = (
     "strategy",
     "block_lr_ratio",
 )
+
+
+def settled(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a group in SETTLED, as `prepare` takes them."""
+    return {key: group[key] for key in SETTLED} | {"workspace_dtype": options.dtype_of(group["workspace_dtype"])}
 
 
 def splits(group: Mapping[str, Any]) -> list[tuple[Tensor, str | None]]:
@@ -733,6 +745,25 @@ def splits(group: Mapping[str, Any]) -> list[tuple[Tensor, str | None]]:
     return list(zip(params, by_name(split, group["param_names"]), strict=True))
 
 
+def transposes(group: Mapping[str, Any]) -> list[bool]:
+    """Whether each parameter of a group is (inputs, outputs)."""
+    params, transposed = group["params"], group["transposed"]
+    if isinstance(transposed, bool) or not params:
+        return [transposed is True] * len(params)
+    if "param_names" not in group:
+        raise ValueError(
+            f"transposed by name should be of parameters that have one, but they have none: {list(transposed)}; give "
+            "pairs (name, parameter), as model.named_parameters() returns them, or muon_kernels.param_groups(model)"
+        )
+    names = group["param_names"]
+    found = {pattern: matching(pattern, names) for pattern in transposed}
+    for pattern, matched in found.items():
+        if not matched:
+            raise ValueError(f"transposed={pattern!r} matches no parameter of the group{close(pattern, names)}")
+    chosen = {name for matched in found.values() for name in matched}
+    return [name in chosen for name in names]
+
+
 def check_settled(group: dict[str, Any]) -> None:
     """Raise ValueError or TypeError unless a group's options in SETTLED can be used."""
     if group["flatten"] is not None and not isinstance(group["flatten"], bool):
@@ -740,17 +771,17 @@ def check_settled(group: dict[str, Any]) -> None:
     split = group["split"]
     for cut in split.values() if isinstance(split, Mapping) else (split,):
         check_split(cut)
+    options.check_transposed(group["transposed"])
     resolve(group["ns_coefficients"], group["ns_steps"])
-    if not callable(group["adjust_lr_fn"]):
-        lr_ratio(group["adjust_lr_fn"], 1, 1)
+    rule_of(group["adjust_lr_fn"])
     options.check_algorithm(group["ns_algorithm"])
     if group["backend"] != "auto":
         backends.get(group["backend"])
     options.check_workspace(group["max_workspace_bytes"])
     options.check_workspace_dtype(group["workspace_dtype"])
-    if check_power(group["power"]) and group["workspace_dtype"] != torch.bfloat16:
+    if check_power(group["power"]) and group["workspace_dtype"] != "bfloat16":
         raise ValueError(
-            "workspace_dtype should be torch.bfloat16 where power is above 0, as updates have any scale then, but is: "
+            "workspace_dtype should be bfloat16 where power is above 0, as updates have any scale then, but is: "
             f"{group['workspace_dtype']}"
         )
 
@@ -777,7 +808,7 @@ class Preparations:
         grads: Sequence[Tensor],
         momentum_bufs: Sequence[Tensor | None] | None,
         options: dict[str, Any],
-        cuts: Callable[[], Sequence[str | None]],
+        named: Callable[[], tuple[Sequence[str | None], Sequence[bool]]],
         moments: Sequence[Tensor | None] = (),
         scales: Sequence[Tensor | None] = (),
         mantissas: Sequence[Tensor] = (),
@@ -787,7 +818,7 @@ class Preparations:
         """`prepare` for the group `key`, with its options in SETTLED, or what it said before.
 
         Args:
-            cuts: for the parameters, what follows from the option `split`.
+            named: for the parameters, what follows from the options `split` and `transposed`, which may go by name.
             moments, scales, mantissas, placements: see `prepare`; where a parameter is does not change.
             apart: see `prepare`; either kind of step is remembered.
         """
@@ -804,11 +835,13 @@ class Preparations:
             or not all(map(eq, map(signature, *operands), settled.signatures))
         ):
             signatures = list(map(signature, *operands))
-            # Copies: a list of coefficients and a dict of splits may be changed in place.
-            kept = {**options, **{key: deepcopy(options[key]) for key in ("ns_coefficients", "split")}}
-            taken = {key: value for key, value in options.items() if key != "split"}
+            # Copies: lists and a dict of splits may be changed in place.
+            kept = {**options, **{key: deepcopy(options[key]) for key in ("ns_coefficients", "split", "transposed")}}
+            splits, transposed = named()
+            taken = {**options, "transposed": transposed}
+            del taken["split"]
             taken |= {"moments": moments, "scales": scales, "mantissas": mantissas, "placements": placements}
-            prepared = prepare(params, grads, momentum_bufs, splits=cuts(), apart=apart, **taken)
+            prepared = prepare(params, grads, momentum_bufs, splits=splits, apart=apart, **taken)
             settled = self._settled[key, apart] = _Settled(kept, torch.get_num_threads(), signatures, prepared)
         return settled.prepared
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
 from typing import Any, NoReturn, overload
 
 import torch
@@ -14,13 +15,15 @@ from torch.optim import AdamW, Optimizer
 
 from .functional import check_apart
 from .optimizer import Muon, check_checkpoint, check_state
-from .options import check_number
+from .options import check_keys, check_number, settle
 from .plan import Plan
 
 __all__ = ["MuonAdamW"]
 
 _Groups = list[dict[str, Any]]
+_ADAMW_OPTIONS = inspect.signature(AdamW).parameters.keys() - {"params"}
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_ADAMW_STATE = {"step", *_MOMENTS, "max_exp_avg_sq"}
 
 
 class MuonAdamW(Optimizer):
@@ -33,6 +36,7 @@ class MuonAdamW(Optimizer):
     Groups with `use_muon=True` are stepped by `Muon`, those with `use_muon=False` by
     `torch.optim.AdamW`, each with that optimizer's own options and state keys. Learning-rate
     schedulers, `add_param_group`, `GradScaler` and one `state_dict` work as with any optimizer.
+    A `momentum` in an AdamW group is its first beta, so that schedulers which cycle momentum cycle both.
 
     Args:
         params: dicts with `params` and a boolean `use_muon`, as `muon_kernels.param_groups` makes
@@ -69,7 +73,8 @@ class MuonAdamW(Optimizer):
         # Either may stay without a group, but neither can be built without one.
         self._muon = Muon([{"params": []}], **(muon_options or {}))
         self._adamw = _checked_adamw(adamw_options or {})
-        super().__init__(params, defaults={})
+        # What schedulers read: OneCycleLR and CyclicLR to know that they can cycle `momentum`, others for their floor.
+        super().__init__(params, defaults={key: self._muon.defaults[key] for key in ("lr", "momentum")})
         if not any(group["params"] for group in self.param_groups):
             raise ValueError(
                 "optimizer got an empty parameter list: some group should have a parameter but none has; "
@@ -89,13 +94,24 @@ class MuonAdamW(Optimizer):
                 "muon_kernels.param_groups(model) makes such groups"
             )
         self._hand_over()
-        inner = self._muon if param_group["use_muon"] else self._adamw
-        inner.add_param_group(param_group)
-        if inner is self._adamw:
-            known = inspect.signature(AdamW).parameters.keys() - {"params"}
-            _checked_adamw({key: value for key, value in param_group.items() if key in known})
-            _fuse(param_group)
+        if param_group["use_muon"]:
+            self._muon.add_param_group(param_group)
+            super().add_param_group(param_group)
+            return
+        cycled, betas = "momentum" in param_group, param_group.get("betas")
+        if cycled and betas is not None and param_group["momentum"] != betas[0]:
+            raise ValueError(
+                "a group for AdamW should have betas or momentum, which is its first beta, but has both: "
+                f"betas={betas} and momentum={param_group['momentum']}"
+            )
+        check_keys(param_group, self._adamw.defaults)
+        self._adamw.add_param_group(param_group)
+        _settle(param_group)
+        _checked_adamw({key: param_group[key] for key in _ADAMW_OPTIONS})
+        _fuse(param_group)
         super().add_param_group(param_group)
+        if not cycled:
+            del param_group["momentum"]  # which is in the defaults for Muon
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -123,12 +139,43 @@ class MuonAdamW(Optimizer):
         self._hand_over()
         # Muon checks all it was given before it writes; checking AdamW's part here covers the rest.
         for group in self._adamw.param_groups:
+            _settle(group)
             _check_options(group)
+            self._begin(group, [p for p in group["params"] if p.grad is not None and self.state.get(p)])
             _check(group, self.state)
             _unfuse(group)
-        self._muon.step()
-        self._adamw.step()
+        # State that is made here must be of use outside inference mode too.
+        with torch.inference_mode(False), torch.no_grad():
+            for inner in (self._muon, self._adamw):
+                _unhooked_step(inner)
         return loss
+
+    @torch.no_grad()
+    def init_state(self) -> None:
+        """Make all state that there will be, as `Muon.init_state` does; parameters are not moved."""
+        self._hand_over()
+        for group in self._adamw.param_groups:
+            _settle(group)
+            _check_options(group)
+        self._muon.init_state()
+        with torch.inference_mode(False), torch.no_grad():
+            for group in self._adamw.param_groups:
+                self._begin(group, [p for p in group["params"] if p.requires_grad])
+
+    def _begin(self, group: dict[str, Any], params: Iterable[Tensor]) -> None:
+        """Make AdamW's state of parameters that have nothing of it yet; what others keep there stays."""
+        for p in params:
+            state = self.state[p]
+            if state.keys() & _ADAMW_STATE:
+                continue
+            others = dict(state)
+            state.clear()
+            grad = p.grad
+            if grad is None:
+                p.grad = p.detach()  # torch makes state where there is a gradient
+            self._adamw._init_group({**group, "params": [p]}, [], [], [], [], [], [])  # type: ignore[no-untyped-call]
+            p.grad = grad
+            state.update(others)
 
     def plan(self) -> Plan:
         """Return what the next step does with the Muon groups; see `Muon.plan`."""
@@ -138,6 +185,8 @@ class MuonAdamW(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """A checkpoint; see `Muon.state_dict`."""
         self._hand_over()
+        for group in self._adamw.param_groups:
+            _settle(group)
         with self._muon.whole_state():
             return super().state_dict()
 
@@ -170,8 +219,11 @@ class MuonAdamW(Optimizer):
             }
             if inner is self._adamw:
                 check_checkpoint(part, inner.param_groups, "AdamW", "betas", _MOMENTS)
-                for group in groups:
-                    _check_options({**inner.defaults, **group})
+                part = deepcopy(part)  # torch would share the moments
+                for group in part["param_groups"]:
+                    group.update({key: value for key, value in inner.defaults.items() if key not in group})
+                    _settle(group)
+                    _check_options(group)
             inner.load_state_dict(part)
             loaded[use_muon] = iter(inner.param_groups)
             state.update(inner.state)
@@ -184,14 +236,6 @@ class MuonAdamW(Optimizer):
         """Return what pickling and copying keep."""
         return {**super().__getstate__(), "_muon": self._muon, "_adamw": self._adamw}
 
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """Whether `GradScaler` should leave the division by the scale to `step`."""
-        _, (_, groups) = self._inner()
-        for group in groups:
-            _unfuse(group)
-        return all(group["fused"] for group in groups)
-
     def _inner(self) -> tuple[tuple[Muon, _Groups], tuple[AdamW, _Groups]]:
         """Return each inner optimizer with its groups."""
         return (
@@ -200,7 +244,7 @@ class MuonAdamW(Optimizer):
         )
 
     def _hand_over(self) -> None:
-        """Give the inner optimizers our groups, our state and what `GradScaler` left here.
+        """Give the inner optimizers our groups and our state.
 
         They keep nothing of their own between steps, so nothing can disagree, whoever replaces
         `param_groups` or `state`.
@@ -208,8 +252,19 @@ class MuonAdamW(Optimizer):
         for inner, groups in self._inner():
             inner.param_groups = groups
             inner.state = self.state
-            for name in ("grad_scale", "found_inf"):
-                setattr(inner, name, getattr(self, name, None))
+
+
+def _unhooked_step(optimizer: Optimizer) -> None:
+    """A step without what torch wraps around every class's: hooks and the profiler's record, which ours has already."""
+    inspect.unwrap(type(optimizer).step, stop=lambda function: not hasattr(function, "hooked"))(optimizer)
+
+
+def _settle(group: dict[str, Any]) -> None:
+    """Write plain values into an AdamW group, and the `momentum` that a scheduler has given it to its first beta."""
+    settle(group, group.keys() & {*_ADAMW_OPTIONS, "momentum"})
+    betas = group["betas"]
+    if "momentum" in group and isinstance(betas, (tuple, list)):
+        group["betas"] = (group["momentum"], *betas[1:])
 
 
 def _checked_adamw(options: Mapping[str, Any]) -> AdamW:

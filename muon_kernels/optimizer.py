@@ -22,7 +22,6 @@ from .distributed.strategies import STRATEGIES
 from .functional import (
     DTYPES,
     MOMENTUM_DTYPES,
-    SETTLED,
     Coefficients,
     Preparations,
     Prepared,
@@ -44,17 +43,24 @@ from .functional import (
     plan_of,
     ready,
     schedule_for,
+    settled,
     splits,
+    transposes,
 )
 from .layout import split_shape
 from .options import (
     check_choice,
     check_eps,
     check_fraction,
+    check_keys,
+    check_momentum_dtype,
     check_number,
     check_relatives,
     check_second_moment_form,
     check_weight_decay_form,
+    dtype_of,
+    plain,
+    settle,
 )
 from .packed import scale_size
 from .plan import Plan, plan_for_shapes
@@ -103,6 +109,10 @@ class Muon(Optimizer):
             parameters of a group, as in `{"params": [...], "split": heads(12)}`, or a dict of cuts by name or `fnmatch`
             pattern, for parameters given with names; each pattern has to match in every group that takes the dict.
             Parts are stepped, and shown by `plan()`, like parameters of their own; momentum is the parameter's.
+        transposed: whether parameters are stored as (inputs, outputs), as by transformers' Conv1D, in stacks of experts
+            (E, in, out) and by ConvTranspose: their `adjust_lr_fn` is then applied to (B, A). True for all parameters
+            of a group, or a list of names and `fnmatch` patterns, as for `split`. Nothing else asks for it: rows of
+            `second_moment="neuron"` and of a `split` are rows as stored.
         ns_algorithm: "standard", "gram", or "auto" for the one with fewer FLOPs.
         backend: "cuda", "triton", "cpu", "eager", or "auto" for the first that can.
         max_workspace_bytes: cap on the memory beside parameters and state; larger buckets are stepped in several
@@ -147,9 +157,6 @@ class Muon(Optimizer):
         ValueError, TypeError: an argument that cannot be used, with what was expected.
     """
 
-    # torch.amp.GradScaler then leaves unscaling and the skipped step to `step` (attributes grad_scale and found_inf).
-    _step_supports_amp_scaling = True
-
     def __init__(
         self,
         params: ParamsT,
@@ -161,15 +168,17 @@ class Muon(Optimizer):
         eps: float = 1e-7,
         ns_steps: int | None = NS_STEPS,
         adjust_lr_fn: str | Callable[[int, int], float] | None = None,
+        use_addmm: bool = False,
         *,
         dampened: bool = True,
         flatten: bool | None = None,
         split: str | Mapping[str, str] | None = None,
+        transposed: bool | Sequence[str] = False,
         ns_algorithm: str = "auto",
         backend: str = "auto",
         max_workspace_bytes: int | None = None,
-        workspace_dtype: torch.dtype = torch.bfloat16,
-        momentum_dtype: torch.dtype | None = None,
+        workspace_dtype: torch.dtype | str = torch.bfloat16,
+        momentum_dtype: torch.dtype | str | None = None,
         maximize: bool = False,
         power: float = 0.0,
         weight_decay_form: str = "decoupled",
@@ -186,7 +195,7 @@ class Muon(Optimizer):
         block_lr_ratio: float = 1.0,
     ) -> None:
         """Check everything and set nothing aside yet: momentum buffers come with the first gradients."""
-        defaults = {
+        defaults: dict[str, Any] = {
             "lr": lr,
             "weight_decay": weight_decay,
             "momentum": momentum,
@@ -195,9 +204,11 @@ class Muon(Optimizer):
             "eps": eps,
             "ns_steps": ns_steps,
             "adjust_lr_fn": adjust_lr_fn,
+            "use_addmm": use_addmm,
             "dampened": dampened,
             "flatten": flatten,
             "split": split,
+            "transposed": transposed,
             "ns_algorithm": ns_algorithm,
             "backend": backend,
             "max_workspace_bytes": max_workspace_bytes,
@@ -217,9 +228,10 @@ class Muon(Optimizer):
             "block_period": block_period,
             "block_lr_ratio": block_lr_ratio,
         }
-        _check_options(defaults)
         if ns_steps is NS_STEPS:  # a checkpoint must hold a plain number
-            defaults["ns_steps"] = len(resolve(ns_coefficients, ns_steps).triples)
+            defaults["ns_steps"] = len(resolve(plain(ns_coefficients), ns_steps).triples)
+        settle(defaults, list(defaults))
+        _check_options(defaults)
         self._workspace = Workspace()
         self._prepared = Preparations()
         self._ranks = Ranks(process_group)
@@ -240,19 +252,15 @@ class Muon(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            unknown = set(group) - set(self.defaults) - {"params", "param_names", "initial_lr", "use_muon", "step"}
-            if unknown:
-                raise ValueError(
-                    f"group options should be among {sorted(self.defaults)} but include: {sorted(unknown)}"
-                )
+            check_keys(group, self.defaults)
+            settle(group, self._options)
             _set_peak_lr(group)
             _check_options(group)
             if len(set(group["params"])) < len(group["params"]):
                 raise ValueError("every parameter of a group should be there once but some are repeated")
-            if isinstance(group["split"], Mapping):
-                group["split"] = dict(group["split"])  # which any checkpoint can hold
             if self._ranks.shares(group["params"]):
                 check_shared(group)
+            transposes(group)
             costs = []
             for p, split in splits(group):
                 check_matrices("parameter", local(p), _ADAMW_HINT)
@@ -269,7 +277,7 @@ class Muon(Optimizer):
                     backend=group["backend"],
                     ns_algorithm=group["ns_algorithm"],
                     max_workspace_bytes=group["max_workspace_bytes"],
-                    workspace_dtype=group["workspace_dtype"],
+                    workspace_dtype=dtype_of(group["workspace_dtype"]),
                 )
                 costs.append(plan.flops)
             check_apart([("parameter", p) for p in group["params"]])
@@ -285,8 +293,19 @@ class Muon(Optimizer):
         except ValueError:  # a set or a list of another length
             return len(resolve(ns_coefficients, None).triples)
 
+    def _settle(self) -> None:
+        """Write plain values where groups have been edited."""
+        for group in self.param_groups:
+            settle(group, self._options)
+
+    @property
+    def _options(self) -> list[str]:
+        """What groups have of ours; torch puts one more into the defaults."""
+        return [key for key in self.defaults if key != "differentiable"]
+
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise for options that cannot be used."""
+        settle(group, self._options)
         _check_options(group)
         if self._ranks.shares(group["params"]):
             check_shared(group)
@@ -321,7 +340,7 @@ class Muon(Optimizer):
             if self._ranks.elsewhere(p):
                 buffer = None
             elif buffer is None:
-                dtype = group["momentum_dtype"] or grad.dtype
+                dtype = dtype_of(group["momentum_dtype"]) if group["momentum_dtype"] else grad.dtype
                 # The order of the blocks, in which packing is fastest.
                 format_ = torch.contiguous_format if dtype == torch.int8 else torch.preserve_format
                 buffer = torch.zeros_like(p, dtype=dtype, memory_format=format_)
@@ -351,11 +370,15 @@ class Muon(Optimizer):
             grads.append(local(grad))
             buffers.append(None if buffer is None else local(buffer))
             placements.append(self._ranks.placements.get(p))
-        cuts = lambda: [split for p, split in splits(group) if grad_of(p) is not None]
-        options = {key: group[key] for key in SETTLED}
+
+        def named() -> tuple[list[str | None], list[bool]]:
+            both = [x for x in zip(splits(group), transposes(group), strict=True) if grad_of(x[0][0]) is not None]
+            return [split for (_, split), _ in both], [turned for _, turned in both]
+
+        options = settled(group)
         beside = moments, scales if any(s is not None for s in scales) else (), mantissas, placements
         prepared = self._prepared.get(
-            id(group), params, grads, buffers, options, cuts, *beside, apart=blocks.apart(group)
+            id(group), params, grads, buffers, options, named, *beside, apart=blocks.apart(group)
         )
         return prepared, grads, new
 
@@ -381,18 +404,12 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # torch.amp.GradScaler sets these for the duration of a step.
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
         self._steps += 1
         self._ranks.refresh(self.param_groups)
         try:
-            agreed = consensus.agree(self._ranks.teams, found_inf, self._check_gradients)
+            agreed = consensus.agree(self._ranks.teams, self._check_gradients)
         except Failed as error:
             raise RuntimeError(f"step {self._steps} of Muon did not begin: {error}") from error
-        if agreed.found_inf:
-            return loss
-        scale: Tensor | None = getattr(self, "grad_scale", None)
-        grad_scale = 1.0 if scale is None else 1.0 / float(scale)
         # What is kept must be of use outside inference mode too.
         with torch.inference_mode(False), torch.no_grad():
             prepared = [self._prepare(group, agreed.grad) for group in self.param_groups]
@@ -403,7 +420,7 @@ class Muon(Optimizer):
                     group["nesterov"],
                     group["dampened"],
                     group["eps"],
-                    -grad_scale if group["maximize"] else grad_scale,
+                    -1.0 if group["maximize"] else 1.0,
                     group["cautious"],
                     group["beta2"],
                     _seed(group, i) if group["stochastic_rounding"] else None,
@@ -427,6 +444,27 @@ class Muon(Optimizer):
         return loss
 
     @torch.no_grad()
+    def init_state(self) -> None:
+        """Make all state that there will be, before a first step or after some; parameters are not moved.
+
+        torch.distributed.checkpoint loads into what a `state_dict` has, so it needs this first where a model resumes:
+
+            optimizer.init_state()
+            parts = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+            torch.distributed.checkpoint.load(parts, checkpoint_id=folder)
+            set_optimizer_state_dict(model, optimizer, parts["optimizer"])
+
+        Called before a training as well, it puts all parameters into the checkpoint, also those whose gradients have
+        not come yet. Momentum has the dtype of `momentum_dtype` or, in place of the gradient's, the parameter's.
+        """
+        self._ranks.refresh(self.param_groups)
+        with torch.inference_mode(False), torch.no_grad():
+            found = [self._prepare(group, lambda p: p if p.requires_grad else None)[2] for group in self.param_groups]
+        self._prepared.clear()
+        for p, key, tensor in (one for new in found for one in new):
+            self.state[p][key] = tensor
+
+    @torch.no_grad()
     def plan(self) -> Plan:
         """What a step does if every parameter has a gradient of its own dtype; `print` it."""
         prepared = [self._prepare(group, lambda p: p)[0] for group in self.param_groups]
@@ -440,9 +478,9 @@ class Muon(Optimizer):
         self._prepared = Preparations()
         self.__dict__.setdefault("_steps", 0)
         for group in self.param_groups:
-            for key, value in self.defaults.items():
-                if key != "differentiable":  # torch puts this one into the defaults
-                    group.setdefault(key, value)
+            for key in self._options:
+                group.setdefault(key, self.defaults[key])
+            settle(group, self._options)
             _set_peak_lr(group)
         if "_ranks" not in self.__dict__:  # a copy
             self._ranks = Ranks()
@@ -479,6 +517,7 @@ class Muon(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """A checkpoint, whole also where ranks share the state of plain tensors: then all have to ask for it."""
+        self._settle()
         with self.whole_state():
             return super().state_dict()
 
@@ -494,7 +533,9 @@ class Muon(Optimizer):
                 changed then.
         """
         states = check_checkpoint(state_dict, self.param_groups, "Muon", "ns_coefficients", ["momentum_buffer"])
-        saved, groups = state_dict["param_groups"], self.param_groups
+        self._settle()
+        groups = self.param_groups
+        saved = settled_checkpoint(state_dict["param_groups"], groups, self._options)
         for group in saved:
             _check_options({**self.defaults, **group})
         state_of = dict(states)
@@ -503,8 +544,7 @@ class Muon(Optimizer):
             for own, group in zip(groups, saved, strict=True):
                 _check_precision(own, group)
             # But lr is the checkpoint's, and so is its peak.
-            options = self.defaults.keys() - {"peak_lr"}
-            kept = [{key: value for key, value in own.items() if key in options} for own in groups]
+            kept = [{key: own[key] for key in self._options if key != "peak_lr"} for own in groups]
             for own, group in zip(kept, saved, strict=True):
                 if group.get("ns_coefficients") != own["ns_coefficients"]:
                     own.pop("ns_steps", None)
@@ -514,11 +554,12 @@ class Muon(Optimizer):
                 loaded = {**own, **self.defaults, **group, "params": own["params"]}
                 if self._ranks.shares(own["params"]):
                     check_shared(loaded)
+                transposes(loaded)
                 for p, split in splits(loaded):
                     pieces(p.shape, loaded["flatten"], split)
                     state = state_of.get(p, {})
                     is_packed = "momentum_buffer" in state and state["momentum_buffer"].dtype == torch.int8
-                    wants_packed = loaded["momentum_dtype"] == torch.int8
+                    wants_packed = loaded["momentum_dtype"] == "int8"
                     if "momentum_buffer" in state and is_packed != wants_packed:
                         raise ValueError(
                             f"momentum_buffer should {'' if wants_packed else 'not '}be of int8 for momentum_dtype="
@@ -595,14 +636,41 @@ def check_state(of: str, p: Tensor, state: Mapping[str, Any], moments: Sequence[
         check_like(key + of, state[key], p)
 
 
+def settled_checkpoint(
+    saved: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]], keys: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Param groups of a checkpoint, in plain values.
+
+    Args:
+        saved: in the checkpoint.
+        groups: those that are to take it up.
+        keys: the options.
+
+    Raises:
+        ValueError: `adjust_lr_fn` names a function that the group has not got: no checkpoint should choose what runs.
+    """
+    found: list[dict[str, Any]] = []
+    for i, group in enumerate(saved):
+        found.append(dict(group))
+        settle(found[-1], [key for key in keys if key in group])
+        rule = found[-1].get("adjust_lr_fn")
+        own = groups[i]["adjust_lr_fn"] if i < len(groups) else None
+        if isinstance(rule, str) and ":" in rule and rule != own:
+            raise ValueError(
+                f"adjust_lr_fn of a checkpoint should be a rule of muon_kernels or the function that the group has "
+                f"already, but is: {rule!r} where the group has {own!r}; give the optimizer that function before"
+            )
+    return found
+
+
 def _check_precision(own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     """Raise ValueError if state of a checkpoint's group is packed, and that of our group is not, or the other way."""
-    for key, packed, without in (("momentum_dtype", torch.int8, None), ("master_weights", True, False)):
+    for key, packed, without in (("momentum_dtype", "int8", None), ("master_weights", True, False)):
         wanted, found = own[key], saved.get(key, without)  # torch.optim.Muon has neither
         if (wanted == packed) != (found == packed):
             raise ValueError(
                 f"{key} of the checkpoint should be {wanted}, as in this optimizer, but is: {found}; "
-                f"state is not converted: load it into an optimizer with {key}={found}"
+                f"state is not converted: load it into an optimizer with {key}={found!r}"
             )
 
 
@@ -627,6 +695,7 @@ def _seed(group: dict[str, Any], index: int) -> int:
 def _check_options(options: dict[str, Any]) -> None:
     for key in (
         "nesterov",
+        "use_addmm",
         "dampened",
         "maximize",
         "cautious",
@@ -655,6 +724,4 @@ def _check_options(options: dict[str, Any]) -> None:
     if isinstance(period, bool) or not isinstance(period, int) or period < 1:
         raise ValueError(f"block_period should be an int >= 1 but is: {period!r}")
     check_number("block_lr_ratio", options["block_lr_ratio"])
-    dtype = options["momentum_dtype"]
-    if dtype not in (None, *MOMENTUM_DTYPES):
-        raise ValueError(f"momentum_dtype should be a floating-point dtype, torch.int8 or None but is: {dtype!r}")
+    check_momentum_dtype(options["momentum_dtype"])

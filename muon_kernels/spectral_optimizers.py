@@ -6,7 +6,7 @@ They are named by the update and the power: none is p = 1, S is 1/2, Q is 1/4 an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, overload
 
@@ -21,7 +21,7 @@ from .distributed import consensus
 from .distributed.placement import local
 from .distributed.ranks import Ranks
 from .functional import check_dense, check_like
-from .optimizer import Muon, check_checkpoint, check_state
+from .optimizer import Muon, check_checkpoint, check_state, settled_checkpoint
 from .plan import Plan
 from .spectral import check_power
 
@@ -101,7 +101,7 @@ class SpectralAdam(Optimizer):
         weight_decay: decoupled, multiplied by `lr`.
         ns_coefficients, ns_steps: for power 0, as `Muon`'s.
         adjust_lr_fn: None: as the paper, √max(1, A/B) for power 0 and 1 for others.
-        flatten, split, ns_algorithm, backend, max_workspace_bytes: as `Muon`'s.
+        flatten, split, transposed, ns_algorithm, backend, max_workspace_bytes: as `Muon`'s.
         maximize: ascend.
 
     Raises:
@@ -122,6 +122,7 @@ class SpectralAdam(Optimizer):
         adjust_lr_fn: str | Callable[[int, int], float] | None = None,
         flatten: bool | None = None,
         split: str | Mapping[str, str] | None = None,
+        transposed: bool | Sequence[str] = False,
         ns_algorithm: str = "auto",
         backend: str = "auto",
         max_workspace_bytes: int | None = None,
@@ -141,11 +142,13 @@ class SpectralAdam(Optimizer):
             "adjust_lr_fn": adjust_lr_fn,
             "flatten": flatten,
             "split": split,
+            "transposed": transposed,
             "ns_algorithm": ns_algorithm,
             "backend": backend,
             "max_workspace_bytes": max_workspace_bytes,
             "maximize": maximize,
         }
+        options.settle(defaults, list(defaults))
         _check_options(defaults)
         self._workspace, self._prepared = functional.Workspace(), functional.Preparations()
         self._ranks = Ranks()
@@ -157,10 +160,8 @@ class SpectralAdam(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            if unknown := set(group) - set(self.defaults) - {"params", "param_names", "initial_lr"}:
-                raise ValueError(
-                    f"group options should be among {sorted(self.defaults)} but include: {sorted(unknown)}"
-                )
+            options.check_keys(group, self.defaults)
+            options.settle(group, self._options)
             _check_options(group)
             for p in group["params"]:
                 check_dense("parameter", local(p))
@@ -171,20 +172,27 @@ class SpectralAdam(Optimizer):
             del self.param_groups[before:]
             raise
 
+    @property
+    def _options(self) -> list[str]:
+        """What groups have of ours; torch puts one more into the defaults."""
+        return [key for key in self.defaults if key != "differentiable"]
+
     def _prepare(self, group: dict[str, Any], params: list[Tensor], updates: list[Tensor]) -> functional.Prepared:
         settled = {"workspace_dtype": torch.bfloat16, **{key: group[key] for key in functional.SETTLED if key in group}}
 
-        def cuts() -> list[str | None]:
-            of_all = dict(functional.splits(group))
-            return [of_all[p] for p in params]
+        def named() -> tuple[list[str | None], list[bool]]:
+            cuts = dict(functional.splits(group))
+            turned = dict(zip(group["params"], functional.transposes(group), strict=True))
+            return [cuts[p] for p in params], [turned[p] for p in params]
 
         placements = [self._ranks.placements.get(p) for p in params]
         return self._prepared.get(
-            id(group), [local(p) for p in params], updates, None, settled, cuts, placements=placements
+            id(group), [local(p) for p in params], updates, None, settled, named, placements=placements
         )
 
     def _check_gradients(self) -> None:
         for group in self.param_groups:
+            options.settle(group, self._options)
             _check_options(group)
             for p in group["params"]:
                 if (grad := p.grad) is None:
@@ -223,7 +231,7 @@ class SpectralAdam(Optimizer):
         self._ranks.refresh(self.param_groups)
         if not self._ranks.teams:
             self._check_gradients()
-        agreed, steps = consensus.agree(self._ranks.teams, None, self._check_gradients), []
+        agreed, steps = consensus.agree(self._ranks.teams, self._check_gradients), []
         for group in self.param_groups:
             grads: dict[Tensor, Tensor] = {}
             for p in group["params"]:
@@ -294,10 +302,16 @@ class SpectralAdam(Optimizer):
         if "_ranks" not in self.__dict__:  # a copy
             self._ranks = Ranks()
         for group in self.param_groups:
-            for key, value in self.defaults.items():
-                if key != "differentiable":  # torch puts this one into the defaults
-                    group.setdefault(key, value)
+            for key in self._options:
+                group.setdefault(key, self.defaults[key])
+            options.settle(group, self._options)
         self._ranks.refresh(self.param_groups)
+
+    def state_dict(self) -> dict[str, Any]:
+        """A checkpoint, in plain values."""
+        for group in self.param_groups:
+            options.settle(group, self._options)
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class or of torch.optim.AdamW.
@@ -307,10 +321,10 @@ class SpectralAdam(Optimizer):
                 changed then.
         """
         check_checkpoint(state_dict, self.param_groups, "SpectralAdam", "betas", ["exp_avg", "exp_avg_sq"])
-        saved = state_dict["param_groups"]
+        saved = settled_checkpoint(state_dict["param_groups"], self.param_groups, self._options)
         if len(saved) == len(self.param_groups):  # else torch raises
             # What torch.optim.AdamW saved lacks options, and the defaults would not be the group's own.
-            kept = [{key: value for key, value in own.items() if key in self.defaults} for own in self.param_groups]
+            kept = [{key: own[key] for key in self._options} for own in self.param_groups]
             saved = [{**own, **group} for own, group in zip(kept, saved, strict=True)]
         for group in saved:
             _check_options({**self.defaults, **group})
@@ -335,7 +349,7 @@ def _check_options(group: dict[str, Any]) -> None:
         options.check_number("each of betas", beta)
         if beta >= 1:
             raise ValueError(f"each of betas should be < 1 but is: {beta}")
-    functional.check_settled({**group, "workspace_dtype": torch.bfloat16})
+    functional.check_settled({**group, "workspace_dtype": "bfloat16"})
 
 
 # By the paper's names, with its settings.

@@ -320,11 +320,11 @@ MUTANTS = [
             (
                 "independent decay: times lr",
                 SCALING,
-                "return lr, weight_decay / lr",
-                "return lr, weight_decay",
+                "return lr, weight_decay / lr if lr else 0.0",
+                "return lr, weight_decay if lr else 0.0",
                 "forms",
             ),
-            ("independent decay: less at lr 0", SCALING, "else max(lr, 1e-30)", "else max(lr, 1e-3)", "forms"),
+            ("independent decay: at lr 0", SCALING, "max(lr, 1e-30) if lr else 0.0", "max(lr, 1e-30)", "forms"),
         ]
     ],
     _elementwise("step size of another matrix", "u.ratio[matrix]", "u.ratio[0]"),

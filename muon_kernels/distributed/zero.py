@@ -136,7 +136,8 @@ class ZeroMuon(Optimizer):
         ValueError, TypeError: an argument that cannot be used, with what was expected.
     """
 
-    # As in `Muon`; all ranks leave the same steps out.
+    # torch.amp.GradScaler then leaves unscaling and the skipped step to `step` (attributes grad_scale and found_inf):
+    # gradients are each rank's own, and all ranks have to leave the same steps out.
     _step_supports_amp_scaling = True
 
     def __init__(
@@ -282,7 +283,7 @@ class ZeroMuon(Optimizer):
                 loss = closure()
         everything = [p for group in self.param_groups for p in group["params"]]
         # torch.amp.GradScaler sets these for the duration of a step.
-        agreed = consensus.agree({self._team: everything}, getattr(self, "found_inf", None))
+        agreed = consensus.agree({self._team: everything}, found_inf=getattr(self, "found_inf", None))
         if agreed.found_inf:
             return loss
         scale: Tensor | None = getattr(self, "grad_scale", None)
