@@ -89,7 +89,7 @@ def test_groups_of_layers_are_those_of_torchs_muon() -> None:
         models.append(model)
     assert rates[:3] == rates[3:]
     start = vit()
-    assert_near(*models, start, most=0.1)
+    assert_near(*models, start, most=0.2)
 
 
 def test_create_optimizer_v2() -> None:
