@@ -39,6 +39,24 @@ FLAGS = (
 COMBINATIONS = [dict(zip(FLAGS, flags, strict=True)) for flags in itertools.product((False, True), repeat=len(FLAGS))]
 
 
+def loadable(options: dict[str, bool]) -> dict[str, bool]:
+    """torch cannot set what is full and flat, see below; where nothing is sharded, full may be left out."""
+    full_and_flat = options["full_state_dict"] and options["flatten_optimizer_state_dict"]
+    return {**options, "full_state_dict": False} if full_and_flat else options
+
+
+def test_torch_cannot_set_what_is_full_and_flat() -> None:
+    """Not of its own AdamW either: once this fails, `loadable` can go."""
+    model, _ = build("Muon")
+    optimizer = torch.optim.AdamW(model.parameters())
+    train(model, optimizer, range(1))
+    options = StateDictOptions(full_state_dict=True, flatten_optimizer_state_dict=True)
+    with pytest.raises(KeyError, match="param_groups"):
+        set_optimizer_state_dict(
+            model, optimizer, get_optimizer_state_dict(model, optimizer, options=options), options=options
+        )
+
+
 @pytest.mark.filterwarnings("ignore:.*keep_submodule_prefixes")
 @pytest.mark.parametrize(
     "options", COMBINATIONS, ids=lambda options: "-".join(k for k in FLAGS if options[k]) or "none"
@@ -51,7 +69,7 @@ def test_every_option_in_one_process(case: str, options: dict[str, bool]) -> Non
     model, again = build(case, seed=1)
     model.load_state_dict(whole.state_dict())
     before = parameters(model)
-    set_optimizer_state_dict(model, again, saved, options=StateDictOptions(**options))
+    set_optimizer_state_dict(model, again, saved, options=StateDictOptions(**loadable(options)))
     assert_same(parameters(model), before, "weights moved by loading the optimizer")
     train(whole, optimizer, range(2, 4))
     train(model, again, range(2, 4))
@@ -177,8 +195,8 @@ ON_RANKS = [
     (full, offload, flat, broadcast)
     for full, offload, flat in itertools.product((False, True), repeat=3)
     for broadcast in (False, True)
-    # torch broadcasts full ones only, and gives full and offloaded ones to rank 0 only.
-    if (broadcast is False and not (full and offload)) or (broadcast and full)
+    # torch broadcasts full ones only, gives full and offloaded ones to rank 0 only, and cannot set full and flat ones.
+    if (full if broadcast else not (full and offload)) and not (full and flat)
 ]
 
 
