@@ -427,7 +427,7 @@ def _run(args: argparse.Namespace, names: Sequence[str]) -> int:
         if each.stopped:
             console.print(f"{each.name} was too slow: stopped after {len(each.losses)} steps of {each.cost():.1f} s")
     if done < steps:
-        why = "stopped by Ctrl-C" if status else f"all that {minutes:g} minutes allow"
+        why = "stopped by Ctrl-C" if clock.left() == -inf else f"all that {minutes:g} minutes allow"
         console.print(f"{done} of {steps} steps, {why}")
     if comparison := _comparison(runs):
         console.print(comparison, highlight=False)
