@@ -6,15 +6,28 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from contextlib import suppress
+from math import ceil
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+TERMINAL = Path("/dev/tty")
 # The GPUs that get code of their own; PTX of the first for all that come later.
 CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
 OLDEST_NVCC = (12, 1)  # kernels with 32 KiB of arguments
+MINUTES_AN_ARCH = 0.8  # on two cores
+
+
+def say(message: str) -> None:
+    """Print a line on stderr, and on the terminal as well, since pip shows what a build prints only with -v."""
+    line = f"muon_kernels: {message}"
+    print(line, file=sys.stderr, flush=True)
+    if not sys.stderr.isatty():
+        with suppress(OSError), TERMINAL.open("w") as terminal:  # there need not be one
+            print(f"\n{line}", file=terminal)  # pip has begun a line
 
 
 def find_nvcc() -> str | None:
@@ -64,9 +77,14 @@ def cuda_options() -> list[str]:
     if wanted == "1" and not nvcc:
         raise SystemExit(f"MUON_KERNELS_CUDA is 1, but {reason}")
     if not nvcc:
-        print(f"muon_kernels: no CUDA kernels, for {reason or 'MUON_KERNELS_CUDA is 0'}", file=sys.stderr)
+        say(f"no CUDA kernels, for {reason or 'MUON_KERNELS_CUDA is 0'}")
         return []
-    first, *others = cuda_archs(nvcc, os.environ.get("MUON_KERNELS_CUDA_ARCHS", ""))
+    first, *others = chosen = cuda_archs(nvcc, os.environ.get("MUON_KERNELS_CUDA_ARCHS", ""))
+    minutes = ceil(MINUTES_AN_ARCH * len(chosen))
+    say(
+        f"compiling the CUDA kernels for {', '.join(f'sm_{arch}' for arch in chosen)} with {nvcc}, about {minutes} min "
+        "on two cores. MUON_KERNELS_CUDA=0 does without them, MUON_KERNELS_CUDA_ARCHS=90 is for one kind of GPU."
+    )
     archs = ";".join([first, *(f"{arch}-real" for arch in others)])
     return [f"-DMUON_KERNELS_NVCC={nvcc}", f"-DMUON_KERNELS_CUDA_ARCHS={archs}"]
 
@@ -99,7 +117,7 @@ class CMakeBuild(build_ext):
             subprocess.run([cmake, "--build", str(build)], check=True)
         except subprocess.CalledProcessError:
             if any("NVCC" in option for option in options):
-                print("muon_kernels: MUON_KERNELS_CUDA=0 builds without the CUDA kernels", file=sys.stderr)
+                say("MUON_KERNELS_CUDA=0 builds without the CUDA kernels")
             raise
 
     def run(self) -> None:
@@ -110,11 +128,10 @@ class CMakeBuild(build_ext):
             if any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
                 raise
             self.extensions = []
-            print(
-                f"\nmuon_kernels: no C++ compiler was found ({error}).\n"
-                "The package installs without its native CPU kernels: backend='cpu' will be unavailable and 'auto'\n"
-                "will use torch's operations, several times slower. Install g++ or clang++ and reinstall.\n",
-                file=sys.stderr,
+            say(
+                f"no C++ compiler was found ({error}). The package installs without its native CPU kernels:\n"
+                "backend='cpu' will be unavailable and 'auto' will use torch's operations, several times slower.\n"
+                "Install g++ or clang++ and reinstall."
             )
 
 

@@ -61,7 +61,8 @@ class cpu:
 
     class Isa(enum.Enum):
         avx512bf16 = 0
-        avx2 = 1
+        avx512 = 1
+        avx2 = 2
 
     @staticmethod
     def isa_supported(isa: Isa) -> bool: ...

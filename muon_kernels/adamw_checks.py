@@ -18,6 +18,7 @@ from .layout import overlaps_itself
 from .options import check_number, on_host
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+ADAMW_STATE = {"step", *MOMENTS, "max_exp_avg_sq"}
 _SWITCHES = ("amsgrad", "maximize", "capturable", "differentiable", "decoupled_weight_decay")
 _COMPLEX = (torch.complex64, torch.complex128, torch.complex32)
 _COUNTS = (torch.float32, torch.float64)

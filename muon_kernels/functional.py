@@ -11,7 +11,6 @@ import threading
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from functools import partial
 from itertools import accumulate, repeat
 from operator import eq, mul
 from typing import Any, NamedTuple, cast
@@ -22,8 +21,9 @@ from torch import Tensor
 from . import backends, interrupts, memory, options
 from .coefficients import DEFAULT, NS_STEPS, Schedule, resolve
 from .distributed import blocks, exchange
-from .distributed.placement import Placement, local
+from .distributed.placement import Placement, check_whole, local
 from .distributed.strategies import STRATEGIES
+from .graphs import capturing
 from .layout import (
     Bundle,
     Layout,
@@ -41,10 +41,10 @@ from .layout import (
 from .newton_schulz import ALGORITHMS, Blend, Square, squares_of
 from .packed import Halves, Packed, Quantized, floats, scale_size, scales_of, unpacked
 from .plan import Bucket, Plan, plain_bucket, plan_bucket
-from .scaling import lr_ratio
+from .scaling import lr_ratio, rule_of
 from .second_moment import normalize, piece_of_rows, scratch_numbers, shape_of, take_signs
 from .spectral import EXACT, check_power, schedule_of
-from .split import by_name, check_split, pieces
+from .split import by_name, check_split, close, matching, pieces
 
 Coefficients = str | Sequence[float] | Sequence[Sequence[float]]
 
@@ -320,6 +320,11 @@ def check_dense(name: str, t: Any, dtypes: Sequence[torch.dtype] = DTYPES) -> No
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         kind = "a floating-point dtype among " if dtypes == DTYPES else "a dtype among " if len(dtypes) > 1 else ""
         raise TypeError(f"{name} should be of {kind}{names} but is of: {t.dtype}")
+    if type(t).__name__ == "FakeTensor":
+        raise TypeError(
+            f"{name} should have memory but is a FakeTensor; to see what state an optimizer makes, build the model "
+            'under torch.device("meta"), where steps make it; plan() tells of what else they need'
+        )
     if t.numel() and t.device.type != "meta" and not has_memory(t):
         raise TypeError(
             f"{name} should be a tensor with memory of its own but is a {type(t).__name__} without, like DTensors and "
@@ -330,6 +335,7 @@ def check_dense(name: str, t: Any, dtypes: Sequence[torch.dtype] = DTYPES) -> No
 def check_matrices(name: str, t: Any, hint: str = "") -> None:
     """Raise ValueError or TypeError unless `t` can be read as matrices."""
     check_dense(name, t)
+    check_whole(name, t)
     if t.ndim < 2:
         raise ValueError(f"{name} should have at least 2 dimensions but has size: {tuple(t.shape)}{hint}")
 
@@ -462,6 +468,7 @@ def prepare(
     adjust_lr_fn: str | Callable[[int, int], float] | None,
     flatten: bool | None = None,
     splits: Sequence[str | None] | None = None,
+    transposed: Sequence[bool] = (),
     ns_algorithm: str = "auto",
     backend: str = "auto",
     max_workspace_bytes: int | None = None,
@@ -485,6 +492,7 @@ def prepare(
         grads: one a parameter; only looked at.
         momentum_bufs: one a parameter; None: the direction is the gradient.
         splits: what each parameter is cut to, see `muon_kernels.split`; None leaves all whole.
+        transposed: whether each is (inputs, outputs), see `Muon`; () if none is.
         ns_coefficients, ns_steps, power, adjust_lr_fn, flatten, ns_algorithm, backend, max_workspace_bytes,
             workspace_dtype, sign_momentum, second_moment, stochastic_rounding, master_weights: see `Muon`.
         moments: with a second_moment, one a parameter.
@@ -500,6 +508,11 @@ def prepare(
         RuntimeError: a named backend that cannot run here.
     """
     schedule = schedule_for(ns_coefficients, ns_steps, power)
+
+    def ratio_of(index: int, rows: int, cols: int) -> float:
+        turned = bool(transposed) and transposed[index]
+        return lr_ratio(adjust_lr_fn, *((cols, rows) if turned else (rows, cols)))
+
     for p, V, split in zip(params, moments, splits or repeat(None), strict=False):
         if V is None:  # another rank keeps it
             continue
@@ -546,7 +559,7 @@ def prepare(
             cut = [(piece, shape) for piece, shape, _ in exchange.cuts(placement, flatten, split)]
         scaled += repeat(None, len(cut)) if scale is None else scales_of(scale, p.shape, flatten, split, len(cut))
         for piece, (count, rows, cols) in cut:
-            ratios.append(lr_ratio(adjust_lr_fn, rows, cols) * (block_lr_ratio if cut_here else 1.0))
+            ratios.append(ratio_of(index, rows, cols) * (block_lr_ratio if cut_here else 1.0))
             momentum_dtype = g.dtype if buffer is None else buffer.dtype
             kind = Kind(min(rows, cols), max(rows, cols), p.device, g.dtype, momentum_dtype, p.dtype)
             by_kind.setdefault(kind, []).append((len(cuts), count))
@@ -580,7 +593,7 @@ def prepare(
                 momentum_bufs,
                 shared,
                 schedule=schedule,
-                ratio=partial(lr_ratio, adjust_lr_fn),
+                ratio=ratio_of,
                 flatten=flatten,
                 splits=splits,
                 ns_algorithm=ns_algorithm,
@@ -689,7 +702,7 @@ def prepare(
 
 def check_shared(group: Mapping[str, Any]) -> None:
     """Raise ValueError where an option of a group is not for what several ranks have parts or copies of."""
-    wanted = {"master_weights": False, "workspace_dtype": torch.bfloat16}
+    wanted = {"master_weights": False, "workspace_dtype": "bfloat16"}
     for name, value in wanted.items():
         if group[name] != value:
             raise ValueError(f"{name} should be {value} for DTensors and with a process_group but is: {group[name]!r}")
@@ -699,7 +712,7 @@ def check_shared(group: Mapping[str, Any]) -> None:
             f"second_moment should be None for DTensors and with a process_group where parameters are split but is: "
             f"{group['second_moment']!r}"
         )
-    if group["momentum_dtype"] == torch.int8:
+    if group["momentum_dtype"] == "int8":
         raise ValueError("momentum_dtype should be floating-point for DTensors and with a process_group but is: int8")
 
 
@@ -711,6 +724,7 @@ SETTLED = (
     "adjust_lr_fn",
     "flatten",
     "split",
+    "transposed",
     "ns_algorithm",
     "backend",
     "max_workspace_bytes",
@@ -722,6 +736,29 @@ SETTLED = (
     "strategy",
     "block_lr_ratio",
 )
+
+
+# Those of them that a parameter has its own answer to.
+_OF_PARAMETERS = ("split", "transposed")
+_OF_GROUPS = (*(key for key in SETTLED if key not in _OF_PARAMETERS), "momentum_dtype")
+
+
+def alike(group: Mapping[str, Any]) -> list[Any]:
+    """What groups have to have in common to be stepped as one, hashable."""
+    return [_hashable(group[key]) for key in _OF_GROUPS]
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(map(_hashable, value)) if isinstance(value, (list, tuple)) else value
+
+
+def settled(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The options in SETTLED of groups that are stepped as one, as `Preparations` takes them."""
+    return {
+        **{key: groups[0][key] for key in SETTLED},
+        **{key: [group[key] for group in groups] for key in _OF_PARAMETERS},
+        "workspace_dtype": options.dtype_of(groups[0]["workspace_dtype"]),
+    }
 
 
 def splits(group: Mapping[str, Any]) -> list[tuple[Tensor, str | None]]:
@@ -739,6 +776,25 @@ def splits(group: Mapping[str, Any]) -> list[tuple[Tensor, str | None]]:
     return list(zip(params, by_name(split, group["param_names"]), strict=True))
 
 
+def transposes(group: Mapping[str, Any]) -> list[bool]:
+    """Whether each parameter of a group is (inputs, outputs)."""
+    params, transposed = group["params"], group["transposed"]
+    if isinstance(transposed, bool) or not params:
+        return [transposed is True] * len(params)
+    if "param_names" not in group:
+        raise ValueError(
+            f"transposed by name should be of parameters that have one, but they have none: {list(transposed)}; give "
+            "pairs (name, parameter), as model.named_parameters() returns them, or muon_kernels.param_groups(model)"
+        )
+    names = group["param_names"]
+    found = {pattern: matching(pattern, names) for pattern in transposed}
+    for pattern, matched in found.items():
+        if not matched:
+            raise ValueError(f"transposed={pattern!r} matches no parameter of the group{close(pattern, names)}")
+    chosen = {name for matched in found.values() for name in matched}
+    return [name in chosen for name in names]
+
+
 def check_settled(group: dict[str, Any]) -> None:
     """Raise ValueError or TypeError unless a group's options in SETTLED can be used."""
     if group["flatten"] is not None and not isinstance(group["flatten"], bool):
@@ -746,17 +802,17 @@ def check_settled(group: dict[str, Any]) -> None:
     split = group["split"]
     for cut in split.values() if isinstance(split, Mapping) else (split,):
         check_split(cut)
+    options.check_transposed(group["transposed"])
     resolve(group["ns_coefficients"], group["ns_steps"])
-    if not callable(group["adjust_lr_fn"]):
-        lr_ratio(group["adjust_lr_fn"], 1, 1)
+    rule_of(group["adjust_lr_fn"])
     options.check_algorithm(group["ns_algorithm"])
     if group["backend"] != "auto":
         backends.get(group["backend"])
     options.check_workspace(group["max_workspace_bytes"])
     options.check_workspace_dtype(group["workspace_dtype"])
-    if check_power(group["power"]) and group["workspace_dtype"] != torch.bfloat16:
+    if check_power(group["power"]) and group["workspace_dtype"] != "bfloat16":
         raise ValueError(
-            "workspace_dtype should be torch.bfloat16 where power is above 0, as updates have any scale then, but is: "
+            "workspace_dtype should be bfloat16 where power is above 0, as updates have any scale then, but is: "
             f"{group['workspace_dtype']}"
         )
 
@@ -783,7 +839,7 @@ class Preparations:
         grads: Sequence[Tensor],
         momentum_bufs: Sequence[Tensor | None] | None,
         options: dict[str, Any],
-        cuts: Callable[[], Sequence[str | None]],
+        named: Callable[[], tuple[Sequence[str | None], Sequence[bool]]],
         moments: Sequence[Tensor | None] = (),
         scales: Sequence[Tensor | None] = (),
         mantissas: Sequence[Tensor] = (),
@@ -793,7 +849,7 @@ class Preparations:
         """`prepare` for the group `key`, with its options in SETTLED, or what it said before.
 
         Args:
-            cuts: for the parameters, what follows from the option `split`.
+            named: for the parameters, what follows from the options `split` and `transposed`, which may go by name.
             moments, scales, mantissas, placements: see `prepare`; where a parameter is does not change.
             apart: see `prepare`; either kind of step is remembered.
         """
@@ -810,11 +866,13 @@ class Preparations:
             or not all(map(eq, map(signature, *operands), settled.signatures))
         ):
             signatures = list(map(signature, *operands))
-            # Copies: a list of coefficients and a dict of splits may be changed in place.
-            kept = {**options, **{key: deepcopy(options[key]) for key in ("ns_coefficients", "split")}}
-            taken = {key: value for key, value in options.items() if key != "split"}
+            # Copies: lists and a dict of splits may be changed in place.
+            kept = {**options, **{key: deepcopy(options[key]) for key in ("ns_coefficients", "split", "transposed")}}
+            splits, transposed = named()
+            taken = {**options, "transposed": transposed}
+            del taken["split"]
             taken |= {"moments": moments, "scales": scales, "mantissas": mantissas, "placements": placements}
-            prepared = prepare(params, grads, momentum_bufs, splits=cuts(), apart=apart, **taken)
+            prepared = prepare(params, grads, momentum_bufs, splits=splits, apart=apart, **taken)
             settled = self._settled[key, apart] = _Settled(kept, torch.get_num_threads(), signatures, prepared)
         return settled.prepared
 
@@ -1011,22 +1069,25 @@ def execute(prepared: Prepared, grads: Sequence[Tensor], scalars: Scalars, works
 
 def reserve(prepared: Prepared, workspace: Workspace) -> None:
     """Have the memory of what `execute` writes; of all groups before the first is `ready`."""
-    for work in prepared.works:
-        workspace.reserve(work.device, work.bucket.workspace_bytes)
     for shared in prepared.exchanges:
         shared.reserve()
-        for work in shared.works:
-            workspace.reserve(work.device, work.bucket.workspace_bytes)
+    for work in _all_works(prepared):
+        workspace.reserve(work.device, work.bucket.workspace_bytes)
+
+
+def _all_works(prepared: Prepared) -> list[Work]:
+    return [*prepared.works, *(work for shared in prepared.exchanges for work in shared.works)]
 
 
 def ready(prepared: Prepared, grads: Sequence[Tensor], scalars: Scalars, workspace: Workspace) -> None:
     """Have backends get ready what `execute` will run, and memory that it takes; the last thing that may raise."""
-    for work in prepared.works:
-        if scalars.seed is not None and work.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    for work in _all_works(prepared):
+        if scalars.seed is not None and capturing(work.device):
             raise RuntimeError(
                 "a step with stochastic_rounding should not be captured in a graph, of which every replay would round "
                 "by the same random bits; step outside of it"
             )
+    for work in prepared.works:
         _check_range(work, scalars)
     seen = [*grads, *(copy for _, _, copy in prepared.grad_copies)]
     # What `signature` does not have, and a kernel may be another for.
@@ -1055,7 +1116,7 @@ def orthogonalize(
     ns_algorithm: str = "auto",
     backend: str = "auto",
     max_workspace_bytes: int | None = None,
-    workspace_dtype: torch.dtype = torch.bfloat16,
+    workspace_dtype: torch.dtype | str = torch.bfloat16,
 ) -> Tensor:
     """Approximate the orthogonal polar factor U Vᵀ of every matrix G = U Σ Vᵀ by Newton-Schulz.
 
@@ -1074,7 +1135,7 @@ def orthogonalize(
         ns_algorithm: "standard", "gram", or "auto" for the one with fewer FLOPs.
         backend: a name of `muon_kernels.backends.BACKENDS`, or "auto".
         max_workspace_bytes: cap on the workspace, an int; None for the backend's default.
-        workspace_dtype: torch.bfloat16 or torch.float16, see `Muon`.
+        workspace_dtype: torch.bfloat16 or torch.float16, or a name of these, see `Muon`.
 
     Returns:
         A new tensor of G's shape and dtype.
@@ -1083,6 +1144,11 @@ def orthogonalize(
         ValueError, TypeError: an argument that cannot be used.
         RuntimeError: a named backend that cannot run here.
     """
+    ns_coefficients, ns_steps, eps, max_workspace_bytes = map(
+        options.plain, (ns_coefficients, ns_steps, eps, max_workspace_bytes)
+    )
+    options.check_workspace_dtype(workspace_dtype)
+    workspace_dtype = options.dtype_of(workspace_dtype)
     schedule = resolve(ns_coefficients, ns_steps)
     coefficients = [c for triple in schedule.triples for c in triple]
     rest = (coefficients, schedule.margin, eps, ns_algorithm, backend, max_workspace_bytes, workspace_dtype)
@@ -1195,7 +1261,7 @@ def spectral_power(
         ValueError, TypeError: an argument that cannot be used.
         RuntimeError: a named backend that cannot run here.
     """
-    rest = check_power(p, "p"), exact, ns_algorithm, backend, max_workspace_bytes
+    rest = check_power(options.plain(p), "p"), exact, ns_algorithm, backend, options.plain(max_workspace_bytes)
     return _power_operation(G.detach(), *rest) if torch.compiler.is_compiling() else _spectral_power(G, *rest)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
 from typing import Any, NoReturn, overload
 
 import torch
@@ -12,14 +13,24 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable, but it imports dynamo when called only
 from torch.optim import AdamW, Optimizer
 
-from .adamw_checks import check_adamw_state, check_gradient, check_group, check_step_size, new_adamw_state, same_layout
+from .adamw_checks import (
+    ADAMW_STATE,
+    check_adamw_state,
+    check_gradient,
+    check_group,
+    check_step_size,
+    new_adamw_state,
+    same_layout,
+)
 from .functional import check_apart
 from .optimizer import Muon, check_checkpoint
+from .options import check_keys, plain, settle
 from .plan import Plan
 
 __all__ = ["MuonAdamW"]
 
 _Groups = list[dict[str, Any]]
+_ADAMW_OPTIONS = inspect.signature(AdamW).parameters.keys() - {"params"}
 
 
 class MuonAdamW(Optimizer):
@@ -32,6 +43,7 @@ class MuonAdamW(Optimizer):
     Groups with `use_muon=True` are stepped by `Muon`, those with `use_muon=False` by
     `torch.optim.AdamW`, each with that optimizer's own options and state keys. Learning-rate
     schedulers, `add_param_group`, `GradScaler` and one `state_dict` work as with any optimizer.
+    A `momentum` in an AdamW group is its first beta, so that schedulers which cycle momentum cycle both.
 
     Args:
         params: dicts with `params` and a boolean `use_muon`, as `muon_kernels.param_groups` makes
@@ -68,7 +80,8 @@ class MuonAdamW(Optimizer):
         # Either may stay without a group, but neither can be built without one.
         self._muon = Muon([{"params": []}], **(muon_options or {}))
         self._adamw = _checked_adamw(adamw_options or {})
-        super().__init__(params, defaults={})
+        # What schedulers read: OneCycleLR and CyclicLR to know that they can cycle `momentum`, others for their floor.
+        super().__init__(params, defaults={key: self._muon.defaults[key] for key in ("lr", "momentum")})
         if not any(group["params"] for group in self.param_groups):
             raise ValueError(
                 "optimizer got an empty parameter list: some group should have a parameter but none has; "
@@ -80,7 +93,8 @@ class MuonAdamW(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group for Muon (`use_muon=True`) or AdamW (`use_muon=False`).
 
-        That optimizer's defaults are written into the dict.
+        That optimizer's defaults are written into the dict. Parameters of all groups have names or none has: beside
+        groups of `muon_kernels.param_groups`, which have, give pairs (name, parameter).
         """
         if not isinstance(param_group.get("use_muon"), bool):
             raise ValueError(
@@ -88,13 +102,24 @@ class MuonAdamW(Optimizer):
                 "muon_kernels.param_groups(model) makes such groups"
             )
         self._hand_over()
-        inner = self._muon if param_group["use_muon"] else self._adamw
-        inner.add_param_group(param_group)
-        if inner is self._adamw:
-            known = inspect.signature(AdamW).parameters.keys() - {"params"}
-            _checked_adamw({key: value for key, value in param_group.items() if key in known})
-            _fuse(param_group)
+        if param_group["use_muon"]:
+            self._muon.add_param_group(param_group)
+            super().add_param_group(param_group)
+            return
+        cycled, betas = "momentum" in param_group, param_group.get("betas")
+        if cycled and betas is not None and param_group["momentum"] != betas[0]:
+            raise ValueError(
+                "a group for AdamW should have betas or momentum, which is its first beta, but has both: "
+                f"betas={betas} and momentum={param_group['momentum']}"
+            )
+        check_keys(param_group, self._adamw.defaults)
+        self._adamw.add_param_group(param_group)
+        _settle(param_group)
+        _checked_adamw({key: param_group[key] for key in _ADAMW_OPTIONS})
+        _fuse(param_group)
         super().add_param_group(param_group)
+        if not cycled:
+            del param_group["momentum"]  # which is in the defaults for Muon
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -122,20 +147,43 @@ class MuonAdamW(Optimizer):
         self._hand_over()
         # Muon checks all it was given before it writes; checking AdamW's part here covers the rest.
         for group in self._adamw.param_groups:
+            _settle(group)
             check_group(group)
             _check(group, self.state)
             _unfuse(group, self.state)
-        new = {
-            p: new_adamw_state(p, group["amsgrad"], bool(group["fused"] or group["capturable"]))
-            for group in self._adamw.param_groups
-            for p in group["params"]
-            if p.grad is not None and not self.state.get(p)
-        }
-        self._muon.step()
-        for p, state in new.items():
-            self.state[p].update(state)
-        self._adamw.step()
+        # State that is made here must be of use outside inference mode too.
+        with torch.inference_mode(False), torch.no_grad():
+            new: dict[Tensor, dict[str, Tensor]] = {}
+            for group in self._adamw.param_groups:
+                new |= self._new_state(group, [p for p in group["params"] if p.grad is not None])
+            _unhooked_step(self._muon)
+            for p, state in new.items():
+                self.state[p].update(state)
+            _unhooked_step(self._adamw)
         return loss
+
+    @torch.no_grad()
+    def init_state(self) -> None:
+        """Make all state that there will be, as `Muon.init_state` does; parameters are not moved."""
+        self._hand_over()
+        for group in self._adamw.param_groups:
+            _settle(group)
+            check_group(group)
+        self._muon.init_state()
+        with torch.inference_mode(False), torch.no_grad():
+            for group in self._adamw.param_groups:
+                new = self._new_state(group, [p for p in group["params"] if p.requires_grad])
+                for p, state in new.items():
+                    self.state[p].update(state)
+
+    def _new_state(self, group: dict[str, Any], params: Iterable[Tensor]) -> dict[Tensor, dict[str, Tensor]]:
+        """AdamW's state of parameters that have nothing of it yet; what others keep there stays."""
+        with_parameter = bool(group["fused"] or group["capturable"])
+        return {
+            p: new_adamw_state(p, group["amsgrad"], with_parameter)
+            for p in params
+            if not self.state.get(p, {}).keys() & ADAMW_STATE
+        }
 
     def plan(self) -> Plan:
         """Return what the next step does with the Muon groups; see `Muon.plan`."""
@@ -145,6 +193,8 @@ class MuonAdamW(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """A checkpoint; see `Muon.state_dict`."""
         self._hand_over()
+        for group in self._adamw.param_groups:
+            _settle(group)
         with self._muon.whole_state():
             return super().state_dict()
 
@@ -177,6 +227,7 @@ class MuonAdamW(Optimizer):
             }
             if inner is self._adamw:
                 part["param_groups"] = _checked_groups(part, inner)
+                part = deepcopy(part)  # torch would share the moments
             inner.load_state_dict(part)
             loaded[use_muon] = iter(inner.param_groups)
             state.update(inner.state)
@@ -189,14 +240,6 @@ class MuonAdamW(Optimizer):
         """Return what pickling and copying keep."""
         return {**super().__getstate__(), "_muon": self._muon, "_adamw": self._adamw}
 
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """Whether `GradScaler` should leave the division by the scale to `step`."""
-        _, (_, groups) = self._inner()
-        for group in groups:
-            _unfuse(group, self.state)
-        return all(group["fused"] for group in groups)
-
     def _inner(self) -> tuple[tuple[Muon, _Groups], tuple[AdamW, _Groups]]:
         """Return each inner optimizer with its groups."""
         return (
@@ -205,7 +248,7 @@ class MuonAdamW(Optimizer):
         )
 
     def _hand_over(self) -> None:
-        """Give the inner optimizers our groups, our state and what `GradScaler` left here.
+        """Give the inner optimizers our groups and our state.
 
         They keep nothing of their own between steps, so nothing can disagree, whoever replaces
         `param_groups` or `state`.
@@ -213,12 +256,24 @@ class MuonAdamW(Optimizer):
         for inner, groups in self._inner():
             inner.param_groups = groups
             inner.state = self.state
-            for name in ("grad_scale", "found_inf"):
-                setattr(inner, name, getattr(self, name, None))
+
+
+def _unhooked_step(optimizer: Optimizer) -> None:
+    """A step without what torch wraps around every class's: hooks and the profiler's record, which ours has already."""
+    inspect.unwrap(type(optimizer).step, stop=lambda function: not hasattr(function, "hooked"))(optimizer)
+
+
+def _settle(group: dict[str, Any]) -> None:
+    """Write plain values into an AdamW group, and the `momentum` that a scheduler has given it to its first beta."""
+    settle(group, group.keys() & {*_ADAMW_OPTIONS, "momentum"})
+    betas = group["betas"]
+    if "momentum" in group and isinstance(betas, (tuple, list)):
+        group["betas"] = (group["momentum"], *betas[1:])
 
 
 def _checked_adamw(options: Mapping[str, Any]) -> AdamW:
     """An AdamW without parameters; it raises what it has against the options, and we what it overlooks."""
+    options = {key: plain(value) for key, value in options.items()}
     check_group({"lr": 0.0, "weight_decay": 0.0, "eps": 0.0, "betas": (0.0, 0.0), **options})
     return AdamW([{"params": []}], **options)
 
@@ -229,6 +284,7 @@ def _checked_groups(checkpoint: dict[str, Any], adamw: AdamW) -> _Groups:
     groups: _Groups = []
     for own, group in zip(adamw.param_groups, checkpoint["param_groups"], strict=False):
         groups.append({**{key: own[key] for key in adamw.defaults if key in own}, **group})
+        _settle(groups[-1])
         check_group(groups[-1])
         amsgrad.update(dict.fromkeys(own["params"], groups[-1]["amsgrad"]))
 
@@ -264,7 +320,8 @@ def _check(group: dict[str, Any], state: Mapping[Tensor, dict[str, Any]]) -> Non
             continue
         check_gradient(param, param.grad)
         check_step_size(param, group)
-        if kept := state.get(param):
+        kept = state.get(param, {})
+        if kept.keys() & ADAMW_STATE:
             check_adamw_state("", param, kept, group["amsgrad"])
         if group["capturable"] and param.device.type == "cpu":
             raise ValueError("AdamW's capturable should be False for parameters on the CPU")

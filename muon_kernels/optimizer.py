@@ -21,12 +21,12 @@ from .distributed.second_moment import create as create_part
 from .distributed.strategies import STRATEGIES
 from .functional import (
     MOMENTUM_DTYPES,
-    SETTLED,
     Coefficients,
     Preparations,
     Prepared,
     Scalars,
     Workspace,
+    alike,
     as_scalar,
     check_apart,
     check_dense,
@@ -44,17 +44,25 @@ from .functional import (
     ready,
     reserve,
     schedule_for,
+    settled,
     splits,
+    transposes,
 )
 from .layout import split_shape
 from .options import (
     check_choice,
     check_eps,
     check_fraction,
+    check_keys,
+    check_momentum_dtype,
     check_number,
     check_relatives,
     check_second_moment_form,
     check_weight_decay_form,
+    dtype_of,
+    plain,
+    settle,
+    settled_checkpoint,
 )
 from .packed import scale_size
 from .plan import Plan, plan_for_shapes
@@ -98,20 +106,28 @@ class Muon(Optimizer):
         eps: smallest divisor of the normalisation, after an exact scaling of the norm to [1, 2); so it matters for
             zero only.
         ns_steps: number of steps; if not given, 5 or a named set's own number.
-        adjust_lr_fn: ratio(A, B): None or "original" √max(1, A/B); "match_rms_adamw" 0.2·√max(A, B); "spectral" √(A/B);
-            "none" 1; or a pure function of (A, B): its answers are kept from step to step.
+        adjust_lr_fn: ratio(A, B): None or "original" √max(1, A/B); "match_rms_adamw" 0.2·√max(A, B); "spectral" √(A/B),
+            which groups hold by torch's name "spectral_unclamped"; "none" 1; or a pure function of (A, B) at the top
+            level of a module. Its answers are kept from step to step. Groups and checkpoints hold its name, and a
+            checkpoint is taken up only where the group has the same function.
+        use_addmm: for torch.optim.Muon, which has it to fuse products; here they are.
         dampened: False writes the momentum as Moonlight does, without the factor 1 - μ.
         flatten: True flattens parameters of three dimensions too, False flattens none.
         split: how to cut parameters that hold several matrices, in the words of `muon_kernels.split`: one cut for all
             parameters of a group, as in `{"params": [...], "split": heads(12)}`, or a dict of cuts by name or `fnmatch`
             pattern, for parameters given with names; each pattern has to match in every group that takes the dict.
             Parts are stepped, and shown by `plan()`, like parameters of their own; momentum is the parameter's.
+        transposed: whether parameters are stored as (inputs, outputs), as by transformers' Conv1D, in stacks of experts
+            (E, in, out) and by ConvTranspose: their `adjust_lr_fn` is then applied to (B, A). True for all parameters
+            of a group, or a list of names and `fnmatch` patterns, as for `split`. Nothing else asks for it: rows of
+            `second_moment="neuron"` and of a `split` are rows as stored.
         ns_algorithm: "standard", "gram", or "auto" for the one with fewer FLOPs.
         backend: "cuda", "triton", "cpu", "eager", or "auto" for the first that can.
         max_workspace_bytes: cap on the memory beside parameters and state; larger buckets are stepped in several
             passes. None: 64 MiB for "cpu", 1 GiB for the others, or one matrix's need if that is more.
-        workspace_dtype: of what is multiplied. torch.float16 is several times more accurate than torch.bfloat16 and as
-            fast on a GPU; the "cpu" backend has it not, and "auto" then takes "eager", which is slower.
+        workspace_dtype: of what is multiplied, a dtype or its name, which is what groups hold. torch.float16 is several
+            times more accurate than torch.bfloat16 and as fast on a GPU; the "cpu" backend has it not, and "auto" then
+            takes "eager", which is slower.
         momentum_dtype: of new momentum buffers; None: the gradient's. torch.int8 is 1.002 bytes an element: codes in
             `momentum_buffer`, and in `momentum_scale` the largest magnitude of every 2048 elements of a matrix, see
             packed.py. Steps compute in fp32. While there is such a momentum, `flatten` and `split` should not change.
@@ -119,7 +135,7 @@ class Muon(Optimizer):
         power: p in [0, 1]: the direction's singular values become σ^p and not 1; see `muon_kernels.spectral_power`.
             Above 0, `ns_coefficients`, `ns_steps` and `eps` are not used, and the update scales with the direction^p.
         weight_decay_form: what of W decays in a step: "decoupled" lr·weight_decay; "independent" weight_decay, whatever
-            lr is; "scheduled" lr·weight_decay·lr/peak_lr, AdamC's and MuonC's (arXiv 2506.02285).
+            lr above 0 is; "scheduled" lr·weight_decay·lr/peak_lr, AdamC's and MuonC's (arXiv 2506.02285).
         peak_lr: the largest `lr` of the schedule, for "scheduled"; None: the one that the group begins with.
         cautious: decay only elements that the update moves towards zero, or not at all (arXiv 2510.12402).
         stochastic_rounding: round parameters, which must be bf16 then, up or down with the probabilities that make the
@@ -136,8 +152,9 @@ class Muon(Optimizer):
             should be within 1e-18 and 1e18, where their squares are fp32.
         beta2: β₂ of that mean.
         process_group: of ranks that have the same plain tensors for parameters, and the same gradients, as under
-            DistributedDataParallel: each steps a share, and only its owner keeps the momentum of a parameter. None:
-            plain tensors are this process's own. DTensors say themselves where they are.
+            DistributedDataParallel, so that GradScaler leaves out the same steps on all: each steps a share, and only
+            its owner keeps the momentum of a parameter. None: plain tensors are this process's own. DTensors say
+            themselves where they are.
         strategy: who orthogonalizes matrices that several ranks have parts of: "owner", to whom the others send theirs;
             "gram", nobody: those cut along their longer dimension stay where they are, and Gram matrices are summed;
             "blocks", MuonBP's (arXiv 2510.16981), each rank its own part, and owners the whole every `block_period`
@@ -150,9 +167,6 @@ class Muon(Optimizer):
         ValueError, TypeError: an argument that cannot be used, with what was expected.
     """
 
-    # torch.amp.GradScaler then leaves unscaling and the skipped step to `step` (attributes grad_scale and found_inf).
-    _step_supports_amp_scaling = True
-
     def __init__(
         self,
         params: ParamsT,
@@ -164,15 +178,17 @@ class Muon(Optimizer):
         eps: float = 1e-7,
         ns_steps: int | None = NS_STEPS,
         adjust_lr_fn: str | Callable[[int, int], float] | None = None,
+        use_addmm: bool = False,
         *,
         dampened: bool = True,
         flatten: bool | None = None,
         split: str | Mapping[str, str] | None = None,
+        transposed: bool | Sequence[str] = False,
         ns_algorithm: str = "auto",
         backend: str = "auto",
         max_workspace_bytes: int | None = None,
-        workspace_dtype: torch.dtype = torch.bfloat16,
-        momentum_dtype: torch.dtype | None = None,
+        workspace_dtype: torch.dtype | str = torch.bfloat16,
+        momentum_dtype: torch.dtype | str | None = None,
         maximize: bool = False,
         power: float = 0.0,
         weight_decay_form: str = "decoupled",
@@ -189,7 +205,7 @@ class Muon(Optimizer):
         block_lr_ratio: float = 1.0,
     ) -> None:
         """Check everything and set nothing aside yet: momentum buffers come with the first gradients."""
-        defaults = {
+        defaults: dict[str, Any] = {
             "lr": lr,
             "weight_decay": weight_decay,
             "momentum": momentum,
@@ -198,9 +214,11 @@ class Muon(Optimizer):
             "eps": eps,
             "ns_steps": ns_steps,
             "adjust_lr_fn": adjust_lr_fn,
+            "use_addmm": use_addmm,
             "dampened": dampened,
             "flatten": flatten,
             "split": split,
+            "transposed": transposed,
             "ns_algorithm": ns_algorithm,
             "backend": backend,
             "max_workspace_bytes": max_workspace_bytes,
@@ -220,9 +238,10 @@ class Muon(Optimizer):
             "block_period": block_period,
             "block_lr_ratio": block_lr_ratio,
         }
-        _check_options(defaults)
         if ns_steps is NS_STEPS:  # a checkpoint must hold a plain number
-            defaults["ns_steps"] = len(resolve(ns_coefficients, ns_steps).triples)
+            defaults["ns_steps"] = len(resolve(plain(ns_coefficients), ns_steps).triples)
+        settle(defaults, defaults)
+        _check_options(defaults)
         self._workspace = Workspace()
         self._prepared = Preparations()
         self._ranks = Ranks(process_group)
@@ -243,19 +262,15 @@ class Muon(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            unknown = set(group) - set(self.defaults) - {"params", "param_names", "initial_lr", "use_muon", "step"}
-            if unknown:
-                raise ValueError(
-                    f"group options should be among {sorted(self.defaults)} but include: {sorted(unknown)}"
-                )
+            check_keys(group, self.defaults)
+            settle(group, self.defaults)
             _set_peak_lr(group)
             _check_options(group)
             if len(set(group["params"])) < len(group["params"]):
                 raise ValueError("every parameter of a group should be there once but some are repeated")
-            if isinstance(group["split"], Mapping):
-                group["split"] = dict(group["split"])  # which any checkpoint can hold
             if self._ranks.shares(group["params"]):
                 check_shared(group)
+            transposes(group)
             costs = []
             for p, split in splits(group):
                 check_matrices("parameter", local(p), _ADAMW_HINT)
@@ -272,7 +287,7 @@ class Muon(Optimizer):
                     backend=group["backend"],
                     ns_algorithm=group["ns_algorithm"],
                     max_workspace_bytes=group["max_workspace_bytes"],
-                    workspace_dtype=group["workspace_dtype"],
+                    workspace_dtype=dtype_of(group["workspace_dtype"]),
                 )
                 costs.append(plan.flops)
             check_apart([("parameter", p) for p in group["params"]])
@@ -288,8 +303,14 @@ class Muon(Optimizer):
         except ValueError:  # a set or a list of another length
             return len(resolve(ns_coefficients, None).triples)
 
+    def _settle(self) -> None:
+        """Write plain values where groups have been edited."""
+        for group in self.param_groups:
+            settle(group, self.defaults)
+
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise for options that cannot be used."""
+        settle(group, self.defaults)
         _check_options(group)
         if self._ranks.shares(group["params"]):
             check_shared(group)
@@ -304,18 +325,44 @@ class Muon(Optimizer):
                     check_dense("gradient", local(p.grad))
                     check_like("gradient", p.grad, p)
 
+    def _batches(self) -> list[tuple[list[dict[str, Any]], Scalars]]:
+        """Groups that a step does as one, for nothing that matters to it differs between them, and their numbers.
+
+        Apart stay those whose steps are counted, and, as ranks have not agreed on their numbers, those of parameters
+        that other ranks have parts or copies of.
+        """
+        batches: dict[Any, tuple[list[dict[str, Any]], Scalars]] = {}
+        for i, group in enumerate(self.param_groups):
+            self._check_group(group)
+            scalars = Scalars(
+                *_lr_and_decay(group),
+                group["momentum"],
+                group["nesterov"],
+                group["dampened"],
+                group["eps"],
+                -1.0 if group["maximize"] else 1.0,
+                group["cautious"],
+                group["beta2"],
+                _seed(group, i) if group["stochastic_rounding"] else None,
+            )
+            shared = bool(self._ranks.teams) and self._ranks.shares(group["params"])
+            alone = shared or scalars.seed is not None or group["strategy"] == "blocks"
+            key = i if alone else (scalars, *alike(group))
+            batches.setdefault(key, ([], scalars))[0].append(group)
+        return list(batches.values())
+
     def _prepare(
-        self, group: dict[str, Any], grad_of: Callable[[Tensor], Tensor | None]
+        self, groups: Sequence[dict[str, Any]], grad_of: Callable[[Tensor], Tensor | None]
     ) -> tuple[Prepared, list[Tensor], list[tuple[Tensor, str, Tensor]]]:
-        """What a step of this group does, its gradients, and what it would add to the state."""
-        self._check_group(group)
+        """What a step of these groups does as one, its gradients, and what it would add to the state."""
         params, grads, buffers, moments, mantissas, placements = [], [], [], [], [], []
         scales: list[Tensor | None] = []
         split_of: dict[Tensor, str | None] = {}
         new: list[tuple[Tensor, str, Tensor]] = []
         nothing: dict[str, Any] = {}
+        group = groups[0]
         form = group["second_moment"]
-        for p in group["params"]:
+        for p in (p for each in groups for p in each["params"]):
             grad = grad_of(p)
             if grad is None:
                 continue
@@ -324,13 +371,13 @@ class Muon(Optimizer):
             if self._ranks.elsewhere(p):
                 buffer = None
             elif buffer is None:
-                dtype = group["momentum_dtype"] or grad.dtype
+                dtype = dtype_of(group["momentum_dtype"]) if group["momentum_dtype"] else grad.dtype
                 # The order of the blocks, in which packing is fastest.
                 format_ = torch.contiguous_format if dtype == torch.int8 else torch.preserve_format
                 buffer = torch.zeros_like(p, dtype=dtype, memory_format=format_)
                 new.append((p, "momentum_buffer", buffer))
                 if dtype == torch.int8:
-                    split_of = split_of or dict(splits(group))
+                    split_of = split_of or {p: split for each in groups for p, split in splits(each)}
                     blocks_of_p = scale_size(p.shape, group["flatten"], split_of[p])
                     scale = torch.zeros(blocks_of_p, dtype=torch.float32, device=p.device)
                     new.append((p, "momentum_scale", scale))
@@ -347,19 +394,24 @@ class Muon(Optimizer):
                     if is_dtensor(p):
                         moment = create_part(form, p, group["flatten"])
                     else:
-                        split_of = split_of or dict(splits(group))
+                        split_of = split_of or {p: split for each in groups for p, split in splits(each)}
                         moment = create(form, p, group["flatten"], split_of[p])
                     new.append((p, "second_momentum_buffer", moment))
                 moments.append(None if moment is None else local(moment))
             params.append(local(p))
             grads.append(local(grad))
             buffers.append(None if buffer is None else local(buffer))
-            placements.append(self._ranks.placements.get(p))
-        cuts = lambda: [split for p, split in splits(group) if grad_of(p) is not None]
-        options = {key: group[key] for key in SETTLED}
+            placements.append(self._ranks.placement(p))
+
+        def named() -> tuple[list[str | None], list[bool]]:
+            all_ = [x for each in groups for x in zip(splits(each), transposes(each), strict=True)]
+            both = [x for x in all_ if grad_of(x[0][0]) is not None]
+            return [split for (_, split), _ in both], [turned for _, turned in both]
+
+        options = settled(groups)
         beside = moments, scales if any(s is not None for s in scales) else (), mantissas, placements
         prepared = self._prepared.get(
-            id(group), params, grads, buffers, options, cuts, *beside, apart=blocks.apart(group)
+            id(group), params, grads, buffers, options, named, *beside, apart=blocks.apart(group)
         )
         return prepared, grads, new
 
@@ -385,44 +437,26 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # torch.amp.GradScaler sets these for the duration of a step.
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
         self._steps += 1
         self._ranks.refresh(self.param_groups)
         try:
-            agreed = consensus.agree(self._ranks.teams, found_inf, self._check_gradients)
+            agreed = consensus.agree(self._ranks.teams, self._check_gradients)
         except Failed as error:
             raise RuntimeError(f"step {self._steps} of Muon did not begin: {error}") from error
-        if agreed.found_inf:
-            return loss
-        scale: Tensor | None = getattr(self, "grad_scale", None)
-        grad_scale = 1.0 if scale is None else 1.0 / float(scale)
         # What is kept must be of use outside inference mode too.
         with torch.inference_mode(False), torch.no_grad():
-            prepared = [self._prepare(group, agreed.grad) for group in self.param_groups]
-            scalars = [
-                Scalars(
-                    *_lr_and_decay(group),
-                    group["momentum"],
-                    group["nesterov"],
-                    group["dampened"],
-                    group["eps"],
-                    -grad_scale if group["maximize"] else grad_scale,
-                    group["cautious"],
-                    group["beta2"],
-                    _seed(group, i) if group["stochastic_rounding"] else None,
-                )
-                for i, group in enumerate(self.param_groups)
-            ]
+            batches = self._batches()
+            prepared = [self._prepare(groups, agreed.grad) for groups, _ in batches]
             for decided, _, _ in prepared:
                 reserve(decided, self._workspace)
-            for (decided, grads, _), numbers in zip(prepared, scalars, strict=True):
+            for (decided, grads, _), (_, numbers) in zip(prepared, batches, strict=True):
                 ready(decided, grads, numbers, self._workspace)
-        for group, (decided, grads, new), numbers in zip(self.param_groups, prepared, scalars, strict=True):
+        for (groups, numbers), (decided, grads, new) in zip(batches, prepared, strict=True):
             for p, key, tensor in new:
                 self.state[p][key] = tensor
-            if numbers.seed is not None or group["strategy"] == "blocks":
-                group["step"] = group.get("step", 0) + 1
+            for group in groups:
+                if numbers.seed is not None or group["strategy"] == "blocks":
+                    group["step"] = group.get("step", 0) + 1
             try:
                 execute(decided, grads, numbers, self._workspace)
             except Failed as error:
@@ -433,9 +467,31 @@ class Muon(Optimizer):
         return loss
 
     @torch.no_grad()
+    def init_state(self) -> None:
+        """Make all state that there will be, before a first step or after some; parameters are not moved.
+
+        torch.distributed.checkpoint loads into what a `state_dict` has, so it needs this first where a model resumes:
+
+            optimizer.init_state()
+            parts = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+            torch.distributed.checkpoint.load(parts, checkpoint_id=folder)
+            set_optimizer_state_dict(model, optimizer, parts["optimizer"])
+
+        Called before a training as well, it puts all parameters into the checkpoint, also those whose gradients have
+        not come yet. Momentum has the dtype of `momentum_dtype` or, in place of the gradient's, the parameter's.
+        """
+        self._ranks.refresh(self.param_groups)
+        with torch.inference_mode(False), torch.no_grad():
+            trained = lambda p: p if p.requires_grad else None
+            found = [self._prepare(groups, trained)[2] for groups, _ in self._batches()]
+        self._prepared.clear()
+        for p, key, tensor in (one for new in found for one in new):
+            self.state[p][key] = tensor
+
+    @torch.no_grad()
     def plan(self) -> Plan:
         """What a step does if every parameter has a gradient of its own dtype; `print` it."""
-        prepared = [self._prepare(group, lambda p: p)[0] for group in self.param_groups]
+        prepared = [self._prepare(groups, lambda p: p)[0] for groups, _ in self._batches()]
         self._prepared.clear()  # it would keep the momentum buffers that a first step has not made yet
         return plan_of(prepared)
 
@@ -449,6 +505,7 @@ class Muon(Optimizer):
             for key, value in self.defaults.items():
                 if key != "differentiable":  # torch puts this one into the defaults
                     group.setdefault(key, value)
+            settle(group, self.defaults)
             _set_peak_lr(group)
         if "_ranks" not in self.__dict__:  # a copy
             self._ranks = Ranks()
@@ -485,6 +542,7 @@ class Muon(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """A checkpoint, whole also where ranks share the state of plain tensors: then all have to ask for it."""
+        self._settle()
         with self.whole_state():
             return super().state_dict()
 
@@ -500,7 +558,9 @@ class Muon(Optimizer):
                 changed then.
         """
         states = check_checkpoint(state_dict, self.param_groups, "Muon", "ns_coefficients", _check_state)
-        saved, groups = state_dict["param_groups"], self.param_groups
+        self._settle()
+        groups = self.param_groups
+        saved = settled_checkpoint(state_dict["param_groups"], groups, self.defaults)
         for group in saved:
             _check_options({**self.defaults, **group})
         state_of = dict(states)
@@ -520,11 +580,12 @@ class Muon(Optimizer):
                 loaded = {**own, **self.defaults, **group, "params": own["params"]}
                 if self._ranks.shares(own["params"]):
                     check_shared(loaded)
+                transposes(loaded)
                 for p, split in splits(loaded):
                     pieces(p.shape, loaded["flatten"], split)
                     state = state_of.get(p, {})
                     is_packed = "momentum_buffer" in state and state["momentum_buffer"].dtype == torch.int8
-                    wants_packed = loaded["momentum_dtype"] == torch.int8
+                    wants_packed = loaded["momentum_dtype"] == "int8"
                     if "momentum_buffer" in state and is_packed != wants_packed:
                         raise ValueError(
                             f"momentum_buffer should {'' if wants_packed else 'not '}be of int8 for momentum_dtype="
@@ -630,12 +691,12 @@ def _check_state(of: str, p: Tensor, state: Mapping[str, Any]) -> None:
 
 def _check_precision(own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     """Raise ValueError if state of a checkpoint's group is packed, and that of our group is not, or the other way."""
-    for key, packed, without in (("momentum_dtype", torch.int8, None), ("master_weights", True, False)):
+    for key, packed, without in (("momentum_dtype", "int8", None), ("master_weights", True, False)):
         wanted, found = own[key], saved.get(key, without)  # torch.optim.Muon has neither
         if (wanted == packed) != (found == packed):
             raise ValueError(
                 f"{key} of the checkpoint should be {wanted}, as in this optimizer, but is: {found}; "
-                f"state is not converted: load it into an optimizer with {key}={found}"
+                f"state is not converted: load it into an optimizer with {key}={found!r}"
             )
 
 
@@ -660,6 +721,7 @@ def _seed(group: dict[str, Any], index: int) -> int:
 def _check_options(options: dict[str, Any]) -> None:
     for key in (
         "nesterov",
+        "use_addmm",
         "dampened",
         "maximize",
         "cautious",
@@ -689,6 +751,4 @@ def _check_options(options: dict[str, Any]) -> None:
     if isinstance(period, bool) or not isinstance(period, int) or period < 1:
         raise ValueError(f"block_period should be an int >= 1 but is: {period!r}")
     check_number("block_lr_ratio", options["block_lr_ratio"])
-    dtype = options["momentum_dtype"]
-    if dtype not in (None, *MOMENTUM_DTYPES):
-        raise ValueError(f"momentum_dtype should be a floating-point dtype, torch.int8 or None but is: {dtype!r}")
+    check_momentum_dtype(options["momentum_dtype"])

@@ -3,15 +3,114 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .newton_schulz import ALGORITHMS
-from .scaling import WEIGHT_DECAY_FORMS
+from .scaling import WEIGHT_DECAY_FORMS, rule_name
 from .second_moment import FORMS
+
+_PLAIN = frozenset((float, int, bool, str, type(None)))
+
+
+def is_plain(value: Any) -> bool:
+    """Whether `plain` would return it as it is."""
+    kind = type(value)
+    return kind in _PLAIN or isinstance(value, (int, Tensor)) or (kind in (tuple, list) and all(map(is_plain, value)))
+
+
+def plain(value: Any) -> Any:
+    """Return an option as any checkpoint can hold it: numbers, text, bool and None, or tuples, lists and dicts of them.
+
+    A dtype becomes its name, and what numpy has for numbers (which is not imported) becomes Python's. Tensors, and what
+    no option can be, stay: checks come later.
+    """
+    if is_plain(value):
+        return value
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, (tuple, list)):
+        items = map(plain, value)
+        return list(items) if isinstance(value, list) else tuple(items)
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if hasattr(value, "tolist"):  # numpy's scalars and arrays
+        return value.tolist()
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value
+
+
+def settle(group: dict[str, Any], keys: Iterable[str]) -> None:
+    """Write the options `keys` of a group, as far as it has them, in plain values; a function becomes its name.
+
+    Raises:
+        ValueError: a function that cannot be found by its name.
+    """
+    for key in keys:
+        value = group.get(key)
+        if type(value) not in _PLAIN and not is_plain(value):
+            group[key] = rule_name(value) if key == "adjust_lr_fn" and callable(value) else plain(value)
+    if group.get("adjust_lr_fn") == "spectral":  # torch's name for it, so that checkpoints mean the same to both
+        group["adjust_lr_fn"] = "spectral_unclamped"
+
+
+def settled_checkpoint(
+    saved: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]], keys: Iterable[str]
+) -> list[dict[str, Any]]:
+    """Param groups of a checkpoint, in plain values.
+
+    Args:
+        saved: in the checkpoint.
+        groups: those that are to take it up.
+        keys: the options.
+
+    Raises:
+        ValueError: `adjust_lr_fn` names a function that the group has not got: no checkpoint should choose what runs.
+    """
+    found: list[dict[str, Any]] = []
+    for i, group in enumerate(saved):
+        found.append(dict(group))
+        settle(found[-1], keys)
+        rule = found[-1].get("adjust_lr_fn")
+        own = groups[i]["adjust_lr_fn"] if i < len(groups) else None
+        if isinstance(rule, str) and ":" in rule and rule != own:
+            raise ValueError(
+                f"adjust_lr_fn of a checkpoint should be a rule of muon_kernels or the function that the group has "
+                f"already, but is: {rule!r} where the group has {own!r}; give the optimizer that function before"
+            )
+    return found
+
+
+# What groups have beside options.
+_STRUCTURE = frozenset(("params", "param_names", "initial_lr", "use_muon", "step"))
+
+# Misspellings with a letter wrong, missing or too many reach 0.87 (nesterow, momentun 0.875); of the keys that
+# frameworks write, "algorithm" (of "ns_algorithm") comes nearest with 0.86, apart from those with a word more than an
+# option, like no_weight_decay, max_momentum and weight_decay_mult.
+_CLOSE = 0.87
+
+
+def check_keys(group: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raise ValueError where a key of a group is a misspelt option; others are kept, as by torch's optimizers."""
+    from difflib import get_close_matches
+
+    for key in group.keys() - set(known) - _STRUCTURE:
+        near = get_close_matches(str(key), known, n=1, cutoff=_CLOSE)
+        if near and f"_{near[0]}_" not in f"_{key}_":
+            raise ValueError(
+                f"a group has {key!r}, which is no option but close to one: did you mean {near[0]!r}? "
+                "Keys of your own are kept, but should differ more from the options"
+            )
+
+
+def dtype_of(dtype: torch.dtype | str) -> torch.dtype:
+    """The dtype that an option is, or names."""
+    return dtype if isinstance(dtype, torch.dtype) else _DTYPES[dtype]
 
 
 def on_host(value: Any) -> bool:
@@ -23,7 +122,7 @@ def check_number(name: str, value: Any) -> None:
     """Raise unless `value` is a finite number >= 0, or a tensor of one; on a device only its size is looked at."""
     if type(value) is float and 0.0 <= value < math.inf:  # which it nearly always is, in every step
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
+    if isinstance(value, bool) or not isinstance(value, (Real, Tensor)):
         raise TypeError(f"{name} should be a number but is: {value!r}")
     if isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex()):
         raise ValueError(f"{name} should be one real number but is a tensor of size {tuple(value.shape)}")
@@ -88,7 +187,7 @@ def check_relatives(group: Mapping[str, Any]) -> None:
     for name in ("cautious", "sign_momentum", "stochastic_rounding", "master_weights"):
         if group[name]:
             raise ValueError(f"{name} should be False where power is 1, which is SGD in torch")
-    if group["momentum_dtype"] == torch.int8:
+    if group["momentum_dtype"] == "int8":
         raise ValueError(
             "momentum_dtype should be floating-point where power is 1, which is SGD in torch, but is: int8"
         )
@@ -97,6 +196,14 @@ def check_relatives(group: Mapping[str, Any]) -> None:
 def check_second_moment_form(form: Any) -> None:
     """Raise ValueError unless there is such a second moment, or it is None."""
     check_choice("second_moment", form, SECOND_MOMENTS)
+
+
+def check_transposed(transposed: Any) -> None:
+    """Raise TypeError unless it is True or False, or names and patterns."""
+    if isinstance(transposed, bool):
+        return
+    if not isinstance(transposed, (list, tuple)) or not all(isinstance(name, str) for name in transposed):
+        raise TypeError(f"transposed should be True, False, or a list of names and patterns but is: {transposed!r}")
 
 
 def check_algorithm(name: Any) -> None:
@@ -115,10 +222,23 @@ def check_workspace(cap: Any) -> None:
         raise ValueError(f"max_workspace_bytes should be a positive int or None but is: {cap}")
 
 
-WORKSPACE_DTYPES = (torch.bfloat16, torch.float16)
+WORKSPACE_DTYPES = ("bfloat16", "float16")
+# What momentum may be kept in.
+MOMENTUM_DTYPES = ("float32", "bfloat16", "float16", "float64", "int8")
+_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in MOMENTUM_DTYPES}
 
 
 def check_workspace_dtype(dtype: Any) -> None:
-    """Raise ValueError unless stacks can be of that dtype."""
-    if dtype not in WORKSPACE_DTYPES:
-        raise ValueError(f"workspace_dtype should be torch.bfloat16 or torch.float16 but is: {dtype!r}")
+    """Raise ValueError unless stacks can be of that dtype, or of one of that name."""
+    if plain(dtype) not in WORKSPACE_DTYPES:
+        raise ValueError(
+            f"workspace_dtype should be torch.bfloat16 or torch.float16, or a name of these, but is: {dtype!r}"
+        )
+
+
+def check_momentum_dtype(dtype: Any) -> None:
+    """Raise ValueError unless momentum can be kept in that dtype, or in one of that name; None is the gradient's."""
+    if dtype is not None and plain(dtype) not in MOMENTUM_DTYPES:
+        raise ValueError(
+            f"momentum_dtype should be a floating-point dtype, torch.int8, a name of these, or None but is: {dtype!r}"
+        )

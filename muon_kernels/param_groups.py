@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from .distributed.placement import FLATTENED, check_whole
 from .layout import flattens
+from .options import check_number
+from .rules import CONVOLUTIONS, EMBEDDING, HEADS, NORM, RULES, Place, Rule, known_layers
 from .split import check_split, close, matching, pieces
 
 __all__ = ["Assignment", "ParamGroups", "param_groups"]
-
-_CONVOLUTIONS = (
-    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-)
-_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-_HEAD_NAMES = frozenset(
-    "classifier fc head heads lm_head logits output output_layer output_projection score "
-    "to_logits unembed unembedding".split()
-)
-_EMBEDDING_NAME = re.compile(r"embed|\bwte\b|\bwpe\b")
-_NORM = re.compile(r"norm(\dd)?$", re.IGNORECASE)
 
 
 class Assignment(NamedTuple):
@@ -37,7 +30,7 @@ class Assignment(NamedTuple):
 
 
 class ParamGroups(list[dict[str, Any]]):
-    """The Muon group and the AdamW group, in this order; print it to see what went where.
+    """Groups of Muon, then groups of AdamW; print it to see what went where.
 
     `assignments` holds one entry per parameter of the model, frozen ones included.
     """
@@ -46,6 +39,16 @@ class ParamGroups(list[dict[str, Any]]):
         """Hold `groups` and what `summary` tells of them."""
         super().__init__(groups)
         self.assignments = tuple(assignments)
+
+    @property
+    def muon(self) -> list[dict[str, Any]]:
+        """The groups of Muon: one, unless learning rates or weight decays go by name."""
+        return [group for group in self if group["use_muon"]]
+
+    @property
+    def adamw(self) -> list[dict[str, Any]]:
+        """The groups of AdamW, likewise."""
+        return [group for group in self if not group["use_muon"]]
 
     def summary(self) -> str:
         """Return a table: name, shape, optimizer and reason of every parameter, then the totals."""
@@ -64,14 +67,8 @@ class ParamGroups(list[dict[str, Any]]):
     __str__ = summary
 
 
-class _Owner(NamedTuple):
-    """One place a parameter is registered at: its full name there and the module that holds it."""
-
-    name: str
-    module: nn.Module
-
-
-_Owners = dict[nn.Parameter, list[_Owner]]
+_Places = dict[nn.Parameter, list[Place]]
+_OF_MATRICES = (nn.Linear, nn.Embedding, nn.EmbeddingBag, *CONVOLUTIONS)
 
 
 def param_groups(
@@ -79,51 +76,64 @@ def param_groups(
     *,
     muon: str | Iterable[str] = (),
     adamw: str | Iterable[str] = (),
-    split: Mapping[str, str] | None = None,
+    split: str | Mapping[str, str] | None = None,
+    lr: Mapping[str, float | str] | None = None,
+    weight_decay: Mapping[str, float] | None = None,
+    rules: Iterable[Rule] = RULES,
+    missing_ok: bool = False,
     muon_options: Mapping[str, Any] | None = None,
     adamw_options: Mapping[str, Any] | None = None,
 ) -> ParamGroups:
     """Sort the parameters of `model` into a group for Muon and one for AdamW.
 
-    Muon is for the matrices between the first and the last layer [1, 2]. To AdamW go, by the first
-    rule that holds in any place where the parameter is registered (so a tied weight counts once):
+    Muon is for the matrices between the first and the last layer [1, 2]: for matrices, stacks of matrices (3-D:
+    experts) and convolutions. To AdamW go embeddings, stems and patch embeddings, output heads, norms, biases, vectors,
+    positions and learned tokens, and whatever else is no matrix. `muon_kernels.rules` is the book of rules: the first
+    one decides that holds in any place where a parameter is registered, so a tied weight counts once. A parametrized
+    weight is judged as the weight that it stands for.
 
-    - the weights of `nn.Embedding` and `nn.EmbeddingBag`, hence an output head tied to one;
-    - the output head: the last matrix `weight` at or below a module called `lm_head`, `head`,
-      `classifier`, `fc`, `output`, ... (of each entry, where that module is a list or a dict of
-      heads) outside numbered layers; where no name tells, the last matrix `weight` of the model if
-      it has as many rows as an embedding;
-    - what sits in a module whose class is called a norm, and what is called a bias;
-    - scalars, vectors, whatever their number of dimensions: (1, 1, 768) is one; complex numbers;
-    - what has "embed", "wte" or "wpe" in its name;
-    - depthwise convolutions: one small filter per channel is no matrix;
-    - what Muon would read wrongly unless its `flatten` is set in `muon_options`: weights of 1-D
-      convolutions, which are 3-D, as a stack of matrices; more dimensions outside a convolution
-      as one matrix.
+    Where no name tells the output head, it is the last matrix `weight` of the model if that has as many rows as the
+    largest embedding, positions aside. Routers go to Muon, see `muon_kernels.rules.ROUTER`. Names and shapes do not
+    tell everything: a bare parameter of three dimensions that an einsum reads as one matrix looks like a stack of them;
+    so look at the table.
 
-    Everything else goes to Muon: matrices, stacks of matrices (3-D: experts), convolutions.
-    Frozen parameters (`requires_grad=False`) are in neither group.
+    Frozen parameters (`requires_grad=False`) are in no group. Weights that the book knows to be stored as (inputs,
+    outputs), such as those of transformers' Conv1D, are listed in the Muon group's option `transposed`.
+
+    Patterns are `fnmatch` patterns of names, or names.
 
     Args:
         model: the model; nothing in it is written.
-        muon: `fnmatch` patterns of names that go to Muon whatever the rules say,
-            for example `muon=["*.patch_embed.proj.weight"]`.
+        muon: patterns of what goes to Muon whatever the rules say, for example `muon=["*.patch_embed.proj.weight"]`.
         adamw: the same for AdamW.
         split: what parameters that hold several matrices are cut to for Muon, by pattern, see `muon_kernels.split`:
-            `split={"*.qkv.weight": qkv(12, 4), "*.gate_up.weight": equal(2)}`.
-        muon_options: options of the Muon group, such as `{"lr": 0.02}`.
-        adamw_options: options of the AdamW group, such as `{"lr": 3e-4, "betas": (0.9, 0.95)}`.
+            `split={"*.qkv.weight": qkv(12, 4), "*.gate_up.weight": equal(2)}`. "auto" cuts what
+            `muon_kernels.rules.LAYERS` knows, queries, keys, values and gates to a matrix each, of all heads; as a cut,
+            it does so where no other pattern matches: `split={"*.Wqkv.weight": qkv(12, 4), "*": "auto"}`.
+        lr: learning rates of their own, by pattern; the first that matches decides. A number, or "0.5x" for a multiple
+            of the `lr` in the options of its half: `lr={"*.lora_B.*": "16x"}`.
+        weight_decay: the same for weight decays, numbers only: `weight_decay={"*.bias": 0.0, "*norm*": 0.0}`.
+        rules: `muon_kernels.rules.RULES`, or your own in front of them: `rules=[Rule(...), *RULES]`.
+        missing_ok: allows patterns that match nothing here, as on a stage of a pipeline.
+        muon_options: options of the Muon groups, such as `{"lr": 0.02}`.
+        adamw_options: options of the AdamW groups, such as `{"lr": 3e-4, "betas": (0.9, 0.95)}`.
 
     Returns:
-        Two param groups, `{"params", "param_names", "use_muon", **options}`, either of them
-        possibly without parameters: what `MuonAdamW` takes; `muon, adamw = param_groups(model)`
-        gives each to an optimizer of its own. Printed, a table of what went where and why.
+        Param groups, `{"params", "param_names", "use_muon", **options}`, as `MuonAdamW` takes them: one of Muon and one
+        of AdamW, either of them possibly without parameters, so that `muon, adamw = param_groups(model)` gives each to
+        an optimizer of its own. Where `lr` or `weight_decay` go by pattern, as many as they ask for, those of Muon
+        first and of either at least one: `groups.muon` and `groups.adamw` are lists of them. Printed, a table of what
+        went where and why.
 
     Raises:
         ValueError: a pattern matches no parameter or a scalar or 1-D one is to go to Muon, or a
             parameter is claimed for both, or options hold what is not theirs, or a split does not
-            fit, matches what another one does, or only what does not go to Muon.
+            fit, matches what another one does, or only what does not go to Muon; or a parameter is flattened, emptied
+            or not made yet, so that nothing can be read from its shape.
         TypeError: `model` is no `nn.Module`, or options or splits are no mapping.
+
+    Warns:
+        UserWarning: a parameter has no elements, and nothing tells whether it has been emptied.
 
     Sources: [1] https://kellerjordan.github.io/posts/muon, [2] https://arxiv.org/abs/2502.16982
     """
@@ -132,147 +142,213 @@ def param_groups(
             f"model should be an nn.Module, whose layers tell what a parameter is for, but is: {type(model).__name__}; "
             "give Muon and AdamW their parameters yourself where there is none"
         )
-    for name, options in (("muon_options", muon_options), ("adamw_options", adamw_options)):
-        if options is not None and not isinstance(options, Mapping):
-            raise TypeError(f"{name} should be a mapping of options but is: {options!r}")
-        if taken := sorted({"params", "param_names", "use_muon"} & set(options or ())):
-            raise ValueError(f"{name} should hold options, but {taken[0]!r} is for param_groups to say")
-    if split is not None and not isinstance(split, Mapping):
-        raise TypeError(f"split should be a mapping of patterns to cuts but is: {split!r}")
-    if split is not None and "split" in (muon_options or {}):
+    halves = {
+        "Muon": _mapping("muon_options", muon_options, "options"),
+        "AdamW": _mapping("adamw_options", adamw_options, "options"),
+    }
+    for half, options in halves.items():
+        if taken := sorted({"params", "param_names", "use_muon"} & options.keys()):
+            raise ValueError(f"{half.lower()}_options should hold options, but {taken[0]!r} is for param_groups to say")
+    split = _mapping("split", {"*": "auto"} if split == "auto" else split, "patterns to cuts")
+    if split and "split" in halves["Muon"]:
         raise ValueError("split should be given once but is in muon_options too")
-    owners = _owners(model)
-    flatten = (muon_options or {}).get("flatten")
-    rules = _adamw_rules(_output_heads(model), flatten)
-    to_muon = _matches(owners, muon, "muon")
-    to_adamw = _matches(owners, adamw, "adamw")
-    cuts = _cuts(owners, split or {})
+    flatten = halves["Muon"].get("flatten")
+    places = _places(model, flatten)
+    find = _Finder(places, missing_ok)
+    claims = {"Muon": find.claims("muon", muon), "AdamW": find.claims("adamw", adamw)}
+    cuts = find.cuts(split)
+    own = {
+        "lr": find.first("lr", _mapping("lr", lr, "patterns to numbers")),
+        "weight_decay": find.first("weight_decay", _mapping("weight_decay", weight_decay, "patterns to numbers")),
+    }
+    rules = tuple(rules)
 
     assignments = []
-    groups: dict[str, list[nn.Parameter]] = {"Muon": [], "AdamW": [], "none": []}
-    splits: dict[str, str] = {}
-    for param, places in owners.items():
-        name = places[0].name
-        if param in to_muon and param in to_adamw:
-            raise ValueError(f"{name} is claimed by both {to_muon[param]} and {to_adamw[param]}")
-        if param in to_muon and param.ndim < 2:
-            raise ValueError(
-                f"Muon takes parameters of 2 or more dimensions, but {to_muon[param]} "
-                f"matches {name}, which has {param.ndim}"
-            )
-        if not param.requires_grad:
-            optimizer, reason = "none", "frozen"
-        elif param in to_muon:
-            optimizer, reason = "Muon", to_muon[param]
-        elif param in to_adamw:
-            optimizer, reason = "AdamW", to_adamw[param]
-        else:
-            reasons = (reason for reason, holds in rules.items() if any(holds(param, at) for at in places))
-            reason = next(reasons, "")
-            optimizer = "AdamW" if reason else "Muon"
-            reason = reason or f"{_kind(param, flatten)} in {type(places[0].module).__name__}"
-        if optimizer == "Muon" and param in cuts:
-            cut = cuts[param][1]
-            try:
-                pieces(param.shape, flatten, cut)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
-            splits[name] = cut
-            reason += f", split: {cut}"
-        if len(places) > 1:
-            reason += ", tied with " + ", ".join(place.name for place in places[1:])
-        groups[optimizer].append(param)
-        assignments.append(Assignment(name, tuple(param.shape), optimizer, reason))
+    groups: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {"Muon": {}, "AdamW": {}}
+    for param, at in places.items():
+        name = at[0].full_name
+        optimizer, reason = _judge(param, at, claims, rules)
+        words = [reason]
+        if optimizer != "none":
+            options = {key: _number(key, *of[param], optimizer, halves) for key, of in own.items() if param in of}
+            group = groups[optimizer].setdefault(tuple(options.items()), {"params": [], "param_names": [], **options})
+            group["params"].append(param)
+            group["param_names"].append(name)
+            words += [f"{key} {value:g}" for key, value in options.items()]
+        if optimizer == "Muon":
+            transposed, cut = _stored(at, flatten, cuts.get(param))
+            if transposed and "transposed" not in halves["Muon"]:
+                group.setdefault("transposed", []).append(name)
+                words.append("transposed")
+            if cut is not None:
+                group.setdefault("split", {})[name] = cut
+                words.append(f"split: {cut}")
+        if len(at) > 1:
+            words.append("tied with " + ", ".join(place.full_name for place in at[1:]))
+        assignments.append(Assignment(name, tuple(param.shape), optimizer, ", ".join(words)))
+    if not missing_ok:
+        _check_cuts(cuts, places, assignments)
 
-    went = {a.name: a.optimizer for a in assignments}
-    for pattern in split or {}:
-        names = [owners[param][0].name for param, (by, _) in cuts.items() if by == pattern]
-        if all(went[name] == "AdamW" for name in names):
-            raise ValueError(
-                f"split={pattern!r} should match a parameter that goes to Muon but matches only, of AdamW's: "
-                f"{', '.join(names)}"
-            )
-
-    def group(optimizer: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
-        return {
-            "params": groups[optimizer],
-            "param_names": [a.name for a in assignments if a.optimizer == optimizer],
-            "use_muon": optimizer == "Muon",
-            **(options or {}),
-        }
-
-    if splits:
-        muon_options = {**(muon_options or {}), "split": splits}
-    return ParamGroups([group("Muon", muon_options), group("AdamW", adamw_options)], assignments)
+    made = []
+    for optimizer, by_options in groups.items():
+        plain = by_options.pop((), {"params": [], "param_names": []})
+        for group in [plain, *by_options.values()] if plain["params"] or not by_options else by_options.values():
+            made.append({"use_muon": optimizer == "Muon", **halves[optimizer], **group})
+    return ParamGroups(made, assignments)
 
 
-def _owners(model: nn.Module) -> _Owners:
+def _mapping(name: str, value: Any, of: str) -> Mapping[str, Any]:
+    """The value, empty for None."""
+    if value is not None and not isinstance(value, Mapping):
+        raise TypeError(f"{name} should be a mapping of {of} but is: {value!r}")
+    return value or {}
+
+
+_PARAMETRIZED = re.compile(r"(?:(.*)\.)?parametrizations\.(\w+)\.original\d*")
+_NORMED = re.compile(r"(\w+)_(?:orig|g|v)")  # by torch.nn.utils' older weight_norm and spectral_norm
+
+
+def _places(model: nn.Module, flatten: bool | None) -> _Places:
     """Map every parameter to all the places it is registered at, in `named_parameters` order."""
-    owners: _Owners = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        for name, param in module.named_parameters(path, recurse=False, remove_duplicate=False):
-            owners.setdefault(param, []).append(_Owner(name, module))
-    return owners
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found = []
+    for path, module in modules.items():
+        for full_name, param in module.named_parameters(path, recurse=False, remove_duplicate=False):
+            owner, leaf = path, full_name.rpartition(".")[2]
+            if match := _PARAMETRIZED.fullmatch(full_name):
+                owner, leaf = match[1] or "", match[2]
+            elif (match := _NORMED.fullmatch(leaf)) and isinstance(getattr(module, match[1], None), Tensor):
+                leaf = match[1]
+            parts = [*owner.split("."), leaf] if owner else [leaf]
+            layers = tuple(modules[".".join(parts[:depth])] for depth in range(len(parts)))
+            found.append(Place(".".join(parts), param, layers, False, flatten, full_name))
+    heads = _output_heads(found)
+    places: _Places = {}
+    for place in found:
+        places.setdefault(place.param, []).append(place._replace(head=place.param in heads))
+    return places
 
 
-def _found(owners: _Owners, pattern: str, keyword: str) -> list[nn.Parameter]:
-    """The parameters that a pattern matches under any of their names."""
-    names = {place.name: param for param, places in owners.items() for place in places}
-    found = dict.fromkeys(names[name] for name in matching(pattern, names))
-    if not found:
-        raise ValueError(f"{keyword}={pattern!r} matches no parameter of the model{close(pattern, names)}")
-    return list(found)
+def _output_heads(places: Sequence[Place]) -> set[nn.Parameter]:
+    """Return the weights of the output heads, by name or else by size; see HEADS and `param_groups`."""
+    weights = [i for i, p in enumerate(places) if p.leaf == "weight" and p.param.ndim > 1 and not EMBEDDING.holds(p)]
+    last: dict[str, int] = {}  # weight of a head
+    certain = set()
+    for i in weights:
+        path, sure = _head_of(places[i])
+        if path:
+            last[path] = i
+            certain |= {path} if sure else set()
+    for path in last.keys() - certain:
+        normed = any(p.name.startswith(f"{path}.") and NORM.holds(p) for p in places[last[path] :])
+        if normed or any(other.startswith(f"{path}.") for other in certain):
+            del last[path]
+    if last or not weights:
+        return {places[i].param for i in last.values()}
+    tables = [p.param.shape[0] for p in places if EMBEDDING.holds(p) and not HEADS.positions.search(p.name)]
+    end = places[weights[-1]].param
+    return {end} if end.shape[0] == max(tables, default=-1) else set()
 
 
-def _cuts(owners: _Owners, split: Mapping[str, str]) -> dict[nn.Parameter, tuple[str, str]]:
-    """Map each parameter that a pattern of `split` matches to that pattern and its cut."""
-    cuts: dict[nn.Parameter, tuple[str, str]] = {}
-    for pattern, cut in split.items():
-        check_split(cut)
-        for param in _found(owners, pattern, "split"):
-            if param in cuts:
-                raise ValueError(
-                    f"{owners[param][0].name} is claimed by both split={cuts[param][0]!r} and split={pattern!r}"
-                )
-            cuts[param] = pattern, cut
-    return cuts
+def _head_of(place: Place) -> tuple[str, bool]:
+    """The path of the output head that holds the weight, empty without, and whether the name leaves no doubt."""
+    parts, end, inner = place.name.split(".")[:-1], "", False
+    for depth, part in enumerate(parts, start=1):
+        if part.isdigit():
+            break
+        several = isinstance(place.layers[depth], (nn.ModuleList, nn.ModuleDict))
+        path = ".".join(parts[: depth + several])
+        if HEADS.heads.fullmatch(part):
+            return path, True
+        if HEADS.beside.fullmatch(part):
+            return "", False
+        inner = inner or HEADS.never.fullmatch(part) is not None
+        if not inner and HEADS.ends.fullmatch(part):
+            if path == f"{end}.{part}":
+                return path, True
+            end = end or path
+    return end, False
 
 
-def _matches(owners: _Owners, patterns: str | Iterable[str], keyword: str) -> dict[nn.Parameter, str]:
-    """Map each parameter that a pattern matches, under any of its names, to that pattern."""
-    matches: dict[nn.Parameter, str] = {}
-    # A lone string is an iterable of one-letter patterns, "*" among them.
-    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
-        found = _found(owners, pattern, keyword)
-        matches.update(dict.fromkeys(found, f"{keyword}={pattern!r}"))
-    return matches
+class _Finder:
+    """Finds the parameters that patterns match under any of their names."""
+
+    def __init__(self, places: _Places, missing_ok: bool) -> None:
+        self._names = {place.full_name: param for param, at in places.items() for place in at}
+        self._missing_ok = missing_ok
+
+    def _found(self, keyword: str, pattern: str) -> list[nn.Parameter]:
+        found = dict.fromkeys(self._names[name] for name in matching(pattern, self._names))
+        if not found and not self._missing_ok:
+            raise ValueError(f"{keyword}={pattern!r} matches no parameter of the model{close(pattern, self._names)}")
+        return list(found)
+
+    def claims(self, keyword: str, patterns: str | Iterable[str]) -> dict[nn.Parameter, str]:
+        """Map each parameter that a pattern matches to that pattern."""
+        # A lone string is an iterable of one-letter patterns, "*" among them.
+        patterns = (patterns,) if isinstance(patterns, str) else patterns
+        return {param: f"{keyword}={pattern!r}" for pattern in patterns for param in self._found(keyword, pattern)}
+
+    def first(self, keyword: str, values: Mapping[str, Any]) -> dict[nn.Parameter, tuple[str, Any]]:
+        """Map each parameter that a pattern matches to the first such pattern and its value."""
+        found: dict[nn.Parameter, tuple[str, Any]] = {}
+        for pattern, value in values.items():
+            for param in self._found(keyword, pattern):
+                found.setdefault(param, (pattern, value))
+        return found
+
+    def cuts(self, split: Mapping[str, str]) -> dict[nn.Parameter, tuple[str, str]]:
+        """Map each parameter that a pattern matches to that pattern and its cut; "auto" is where no other does."""
+        said = {pattern: cut for pattern, cut in split.items() if cut != "auto"}
+        found = self.first("split", said)
+        for pattern, cut in said.items():
+            check_split(cut)
+            for param in self._found("split", pattern):
+                if (other := found[param][0]) != pattern:
+                    name = next(name for name, named in self._names.items() if named is param)
+                    raise ValueError(f"{name} is claimed by both split={other!r} and split={pattern!r}")
+        return {**self.first("split", {pattern: "auto" for pattern in split.keys() - said.keys()}), **found}
 
 
-def _output_heads(model: nn.Module) -> set[nn.Parameter]:
-    """Return the weights of the output heads, by name or else by size; see `param_groups`."""
-    modules = list(model.named_modules(remove_duplicate=False))
-    weights = [
-        (path.split("."), weight)
-        for path, module in modules
-        if isinstance(weight := getattr(module, "weight", None), nn.Parameter)
-        and weight.ndim == 2
-        and not isinstance(module, _EMBEDDINGS)
-    ]
-    heads: dict[str, nn.Parameter] = {}
-    for path, weight in weights:
-        for depth, name in enumerate(path, start=1):
-            if name.isdigit():
-                break
-            if name in _HEAD_NAMES:
-                head = model.get_submodule(".".join(path[:depth]))
-                several = isinstance(head, (nn.ModuleList, nn.ModuleDict))
-                heads[".".join(path[: depth + several])] = weight
-                break
-    if not heads and weights:
-        _, last = weights[-1]
-        if last.shape[0] in {m.num_embeddings for _, m in modules if isinstance(m, _EMBEDDINGS)}:
-            return {last}
-    return set(heads.values())
+def _judge(
+    param: nn.Parameter, at: Sequence[Place], claims: Mapping[str, Mapping[nn.Parameter, str]], rules: Sequence[Rule]
+) -> tuple[str, str]:
+    """The optimizer of a parameter, and the reason."""
+    name = at[0].full_name
+    said = [(optimizer, by[param]) for optimizer, by in claims.items() if param in by]
+    if len(said) > 1:
+        raise ValueError(f"{name} is claimed by both {said[0][1]} and {said[1][1]}")
+    if param.requires_grad:
+        _check_whole(at[0])
+        if not said:
+            kind = f"{_kind(param, at[0].flatten)} in {type(at[0].module).__name__}"
+            otherwise = ("Muon", kind) if param.ndim > 1 else ("AdamW", "vector")
+            held = ((rule.optimizer, rule.reason) for rule in rules if any(map(rule.holds, at)))
+            said = [next(held, otherwise)]
+    if said[:1] and said[0][0] == "Muon" and param.ndim < 2:
+        raise ValueError(
+            f"Muon takes parameters of 2 or more dimensions, but {said[0][1]} matches {name}, which has {param.ndim}"
+        )
+    return said[0] if param.requires_grad else ("none", "frozen")
+
+
+def _check_whole(place: Place) -> None:
+    """Raise or warn where a trainer has flattened or emptied a parameter, so that its shape tells nothing."""
+    param, name = place.param, place.full_name
+    if is_lazy(param):
+        raise ValueError(f"{name} should have a size but is not made yet; run the model once before")
+    check_whole(name, param)
+    if param.ndim < 2 and name.rpartition(".")[2] == "weight" and isinstance(place.module, _OF_MATRICES):
+        raise ValueError(
+            f"{name} should be a matrix, as the weight of {type(place.module).__name__} is, but has size "
+            f"{tuple(param.shape)}: {FLATTENED}"
+        )
+    if param.numel() == 0:
+        warnings.warn(
+            f"{name} of size {tuple(param.shape)} has no elements; if a trainer has emptied it, call param_groups "
+            "before that happens, or while its parameters are gathered",
+            stacklevel=4,
+        )
 
 
 def _kind(param: nn.Parameter, flatten: bool | None) -> str:
@@ -282,25 +358,50 @@ def _kind(param: nn.Parameter, flatten: bool | None) -> str:
     return "flattened to a matrix" if flattens(param.shape, flatten) else "stack of matrices"
 
 
-def _is_depthwise(module: nn.Module) -> bool:
-    return isinstance(module, _CONVOLUTIONS) and 1 < module.groups == module.in_channels
+def _number(
+    key: str, pattern: str, value: float | str, optimizer: str, halves: Mapping[str, Mapping[str, Any]]
+) -> float:
+    """The number that a pattern stands for."""
+    name = f"{key}[{pattern!r}]"
+    if key == "lr" and isinstance(value, str):
+        match = re.fullmatch(r"(\d+|\d*\.\d+)x", value)
+        if match is None:
+            raise ValueError(f"{name} should be a number or a multiple such as '0.5x' but is: {value!r}")
+        if "lr" not in halves[optimizer]:
+            raise ValueError(f"{name} is a multiple, so {optimizer.lower()}_options should hold lr but do not")
+        return float(match[1]) * float(halves[optimizer]["lr"])
+    check_number(name, value)
+    return float(value)
 
 
-def _adamw_rules(heads: set[nn.Parameter], flatten: bool | None) -> dict[str, Callable[[nn.Parameter, _Owner], bool]]:
-    """Return what keeps a parameter from Muon, by reason, in the order of `param_groups`."""
-    return {
-        "embedding": lambda _, owner: isinstance(owner.module, _EMBEDDINGS),
-        "output head": lambda param, _: param in heads,
-        "norm": lambda _, owner: bool(_NORM.search(type(owner.module).__name__)),
-        "bias": lambda _, owner: "bias" in owner.name.rpartition(".")[2],
-        "vector": lambda param, _: param.numel() == max(param.shape, default=1),
-        "complex": lambda param, _: param.is_complex(),
-        "embedding by name": lambda _, owner: bool(_EMBEDDING_NAME.search(owner.name)),
-        "depthwise convolution": lambda _, owner: _is_depthwise(owner.module),
-        "3-D convolution weight": lambda param, owner: (
-            param.ndim == 3 and not flatten and isinstance(owner.module, _CONVOLUTIONS)
-        ),
-        "more than 3-D": lambda param, owner: (
-            param.ndim > 3 and flatten is None and not isinstance(owner.module, _CONVOLUTIONS)
-        ),
-    }
+def _stored(at: Sequence[Place], flatten: bool | None, cut: tuple[str, str] | None) -> tuple[bool, str | None]:
+    """Whether a parameter is stored as (inputs, outputs), and what it is cut to."""
+    param = at[0].param
+    known = [layer for place in at for layer in known_layers(place)]
+    turned = any(transposed for _, transposed in known)
+    if cut is None:
+        return turned, None
+    if cut[1] != "auto":
+        try:
+            pieces(param.shape, flatten, cut[1])
+        except ValueError as error:
+            raise ValueError(f"{at[0].full_name}: {error}") from None
+        return turned, cut[1]
+    return turned, next((split for split, _ in known if split is not None), None)
+
+
+def _check_cuts(
+    cuts: Mapping[nn.Parameter, tuple[str, str]], places: _Places, assignments: Sequence[Assignment]
+) -> None:
+    """Raise ValueError for a pattern of `split` that matches parameters of AdamW's only."""
+    went = dict(zip(places, assignments, strict=True))
+    matched: dict[str, list[Assignment]] = {}
+    for param, (pattern, cut) in cuts.items():
+        if cut != "auto":
+            matched.setdefault(pattern, []).append(went[param])
+    for pattern, found in matched.items():
+        if all(assignment.optimizer == "AdamW" for assignment in found):
+            raise ValueError(
+                f"split={pattern!r} should match a parameter that goes to Muon but matches only, of AdamW's: "
+                f"{', '.join(assignment.name for assignment in found)}"
+            )

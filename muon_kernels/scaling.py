@@ -1,9 +1,12 @@
 """How the learning rate of a matrix follows from its shape, and weight decay from the learning rate."""
 
 import math
+import sys
 from collections.abc import Callable
 from numbers import Real
+from typing import Any
 
+import torch
 from torch import Tensor
 
 AdjustLr = Callable[[int, int], float]
@@ -16,16 +19,66 @@ ADJUST_LR: dict[str, AdjustLr] = {
     # 0.2 sqrt(max(rows, cols)), the RMS of AdamW's updates: https://arxiv.org/abs/2502.16982, eq. 4
     "match_rms_adamw": lambda rows, cols: 0.2 * math.sqrt(max(rows, cols)),
     # sqrt(rows / cols), the RMS-to-RMS operator norm is lr: https://arxiv.org/abs/2310.17813
+    # torch.optim.Muon has it from 2.14 on, by the longer name; earlier ones take either for "none" in a checkpoint.
     "spectral": lambda rows, cols: math.sqrt(rows / max(cols, 1)),
+    "spectral_unclamped": lambda rows, cols: math.sqrt(rows / max(cols, 1)),
     "none": lambda rows, cols: 1.0,
 }
+
+
+def rule_name(rule: AdjustLr) -> str:
+    """Return the name "package.module:qualname" of a function, by which a checkpoint can hold it.
+
+    Raises:
+        ValueError: there is no such function under its name.
+    """
+    name = f"{getattr(rule, '__module__', None)}:{getattr(rule, '__qualname__', None)}"
+    if _found(name) is not rule:
+        raise ValueError(
+            f"Adjust learning rate function {rule} is not supported; it should be one that can be found by its name, "
+            "which is what a checkpoint has of it: write it with `def` at the top level of a module"
+        )
+    return name
+
+
+def _found(name: str) -> Any:
+    """What "package.module:qualname" is, None if nothing. Modules are not imported: the name may be a checkpoint's."""
+    module, _, qualname = name.partition(":")
+    found: Any = sys.modules.get(module)
+    for attribute in qualname.split("."):
+        found = getattr(found, attribute, None)
+    return found
+
+
+def rule_of(adjust_lr_fn: str | AdjustLr | None) -> AdjustLr:
+    """The function that an option means.
+
+    Args:
+        adjust_lr_fn: a name in ADJUST_LR, None for "original", a function of (rows, cols), or what `rule_name` said.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if callable(adjust_lr_fn):
+        return adjust_lr_fn
+    name = "original" if adjust_lr_fn is None else adjust_lr_fn
+    if isinstance(name, str):
+        if name in ADJUST_LR:
+            return ADJUST_LR[name]
+        if callable(found := _found(name)):
+            rule: AdjustLr = found
+            return rule
+    raise ValueError(
+        f"Adjust learning rate function {name} is not supported; expected one of {', '.join(map(repr, ADJUST_LR))}, or "
+        "a function of (rows, cols) at the top level of a module that has been imported"
+    )
 
 
 def lr_ratio(adjust_lr_fn: str | AdjustLr | None, rows: int, cols: int) -> float:
     """The factor on the learning rate of a rows x cols matrix; weight decay goes without it.
 
     Args:
-        adjust_lr_fn: a name in ADJUST_LR, None for "original", or a function of (rows, cols).
+        adjust_lr_fn: see `rule_of`.
         rows: of the matrix as the parameter has it, that is outputs. May be 0.
         cols: likewise, that is inputs. May be 0.
 
@@ -33,15 +86,7 @@ def lr_ratio(adjust_lr_fn: str | AdjustLr | None, rows: int, cols: int) -> float
         ValueError: an unknown name, or a function that returned a negative, infinite or NaN number.
         TypeError: a function that returned something other than a number.
     """
-    if not callable(adjust_lr_fn):
-        name = "original" if adjust_lr_fn is None else adjust_lr_fn
-        if not isinstance(name, str) or name not in ADJUST_LR:
-            raise ValueError(
-                f"Adjust learning rate function {name} is not supported; "
-                f"expected one of {', '.join(map(repr, ADJUST_LR))} or a function of (rows, cols)"
-            )
-        return ADJUST_LR[name](rows, cols)
-    ratio = adjust_lr_fn(rows, cols)
+    ratio = rule_of(adjust_lr_fn)(rows, cols)
     if not isinstance(ratio, Real):
         raise TypeError(f"adjust_lr_fn({rows}, {cols}) should return a number but returned: {ratio!r}")
     if not 0.0 <= ratio < math.inf:
@@ -54,7 +99,7 @@ Number = float | Tensor
 # What of a parameter decays in a step, from (lr, weight_decay, peak_lr).
 WEIGHT_DECAY_FORMS = (
     "decoupled",  # lr·weight_decay: https://arxiv.org/abs/1711.05101 as torch writes it
-    "independent",  # weight_decay, whatever lr is: the same as its authors write it
+    "independent",  # weight_decay, whatever lr is above 0: the same as its authors write it
     "scheduled",  # lr·weight_decay·lr/peak_lr, AdamC and MuonC: https://arxiv.org/abs/2506.02285
 )
 
@@ -66,13 +111,17 @@ def decayed(form: str, lr: Number, weight_decay: Number, peak_lr: Number) -> tup
 
     Args:
         form: in WEIGHT_DECAY_FORMS.
-        lr: of this step. "independent" decays at 0 too: there lr is at least 1e-30, which no update shows.
+        lr: of this step. At 0 nothing moves, in any form: torch.distributed.checkpoint makes state by such a step.
+            Above, it is at least 1e-30 for "independent", which no update shows.
         weight_decay: as the user gave it.
         peak_lr: the largest lr of the schedule.
     """
     if form == "independent":
-        lr = lr.clamp(min=1e-30) if isinstance(lr, Tensor) else max(lr, 1e-30)
-        return lr, weight_decay / lr
+        if isinstance(lr, Tensor):
+            divisor = lr.clamp(min=1e-30)
+            return torch.where(lr > 0, divisor, 0.0), torch.where(lr > 0, weight_decay / divisor, 0.0)
+        lr = max(lr, 1e-30) if lr else 0.0
+        return lr, weight_decay / lr if lr else 0.0
     if form == "scheduled":
         return lr, weight_decay * lr / peak_lr
     return lr, weight_decay

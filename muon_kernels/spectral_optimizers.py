@@ -6,7 +6,7 @@ They are named by the update and the power: none is p = 1, S is 1/2, Q is 1/4 an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, overload
 
@@ -16,7 +16,7 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable, but it imp
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import functional
+from . import functional, options
 from .adamw_checks import check_adamw_state, check_numbers, check_step_size, new_adamw_state
 from .distributed import consensus
 from .distributed.placement import local
@@ -86,7 +86,7 @@ class SpectralAdam(Optimizer):
 
         W ← (1 - lr·weight_decay) W - lr·ratio·U Σ^p Vᵀ
 
-    p = 1 is torch.optim.AdamW, to the bit, and state and options are its: `exp_avg`, `exp_avg_sq`, `step`.
+    p = 1 is torch.optim.AdamW, to the bit, and the state is its: `exp_avg`, `exp_avg_sq`, `step`.
     The moments, and R, are torch's own fused step of a parameter that is zero; R takes as much memory as the parameters
     while a step runs.
 
@@ -102,7 +102,7 @@ class SpectralAdam(Optimizer):
         weight_decay: decoupled, multiplied by `lr`.
         ns_coefficients, ns_steps: for power 0, as `Muon`'s.
         adjust_lr_fn: None: as the paper, √max(1, A/B) for power 0 and 1 for others.
-        flatten, split, ns_algorithm, backend, max_workspace_bytes: as `Muon`'s.
+        flatten, split, transposed, ns_algorithm, backend, max_workspace_bytes: as `Muon`'s.
         maximize: ascend.
 
     Raises:
@@ -123,6 +123,7 @@ class SpectralAdam(Optimizer):
         adjust_lr_fn: str | Callable[[int, int], float] | None = None,
         flatten: bool | None = None,
         split: str | Mapping[str, str] | None = None,
+        transposed: bool | Sequence[str] = False,
         ns_algorithm: str = "auto",
         backend: str = "auto",
         max_workspace_bytes: int | None = None,
@@ -142,11 +143,13 @@ class SpectralAdam(Optimizer):
             "adjust_lr_fn": adjust_lr_fn,
             "flatten": flatten,
             "split": split,
+            "transposed": transposed,
             "ns_algorithm": ns_algorithm,
             "backend": backend,
             "max_workspace_bytes": max_workspace_bytes,
             "maximize": maximize,
         }
+        options.settle(defaults, defaults)
         _check_options(defaults)
         self._workspace, self._prepared = functional.Workspace(), functional.Preparations()
         self._ranks = Ranks()
@@ -158,10 +161,8 @@ class SpectralAdam(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            if unknown := set(group) - set(self.defaults) - {"params", "param_names", "initial_lr"}:
-                raise ValueError(
-                    f"group options should be among {sorted(self.defaults)} but include: {sorted(unknown)}"
-                )
+            options.check_keys(group, self.defaults)
+            options.settle(group, self.defaults)
             _check_options(group)
             for p in group["params"]:
                 check_dense("parameter", local(p))
@@ -175,17 +176,19 @@ class SpectralAdam(Optimizer):
     def _prepare(self, group: dict[str, Any], params: list[Tensor], updates: list[Tensor]) -> functional.Prepared:
         settled = {"workspace_dtype": torch.bfloat16, **{key: group[key] for key in functional.SETTLED if key in group}}
 
-        def cuts() -> list[str | None]:
-            of_all = dict(functional.splits(group))
-            return [of_all[p] for p in params]
+        def named() -> tuple[list[str | None], list[bool]]:
+            cuts = dict(functional.splits(group))
+            turned = dict(zip(group["params"], functional.transposes(group), strict=True))
+            return [cuts[p] for p in params], [turned[p] for p in params]
 
         placements = [self._ranks.placements.get(p) for p in params]
         return self._prepared.get(
-            id(group), [local(p) for p in params], updates, None, settled, cuts, placements=placements
+            id(group), [local(p) for p in params], updates, None, settled, named, placements=placements
         )
 
     def _check_gradients(self) -> None:
         for group in self.param_groups:
+            options.settle(group, self.defaults)
             _check_options(group)
             for p in group["params"]:
                 if (grad := p.grad) is None:
@@ -223,7 +226,7 @@ class SpectralAdam(Optimizer):
         self._ranks.refresh(self.param_groups)
         if not self._ranks.teams:
             self._check_gradients()
-        agreed, steps = consensus.agree(self._ranks.teams, None, self._check_gradients), []
+        agreed, steps = consensus.agree(self._ranks.teams, self._check_gradients), []
         for group in self.param_groups:
             grads: dict[Tensor, Tensor] = {}
             for p in group["params"]:
@@ -239,15 +242,25 @@ class SpectralAdam(Optimizer):
             steps.append((group, grads, rest, matrices, updates, prepared, scalars))
         for _, _, _, _, updates, prepared, scalars in steps:
             functional.ready(prepared, updates, scalars, self._workspace)
-        new = {p: new_adamw_state(p) for _, grads, *_ in steps for p in grads if not self.state.get(p)}
-        for p, state in new.items():
-            self.state[p].update(state)
+        self._begin(p for _, grads, *_ in steps for p in grads)
         for group, grads, rest, matrices, updates, prepared, scalars in steps:
             self._adamw(group, grads, rest, [local(p) for p in rest], group["lr"], group["weight_decay"])
             # Of a parameter that is zero, a step of size 1 makes -R.
             self._adamw(group, grads, matrices, updates, 1.0, 0.0)
             functional.execute(prepared, updates, scalars, self._workspace)
         return loss
+
+    def _begin(self, params: Iterable[Tensor]) -> None:
+        """Make the state of parameters that have none."""
+        new = {p: new_adamw_state(p) for p in params if not self.state.get(p)}
+        for p, state in new.items():
+            self.state[p].update(state)
+
+    @torch.no_grad()
+    def init_state(self) -> None:
+        """Make all state that there will be, as `Muon.init_state` does; parameters are not moved."""
+        with torch.inference_mode(False), torch.no_grad():
+            self._begin(p for group in self.param_groups for p in group["params"] if p.requires_grad)
 
     def _adamw(
         self,
@@ -297,7 +310,14 @@ class SpectralAdam(Optimizer):
             for key, value in self.defaults.items():
                 if key != "differentiable":  # torch puts this one into the defaults
                     group.setdefault(key, value)
+            options.settle(group, self.defaults)
         self._ranks.refresh(self.param_groups)
+
+    def state_dict(self) -> dict[str, Any]:
+        """A checkpoint, in plain values."""
+        for group in self.param_groups:
+            options.settle(group, self.defaults)
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class or of torch.optim.AdamW.
@@ -307,7 +327,7 @@ class SpectralAdam(Optimizer):
                 changed then.
         """
         check_checkpoint(state_dict, self.param_groups, "SpectralAdam", "betas", _check_saved)
-        saved = state_dict["param_groups"]
+        saved = options.settled_checkpoint(state_dict["param_groups"], self.param_groups, self.defaults)
         if len(saved) == len(self.param_groups):  # else torch raises
             # What torch.optim.AdamW saved lacks options, and the defaults would not be the group's own.
             kept = [{key: value for key, value in own.items() if key in self.defaults} for own in self.param_groups]
@@ -330,7 +350,7 @@ def _check_options(group: dict[str, Any]) -> None:
     if not isinstance(group["maximize"], bool):
         raise TypeError(f"maximize should be True or False but is: {group['maximize']!r}")
     check_numbers(group)
-    functional.check_settled({**group, "workspace_dtype": torch.bfloat16})
+    functional.check_settled({**group, "workspace_dtype": "bfloat16"})
 
 
 # By the paper's names, with its settings.

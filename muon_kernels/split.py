@@ -7,7 +7,8 @@ checkpoint as it is. The parts are views: nothing is copied but where `qkv` and 
 >>> qkv(12, 4)
 'qkv(12, 4)'
 
-Where the model is torch's nn.Linear, outputs are rows (`dim=0`); where it is (inputs, outputs), columns (`dim=1`):
+`param_groups(model, split="auto")` cuts what `muon_kernels.rules.LAYERS` knows. By hand: where the model is torch's
+nn.Linear, outputs are rows (`dim=0`); where it is (inputs, outputs), columns (`dim=1`):
 
     GPT-2's c_attn, a Conv1D of (in, out)              equal(3, dim=1), each head by itself equal(36, dim=1)
     nn.MultiheadAttention's in_proj_weight             equal(3)

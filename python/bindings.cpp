@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <new>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -39,8 +40,24 @@ T* at(int64_t address) {
 mk::cuda::Stream stream_at(int64_t stream) { return reinterpret_cast<mk::cuda::Stream>(stream); }
 #endif
 
+// What a verb returns; other threads of Python run meanwhile. Even a launch can take long: where the stream is full.
+template <class Verb>
+auto without_gil(Verb verb) {
+    py::gil_scoped_release release;
+    return verb();
+}
+
+// MemoryError, with words.
+struct OutOfMemory : std::bad_alloc {
+    std::string message;
+    explicit OutOfMemory(const char* verb)
+        : message(std::string(verb) + ": no memory for the kernels' scratch; nothing was written") {}
+    const char* what() const noexcept override { return message.c_str(); }
+};
+
 void check(mk::Status status, const char* verb) {
     if (status == mk::Status::ok) return;
+    if (status == mk::Status::out_of_memory) throw OutOfMemory(verb);
     const char* reason = status == mk::Status::unsupported_isa ? "this processor lacks the instruction set"
                                                                : "operand shapes do not fit each other";
     throw std::invalid_argument(std::string(verb) + ": " + reason);
@@ -73,6 +90,7 @@ PYBIND11_MODULE(_C, m) {
     py::module_ cpu = m.def_submodule("cpu", "Kernels for this processor.");
     py::enum_<mk::cpu::Isa>(cpu, "Isa", py::module_local())
         .value("avx512bf16", mk::cpu::Isa::avx512bf16)
+        .value("avx512", mk::cpu::Isa::avx512)
         .value("avx2", mk::cpu::Isa::avx2);
     cpu.def("isa_supported", &mk::cpu::isa_supported);
     cpu.def("has_amx_bf16", &mk::cpu::has_amx_bf16);
@@ -103,8 +121,8 @@ PYBIND11_MODULE(_C, m) {
             })
         );
     cpu.def("products", [](mk::cpu::Isa isa, int threads, const std::vector<mk::Product>& list) {
-        py::gil_scoped_release release;
-        check(mk::cpu::products(isa, list.data(), static_cast<int>(list.size()), threads), "products");
+        const int count = static_cast<int>(list.size());
+        check(without_gil([&] { return mk::cpu::products(isa, list.data(), count, threads); }), "products");
     });
     py::class_<mk::MomentumUpdate>(m, "MomentumUpdate", py::module_local())
         .def(
@@ -129,8 +147,7 @@ PYBIND11_MODULE(_C, m) {
             })
         );
     cpu.def("momentum_update", [](mk::cpu::Isa isa, int threads, const mk::MomentumUpdate& u) {
-        py::gil_scoped_release release;
-        check(mk::cpu::momentum_update(isa, u, threads), "momentum_update");
+        check(without_gil([&] { return mk::cpu::momentum_update(isa, u, threads); }), "momentum_update");
     });
     py::class_<mk::ApplyUpdate>(m, "ApplyUpdate", py::module_local())
         .def(
@@ -151,8 +168,7 @@ PYBIND11_MODULE(_C, m) {
         );
     cpu.def(
         "apply_update", [](mk::cpu::Isa isa, int threads, const mk::ApplyUpdate& u, const mk::ApplyOptions& options) {
-            py::gil_scoped_release release;
-            check(mk::cpu::apply_update(isa, u, options, threads), "apply_update");
+            check(without_gil([&] { return mk::cpu::apply_update(isa, u, options, threads); }), "apply_update");
         }
     );
     cpu.def(
@@ -160,8 +176,7 @@ PYBIND11_MODULE(_C, m) {
         [](mk::cpu::Isa isa, int threads, int64_t count, const mk::MomentumUpdate& momentum,
            const std::vector<mk::Product>& products, const mk::ApplyUpdate& apply, const mk::ApplyOptions& options) {
             const mk::Step step{count, momentum, products.data(), static_cast<int>(products.size()), apply, options};
-            py::gil_scoped_release release;
-            check(mk::cpu::fused_step(isa, step, threads), "fused_step");
+            check(without_gil([&] { return mk::cpu::fused_step(isa, step, threads); }), "fused_step");
         }
     );
 
@@ -170,18 +185,22 @@ PYBIND11_MODULE(_C, m) {
     cuda.attr("version") = MUON_KERNELS_CUDA_VERSION;
     cuda.attr("architectures") = MUON_KERNELS_CUDA_ARCHS;
     cuda.def("products", [](const std::vector<mk::Product>& list, mk::DType dtype, int64_t stream) {
-        check(mk::cuda::products(list.data(), static_cast<int>(list.size()), dtype, stream_at(stream)), "products");
+        const int count = static_cast<int>(list.size());
+        const auto run = [&] { return mk::cuda::products(list.data(), count, dtype, stream_at(stream)); };
+        check(without_gil(run), "products");
     });
     cuda.def("momentum_capacity", &mk::cuda::momentum_capacity);
     cuda.def("apply_capacity", &mk::cuda::apply_capacity);
     cuda.def("fused_capacity", &mk::cuda::fused_capacity);
     cuda.def("momentum_partials", &mk::cuda::momentum_partials);
     cuda.def("momentum_update", [](const mk::MomentumUpdate& u, mk::DType dtype, int64_t partial, int64_t stream) {
-        check(mk::cuda::momentum_update(u, dtype, at<double>(partial), stream_at(stream)), "momentum_update");
+        const auto run = [&] { return mk::cuda::momentum_update(u, dtype, at<double>(partial), stream_at(stream)); };
+        check(without_gil(run), "momentum_update");
     });
     cuda.def(
         "apply_update", [](const mk::ApplyUpdate& u, const mk::ApplyOptions& options, mk::DType dtype, int64_t stream) {
-            check(mk::cuda::apply_update(u, options, dtype, stream_at(stream)), "apply_update");
+            const auto run = [&] { return mk::cuda::apply_update(u, options, dtype, stream_at(stream)); };
+            check(without_gil(run), "apply_update");
         }
     );
     cuda.def(
@@ -192,7 +211,7 @@ PYBIND11_MODULE(_C, m) {
                 count, rows, cols, momentum, apply, coefficients.data(), static_cast<int>(coefficients.size() / 3),
                 terms
             };
-            check(mk::cuda::fused_step(step, options, stream_at(stream)), "fused_step");
+            check(without_gil([&] { return mk::cuda::fused_step(step, options, stream_at(stream)); }), "fused_step");
         }
     );
 #endif

@@ -6,7 +6,8 @@ import pytest
 import torch
 from matrices import SPECTRA, factors, spectral_truth
 from step_checks import Gpu
-from test_newton_schulz import bf16_loop, misses, relative_error
+from test_newton_schulz import misses, relative_error
+from yardsticks import bf16_loop
 
 from muon_kernels import COEFFICIENTS, orthogonalize
 from muon_kernels.coefficients import resolve

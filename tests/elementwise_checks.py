@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import pytest
 import torch
 from torch import Tensor
+from vast import far_apart
 
 
 def wide(t: Tensor) -> Tensor:
@@ -22,8 +23,8 @@ def wide(t: Tensor) -> Tensor:
 
 
 class Implementation(Protocol):
-    """The two verbs of one implementation. They fail if a launch touches anything but its arguments, or if the executor
-    warns."""
+    """The two verbs of one implementation, for matrices or stacks of them. They fail if a launch touches anything but
+    its arguments, or if the executor warns."""
 
     def momentum_update(
         self,
@@ -57,6 +58,9 @@ class Implementation(Protocol):
 
     def options(self, **options: Any) -> AbstractContextManager[None]:
         """How the executor runs what is launched inside."""
+
+    def grids(self) -> list[tuple[int, ...]]:
+        """Of the launches since the last `options`."""
 
     def rules(self, *dtypes: torch.dtype) -> Sequence[tuple[bool, bool, float]]:
         """Of RULES, those that tensors of these types are worth."""
@@ -248,6 +252,44 @@ def test_scale_of_what_has_no_norm(verbs: Implementation, X_dtype: torch.dtype) 
     assert scale[1:3].isnan().all()
     assert not X[1].isfinite().all() and X[2].isnan().any()
     check_x(X[3], scale[3] * 1.25, G[3])
+
+
+@pytest.mark.parametrize("shape", [(4, 8), (8, 4), (3, 7), (7, 3)], ids=str)
+def test_offsets_have_64_bits(verbs: Implementation, shape: tuple[int, int]) -> None:
+    """Matrices and their lines 2^31 elements and more apart, in whole vectors and one by one."""
+    strides = 2**34 + 64, 2**31 + 8, 1
+    values = [torch.randn(3, *shape) for _ in range(3)]
+    grads, momenta, params = ([*far_apart(v, strides)] for v in values)
+    X = far_apart(torch.full((3, *sorted(shape)), torch.nan).bfloat16(), strides)
+    scale = verbs.momentum_update(grads, momenta, X)
+    verbs.apply_update(params, X)
+    for i, (grad, momentum, param) in enumerate(zip(*values, strict=True)):
+        new, direction = directions(grad, momentum, 0.9, True, True)
+        assert torch.equal(momenta[i], new)
+        check_x(X[i], scale[i], direction)
+        update = direction.bfloat16().float()
+        assert torch.equal(params[i], fma(-0.5, update, param * 0.75))
+
+
+MANY = 70_000  # matrices: more than a grid has rows
+SOME = [0, 1, 65_535, 65_536, MANY - 1]  # of them, that are executed
+
+
+def test_many_matrices_take_one_launch(verbs: Implementation) -> None:
+    """A block each, of which a few are executed."""
+    (G, P), X = torch.randn(2, MANY, 2, 4), torch.full((MANY, 2, 4), torch.nan).bfloat16()
+    before, norms = P.clone(), torch.full((MANY,), torch.nan).double()
+    with verbs.options(blocks=SOME):
+        scale = verbs.momentum_update([G], None, X, norms=norms)
+        assert verbs.grids() == [(MANY, 1, 1)] * 2
+    check = G.double().norm(dim=(1, 2))
+    torch.testing.assert_close(norms[SOME], check[SOME], rtol=2.0**-24, atol=0)
+    torch.testing.assert_close(scale[SOME].double(), 1 / check[SOME], rtol=2.0**-23, atol=0)
+    assert torch.equal(X[SOME], G[SOME].bfloat16()) and int(X.isfinite().sum()) == 8 * len(SOME)
+    with verbs.options(blocks=SOME):
+        verbs.apply_update([P], X)
+        assert verbs.grids() == [(MANY, 1, 1)]
+    assert torch.equal(P[SOME], fma(-0.5, X[SOME].float(), before[SOME] * 0.75))
 
 
 def test_orders_and_races(verbs: Implementation) -> None:

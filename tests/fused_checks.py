@@ -13,8 +13,10 @@ from typing import Any, Protocol
 import pytest
 import torch
 from matrices import SPECTRA, factors, spectral_truth
-from test_newton_schulz import bf16_loop, relative_error
+from test_newton_schulz import relative_error
 from torch import Tensor
+from vast import far_apart
+from yardsticks import bf16_loop
 
 from muon_kernels.coefficients import COEFFICIENTS, Schedule, resolve
 
@@ -131,13 +133,17 @@ def check(step: Step, stepper: Stepper, tolerance: float = 2e-3, **options: Any)
     """Runs it and compares everything with float64."""
     before = step.clone()
     assert step.run(stepper, **options) == [len(step.grads)]
+    assert all(map(untouched, (*before.params, *(before.momenta or ())), (*step.params, *(step.momenta or ()))))
+    compare(before, step, tolerance)
+
+
+def compare(before: Step, step: Step, tolerance: float = 2e-3) -> None:
+    """What a step was before it ran, and is now, by float64."""
     for i, param in enumerate(step.params):
         d, momentum = direction(before, before.grads[i], before.momenta[i] if before.momenta else None)
         if step.momenta is not None and momentum is not None:
-            assert untouched(before.momenta[i], step.momenta[i])
             unit = max(2.0**-22, torch.finfo(step.momenta[i].dtype).eps)
             torch.testing.assert_close(step.momenta[i].double(), momentum, rtol=unit, atol=unit * float(d.abs().max()))
-        assert untouched(before.params[i], param)
         assert torch.equal(step.grads[i], before.grads[i]), "gradient written to"
         update, old = newton_schulz(d, step.schedule), before.params[i].double()
         lr = step.lr if step.device_lr is None else float(step.device_lr)
@@ -229,6 +235,19 @@ def test_layouts_may_differ(stepper: Stepper) -> None:
             place(t[i], layout) for t, layout in zip((mixed.grads, mixed.momenta, mixed.params), layouts, strict=True)
         )
     check(mixed, stepper)
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("shape", [(4, 8), (3, 7)], ids=shape_id)
+def test_offsets_have_64_bits(stepper: Stepper, shape: tuple[int, int], layout: str) -> None:
+    """Lines 2^31 elements and more apart, in whole vectors and one by one."""
+    strides = (2**31 + 8, 1) if layout == "rows" else (1, 2**31 + 8)
+    before = make_step(shape, 2, layout)
+    assert before.momenta is not None
+    spread = [[far_apart(t, strides) for t in tensors] for tensors in (before.grads, before.momenta, before.params)]
+    step = replace(before, grads=spread[0], momenta=spread[1], params=spread[2])
+    step.run(stepper)
+    compare(before, step)
 
 
 @pytest.mark.parametrize("mu", [0.95, 0.3])

@@ -1,12 +1,26 @@
-"""Faults in what stands beside the step: spectra, QK-Clip, blocks of eight bits; see planting.py."""
+"""Faults in what stands beside the step: spectra, QK-Clip, blocks of eight bits, graphs; see planting.py."""
 
 from __future__ import annotations
 
 from planting import Mutant
 
-TESTS = ["tests/test_spectra.py", "tests/test_qk_clip.py", "tests/test_quantized.py"]
+TESTS = ["tests/test_spectra.py", "tests/test_qk_clip.py", "tests/test_quantized.py", "tests/test_graphs.py"]
 
 MUTANTS = [
+    Mutant(
+        "captured on the current device",
+        "    with torch.cuda.device(device):\n        return",
+        "    return",
+        "stream_of_the_device",
+        "muon_kernels/graphs.py",
+    ),
+    Mutant(
+        "random bits are captured",
+        "if scalars.seed is not None and capturing(work.device):",
+        "if scalars.seed is not None and False:",
+        "random_bits",
+        "muon_kernels/functional.py",
+    ),
     Mutant(
         "entropy of sigma, not its square",
         "(_entropy(s.square()) / math.log",

@@ -127,9 +127,11 @@ MUTANTS = [
     _moment("squares for norms", "norm = sums.view(-1).sqrt_()", "norm = sums.view(-1)", "sign"),
     _moment("no signs", "    X.sign_()\n", "", "sign"),
     # Weight decay.
-    _scaling("independent of nothing", "return lr, weight_decay / lr", "return lr, weight_decay"),
-    _scaling("no decay at zero", "max(lr, 1e-30)", "lr or 1.0"),
-    _scaling("no decay at a zero on a device", "lr.clamp(min=1e-30)", "lr"),
+    _scaling("independent of nothing", "return lr, weight_decay / lr if", "return lr, weight_decay if"),
+    _scaling("decay at zero", "max(lr, 1e-30) if lr else 0.0", "max(lr, 1e-30)"),
+    _scaling(
+        "decay at a zero on a device", "torch.where(lr > 0, weight_decay / divisor, 0.0)", "weight_decay / divisor"
+    ),
     _scaling("schedule squared", "weight_decay * lr / peak_lr", "weight_decay * (lr / peak_lr) ** 2"),
     _scaling("schedule upside down", "weight_decay * lr / peak_lr", "weight_decay * peak_lr / max(lr, 1e-30)"),
     # Cuts.

@@ -26,13 +26,25 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Mutant(NamedTuple):
-    """A fault: `old`, which occurs exactly once in `file`, becomes `new`; `tests` is pytest's -k."""
+    """A fault: `old`, which occurs exactly once in `file`, becomes `new`; `tests` is pytest's -k.
+
+    `also` has more of (old, new) in that file.
+    """
 
     name: str
     old: str
     new: str
     tests: str
     file: str
+    also: tuple[tuple[str, str], ...] = ()
+
+    def planted(self, text: str) -> str:
+        """The file with the fault in it."""
+        for old, new in ((self.old, self.new), *self.also):
+            if (count := text.count(old)) != 1:
+                sys.exit(f"{self.name}: {old!r} occurs {count} times in {self.file}")
+            text = text.replace(old, new)
+        return text
 
 
 def _failure(root: Path, tests: Sequence[str], expression: str) -> str | None:
@@ -69,18 +81,16 @@ def main() -> int:
             shutil.copyfile(built, root / "muon_kernels" / built.name)
         for mutant in (*(Mutant("lean", old, new, "", file) for file, old, new in lean), *chosen):
             path = root / mutant.file
-            text = path.read_text()
-            if (count := text.count(mutant.old)) != 1:
-                sys.exit(f"{mutant.name}: {mutant.old!r} occurs {count} times in {mutant.file}")
+            text = mutant.planted(path.read_text())
             if not mutant.tests:
-                path.write_text(text.replace(mutant.old, mutant.new))
+                path.write_text(text)
         for expression in dict.fromkeys(m.tests for m in chosen):
             if failed := _failure(root, tests, expression):
                 sys.exit(f"fails without a mutant: {failed}")
         for mutant in chosen:
             path = root / mutant.file
             text = path.read_text()
-            path.write_text(text.replace(mutant.old, mutant.new))
+            path.write_text(mutant.planted(text))
             rows.append((mutant.name, _failure(root, tests, mutant.tests) or "SURVIVED"))
             path.write_text(text)
             print(": ".join(rows[-1]), flush=True)

@@ -5,12 +5,12 @@ A `Run` computes one product: run(a, b, out, **options) with the options of csrc
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from vast import far_apart
 
 Run = Callable[..., Any]
 UNIT_ROUNDOFF = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -175,15 +175,23 @@ def nan_stays_in_its_matrix(run: Run) -> None:
 
 def offsets_have_64_bits(run: Run) -> None:
     """Rows and matrices four and eight GiB apart, of which only a few pages exist."""
-    row, far = 2**31 + 8, 2**32 + 64
-    # 0x4000: MAP_NORESERVE, which Python has no name for.
-    memory = mmap.mmap(-1, 2 * (far + row + 64), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)
-    block = torch.frombuffer(memory, dtype=torch.bfloat16)
-    spread = lambda t, at: block.as_strided(t.shape, (far, row, 1), at).copy_(t)
-    A, X, C = (spread(integers(2, 2, 2), at) for at in (0, 8, 16))
-    out = spread(torch.full((2, 2, 2), torch.nan).bfloat16(), 24)
+    strides = 2**32 + 64, 2**31 + 8, 1
+    A, X, C = (far_apart(integers(2, 2, 2), strides) for _ in range(3))
+    out = far_apart(torch.full((2, 2, 2), torch.nan).bfloat16(), strides)
     run(A, X, out, c=C, beta=1.0)
     assert torch.equal(out, (A.double() @ X.double() + C.double()).bfloat16())
+
+
+MANY = 70_000  # matrices: more than a grid has rows
+SOME = [0, 1, 65_535, 65_536, MANY - 1]  # of them, that are executed
+
+
+def many_matrices(run: Run) -> None:
+    """In one launch, of which a few blocks, one a matrix, are executed."""
+    X, out = integers(MANY, 2, 8), torch.full((MANY, 2, 2), torch.nan).bfloat16()
+    run(X, X, out, b_transposed=True, symmetric=True, blocks=SOME)
+    assert torch.equal(out[SOME], exact(X[SOME], X[SOME], True).bfloat16())
+    assert int(out.isfinite().sum()) == 4 * len(SOME)
 
 
 def result_is_symmetric(run: Run) -> None:

@@ -6,17 +6,20 @@ A module that imports these tests has a fixture `gpu`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from fused_checks import newton_schulz
 from matrices import make
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from muon_kernels import Muon, SpectralMomentum, backends, options, orthogonalize
 from muon_kernels.cli.ledger import ledger
+from muon_kernels.coefficients import resolve
 from muon_kernels.layout import Matrices, layout
 from muon_kernels.split import blocks, equal, heads, qkv
 
@@ -83,6 +86,58 @@ def test_steps_are_those_of_the_other_backends(gpu: Gpu) -> None:
     for p, q in zip(params, theirs, strict=True):
         # Two updates of norm about 0.1 √m, each within a few percent of the other backend's.
         assert float((p - q).norm()) < 0.06 * 0.2 * min(p.shape[-2:]) ** 0.5 * p[..., 0, 0].numel() ** 0.5
+
+
+SIZES = [1.0, 1000.0, 1.0, 0.001]  # of gradients, one step after the other
+
+
+def test_a_scratch_is_used_again(gpu: Gpu) -> None:
+    """Of what a call left there, the next one keeps nothing."""
+    ops, G = backends.get(gpu.backend), torch.randn(2, 20, 30, device=gpu.device)
+    at = layout(G.shape, G.stride(), None, ())
+    assert at is not None
+    X = torch.empty_like(G, dtype=torch.bfloat16)
+    scratch = torch.empty(2 * ops.scratch_bytes(20, 30), dtype=torch.uint8, device=gpu.device)
+    rule = dict(momentum=0.0, nesterov=False, dampened=True, grad_scale=1.0, eps=1e-7, margin=1.0)
+    for size in SIZES:
+        grads = G * size
+        scale = ops.momentum_update([Matrices(grads, at)], None, X, scratch=scratch, **rule)
+        torch.testing.assert_close(scale.double(), 1 / grads.double().norm(dim=(1, 2)), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["keller", "deepseek_v4"], ids=["fused_step", "products"])
+def test_a_step_knows_nothing_of_the_gradients_before(gpu: Gpu, name: str) -> None:
+    """However large those were."""
+    p = nn.Parameter(torch.zeros(24, 40, device=gpu.device))
+    muon = Muon([p], lr=1.0, weight_decay=0.0, momentum=0.0, ns_coefficients=name, backend=gpu.backend)
+    for t, size in enumerate(SIZES):
+        before, grad = p.detach().double(), make_grad(p, t)
+        p.grad = grad * size
+        muon.step()
+        exact = newton_schulz(grad, resolve(name))
+        assert (before - p.detach() - exact).norm() / exact.norm() < 0.03, f"step {t}"
+
+
+def test_two_threads_step_two_optimizers(gpu: Gpu) -> None:
+    """The same bits as one after the other."""
+
+    def step(seed: int) -> list[Tensor]:
+        params = [nn.Parameter(torch.zeros(24, 40, device=gpu.device)) for _ in range(2)]
+        groups = [
+            {"params": [p], "ns_coefficients": name} for p, name in zip(params, ("keller", "deepseek_v4"), strict=True)
+        ]
+        muon = Muon(groups, lr=1.0, backend=gpu.backend)
+        for t in range(2):
+            for p in params:
+                p.grad = make_grad(p, 10 * seed + t)
+            muon.step()
+        return [p.detach() for p in params]
+
+    expected = [step(seed) for seed in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(step, range(2)))
+    for one, other in zip(expected, results, strict=True):
+        assert all(map(torch.equal, one, other))
 
 
 def test_relatives_are_those_of_the_other_backends(gpu: Gpu) -> None:

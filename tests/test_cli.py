@@ -1,8 +1,10 @@
 """The command line does what it says."""
 
 import re
+import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -133,6 +135,8 @@ def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         [],
         ["nonsense"],
         ["demo", "--steps", "0"],
+        ["demo", "--minutes", "0"],
+        ["demo", "--minutes", "1", "--steps", "2"],
         ["demo", "--optimizers", "SGD"],
         ["ledger", "--ranks", "12"],
         ["ledger", "--ranks", "0"],
@@ -155,22 +159,153 @@ def test_runs_as_a_module_and_imports_lightly() -> None:
     assert "demo" in subprocess.run(help_, check=True, capture_output=True, text=True).stdout
 
 
-def test_a_demo_that_is_stopped_shows_what_it_has(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Seconds:
+    """A clock by which a demo's steps take what a test says, and nothing else takes any time."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, step: float, optimizers: dict[str, float] | None = None
+    ) -> None:
+        self.now, self.rates, optimizers = 1000.0, [], optimizers or {}
+
+        def take(run: demo.Run, text: torch.Tensor) -> None:
+            self.rates.append(run.schedulers[0].lr_lambdas[0](len(run.losses)))
+            run.losses.append(3.0)
+            run.optimizer_seconds.append(optimizers.get(run.name, 0.001))
+            run.step_seconds.append(step + run.optimizer_seconds[-1])
+            self.now += run.step_seconds[-1]
+
+        def look(run: demo.Run, batches: Sequence[torch.Tensor]) -> None:
+            run.held_out_loss = 2.0
+            self.now += len(batches) * step / 3
+
+        monkeypatch.setattr(demo, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(demo.Run, "step", take)
+        monkeypatch.setattr(demo.Run, "evaluate", look)
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How many steps there are of each curve."""
     pytest.importorskip("rich")
     pytest.importorskip("matplotlib")
-    real, steps = demo.Run.step, []
+    found: dict[str, int] = {}
+    monkeypatch.setattr(demo, "source_code", list)
+    monkeypatch.setattr(demo, "_plot", lambda runs, path: found.update({run.name: len(run.losses) for run in runs}))
+    return found
+
+
+def test_a_demo_stops_what_is_too_slow(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], drawn: dict[str, int]
+) -> None:
+    """As measured where torch emulates bf16: the others train to the end, and all of it fits."""
+    clock = Seconds(monkeypatch, 0.3, {"muon_kernels": 0.13, "torch.optim.Muon": 8.8})
+    assert main(["demo", "--minutes", "4"]) == 0
+    assert drawn == {"muon_kernels": 160, "torch.optim.Muon": 3, "AdamW": 160}
+    assert clock.now - 1000 < 240
+    out = capsys.readouterr().out
+    assert "torch.optim.Muon was too slow: stopped after 3 steps of 9.1 s" in out
+    cells = {line.split()[1]: line.split("│")[1:-1] for line in out.splitlines() if line.startswith("│")}
+    assert cells["muon_kernels"][1].strip() == "160" and cells["muon_kernels"][3].strip() == "2.0000"
+    assert cells["torch.optim.Muon"][1].strip() == "3" and not cells["torch.optim.Muon"][3].strip()
+    assert "of 3 steps at most" in " ".join(out.split()) and "x as fast" in out and "held-out losses" not in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "step", "slow", "steps", "slow_steps"),
+    [
+        (["--minutes", "4"], 0.2, 0.3, 160, 160),  # all is well
+        (["--minutes", "4"], 2.0, 1.0, 27, 27),  # nobody is much slower than the others: all take fewer steps
+        (["--minutes", "4"], 2.0, 20.0, 46, 2),  # two steps are a tenth of the time
+        (["--minutes", "4"], 2.0, 300.0, 1, 1),  # a step alone is longer than that
+        (["--minutes", "60"], 0.3, 6.0, 160, 160),
+        (["--steps", "12"], 2.0, 300.0, 12, 12),
+    ],
+    ids=str,
+)
+def test_how_long_a_demo_takes(
+    monkeypatch: pytest.MonkeyPatch,
+    drawn: dict[str, int],
+    arguments: list[str],
+    step: float,
+    slow: float,
+    steps: int,
+    slow_steps: int,
+) -> None:
+    clock = Seconds(monkeypatch, step, {"torch.optim.Muon": slow})
+    assert main(["demo", *arguments]) == 0
+    print(drawn, clock.now - 1000)
+    assert drawn == {"muon_kernels": steps, "torch.optim.Muon": slow_steps, "AdamW": steps}
+    if "--minutes" in arguments and slow < 300:
+        assert clock.now - 1000 <= 60 * float(arguments[1])
+
+
+def test_a_demo_on_a_machine_that_slows_down(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], drawn: dict[str, int]
+) -> None:
+    """What was measured first holds no longer; the learning rate still decays to 0."""
+    clock = Seconds(monkeypatch, 0.3)
+    real = demo.Run.step
+
+    def step(run: demo.Run, text: torch.Tensor) -> None:
+        real(run, text)
+        if len(run.losses) > 50:
+            run.step_seconds[-1] += 2.0
+            clock.now += 2.0
+
+    monkeypatch.setattr(demo.Run, "step", step)
+    assert main(["demo", "--minutes", "4"]) == 0
+    (steps,) = set(drawn.values())
+    assert 60 < steps < 100 and clock.now - 1000 < 240
+    assert f"{steps} of 160 steps, all that 4 minutes allow" in capsys.readouterr().out
+    assert max(clock.rates) == 1 and clock.rates[-1] < 0.1
+
+
+@pytest.mark.parametrize(("threads", "minutes"), [(1, 8), (2, 4)])
+def test_one_core_has_twice_the_time(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    drawn: dict[str, int],
+    threads: int,
+    minutes: int,
+) -> None:
+    Seconds(monkeypatch, 40.0)
+    assert main(["demo", "--threads", str(threads)]) == 0
+    assert f"all that {minutes} minutes allow" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_demo_that_is_stopped_shows_what_it_has(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """Ctrl-C once: after the turn of all; twice: at once, without the turn that is not complete."""
+    pytest.importorskip("rich")
+    pytest.importorskip("matplotlib")
+    real, started = demo.Run.step, []
 
     def step(self: demo.Run, text: torch.Tensor) -> None:
-        if len(steps) == 4:
-            raise KeyboardInterrupt
-        steps.append(self)
+        started.append(self)
+        if len(started) == 5:
+            for _ in range(times):
+                signal.raise_signal(signal.SIGINT)
         real(self, text)
 
     monkeypatch.setattr(demo.Run, "step", step)
     assert main(["demo", "--steps", "9", "--out", str(tmp_path)]) == 130
-    assert "stopped after 1 steps" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"{3 - times} of 9 steps, stopped by Ctrl-C" in out and "held-out losses" in out
+    assert len(started) == {1: 6, 2: 5}[times]
+    assert (tmp_path / "muon_demo.png").exists()
+
+
+def test_ctrl_c_skips_the_held_out_loss(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("rich")
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(demo.Run, "evaluate", lambda *_: signal.raise_signal(signal.SIGINT))
+    assert main(["demo", "--steps", "2", "--out", str(tmp_path)]) == 130
+    out = capsys.readouterr().out
+    assert "optimizer step" in out and "held-out losses" not in out
     assert (tmp_path / "muon_demo.png").exists()
 
 

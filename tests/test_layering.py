@@ -59,6 +59,8 @@ def test_reference_stands_alone() -> None:
         ("newton_schulz.py", ["backends", "functional", "optimizer", "plan", "layout", "_C"]),
         ("layout.py", ["backends", "functional", "optimizer", "plan", "newton_schulz", "_C"]),
         ("split.py", ["backends", "functional", "optimizer", "plan", "newton_schulz", "_C"]),
+        ("rules.py", ["backends", "functional", "optimizer", "plan", "newton_schulz", "_C"]),
+        ("param_groups.py", ["backends", "functional", "optimizer", "plan", "newton_schulz", "_C"]),
         ("options.py", ["backends", "functional", "optimizer", "plan", "layout", "_C"]),
         ("coefficients.py", [""]),
         ("scaling.py", [""]),

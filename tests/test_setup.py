@@ -17,6 +17,7 @@ def setup_py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(module, "TERMINAL", tmp_path / "terminal")
     monkeypatch.setattr(module.sysconfig, "get_path", lambda name: str(tmp_path))
     for name in ("CUDA_HOME", "CUDA_PATH", "MUON_KERNELS_CUDA", "MUON_KERNELS_CUDA_ARCHS"):
         monkeypatch.delenv(name, raising=False)
@@ -102,3 +103,21 @@ def test_an_unknown_choice(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("MUON_KERNELS_CUDA", "yes")
     with pytest.raises(SystemExit, match="MUON_KERNELS_CUDA should be 0, 1 or auto but is: 'yes'"):
         setup_py.cuda_options()
+
+
+def test_what_is_compiled_is_said_where_a_user_sees_it(
+    setup_py: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pip keeps what a build prints to itself, so it goes to the terminal as well; there need not be one."""
+    nvcc(tmp_path, archs="80 90 100")
+    setup_py.cuda_options()
+    said = capsys.readouterr().err
+    assert "sm_80, sm_90, sm_100" in said and "about 3 min" in said and "MUON_KERNELS_CUDA=0" in said
+    assert (tmp_path / "terminal").read_text() == f"\n{said}"
+    monkeypatch.setattr(setup_py, "TERMINAL", tmp_path / "no" / "terminal")
+    setup_py.cuda_options()
+    assert capsys.readouterr().err == said
+    monkeypatch.setattr(setup_py, "TERMINAL", tmp_path / "another")
+    monkeypatch.setattr(setup_py.sys.stderr, "isatty", lambda: True, raising=False)
+    setup_py.cuda_options()
+    assert not (tmp_path / "another").exists(), "stderr is the terminal"

@@ -198,10 +198,14 @@ def test_a_negation_that_torch_has_put_off(backend: str, name: str) -> None:
     assert same(results[:1], results[1:]) and results[0].any()
 
 
+def own_rule(rows: int, cols: int) -> float:
+    return rows / (cols + 1)
+
+
 @pytest.mark.parametrize("rule", [None, "match_rms_adamw", "spectral", "callable"])
 def test_learning_rates_are_the_parts_own(backend: str, rule: str | None) -> None:
     """Of their shape as it is, (rows, cols), not as it is stepped."""
-    given: Any = (lambda rows, cols: rows / (cols + 1)) if rule == "callable" else rule
+    given: Any = own_rule if rule == "callable" else rule
     ratio = {
         None: lambda a, b: max(1.0, a / b) ** 0.5,
         "match_rms_adamw": lambda a, b: 0.2 * max(a, b) ** 0.5,

@@ -21,6 +21,7 @@ struct Kernels {
 };
 
 extern const Kernels kAvx512Bf16Kernels;
+extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx2Kernels;
 
 }  // namespace muon_kernels::cpu

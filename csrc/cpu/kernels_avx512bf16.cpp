@@ -1,22 +1,15 @@
-#include <immintrin.h>
-
-#include <utility>
-
+#include "avx512.h"
 #include "elementwise.h"
+#include "pairs.h"
 #include "product.h"
 
 namespace muon_kernels::cpu {
 namespace {
 
-struct Avx512Bf16 {
-    static constexpr int kLanes = 16, kRows = 14, kVectors = 2;  // 28 accumulators, 2 of b, 1 of a: 31 of 32 registers
-    using Acc = __m512;
+struct Avx512Bf16 : Avx512 {
     using PairA = __m512bh;
     using PairB = __m512bh;
 
-    static Acc zero() { return _mm512_setzero_ps(); }
-    static Acc load(const float* p) { return _mm512_loadu_ps(p); }
-    static void store(float* p, Acc v) { _mm512_storeu_ps(p, v); }
     static PairB load_pairs(const uint32_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
     static void interleave(uint32_t* to, const uint16_t* even, const uint16_t* odd) {
         const __m512i order = _mm512_setr_epi32(
@@ -33,25 +26,25 @@ struct Avx512Bf16 {
         return (__m512bh)_mm512_set1_epi32(pair);
     }
     static Acc add_products(Acc acc, PairA a, PairB b) { return _mm512_dpbf16_ps(acc, a, b); }
-
-    static Acc broadcast(float v) { return _mm512_set1_ps(v); }
-    static Acc multiply(Acc a, Acc b) { return _mm512_mul_ps(a, b); }
-    static Acc add(Acc a, Acc b) { return _mm512_add_ps(a, b); }
-    static Acc multiply_add(Acc a, Acc b, Acc c) { return _mm512_fmadd_ps(a, b, c); }
-    static Acc widen(const uint16_t* p) {
-        __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-    }
     static void round(uint16_t* p, Acc v) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v));
+    }
+    static void round(uint16_t* p, Acc v, int64_t count) {
+        _mm256_mask_storeu_epi16(p, first(count), (__m256i)_mm512_cvtneps_pbh(v));
     }
 };
 
 }  // namespace
 
 const Kernels kAvx512Bf16Kernels = {
-    product_tasks, product_scratch_bytes, product_task<Avx512Bf16>, momentum_blocks, momentum_block, rescale,
-    apply_blocks,  apply_block,
+    product_tasks,
+    product_scratch_bytes<Pairs<Avx512Bf16>>,
+    product_task<Pairs<Avx512Bf16>>,
+    momentum_blocks,
+    momentum_block,
+    rescale,
+    apply_blocks,
+    apply_block,
 };
 
 }  // namespace muon_kernels::cpu

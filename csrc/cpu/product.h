@@ -1,181 +1,90 @@
-// The batched bf16 product, written once over an instruction set `I` (see kernels_*.cpp):
+// The batched bf16 product, written once over how it multiplies, `M` (pairs.h, floats.h), on vectors `I`
+// (kernels_*.cpp):
 //
-//   I::kLanes, I::kRows, I::kVectors   a register tile has kRows rows of kVectors vectors of kLanes floats, or, where
-//                                      the result is narrow, kLanes rows of one
-//   I::Acc                             the fp32 accumulator: zero, broadcast, load, store, multiply, add,
+//   I::kLanes                          floats in a vector
+//   I::Acc                             such a vector: zero, broadcast, load, store, multiply, add,
 //                                      multiply_add(a, b, c) = a b + c, widen and round from and to bf16
-//   I::interleave                      kLanes pairs (k, k+1) from rows k and k+1 of b
-//   I::PairB, I::load_pairs            kLanes such pairs
-//   I::PairA, I::broadcast_pair        one pair of a, in every lane
-//   I::add_products(acc, a, b)
+//   M::kRows, M::kVectors              a register tile has kRows rows of kVectors vectors, or, where the result is
+//                                      narrow, kLanes rows of one
+//   M::kBlockK, M::kTiles              what stays in caches: a block of b is kBlockK deep, kTiles tiles of a go over it
+//                                      together
+//   M::A, M::B                         what a tile of a and a packed block of b consist of
+//   M::column(k)                       how many B a column of k elements takes
+//   M::pack, M::tile_of_a, M::a_room   the operands made ready
+//   M::kAlike                          whether a narrow panel of b could be a tile of a
+//   M::kNarrow                         columns up to which a symmetric result takes narrow panels
+//   M::add_products                    acc += a tile of a times a panel of b
 //
-// A task is one block of columns of one matrix: it packs its part of b once and runs all rows of a over it, reading a
-// in place. A symmetric result starts at the block's own row and is mirrored from the finished lower triangle, so that
-// it is symmetric to the last bit.
+// A task is one block of columns of one matrix: it packs its part of b once and runs all rows of a over it. A symmetric
+// result starts at the block's own row and is mirrored from the finished lower triangle, so that it is symmetric to the
+// last bit.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
+#include <utility>
 
 #include "bf16.h"
 #include "kernels.h"
+#include "panels.h"
 #include "transpose.h"
 
 namespace muon_kernels::cpu {
 namespace {
 
-constexpr int64_t kBlockK = 1024;  // keeps a packed block of b in half of a 1 MiB second-level cache
 constexpr int64_t kBlockN = 192;
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-template <class I, int ROWS, int VECTORS>
+template <class M, int ROWS, int VECTORS>
 void multiply_tile(
-    const uint16_t* a, int64_t a_stride, int64_t k, const uint32_t* panel, float* tile, int64_t tile_stride,
+    const typename M::A* a, int64_t a_stride, int64_t k, const typename M::B* panel, float* tile, int64_t tile_stride,
     bool accumulate
 ) {
+    using I = typename M::Lanes;
     typename I::Acc acc[ROWS][VECTORS];
+#pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 2
         for (int v = 0; v < VECTORS; ++v) {
             acc[r][v] = accumulate ? I::load(tile + r * tile_stride + v * I::kLanes) : I::zero();
         }
     }
-    // Three rows share one pointer: fourteen would not fit the general registers.
-    constexpr int kPointers = (ROWS + 2) / 3;
-    const uint16_t* row[kPointers];
-    for (int p = 0; p < kPointers; ++p) row[p] = a + 3 * p * a_stride;
-    const int64_t pairs = k / 2;
-#pragma GCC unroll 2
-    for (int64_t q = 0; q < pairs; ++q) {
-        typename I::PairB b[VECTORS];
-        for (int v = 0; v < VECTORS; ++v) b[v] = I::load_pairs(panel + v * I::kLanes);
-        panel += VECTORS * I::kLanes;
+    M::add_products(acc, a, a_stride, k, panel);
 #pragma GCC unroll 16
-        for (int r = 0; r < ROWS; ++r) {
-            typename I::PairA x = I::broadcast_pair(row[r / 3] + (r % 3) * a_stride);
-            for (int v = 0; v < VECTORS; ++v) acc[r][v] = I::add_products(acc[r][v], x, b[v]);
-        }
-        for (int p = 0; p < kPointers; ++p) row[p] += 2;
-    }
-    if (k & 1) {  // the last element of a row has no partner: what follows it in memory is not ours to read
-        for (int r = 0; r < ROWS; ++r) {
-            uint16_t last[2] = {row[r / 3][(r % 3) * a_stride], 0};
-            typename I::PairA x = I::broadcast_pair(last);
-            for (int v = 0; v < VECTORS; ++v) {
-                acc[r][v] = I::add_products(acc[r][v], x, I::load_pairs(panel + v * I::kLanes));
-            }
-        }
-    }
     for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 2
         for (int v = 0; v < VECTORS; ++v) I::store(tile + r * tile_stride + v * I::kLanes, acc[r][v]);
     }
 }
 
-using MultiplyTile = void (*)(const uint16_t*, int64_t, int64_t, const uint32_t*, float*, int64_t, bool);
+template <class M>
+using MultiplyTile = void (*)(const typename M::A*, int64_t, int64_t, const typename M::B*, float*, int64_t, bool);
 
-template <class I, int VECTORS, int... ROWS>
-MultiplyTile pick_rows(int64_t rows, std::integer_sequence<int, ROWS...>) {
-    static constexpr MultiplyTile table[] = {multiply_tile<I, ROWS + 1, VECTORS>...};
+template <class M, int VECTORS, int... ROWS>
+MultiplyTile<M> pick_rows(int64_t rows, std::integer_sequence<int, ROWS...>) {
+    static constexpr MultiplyTile<M> table[] = {multiply_tile<M, ROWS + 1, VECTORS>...};
     return table[rows - 1];
 }
 
-template <class I>
-MultiplyTile pick_tile(int64_t rows, int64_t width) {
-    return width == I::kLanes ? pick_rows<I, 1>(rows, std::make_integer_sequence<int, std::max(I::kLanes, I::kRows)>{})
-                              : pick_rows<I, I::kVectors>(rows, std::make_integer_sequence<int, I::kRows>{});
+template <class M>
+MultiplyTile<M> pick_tile(int64_t rows, int64_t width) {
+    constexpr int kLanes = M::Lanes::kLanes;
+    return width == kLanes ? pick_rows<M, 1>(rows, std::make_integer_sequence<int, std::max(kLanes, M::kRows)>{})
+                           : pick_rows<M, M::kVectors>(rows, std::make_integer_sequence<int, M::kRows>{});
 }
 
 // Columns of a panel. Small symmetric results take narrow ones, which waste less beyond the diagonal.
-template <class I>
+template <class M>
 int64_t panel_width(const Product& p) {
-    return p.out.cols <= I::kLanes || (p.symmetric && p.out.cols <= 8 * I::kLanes) ? I::kLanes
-                                                                                   : I::kVectors * I::kLanes;
+    constexpr int64_t kLanes = M::Lanes::kLanes;
+    return p.out.cols <= kLanes || (p.symmetric && p.out.cols <= M::kNarrow) ? kLanes : M::kVectors * kLanes;
 }
 
-// The last panel of a block may be narrower: its `cols` columns in whole vectors.
-template <class I>
-int64_t padded(int64_t cols, int64_t width) {
-    return cols <= I::kLanes ? I::kLanes : width;
-}
-
-// Rows k0..k0+k of columns j0..j0+cols of b as pairs, one panel after another: with `width` columns to a panel,
-// panel[q][j] = (b[k0 + 2q][j], b[k0 + 2q + 1][j]), zero outside b.
-template <class I>
-void pack_block(
-    const Product& p, const uint16_t* b, int64_t k0, int64_t k, int64_t j0, int64_t cols, uint32_t* packed
-) {
-    const int64_t panel_cols = panel_width<I>(p), pairs = ceil_div(k, 2), stride = p.b.row_stride;
-    const auto pack_pair = [=](int64_t j, int64_t q) {  // of column j: any place, any edge
-        const int64_t at = j0 + j, k1 = k0 + 2 * q;
-        if (j >= cols) return uint32_t{0};
-        const auto element = [=](int64_t kk) -> uint32_t {
-            return p.b_transposed ? b[at * stride + kk] : b[kk * stride + at];
-        };
-        return element(k1) | (2 * q + 1 < k ? element(k1 + 1) << 16 : 0);
-    };
-    for (int64_t j = 0; j < cols; j += panel_cols) {
-        const int64_t width = padded<I>(cols - j, panel_cols);
-        uint32_t* panel = packed + j * pairs;
-        if (p.b_transposed) {  // a pair is contiguous in a row of b: a transposition of 32-bit words
-            for (int64_t jj = 0; jj < width; jj += 8) {
-                const int64_t whole = j + jj + 8 <= cols ? (k / 2) & ~int64_t{7} : 0;
-                const uint16_t* from = b + (j0 + j + jj) * stride + k0;
-                for (int64_t q = 0; q < whole; q += 8) {
-                    transpose_8x8_pairs(from + 2 * q, stride, panel + q * width + jj, width);
-                }
-                for (int64_t q = whole; q < pairs; ++q) {
-                    for (int64_t c = jj; c < jj + 8; ++c) panel[q * width + c] = pack_pair(j + c, q);
-                }
-            }
-        } else if (cols - j < panel_cols) {
-            for (int64_t q = 0; q < pairs; ++q) {
-                for (int64_t c = 0; c < width; ++c) panel[q * width + c] = pack_pair(j + c, q);
-            }
-        }
-    }
-    if (p.b_transposed) return;
-    // Whole panels together, along the rows of b: panel by panel every cache line would be a miss of its own.
-    static constexpr uint16_t kNothing[I::kLanes] = {};
-    for (int64_t q = 0; q < pairs; ++q) {
-        const uint16_t* even = b + (k0 + 2 * q) * stride + j0;
-        const bool paired = 2 * q + 1 < k;
-        for (int64_t j = 0; j + panel_cols <= cols; j += panel_cols) {
-            uint32_t* to = packed + j * pairs + q * panel_cols;
-            for (int64_t v = 0; v < panel_cols; v += I::kLanes) {
-                I::interleave(to + v, even + j + v, paired ? even + stride + j + v : kNothing);
-            }
-        }
-    }
+inline bool same(const Stack& a, const Stack& b) {
+    return a.data == b.data && a.batch_stride == b.batch_stride && a.row_stride == b.row_stride;
 }
 
 inline uint16_t* row_of(const Stack& s, int64_t matrix, int64_t row) {
     return s.data + matrix * s.batch_stride + row * s.row_stride;
-}
-
-// Up to a vector of a row. A ragged end goes through the stack: what lies beyond it is not ours to touch.
-template <class I>
-typename I::Acc read_bf16(const uint16_t* from, int64_t count) {
-    if (count >= I::kLanes) return I::widen(from);
-    uint16_t lanes[I::kLanes] = {};
-    std::memcpy(lanes, from, static_cast<size_t>(count) * sizeof(uint16_t));
-    return I::widen(lanes);
-}
-
-template <class I>
-typename I::Acc read_float(const float* from, int64_t count) {
-    if (count >= I::kLanes) return I::load(from);
-    float lanes[I::kLanes] = {};
-    std::memcpy(lanes, from, static_cast<size_t>(count) * sizeof(float));
-    return I::load(lanes);
-}
-
-template <class I>
-void write_bf16(uint16_t* to, int64_t count, typename I::Acc value) {
-    if (count >= I::kLanes) return I::round(to, value);
-    uint16_t lanes[I::kLanes];
-    I::round(lanes, value);
-    std::memcpy(to, lanes, static_cast<size_t>(count) * sizeof(uint16_t));
 }
 
 // What a result is made of beside the product itself. Compile-time, so that the loop over a tile keeps all that it
@@ -270,14 +179,26 @@ inline int64_t column_blocks(const Product& p) { return ceil_div(p.out.cols, std
 
 inline int64_t product_tasks(const Product& p) { return p.out.batch * column_blocks(p); }
 
-inline int64_t packed_words(const Product& p) {
-    // 64 columns of slack: the last panel of a block is padded to whole vectors
-    return (column_block(p) + 64) * ceil_div(std::min(p.a.cols, kBlockK), 2);
-}
+// Where a task keeps what: the packed block of b, tiles of a, sums.
+template <class M>
+struct Scratch {
+    int64_t b, a, sums;  // in units of 4 bytes, whole cache lines
 
-inline int64_t product_scratch_bytes(const Product& p) {
-    int64_t sums = p.a.cols > kBlockK ? p.out.rows * (kBlockN + 64) : 64 * 64;
-    return 4 * (packed_words(p) + 16 + sums);
+    explicit Scratch(const Product& p) {
+        const int64_t k = std::min(p.a.cols, M::kBlockK);
+        // 64 columns of slack: the last panel of a block is padded to whole vectors
+        b = lines((column_block(p) + 64) * M::column(k));
+        a = lines(M::a_room(k));
+        sums = p.a.cols > M::kBlockK ? p.out.rows * (kBlockN + 64) : 64 * 64;
+    }
+
+    static int64_t lines(int64_t words) { return ceil_div(words, 16) * 16; }
+};
+
+template <class M>
+int64_t product_scratch_bytes(const Product& p) {
+    const Scratch<M> room(p);
+    return 4 * (room.b + room.a + room.sums);
 }
 
 // Columns j0..j0+cols of a sum, see Product without b.
@@ -309,39 +230,59 @@ void add_columns(const Product& p, int64_t matrix, int64_t j0, int64_t cols) {
     }
 }
 
-template <class I>
+template <class M>
 void product_task(const Product& p, int64_t task, void* scratch) {
+    using I = typename M::Lanes;
     const int64_t blocks = column_blocks(p), matrix = task / blocks;
     const int64_t j0 = task % blocks * column_block(p);
     const int64_t cols = std::min(column_block(p), p.out.cols - j0);
     if (!p.has_b()) return add_columns<I>(p, matrix, j0, cols);
     const int64_t i_begin = p.symmetric ? j0 : 0, m = p.out.rows, k = p.a.cols;
-    const int64_t panel_cols = panel_width<I>(p);
+    const int64_t panel_cols = panel_width<M>(p);
 
-    uint32_t* packed = static_cast<uint32_t*>(scratch);
-    float* sums = reinterpret_cast<float*>(packed + ceil_div(packed_words(p), 16) * 16);
-    const bool chunked = k > kBlockK;
+    const Scratch<M> room(p);
+    auto* packed = static_cast<typename M::B*>(scratch);
+    auto* a_room = reinterpret_cast<typename M::A*>(packed + room.b);
+    float* sums = static_cast<float*>(scratch) + room.b + room.a;
+    const bool chunked = k > M::kBlockK;
     const int64_t sums_stride = chunked ? ceil_div(cols, panel_cols) * panel_cols : panel_cols;
-    const uint16_t* b = p.b.data + matrix * p.b.batch_stride;
+    // Of a symmetric b, columns are packed as its rows: a pair of rows is read as it lies.
+    const bool transposed = p.b_transposed && !p.a_diagonal;
+    const uint16_t* b = row_of(p.b, matrix, transposed ? j0 : 0) + (transposed ? 0 : j0);
+    const int64_t b_step = transposed ? 1 : p.b.row_stride;  // along k
 
     const FinishTile finish = pick_finish<I>(p, std::make_integer_sequence<int, 8>{});
     // Equal row tiles: a short last one would leave the multipliers waiting for its few accumulators.
-    const int64_t tiles = ceil_div(m - i_begin, panel_cols == I::kLanes ? I::kLanes : I::kRows);
+    const int64_t tiles = ceil_div(m - i_begin, panel_cols == I::kLanes ? I::kLanes : M::kRows);
+    const bool shared = M::kAlike && panel_cols == I::kLanes && blocks == 1 && p.b_transposed && same(p.a, p.b);
+    const auto tile_begin = [=](int64_t t) {
+        return shared ? std::min<int64_t>(t * I::kLanes, m) : i_begin + (m - i_begin) * t / tiles;
+    };
 
-    for (int64_t k0 = 0; k0 == 0 || k0 < k; k0 += kBlockK) {
-        const int64_t depth = std::min(kBlockK, k - k0);
-        const int64_t panel_words = ceil_div(depth, 2) * panel_cols;
-        pack_block<I>(p, b, k0, depth, j0, cols, packed);
-        for (int64_t t = 0; t < tiles; ++t) {
-            const int64_t i0 = i_begin + (m - i_begin) * t / tiles, i1 = i_begin + (m - i_begin) * (t + 1) / tiles;
+    for (int64_t k0 = 0; k0 == 0 || k0 < k; k0 += M::kBlockK) {
+        const int64_t depth = std::min(M::kBlockK, k - k0);
+        M::pack({b + k0 * b_step, p.b.row_stride, transposed, depth, cols}, panel_cols, packed);
+        for (int64_t t0 = 0; t0 < tiles; t0 += M::kTiles) {
+            const int64_t t1 = std::min(t0 + M::kTiles, tiles);
+            const typename M::A* a[M::kTiles];
+            for (int64_t t = t0; t < t1; ++t) {
+                const int64_t i0 = tile_begin(t), rows = tile_begin(t + 1) - i0;
+                const uint16_t* from = row_of(p.a, matrix, i0) + k0;
+                auto* to = a_room + (t - t0) * I::kLanes * depth;
+                a[t - t0] = shared ? reinterpret_cast<const typename M::A*>(packed + i0 * M::column(depth))
+                                   : M::tile_of_a(from, p.a.row_stride, rows, depth, to);
+            }
             for (int64_t j = 0; j < cols; j += panel_cols) {
-                if (p.symmetric && i1 <= j0 + j) break;
                 const int64_t width = std::min(panel_cols, cols - j);
-                MultiplyTile multiply = pick_tile<I>(i1 - i0, padded<I>(width, panel_cols));
-                float* tile = chunked ? sums + (i0 - i_begin) * sums_stride + j : sums;
-                const uint32_t* panel = packed + j / panel_cols * panel_words;
-                multiply(row_of(p.a, matrix, i0) + k0, p.a.row_stride, depth, panel, tile, sums_stride, k0 > 0);
-                if (k0 + depth >= k) finish(p, matrix, i0, i1 - i0, j0 + j, width, tile, sums_stride);
+                const auto* panel = packed + j * M::column(depth);
+                for (int64_t t = t0; t < t1; ++t) {
+                    const int64_t i0 = tile_begin(t), i1 = tile_begin(t + 1);
+                    if (p.symmetric && i1 <= j0 + j) continue;
+                    const MultiplyTile<M> multiply = pick_tile<M>(i1 - i0, padded<I>(width, panel_cols));
+                    float* tile = chunked ? sums + (i0 - i_begin) * sums_stride + j : sums;
+                    multiply(a[t - t0], p.a.row_stride, depth, panel, tile, sums_stride, k0 > 0);
+                    if (k0 + depth >= k) finish(p, matrix, i0, i1 - i0, j0 + j, width, tile, sums_stride);
+                }
             }
         }
     }

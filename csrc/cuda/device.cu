@@ -1,5 +1,3 @@
-#include <cuda_runtime.h>
-
 #include "device.h"
 
 namespace muon_kernels::cuda {
@@ -8,15 +6,17 @@ Result supported() {
     int device = 0, major = 0;
     cudaError_t error = cudaGetDevice(&device);
     if (!error) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    if (error) return {Status::launch_failed, static_cast<int32_t>(error)};
+    if (error) return reported(error);
     return {major < 8 ? Status::unsupported_isa : Status::ok, 0};
 }
 
-Result launched() {
-    // Takes the error away: whoever checks next (torch, after its own launch) should not find ours.
-    const cudaError_t error = cudaGetLastError();
-    return {error ? Status::launch_failed : Status::ok, static_cast<int32_t>(error)};
+Result reported(cudaError_t error) {
+    if (!error) return kOk;
+    cudaGetLastError();
+    return {Status::launch_failed, static_cast<int32_t>(error)};
 }
+
+Result launched() { return reported(cudaPeekAtLastError()); }
 
 const char* error_string(int32_t error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 

@@ -1,5 +1,7 @@
-// What every verb asks of the device and reports of a launch.
+// What every verb asks of the device and reports of the CUDA runtime.
 #pragma once
+
+#include <cuda_runtime.h>
 
 #include "../muon_kernels.h"
 
@@ -10,6 +12,10 @@ constexpr Result kInvalidArgument = {Status::invalid_argument, 0};
 
 // Whether the current device is one that the kernels are built for: compute capability 8.0 and up.
 Result supported();
+
+// What became of a call of the runtime. The runtime keeps an error for whoever asks next: it is made to forget it, or
+// the next good launch would report it.
+Result reported(cudaError_t error);
 
 // What became of the launch just made.
 Result launched();

@@ -700,8 +700,9 @@ Result launch(const Arguments& args, int count, cudaStream_t stream) {
     const int bytes = std::max(square, std::max(tile_bytes<M, false>(), tile_bytes<M, true>()));
     const auto kernel = fused_step_kernel<M>;
     if (bytes > 48 << 10) {
-        const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-        if (error) return {Status::launch_failed, static_cast<int32_t>(error)};
+        const Result allowed =
+            reported(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+        if (allowed.status != Status::ok) return allowed;
     }
     kernel<<<count, 2 * M, bytes, stream>>>(args);
     return launched();

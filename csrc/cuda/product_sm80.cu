@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #include "../muon_kernels.h"
+#include "device.h"
 #include "ptx.cuh"
 
 namespace muon_kernels::cuda {
@@ -395,6 +396,7 @@ __global__ void __launch_bounds__(T::THREADS, T::RESIDENT) product(const __grid_
             uint32_t lower[4], upper[4];
             ldmatrix_x4(lower, row);
             ldmatrix_x4_trans(upper, row);
+            __syncwarp();  // ldmatrix gathers lanes but does not order their memory
             for (int q = 0; q < 4; ++q) {
                 const uint32_t from_lower = lane / 4 >= lane % 4 * 2 + 1 ? 0xffffffff
                                             : lane / 4 == lane % 4 * 2   ? 0xffff
@@ -553,19 +555,17 @@ cudaError_t launch(const Product& p, int multiprocessors, cudaStream_t stream) {
 }  // namespace
 
 Result products(const Product* list, int count, DType dtype, Stream stream) {
-    if (dtype == DType::f32 || !std::all_of(list, list + count, valid)) return {Status::invalid_argument, 0};
-    int device = 0, capability = 0, multiprocessors = 0;
+    if (dtype == DType::f32 || !std::all_of(list, list + count, valid)) return kInvalidArgument;
+    const Result usable = supported();
+    if (usable.status != Status::ok) return usable;
+    int device = 0, multiprocessors = 0;
     cudaError_t error = cudaGetDevice(&device);
-    if (!error) error = cudaDeviceGetAttribute(&capability, cudaDevAttrComputeCapabilityMajor, device);
     if (!error) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    if (!error && capability < 8) return {Status::unsupported_isa, 0};
     for (int i = 0; i < count && !error; ++i) {
         const auto run = dtype == DType::bf16 ? launch<DType::bf16> : launch<DType::f16>;
         error = run(list[i], multiprocessors, static_cast<cudaStream_t>(stream));
     }
-    if (!error) return {Status::ok, 0};
-    cudaGetLastError();  // what is reported here is not to be found by the next caller
-    return {Status::launch_failed, error};
+    return reported(error);
 }
 
 }  // namespace muon_kernels::cuda

@@ -74,9 +74,21 @@ _device = _Device()
 
 _NO_CODE = "muon_kernels was built without code for this GPU; reinstall it with MUON_KERNELS_CUDA_ARCHS={}{}"
 _DRIVER = "the driver is older than the nvcc that built muon_kernels; update it, or reinstall with an older nvcc"
+_ARGUMENTS = (
+    "kernels take 32 KiB of arguments, for which the driver must be of CUDA 12.1 (530) or newer (nvidia-smi shows it); "
+    "if it is, please report it"
+)
 _EARLIER = "an earlier launch may be at fault, not only this one; CUDA_LAUNCH_BLOCKING=1 shows which"
 # By cudaError_t.
-_MENDS = {2: "free memory on the device", 35: _DRIVER, 222: _DRIVER, 98: _NO_CODE, 209: _NO_CODE}
+_MENDS = {
+    1: _ARGUMENTS,
+    2: "free memory on the device",
+    35: _DRIVER,
+    98: _NO_CODE,
+    200: _ARGUMENTS,
+    209: _NO_CODE,
+    222: _DRIVER,
+}
 
 
 @contextmanager

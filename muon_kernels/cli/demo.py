@@ -11,6 +11,11 @@ schedule go to
 which take turns at every step, so whatever slows the machine slows them alike. The first two do the
 same arithmetic up to rounding: their loss curves should lie on one another.
 
+All of it takes four minutes at most, on one core eight (--minutes). The first steps show what fits: an
+optimizer that is several times slower than the others, as torch.optim.Muon is where the processor has no
+16-bit products, is stopped after them, and if need be all take fewer steps. --steps takes as many as it
+says. Ctrl-C ends the training and shows what there is.
+
 With --fsdp, started by torchrun on several ranks, the model is sharded by torch's fully_shard and each
 rank reads its part of every batch; torch.optim.Muon, which takes no DTensors, is left out.
 """
@@ -20,9 +25,12 @@ from __future__ import annotations
 import argparse
 import copy
 import os
+import signal
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from math import inf, isnan
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -47,6 +55,17 @@ BATCH = 8
 WIDTH = 256
 LAYERS = 4
 HEADS = 4
+
+STEPS = 160
+# Before these are done, or a tenth of the time is gone, nobody is judged.
+TRIAL_STEPS = 3
+# One that takes this many times as long for a step as the fastest is stopped before the others take fewer steps.
+TOO_SLOW = 3.0
+HELD_OUT_BATCHES = 32
+# What the forward passes over the held-out batches take, in training steps.
+HELD_OUT_STEPS = HELD_OUT_BATCHES / 2
+# Of the time that a demonstration may take, what starting Python and drawing the picture takes.
+OVERHEAD = 0.05
 
 # `match_rms_adamw` scales Muon's update to the size of AdamW's, so one learning rate serves all
 # parameters of a run. The best of a grid of powers of two, by held-out loss after 250 steps, seed 0:
@@ -159,16 +178,22 @@ STYLES: dict[str, dict[str, Any]] = {
 
 
 class Run:
-    """One model in training: its losses and how long the parts of every step took."""
+    """One model in training: its losses and how long the parts of every step took.
+
+    `steps`, over which the rate decays to 0, may be lowered on the way; `stopped` says that this one was too slow to
+    go on.
+    """
 
     def __init__(self, name: str, model: GPT, steps: int, fsdp: bool = False) -> None:
-        """Train a copy of `model` with `OPTIMIZERS[name]`, decaying the rate to 0 over `steps`."""
-        warmup = max(1, steps // 20)
+        """Train a copy of `model` with `OPTIMIZERS[name]`."""
 
         def schedule(step: int) -> float:
-            return min((step + 1) / warmup, (steps - step) / (steps - warmup + 1))
+            warmup = max(1, self.steps // 20)
+            return min((step + 1) / warmup, (self.steps - step) / (self.steps - warmup + 1))
 
         self.name = name
+        self.steps = steps
+        self.stopped = False
         self.model = copy.deepcopy(model)
         if fsdp:
             _shard(self.model)
@@ -204,15 +229,73 @@ class Run:
         losses = torch.stack([self.model(text) for text in batches])
         self.held_out_loss = losses.mean().item()
 
-    def smoothed(self) -> Tensor:
-        """Return the running mean of the losses over a window of steps, from the first full one."""
-        window = max(1, len(self.losses) // 15)
-        return torch.tensor(self.losses).unfold(0, window, 1).mean(-1)
+    def cost(self) -> float:
+        """Return the seconds that a step takes of late; the first one, which sets things up, counts if it is alone."""
+        return median(self.step_seconds[1:][-9:] or self.step_seconds)
+
+    def smoothed(self, steps: int | None = None) -> Tensor:
+        """Return the running mean of the first losses over a window of steps, from the first full one."""
+        losses = self.losses[:steps]
+        window = max(1, len(losses) // 15)
+        return torch.tensor(losses).unfold(0, window, 1).mean(-1)
+
+
+class Clock:
+    """The time that a demonstration has; once Ctrl-C is pressed it has none."""
+
+    def __init__(self, seconds: float) -> None:
+        """Have `seconds` from now."""
+        self.seconds = seconds
+        self._end = perf_counter() + seconds
+
+    def left(self) -> float:
+        """Return the seconds that are left."""
+        return self._end - perf_counter()
+
+    @contextmanager
+    def stopped_by_ctrl_c(self) -> Iterator[None]:
+        """Inside, Ctrl-C leaves no time instead of raising; a second one raises."""
+
+        def stop(*_: object) -> None:
+            self._end = -inf
+            signal.signal(signal.SIGINT, before)
+
+        before = signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+def fitting(costs: Sequence[float], steps: int, seconds: float) -> tuple[list[int], int]:
+    """Choose who trains on, and for how long.
+
+    Args:
+        costs: the seconds that a step of each takes.
+        steps: how many more are wanted of each.
+        seconds: that are left for all of them and their evaluation.
+
+    Returns:
+        The indices of those that go on, and how many steps each of them has time for.
+    """
+    going = sorted(range(len(costs)), key=costs.__getitem__)
+    while sum(costs[i] for i in going) * (steps + HELD_OUT_STEPS) > seconds and (
+        costs[going[-1]] >= TOO_SLOW * costs[going[0]]
+    ):
+        going.pop()
+    fit = seconds / sum(costs[i] for i in going) - HELD_OUT_STEPS
+    return sorted(going), steps if fit >= steps else max(0, int(fit))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what can be chosen about the demonstration."""
-    parser.add_argument("--steps", type=_positive, default=160, help="training steps of each (default: %(default)s)")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument(
+        "--minutes",
+        type=_minutes,
+        help=f"time for {STEPS} training steps of each, or as many as it allows (default: 4, on one core 8)",
+    )
+    length.add_argument("--steps", type=_positive, help="training steps of each, however long they take")
     parser.add_argument("--seed", type=int, default=0, help="of model and batches (default: 0)")
     parser.add_argument(
         "--optimizers",
@@ -280,45 +363,65 @@ def _run(args: argparse.Namespace, names: Sequence[str]) -> int:
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    minutes = inf if args.steps else args.minutes or (4.0 if torch.get_num_threads() * ranks > 1 else 8.0)
+    clock = Clock(60 * minutes * (1 - OVERHEAD))
     first = not dist.is_initialized() or dist.get_rank() == 0
     torch.manual_seed(args.seed)
     train, held_out = parted(prose() + source_code())
     model = GPT(WIDTH, LAYERS, HEADS, CONTEXT)
-    runs = [Run(name, model, args.steps, args.fsdp) for name in dict.fromkeys(names)]
+    steps = args.steps or STEPS
+    runs = [Run(name, model, steps, args.fsdp) for name in dict.fromkeys(names)]
     # What the first pass of a process sets up is nobody's step time.
     model(next(_batches(train, 1))).backward()
     console = Console(quiet=not first)
-    shared = f", {dist.get_world_size()} ranks" if args.fsdp else ""
+    shared = f", {ranks} ranks" if args.fsdp else ""
+    limit = f", in {minutes:g} minutes at most" if minutes < inf else ""
     console.print(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters, "
         f"{len(train) / 1e6:.1f} MB of text, {torch.get_num_threads()} threads{shared}, "
-        f"{args.steps} steps of {BATCH} x {CONTEXT} bytes"
+        f"{steps} steps of {BATCH} x {CONTEXT} bytes{limit}"
     )
 
-    columns = ("{task.description:<16}", BarColumn(), MofNCompleteColumn(), "{task.fields[loss]}")
     status = 0
+    columns = ("{task.description:<16}", BarColumn(), MofNCompleteColumn(), "{task.fields[note]}")
     try:
-        with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-            tasks = [progress.add_task(run.name, total=args.steps, loss="") for run in runs]
-            for step, text in enumerate(_batches(train, args.steps)):
-                for turn in range(len(runs)):
-                    index = (step + turn) % len(runs)
-                    runs[index].step(text)
-                    progress.update(tasks[index], advance=1, loss=f"loss {runs[index].losses[-1]:.3f}")
-    except KeyboardInterrupt:  # what was trained is still worth a table
-        status, done = 130, min(len(run.optimizer_seconds) for run in runs)
-        if not done:
-            return status
-        console.print(f"stopped after {done} steps")
-        for each in runs:
-            for series in (each.losses, each.step_seconds, each.optimizer_seconds):
-                del series[done:]
-    with console.status("measuring the held-out loss"):
-        batches = list(_even_batches(held_out))
-        for each in runs:
-            each.evaluate(batches)
+        with Progress(*columns, TimeRemainingColumn(), console=console) as progress, clock.stopped_by_ctrl_c():
+            tasks = {run.name: progress.add_task(run.name, total=steps, note="") for run in runs}
+
+            def show(run: Run) -> None:
+                note = "stopped, too slow" if run.stopped else f"loss {run.losses[-1]:.3f}"
+                progress.update(tasks[run.name], completed=len(run.losses), total=run.steps, note=note)
+
+            _train(runs, _batches(train, steps), clock, show)
+            if clock.left() == -inf:
+                status = 130
+    except KeyboardInterrupt:
+        if args.fsdp:  # the ranks are at different places and cannot measure anything together
+            raise
+        status = 130
+    going = [run for run in runs if not run.stopped]
+    done = min(len(run.optimizer_seconds) for run in going)
+    if not done:
+        return status
+    for each in going:
+        for series in (each.losses, each.step_seconds, each.optimizer_seconds):
+            del series[done:]
+    try:
+        with console.status("measuring the held-out loss (Ctrl-C skips it)"):
+            batches = list(_even_batches(held_out))
+            for each in going:
+                each.evaluate(batches)
+    except KeyboardInterrupt:
+        status = 130
 
     console.print(_table(runs))
+    for each in runs:
+        if each.stopped:
+            console.print(f"{each.name} was too slow: stopped after {len(each.losses)} steps of {each.cost():.1f} s")
+    if done < steps:
+        why = "stopped by Ctrl-C" if status else f"all that {minutes:g} minutes allow"
+        console.print(f"{done} of {steps} steps, {why}")
     if comparison := _comparison(runs):
         console.print(comparison, highlight=False)
     if not first:
@@ -328,6 +431,44 @@ def _run(args: argparse.Namespace, names: Sequence[str]) -> int:
     _plot(runs, path)
     console.print(f"loss curves: {path}", soft_wrap=True)
     return status
+
+
+def _train(runs: Sequence[Run], batches: Iterable[Tensor], clock: Clock, show: Callable[[Run], None]) -> None:
+    """Step all runs in turns, once with each batch, for as long as the clock allows."""
+    for turn, text in enumerate(batches):
+        going = [run for run in runs if not run.stopped]
+        for index in range(len(going)):
+            run = going[(turn + index) % len(going)]
+            run.step(text)
+            show(run)
+        done = turn + 1
+        left, *costs = _of_first_rank([clock.left(), *(run.cost() for run in going)])
+        if left == -inf:
+            return
+        if done < TRIAL_STEPS and left > 0.9 * clock.seconds:
+            continue
+        chosen, more = fitting(costs, going[0].steps - done, left)
+        for index, run in enumerate(going):
+            run.stopped = index not in chosen
+            run.steps = done if run.stopped else done + more
+            show(run)
+        if not more:
+            return
+
+
+def _of_first_rank(numbers: Sequence[float]) -> list[float]:
+    """Return `numbers` of the first rank, so that all ranks decide alike."""
+    shared = torch.tensor(numbers, dtype=torch.float64)
+    if dist.is_initialized():
+        dist.broadcast(shared, 0)
+    return list(shared.tolist())
+
+
+def _minutes(text: str) -> float:
+    value = float(text)
+    if not 0 < value < inf:
+        raise argparse.ArgumentTypeError(f"should be > 0 and finite but is: {value}")
+    return value
 
 
 def _positive(text: str) -> int:
@@ -374,7 +515,7 @@ def _batches(text: Tensor, count: int) -> Iterator[Tensor]:
         yield _windows(text, torch.randint(len(text) - CONTEXT, (BATCH,)))
 
 
-def _even_batches(text: Tensor, count: int = 32) -> Iterator[Tensor]:
+def _even_batches(text: Tensor, count: int = HELD_OUT_BATCHES) -> Iterator[Tensor]:
     starts = torch.linspace(0, len(text) - CONTEXT - 1, count * BATCH).long()
     for row in starts.view(count, BATCH):
         yield _windows(text, row)
@@ -385,14 +526,15 @@ def _table(runs: Sequence[Run]) -> Table:
 
     table = Table(caption="losses in nats per byte; times are medians over the steps")
     table.add_column("", no_wrap=True)
-    for heading in ("train loss", "held-out loss", "optimizer ms", "of the step"):
+    for heading in ("steps", "train loss", "held-out loss", "optimizer ms", "of the step"):
         table.add_column(heading, justify="right")
     for run in runs:
         optimizer, whole = median(run.optimizer_seconds), median(run.step_seconds)
         table.add_row(
             run.name,
+            str(len(run.losses)),
             f"{run.smoothed()[-1]:.4f}",
-            f"{run.held_out_loss:.4f}",
+            "" if isnan(run.held_out_loss) else f"{run.held_out_loss:.4f}",
             f"{1e3 * optimizer:.1f}",
             f"{optimizer / whole:.0%}",
         )
@@ -406,12 +548,14 @@ def _comparison(runs: Sequence[Run]) -> str:
         ours, torchs = by_name["muon_kernels"], by_name["torch.optim.Muon"]
     except KeyError:
         return ""
-    gap = (ours.smoothed() - torchs.smoothed()).abs().max()
+    steps = min(len(ours.losses), len(torchs.losses))
+    gap = (ours.smoothed(steps) - torchs.smoothed(steps)).abs().max()
+    held_out_gap = abs(ours.held_out_loss - torchs.held_out_loss)
     speedup = median(torchs.optimizer_seconds) / median(ours.optimizer_seconds)
     return (
-        f"muon_kernels and torch.optim.Muon: smoothed training losses at most {gap:.4f} apart, "
-        f"held-out losses {abs(ours.held_out_loss - torchs.held_out_loss):.4f} apart; "
-        f"optimizer step {speedup:.2f}x as fast"
+        f"muon_kernels and torch.optim.Muon: smoothed training losses of {steps} steps at most {gap:.4f} apart, "
+        + ("" if isnan(held_out_gap) else f"held-out losses {held_out_gap:.4f} apart; ")
+        + f"optimizer step {speedup:.2f}x as fast"
     )
 
 
@@ -428,8 +572,10 @@ def _plot(runs: Sequence[Run], path: Path) -> None:
                 steps = torch.arange(len(run.losses) - len(loss), len(run.losses)) + 1
                 # The sum of the times would show what else the machine was doing.
                 seconds = steps * median(run.step_seconds)
-                by_step.plot(steps, loss, label=name, **style)
-                by_time.plot(seconds, loss, label=name, **style)
+                end = {"marker": "o", "markevery": [-1]} if run.stopped else {}
+                label = f"{name}, {len(run.losses)} steps" if run.stopped else name
+                by_step.plot(steps, loss, label=label, **style, **end)
+                by_time.plot(seconds, loss, label=label, **style, **end)
     by_step.set(xlabel="step", ylabel="training loss, nats per byte (running mean)")
     by_time.set(xlabel="seconds, at the median time of a step")
     by_step.legend(frameon=False)

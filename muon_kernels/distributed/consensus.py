@@ -60,14 +60,14 @@ _FOUND_INF, _REFUSED = 1, 2  # what is more comes through a maximum
 
 
 def agree(
-    teams: Mapping[Team, Sequence[Tensor]], found_inf: Tensor | None, check: Callable[[], object] = lambda: None
+    teams: Mapping[Team, Sequence[Tensor]], check: Callable[[], object] = lambda: None, found_inf: Tensor | None = None
 ) -> Agreed:
     """Have all ranks of every team decide alike.
 
     Args:
         teams: and the parameters that each steps together.
-        found_inf: what torch.amp.GradScaler found in this rank's gradients; None without it.
         check: raises where this rank cannot step.
+        found_inf: what torch.amp.GradScaler found in this rank's gradients, if the step is to look at it.
 
     Raises:
         Failed: a rank did not answer.
@@ -92,9 +92,8 @@ def agree(
         raise RuntimeError("another rank cannot take this step, and says why; nothing has been stepped on this one")
 
     def grad(p: Tensor) -> Tensor | None:
-        if p.grad is None and p in present:
-            return torch.zeros_like(p)
-        return _grad(p)
+        grad = _grad(p)
+        return torch.zeros_like(p) if grad is None and p in present else grad
 
     return Agreed(verdict == _FOUND_INF, grad)
 

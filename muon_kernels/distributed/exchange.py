@@ -813,7 +813,7 @@ def prepare(
     placements: Sequence[Placement | None],
     *,
     schedule: Schedule,
-    ratio: Callable[[int, int], float],
+    ratio: Callable[[int, int, int], float],
     flatten: bool | None,
     splits: Sequence[str | None] | None,
     ns_algorithm: str,
@@ -833,7 +833,7 @@ def prepare(
             direction is the gradient.
         placements: where they are; None for those that are stepped alone.
         schedule: what to iterate.
-        ratio: of the learning rate, for (rows, cols).
+        ratio: of the learning rate, for (index of a parameter, rows, cols).
         flatten, splits, ns_algorithm, backend, max_workspace_bytes, workspace_dtype, sign_momentum: see
             `functional.prepare`.
         form: of second moments, and `moments` this rank's parts, none of what another rank keeps.
@@ -862,7 +862,7 @@ def prepare(
             views = [None] * batch if form is None or V is None or not here else second_moment.views(form, V, flatten)
             found = by_kind.setdefault(kind, [])
             found += [
-                (placement.owner, Entry(index, of_p, of_buffer, of_g, ratio(rows, cols), tall, view))
+                (placement.owner, Entry(index, of_p, of_buffer, of_g, ratio(index, rows, cols), tall, view))
                 for of_p, of_buffer, of_g, view in zip(*ats, views, strict=True)
             ]
 

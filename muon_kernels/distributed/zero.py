@@ -31,9 +31,18 @@ from ..coefficients import COEFFICIENTS, DEFAULT, NS_STEPS, resolve
 from ..functional import Coefficients, check_apart, check_dense, check_like, check_matrices, orthogonalize
 from ..layout import split_shape
 from ..optimizer import check_checkpoint
-from ..options import check_algorithm, check_eps, check_number, check_workspace
+from ..options import (
+    check_algorithm,
+    check_eps,
+    check_keys,
+    check_number,
+    check_workspace,
+    plain,
+    settle,
+    settled_checkpoint,
+)
 from ..plan import plan_for_shapes
-from ..scaling import lr_ratio
+from ..scaling import lr_ratio, rule_of
 from . import consensus
 from .exchange import Failed, Pending, gather
 from .placement import Range, Team, is_dtensor, local, replicated
@@ -138,7 +147,8 @@ class ZeroMuon(Optimizer):
         ValueError, TypeError: an argument that cannot be used, with what was expected.
     """
 
-    # As in `Muon`; all ranks leave the same steps out.
+    # torch.amp.GradScaler then leaves unscaling and the skipped step to `step` (attributes grad_scale and found_inf):
+    # gradients are each rank's own, and all ranks have to leave the same steps out.
     _step_supports_amp_scaling = True
 
     def __init__(
@@ -170,26 +180,25 @@ class ZeroMuon(Optimizer):
         self._flats: list[Flat] = []
         self._steps = 0
         if ns_steps is NS_STEPS:  # a checkpoint must hold a plain number
-            ns_steps = len(resolve(ns_coefficients, ns_steps).triples)
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "weight_decay": weight_decay,
-                "momentum": momentum,
-                "nesterov": nesterov,
-                "ns_coefficients": ns_coefficients,
-                "eps": eps,
-                "ns_steps": ns_steps,
-                "adjust_lr_fn": adjust_lr_fn,
-                "dampened": dampened,
-                "flatten": flatten,
-                "ns_algorithm": ns_algorithm,
-                "backend": backend,
-                "max_workspace_bytes": max_workspace_bytes,
-                "maximize": maximize,
-            },
-        )
+            ns_steps = len(resolve(plain(ns_coefficients), ns_steps).triples)
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_coefficients": ns_coefficients,
+            "eps": eps,
+            "ns_steps": ns_steps,
+            "adjust_lr_fn": adjust_lr_fn,
+            "dampened": dampened,
+            "flatten": flatten,
+            "ns_algorithm": ns_algorithm,
+            "backend": backend,
+            "max_workspace_bytes": max_workspace_bytes,
+            "maximize": maximize,
+        }
+        settle(defaults, defaults)
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -199,11 +208,8 @@ class ZeroMuon(Optimizer):
         group = self.param_groups[-1]
         params: list[Tensor] = group["params"]
         try:
-            unknown = set(group) - set(self.defaults) - {"params", "param_names", "initial_lr"}
-            if unknown:
-                raise ValueError(
-                    f"group options should be among {sorted(self.defaults)} but include: {sorted(unknown)}"
-                )
+            check_keys(group, self.defaults)
+            settle(group, self.defaults)
             _check_options(group)
             for p in params:
                 check_matrices("parameter", p)
@@ -284,13 +290,14 @@ class ZeroMuon(Optimizer):
                 loss = closure()
         everything = [p for group in self.param_groups for p in group["params"]]
         # torch.amp.GradScaler sets these for the duration of a step.
-        agreed = consensus.agree({self._team: everything}, getattr(self, "found_inf", None))
+        agreed = consensus.agree({self._team: everything}, found_inf=getattr(self, "found_inf", None))
         if agreed.found_inf:
             return loss
         scale: Tensor | None = getattr(self, "grad_scale", None)
         grads = []
         ratios = []
         for group, flat in zip(self.param_groups, self._flats, strict=True):
+            settle(group, self.defaults)
             _check_options(group)
             shapes = dict.fromkeys(m.shape for m in flat.matrices)
             ratios.append({shape: lr_ratio(group["adjust_lr_fn"], *shape) for shape in shapes})
@@ -411,6 +418,12 @@ class ZeroMuon(Optimizer):
                 results[i] = result
         return results
 
+    def state_dict(self) -> dict[str, Any]:
+        """A checkpoint, in plain values."""
+        for group in self.param_groups:
+            settle(group, self.defaults)
+        return super().state_dict()
+
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned for the same groups and number of ranks.
@@ -423,7 +436,7 @@ class ZeroMuon(Optimizer):
         """
         check_checkpoint(state_dict, self.param_groups, "ZeroMuon", "ns_coefficients")
         found: list[tuple[Tensor, Tensor]] = []
-        groups = state_dict["param_groups"]
+        groups = settled_checkpoint(state_dict["param_groups"], self.param_groups, self.defaults)
         if len(groups) == len(self.param_groups):  # else torch has a sentence for it
             options = [{key: own[key] for key in self.defaults if key in own} for own in self.param_groups]
             groups = [{**own, **group} for own, group in zip(options, groups, strict=True)]
@@ -490,5 +503,4 @@ def _check_options(group: dict[str, Any]) -> None:
     check_workspace(group["max_workspace_bytes"])
     if group["backend"] != "auto":
         backends.get(group["backend"])
-    if not callable(group["adjust_lr_fn"]):
-        lr_ratio(group["adjust_lr_fn"], 1, 1)
+    rule_of(group["adjust_lr_fn"])

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..graphs import capturing
 from ..layout import Bundle, Matrices, refs
 from .launch import launch, rehearsing
 
@@ -63,14 +64,9 @@ def _write(
         tl.store(out + i, values[i])
 
 
-def _capturing(device: torch.device) -> bool:
-    """Whether the current stream is being captured into a graph. AMD's devices are called cuda, too."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 def _stream(device: torch.device) -> int | None:
     """The address of the current stream; None if it is being captured."""
-    if _capturing(device):
+    if capturing(device):
         return None
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 

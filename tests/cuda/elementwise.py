@@ -19,7 +19,9 @@ DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 def _refs(tensors: Sequence[Tensor]) -> array[int]:
     refs = array("q")
     for t in map(wide, tensors):
-        refs.extend((t.data_ptr(), *t.stride()))
+        batch, step = (t.shape[0], t.stride(0) * t.element_size()) if t.ndim == 3 else (1, 0)
+        for i in range(batch):
+            refs.extend((t.data_ptr() + i * step, *t.stride()[-2:]))
     return refs
 
 
@@ -36,6 +38,9 @@ class Verbs:
     def options(self, **options: Any) -> AbstractContextManager[Any]:
         """How the executor runs what is launched inside."""
         return self.runtime.options(**options)
+
+    def grids(self) -> list[tuple[int, ...]]:
+        return [launch.grid for launch in self.runtime.log]
 
     def rules(self, *dtypes: torch.dtype) -> Sequence[tuple[bool, bool, float]]:
         """All: a flag costs no compilation."""
@@ -107,7 +112,7 @@ class Verbs:
         first: int = 0,
     ) -> None:
         m = self.module
-        refs, factors = _refs(params), array("d", ratios if ratios is not None else [1.0] * len(params))
+        refs, factors = _refs(params), array("d", ratios if ratios is not None else [1.0] * len(X))
         on_device = [v if isinstance(v, Tensor) else None for v in (lr, weight_decay)]
         numbers = [0.0 if isinstance(v, Tensor) else v for v in (lr, weight_decay)]
         options = m.ApplyOptions(

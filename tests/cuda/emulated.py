@@ -60,5 +60,4 @@ def running() -> Iterator[standin.Runtime]:
     _, runtime = build()
     with pytest.MonkeyPatch.context() as patch, runtime.options(any_memory=True):
         patch.setattr(cuda, "_device", OnTheCpu())
-        runtime.log.clear()
         yield runtime

@@ -5,12 +5,13 @@ from __future__ import annotations
 import planting
 
 
-def Mutant(name: str, file: str, old: str, new: str, tests: str) -> planting.Mutant:
-    return planting.Mutant(name, old, new, tests, file)
+def Mutant(name: str, file: str, old: str, new: str, tests: str, *also: tuple[str, str]) -> planting.Mutant:
+    return planting.Mutant(name, old, new, tests, file, also)
 
 
 MOMENTUM, APPLY, SHARED = (f"csrc/cuda/{name}" for name in ("momentum_update.cu", "apply_update.cu", "elementwise.cuh"))
 UPDATE = "test_momentum_update and float32-torch.float32"
+OFFSETS = "test_offsets"
 DECAY = "test_apply_update and float32-torch.bfloat16"
 
 TESTS = ["tests/cuda/test_elementwise_cuda.py"]
@@ -73,9 +74,50 @@ MUTANTS = [
     Mutant(
         "two blocks rescale the same tiles", MOMENTUM, "share = blockIdx.x % u.shares;", "share = 0;", "different_sizes"
     ),
+    Mutant(
+        "matrices in the grid's second dimension",
+        MOMENTUM,
+        "int matrix = blockIdx.x / u.shares, share = blockIdx.x % u.shares;",
+        "int matrix = blockIdx.y, share = blockIdx.x;",
+        "test_many_matrices",
+        (
+            "norm_kernel<<<static_cast<unsigned>(count * n.shares), THREADS",
+            "norm_kernel<<<dim3(n.shares, static_cast<unsigned>(count)), THREADS",
+        ),
+    ),
     Mutant("infinity has a scale", MOMENTUM, "if (!isfinite(norm)) return __int_as_float(0x7fc00000);", "", "no_norm"),
     # Walks, lists, shared memory.
     Mutant("lines beyond the matrix", SHARED, "return offset(l) < lines; }", "return lines > 0; }", UPDATE),
+    Mutant("32 bits: rows", SHARED, "row * place.row_stride +", "static_cast<int>(row * place.row_stride) +", OFFSETS),
+    Mutant("32 bits: columns", SHARED, "col * place.col_stride;", "static_cast<int>(col * place.col_stride);", OFFSETS),
+    Mutant(
+        "32 bits: lines of a thread",
+        SHARED,
+        "first + Slice<V>::offset(l) * stride",
+        "first + static_cast<int>(Slice<V>::offset(l) * stride)",
+        OFFSETS,
+    ),
+    Mutant(
+        "32 bits: matrices",
+        SHARED,
+        "(tile.matrix - run.begin) * place.step",
+        "static_cast<int>((tile.matrix - run.begin) * place.step)",
+        OFFSETS,
+    ),
+    Mutant(
+        "32 bits: rows of x",
+        SHARED,
+        "(tile.row + row) * x.row_stride",
+        "static_cast<int>((tile.row + row) * x.row_stride)",
+        OFFSETS,
+    ),
+    Mutant(
+        "32 bits: matrices of x",
+        SHARED,
+        "tile.matrix * x.batch_stride",
+        "static_cast<int>(tile.matrix * x.batch_stride)",
+        OFFSETS,
+    ),
     Mutant("vectors at any address", SHARED, " && m.address % (operands.vector * operands.size[i]) == 0;", ";", UPDATE),
     Mutant("x taken for aligned", SHARED, "reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && ", "", UPDATE),
     Mutant("chunk's tail written", SHARED, "if (i < count) to[i] = element[i];", "to[i] = element[i];", UPDATE),

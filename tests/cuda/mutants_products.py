@@ -43,6 +43,12 @@ MUTANTS = [
         "    constexpr int CHUNKS",
         f"{RACES} and {SMALL_NT}",
     ),
+    Mutant(
+        "the diagonal's blocks stored while other lanes read them",
+        "            __syncwarp();  // ldmatrix gathers lanes but does not order their memory\n",
+        "",
+        f"{RACES} and {SMALL_NT}",
+    ),
     Mutant("last columns of k skipped", "(p.k + BLOCK_K - 1) / BLOCK_K", "p.k / BLOCK_K", f"{EXACT} and {SMALL_NT}"),
     Mutant("tail of k not zero", "in_row = clamp(cols - chunk * 8, 8)", "in_row = 8", f"{EXACT} and {SMALL_NT}"),
     Mutant(
@@ -69,6 +75,18 @@ MUTANTS = [
         "matrix * p.b.batch_stride",
         "matrix * p.a.batch_stride",
         f"{EXACT} and {SMALL_NN}",
+    ),
+    Mutant(
+        "matrices in the grid's second dimension",
+        "int64_t matrix = blockIdx.x / p.tiles;",
+        "int64_t matrix = blockIdx.y;",
+        "test_many_matrices",
+        also=(
+            (
+                "static_cast<unsigned>(args.tiles * p.out.batch), k.threads",
+                "dim3(args.tiles, static_cast<unsigned>(p.out.batch)), k.threads",
+            ),
+        ),
     ),
     Mutant("narrow matrices copied wide", "(s.batch > 1 ? 2 * s.batch_stride : 0)", "0", "test_distance_of_matrices"),
     # Fragments.

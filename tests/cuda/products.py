@@ -101,7 +101,7 @@ class Products:
     def run(
         self, *products: Any, dtype: torch.dtype = torch.bfloat16, multiprocessors: int = 1, **options: Any
     ) -> None:
-        self.runtime.device.multiprocessors = multiprocessors
+        before, self.runtime.device.multiprocessors = self.runtime.device.multiprocessors, multiprocessors
         name = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}[dtype]
         with self.runtime.options(**options) as runtime:
             try:
@@ -116,10 +116,13 @@ class Products:
                 self.kernel = kernel_of(self.log[-1].kernel) if self.log else None
                 self.profiles = {kernel_of(n): p for n, p in runtime.profiles.items()} if options.get("profile") else {}
                 runtime.forget_memory()
+                runtime.device.multiprocessors = before
 
     def __call__(self, a: Tensor, b: Tensor, out: Tensor, *, multiprocessors: int = 1, **keywords: Any) -> Tensor:
         """One product; keywords of the runtime's options go there."""
-        options = {k: keywords.pop(k) for k in ("order", "asynchrony", "seed", "races", "profile") if k in keywords}
+        options = {
+            k: keywords.pop(k) for k in ("order", "asynchrony", "seed", "races", "profile", "blocks") if k in keywords
+        }
         product = self.product(a, b, out, **keywords)
         self.run(product, dtype=out.dtype, multiprocessors=multiprocessors, **options)
         return out

@@ -89,15 +89,9 @@ def test_refusals(verbs: Verbs) -> None:
     finally:
         verbs.runtime.pretend(8, 0)
     verbs.runtime.forget_memory()
-    m = verbs.module
-    update = m.ApplyUpdate(
-        *([torch.tensor([p.data_ptr(), 8, 1]).data_ptr()] * 1),
-        m.DType.f32,
-        (X.data_ptr(), *X.shape, 32, 8),
-        0.1,
-        0.0,
-        torch.ones(1).double().data_ptr(),
-    )
+    m, refs, ratios = verbs.module, torch.tensor([p.data_ptr(), 8, 1]), torch.ones(1).double()
+    stack = (X.data_ptr(), *X.shape, 32, 8)
+    update = m.ApplyUpdate(refs.data_ptr(), m.DType.f32, stack, 0.1, 0.0, ratios.data_ptr())
     with pytest.raises(RuntimeError, match=r"apply_update: .*719"):
         m.cuda.apply_update(update, m.ApplyOptions(0, 0, False, False, 0, 0), m.DType.bf16, 0)
 

@@ -63,7 +63,36 @@ def test_old_devices(emulated: standin.Runtime, shape: tuple[int, int]) -> None:
 
 @needs_nvcc
 @pytest.mark.parametrize(
-    ("code", "mend"), [(209, "MUON_KERNELS_CUDA_ARCHS=80"), (35, "driver is older"), (700, "CUDA_LAUNCH_BLOCKING=1")]
+    ("function", "shape", "verb"),
+    [
+        ("cudaFuncSetAttribute", (65, 70), "fused_step"),  # which asks for as much shared memory as it needs
+        ("cudaGetDevice", (24, 40), "fused_step"),
+        ("cudaDeviceGetAttribute", (130, 150), "momentum_update"),
+    ],
+)
+def test_an_error_is_reported_once(emulated: standin.Runtime, function: str, shape: tuple[int, int], verb: str) -> None:
+    """Whatever failed, the next step finds nothing of it."""
+    p = nn.Parameter(torch.ones(shape))
+    p.grad = torch.ones(shape)
+    muon = Muon([p], backend="cuda")
+    emulated.fail_next(2, function)
+    with pytest.raises(RuntimeError, match=rf"{verb}: cudaErrorMemoryAllocation \(CUDA error 2\).*free memory"):
+        muon.step()
+    assert emulated.last_error == 0
+    assert torch.equal(p, torch.ones(shape))
+    muon.step()
+    assert not torch.equal(p, torch.ones(shape))
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("code", "mend"),
+    [
+        (209, "MUON_KERNELS_CUDA_ARCHS=80"),
+        (35, "driver is older"),
+        (1, r"CUDA 12.1 \(530\)"),
+        (700, "CUDA_LAUNCH_BLOCKING=1"),
+    ],
 )
 @pytest.mark.parametrize(("shape", "verb"), [((24, 40), "fused_step"), ((130, 150), "momentum_update")])
 def test_an_error_of_a_launch(

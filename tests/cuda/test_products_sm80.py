@@ -242,6 +242,11 @@ def test_offsets_have_64_bits(cuda: Products) -> None:
     checks.offsets_have_64_bits(cuda)
 
 
+def test_many_matrices_take_one_launch(cuda: Products) -> None:
+    checks.many_matrices(partial(cuda, multiprocessors=108))
+    assert [launch.grid for launch in cuda.log] == [(checks.MANY, 1, 1)]
+
+
 def chosen(
     cuda: Products, m: int, n: int, k: int, batch: int, multiprocessors: int, is_symmetric: bool
 ) -> tuple[Kernel, int]:
@@ -296,3 +301,18 @@ def test_a_failed_launch_is_reported_and_forgotten(cuda: Products) -> None:
         cuda.run(call)
     assert cuda.log[-1].error == 719
     cuda(A, X, out)
+
+
+@pytest.mark.parametrize("function", ["cudaGetDevice", "cudaDeviceGetAttribute", "cudaLaunchKernel"])
+def test_an_error_is_reported_once(cuda: Products, function: str) -> None:
+    """Whatever failed, the next call finds nothing of it."""
+    A, X, out = torch.ones(1, 8, 8).bfloat16(), torch.ones(1, 8, 9).bfloat16(), torch.empty(1, 8, 9).bfloat16()
+    call = cuda.product(A, X, out)
+    with cuda.runtime.options():
+        cuda.runtime.fail_next(2, function)
+        with pytest.raises(RuntimeError, match="cudaErrorMemoryAllocation"):
+            cuda.module.cuda.products([call], cuda.module.DType.bf16, 0)
+        assert cuda.runtime.last_error == 0
+        cuda.module.cuda.products([call], cuda.module.DType.bf16, 0)
+    assert torch.equal(out, exact(A, X, False).bfloat16())
+    cuda.runtime.forget_memory()

@@ -16,12 +16,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from distributed.world import World, world
 from matrices import SPECTRA, factors, spectral_truth
-from test_newton_schulz import bf16_loop, relative_error
+from test_newton_schulz import relative_error
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn import Parameter
+from yardsticks import bf16_loop
 
 from muon_kernels import COEFFICIENTS, Muon, backends, orthogonalize, spectral_power
 from muon_kernels.coefficients import resolve

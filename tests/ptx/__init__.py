@@ -25,11 +25,12 @@ What a passing kernel has shown:
 - no deadlock, no divergent collective, no shuffle from a lane outside its mask;
 - with `races=True`, that barriers, mbarriers, waits and fences.proxy.async order all conflicting accesses of shared
   memory, and that blocks share global memory through atomics only. Threads that store the same value are a warning;
+  collectives, ldmatrix and stmatrix among them, order nothing, bar.warp.sync does;
 - `profile=True` counts sectors of global memory, wavefronts and bank conflicts of shared memory, and instructions.
 
 What it does not show: speed (counts are facts, times would not be); faults of ptxas; weak memory beyond the race check
-(.aligned collectives that touch memory count as synchronisation of their warp; atomics as acquire and release); the
-order of additions inside a tensor core, so compare with float64 at a tolerance that fits, or use small integers.
+(atomics count as acquire and release); the order of additions inside a tensor core, so compare with float64 at a
+tolerance that fits, or use small integers.
 Accumulators of a wgmma are computed at once: that they are touched before their wait is reported (as a warning where a
 mov of the compiler does it), but their values are never late. Lanes are put together into warp requests by the barriers
 and backward branches that they passed, so counts of divergent code are approximate. Not supported: clusters, tcgen05,

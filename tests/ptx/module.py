@@ -72,6 +72,8 @@ class Launch(ctypes.Structure):
         ("param_bytes", ctypes.c_uint64),
         ("ranges", ctypes.POINTER(Range)),
         ("range_count", ctypes.c_uint64),
+        ("blocks", ctypes.POINTER(ctypes.c_uint32)),
+        ("block_count", ctypes.c_uint64),
         ("profile", ctypes.POINTER(LineProfile)),
         ("failed", ctypes.c_uint32),
         ("line", ctypes.c_uint32),
@@ -252,6 +254,11 @@ def tensor_range(tensor: Any, guard: bool) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
+def u32s(values: Sequence[int] | None) -> Any:
+    """As C has them; None is a null pointer."""
+    return None if values is None else (ctypes.c_uint32 * len(values))(*values)
+
+
 def triple(n: int | Sequence[int]) -> tuple[int, int, int]:
     sizes = (n,) if isinstance(n, int) else tuple(n)
     return (*sizes, 1, 1, 1)[:3]  # type: ignore[return-value]
@@ -308,13 +315,17 @@ class LaunchableKernel:
         memory: Sequence[Any] | None = (),
         resident: int = 1,
         spin_limit: int = 1000,
+        blocks: Sequence[int] | None = None,
     ) -> Result:
         """Runs the grid.
 
         memory: tensors, or (begin, end), that the kernel reaches by other ways than its arguments; None: all there is.
         guard: a tensor is what its view covers and not its storage.
         resident: how many blocks run at a time.
+        blocks: those that run, by their place in the grid; None: all.
         """
+        if any(n > most for n, most in zip(triple(grid), (2**31 - 1, 65_535, 65_535), strict=True)):
+            raise PtxError(f"{self.info.name}: no device has a grid of {triple(grid)}")
         buffer, ranges = self.pack(args, guard)
         ranges += [m if isinstance(m, tuple) else tensor_range(m, guard) for m in memory or ()]
         table = [Range(*r) for r in merged(ranges)]
@@ -337,6 +348,8 @@ class LaunchableKernel:
             param_bytes=len(buffer),
             ranges=(Range * len(table))(*table),
             range_count=len(table),
+            blocks=u32s(blocks),
+            block_count=len(blocks or ()),
             profile=counters,
         )
         threads = launch.block[0] * launch.block[1] * launch.block[2]

@@ -31,6 +31,7 @@ from .module import (
     load,
     run,
     tensor_range,
+    u32s,
 )
 from .parser import PtxError
 from .profile import Profile
@@ -59,6 +60,8 @@ class _Options(ctypes.Structure):
         ("asynchrony", ctypes.c_uint32),
         ("spin_limit", ctypes.c_uint32),
         ("seed", ctypes.c_uint64),
+        ("blocks", ctypes.POINTER(ctypes.c_uint32)),
+        ("block_count", ctypes.c_uint64),
     ]
 
 
@@ -210,10 +213,15 @@ class Runtime:
         races: bool = False,
         profile: bool = False,
         any_memory: bool = False,
+        blocks: Sequence[int] | None = None,
     ) -> Iterator[Runtime]:
-        """How kernels run inside this context; the log, the failures and the profiles begin empty."""
+        """How kernels run inside this context; the log, the failures and the profiles begin empty.
+
+        blocks: those that run, by their place in the grid; None: all.
+        """
         chosen = self._library.standin_options().contents
         chosen.order, chosen.asynchrony, chosen.seed = ORDERS[order], ASYNCHRONY[asynchrony], seed
+        chosen.blocks, chosen.block_count = u32s(blocks), len(blocks or ())
         self._races, self._profile = races, profile
         self.device.any_memory = any_memory
         self._counters.clear()
@@ -223,7 +231,8 @@ class Runtime:
         try:
             yield self
         finally:
-            chosen.order = chosen.asynchrony = chosen.seed = 0
+            chosen.order = chosen.asynchrony = chosen.seed = chosen.block_count = 0
+            chosen.blocks = None
             self._races = self._profile = False
             self.device.any_memory = False
             self._library.standin_forget()
@@ -246,9 +255,14 @@ class Runtime:
         finally:
             self._library.standin_end_capture()
 
-    def fail_next(self, error: int) -> None:
-        """The next launch does nothing and returns this cudaError_t."""
-        self._library.standin_fail_next(ctypes.c_int32(error))
+    def fail_next(self, error: int, function: str = "cudaLaunchKernel") -> None:
+        """The next call of this function of the runtime does nothing and returns this cudaError_t."""
+        self._library.standin_fail_next(ctypes.c_int32(error), function.encode())
+
+    @property
+    def last_error(self) -> int:
+        """The cudaError_t that cudaGetLastError would return."""
+        return int(self._library.standin_last_error())
 
     def replay(self) -> int:
         """Runs what was captured, with the parameters of then; a cudaError_t, not 0 if nothing was captured."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from .module import LaunchableKernel, LaunchError, load
+from .parser import PtxError
 from .standin import compile_ptx, nvcc
 
 if not nvcc():
@@ -178,6 +179,19 @@ def test_fault_reports() -> None:
             in fault("transpose", (1, 1), (32, 8), [x, y, 64], flags=("-DNO_BARRIER",), races=True, order=order).why
         )
     assert "race on global memory" in fault("blocks_collide", 2, 8, [out], races=True).why
+
+
+def test_ldmatrix_orders_no_memory() -> None:
+    """It brings the lanes of a warp together, but a store after it may overtake what it reads for others."""
+    out = torch.zeros(128, dtype=torch.int32)
+    assert "race on shared memory" in fault("turned_around", 1, 32, [out, 0], races=True).why
+    basics("turned_around").launch(1, 32, [out, 1], races=True, order="random")
+    assert out.tolist() == [*range(127, -1, -1)]
+
+
+def test_a_grid_that_no_device_has_is_refused() -> None:
+    with pytest.raises(PtxError, match=r"no device has a grid of \(1, 65536, 1\)"):
+        basics("blocks_agree").launch((1, 65_536), 8, [torch.zeros(8)])
 
 
 def test_same_values_are_a_warning() -> None:

@@ -43,6 +43,35 @@ def test_launches(toy: tuple[ModuleType, Runtime], order: str) -> None:
     ]
 
 
+def test_some_blocks_of_a_grid(toy: tuple[ModuleType, Runtime]) -> None:
+    module, runtime = toy
+    x, y = torch.randn(300), torch.full((300,), float("nan"))
+    runtime.forget_memory()
+    runtime.register(x, y)
+    with runtime.options(blocks=[0, 2]):
+        assert module.run(y.data_ptr(), x.data_ptr(), 2.0, 300, 512, 0) == SUCCESS
+        assert {launch.grid for launch in runtime.log} == {(3, 1, 1)}
+    torch.testing.assert_close(y[:128], 6 + 4 * x[:128])
+    torch.testing.assert_close(y[256:], 6 + 4 * x[256:])
+    assert y[128:256].isnan().all()
+    with runtime.options():
+        assert module.run(y.data_ptr(), x.data_ptr(), 2.0, 300, 512, 0) == SUCCESS
+    assert y.isfinite().all()
+
+
+def test_an_error_is_kept_until_somebody_asks(toy: tuple[ModuleType, Runtime]) -> None:
+    """As by CUDA: of a call whose result nobody looked at, a good launch is blamed."""
+    module, runtime = toy
+    x, y = torch.randn(300), torch.zeros(300)
+    runtime.register(x, y)
+    with runtime.options():
+        runtime.fail_next(OUT_OF_RESOURCES, "cudaFuncSetAttribute")
+        assert module.run(y.data_ptr(), x.data_ptr(), 1.0, 300, 512, 1024) == OUT_OF_RESOURCES
+        assert [launch.error for launch in runtime.log] == [SUCCESS, SUCCESS] and y.any()
+        assert runtime.last_error == SUCCESS
+        assert module.run(y.data_ptr(), x.data_ptr(), 1.0, 300, 512, 1024) == SUCCESS
+
+
 def test_limits(toy: tuple[ModuleType, Runtime]) -> None:
     module, runtime = toy
     x, y = torch.randn(300), torch.zeros(300)

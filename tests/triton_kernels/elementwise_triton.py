@@ -47,6 +47,9 @@ class Verbs:
         finally:
             self._options = {}
 
+    def grids(self) -> list[tuple[int, ...]]:
+        return [ran.grid for ran in self.log]
+
     def rules(self, *dtypes: torch.dtype) -> Sequence[tuple[bool, bool, float]]:
         """Each pair of flags is a compilation."""
         plain = dtypes[:2] == (torch.float32, torch.float32)
@@ -105,6 +108,6 @@ class Verbs:
         ratios: Sequence[float] | None = None,
         **options: Any,
     ) -> None:
-        ratios = [1.0] * len(params) if ratios is None else ratios
+        ratios = [1.0] * len(X) if ratios is None else ratios
         with self._running([*params, X, *(v for v in (lr, weight_decay) if isinstance(v, Tensor))]):
             elementwise.apply_update(matrices(params), X, lr=lr, weight_decay=weight_decay, ratios=ratios, **options)

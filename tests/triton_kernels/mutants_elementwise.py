@@ -8,7 +8,8 @@ import planting
 
 KERNEL = "muon_kernels/triton_kernels/elementwise.py"
 TABLES = "muon_kernels/triton_kernels/tables.py"
-TESTS = ["tests/triton_kernels/test_elementwise_triton.py", "tests/triton_kernels/test_interpreter.py"]
+TESTS = ["tests/triton_kernels/test_elementwise_triton.py", "tests/triton_kernels/test_interpreter.py",
+         "tests/triton_kernels/test_end_to_end_triton.py"]  # fmt: skip
 Mutant = partial(planting.Mutant, file=KERNEL)
 
 # Few tests: a kernel costs seconds to build, the interpreter nothing.
@@ -30,6 +31,10 @@ MUTANTS = [
     Mutant("tiles left as they were", "e = whole - tile_power(square, HALF)", "e = whole * 0", "different_sizes and sm_80"),
     Mutant("infinity has a scale", 'sound = (total > 0) & (total < float("inf"))', "sound = total > 0", LOGIC),
     Mutant("scales where the sums are", "scale = partial[partial.numel() - batch :]", "scale = partial[:batch]", "test_orders and sm_80"),
+    Mutant("matrices in the grid's second dimension", "matrix = tl.program_id(0)\n    share, shares = tl.program_id(1), tl.num_programs(1)", "matrix = tl.program_id(1)\n    share, shares = tl.program_id(0), tl.num_programs(0)", "test_many_matrices", also=(("norm_kernel, (batch, shares), X,", "norm_kernel, (shares, batch), X,"),)),
+    Mutant("a scale left from the step before", "tl.store(scale + matrix, result.to(tl.float32))", "tl.store(scale + matrix, result.to(tl.float32), (tl.load(scale + matrix) > 0) == 0)", "test_a_scratch_is_used_again and 80"),
+    Mutant("32 bits: lines", "line[:, None] * line_stride +", "line[:, None] * line_stride.to(tl.int32) +", "test_offsets and sm_80"),
+    Mutant("32 bits: matrices of x", "x += matrix * batch_stride", "x += matrix * batch_stride.to(tl.int32)", "test_offsets and sm_80"),
     # Tables.
     Mutant("vectors at any address", " and address % 16 == 0", "", DECAY, file=TABLES),
     Mutant("lines cut through vectors", " and cols % n == 0", "", "test_vectors", file=TABLES),

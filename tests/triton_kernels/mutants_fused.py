@@ -33,6 +33,7 @@ MUTANTS = [
     Mutant("lines beyond the matrix", "line[:, None] < tl.where(tall, N, M)", "line[:, None] < tl.where(tall, N, M) + 1", LOGIC),
     Mutant("update of a tall tile not turned back", "turned(product(Q, turned(x, tall, WIDTH), TERMS), tall, WIDTH)", "product(Q, turned(x, tall, WIDTH), TERMS)", LOGIC),
     Mutant("the first tile of the second pass only", "tile_at(zero * BLOCK, begin, M", "tile_at(zero * BLOCK, 0, M", LOGIC),
+    Mutant("32 bits: lines", "line[:, None] * line_stride +", "line[:, None] * line_stride.to(tl.int32) +", "test_offsets and sm_80", file="muon_kernels/triton_kernels/elementwise.py"),
     # Momentum and update.
     Mutant("direction from the momentum before its rounding", "new = stored.to(tl.float32)\n", "new = blend(g, tl.load(at, inside, 0.0).to(tl.float32), mu, rest, DAMPENED)\n", LOGIC),
     Mutant("everybody gets the ratio of the first", "tl.load(ratios + matrix)", "tl.load(ratios)", LOGIC),

@@ -35,6 +35,7 @@ MUTANTS = [
     Mutant("the last row is read whole", "(k if SIZE_UNIT == STRIDE_UNIT else tl.maximum(k - 1, 0)) // BLOCK_K", "k // BLOCK_K", "test_nothing_is_read_behind and sm80"),
     Mutant("rows of neighbours read", "tl.minimum(rows, m - 1)", "rows", SIZES),
     Mutant("offsets of 32 bits", "a + tl.minimum(rows, m - 1)[:, None].to(tl.int64) * a_row_stride", "a + tl.minimum(rows, m - 1)[:, None] * a_row_stride.to(tl.int32)", "test_offsets and sm80"),
+    Mutant("matrices in the grid's second dimension", "slot = tl.program_id(0) // tiles", "slot = tl.program_id(1)", "test_many_matrices", also=(("        how.programs,\n        a,", "        (how.programs // len(out), len(out)),\n        a,"),)),
     Mutant("matrices of b as far apart as those of a", "b += matrix * (b_batch_stride * STRIDE_UNIT)", "b += matrix * (a_batch_stride * STRIDE_UNIT)", LOGIC),
     Mutant("narrow matrices read wide", "| 2 * self.strides[0] |", "|", "test_distance_of_matrices and sm80"),
     Mutant("ragged sizes taken for whole vectors", "(m | n | k) % _VECTOR == 0", "(m | k) % _VECTOR == 0", LOGIC),

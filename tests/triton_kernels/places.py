@@ -40,6 +40,6 @@ def running(request: pytest.FixtureRequest) -> Iterator[Gpu]:
     # On 108 multiprocessors, what is small enough to be executed gets the smallest tile.
     patch = request.getfixturevalue("monkeypatch")
     with emulated(request.param, 108, None) as device:
-        patch.setattr(tables, "_capturing", lambda _: device.captured is not None)
+        patch.setattr(tables, "capturing", lambda _: device.captured is not None)
         yield Gpu("triton", "cpu", device.capture, lambda: device.replay(), lambda: len(device.log))
         assert not device.warnings()

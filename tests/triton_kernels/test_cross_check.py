@@ -11,8 +11,9 @@ import torch
 from matrices import SPECTRA, factors, spectral_truth
 from ptx import standin
 from step_checks import stepped
-from test_newton_schulz import bf16_loop, relative_error
+from test_newton_schulz import relative_error
 from torch import Tensor
+from yardsticks import bf16_loop
 
 sys.path.append(str(Path(__file__).parents[1] / "cuda"))
 

@@ -150,7 +150,7 @@ def test_what_a_graph_reads_is_written_by_launches(
 ) -> None:
     """Not copied from memory of the host, which a graph would read again."""
     numbers = (torch.randn(count, dtype=torch.float64) * 2.0**40).to(dtype)
-    monkeypatch.setattr(tables, "_capturing", lambda _: True)
+    monkeypatch.setattr(tables, "capturing", lambda _: True)
     with device_at(80, []) as device:
         on_device = tables.on_device(bytes(numbers.untyped_storage()), dtype, torch.device("cpu"))
         assert torch.equal(on_device, numbers) and on_device.dtype == dtype

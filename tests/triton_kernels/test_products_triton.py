@@ -31,7 +31,7 @@ class Place(NamedTuple):
 
 PLACES = {"sm80": Place(80, False), "sm90": Place(90, False), "tma": Place(90, True)}
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
-OPTIONS = ("order", "asynchrony", "seed", "races", "profile")
+OPTIONS = ("order", "asynchrony", "seed", "races", "profile", "blocks")
 CONFIGS = [(arch, config) for arch in (80, 90) for config in table(arch).configs]
 dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 every_config = pytest.mark.parametrize(
@@ -308,6 +308,12 @@ def test_nan_stays_in_its_matrix(run: Products) -> None:
 
 def test_offsets_have_64_bits(run: Products) -> None:
     checks.offsets_have_64_bits(run)
+
+
+@places("sm80")
+def test_many_matrices_take_one_launch(run: Products) -> None:
+    checks.many_matrices(run)
+    assert [ran.grid for ran in run.device.log] == [(checks.MANY, 1, 1)]
 
 
 @pytest.mark.parametrize("case", range(8))

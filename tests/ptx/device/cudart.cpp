@@ -29,6 +29,8 @@ struct Device {
 struct Options {
     u32 order = 0, asynchrony = 0, spin_limit = 1000;
     u64 seed = 0;
+    const u32* blocks = nullptr;
+    u64 block_count = 0;
 };
 
 // What Python tells of a kernel; mirrored in standin.py.
@@ -78,7 +80,7 @@ struct State {
     std::vector<Launch> failures;
     std::vector<std::string> failed_kernels;
     cudaError_t last = cudaSuccess;
-    cudaError_t fail_next = cudaSuccess;
+    std::map<std::string, cudaError_t> fail_next;  // by the function
     bool capturing = false;
     std::vector<Node> graph;
     int (*resolve)(const char* name, KernelInfo*) = nullptr;
@@ -102,6 +104,12 @@ thread_local std::vector<Configuration> configurations;
 cudaError_t set_last(cudaError_t error) {
     if (error != cudaSuccess) state().last = error;
     return error;
+}
+
+// What the next call of a function was asked to fail with.
+cudaError_t planted(const char* function) {
+    const auto found = state().fail_next.extract(function);
+    return found ? set_last(found.mapped()) : cudaSuccess;
 }
 
 Kernel* find(const void* function) {
@@ -169,6 +177,7 @@ cudaError_t execute(const Node& node) {
     l.dynamic_shared = static_cast<u32>(node.shared);
     l.order = s.options.order, l.asynchrony = s.options.asynchrony, l.spin_limit = s.options.spin_limit;
     l.seed = s.options.seed;
+    l.blocks = s.options.blocks, l.block_count = s.options.block_count;
     l.resident = node.cooperative ? node.grid.x * node.grid.y * node.grid.z : 1;
     l.check_bounds = !s.device.any_memory;
     l.params = aligned, l.param_bytes = static_cast<u32>(node.params.size());
@@ -191,7 +200,7 @@ cudaError_t launch(const void* function, dim3 grid, dim3 block, void** args, siz
     std::lock_guard lock(s.mutex);
     Kernel* k = find(function);
     if (!k || !known(*k)) return set_last(cudaErrorInvalidDeviceFunction);
-    cudaError_t error = std::exchange(s.fail_next, cudaSuccess);
+    cudaError_t error = planted("cudaLaunchKernel");
     if (!error) error = check(*k, grid, block, shared);
     const u64 blocks = u64(grid.x) * grid.y * grid.z;
     if (!error && cooperative &&
@@ -271,9 +280,13 @@ void standin_clear() {
     s.log.clear();
     s.failures.clear();
     s.failed_kernels.clear();
+    s.fail_next.clear();
     s.last = cudaSuccess;
 }
-void standin_fail_next(s32 error) { state().fail_next = static_cast<cudaError_t>(error); }
+void standin_fail_next(s32 error, const char* function) {
+    state().fail_next[function] = static_cast<cudaError_t>(error);
+}
+s32 standin_last_error() { return state().last; }
 void standin_begin_capture() {
     state().graph.clear();
     state().capturing = true;
@@ -358,6 +371,8 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* c, const void* f, void
     return launch(f, c->gridDim, c->blockDim, args, c->dynamicSmemBytes, cooperative);
 }
 cudaError_t cudaFuncSetAttribute(const void* f, cudaFuncAttribute attribute, int value) {
+    std::lock_guard lock(state().mutex);
+    if (const cudaError_t error = planted("cudaFuncSetAttribute")) return error;
     Kernel* k = find(f);
     if (!k || !known(*k)) return set_last(cudaErrorInvalidDeviceFunction);
     if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
@@ -392,10 +407,11 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* n, const void* f,
 // ---- device
 // -----------------------------------------------------------------------------------------------------------
 
-cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+cudaError_t cudaGetDevice(int* device) { return *device = 0, planted("cudaGetDevice"); }
 cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
 cudaError_t cudaSetDevice(int device) { return device ? set_last(cudaErrorInvalidDevice) : cudaSuccess; }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+    if (const cudaError_t error = planted("cudaDeviceGetAttribute")) return error;
     const Device& d = state().device;
     switch (attribute) {
         case cudaDevAttrComputeCapabilityMajor: *value = d.major; break;

@@ -36,6 +36,8 @@ struct Launch {
     u64 param_bytes;
     const Range* ranges;
     u64 range_count;
+    const u32* blocks;  // those to run, by their place in the grid; null: all
+    u64 block_count;
     LineProfile* profile;
     u32 failed, line;
     u32 at_block[3], at_thread[3];

@@ -738,9 +738,12 @@ struct Scheduler {
 
     void run() {
         Launch& l = grid.launch;
-        const u64 count = u64(l.grid[0]) * l.grid[1] * l.grid[2];
+        const u64 count = l.blocks ? l.block_count : u64(l.grid[0]) * l.grid[1] * l.grid[2];
         std::vector<u32> queue(count);
-        for (u32 i = 0; i < count; ++i) queue[i] = l.order == kForward ? u32(count - 1 - i) : i;  // taken from the back
+        for (u32 i = 0; i < count; ++i) {
+            const u32 at = l.order == kForward ? u32(count - 1 - i) : i;  // taken from the back
+            queue[i] = l.blocks ? l.blocks[at] : at;
+        }
         if (l.order == kRandomOrder) {
             for (u32 i = u32(count); i > 1; --i) std::swap(queue[i - 1], queue[grid.random(i)]);
         }

@@ -179,6 +179,7 @@ inline void dmma(Thread& t, u32 line, DmmaArg& arg) {
 }
 
 // ---- ldmatrix, stmatrix, movmatrix ----------------------------------------------------------------------------------
+// As all collectives but bar.warp.sync, they bring lanes together and do not order their memory.
 
 struct MatrixArg {
     u64 address;
@@ -189,7 +190,7 @@ struct MatrixArg {
 
 template <int N, bool Trans, bool Store>
 void matrix_access(Thread& t, u32 line, MatrixArg& arg) {
-    meet(t, ~0u, line, Store ? "stmatrix" : "ldmatrix", true, &arg, [](Warp& w, u32 lanes, void** args) {
+    meet(t, ~0u, line, Store ? "stmatrix" : "ldmatrix", true, &arg, [](Warp& w, u32, void** args) {
         for (int i = 0; i < N; ++i) {
             u16 rows[8][8];
             if constexpr (Store) {
@@ -220,7 +221,6 @@ void matrix_access(Thread& t, u32 line, MatrixArg& arg) {
                 }
             }
         }
-        if constexpr (kRaces) join_warp(w, lanes);
     });
 }
 

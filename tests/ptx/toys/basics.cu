@@ -121,6 +121,23 @@ __global__ void transpose(const float* x, float* out, int n) {
         out[int64_t(bx + j) * n + by + threadIdx.x] = tile[threadIdx.x][j];
 }
 
+// Lanes write what ldmatrix read for others: the same words, turned around.
+__global__ void turned_around(uint32_t* out, int ordered) {
+    __shared__ __align__(16) uint32_t rows[32][4];
+    const int lane = threadIdx.x;
+    for (int j = 0; j < 4; ++j) rows[lane][j] = lane * 4 + j;
+    __syncwarp();
+    uint32_t r[4];
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(rows[lane])))
+                 : "memory");
+    if (ordered) __syncwarp();
+    for (int j = 0; j < 4; ++j) rows[31 - j * 8 - lane / 4][3 - lane % 4] = r[j];
+    __syncwarp();
+    for (int j = 0; j < 4; ++j) out[lane * 4 + j] = rows[lane][j];
+}
+
 __global__ void asserts(const int* x) { assert(x[threadIdx.x] < 5); }
 
 __global__ void misaligned(const char* x, float* out) {

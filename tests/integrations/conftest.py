@@ -1,0 +1,36 @@
+import os
+import sys
+from collections.abc import Iterator
+
+# Before a library reads them: nothing here may be downloaded, and a second pool of threads would wait for the cores.
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="")
+
+import pytest
+import torch
+from tiny import another_accelerator
+from world import World, world
+
+try:
+    import torchvision  # noqa: F401
+except ImportError:
+    pass
+except RuntimeError:
+    # PyPI's torchvision is built for torch with CUDA. Beside a torch without, its operators are missing, and their
+    # declarations are all that timm, lightning and peft need in order to import it.
+    declarations = torch.library.Library("torchvision", "DEF")
+    declarations.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    declarations.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+@pytest.fixture(autouse=True)
+def _own_accelerator() -> Iterator[None]:
+    yield
+    if "accelerate" in sys.modules:
+        another_accelerator()
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[World]:
+    """Two processes."""
+    with world(2) as started:
+        yield started
