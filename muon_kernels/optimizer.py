@@ -599,12 +599,14 @@ class Muon(Optimizer):
                     V, form = state.get("second_momentum_buffer"), loaded["second_moment"]
                     if V is not None and form is not None:
                         check_second_moment("second_momentum_buffer", V, form, p, loaded["flatten"], split)
-        super().load_state_dict(state_dict)
         # torch casts state to the parameter's dtype, which would round what is fp32 with bf16 parameters.
-        for p, state in states:
-            for key in _STATE:
-                if key in state:
-                    self.state[p][key] = state[key].detach().to(p.device, copy=True)
+        copies = [
+            (p, {key: state[key].detach().to(p.device, copy=True) for key in _STATE if key in state})
+            for p, state in states
+        ]
+        super().load_state_dict(state_dict)
+        for p, copy in copies:
+            self.state[p].update(copy)
         for p in self._ranks.owned:
             if self._ranks.elsewhere(p):
                 self.state.pop(p, None)
@@ -676,6 +678,8 @@ def _check_loadable(name: str, value: Any, p: Tensor) -> None:
         raise TypeError(f"{name} should be a plain tensor but is of: {value.dtype}")
     if value.is_meta and not p.is_meta:
         raise ValueError(f"{name} should have memory but is on the meta device")
+    if not value.is_leaf:
+        raise ValueError(f"{name} should be a tensor by itself but is the result of an operation; detach it")
 
 
 def _check_state(of: str, p: Tensor, state: Mapping[str, Any]) -> None:

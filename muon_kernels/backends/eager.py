@@ -530,7 +530,7 @@ def _random_bits(seed: int, first: int, z: Tensor, shifted: Tensor, bits: Tensor
         bits: (batch, down, 2, across, 2) int64, written.
     """
     begin = first * z[0].numel() + 1
-    torch.arange(begin, begin + z.numel(), out=z.view(-1))
+    torch.arange(begin, begin + z.numel(), out=z.view(-1), device=z.device)
     z.mul_(_signed(_STRIDE)).add_(_signed(_mixed(seed % 2**64)))
     for shift, factor in zip((30, 27, 31), (*_MIX, 1), strict=True):  # `_mixed`
         z.bitwise_xor_(_logically_shifted(z, shift, shifted)).mul_(_signed(factor))
