@@ -88,7 +88,9 @@ class Muon(Optimizer):
 
     Sources: Keller Jordan et al., "Muon" (2024); Liu et al., "Muon is Scalable for LLM Training" (arXiv 2502.16982)
         for the weight decay and "match_rms_adamw". Matrices of equal shape are stepped together; `plan()` shows how.
-        Gradients are only read. If a step raises, parameters and state are as they were.
+        Gradients are only read. If a step raises, parameters and state are as they were, also where memory runs out;
+        Ctrl-C waits until the matrices of this process are written. After `os.fork` a step in the new process waits
+        forever for threads that the old one has, unless `torch.set_num_threads(1)` was there before the first step.
 
     Differs from `torch.optim.Muon` where that is at fault: the momentum buffer is never overwritten by the iteration,
     the norm is taken before rounding to bf16, and the update does not depend on the gradient's scale, from 1e-30 to

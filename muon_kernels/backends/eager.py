@@ -1,6 +1,9 @@
 """The verbs in plain torch operations: any device, any floating-point dtype, and the twin that native kernels are read
 beside. Products run in 16 bits with fp32 accumulation, as in torch.optim.Muon, but batched. A processor without such
 instructions multiplies the same operands in fp32: torch's emulation takes up to a hundred times as long.
+
+Torch's operations round their last bits by how operands lie in memory, so those of a step depend on strides. What an
+operation needs beside its operands is taken from memory.py, but for what torch's 16-bit product takes inside itself.
 """
 
 from __future__ import annotations
