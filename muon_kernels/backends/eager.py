@@ -354,6 +354,10 @@ def add(
     if gamma or out.diagonal is not None:
         _add_precisely(A, out, C, alpha, beta, gamma, scale)
         return
+    if scale is None and (C is None or (C.high is out.high and beta == 1)):
+        if not memory.rehearsing():
+            torch.mul(A.high, alpha, out=out.high) if C is None else out.high.add_(A.high, alpha=alpha)
+        return
     for at in _groups(out.high):
         total, addend = memory.take(out.high.device, *[(out.high[at].shape, torch.float32)] * 2)
         if memory.rehearsing():
