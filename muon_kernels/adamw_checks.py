@@ -68,8 +68,9 @@ def check_gradient(p: Tensor, grad: Tensor) -> None:
         raise TypeError("AdamW's gradients should be dense but one is sparse")
     if grad.dtype != p.dtype:
         raise TypeError(f"AdamW's gradients should be of the parameter's dtype {p.dtype} but one is of: {grad.dtype}")
-    check_like("gradient", grad, p)
-    check_device("gradient", grad, p)
+    if grad.shape != p.shape or grad.device != p.device:
+        check_like("gradient", grad, p)
+        check_device("gradient", grad, p)
 
 
 def check_step_size(p: Tensor, group: Mapping[str, Any]) -> None:
@@ -99,6 +100,8 @@ def check_adamw_state(of: str, p: Tensor, state: Mapping[str, Any], amsgrad: boo
         saved: in a checkpoint, which is cast to the parameter's dtype and device, and whose step may be a number.
     """
     moments = (*MOMENTS, "max_exp_avg_sq") if amsgrad else MOMENTS
+    if all(_is_ordinary(state.get(key), p) for key in moments) and _is_count(state.get("step")):
+        return  # as nearly always, in every step
     for key in moments:
         if key not in state:
             raise ValueError(f"state{of} should have {', '.join(moments)} but has: {', '.join(map(str, state))}")
@@ -119,6 +122,23 @@ def check_adamw_state(of: str, p: Tensor, state: Mapping[str, Any], amsgrad: boo
     if not isinstance(step, Tensor) and not (saved and isinstance(step, (int, float))):
         raise ValueError(f"state{of} should have step, a tensor, but has: {step!r}; delete the state to start anew")
     check_count("step" + of, step)
+
+
+def _is_ordinary(moment: Any, p: Tensor) -> bool:
+    return (
+        type(moment) is Tensor
+        and moment.dtype == p.dtype
+        and moment.shape == p.shape
+        and moment.device == p.device
+        and moment.layout == torch.strided
+        and moment.is_contiguous()
+    )
+
+
+def _is_count(step: Any) -> bool:
+    if type(step) is not Tensor or step.dtype != torch.float32 or step.ndim:
+        return False
+    return not on_host(step) or step.item() >= 0
 
 
 def new_adamw_state(p: Tensor, amsgrad: bool = False, with_parameter: bool = False) -> dict[str, Tensor]:

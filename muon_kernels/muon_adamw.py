@@ -53,6 +53,9 @@ class MuonAdamW(Optimizer):
             `fused`, `foreach` and `differentiable` given, a group is `fused` if it can be: floating
             point, on CPU or CUDA, contiguous.
 
+    Both halves are checked before either is stepped, and the state of both is made. Muon steps first: Ctrl-C between
+    the two leaves AdamW's half out, and an AdamW that is not fused takes memory while it steps.
+
     The defaults are those of either optimizer, so groups differ in more than the learning rate: `weight_decay` is
     0.1 for Muon and 0.01 for AdamW.
 

@@ -88,7 +88,9 @@ class Muon(Optimizer):
 
     Sources: Keller Jordan et al., "Muon" (2024); Liu et al., "Muon is Scalable for LLM Training" (arXiv 2502.16982)
         for the weight decay and "match_rms_adamw". Matrices of equal shape are stepped together; `plan()` shows how.
-        Gradients are only read. If a step raises, parameters and state are as they were.
+        Gradients are only read. If a step raises, parameters and state are as they were, also where memory runs out;
+        Ctrl-C waits until the matrices of this process are written. After `os.fork` a step in the new process waits
+        forever for threads that the old one has, unless `torch.set_num_threads(1)` was there before the first step.
 
     Differs from `torch.optim.Muon` where that is at fault: the momentum buffer is never overwritten by the iteration,
     the norm is taken before rounding to bf16, and the update does not depend on the gradient's scale, from 1e-30 to
@@ -599,12 +601,14 @@ class Muon(Optimizer):
                     V, form = state.get("second_momentum_buffer"), loaded["second_moment"]
                     if V is not None and form is not None:
                         check_second_moment("second_momentum_buffer", V, form, p, loaded["flatten"], split)
-        super().load_state_dict(state_dict)
         # torch casts state to the parameter's dtype, which would round what is fp32 with bf16 parameters.
-        for p, state in states:
-            for key in _STATE:
-                if key in state:
-                    self.state[p][key] = state[key].detach().to(p.device, copy=True)
+        copies = [
+            (p, {key: state[key].detach().to(p.device, copy=True) for key in _STATE if key in state})
+            for p, state in states
+        ]
+        super().load_state_dict(state_dict)
+        for p, copy in copies:
+            self.state[p].update(copy)
         for p in self._ranks.owned:
             if self._ranks.elsewhere(p):
                 self.state.pop(p, None)
@@ -676,6 +680,8 @@ def _check_loadable(name: str, value: Any, p: Tensor) -> None:
         raise TypeError(f"{name} should be a plain tensor but is of: {value.dtype}")
     if value.is_meta and not p.is_meta:
         raise ValueError(f"{name} should have memory but is on the meta device")
+    if not value.is_leaf:
+        raise ValueError(f"{name} should be a tensor by itself but is the result of an operation; detach it")
 
 
 def _check_state(of: str, p: Tensor, state: Mapping[str, Any]) -> None:

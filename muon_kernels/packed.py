@@ -102,10 +102,14 @@ def scales_of(scale: Tensor, shape: Sequence[int], flatten: bool | None, split: 
     return found
 
 
+def _most(device: torch.device) -> int:
+    return _PIECE_ON_CPU if device.type == "cpu" else _PIECE
+
+
 def _pieces(values: Tensor) -> Iterator[tuple[slice, int, int]]:
     """Matrices, and first and last element of each, of (matrices, elements), piece by piece."""
     count, elements = values.shape
-    most = _PIECE_ON_CPU if values.device.type == "cpu" else _PIECE
+    most = _most(values.device)
     at_once = max(1, most // elements)
     for i in range(0, count, at_once):
         for begin in range(0, elements, most):
@@ -115,7 +119,7 @@ def _pieces(values: Tensor) -> Iterator[tuple[slice, int, int]]:
 def _largest_piece(stored: Tensor) -> tuple[int, int]:
     """The size of the first of `_pieces`, and so of the largest."""
     count, rows, cols = stored.shape
-    most = _PIECE_ON_CPU if stored.device.type == "cpu" else _PIECE
+    most = _most(stored.device)
     return min(count, max(1, most // (rows * cols))), min(most, rows * cols)
 
 

@@ -87,8 +87,8 @@ class SpectralAdam(Optimizer):
         W ← (1 - lr·weight_decay) W - lr·ratio·U Σ^p Vᵀ
 
     p = 1 is torch.optim.AdamW, to the bit, and the state is its: `exp_avg`, `exp_avg_sq`, `step`.
-    The moments, and R, are torch's own fused step of a parameter that is zero; R takes as much memory as the parameters
-    while a step runs.
+    The moments, and R, are torch's own step of a parameter that is zero, which takes memory of a parameter's size as it
+    goes along; R takes as much as the parameters while a step runs.
 
     Source: arXiv 2602.04669, with the settings of github.com/Ocram7/BeyondMuon.
 

@@ -199,8 +199,8 @@ MUTANTS = [
     ),
     Mutant(
         "127 x leaves the range",
-        "    torch.div(x, absmax.where(absmax != 0, 1.0).unsqueeze(-1), out=out)\n    out.mul_(127)",
-        "    torch.div(x * 127, absmax.where(absmax != 0, 1.0).unsqueeze(-1), out=out)\n    out",
+        "    torch.div(x, divisor.unsqueeze(-1), out=out)\n    out.mul_(127)",
+        "    torch.div(x * 127, divisor.unsqueeze(-1), out=out)\n    out",
         "test_quantized",
         "muon_kernels/packed.py",
     ),

@@ -56,12 +56,24 @@ MUTANTS = [
     ),
     Mutant("svd: rank", ".where(there, 0.0)", "", "references", SPECTRAL),
     Mutant("coupled: size", "* (size * norm).sqrt()", "* norm.sqrt()", "references", SPECTRAL),
-    Mutant("measure: bound", "dtype=torch.float32).pow_(0.25)", "dtype=torch.float32).pow_(0.125)", SUMS, ITERATION),
-    Mutant("measure: zero unguarded", "        bound.masked_fill_(bound == 0, 1.0)\n", "", SCALE, ITERATION),
+    Mutant("measure: bound", "out=bound).pow_(0.25)", "out=bound).pow_(0.125)", SUMS, ITERATION),
+    Mutant(
+        "measure: zero unguarded",
+        "        bound.masked_fill_(torch.eq(bound, 0, out=is_zero), 1.0)\n",
+        "",
+        SCALE,
+        ITERATION,
+    ),
     Mutant(
         "measure: prologue's scale", "            blend.scale.mul_(scale)\n", "            pass\n", SCALE, ITERATION
     ),
-    Mutant("measure: factor without the bound", "bound.mul_(blend.norms)", "bound.copy_(blend.norms)", SUMS, ITERATION),
+    Mutant(
+        "measure: factor without the bound",
+        "bound.copy_(norms.copy_(bound).mul_(blend.norms))",
+        "bound.copy_(blend.norms)",
+        SUMS,
+        ITERATION,
+    ),
     Mutant(
         "measure: factor without the scale",
         "power, out=blend.factor).mul_(blend.scale)",
@@ -164,27 +176,25 @@ MUTANTS = [
         EAGER,
     ),
     Mutant("eager: diagonal of the addend", "gamma + beta * _diagonal(C)", "gamma", ADD, EAGER),
-    Mutant(
-        "eager: scale of the diagonal", "            on_diagonal *= scale[:, None]\n", "            pass\n", ADD, EAGER
-    ),
+    Mutant("eager: scale of the diagonal", "        on_diagonal *= scale[:, None]\n", "", ADD, EAGER),
     Mutant(
         "eager: beta of a sum",
-        "torch.add(beta * C.high.float(), A.high",
-        "torch.add(C.high.float(), A.high",
+        "total.copy_(C.high[at]).mul_(beta)",
+        "total.copy_(C.high[at])",
         ADD,
         EAGER,
     ),
     Mutant(
         "eager: scale of a sum",
-        "total if scale is None else total.mul_(scale[:, None, None]))\n    if on_diagonal",
-        "total)\n    if on_diagonal",
+        "total if scale is None else total.mul_(scale[at, None, None]))",
+        "total)",
         ADD,
         EAGER,
     ),
     Mutant(
         "eager: alpha alone",
-        "torch.mul(A.high, alpha if scale is None else (alpha * scale)[:, None, None]",
-        "torch.mul(A.high, 1.0 if scale is None else scale[:, None, None]",
+        "total.copy_(A.high[at]).mul_(alpha)",
+        "total.copy_(A.high[at])",
         ADD,
         EAGER,
     ),

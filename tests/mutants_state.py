@@ -31,7 +31,7 @@ MUTANTS = [
         PACKED,
     ),
     Mutant("-127 is NaN", "(_NAN + 0.5) / 127, math.nan", "(_NAN + 1) / 127, math.nan", EIGHT, PACKED),
-    Mutant("scale not kept", "    absmax.copy_(out.amax(-1))\n", "    absmax = out.amax(-1)\n", EIGHT, PACKED),
+    Mutant("scale not kept", "    absmax.copy_(divisor)\n", "", EIGHT, PACKED),
     Mutant(
         "rectangles begin in the first column",
         "col : cols if whole else col + stop - begin",
@@ -88,8 +88,8 @@ MUTANTS = [
         "rehearsal",
         PACKED,
     ),
-    Mutant("upper half not rounded", "bits.add(1 << 15)", "bits.add(0)", MASTERS, PACKED),
-    Mutant("halfway towards zero", "bits.add(1 << 15)", "bits.add((1 << 15) - 1)", MASTERS, PACKED),
+    Mutant("upper half not rounded", "torch.add(bits, 1 << 15,", "torch.add(bits, 0,", MASTERS, PACKED),
+    Mutant("halfway towards zero", "torch.add(bits, 1 << 15,", "torch.add(bits, (1 << 15) - 1,", MASTERS, PACKED),
     Mutant(
         "NaN with something in its lower half",
         "x = values[i, begin:end].nan_to_num_(math.nan, math.inf, -math.inf)",
@@ -112,7 +112,7 @@ MUTANTS = [
         PACKED,
     ),
     Mutant("lower half has no sign", ".add_(lower)", ".bitwise_or_(lower & 0xFFFF)", MASTERS, PACKED),
-    Mutant("a piece is everything", "else _PIECE\n", "else _PIECE\n    most = 1 << 40\n", PLANNED, PACKED),
+    Mutant("a piece is everything", "else _PIECE\n", "else 1 << 40\n", PLANNED, PACKED),
     Mutant(
         "columns as memory runs",
         "            if order:  # blocks",

@@ -1,6 +1,9 @@
 """The verbs in plain torch operations: any device, any floating-point dtype, and the twin that native kernels are read
 beside. Products run in 16 bits with fp32 accumulation, as in torch.optim.Muon, but batched. A processor without such
 instructions multiplies the same operands in fp32: torch's emulation takes up to a hundred times as long.
+
+Torch's operations round their last bits by how operands lie in memory, so those of a step depend on strides. What an
+operation needs beside its operands is taken from memory.py, but for what torch's 16-bit product takes inside itself.
 """
 
 from __future__ import annotations
@@ -351,6 +354,10 @@ def add(
     if gamma or out.diagonal is not None:
         _add_precisely(A, out, C, alpha, beta, gamma, scale)
         return
+    if scale is None and (C is None or (C.high is out.high and beta == 1)):
+        if not memory.rehearsing():
+            torch.mul(A.high, alpha, out=out.high) if C is None else out.high.add_(A.high, alpha=alpha)
+        return
     for at in _groups(out.high):
         total, addend = memory.take(out.high.device, *[(out.high[at].shape, torch.float32)] * 2)
         if memory.rehearsing():
@@ -530,7 +537,7 @@ def _random_bits(seed: int, first: int, z: Tensor, shifted: Tensor, bits: Tensor
         bits: (batch, down, 2, across, 2) int64, written.
     """
     begin = first * z[0].numel() + 1
-    torch.arange(begin, begin + z.numel(), out=z.view(-1))
+    torch.arange(begin, begin + z.numel(), out=z.view(-1), device=z.device)
     z.mul_(_signed(_STRIDE)).add_(_signed(_mixed(seed % 2**64)))
     for shift, factor in zip((30, 27, 31), (*_MIX, 1), strict=True):  # `_mixed`
         z.bitwise_xor_(_logically_shifted(z, shift, shifted)).mul_(_signed(factor))
