@@ -314,6 +314,11 @@ def check_dense(name: str, t: Any, dtypes: Sequence[torch.dtype] = DTYPES) -> No
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         kind = "a floating-point dtype among " if dtypes == DTYPES else "a dtype among " if len(dtypes) > 1 else ""
         raise TypeError(f"{name} should be of {kind}{names} but is of: {t.dtype}")
+    if type(t).__name__ == "FakeTensor":
+        raise TypeError(
+            f"{name} should have memory but is a FakeTensor; to see what state an optimizer makes, build the model "
+            'under torch.device("meta"), where steps make it; plan() tells of what else they need'
+        )
     if t.numel() and t.device.type != "meta" and not has_memory(t):
         raise TypeError(
             f"{name} should be a tensor with memory of its own but is a {type(t).__name__} without, like DTensors and "
@@ -726,9 +731,27 @@ SETTLED = (
 )
 
 
-def settled(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a group in SETTLED, as `prepare` takes them."""
-    return {key: group[key] for key in SETTLED} | {"workspace_dtype": options.dtype_of(group["workspace_dtype"])}
+# Those of them that a parameter has its own answer to.
+_OF_PARAMETERS = ("split", "transposed")
+_OF_GROUPS = (*(key for key in SETTLED if key not in _OF_PARAMETERS), "momentum_dtype")
+
+
+def alike(group: Mapping[str, Any]) -> list[Any]:
+    """What groups have to have in common to be stepped as one, hashable."""
+    return [_hashable(group[key]) for key in _OF_GROUPS]
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(map(_hashable, value)) if isinstance(value, (list, tuple)) else value
+
+
+def settled(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The options in SETTLED of groups that are stepped as one, as `Preparations` takes them."""
+    return {
+        **{key: groups[0][key] for key in SETTLED},
+        **{key: [group[key] for group in groups] for key in _OF_PARAMETERS},
+        "workspace_dtype": options.dtype_of(groups[0]["workspace_dtype"]),
+    }
 
 
 def splits(group: Mapping[str, Any]) -> list[tuple[Tensor, str | None]]:
@@ -1028,7 +1051,7 @@ def orthogonalize(
     ns_algorithm: str = "auto",
     backend: str = "auto",
     max_workspace_bytes: int | None = None,
-    workspace_dtype: torch.dtype = torch.bfloat16,
+    workspace_dtype: torch.dtype | str = torch.bfloat16,
 ) -> Tensor:
     """Approximate the orthogonal polar factor U Vᵀ of every matrix G = U Σ Vᵀ by Newton-Schulz.
 
@@ -1047,7 +1070,7 @@ def orthogonalize(
         ns_algorithm: "standard", "gram", or "auto" for the one with fewer FLOPs.
         backend: a name of `muon_kernels.backends.BACKENDS`, or "auto".
         max_workspace_bytes: cap on the workspace, an int; None for the backend's default.
-        workspace_dtype: torch.bfloat16 or torch.float16, see `Muon`.
+        workspace_dtype: torch.bfloat16 or torch.float16, or a name of these, see `Muon`.
 
     Returns:
         A new tensor of G's shape and dtype.
@@ -1056,6 +1079,11 @@ def orthogonalize(
         ValueError, TypeError: an argument that cannot be used.
         RuntimeError: a named backend that cannot run here.
     """
+    ns_coefficients, ns_steps, eps, max_workspace_bytes = map(
+        options.plain, (ns_coefficients, ns_steps, eps, max_workspace_bytes)
+    )
+    options.check_workspace_dtype(workspace_dtype)
+    workspace_dtype = options.dtype_of(workspace_dtype)
     schedule = resolve(ns_coefficients, ns_steps)
     coefficients = [c for triple in schedule.triples for c in triple]
     rest = (coefficients, schedule.margin, eps, ns_algorithm, backend, max_workspace_bytes, workspace_dtype)
@@ -1168,7 +1196,7 @@ def spectral_power(
         ValueError, TypeError: an argument that cannot be used.
         RuntimeError: a named backend that cannot run here.
     """
-    rest = check_power(p, "p"), exact, ns_algorithm, backend, max_workspace_bytes
+    rest = check_power(options.plain(p), "p"), exact, ns_algorithm, backend, options.plain(max_workspace_bytes)
     return _power_operation(G.detach(), *rest) if torch.compiler.is_compiling() else _spectral_power(G, *rest)
 
 

@@ -15,7 +15,7 @@ from torch.optim import AdamW, Optimizer
 
 from .functional import check_apart
 from .optimizer import Muon, check_checkpoint, check_state
-from .options import check_keys, check_number, settle
+from .options import check_keys, check_number, plain, settle
 from .plan import Plan
 
 __all__ = ["MuonAdamW"]
@@ -86,7 +86,8 @@ class MuonAdamW(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group for Muon (`use_muon=True`) or AdamW (`use_muon=False`).
 
-        That optimizer's defaults are written into the dict.
+        That optimizer's defaults are written into the dict. Parameters of all groups have names or none has: beside
+        groups of `muon_kernels.param_groups`, which have, give pairs (name, parameter).
         """
         if not isinstance(param_group.get("use_muon"), bool):
             raise ValueError(
@@ -269,6 +270,7 @@ def _settle(group: dict[str, Any]) -> None:
 
 def _checked_adamw(options: Mapping[str, Any]) -> AdamW:
     """An AdamW without parameters; it raises what it has against the options, and we what it overlooks."""
+    options = {key: plain(value) for key, value in options.items()}
     _check_options({"lr": 0.0, "weight_decay": 0.0, "eps": 0.0, "betas": (0.0, 0.0), **options})
     return AdamW([{"params": []}], **options)
 

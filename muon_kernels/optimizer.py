@@ -27,6 +27,7 @@ from .functional import (
     Prepared,
     Scalars,
     Workspace,
+    alike,
     as_scalar,
     check_apart,
     check_dense,
@@ -61,6 +62,7 @@ from .options import (
     dtype_of,
     plain,
     settle,
+    settled_checkpoint,
 )
 from .packed import scale_size
 from .plan import Plan, plan_for_shapes
@@ -101,8 +103,11 @@ class Muon(Optimizer):
         eps: smallest divisor of the normalisation, after an exact scaling of the norm to [1, 2); so it matters for
             zero only.
         ns_steps: number of steps; if not given, 5 or a named set's own number.
-        adjust_lr_fn: ratio(A, B): None or "original" √max(1, A/B); "match_rms_adamw" 0.2·√max(A, B); "spectral" √(A/B);
-            "none" 1; or a pure function of (A, B): its answers are kept from step to step.
+        adjust_lr_fn: ratio(A, B): None or "original" √max(1, A/B); "match_rms_adamw" 0.2·√max(A, B); "spectral" √(A/B),
+            which groups hold by torch's name "spectral_unclamped"; "none" 1; or a pure function of (A, B) at the top
+            level of a module. Its answers are kept from step to step. Groups and checkpoints hold its name, and a
+            checkpoint is taken up only where the group has the same function.
+        use_addmm: for torch.optim.Muon, which has it to fuse products; here they are.
         dampened: False writes the momentum as Moonlight does, without the factor 1 - μ.
         flatten: True flattens parameters of three dimensions too, False flattens none.
         split: how to cut parameters that hold several matrices, in the words of `muon_kernels.split`: one cut for all
@@ -117,8 +122,9 @@ class Muon(Optimizer):
         backend: "cuda", "triton", "cpu", "eager", or "auto" for the first that can.
         max_workspace_bytes: cap on the memory beside parameters and state; larger buckets are stepped in several
             passes. None: 64 MiB for "cpu", 1 GiB for the others, or one matrix's need if that is more.
-        workspace_dtype: of what is multiplied. torch.float16 is several times more accurate than torch.bfloat16 and as
-            fast on a GPU; the "cpu" backend has it not, and "auto" then takes "eager", which is slower.
+        workspace_dtype: of what is multiplied, a dtype or its name, which is what groups hold. torch.float16 is several
+            times more accurate than torch.bfloat16 and as fast on a GPU; the "cpu" backend has it not, and "auto" then
+            takes "eager", which is slower.
         momentum_dtype: of new momentum buffers; None: the gradient's. torch.int8 is 1.002 bytes an element: codes in
             `momentum_buffer`, and in `momentum_scale` the largest magnitude of every 2048 elements of a matrix, see
             packed.py. Steps compute in fp32. While there is such a momentum, `flatten` and `split` should not change.
@@ -126,7 +132,7 @@ class Muon(Optimizer):
         power: p in [0, 1]: the direction's singular values become σ^p and not 1; see `muon_kernels.spectral_power`.
             Above 0, `ns_coefficients`, `ns_steps` and `eps` are not used, and the update scales with the direction^p.
         weight_decay_form: what of W decays in a step: "decoupled" lr·weight_decay; "independent" weight_decay, whatever
-            lr is; "scheduled" lr·weight_decay·lr/peak_lr, AdamC's and MuonC's (arXiv 2506.02285).
+            lr above 0 is; "scheduled" lr·weight_decay·lr/peak_lr, AdamC's and MuonC's (arXiv 2506.02285).
         peak_lr: the largest `lr` of the schedule, for "scheduled"; None: the one that the group begins with.
         cautious: decay only elements that the update moves towards zero, or not at all (arXiv 2510.12402).
         stochastic_rounding: round parameters, which must be bf16 then, up or down with the probabilities that make the
@@ -143,8 +149,9 @@ class Muon(Optimizer):
             should be within 1e-18 and 1e18, where their squares are fp32.
         beta2: β₂ of that mean.
         process_group: of ranks that have the same plain tensors for parameters, and the same gradients, as under
-            DistributedDataParallel: each steps a share, and only its owner keeps the momentum of a parameter. None:
-            plain tensors are this process's own. DTensors say themselves where they are.
+            DistributedDataParallel, so that GradScaler leaves out the same steps on all: each steps a share, and only
+            its owner keeps the momentum of a parameter. None: plain tensors are this process's own. DTensors say
+            themselves where they are.
         strategy: who orthogonalizes matrices that several ranks have parts of: "owner", to whom the others send theirs;
             "gram", nobody: those cut along their longer dimension stay where they are, and Gram matrices are summed;
             "blocks", MuonBP's (arXiv 2510.16981), each rank its own part, and owners the whole every `block_period`
@@ -230,7 +237,7 @@ class Muon(Optimizer):
         }
         if ns_steps is NS_STEPS:  # a checkpoint must hold a plain number
             defaults["ns_steps"] = len(resolve(plain(ns_coefficients), ns_steps).triples)
-        settle(defaults, list(defaults))
+        settle(defaults, defaults)
         _check_options(defaults)
         self._workspace = Workspace()
         self._prepared = Preparations()
@@ -253,7 +260,7 @@ class Muon(Optimizer):
         group = self.param_groups[-1]
         try:
             check_keys(group, self.defaults)
-            settle(group, self._options)
+            settle(group, self.defaults)
             _set_peak_lr(group)
             _check_options(group)
             if len(set(group["params"])) < len(group["params"]):
@@ -296,16 +303,11 @@ class Muon(Optimizer):
     def _settle(self) -> None:
         """Write plain values where groups have been edited."""
         for group in self.param_groups:
-            settle(group, self._options)
-
-    @property
-    def _options(self) -> list[str]:
-        """What groups have of ours; torch puts one more into the defaults."""
-        return [key for key in self.defaults if key != "differentiable"]
+            settle(group, self.defaults)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise for options that cannot be used."""
-        settle(group, self._options)
+        settle(group, self.defaults)
         _check_options(group)
         if self._ranks.shares(group["params"]):
             check_shared(group)
@@ -320,18 +322,44 @@ class Muon(Optimizer):
                     check_dense("gradient", local(p.grad))
                     check_like("gradient", p.grad, p)
 
+    def _batches(self) -> list[tuple[list[dict[str, Any]], Scalars]]:
+        """Groups that a step does as one, for nothing that matters to it differs between them, and their numbers.
+
+        Apart stay those whose steps are counted, and, as ranks have not agreed on their numbers, those of parameters
+        that other ranks have parts or copies of.
+        """
+        batches: dict[Any, tuple[list[dict[str, Any]], Scalars]] = {}
+        for i, group in enumerate(self.param_groups):
+            self._check_group(group)
+            scalars = Scalars(
+                *_lr_and_decay(group),
+                group["momentum"],
+                group["nesterov"],
+                group["dampened"],
+                group["eps"],
+                -1.0 if group["maximize"] else 1.0,
+                group["cautious"],
+                group["beta2"],
+                _seed(group, i) if group["stochastic_rounding"] else None,
+            )
+            shared = bool(self._ranks.teams) and self._ranks.shares(group["params"])
+            alone = shared or scalars.seed is not None or group["strategy"] == "blocks"
+            key = i if alone else (scalars, *alike(group))
+            batches.setdefault(key, ([], scalars))[0].append(group)
+        return list(batches.values())
+
     def _prepare(
-        self, group: dict[str, Any], grad_of: Callable[[Tensor], Tensor | None]
+        self, groups: Sequence[dict[str, Any]], grad_of: Callable[[Tensor], Tensor | None]
     ) -> tuple[Prepared, list[Tensor], list[tuple[Tensor, str, Tensor]]]:
-        """What a step of this group does, its gradients, and what it would add to the state."""
-        self._check_group(group)
+        """What a step of these groups does as one, its gradients, and what it would add to the state."""
         params, grads, buffers, moments, mantissas, placements = [], [], [], [], [], []
         scales: list[Tensor | None] = []
         split_of: dict[Tensor, str | None] = {}
         new: list[tuple[Tensor, str, Tensor]] = []
         nothing: dict[str, Any] = {}
+        group = groups[0]
         form = group["second_moment"]
-        for p in group["params"]:
+        for p in (p for each in groups for p in each["params"]):
             grad = grad_of(p)
             if grad is None:
                 continue
@@ -346,7 +374,7 @@ class Muon(Optimizer):
                 buffer = torch.zeros_like(p, dtype=dtype, memory_format=format_)
                 new.append((p, "momentum_buffer", buffer))
                 if dtype == torch.int8:
-                    split_of = split_of or dict(splits(group))
+                    split_of = split_of or {p: split for each in groups for p, split in splits(each)}
                     scale = torch.zeros(scale_size(p.shape, group["flatten"], split_of[p]), device=p.device)
                     new.append((p, "momentum_scale", scale))
             scales.append(scale)
@@ -362,7 +390,7 @@ class Muon(Optimizer):
                     if is_dtensor(p):
                         moment = create_part(form, p, group["flatten"])
                     else:
-                        split_of = split_of or dict(splits(group))
+                        split_of = split_of or {p: split for each in groups for p, split in splits(each)}
                         moment = create(form, p, group["flatten"], split_of[p])
                     new.append((p, "second_momentum_buffer", moment))
                 moments.append(None if moment is None else local(moment))
@@ -372,10 +400,11 @@ class Muon(Optimizer):
             placements.append(self._ranks.placements.get(p))
 
         def named() -> tuple[list[str | None], list[bool]]:
-            both = [x for x in zip(splits(group), transposes(group), strict=True) if grad_of(x[0][0]) is not None]
+            all_ = [x for each in groups for x in zip(splits(each), transposes(each), strict=True)]
+            both = [x for x in all_ if grad_of(x[0][0]) is not None]
             return [split for (_, split), _ in both], [turned for _, turned in both]
 
-        options = settled(group)
+        options = settled(groups)
         beside = moments, scales if any(s is not None for s in scales) else (), mantissas, placements
         prepared = self._prepared.get(
             id(group), params, grads, buffers, options, named, *beside, apart=blocks.apart(group)
@@ -412,28 +441,16 @@ class Muon(Optimizer):
             raise RuntimeError(f"step {self._steps} of Muon did not begin: {error}") from error
         # What is kept must be of use outside inference mode too.
         with torch.inference_mode(False), torch.no_grad():
-            prepared = [self._prepare(group, agreed.grad) for group in self.param_groups]
-            scalars = [
-                Scalars(
-                    *_lr_and_decay(group),
-                    group["momentum"],
-                    group["nesterov"],
-                    group["dampened"],
-                    group["eps"],
-                    -1.0 if group["maximize"] else 1.0,
-                    group["cautious"],
-                    group["beta2"],
-                    _seed(group, i) if group["stochastic_rounding"] else None,
-                )
-                for i, group in enumerate(self.param_groups)
-            ]
-            for (decided, grads, _), numbers in zip(prepared, scalars, strict=True):
+            batches = self._batches()
+            prepared = [self._prepare(groups, agreed.grad) for groups, _ in batches]
+            for (decided, grads, _), (_, numbers) in zip(prepared, batches, strict=True):
                 ready(decided, grads, numbers, self._workspace)
-        for group, (decided, grads, new), numbers in zip(self.param_groups, prepared, scalars, strict=True):
+        for (groups, numbers), (decided, grads, new) in zip(batches, prepared, strict=True):
             for p, key, tensor in new:
                 self.state[p][key] = tensor
-            if numbers.seed is not None or group["strategy"] == "blocks":
-                group["step"] = group.get("step", 0) + 1
+            for group in groups:
+                if numbers.seed is not None or group["strategy"] == "blocks":
+                    group["step"] = group.get("step", 0) + 1
             try:
                 execute(decided, grads, numbers, self._workspace)
             except Failed as error:
@@ -459,7 +476,8 @@ class Muon(Optimizer):
         """
         self._ranks.refresh(self.param_groups)
         with torch.inference_mode(False), torch.no_grad():
-            found = [self._prepare(group, lambda p: p if p.requires_grad else None)[2] for group in self.param_groups]
+            trained = lambda p: p if p.requires_grad else None
+            found = [self._prepare(groups, trained)[2] for groups, _ in self._batches()]
         self._prepared.clear()
         for p, key, tensor in (one for new in found for one in new):
             self.state[p][key] = tensor
@@ -467,7 +485,7 @@ class Muon(Optimizer):
     @torch.no_grad()
     def plan(self) -> Plan:
         """What a step does if every parameter has a gradient of its own dtype; `print` it."""
-        prepared = [self._prepare(group, lambda p: p)[0] for group in self.param_groups]
+        prepared = [self._prepare(groups, lambda p: p)[0] for groups, _ in self._batches()]
         self._prepared.clear()  # it would keep the momentum buffers that a first step has not made yet
         return plan_of(prepared)
 
@@ -478,9 +496,10 @@ class Muon(Optimizer):
         self._prepared = Preparations()
         self.__dict__.setdefault("_steps", 0)
         for group in self.param_groups:
-            for key in self._options:
-                group.setdefault(key, self.defaults[key])
-            settle(group, self._options)
+            for key, value in self.defaults.items():
+                if key != "differentiable":  # torch puts this one into the defaults
+                    group.setdefault(key, value)
+            settle(group, self.defaults)
             _set_peak_lr(group)
         if "_ranks" not in self.__dict__:  # a copy
             self._ranks = Ranks()
@@ -535,7 +554,7 @@ class Muon(Optimizer):
         states = check_checkpoint(state_dict, self.param_groups, "Muon", "ns_coefficients", ["momentum_buffer"])
         self._settle()
         groups = self.param_groups
-        saved = settled_checkpoint(state_dict["param_groups"], groups, self._options)
+        saved = settled_checkpoint(state_dict["param_groups"], groups, self.defaults)
         for group in saved:
             _check_options({**self.defaults, **group})
         state_of = dict(states)
@@ -544,7 +563,8 @@ class Muon(Optimizer):
             for own, group in zip(groups, saved, strict=True):
                 _check_precision(own, group)
             # But lr is the checkpoint's, and so is its peak.
-            kept = [{key: own[key] for key in self._options if key != "peak_lr"} for own in groups]
+            options = self.defaults.keys() - {"peak_lr"}
+            kept = [{key: value for key, value in own.items() if key in options} for own in groups]
             for own, group in zip(kept, saved, strict=True):
                 if group.get("ns_coefficients") != own["ns_coefficients"]:
                     own.pop("ns_steps", None)
@@ -634,33 +654,6 @@ def check_state(of: str, p: Tensor, state: Mapping[str, Any], moments: Sequence[
         if not p.is_complex():  # AdamW's moments of those are complex as well
             check_dense(key + of, local(state[key]), MOMENTUM_DTYPES if key == "momentum_buffer" else DTYPES)
         check_like(key + of, state[key], p)
-
-
-def settled_checkpoint(
-    saved: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]], keys: Sequence[str]
-) -> list[dict[str, Any]]:
-    """Param groups of a checkpoint, in plain values.
-
-    Args:
-        saved: in the checkpoint.
-        groups: those that are to take it up.
-        keys: the options.
-
-    Raises:
-        ValueError: `adjust_lr_fn` names a function that the group has not got: no checkpoint should choose what runs.
-    """
-    found: list[dict[str, Any]] = []
-    for i, group in enumerate(saved):
-        found.append(dict(group))
-        settle(found[-1], [key for key in keys if key in group])
-        rule = found[-1].get("adjust_lr_fn")
-        own = groups[i]["adjust_lr_fn"] if i < len(groups) else None
-        if isinstance(rule, str) and ":" in rule and rule != own:
-            raise ValueError(
-                f"adjust_lr_fn of a checkpoint should be a rule of muon_kernels or the function that the group has "
-                f"already, but is: {rule!r} where the group has {own!r}; give the optimizer that function before"
-            )
-    return found
 
 
 def _check_precision(own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -20,7 +20,7 @@ _PLAIN = frozenset((float, int, bool, str, type(None)))
 def is_plain(value: Any) -> bool:
     """Whether `plain` would return it as it is."""
     kind = type(value)
-    return kind in _PLAIN or isinstance(value, Tensor) or (kind in (tuple, list) and all(map(is_plain, value)))
+    return kind in _PLAIN or isinstance(value, (int, Tensor)) or (kind in (tuple, list) and all(map(is_plain, value)))
 
 
 def plain(value: Any) -> Any:
@@ -46,17 +46,44 @@ def plain(value: Any) -> Any:
 
 
 def settle(group: dict[str, Any], keys: Iterable[str]) -> None:
-    """Write the options `keys` of a group in plain values; a function in `adjust_lr_fn` becomes its name.
+    """Write the options `keys` of a group, as far as it has them, in plain values; a function becomes its name.
 
     Raises:
         ValueError: a function that cannot be found by its name.
     """
     for key in keys:
-        value = group[key]
-        if not is_plain(value):
+        value = group.get(key)
+        if type(value) not in _PLAIN and not is_plain(value):
             group[key] = rule_name(value) if key == "adjust_lr_fn" and callable(value) else plain(value)
     if group.get("adjust_lr_fn") == "spectral":  # torch's name for it, so that checkpoints mean the same to both
         group["adjust_lr_fn"] = "spectral_unclamped"
+
+
+def settled_checkpoint(
+    saved: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]], keys: Iterable[str]
+) -> list[dict[str, Any]]:
+    """Param groups of a checkpoint, in plain values.
+
+    Args:
+        saved: in the checkpoint.
+        groups: those that are to take it up.
+        keys: the options.
+
+    Raises:
+        ValueError: `adjust_lr_fn` names a function that the group has not got: no checkpoint should choose what runs.
+    """
+    found: list[dict[str, Any]] = []
+    for i, group in enumerate(saved):
+        found.append(dict(group))
+        settle(found[-1], keys)
+        rule = found[-1].get("adjust_lr_fn")
+        own = groups[i]["adjust_lr_fn"] if i < len(groups) else None
+        if isinstance(rule, str) and ":" in rule and rule != own:
+            raise ValueError(
+                f"adjust_lr_fn of a checkpoint should be a rule of muon_kernels or the function that the group has "
+                f"already, but is: {rule!r} where the group has {own!r}; give the optimizer that function before"
+            )
+    return found
 
 
 # What groups have beside options.
@@ -81,9 +108,9 @@ def check_keys(group: Mapping[str, Any], known: Collection[str]) -> None:
             )
 
 
-def dtype_of(name: str) -> torch.dtype:
-    """The dtype that an option names."""
-    return _DTYPES[name]
+def dtype_of(dtype: torch.dtype | str) -> torch.dtype:
+    """The dtype that an option is, or names."""
+    return dtype if isinstance(dtype, torch.dtype) else _DTYPES[dtype]
 
 
 def on_host(value: Any) -> bool:

@@ -6,7 +6,7 @@ They are named by the update and the power: none is p = 1, S is 1/2, Q is 1/4 an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, overload
 
@@ -21,7 +21,7 @@ from .distributed import consensus
 from .distributed.placement import local
 from .distributed.ranks import Ranks
 from .functional import check_dense, check_like
-from .optimizer import Muon, check_checkpoint, check_state, settled_checkpoint
+from .optimizer import Muon, check_checkpoint, check_state
 from .plan import Plan
 from .spectral import check_power
 
@@ -85,7 +85,7 @@ class SpectralAdam(Optimizer):
 
         W ← (1 - lr·weight_decay) W - lr·ratio·U Σ^p Vᵀ
 
-    p = 1 is torch.optim.AdamW, to the bit, and state and options are its: `exp_avg`, `exp_avg_sq`, `step`.
+    p = 1 is torch.optim.AdamW, to the bit, and the state is its: `exp_avg`, `exp_avg_sq`, `step`.
     The moments, and R, are torch's own fused step of a parameter that is zero; R takes as much memory as the parameters
     while a step runs.
 
@@ -148,7 +148,7 @@ class SpectralAdam(Optimizer):
             "max_workspace_bytes": max_workspace_bytes,
             "maximize": maximize,
         }
-        options.settle(defaults, list(defaults))
+        options.settle(defaults, defaults)
         _check_options(defaults)
         self._workspace, self._prepared = functional.Workspace(), functional.Preparations()
         self._ranks = Ranks()
@@ -161,7 +161,7 @@ class SpectralAdam(Optimizer):
         group = self.param_groups[-1]
         try:
             options.check_keys(group, self.defaults)
-            options.settle(group, self._options)
+            options.settle(group, self.defaults)
             _check_options(group)
             for p in group["params"]:
                 check_dense("parameter", local(p))
@@ -171,11 +171,6 @@ class SpectralAdam(Optimizer):
         except Exception:
             del self.param_groups[before:]
             raise
-
-    @property
-    def _options(self) -> list[str]:
-        """What groups have of ours; torch puts one more into the defaults."""
-        return [key for key in self.defaults if key != "differentiable"]
 
     def _prepare(self, group: dict[str, Any], params: list[Tensor], updates: list[Tensor]) -> functional.Prepared:
         settled = {"workspace_dtype": torch.bfloat16, **{key: group[key] for key in functional.SETTLED if key in group}}
@@ -192,7 +187,7 @@ class SpectralAdam(Optimizer):
 
     def _check_gradients(self) -> None:
         for group in self.param_groups:
-            options.settle(group, self._options)
+            options.settle(group, self.defaults)
             _check_options(group)
             for p in group["params"]:
                 if (grad := p.grad) is None:
@@ -252,6 +247,19 @@ class SpectralAdam(Optimizer):
             functional.execute(prepared, updates, scalars, self._workspace)
         return loss
 
+    def _begin(self, params: Iterable[Tensor]) -> None:
+        """Make the state of parameters that have none."""
+        for p in params:
+            if not self.state[p]:
+                exp_avg, exp_avg_sq = (torch.zeros_like(p, memory_format=torch.preserve_format) for _ in range(2))
+                self.state[p].update(step=torch.tensor(0.0), exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+
+    @torch.no_grad()
+    def init_state(self) -> None:
+        """Make all state that there will be, as `Muon.init_state` does; parameters are not moved."""
+        with torch.inference_mode(False), torch.no_grad():
+            self._begin(p for group in self.param_groups for p in group["params"] if p.requires_grad)
+
     def _adamw(
         self,
         group: dict[str, Any],
@@ -262,11 +270,7 @@ class SpectralAdam(Optimizer):
         decay: float,
     ) -> None:
         """torch's AdamW with the gradients and the state of `params` on `targets`; of DTensors, this rank's parts."""
-        for p in params:
-            if not self.state[p]:
-                zeros = (torch.zeros_like(p, memory_format=torch.preserve_format) for _ in range(2))
-                exp_avg, exp_avg_sq = zeros
-                self.state[p].update(step=torch.tensor(0.0), exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+        self._begin(params)
         states = [self.state[p] for p in params]
         beta1, beta2 = group["betas"]
         adamw(
@@ -302,15 +306,16 @@ class SpectralAdam(Optimizer):
         if "_ranks" not in self.__dict__:  # a copy
             self._ranks = Ranks()
         for group in self.param_groups:
-            for key in self._options:
-                group.setdefault(key, self.defaults[key])
-            options.settle(group, self._options)
+            for key, value in self.defaults.items():
+                if key != "differentiable":  # torch puts this one into the defaults
+                    group.setdefault(key, value)
+            options.settle(group, self.defaults)
         self._ranks.refresh(self.param_groups)
 
     def state_dict(self) -> dict[str, Any]:
         """A checkpoint, in plain values."""
         for group in self.param_groups:
-            options.settle(group, self._options)
+            options.settle(group, self.defaults)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -321,10 +326,10 @@ class SpectralAdam(Optimizer):
                 changed then.
         """
         check_checkpoint(state_dict, self.param_groups, "SpectralAdam", "betas", ["exp_avg", "exp_avg_sq"])
-        saved = settled_checkpoint(state_dict["param_groups"], self.param_groups, self._options)
+        saved = options.settled_checkpoint(state_dict["param_groups"], self.param_groups, self.defaults)
         if len(saved) == len(self.param_groups):  # else torch raises
             # What torch.optim.AdamW saved lacks options, and the defaults would not be the group's own.
-            kept = [{key: own[key] for key in self._options} for own in self.param_groups]
+            kept = [{key: value for key, value in own.items() if key in self.defaults} for own in self.param_groups]
             saved = [{**own, **group} for own, group in zip(kept, saved, strict=True)]
         for group in saved:
             _check_options({**self.defaults, **group})

@@ -80,13 +80,6 @@ MUTANTS = [
         PLACEMENT,
     ),
     Mutant("gradients that some lack: skipped", "if p.grad is None and p in present:", "if False:", "lack", CONSENSUS),
-    Mutant(
-        "NaN: each for itself",
-        "return Agreed(verdict == _FOUND_INF, grad)",
-        "return Agreed(found_inf is not None and bool(found_inf), grad)",
-        "nan",
-        CONSENSUS,
-    ),
     Mutant("a refusal that nobody hears", "    if verdict == _REFUSED:", "    if False:", "cannot_step", CONSENSUS),
     Mutant("differences unnoticed", "    if other == first:", "    if True:", "differ", CONSENSUS),
     Mutant("patience unlimited", "here.wait(_PATIENCE)", "here.wait()", "asked_for_on_one", CONSENSUS),

@@ -215,6 +215,13 @@ MUTANTS = [
         "self._averaged(flat, grads, device)",
         "some_ranks or options_of_flat",
     ),
+    Mutant(
+        "NaN: each for itself",
+        "return Agreed(verdict == _FOUND_INF, grad)",
+        "return Agreed(found_inf is not None and bool(found_inf), grad)",
+        "some_ranks",
+        "muon_kernels/distributed/consensus.py",
+    ),
     _zero("descends", '-grad_scale if group["maximize"] else grad_scale', "grad_scale", "options_of_flat"),
     _zero(
         "one group's rate",

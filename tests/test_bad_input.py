@@ -174,7 +174,7 @@ def test_options_set_after_construction(
 
 def test_a_misspelt_option_of_a_group() -> None:
     params = parameters()
-    with pytest.raises(ValueError, match="'weigth_decay', .* did you mean 'weight_decay'"):
+    with pytest.raises(ValueError, match=r"'weigth_decay', .* did you mean 'weight_decay'"):
         Muon([{"params": params, "weigth_decay": 0.1}])
     optimizer = Muon(params[:1])
     with pytest.raises(ValueError, match="did you mean 'nesterov'"):

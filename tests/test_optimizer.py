@@ -5,7 +5,6 @@ import inspect
 import pickle
 import subprocess
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any

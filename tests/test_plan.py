@@ -155,7 +155,10 @@ def test_buckets(backend: str) -> None:
 
     params = [nn.Parameter(torch.ones(12, 36, dtype=d)) for d in (torch.float32, torch.bfloat16, torch.float32)]
     assert [b.count for b in Muon(params, backend=backend).plan().buckets] == [2, 1]  # dtypes do not mix
-    assert [b.count for b in Muon([{"params": [p]} for p in params], backend=backend).plan().buckets] == [1, 1, 1]
+    groups = [{"params": [p]} for p in params]
+    assert [b.count for b in Muon(groups, backend=backend).plan().buckets] == [2, 1]  # groups do, if they are alike
+    groups = [{"params": [p], "lr": 0.1 * (i + 1)} for i, p in enumerate(params)]
+    assert [b.count for b in Muon(groups, backend=backend).plan().buckets] == [1, 1, 1]
 
 
 @pytest.mark.parametrize(

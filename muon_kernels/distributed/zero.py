@@ -29,9 +29,9 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from ..coefficients import COEFFICIENTS, DEFAULT, NS_STEPS, resolve
 from ..functional import Coefficients, check_apart, check_dense, check_like, check_matrices, orthogonalize
 from ..layout import split_shape
-from ..options import check_eps, check_number
+from ..options import check_eps, check_keys, check_number, plain, settle, settled_checkpoint
 from ..plan import plan_for_shapes
-from ..scaling import lr_ratio
+from ..scaling import lr_ratio, rule_of
 from . import consensus
 from .exchange import Failed, Pending, gather
 from .placement import Range, Team, is_dtensor, local, replicated
@@ -169,26 +169,25 @@ class ZeroMuon(Optimizer):
         self._flats: list[Flat] = []
         self._steps = 0
         if ns_steps is NS_STEPS:  # a checkpoint must hold a plain number
-            ns_steps = len(resolve(ns_coefficients, ns_steps).triples)
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "weight_decay": weight_decay,
-                "momentum": momentum,
-                "nesterov": nesterov,
-                "ns_coefficients": ns_coefficients,
-                "eps": eps,
-                "ns_steps": ns_steps,
-                "adjust_lr_fn": adjust_lr_fn,
-                "dampened": dampened,
-                "flatten": flatten,
-                "ns_algorithm": ns_algorithm,
-                "backend": backend,
-                "max_workspace_bytes": max_workspace_bytes,
-                "maximize": maximize,
-            },
-        )
+            ns_steps = len(resolve(plain(ns_coefficients), ns_steps).triples)
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_coefficients": ns_coefficients,
+            "eps": eps,
+            "ns_steps": ns_steps,
+            "adjust_lr_fn": adjust_lr_fn,
+            "dampened": dampened,
+            "flatten": flatten,
+            "ns_algorithm": ns_algorithm,
+            "backend": backend,
+            "max_workspace_bytes": max_workspace_bytes,
+            "maximize": maximize,
+        }
+        settle(defaults, defaults)
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -198,11 +197,8 @@ class ZeroMuon(Optimizer):
         group = self.param_groups[-1]
         params: list[Tensor] = group["params"]
         try:
-            unknown = set(group) - set(self.defaults) - {"params", "param_names", "initial_lr"}
-            if unknown:
-                raise ValueError(
-                    f"group options should be among {sorted(self.defaults)} but include: {sorted(unknown)}"
-                )
+            check_keys(group, self.defaults)
+            settle(group, self.defaults)
             _check_options(group)
             for p in params:
                 check_matrices("parameter", p)
@@ -290,6 +286,7 @@ class ZeroMuon(Optimizer):
         grads = []
         ratios = []
         for group, flat in zip(self.param_groups, self._flats, strict=True):
+            settle(group, self.defaults)
             _check_options(group)
             shapes = dict.fromkeys(m.shape for m in flat.matrices)
             ratios.append({shape: lr_ratio(group["adjust_lr_fn"], *shape) for shape in shapes})
@@ -410,6 +407,12 @@ class ZeroMuon(Optimizer):
                 results[i] = result
         return results
 
+    def state_dict(self) -> dict[str, Any]:
+        """A checkpoint, in plain values."""
+        for group in self.param_groups:
+            settle(group, self.defaults)
+        return super().state_dict()
+
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned for the same groups and number of ranks.
@@ -423,7 +426,8 @@ class ZeroMuon(Optimizer):
         if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= set(state_dict):
             raise ValueError("a checkpoint should be a dict with 'state' and 'param_groups' but is another")
         found: list[tuple[Tensor, Tensor]] = []
-        for group in state_dict["param_groups"]:
+        saved_groups = settled_checkpoint(state_dict["param_groups"], self.param_groups, self.defaults)
+        for group in saved_groups:
             _check_options({**self.defaults, **group})
         for saved, group, flat in zip(state_dict["param_groups"], self.param_groups, self._flats, strict=False):
             if not group["params"] or len(saved["params"]) != len(group["params"]):
@@ -434,7 +438,7 @@ class ZeroMuon(Optimizer):
                     raise ValueError(f"a checkpoint of ZeroMuon should have {key} but has: {sorted(values)}")
                 found.append((local(own), _own_slice(key, values[key], flat, self._group.rank())))
         kept = dict(self.state)
-        super().load_state_dict({**state_dict, "state": {}})
+        super().load_state_dict({"state": {}, "param_groups": saved_groups})
         self.state.update(kept)
         for own, value in found:
             own.copy_(value)
@@ -481,5 +485,4 @@ def _check_options(group: dict[str, Any]) -> None:
     check_number("weight decay", group["weight_decay"])
     check_eps(group["eps"])
     resolve(group["ns_coefficients"], group["ns_steps"])
-    if not callable(group["adjust_lr_fn"]):
-        lr_ratio(group["adjust_lr_fn"], 1, 1)
+    rule_of(group["adjust_lr_fn"])

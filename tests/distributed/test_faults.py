@@ -136,7 +136,10 @@ def test_ranks_that_differ_are_told_at_construction(ranks: World, what: str, sai
 
 
 def scaled(layout: str) -> tuple[list[bool], list[float], int]:
-    """Three steps with GradScaler; in the second a NaN on one rank alone."""
+    """Three steps with GradScaler; in the second a NaN, of DTensors on one rank alone.
+
+    Under DistributedDataParallel, which plain tensors are for, a NaN of one rank is in the gradients of all.
+    """
     params, optimizer = build(layout)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1)
     moved, scales = [], []
@@ -145,9 +148,11 @@ def scaled(layout: str) -> tuple[list[bool], list[float], int]:
         for p in params:
             p.grad.mul_(scaler.get_scale())
         scaler.scale(torch.zeros(()))
-        if step == 1 and dist.get_rank() == 1:
-            part = params[1].grad
-            (part.to_local() if isinstance(part, DTensor) else part).view(-1)[0] = torch.nan
+        part = params[1].grad
+        if step == 1 and not isinstance(part, DTensor):
+            part.view(-1)[0] = torch.nan
+        elif step == 1 and dist.get_rank() == 1:
+            part.to_local().view(-1)[0] = torch.nan
         before = [p.detach().clone() for p in params]
         scaler.step(optimizer)
         scaler.update()
@@ -158,10 +163,10 @@ def scaled(layout: str) -> tuple[list[bool], list[float], int]:
 
 
 def test_a_nan_on_one_rank_skips_the_step_of_all(ranks: World) -> None:
-    for moved, scales, finite in ranks.run(2, scaled, "rows"):
-        assert moved == [True, False, True] and scales == [16.0, 8.0, 16.0] and finite
-    for moved, _, finite in ranks.run(2, scaled, "group"):  # the scale is GradScaler's own
-        assert moved == [True, False, True] and finite
+    """GradScaler tells all ranks that have a part of a DTensor."""
+    for layout in ("rows", "group"):
+        for moved, scales, finite in ranks.run(2, scaled, layout):
+            assert moved == [True, False, True] and scales == [16.0, 8.0, 16.0] and finite
 
 
 def missing(layout: str) -> tuple[bool, bool]:
@@ -184,6 +189,25 @@ def missing(layout: str) -> tuple[bool, bool]:
 
 def test_gradients_that_some_ranks_lack(ranks: World) -> None:
     assert ranks.run(3, missing, "rows") == [(True, True)] * 3
+
+
+def begun(layout: str) -> tuple[bool, bool, bool]:
+    """Whether init_state moves nothing, makes this rank's state of a step, and changes no step."""
+    params, optimizer = build(layout, second_moment="neuron")
+    same, expected = build(layout, second_moment="neuron")
+    optimizer.init_state()
+    unmoved = all(torch.equal(p.detach(), q.detach()) for p, q in zip(params, same, strict=True))
+    made = [set(optimizer.state.get(p, {})) for p in params]
+    for tensors, each in ((params, optimizer), (same, expected)):
+        give(tensors)
+        each.step()
+    alike = all(torch.equal(p.detach(), q.detach()) for p, q in zip(params, same, strict=True))
+    return unmoved, any(made) and made == [set(expected.state.get(p, {})) for p in same], alike
+
+
+@pytest.mark.parametrize("layout", ["rows", "group"])
+def test_state_before_the_first_step(ranks: World, layout: str) -> None:
+    assert ranks.run(2, begun, layout) == [(True, True, True)] * 2
 
 
 def changed(how: str) -> tuple[bool, str]:

@@ -28,6 +28,7 @@ CASES: dict[str, tuple[type[Optimizer], list[tuple[int, ...]], dict[str, Any]]] 
     "Gram form": (Muon, SHAPES, {"ns_algorithm": "gram", "ns_coefficients": "polar_express"}),
     "many rounds": (Muon, SHAPES, {"max_workspace_bytes": 700_000}),
     "Moonlight": (Muon, SHAPES, {"dampened": False, "adjust_lr_fn": "match_rms_adamw", "weight_decay": 0.1}),
+    "(in, out) weights": (Muon, SHAPES, {"adjust_lr_fn": "spectral", "transposed": True}),
     "no momentum": (Muon, SHAPES, {"momentum": 0.0, "nesterov": False, "maximize": True}),
     "bf16 momentum": (Muon, SHAPES, {"momentum_dtype": torch.bfloat16}),
     "cautious": (Muon, SHAPES, {"cautious": True, "weight_decay": 0.5}),
