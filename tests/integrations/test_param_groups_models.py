@@ -215,7 +215,7 @@ TABLES: dict[str, str] = {
         model.layers.*.mlp.shared_experts.down_proj.weight  Muon   matrix in Linear
         model.norm.weight                                   AdamW  norm
         lm_head.weight                                      AdamW  output head
-    """,
+    """,  # noqa: E501
     "mamba": """
         backbone.embeddings.weight               AdamW  embedding, tied with lm_head.weight
         backbone.layers.*.norm.weight            AdamW  norm
@@ -254,7 +254,7 @@ TABLES: dict[str, str] = {
         decoder.block.*.layer.*.DenseReluDense.wi.weight                      Muon   matrix in Linear
         decoder.block.*.layer.*.DenseReluDense.wo.weight                      Muon   matrix in Linear
         decoder.final_layer_norm.weight                                       AdamW  norm
-    """,
+    """,  # noqa: E501
     "vit": """
         vit.embeddings.cls_token                           AdamW  vector
         vit.embeddings.position_embeddings                 AdamW  position table
@@ -425,7 +425,7 @@ TABLES: dict[str, str] = {
         model.layers.*.post_attention_layernorm.weight  AdamW  norm
         model.norm.weight                               AdamW  norm
         lm_head.weight                                  AdamW  output head
-    """,
+    """,  # noqa: E501
     "qwen3_next": """
         model.embed_tokens.weight                          AdamW  embedding
         model.layers.*.linear_attn.dt_bias                 AdamW  bias
@@ -452,7 +452,7 @@ TABLES: dict[str, str] = {
         model.layers.*.self_attn.k_norm.weight             AdamW  norm
         model.norm.weight                                  AdamW  norm
         lm_head.weight                                     AdamW  output head
-    """,
+    """,  # noqa: E501
     "modernbert": """
         model.embeddings.tok_embeddings.weight  AdamW  embedding
         model.embeddings.norm.weight            AdamW  norm
@@ -685,7 +685,7 @@ TABLES: dict[str, str] = {
         mask_decoder.iou_prediction_head.proj_out.bias                               AdamW  bias
         mask_decoder.iou_prediction_head.layers.*.weight                             Muon   matrix in Linear
         mask_decoder.iou_prediction_head.layers.*.bias                               AdamW  bias
-    """,
+    """,  # noqa: E501
     "lora": """
         base_model.model.model.embed_tokens.base_layer.weight                   none   frozen
         base_model.model.model.embed_tokens.lora_embedding_A.default            AdamW  embedding by name
@@ -782,7 +782,7 @@ TABLES: dict[str, str] = {
         head_dist.bn.bias                                          AdamW  norm
         head_dist.linear.weight                                    AdamW  output head
         head_dist.linear.bias                                      AdamW  bias
-    """,
+    """,  # noqa: E501
     "convnext_timm": """
         stem.0.weight                     AdamW  stem or patch embedding
         stem.0.bias                       AdamW  bias
