@@ -32,11 +32,11 @@ const Kernels* supported_kernels(Isa isa) { return isa_supported(isa) ? kernels_
 // Aligned bytes for each of the threads that a call will share its work with, had before any of them writes; null if
 // memory runs out. A calling thread keeps them for its next: a product a few microseconds long cannot afford an
 // allocation.
-struct Scratch {
+struct ThreadScratch {
     char* data;
     int64_t stride;
 
-    Scratch(int64_t bytes, int threads) : stride((bytes + 63) / 64 * 64) {
+    ThreadScratch(int64_t bytes, int threads) : stride((bytes + 63) / 64 * 64) {
         struct Free {
             void operator()(void* p) const { std::free(p); }
         };
@@ -143,7 +143,7 @@ Status products(Isa isa, const Product* list, int count, int threads) {
     if (bytes < 0) return Status::invalid_argument;
     int64_t tasks = 0;  // of the product that has most
     for (int i = 0; i < count; ++i) tasks = std::max(tasks, kernels->product_tasks(list[i]));
-    const Scratch scratch(bytes, static_cast<int>(std::min<int64_t>(threads, tasks)));
+    const ThreadScratch scratch(bytes, static_cast<int>(std::min<int64_t>(threads, tasks)));
     if (!scratch.data) return Status::out_of_memory;
     if (batch >= 4 * threads) {
         parallel_for(threads, batch, [&](int64_t matrix, int thread) {
@@ -163,7 +163,7 @@ Status momentum_update(Isa isa, const MomentumUpdate& args, int threads) {
     const Kernels* kernels = supported_kernels(isa);
     if (!kernels) return Status::unsupported_isa;
     const int64_t batch = args.x.batch, blocks = kernels->momentum_blocks(args);
-    const Scratch scratch(batch * blocks * static_cast<int64_t>(sizeof(double)), 1);
+    const ThreadScratch scratch(batch * blocks * static_cast<int64_t>(sizeof(double)), 1);
     if (!scratch.data) return Status::out_of_memory;
     double* partial = static_cast<double*>(scratch.of(0));
     parallel_for(threads, batch * blocks, [&](int64_t task, int) {
@@ -196,7 +196,7 @@ Status fused_step(Isa isa, const Step& args, int threads) {
         if (args.products[i].out.batch != slots) return Status::invalid_argument;
     }
     threads = std::min<int>(threads, static_cast<int>(slots));
-    const Scratch scratch(bytes, threads);
+    const ThreadScratch scratch(bytes, threads);
     if (!scratch.data) return Status::out_of_memory;
     parallel_for(threads, args.count, [&](int64_t matrix, int slot) {
         MomentumUpdate momentum = args.momentum;

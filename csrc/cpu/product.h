@@ -252,7 +252,8 @@ void product_task(const Product& p, int64_t task, void* scratch) {
     const int64_t b_step = transposed ? 1 : p.b.row_stride;  // along k
 
     const FinishTile finish = pick_finish<I>(p, std::make_integer_sequence<int, 8>{});
-    // Equal row tiles: a short last one would leave the multipliers waiting for its few accumulators.
+    // Equal row tiles: a short last one would leave the multipliers waiting for its few accumulators. Where both
+    // operands are one matrix, though, the panels of b may be the tiles of a as well.
     const int64_t tiles = ceil_div(m - i_begin, panel_cols == I::kLanes ? I::kLanes : M::kRows);
     const bool shared = M::kAlike && panel_cols == I::kLanes && blocks == 1 && p.b_transposed && same(p.a, p.b);
     const auto tile_begin = [=](int64_t t) {
