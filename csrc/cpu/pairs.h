@@ -52,6 +52,7 @@ struct Pairs {
             for (int p = 0; p < kPointers; ++p) row[p] += 2;
         }
         if (k & 1) {  // the last element of a row has no partner: what follows it in memory is not ours to read
+#pragma GCC unroll 16
             for (int r = 0; r < ROWS; ++r) {
                 uint16_t last[2] = {row[r / 3][(r % 3) * a_stride], 0};
                 typename I::PairA x = I::broadcast_pair(last);

@@ -38,13 +38,17 @@ void multiply_tile(
 ) {
     using I = typename M::Lanes;
     typename I::Acc acc[ROWS][VECTORS];
+#pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 2
         for (int v = 0; v < VECTORS; ++v) {
             acc[r][v] = accumulate ? I::load(tile + r * tile_stride + v * I::kLanes) : I::zero();
         }
     }
     M::add_products(acc, a, a_stride, k, panel);
+#pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 2
         for (int v = 0; v < VECTORS; ++v) I::store(tile + r * tile_stride + v * I::kLanes, acc[r][v]);
     }
 }
