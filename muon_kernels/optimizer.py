@@ -350,7 +350,7 @@ class Muon(Optimizer):
             params.append(local(p))
             grads.append(local(grad))
             buffers.append(None if buffer is None else local(buffer))
-            placements.append(self._ranks.placements.get(p))
+            placements.append(self._ranks.placement(p))
         cuts = lambda: [split for p, split in splits(group) if grad_of(p) is not None]
         options = {key: group[key] for key in SETTLED}
         beside = moments, scales if any(s is not None for s in scales) else (), mantissas, placements

@@ -239,8 +239,10 @@ void product_task(const Product& p, int64_t task, void* scratch) {
     float* sums = static_cast<float*>(scratch) + room.b + room.a;
     const bool chunked = k > M::kBlockK;
     const int64_t sums_stride = chunked ? ceil_div(cols, panel_cols) * panel_cols : panel_cols;
-    const uint16_t* b = row_of(p.b, matrix, p.b_transposed ? j0 : 0) + (p.b_transposed ? 0 : j0);
-    const int64_t b_step = p.b_transposed ? 1 : p.b.row_stride;  // along k
+    // Of a symmetric b, columns are packed as its rows: a pair of rows is read as it lies.
+    const bool transposed = p.b_transposed && !p.a_diagonal;
+    const uint16_t* b = row_of(p.b, matrix, transposed ? j0 : 0) + (transposed ? 0 : j0);
+    const int64_t b_step = transposed ? 1 : p.b.row_stride;  // along k
 
     const FinishTile finish = pick_finish<I>(p, std::make_integer_sequence<int, 8>{});
     // Equal row tiles: a short last one would leave the multipliers waiting for its few accumulators.
@@ -249,7 +251,7 @@ void product_task(const Product& p, int64_t task, void* scratch) {
 
     for (int64_t k0 = 0; k0 == 0 || k0 < k; k0 += M::kBlockK) {
         const int64_t depth = std::min(M::kBlockK, k - k0);
-        M::pack({b + k0 * b_step, p.b.row_stride, p.b_transposed, depth, cols}, panel_cols, packed);
+        M::pack({b + k0 * b_step, p.b.row_stride, transposed, depth, cols}, panel_cols, packed);
         for (int64_t t0 = 0; t0 < tiles; t0 += M::kTiles) {
             const int64_t t1 = std::min(t0 + M::kTiles, tiles);
             const typename M::A* a[M::kTiles];

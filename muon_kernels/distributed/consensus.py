@@ -92,9 +92,8 @@ def agree(
         raise RuntimeError("another rank cannot take this step, and says why; nothing has been stepped on this one")
 
     def grad(p: Tensor) -> Tensor | None:
-        if p.grad is None and p in present:
-            return torch.zeros_like(p)
-        return _grad(p)
+        grad = _grad(p)
+        return torch.zeros_like(p) if grad is None and p in present else grad
 
     return Agreed(verdict == _FOUND_INF, grad)
 

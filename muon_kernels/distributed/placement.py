@@ -9,7 +9,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..layout import flattens
 
@@ -18,10 +18,13 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 Range = tuple[int, int]  # (start, stop)
+_PLAIN = {Tensor, nn.Parameter}
 
 
 def is_dtensor(t: Any) -> TypeGuard[DTensor]:
     """Whether it is a DTensor; without importing what costs a second and who has none never needs."""
+    if type(t) in _PLAIN:  # asked some times of every tensor of every step
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(t, module.DTensor)
 

@@ -35,9 +35,13 @@ class Ranks:
         """The plain parameters that one rank each keeps the momentum of."""
         return {p: at for p, at in self.placements.items() if at.owner is not None}
 
+    def placement(self, p: Tensor) -> Placement | None:
+        """Where a parameter's parts or copies are, if other ranks have some."""
+        return self.placements.get(p) if self.placements else None  # a Tensor's hash is worth being spared
+
     def elsewhere(self, p: Tensor) -> bool:
         """Whether another rank keeps its momentum."""
-        at = self.placements.get(p)
+        at = self.placement(p)
         return at is not None and at.owner is not None and at.owner != at.team.rank
 
     def shares(self, params: Sequence[Tensor]) -> bool:
