@@ -113,9 +113,9 @@ def seconds(run: Callable[[], object], device: str) -> float:
 
 @cache
 def measured_peak(device: str = "cpu") -> float:
-    """FLOP/s of torch.matmul in bf16 at `peak_size`³, the median of seven."""
+    """FLOP/s of torch.matmul in `peak_dtype` at `peak_size`³, the median of seven."""
     size = peak_size(device)
-    A = torch.randn(size, size, device=device).bfloat16()
+    A = torch.randn(size, size, device=device).to(peak_dtype(device))
     return 2 * size**3 / statistics.median([seconds(lambda: torch.matmul(A, A), device) for _ in range(8)][1:])
 
 
@@ -124,9 +124,16 @@ def peak_size(device: str) -> int:
     return 2048 if device == "cpu" else 8192
 
 
+def peak_dtype(device: str) -> torch.dtype:
+    """What our kernels multiply in: fp32 where the instruction set has no products of bf16."""
+    native = device != "cpu" or "cpu" not in own(device) or "bf16" in backends.get("cpu").describe()
+    return torch.bfloat16 if native else torch.float32
+
+
 def peak_line(device: str) -> str:
     """What percents are of."""
-    return f"torch.matmul, bf16, {peak_size(device)}³: {measured_peak(device) / 1e9:.0f} GFLOP/s"
+    dtype = str(peak_dtype(device)).removeprefix("torch.")
+    return f"torch.matmul, {dtype}, {peak_size(device)}³: {measured_peak(device) / 1e9:.0f} GFLOP/s"
 
 
 def report(benchmark: Any, taken: Sequence[float]) -> None:
