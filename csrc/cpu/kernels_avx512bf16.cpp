@@ -12,13 +12,24 @@ struct Avx512Bf16 : Avx512 {
 
     static PairB load_pairs(const uint32_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
     static void interleave(uint32_t* to, const uint16_t* even, const uint16_t* odd) {
-        const __m512i order = _mm512_setr_epi32(
-            0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007, 0x180008, 0x190009,
-            0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f
-        );
-        __m512i both = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even)));
-        both = _mm512_inserti64x4(both, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd)), 1);
-        _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, both));
+        interleave(to, load_lanes(even), load_lanes(odd));
+    }
+    static void interleave(uint32_t* to, const uint16_t* even, const uint16_t* odd, int64_t count) {
+        interleave(to, _mm256_maskz_loadu_epi16(lanes(count), even), _mm256_maskz_loadu_epi16(lanes(count), odd));
+    }
+    static void transpose_pairs(
+        uint32_t* to, int64_t width, const uint16_t* from, int64_t stride, int64_t lines, int64_t k
+    ) {
+        for (; k > 0; k -= 32, from += 32, to += 16 * width) {
+            const __mmask32 deep = k < 32 ? (1u << k) - 1 : 0xffffffff;
+            __m512i r[16];
+            for (int i = 0; i < 16; ++i) {
+                r[i] = i < lines ? _mm512_maskz_loadu_epi16(deep, from + i * stride) : _mm512_setzero_si512();
+            }
+            transpose_16x16_u32(r);
+            const int64_t pairs = std::min<int64_t>(16, (k + 1) / 2);
+            for (int64_t q = 0; q < pairs; ++q) _mm512_storeu_si512(to + q * width, r[q]);
+        }
     }
     static PairA broadcast_pair(const uint16_t* p) {
         int pair;
@@ -29,13 +40,33 @@ struct Avx512Bf16 : Avx512 {
     static void round(uint16_t* p, Acc v) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v));
     }
+    static void round(uint16_t* p, Acc v, int64_t count) {
+        _mm256_mask_storeu_epi16(p, lanes(count), (__m256i)_mm512_cvtneps_pbh(v));
+    }
+
+  private:
+    static __m256i load_lanes(const uint16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+    static void interleave(uint32_t* to, __m256i even, __m256i odd) {
+        const __m512i order = _mm512_setr_epi32(
+            0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007, 0x180008, 0x190009,
+            0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f
+        );
+        const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(even), odd, 1);
+        _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, both));
+    }
 };
 
 }  // namespace
 
 const Kernels kAvx512Bf16Kernels = {
-    product_tasks, product_scratch_bytes<Pairs<Avx512Bf16>>, product_task<Pairs<Avx512Bf16>>, momentum_blocks, momentum_block, rescale,
-    apply_blocks,  apply_block,
+    product_tasks,
+    product_scratch_bytes<Pairs<Avx512Bf16>>,
+    product_task<Pairs<Avx512Bf16>>,
+    momentum_blocks,
+    momentum_block,
+    rescale,
+    apply_blocks,
+    apply_block,
 };
 
 }  // namespace muon_kernels::cpu

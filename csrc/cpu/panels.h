@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 namespace muon_kernels::cpu {
 namespace {
@@ -24,29 +23,15 @@ int64_t padded(int64_t cols, int64_t width) {
     return cols <= I::kLanes ? I::kLanes : width;
 }
 
-// Up to a vector of a row. A ragged end goes through the stack: what lies beyond it is not ours to touch.
+// Up to a vector of a row. What lies beyond a ragged end is not ours to touch.
 template <class I>
 typename I::Acc read_bf16(const uint16_t* from, int64_t count) {
-    if (count >= I::kLanes) return I::widen(from);
-    uint16_t lanes[I::kLanes] = {};
-    std::memcpy(lanes, from, static_cast<size_t>(count) * sizeof(uint16_t));
-    return I::widen(lanes);
-}
-
-template <class I>
-typename I::Acc read_float(const float* from, int64_t count) {
-    if (count >= I::kLanes) return I::load(from);
-    float lanes[I::kLanes] = {};
-    std::memcpy(lanes, from, static_cast<size_t>(count) * sizeof(float));
-    return I::load(lanes);
+    return count >= I::kLanes ? I::widen(from) : I::widen(from, count);
 }
 
 template <class I>
 void write_bf16(uint16_t* to, int64_t count, typename I::Acc value) {
-    if (count >= I::kLanes) return I::round(to, value);
-    uint16_t lanes[I::kLanes];
-    I::round(lanes, value);
-    std::memcpy(to, lanes, static_cast<size_t>(count) * sizeof(uint16_t));
+    return count >= I::kLanes ? I::round(to, value) : I::round(to, value, count);
 }
 
 }  // namespace

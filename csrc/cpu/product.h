@@ -1,8 +1,10 @@
-// The batched bf16 product, written once over how it multiplies, `M` (pairs.h, floats.h), on vectors `I` (kernels_*.cpp):
+// The batched bf16 product, written once over how it multiplies, `M` (pairs.h, floats.h), on vectors `I`
+// (kernels_*.cpp):
 //
 //   I::kLanes                          floats in a vector
 //   I::Acc                             such a vector: zero, broadcast, load, store, multiply, add,
-//                                      multiply_add(a, b, c) = a b + c, widen and round from and to bf16
+//                                      multiply_add(a, b, c) = a b + c, widen and round from and to bf16; load, widen
+//                                      and round also of fewer lanes, beyond which nothing is touched
 //   M::kRows, M::kVectors              a register tile has kRows rows of kVectors vectors, or, where the result is
 //                                      narrow, kLanes rows of one
 //   M::kBlockK, M::kTiles              what stays in caches: a block of b is kBlockK deep, kTiles tiles of a go over it
@@ -101,35 +103,39 @@ void finish_tile(
     const Stack a = p.a, b = p.b_transposed ? p.a : p.b, c = p.c, out = p.out;
     const float* a_diagonal = p.a_diagonal + matrix * m;
     const float* b_diagonal = p.b_diagonal + matrix * n;
-    for (int64_t i = i0; i < i0 + rows; ++i) {
-        const float* sums = tile + (i - i0) * tile_stride - j0;
-        const uint16_t *a_row = row_of(a, matrix, i), *b_row = row_of(b, matrix, i), *c_row = row_of(c, matrix, i);
-        uint16_t* out_row = row_of(out, matrix, i);
-        const float a_ii = kA ? a_diagonal[i] : 0.0f;
-        const Acc a_iis = I::broadcast(a_ii), factor = I::broadcast(alpha * a_ii + beta);
-        const auto finish = [&](int64_t j, int64_t count) __attribute__((always_inline)) {
-            Acc value = I::load(sums + j);
+    // A vector of columns, row by row; `count` of them where they are fewer.
+    const auto finish = [&](int64_t j, auto... count) __attribute__((always_inline)) {
+        const Acc b_jj = kB ? I::load(b_diagonal + j, count...) : I::zero();
+        const float* sums = tile + j - j0;
+        const uint16_t *a_row = row_of(a, matrix, i0) + j, *b_row = row_of(b, matrix, i0) + j;
+        const uint16_t* c_row = ADDENDS & kC ? row_of(c, matrix, i0) + j : nullptr;
+        uint16_t* out_row = row_of(out, matrix, i0) + j;
+        for (int64_t i = i0; i < i0 + rows; ++i) {
+            Acc value = I::load(sums);
+            const float a_ii = kA ? a_diagonal[i] : 0.0f;
             if (ADDENDS & kSquare) {
-                const Acc both = I::add(a_iis, read_float<I>(b_diagonal + j, count));
-                const Acc factors = I::multiply_add(alphas, both, betas);
-                value = I::multiply_add(factors, read_bf16<I>(a_row + j, count), I::multiply(alphas, value));
+                const Acc factors = I::multiply_add(alphas, I::add(I::broadcast(a_ii), b_jj), betas);
+                value = I::multiply_add(factors, I::widen(a_row, count...), I::multiply(alphas, value));
             } else if (ADDENDS & kUpdate) {
-                value = I::multiply_add(factor, read_bf16<I>(b_row + j, count), I::multiply(alphas, value));
+                const Acc factor = I::broadcast(alpha * a_ii + beta);
+                value = I::multiply_add(factor, I::widen(b_row, count...), I::multiply(alphas, value));
             } else {
-                if (kA) value = I::multiply_add(a_iis, read_bf16<I>(b_row + j, count), value);
-                if (kB) {
-                    const Acc b_jj = read_float<I>(b_diagonal + j, count);
-                    value = I::multiply_add(read_bf16<I>(a_row + j, count), b_jj, value);
-                }
+                if (kA) value = I::multiply_add(I::broadcast(a_ii), I::widen(b_row, count...), value);
+                if (kB) value = I::multiply_add(I::widen(a_row, count...), b_jj, value);
                 value = I::multiply(alphas, value);
-                if (ADDENDS & kC) value = I::multiply_add(betas, read_bf16<I>(c_row + j, count), value);
+                if (ADDENDS & kC) value = I::multiply_add(betas, I::widen(c_row, count...), value);
             }
-            write_bf16<I>(out_row + j, count, value);
-        };
-        int64_t j = j0;
-        for (; j + I::kLanes <= end; j += I::kLanes) finish(j, I::kLanes);
-        if (j < end) finish(j, end - j);
-    }
+            I::round(out_row, value, count...);
+            sums += tile_stride;
+            a_row += a.row_stride;
+            b_row += b.row_stride;
+            if (ADDENDS & kC) c_row += c.row_stride;
+            out_row += out.row_stride;
+        }
+    };
+    int64_t j = j0;
+    for (; j + I::kLanes <= end; j += I::kLanes) finish(j);
+    if (j < end) finish(j, end - j);
     // The elements on the diagonal again, with what only they get.
     if (!(kA && kB) && !p.gamma && !p.out_diagonal && !p.c_diagonal) return;
     for (int64_t i = std::max(i0, j0); i < std::min(i0 + rows, end); ++i) {
