@@ -22,6 +22,8 @@ struct Floats {
     static constexpr int64_t kBlockK = 256;
     static constexpr int64_t kTiles = 128 / I::kLanes;
 
+    static constexpr int64_t kFewRows = 0, kLongRows = 0;
+
     static int64_t column(int64_t k) { return k; }
 
     // A tile of a is as many vectors as it is deep, with its rows in their lanes.
@@ -71,7 +73,7 @@ struct Floats {
         }
     }
 
-private:
+  private:
     // to[q][i] = from[i][q] for at most kLanes lines of k elements, zero in the lanes beyond.
     static void pack_lines(const uint16_t* from, int64_t stride, int64_t lines, int64_t k, float* to, int64_t width) {
         alignas(64) uint16_t columns[16][I::kLanes];

@@ -37,6 +37,37 @@ struct Avx512Bf16 : Avx512 {
         return (__m512bh)_mm512_set1_epi32(pair);
     }
     static Acc add_products(Acc acc, PairA a, PairB b) { return _mm512_dpbf16_ps(acc, a, b); }
+    // to[r][c] = a[r] · b[c]: sums of sixteen lanes, then of these.
+    static void inner_products(
+        const uint16_t* const (&a)[4], const uint16_t* const (&b)[4], int64_t k, float* to, int64_t stride
+    ) {
+        Acc acc[4][4];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) acc[i / 4][i % 4] = zero();
+        for (int64_t q = 0; q < k; q += 32) {
+            const __mmask32 deep = k - q < 32 ? (1u << (k - q)) - 1 : 0xffffffff;
+            __m512bh x[4], y[4];
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) {
+                x[i] = (__m512bh)_mm512_maskz_loadu_epi16(deep, a[i] + q);
+                y[i] = (__m512bh)_mm512_maskz_loadu_epi16(deep, b[i] + q);
+            }
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; ++i) acc[i / 4][i % 4] = add_products(acc[i / 4][i % 4], x[i / 4], y[i % 4]);
+        }
+        Acc row[4];  // lanes 4 l to 4 l + 3: of the four c, the sums of a quarter of the lanes
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r) {
+            const Acc low = halves_added(acc[r][0], acc[r][1]), high = halves_added(acc[r][2], acc[r][3]);
+            const __m512d l = _mm512_castps_pd(low), h = _mm512_castps_pd(high);
+            row[r] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(l, h)), _mm512_castpd_ps(_mm512_unpackhi_pd(l, h)));
+        }
+        const Acc sums = quarters_added(quarters_added(row[0], row[1]), quarters_added(row[2], row[3]));
+        _mm_storeu_ps(to, _mm512_castps512_ps128(sums));
+        _mm_storeu_ps(to + stride, _mm512_extractf32x4_ps(sums, 1));
+        _mm_storeu_ps(to + 2 * stride, _mm512_extractf32x4_ps(sums, 2));
+        _mm_storeu_ps(to + 3 * stride, _mm512_extractf32x4_ps(sums, 3));
+    }
     static void round(uint16_t* p, Acc v) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v));
     }
@@ -45,6 +76,12 @@ struct Avx512Bf16 : Avx512 {
     }
 
   private:
+    // In every quarter (a₀ + a₂, b₀ + b₂, a₁ + a₃, b₁ + b₃).
+    static Acc halves_added(Acc a, Acc b) { return add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
+    // Quarters 0 + 1 and 2 + 3 of a, then of b.
+    static Acc quarters_added(Acc a, Acc b) {
+        return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    }
     static __m256i load_lanes(const uint16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
     static void interleave(uint32_t* to, __m256i even, __m256i odd) {
         const __m512i order = _mm512_setr_epi32(

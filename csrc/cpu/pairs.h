@@ -5,6 +5,7 @@
 //   I::interleave                  such pairs from rows k and k+1 of b, of all lanes or the first ones
 //   I::transpose_pairs             the pairs of a line in one column of `width`, zero in the columns beyond the lines
 //   I::add_products(acc, a, b)
+//   I::inner_products              four rows with four others
 //
 // b is packed as pairs; a is read in place.
 #pragma once
@@ -26,6 +27,9 @@ struct Pairs {
     static constexpr int kRows = 14, kVectors = 2;  // 28 accumulators, 2 of b, 1 of a: 31 of 32 registers
     static constexpr int64_t kBlockK = 1024;        // a packed block of b takes half of a 1 MiB second-level cache
     static constexpr int64_t kTiles = 1;            // a tile of a, once read, meets all panels
+
+    // Rows that stay in the first-level cache, and are long enough to make adding up lanes worth it.
+    static constexpr int64_t kFewRows = 24, kLongRows = 128;
 
     static int64_t column(int64_t k) { return ceil_div(k, 2); }
 

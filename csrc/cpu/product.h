@@ -13,6 +13,9 @@
 //   M::column(k)                       how many B a column of k elements takes
 //   M::pack, M::tile_of_a, M::a_room   the operands made ready
 //   M::add_products                    acc += a tile of a times a panel of b
+//   M::kFewRows, M::kLongRows          at most so many rows of at least that length have their Gram matrix made of
+//   inner
+//                                      products; 0 if none
 //
 // A task is one block of columns of one matrix: it packs its part of b once and runs all rows of a over it. A symmetric
 // result starts at the block's own row and is mirrored from the finished lower triangle, so that it is symmetric to the
@@ -229,6 +232,31 @@ void add_columns(const Product& p, int64_t matrix, int64_t j0, int64_t cols) {
     }
 }
 
+inline bool is_gram(const Product& p) { return p.symmetric && p.b_transposed && p.b.data == p.a.data; }
+
+// a aᵀ by inner products of its rows: for few rows, half of a tile would lie above the diagonal, and packing them would
+// cost as much again.
+template <class M>
+void gram_of_few_rows(const Product& p, int64_t matrix) {
+    using I = typename M::Lanes;
+    constexpr int64_t kStep = 4, kStride = (M::kFewRows + kStep - 1) / kStep * kStep;
+    const int64_t m = p.out.rows;
+    alignas(64) float sums[kStride * kStride] = {};  // above the diagonal, what mirror writes over
+    for (int64_t i = 0; i < m; i += kStep) {
+        for (int64_t j = 0; j <= i; j += kStep) {
+            const uint16_t *a[kStep], *b[kStep];
+            for (int64_t r = 0; r < kStep; ++r) {  // beyond the last row again that one
+                a[r] = row_of(p.a, matrix, std::min(i + r, m - 1));
+                b[r] = row_of(p.a, matrix, std::min(j + r, m - 1));
+            }
+            I::inner_products(a, b, p.a.cols, sums + i * kStride + j, kStride);
+        }
+    }
+    const FinishTile finish = pick_finish<I>(p, std::make_integer_sequence<int, 8>{});
+    finish(p, matrix, 0, m, 0, m, sums, kStride);
+    mirror(p.out, matrix, 0, m);
+}
+
 template <class M>
 void product_task(const Product& p, int64_t task, void* scratch) {
     using I = typename M::Lanes;
@@ -236,6 +264,9 @@ void product_task(const Product& p, int64_t task, void* scratch) {
     const int64_t j0 = task % blocks * column_block(p);
     const int64_t cols = std::min(column_block(p), p.out.cols - j0);
     if (!p.has_b()) return add_columns<I>(p, matrix, j0, cols);
+    if constexpr (M::kFewRows > 0) {
+        if (is_gram(p) && p.out.rows <= M::kFewRows && p.a.cols >= M::kLongRows) return gram_of_few_rows<M>(p, matrix);
+    }
     const int64_t i_begin = p.symmetric ? j0 : 0, m = p.out.rows, k = p.a.cols;
     const int64_t panel_cols = panel_width<M>(p);
 
