@@ -1,5 +1,6 @@
 """The products alone beside torch's, all counted on the FLOPs of a symmetric result's triangle, in percent of
-torch.matmul in bf16; on a GPU too, where there is one.
+torch.matmul in what our kernels multiply in; on a GPU too, where there is one. MUON_KERNELS_CPU_ISA picks a processor's
+instruction set.
 
     pytest bench/bench_products.py --benchmark-columns=median,iqr,rounds
     python bench/bench_products.py
@@ -48,6 +49,9 @@ def calls(implementation: str, batch: int, m: int, n: int, device: str) -> dict[
 
     X, Y, A, B, out = stack(n), stack(n), square(), square(), square()
     if implementation == TORCH:
+        dtype = measure.peak_dtype(device)
+        X, Y = X.to(dtype), Y.to(dtype)
+        A, B, out = (Square(S.high.to(dtype)) for S in (A, B, out))
         return {
             "syrk": Call(lambda: torch.bmm(X, X.mT, out=out.high), out.high),
             "syrk + C": Call(
@@ -97,7 +101,7 @@ def test_product(benchmark, device: str, implementation: str, product: str, shap
         pytest.skip(reason)
     benchmark.group = f"{product}, {shape}, {device}"
     measure.report(benchmark, times(implementation, shape, device)[product])
-    benchmark.extra_info["percent_of_bf16_rate"] = percent(implementation, shape, product, device)
+    benchmark.extra_info["percent_of_rate"] = percent(implementation, shape, product, device)
 
 
 def table(device: str) -> str:

@@ -8,7 +8,7 @@ namespace muon_kernels {
 
 enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
 
-enum class Status : int32_t { ok = 0, unsupported_isa = 1, invalid_argument = 2, launch_failed = 3 };
+enum class Status : int32_t { ok = 0, unsupported_isa = 1, invalid_argument = 2, launch_failed = 3, out_of_memory = 4 };
 
 // Where one matrix of a bucket lies. Any strides, so a transposed or sliced parameter is just another MatrixRef.
 struct MatrixRef {
@@ -133,6 +133,8 @@ const char* thread_runtime();
 // Runs `count` products in order. All have the same batch, and matrix i of an operand depends on matrices i only: with
 // enough matrices for all threads, each takes whole matrices through all products, so that a matrix stays in its cache
 // and threads meet once.
+//
+// Nothing is written with another status than ok.
 Status products(Isa isa, const Product* list, int count, int threads);
 Status momentum_update(Isa isa, const MomentumUpdate& args, int threads);
 Status apply_update(Isa isa, const ApplyUpdate& args, const ApplyOptions& options, int threads);

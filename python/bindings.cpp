@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <new>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -39,8 +40,17 @@ T* at(int64_t address) {
 mk::cuda::Stream stream_at(int64_t stream) { return reinterpret_cast<mk::cuda::Stream>(stream); }
 #endif
 
+// MemoryError, with words.
+struct OutOfMemory : std::bad_alloc {
+    std::string message;
+    explicit OutOfMemory(const char* verb)
+        : message(std::string(verb) + ": no memory for the kernels' scratch; nothing was written") {}
+    const char* what() const noexcept override { return message.c_str(); }
+};
+
 void check(mk::Status status, const char* verb) {
     if (status == mk::Status::ok) return;
+    if (status == mk::Status::out_of_memory) throw OutOfMemory(verb);
     const char* reason = status == mk::Status::unsupported_isa ? "this processor lacks the instruction set"
                                                                : "operand shapes do not fit each other";
     throw std::invalid_argument(std::string(verb) + ": " + reason);

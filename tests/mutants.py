@@ -37,14 +37,18 @@ class Mutant(NamedTuple):
 
 PRODUCTS = 'tests/test_products.py -k "native"'
 AVX2 = 'tests/test_products.py -k "avx2-native"'
-AVX512 = 'tests/test_products.py -k "avx512bf16-native"'
+AVX512 = 'tests/test_products.py -k "avx512-native"'
+AVX512BF16 = 'tests/test_products.py -k "avx512bf16-native"'
+FLOATS = 'tests/test_products.py -k "avx2-native or avx512-native"'
 ELEMENTWISE = 'tests/test_elementwise.py -k "native"'
+MEMORY = 'tests/test_elementwise.py -k "memory"'
 BATCH = 'tests/test_newton_schulz.py -k "batch and native"'
 ITERATION = 'tests/test_newton_schulz.py -k "native and (keller or aol or deepseek)"'
 COEFFICIENTS = "tests/test_coefficients.py"
 SPLIT = 'tests/test_split.py -k "native or not cpu"'
 
 PRODUCT_H, ELEMENTWISE_H = "csrc/cpu/product.h", "csrc/cpu/elementwise.h"
+PAIRS_H, FLOATS_H, AVX512_H = "csrc/cpu/pairs.h", "csrc/cpu/floats.h", "csrc/cpu/avx512.h"
 TRANSPOSE_H, DISPATCH, PARALLEL = "csrc/cpu/transpose.h", "csrc/cpu/dispatch.cpp", "csrc/cpu/parallel.cpp"
 NATIVE_PY, NEWTON_SCHULZ = "muon_kernels/backends/native.py", "muon_kernels/newton_schulz.py"
 OPTIMIZER, MOMENT, SCALING = "muon_kernels/optimizer.py", "muon_kernels/second_moment.py", "muon_kernels/scaling.py"
@@ -57,6 +61,14 @@ def _product(name: str, old: str, new: str, tests: str = PRODUCTS) -> Mutant:
     return Mutant(name, PRODUCT_H, old, new, tests)
 
 
+def _pairs(name: str, old: str, new: str) -> Mutant:
+    return Mutant(name, PAIRS_H, old, new, AVX512BF16)
+
+
+def _floats(name: str, old: str, new: str) -> Mutant:
+    return Mutant(name, FLOATS_H, old, new, FLOATS)
+
+
 def _elementwise(name: str, old: str, new: str) -> Mutant:
     return Mutant(name, ELEMENTWISE_H, old, new, ELEMENTWISE)
 
@@ -67,26 +79,48 @@ def _relatives(name: str, old: str, new: str) -> Mutant:
 
 MUTANTS = [
     # The multiplication of a tile.
-    _product("odd k: last element lost", "if (k & 1) {", "if (false) {"),
-    _product(
+    _pairs("odd k: last element lost", "if (k & 1) {", "if (false) {"),
+    _pairs(
         "odd k: neighbour read", "(r % 3) * a_stride], 0};", "(r % 3) * a_stride], row[r / 3][(r % 3) * a_stride + 1]};"
     ),
     _product("chunks of k: not accumulated", "tile, sums_stride, k0 > 0);", "tile, sums_stride, false);"),
-    _product("chunks of k: every second one skipped", "k0 < k; k0 += kBlockK)", "k0 < k; k0 += 2 * kBlockK)"),
+    _product("chunks of k: every second one skipped", "k0 < k; k0 += M::kBlockK)", "k0 < k; k0 += 2 * M::kBlockK)"),
+    _floats("floats: every row is the first", "I::broadcast(a[r])", "I::broadcast(a[0])"),
+    _floats(
+        "floats: last element lost",
+        "q < k; ++q) {\n            typename I::Acc b[V]",
+        "q < k - 1; ++q) {\n            typename I::Acc b[V]",
+    ),
     # Packing.
-    _product("pack: beyond the last column read", "if (j >= cols) return uint32_t{0};", ""),
-    _product(
+    _pairs("pack: beyond the last column read", "if (j >= cols) return uint32_t{0};", ""),
+    _pairs(
         "pack: beyond the last row read at an edge",
-        "2 * q + 1 < k ? element(k1 + 1) << 16 : 0",
-        "element(k1 + 1) << 16",
+        "2 * q + 1 < k ? element(2 * q + 1) << 16 : 0",
+        "element(2 * q + 1) << 16",
     ),
-    _product("pack: beyond the last row read", "paired ? even", "true ? even"),
-    _product("pack: transposed block past the last column", "j + jj + 8 <= cols ?", "j + jj < cols ?"),
-    _product("pack: tail of k starts late", "for (int64_t q = whole; q", "for (int64_t q = whole + 1; q"),
-    _product("pack: ragged columns lose one", "c < jj + 8; ++c)", "c < jj + 7; ++c)"),
-    _product(
-        "every panel is the first", "const uint32_t* panel = packed + j ", "const uint32_t* panel = packed + 0 * j "
+    _pairs("pack: beyond the last row read", "paired ? even", "true ? even"),
+    _pairs("pack: transposed block past the last column", "j + jj + 8 <= cols ?", "j + jj < cols ?"),
+    _pairs("pack: tail of k starts late", "for (int64_t q = whole; q", "for (int64_t q = whole + 1; q"),
+    _pairs("pack: ragged columns lose one", "c < jj + 8; ++c)", "c < jj + 7; ++c)"),
+    _floats("floats: second vector of a panel is the first", "packed + j * b.k + c, width", "packed + j * b.k, width"),
+    _floats("floats: lines of a second vector are the first's", "b.data + (j + c) * b.stride", "b.data + j * b.stride"),
+    _floats("floats: beyond the last column read", "std::max<int64_t>(b.cols - j - c, 0)", "I::kLanes"),
+    _floats("floats: ragged columns lose one", "std::max<int64_t>(b.cols - j - c, 0)", "b.cols - j - c - 1"),
+    _floats("floats: tail of k loses one", "i < deep; ++i)", "i < (deep | 1); ++i)"),
+    _floats("floats: beyond the last of k read", "std::min<int64_t>(16, k - q)", "16"),
+    Mutant("floats: beyond the last line read", TRANSPOSE_H, "if (i >= lines) {", "if (false) {", FLOATS),
+    Mutant(
+        "transpose: a quarter twice, of eight lines",
+        TRANSPOSE_H,
+        "_mm256_unpackhi_epi32(s[",
+        "_mm256_unpacklo_epi32(s[",
+        AVX2,
     ),
+    Mutant("few words: four of them lost", TRANSPOSE_H, "if (count & 4)", "if (count & 0)", FLOATS),
+    _product("tiles of a in one place", "a_room + (t - t0) *", "a_room + 0 * (t - t0) *"),
+    _product("tiles of a between two lots skipped", "t0 += M::kTiles)", "t0 += M::kTiles + 1)"),
+    _product("a panel of another matrix taken for a", "p.b_transposed && same(p.a, p.b);", "p.b_transposed;"),
+    _product("every panel is the first", "panel = packed + j * M::column", "panel = packed + 0 * j * M::column"),
     # Cutting into tasks and tiles.
     _product(
         "ragged block of columns skipped",
@@ -100,8 +134,8 @@ MUTANTS = [
     ),
     _product(
         "symmetric: one tile too many skipped",
-        "if (p.symmetric && i1 <= j0 + j) break;",
-        "if (p.symmetric && i1 <= j0 + j + 1) break;",
+        "if (p.symmetric && i1 <= j0 + j) continue;",
+        "if (p.symmetric && i1 <= j0 + j + 1) continue;",
     ),
     # Mirroring.
     _product("mirror: dropped", "    if (p.symmetric) mirror(p.out, matrix, j0, cols);\n", ""),
@@ -143,21 +177,13 @@ MUTANTS = [
         "p.out_diagonal[i] = value",
     ),
     # Instruction sets.
-    Mutant(
-        "avx2: second of a pair ignored",
-        "csrc/cpu/kernels_avx2.cpp",
-        "_mm256_fmadd_ps(a.high, b.high, _mm256_fmadd_ps(a.low, b.low, acc))",
-        "_mm256_fmadd_ps(a.low, b.low, acc)",
-        AVX2,
-    ),
-    Mutant("avx2: one bit lost", "csrc/cpu/kernels_avx2.cpp", "0xffff0000", "0xfffe0000", AVX2),
-    Mutant(
-        "avx512: multiply_add subtracts",
-        "csrc/cpu/kernels_avx512bf16.cpp",
-        "_mm512_fmadd_ps",
-        "_mm512_fmsub_ps",
-        AVX512,
-    ),
+    Mutant("avx2: ties upwards", "csrc/cpu/kernels_avx2.cpp", "(0x7fff)", "(0x8000)", AVX2),
+    Mutant("avx2: NaN becomes infinity", "csrc/cpu/kernels_avx2.cpp", "0x7fc0", "0x7f80", AVX2),
+    Mutant("avx512: ties upwards", AVX512_H, "(0x7fff)", "(0x8000)", AVX512),
+    Mutant("avx512: NaN becomes infinity", AVX512_H, "0x7fc0", "0x7f80", AVX512),
+    Mutant("avx512: one lane too few", AVX512_H, "(1u << count) - 1", "(1u << count) / 2 - 1", AVX512),
+    Mutant("avx512: one lane too many", AVX512_H, "(1u << count) - 1", "(2u << count) - 1", AVX512),
+    Mutant("avx512: multiply_add subtracts", AVX512_H, "_mm512_fmadd_ps", "_mm512_fmsub_ps", AVX512),
     Mutant(
         "bf16: truncated", "csrc/cpu/bf16.h", "(bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16", "bits >> 16", ELEMENTWISE
     ),
@@ -170,9 +196,8 @@ MUTANTS = [
         "csrc/cpu/kernels_avx512bf16.cpp",
         "0x100000, 0x110001,",
         "0x000010, 0x110001,",
-        AVX512,
+        AVX512BF16,
     ),
-    Mutant("avx2: upper pairs twice", "csrc/cpu/kernels_avx2.cpp", "_mm_unpacklo_epi16", "_mm_unpackhi_epi16", AVX2),
     Mutant(
         "transpose: a quarter twice",
         TRANSPOSE_H,
@@ -361,15 +386,15 @@ MUTANTS = [
     Mutant(
         "fused: products of the first slot",
         DISPATCH,
-        "args.product_count, slot, thread",
-        "args.product_count, 0, thread",
+        "args.product_count, slot, scratch",
+        "args.product_count, 0, scratch",
         ELEMENTWISE,
     ),
     Mutant(
         "whole matrices: last one skipped",
         DISPATCH,
-        "parallel_for(threads, batch, [&](int64_t matrix, int) {",
-        "parallel_for(threads, batch - 1, [&](int64_t matrix, int) {",
+        "parallel_for(threads, batch, [&](int64_t matrix, int thread) {",
+        "parallel_for(threads, batch - 1, [&](int64_t matrix, int thread) {",
         PRODUCTS,
     ),
     Mutant(
@@ -401,9 +426,24 @@ MUTANTS = [
         "kernels->product_task(list[0], task,",
         BATCH,
     ),
+    Mutant("scratch: threads share it", DISPATCH, "data + thread * stride", "data + 0 * thread", PRODUCTS),
+    Mutant(
+        "scratch: of a product not looked at",
+        DISPATCH,
+        "    if (!scratch.data) return Status::out_of_memory;\n    if (batch",
+        "    if (batch",
+        MEMORY,
+    ),
+    Mutant(
+        "scratch: of a fused step not looked at",
+        DISPATCH,
+        "    if (!scratch.data) return Status::out_of_memory;\n    parallel_for(threads, args.count",
+        "    parallel_for(threads, args.count",
+        MEMORY,
+    ),
     Mutant("operands not checked", DISPATCH, "if (!valid(list[i]) || list[i]", "if (list[i]", PRODUCTS),
     Mutant(
-        "sums of squares: blocks of other matrices", DISPATCH, "i * blocks + block)", "block * batch + i)", ELEMENTWISE
+        "sums of squares: blocks of other matrices", DISPATCH, "[i * blocks + block]", "[block * batch + i]", ELEMENTWISE
     ),
     Mutant(
         "sums of squares: first block lost",

@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from muon_kernels import backends
+from muon_kernels import backends, reference
+from muon_kernels.backends import cpu
+from muon_kernels.coefficients import resolve
 
 
 @pytest.mark.parametrize(("bytes_", "cache"), [(1, 0), (0, 7), (10, 49), (10, 50), (1000, 3), (40 << 20, 50 << 20)])
@@ -106,6 +108,42 @@ def test_implementations_step_what_they_are_given() -> None:
         make(copies)()
         assert not any(torch.equal(p, c) for p, c in zip(params, copies, strict=True)), name
         assert all(isinstance(c, nn.Parameter) for c in copies)
+
+
+def test_torch_s_batched_step_is_muon_s() -> None:
+    params = measure.parameters([(6, 9, 2), (8, 4, 1)])
+    copies = bench_step.copied(params, "cpu")
+    bench_step.batched_step(copies)()
+    for p, copy in zip(params, copies, strict=True):
+        assert p.grad is not None
+        direction = p.grad.double() * (0.05 + 0.95 * 0.05)
+        update = reference.newton_schulz(direction, resolve("keller", 5).triples)
+        ratio = max(1, p.shape[0] / p.shape[1]) ** 0.5
+        torch.testing.assert_close(copy.double(), (1 - 1e-4) * p.double() - 1e-3 * ratio * update, rtol=0, atol=1e-6)
+
+
+def test_a_table_compares_with_both_of_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_step, "WORKLOADS", {"one": [(8, 16, 1)], "two": [(16, 8, 3)]})
+    of_ours = {"one": 0.5, "two": 0.125}
+    taken = {
+        bench_step.TORCH: [4.0, 9.0, 1.0],
+        bench_step.BATCHED: [1.0] * 3,
+        "reference": [8.0] * 3,
+        "eager": [4.0] * 3,
+    }
+    monkeypatch.setattr(bench_step, "times", lambda workload, device: {**taken, "cpu": [of_ours[workload]]})
+    monkeypatch.setattr(bench_step.measure, "measured_peak", lambda device: 1e6)
+    monkeypatch.setattr(bench_step.measure, "own", lambda device: ["cpu", "eager"])
+    _, _, one, two, mean = bench_step.table("cpu").splitlines()
+    assert "| 4000.0 | 1000.0 | 8000.0 | 500.0 | 4000.0 | **8.00** | **2.00** |" in one
+    assert "| **32.00** | **8.00** |" in two and "| **16.00** | **4.00** |" in mean
+
+
+@pytest.mark.parametrize("isa", cpu.instruction_sets())
+def test_percents_are_of_what_an_instruction_set_multiplies(isa: str) -> None:
+    with cpu.forced(isa):
+        assert measure.peak_dtype("cpu") == (torch.bfloat16 if isa == "avx512bf16" else torch.float32)
+    assert measure.peak_dtype("cuda") == torch.bfloat16
 
 
 def test_options_are_measured_beside_a_step_without(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,11 @@
 """momentum_update and apply_update of every backend, against the formulas in float64."""
 
+import mmap
+import resource
+import threading
 from collections.abc import Callable
 from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +13,7 @@ import torch
 from torch import Tensor
 
 from muon_kernels import backends
+from muon_kernels.backends import cpu
 from muon_kernels.coefficients import resolve
 from muon_kernels.layout import Matrices, layout
 from muon_kernels.newton_schulz import Square
@@ -295,3 +300,68 @@ def test_fused_step_is_its_parts(
     assert all(map(torch.equal, *results))
     assert all(t.isfinite().all() for t in results[0])
     assert not any(torch.equal(t, old) for t, (_, old) in zip(results[0][count:], begun, strict=True))
+
+
+def without_memory(call: Callable[[], object]) -> BaseException | None:
+    """What `call` raises where a few MiB are left, on a thread that keeps no scratch of earlier calls."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
+        limits = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (used + (8 << 20), limits[1]))
+        try:
+            call()
+        except BaseException as error:
+            raised.append(error)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, limits)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return raised[0] if raised else None
+
+
+@pytest.mark.parametrize("isa", cpu.instruction_sets())
+def test_memory_that_is_missing_is_missed_before_anything_is_written(isa: str) -> None:
+    """Products whose sums take 64 MiB a thread; of their operands, which nobody reads, hardly a page exists."""
+    slots, count = 2, 5
+    A, B, out = (
+        torch.empty(slots, *shape, dtype=torch.bfloat16) for shape in ((1 << 16, 1100), (1100, 8), (1 << 16, 8))
+    )
+    out[:, ::4096] = 1.0
+    grads, momenta, params = ([random((8, 9), "contiguous", torch.float32) for _ in range(count)] for _ in range(3))
+    before = [t.clone() for t in momenta + params]
+    X, block = workspace(slots, 8, 9)
+
+    def iterate(scale: Tensor) -> Tensor:
+        cpu.gemm(Square(A), B, out=out)
+        return X
+
+    def step(iterate: Callable[[Tensor], Tensor]) -> None:
+        cpu.fused_step(
+            *([matrices(t) for t in ts] for ts in (params, grads, momenta)),
+            X,
+            iterate,
+            triples=(),
+            momentum=0.9,
+            nesterov=True,
+            dampened=True,
+            grad_scale=1.0,
+            eps=1e-7,
+            margin=1.0,
+            lr=0.5,
+            weight_decay=0.5,
+            ratios=[1.0] * count,
+        )
+
+    with cpu.forced(isa):
+        for call in (lambda: cpu.gemm(Square(A), B, out=out), lambda: step(iterate)):
+            error = without_memory(call)
+            assert type(error) is MemoryError and "nothing was written" in str(error)
+        assert all(map(torch.equal, before, momenta + params)) and X.isnan().all()
+        assert (out[:, ::4096] == 1).all()
+        assert without_memory(lambda: step(lambda scale: X)) is None, "a little memory is enough"
+        assert not any(map(torch.equal, before, momenta + params))
+    assert_untouched(block)

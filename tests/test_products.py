@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from muon_kernels import backends
+from muon_kernels.backends import cpu
 from muon_kernels.newton_schulz import Square
 
 SIZES = [1, 3, 16, 17, 63, 65, 129]
@@ -73,6 +74,19 @@ def test_syrk_is_exact_on_integers(backend: str, shape: tuple[int, int], batch: 
     assert torch.equal(out, (X.double() @ X.double().mT).bfloat16())
     assert torch.equal(out, out.mT)
     assert_untouched(block, m, m)
+
+
+@pytest.mark.parametrize("isa", cpu.instruction_sets())
+@pytest.mark.parametrize("shape", [(17, 40), (65, 40), (200, 300)], ids=str)
+def test_transposed_operands_may_be_two(isa: str, shape: tuple[int, int]) -> None:
+    """What Product allows, though no form of the iteration asks for it."""
+    m, k = shape
+    A, B, out = integers(2, m, k), integers(2, m, k), torch.full((2, m, m), torch.nan).bfloat16()
+    with cpu.forced(isa):
+        cpu._product(Square(A), Square(B), Square(out), transposed=True)
+        assert torch.equal(out, (A.double() @ B.double().mT).bfloat16())
+        cpu._product(Square(A), Square(B), Square(out), transposed=True, symmetric=True)
+    assert torch.equal(out.tril(), (A.double() @ B.double().mT).bfloat16().tril()) and torch.equal(out, out.mT)
 
 
 @pytest.mark.parametrize("m", SIZES)

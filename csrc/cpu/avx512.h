@@ -46,7 +46,6 @@ struct Avx512 {
 
     static Acc zero() { return _mm512_setzero_ps(); }
     static Acc load(const float* p) { return _mm512_loadu_ps(p); }
-    static Acc load(const float* p, int64_t count) { return _mm512_maskz_loadu_ps(lanes(count), p); }
     static void store(float* p, Acc v) { _mm512_storeu_ps(p, v); }
     static Acc broadcast(float v) { return _mm512_set1_ps(v); }
     static Acc multiply(Acc a, Acc b) { return _mm512_mul_ps(a, b); }
@@ -56,21 +55,27 @@ struct Avx512 {
         __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
     }
-    static Acc widen(const uint16_t* p, int64_t count) {
-        __m256i bits = _mm256_maskz_loadu_epi16(lanes(count), p);
-        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-    }
-    static __m256i rounded(Acc v) {  // to_bf16's steps
+    static void round(uint16_t* p, Acc v) {  // to_bf16's steps
         const __m512i bits = _mm512_castps_si512(v);
         const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
         __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
         const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
         sum = _mm512_mask_mov_epi32(_mm512_srli_epi32(sum, 16), nan, _mm512_set1_epi32(0x7fc0));
-        return _mm512_cvtepi32_epi16(sum);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(sum));
     }
-    static void round(uint16_t* p, Acc v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded(v)); }
-    static void round(uint16_t* p, Acc v, int64_t count) { _mm256_mask_storeu_epi16(p, lanes(count), rounded(v)); }
-    static __mmask16 lanes(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
+
+    // The first `count` lanes, of less than all; zero in the others, or nothing written there.
+    static __mmask16 first(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
+    static Acc load(const float* p, int64_t count) { return _mm512_maskz_loadu_ps(first(count), p); }
+    static Acc widen(const uint16_t* p, int64_t count) {
+        const __m256i bits = _mm256_maskz_loadu_epi16(first(count), p);
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+    }
+    static void round(uint16_t* p, Acc v, int64_t count) {
+        alignas(32) uint16_t lanes[kLanes];
+        round(lanes, v);
+        _mm256_mask_storeu_epi16(p, first(count), _mm256_load_si256(reinterpret_cast<const __m256i*>(lanes)));
+    }
 };
 
 }  // namespace

@@ -8,7 +8,6 @@
 #include <cstdlib>
 #include <limits>
 #include <memory>
-#include <vector>
 
 #include "../muon_kernels.h"
 #include "kernels.h"
@@ -30,19 +29,30 @@ const Kernels* kernels_for(Isa isa) {
 
 const Kernels* supported_kernels(Isa isa) { return isa_supported(isa) ? kernels_for(isa) : nullptr; }
 
-// One aligned block per thread, kept between calls: a product a few microseconds long cannot afford an allocation.
-void* thread_scratch(int64_t bytes) {
-    struct Free {
-        void operator()(void* p) const { std::free(p); }
-    };
-    thread_local std::unique_ptr<void, Free> block;
-    thread_local int64_t size = 0;
-    if (size < bytes) {
-        block.reset(std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64)));
-        size = block ? bytes : 0;
+// Aligned bytes for each of the threads that a call will share its work with, had before any of them writes; null if
+// memory runs out. A calling thread keeps them for its next: a product a few microseconds long cannot afford an
+// allocation.
+struct Scratch {
+    char* data;
+    int64_t stride;
+
+    Scratch(int64_t bytes, int threads) : stride((bytes + 63) / 64 * 64) {
+        struct Free {
+            void operator()(void* p) const { std::free(p); }
+        };
+        thread_local std::unique_ptr<void, Free> block;
+        thread_local int64_t size = 0;
+        const int64_t wanted = std::max<int64_t>(64, stride * threads);
+        if (size < wanted) {
+            block.reset();
+            block.reset(std::aligned_alloc(64, static_cast<size_t>(wanted)));
+            size = block ? wanted : 0;
+        }
+        data = static_cast<char*>(block.get());
     }
-    return block.get();
-}
+
+    void* of(int thread) const { return data + thread * stride; }
+};
 
 bool same_shape(const Stack& s, int64_t batch, int64_t rows, int64_t cols) {
     return !s.data || (s.batch == batch && s.rows == rows && s.cols == cols && s.row_stride >= s.cols);
@@ -131,15 +141,19 @@ Status products(Isa isa, const Product* list, int count, int threads) {
     if (!kernels) return Status::unsupported_isa;
     const int64_t bytes = scratch_bytes(*kernels, list, count), batch = count ? list[0].out.batch : 0;
     if (bytes < 0) return Status::invalid_argument;
+    int64_t tasks = 0;  // of the product that has most
+    for (int i = 0; i < count; ++i) tasks = std::max(tasks, kernels->product_tasks(list[i]));
+    const Scratch scratch(bytes, static_cast<int>(std::min<int64_t>(threads, tasks)));
+    if (!scratch.data) return Status::out_of_memory;
     if (batch >= 4 * threads) {
-        parallel_for(threads, batch, [&](int64_t matrix, int) {
-            products_of_matrix(*kernels, list, count, matrix, thread_scratch(bytes));
+        parallel_for(threads, batch, [&](int64_t matrix, int thread) {
+            products_of_matrix(*kernels, list, count, matrix, scratch.of(thread));
         });
         return Status::ok;
     }
     for (int i = 0; batch && i < count; ++i) {
-        parallel_for(threads, kernels->product_tasks(list[i]), [&](int64_t task, int) {
-            kernels->product_task(list[i], task, thread_scratch(bytes));
+        parallel_for(threads, kernels->product_tasks(list[i]), [&](int64_t task, int thread) {
+            kernels->product_task(list[i], task, scratch.of(thread));
         });
     }
     return Status::ok;
@@ -149,13 +163,15 @@ Status momentum_update(Isa isa, const MomentumUpdate& args, int threads) {
     const Kernels* kernels = supported_kernels(isa);
     if (!kernels) return Status::unsupported_isa;
     const int64_t batch = args.x.batch, blocks = kernels->momentum_blocks(args);
-    std::vector<double> partial(static_cast<size_t>(batch * blocks), 0.0);
+    const Scratch scratch(batch * blocks * static_cast<int64_t>(sizeof(double)), 1);
+    if (!scratch.data) return Status::out_of_memory;
+    double* partial = static_cast<double*>(scratch.of(0));
     parallel_for(threads, batch * blocks, [&](int64_t task, int) {
-        kernels->momentum_block(args, task / blocks, task % blocks, &partial[static_cast<size_t>(task)]);
+        kernels->momentum_block(args, task / blocks, task % blocks, &partial[task]);
     });
     for (int64_t i = 0; i < batch; ++i) {
         double sum = 0;
-        for (int64_t block = 0; block < blocks; ++block) sum += partial[static_cast<size_t>(i * blocks + block)];
+        for (int64_t block = 0; block < blocks; ++block) sum += partial[i * blocks + block];
         normalize(*kernels, args, i, sum);
     }
     return Status::ok;
@@ -179,7 +195,10 @@ Status fused_step(Isa isa, const Step& args, int threads) {
     for (int i = 0; i < args.product_count; ++i) {
         if (args.products[i].out.batch != slots) return Status::invalid_argument;
     }
-    parallel_for(std::min<int>(threads, static_cast<int>(slots)), args.count, [&](int64_t matrix, int slot) {
+    threads = std::min<int>(threads, static_cast<int>(slots));
+    const Scratch scratch(bytes, threads);
+    if (!scratch.data) return Status::out_of_memory;
+    parallel_for(threads, args.count, [&](int64_t matrix, int slot) {
         MomentumUpdate momentum = args.momentum;
         momentum.grad += matrix;
         if (momentum.momentum) momentum.momentum += matrix;
@@ -193,7 +212,7 @@ Status fused_step(Isa isa, const Step& args, int threads) {
         }
         normalize(*kernels, momentum, 0, sum);
 
-        products_of_matrix(*kernels, args.products, args.product_count, slot, thread_scratch(bytes));
+        products_of_matrix(*kernels, args.products, args.product_count, slot, scratch.of(slot));
 
         ApplyUpdate apply = args.apply;
         apply.param += matrix;

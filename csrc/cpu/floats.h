@@ -21,6 +21,8 @@ struct Floats {
     // the second.
     static constexpr int64_t kBlockK = 256;
     static constexpr int64_t kTiles = 128 / I::kLanes;
+    static constexpr bool kAlike = true;
+    static constexpr int64_t kNarrow = 128;
 
     static constexpr int64_t kFewRows = 0, kLongRows = 0;
 

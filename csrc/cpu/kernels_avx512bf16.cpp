@@ -15,7 +15,7 @@ struct Avx512Bf16 : Avx512 {
         interleave(to, load_lanes(even), load_lanes(odd));
     }
     static void interleave(uint32_t* to, const uint16_t* even, const uint16_t* odd, int64_t count) {
-        interleave(to, _mm256_maskz_loadu_epi16(lanes(count), even), _mm256_maskz_loadu_epi16(lanes(count), odd));
+        interleave(to, _mm256_maskz_loadu_epi16(first(count), even), _mm256_maskz_loadu_epi16(first(count), odd));
     }
     static void transpose_pairs(
         uint32_t* to, int64_t width, const uint16_t* from, int64_t stride, int64_t lines, int64_t k
@@ -72,7 +72,7 @@ struct Avx512Bf16 : Avx512 {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v));
     }
     static void round(uint16_t* p, Acc v, int64_t count) {
-        _mm256_mask_storeu_epi16(p, lanes(count), (__m256i)_mm512_cvtneps_pbh(v));
+        _mm256_mask_storeu_epi16(p, first(count), (__m256i)_mm512_cvtneps_pbh(v));
     }
 
   private:

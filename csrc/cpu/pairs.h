@@ -27,6 +27,8 @@ struct Pairs {
     static constexpr int kRows = 14, kVectors = 2;  // 28 accumulators, 2 of b, 1 of a: 31 of 32 registers
     static constexpr int64_t kBlockK = 1024;        // a packed block of b takes half of a 1 MiB second-level cache
     static constexpr int64_t kTiles = 1;            // a tile of a, once read, meets all panels
+    static constexpr bool kAlike = false;
+    static constexpr int64_t kNarrow = 8 * I::kLanes;
 
     // Rows that stay in the first-level cache, and are long enough to make adding up lanes worth it.
     static constexpr int64_t kFewRows = 24, kLongRows = 128;

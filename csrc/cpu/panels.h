@@ -23,7 +23,7 @@ int64_t padded(int64_t cols, int64_t width) {
     return cols <= I::kLanes ? I::kLanes : width;
 }
 
-// Up to a vector of a row. What lies beyond a ragged end is not ours to touch.
+// Up to a vector of a row: what lies beyond a ragged end is not ours to touch.
 template <class I>
 typename I::Acc read_bf16(const uint16_t* from, int64_t count) {
     return count >= I::kLanes ? I::widen(from) : I::widen(from, count);
@@ -31,7 +31,8 @@ typename I::Acc read_bf16(const uint16_t* from, int64_t count) {
 
 template <class I>
 void write_bf16(uint16_t* to, int64_t count, typename I::Acc value) {
-    return count >= I::kLanes ? I::round(to, value) : I::round(to, value, count);
+    if (count >= I::kLanes) return I::round(to, value);
+    I::round(to, value, count);
 }
 
 }  // namespace

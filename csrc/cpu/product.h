@@ -12,10 +12,11 @@
 //   M::A, M::B                         what a tile of a and a packed block of b consist of
 //   M::column(k)                       how many B a column of k elements takes
 //   M::pack, M::tile_of_a, M::a_room   the operands made ready
+//   M::kAlike                          whether a narrow panel of b could be a tile of a
+//   M::kNarrow                         columns up to which a symmetric result takes narrow panels
 //   M::add_products                    acc += a tile of a times a panel of b
-//   M::kFewRows, M::kLongRows          at most so many rows of at least that length have their Gram matrix made of
-//   inner
-//                                      products; 0 if none
+//   M::kFewRows, M::kLongRows          a Gram matrix of at most so many rows, at least so long, is made of inner
+//   products
 //
 // A task is one block of columns of one matrix: it packs its part of b once and runs all rows of a over it. A symmetric
 // result starts at the block's own row and is mirrored from the finished lower triangle, so that it is symmetric to the
@@ -78,7 +79,11 @@ MultiplyTile<M> pick_tile(int64_t rows, int64_t width) {
 template <class M>
 int64_t panel_width(const Product& p) {
     constexpr int64_t kLanes = M::Lanes::kLanes;
-    return p.out.cols <= kLanes || (p.symmetric && p.out.cols <= 8 * kLanes) ? kLanes : M::kVectors * kLanes;
+    return p.out.cols <= kLanes || (p.symmetric && p.out.cols <= M::kNarrow) ? kLanes : M::kVectors * kLanes;
+}
+
+inline bool same(const Stack& a, const Stack& b) {
+    return a.data == b.data && a.batch_stride == b.batch_stride && a.row_stride == b.row_stride;
 }
 
 inline uint16_t* row_of(const Stack& s, int64_t matrix, int64_t row) {
@@ -232,7 +237,7 @@ void add_columns(const Product& p, int64_t matrix, int64_t j0, int64_t cols) {
     }
 }
 
-inline bool is_gram(const Product& p) { return p.symmetric && p.b_transposed && p.b.data == p.a.data; }
+inline bool is_gram(const Product& p) { return p.symmetric && p.b_transposed && same(p.a, p.b); }
 
 // a aᵀ by inner products of its rows: for few rows, half of a tile would lie above the diagonal, and packing them would
 // cost as much again.
@@ -284,7 +289,10 @@ void product_task(const Product& p, int64_t task, void* scratch) {
     const FinishTile finish = pick_finish<I>(p, std::make_integer_sequence<int, 8>{});
     // Equal row tiles: a short last one would leave the multipliers waiting for its few accumulators.
     const int64_t tiles = ceil_div(m - i_begin, panel_cols == I::kLanes ? I::kLanes : M::kRows);
-    const auto tile_begin = [=](int64_t t) { return i_begin + (m - i_begin) * t / tiles; };
+    const bool shared = M::kAlike && panel_cols == I::kLanes && blocks == 1 && p.b_transposed && same(p.a, p.b);
+    const auto tile_begin = [=](int64_t t) {
+        return shared ? std::min<int64_t>(t * I::kLanes, m) : i_begin + (m - i_begin) * t / tiles;
+    };
 
     for (int64_t k0 = 0; k0 == 0 || k0 < k; k0 += M::kBlockK) {
         const int64_t depth = std::min(M::kBlockK, k - k0);
@@ -295,7 +303,9 @@ void product_task(const Product& p, int64_t task, void* scratch) {
             for (int64_t t = t0; t < t1; ++t) {
                 const int64_t i0 = tile_begin(t), rows = tile_begin(t + 1) - i0;
                 const uint16_t* from = row_of(p.a, matrix, i0) + k0;
-                a[t - t0] = M::tile_of_a(from, p.a.row_stride, rows, depth, a_room + (t - t0) * I::kLanes * depth);
+                auto* to = a_room + (t - t0) * I::kLanes * depth;
+                a[t - t0] = shared ? reinterpret_cast<const typename M::A*>(packed + i0 * M::column(depth))
+                                   : M::tile_of_a(from, p.a.row_stride, rows, depth, to);
             }
             for (int64_t j = 0; j < cols; j += panel_cols) {
                 const int64_t width = std::min(panel_cols, cols - j);
