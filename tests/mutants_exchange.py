@@ -79,7 +79,13 @@ MUTANTS = [
         "test_layouts and tp-4",
         PLACEMENT,
     ),
-    Mutant("gradients that some lack: skipped", "if p.grad is None and p in present:", "if False:", "lack", CONSENSUS),
+    Mutant(
+        "gradients that some lack: skipped",
+        "if grad is None and p in present else grad",
+        "if False else grad",
+        "lack",
+        CONSENSUS,
+    ),
     Mutant(
         "NaN: each for itself",
         "return Agreed(verdict == _FOUND_INF, grad)",

@@ -237,7 +237,7 @@ void add_columns(const Product& p, int64_t matrix, int64_t j0, int64_t cols) {
     }
 }
 
-inline bool is_gram(const Product& p) { return p.symmetric && p.b_transposed && same(p.a, p.b); }
+inline bool is_gram(const Product& p) { return p.b_transposed && same(p.a, p.b); }
 
 // a aᵀ by inner products of its rows: for few rows, half of a tile would lie above the diagonal, and packing them would
 // cost as much again.
@@ -289,7 +289,7 @@ void product_task(const Product& p, int64_t task, void* scratch) {
     const FinishTile finish = pick_finish<I>(p, std::make_integer_sequence<int, 8>{});
     // Equal row tiles: a short last one would leave the multipliers waiting for its few accumulators.
     const int64_t tiles = ceil_div(m - i_begin, panel_cols == I::kLanes ? I::kLanes : M::kRows);
-    const bool shared = M::kAlike && panel_cols == I::kLanes && blocks == 1 && p.b_transposed && same(p.a, p.b);
+    const bool shared = M::kAlike && panel_cols == I::kLanes && blocks == 1 && is_gram(p);
     const auto tile_begin = [=](int64_t t) {
         return shared ? std::min<int64_t>(t * I::kLanes, m) : i_begin + (m - i_begin) * t / tiles;
     };
