@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 import threading
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from itertools import accumulate, repeat
-from operator import eq, mul
+from operator import attrgetter, eq, mul
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -436,25 +436,32 @@ def as_scalar(x: float | Tensor) -> float | Tensor:
     return float(x) if options.on_host(x) else cast(Tensor, x).reshape(())
 
 
-def signature(p: Tensor, g: Tensor, buffer: Tensor | None, *own: Tensor | None) -> tuple[object, ...]:
+def signature(
+    params: Sequence[Tensor], grads: Sequence[Tensor], own: Sequence[Sequence[Tensor | None]]
+) -> list[Iterator[object]]:
     """All that `prepare` looks at: where a parameter's tensors lie and what they are; not the gradient's address.
 
-    Momentum buffer and what else is the optimizer's own may be moved or replaced, but not seen otherwise.
+    Momentum buffers and what else is the optimizer's `own` may be moved or replaced, but not seen otherwise. One
+    property of all tensors comes after another, by C code alone: many small parameters make a step of such questions.
     """
-    return (
-        tuple([(id(t), t.data_ptr()) if isinstance(t, Tensor) else t for t in own]),
-        p.data_ptr(),
-        p.shape,
-        p.stride(),
-        p.dtype,
-        id(buffer),
-        buffer is not None and buffer.data_ptr(),
-        g.shape,
-        (g.stride(), g.data_ptr() == 0) if g.layout == torch.strided else None,
-        g.dtype,
-        g.device,
-        g.is_neg(),
-    )
+    return [
+        *(map(id, kept) for kept in own),
+        *(map(Tensor.data_ptr, [t for t in kept if isinstance(t, Tensor)]) for kept in own),
+        map(Tensor.data_ptr, params),
+        map(_SHAPE, params),
+        map(Tensor.stride, params),
+        map(_DTYPE, params),
+        map(_LAYOUT, grads),  # before the strides, which sparse ones do not have
+        map(_SHAPE, grads),
+        map(Tensor.stride, grads),
+        map(bool, map(Tensor.data_ptr, grads)),
+        map(_DTYPE, grads),
+        map(_DEVICE, grads),
+        map(Tensor.is_neg, grads),
+    ]
+
+
+_SHAPE, _DTYPE, _LAYOUT, _DEVICE = map(attrgetter, ("shape", "dtype", "layout", "device"))
 
 
 def prepare(
@@ -822,7 +829,8 @@ class _Settled(NamedTuple):
 
     options: dict[str, Any]
     threads: int
-    signatures: list[tuple[object, ...]]
+    count: int
+    signature: list[list[object]]
     prepared: Prepared
 
 
@@ -854,18 +862,16 @@ class Preparations:
             apart: see `prepare`; either kind of step is remembered.
         """
         settled = self._settled.get((key, apart))
-        buffers = repeat(None) if momentum_bufs is None else momentum_bufs
-        own = [kept for kept in (moments, scales, mantissas) if kept]
-        operands = (params, grads, buffers, *own)
-        # Signatures are compared one by one: a list of them would set off the garbage collector at every step.
+        own = [kept for kept in (momentum_bufs, moments, scales, mantissas) if kept]
+        now = signature(params, grads, own)
         if (
             settled is None
             or settled.options != options
             or settled.threads != torch.get_num_threads()
-            or len(settled.signatures) != len(params)
-            or not all(map(eq, map(signature, *operands), settled.signatures))
+            or len(settled.signature) != len(now)
+            or settled.count != len(params)
+            or not all(all(map(eq, before, after)) for before, after in zip(settled.signature, now, strict=True))
         ):
-            signatures = list(map(signature, *operands))
             # Copies: lists and a dict of splits may be changed in place.
             kept = {**options, **{key: deepcopy(options[key]) for key in ("ns_coefficients", "split", "transposed")}}
             splits, transposed = named()
@@ -873,7 +879,8 @@ class Preparations:
             del taken["split"]
             taken |= {"moments": moments, "scales": scales, "mantissas": mantissas, "placements": placements}
             prepared = prepare(params, grads, momentum_bufs, splits=splits, apart=apart, **taken)
-            settled = self._settled[key, apart] = _Settled(kept, torch.get_num_threads(), signatures, prepared)
+            found = list(map(list, signature(params, grads, own)))
+            settled = self._settled[key, apart] = _Settled(kept, torch.get_num_threads(), len(params), found, prepared)
         return settled.prepared
 
     def clear(self) -> None:

@@ -49,6 +49,7 @@ SPLIT = 'tests/test_split.py -k "native or not cpu"'
 
 PRODUCT_H, ELEMENTWISE_H = "csrc/cpu/product.h", "csrc/cpu/elementwise.h"
 PAIRS_H, FLOATS_H, AVX512_H = "csrc/cpu/pairs.h", "csrc/cpu/floats.h", "csrc/cpu/avx512.h"
+AVX512BF16_CPP = "csrc/cpu/kernels_avx512bf16.cpp"
 TRANSPOSE_H, DISPATCH, PARALLEL = "csrc/cpu/transpose.h", "csrc/cpu/dispatch.cpp", "csrc/cpu/parallel.cpp"
 NATIVE_PY, NEWTON_SCHULZ = "muon_kernels/backends/native.py", "muon_kernels/newton_schulz.py"
 OPTIMIZER, MOMENT, SCALING = "muon_kernels/optimizer.py", "muon_kernels/second_moment.py", "muon_kernels/scaling.py"
@@ -92,16 +93,33 @@ MUTANTS = [
         "q < k - 1; ++q) {\n            typename I::Acc b[V]",
     ),
     # Packing.
-    _pairs("pack: beyond the last column read", "if (j >= cols) return uint32_t{0};", ""),
-    _pairs(
-        "pack: beyond the last row read at an edge",
-        "2 * q + 1 < k ? element(2 * q + 1) << 16 : 0",
-        "element(2 * q + 1) << 16",
+    _pairs("pack: beyond the last row read", "2 * q + 1 < b.k ? even + b.stride : nullptr", "even + b.stride"),
+    _pairs("pack: ragged columns lose one", "std::max<int64_t>(count, 0)", "std::max<int64_t>(count - 1, 0)"),
+    _pairs("pack: second vector of a panel is the first", "packed + j * pairs + c, width", "packed + j * pairs, width"),
+    *[
+        Mutant(name, AVX512BF16_CPP, old, new, AVX512BF16)
+        for name, old, new in [
+            ("pack: beyond the last line read", "i < lines ?", "true ?"),
+            ("pack: beyond the last of k read", "deep = k < 32 ? (1u << k) - 1 : 0xffffffff", "deep = 0xffffffff"),
+            ("pack: last pair of k lost", "(16, (k + 1) / 2)", "(16, k / 2)"),
+            ("pack: ragged rows are whole", "first(count), odd)", "0xffff, odd)"),
+            ("few rows: beyond the last of k read", "deep = k - q < 32 ? (1u << (k - q)) - 1 :", "deep = false ? 0 :"),
+            ("few rows: half of the lanes", "add(_mm512_unpacklo_ps(a, b),", "add(_mm512_setzero_ps(),"),
+            ("few rows: a quarter twice", "_mm512_shuffle_f32x4(a, b, 0xdd)", "_mm512_shuffle_f32x4(a, b, 0x88)"),
+            ("few rows: two rows one", "(sums, 3)", "(sums, 2)"),
+        ]
+    ],
+    Mutant(
+        "pack: a quarter of a transposition twice",
+        AVX512_H,
+        "_mm512_unpackhi_epi64(t[",
+        "_mm512_unpacklo_epi64(t[",
+        AVX512BF16,
     ),
-    _pairs("pack: beyond the last row read", "paired ? even", "true ? even"),
-    _pairs("pack: transposed block past the last column", "j + jj + 8 <= cols ?", "j + jj < cols ?"),
-    _pairs("pack: tail of k starts late", "for (int64_t q = whole; q", "for (int64_t q = whole + 1; q"),
-    _pairs("pack: ragged columns lose one", "c < jj + 8; ++c)", "c < jj + 7; ++c)"),
+    _product("few rows: blocks on the diagonal left out", "j <= i; j += kStep", "j < i; j += kStep"),
+    _product("few rows: beyond the last one read", "std::min(j + r, m - 1)", "j + r"),
+    _product("few rows: not mirrored", "    mirror(p.out, matrix, 0, m);\n", ""),
+    _product("packed as it lies: not symmetric", "p.b_transposed && !p.a_diagonal;", "false;"),
     _floats("floats: second vector of a panel is the first", "packed + j * b.k + c, width", "packed + j * b.k, width"),
     _floats("floats: lines of a second vector are the first's", "b.data + (j + c) * b.stride", "b.data + j * b.stride"),
     _floats("floats: beyond the last column read", "std::max<int64_t>(b.cols - j - c, 0)", "I::kLanes"),
@@ -119,7 +137,9 @@ MUTANTS = [
     Mutant("few words: four of them lost", TRANSPOSE_H, "if (count & 4)", "if (count & 0)", FLOATS),
     _product("tiles of a in one place", "a_room + (t - t0) *", "a_room + 0 * (t - t0) *"),
     _product("tiles of a between two lots skipped", "t0 += M::kTiles)", "t0 += M::kTiles + 1)"),
-    _product("a panel of another matrix taken for a", "p.b_transposed && same(p.a, p.b);", "p.b_transposed;"),
+    _product(
+        "a panel of another matrix taken for a", "return p.b_transposed && same(p.a, p.b);", "return p.b_transposed;"
+    ),
     _product("every panel is the first", "panel = packed + j * M::column", "panel = packed + 0 * j * M::column"),
     # Cutting into tasks and tiles.
     _product(
@@ -156,19 +176,19 @@ MUTANTS = [
     _product("gamma not scaled", ": value) + p.gamma * scale;", ": value) + p.gamma;"),
     _product(
         "alpha where beta belongs",
-        "multiply_add(betas, read_bf16<I>(c_row",
-        "multiply_add(alphas, read_bf16<I>(c_row",
+        "multiply_add(betas, I::widen(c_row",
+        "multiply_add(alphas, I::widen(c_row",
     ),
     _product("diagonal of a ignored", "(p.a_diagonal ? kADiagonal : 0)", "0"),
     _product("diagonal of b ignored", "(p.b_diagonal ? kBDiagonal : 0)", "0"),
-    _product("diagonal of b counts on the diagonal only", "if (kB) {", "if (false) {"),
+    _product("diagonal of b counts on the diagonal only", "if (kB) value = I::", "if (false) value = I::"),
     _product("product of the diagonals forgotten", "value + a_diagonal[i] * b_diagonal[i] : value", "value : value"),
-    _product(
-        "square: one diagonal for both", "I::add(a_iis, read_float<I>(b_diagonal + j, count))", "I::add(a_iis, a_iis)"
-    ),
+    _product("square: one diagonal for both", "I::add(I::broadcast(a_ii), b_jj)", "I::add(b_jj, b_jj)"),
     _product("square: chosen for any c", "p.b_diagonal && p.c.data == p.a.data", "p.b_diagonal && p.c.data"),
     _product("update: chosen for any c", "!p.b_diagonal && p.c.data == p.b.data", "!p.b_diagonal && p.c.data"),
     _product("update: diagonal forgotten", "I::broadcast(alpha * a_ii + beta)", "I::broadcast(beta)"),
+    _product("addends of the first row", "            b_row += b.row_stride;\n", ""),
+    _product("ragged columns lose one", "finish(j, end - j);", "finish(j, end - j - 1);"),
     _product("scale of X Xᵀ not squared", "p.b_transposed ? once * once : once", "once"),
     _product("diagonal of c ignored", "if (p.c_diagonal) value", "if (false) value"),
     _product(
@@ -337,8 +357,8 @@ MUTANTS = [
             (
                 "second moment: in a stale plan",
                 FUNCTIONAL,
-                "moment if moment is None else (id(moment), moment.data_ptr())",
-                "None",
+                "(momentum_bufs, moments, scales, mantissas)",
+                "(momentum_bufs, scales, mantissas)",
                 "does_not_fit",
             ),
             ("scheduled decay: without peak_lr", SCALING, "weight_decay * lr / peak_lr", "weight_decay * lr", "forms"),

@@ -147,8 +147,8 @@ MUTANTS = [
     Mutant("power of one", "            if power == 1:\n", "            if False:\n", "eager and power", FUNCTIONAL),
     Mutant(
         "state replaced and not seen",
-        "tuple([(id(t), t.data_ptr()) if isinstance(t, Tensor) else t for t in own]),",
-        "(),",
+        "(momentum_bufs, moments, scales, mantissas)",
+        "(momentum_bufs,)",
         CHECKPOINT,
         FUNCTIONAL,
     ),

@@ -12,7 +12,7 @@ from muon_kernels.backends import cpu
 from muon_kernels.newton_schulz import Square
 
 SIZES = [1, 3, 16, 17, 63, 65, 129]
-SHAPES = [(1, 1), (1, 9), (3, 17), (14, 32), (16, 1030), (63, 65), (65, 129), (129, 200), (200, 2100)]
+SHAPES = [(1, 1), (1, 9), (3, 17), (14, 32), (16, 1030), (23, 131), (63, 65), (65, 129), (129, 200), (200, 2100)]
 BATCHES = [0, 1, 9]  # of 9 matrices two threads take whole ones, of fewer they share the columns
 
 

@@ -8,6 +8,38 @@
 namespace muon_kernels::cpu {
 namespace {
 
+// r[i][j] = r[j][i].
+inline void transpose_16x16_u32(__m512i (&r)[16]) {
+    __m512i t[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; ++h) {
+            r[4 * i + 2 * h] = _mm512_unpacklo_epi64(t[4 * i + h], t[4 * i + 2 + h]);
+            r[4 * i + 2 * h + 1] = _mm512_unpackhi_epi64(t[4 * i + h], t[4 * i + 2 + h]);
+        }
+    }
+    // r[4 i + h] has columns h, h + 4, h + 8, h + 12 of rows 4 i to 4 i + 3.
+#pragma GCC unroll 4
+    for (int h = 0; h < 4; ++h) {
+        const __m512i low = _mm512_shuffle_i32x4(r[h], r[4 + h], 0x88),
+                      high = _mm512_shuffle_i32x4(r[h], r[4 + h], 0xdd);
+        const __m512i low2 = _mm512_shuffle_i32x4(r[8 + h], r[12 + h], 0x88);
+        const __m512i high2 = _mm512_shuffle_i32x4(r[8 + h], r[12 + h], 0xdd);
+        t[h] = _mm512_shuffle_i32x4(low, low2, 0x88);
+        t[8 + h] = _mm512_shuffle_i32x4(low, low2, 0xdd);
+        t[4 + h] = _mm512_shuffle_i32x4(high, high2, 0x88);
+        t[12 + h] = _mm512_shuffle_i32x4(high, high2, 0xdd);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) r[i] = t[i];
+}
+
 struct Avx512 {
     static constexpr int kLanes = 16;
     using Acc = __m512;

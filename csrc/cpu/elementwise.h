@@ -16,7 +16,7 @@
 namespace muon_kernels::cpu {
 namespace {
 
-constexpr int64_t kRun = 256;  // elements handled at once; they stay in the first-level cache
+constexpr int64_t kRun = 512;  // elements handled at once; they stay in the first-level cache
 constexpr int64_t kBlockElements = 1 << 16;
 constexpr int kLines = 16;  // lines of a transposed block
 

@@ -24,6 +24,8 @@ struct Floats {
     static constexpr bool kAlike = true;
     static constexpr int64_t kNarrow = 128;
 
+    static constexpr int64_t kFewRows = 0, kLongRows = 0;
+
     static int64_t column(int64_t k) { return k; }
 
     // A tile of a is as many vectors as it is deep, with its rows in their lanes.

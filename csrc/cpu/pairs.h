@@ -2,12 +2,15 @@
 //
 //   I::PairA, I::broadcast_pair    one pair (k, k+1) of a, in every lane
 //   I::PairB, I::load_pairs        kLanes pairs of b
-//   I::interleave                  such pairs from rows k and k+1 of b
+//   I::interleave                  such pairs from rows k and k+1 of b, of all lanes or the first ones
+//   I::transpose_pairs             the pairs of a line in one column of `width`, zero in the columns beyond the lines
 //   I::add_products(acc, a, b)
+//   I::inner_products              four rows with four others
 //
 // b is packed as pairs; a is read in place.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "panels.h"
@@ -26,6 +29,9 @@ struct Pairs {
     static constexpr int64_t kTiles = 1;            // a tile of a, once read, meets all panels
     static constexpr bool kAlike = false;
     static constexpr int64_t kNarrow = 8 * I::kLanes;
+
+    // Rows that stay in the first-level cache, and are long enough to make adding up lanes worth it.
+    static constexpr int64_t kFewRows = 24, kLongRows = 128;
 
     static int64_t column(int64_t k) { return ceil_div(k, 2); }
 
@@ -66,46 +72,34 @@ struct Pairs {
     }
 
     // panel[q][j] = (b[2q][j], b[2q + 1][j]), zero outside b.
-    static void pack(const Block& from, int64_t panel_cols, B* packed) {
-        const uint16_t* b = from.data;
-        const int64_t stride = from.stride, k = from.k, cols = from.cols, pairs = column(k);
-        const auto pack_pair = [=](int64_t j, int64_t q) {  // of column j: any place, any edge
-            if (j >= cols) return uint32_t{0};
-            const auto element = [=](int64_t kk) -> uint32_t {
-                return from.transposed ? b[j * stride + kk] : b[kk * stride + j];
-            };
-            return element(2 * q) | (2 * q + 1 < k ? element(2 * q + 1) << 16 : 0);
-        };
-        for (int64_t j = 0; j < cols; j += panel_cols) {
-            const int64_t width = padded<I>(cols - j, panel_cols);
-            uint32_t* panel = packed + j * pairs;
-            if (from.transposed) {  // a pair is contiguous in a row of b: a transposition of 32-bit words
-                for (int64_t jj = 0; jj < width; jj += 8) {
-                    const int64_t whole = j + jj + 8 <= cols ? (k / 2) & ~int64_t{7} : 0;
-                    const uint16_t* rows = b + (j + jj) * stride;
-                    for (int64_t q = 0; q < whole; q += 8) {
-                        transpose_8x8_pairs(rows + 2 * q, stride, panel + q * width + jj, width);
-                    }
-                    for (int64_t q = whole; q < pairs; ++q) {
-                        for (int64_t c = jj; c < jj + 8; ++c) panel[q * width + c] = pack_pair(j + c, q);
-                    }
-                }
-            } else if (cols - j < panel_cols) {
-                for (int64_t q = 0; q < pairs; ++q) {
-                    for (int64_t c = 0; c < width; ++c) panel[q * width + c] = pack_pair(j + c, q);
+    static void pack(const Block& b, int64_t panel_cols, B* packed) {
+        const int64_t pairs = column(b.k);
+        if (b.transposed) {  // a pair is contiguous in a row of b: a transposition of 32-bit words
+            for (int64_t j = 0; j < b.cols; j += panel_cols) {
+                const int64_t width = padded<I>(b.cols - j, panel_cols);
+                for (int64_t c = 0; c < width; c += I::kLanes) {
+                    const uint16_t* lines = b.data + (j + c) * b.stride;
+                    I::transpose_pairs(packed + j * pairs + c, width, lines, b.stride, b.cols - j - c, b.k);
                 }
             }
+            return;
         }
-        if (from.transposed) return;
-        // Whole panels together, along the rows of b: panel by panel every cache line would be a miss of its own.
+        // All panels together, along the rows of b: panel by panel every cache line would be a miss of its own.
         static constexpr uint16_t kNothing[I::kLanes] = {};
         for (int64_t q = 0; q < pairs; ++q) {
-            const uint16_t* even = b + 2 * q * stride;
-            const bool paired = 2 * q + 1 < k;
-            for (int64_t j = 0; j + panel_cols <= cols; j += panel_cols) {
-                uint32_t* to = packed + j * pairs + q * panel_cols;
-                for (int64_t v = 0; v < panel_cols; v += I::kLanes) {
-                    I::interleave(to + v, even + j + v, paired ? even + stride + j + v : kNothing);
+            const uint16_t* even = b.data + 2 * q * b.stride;
+            const uint16_t* odd = 2 * q + 1 < b.k ? even + b.stride : nullptr;
+            for (int64_t j = 0; j < b.cols; j += panel_cols) {
+                const int64_t width = padded<I>(b.cols - j, panel_cols);
+                B* to = packed + j * pairs + q * width;
+                for (int64_t c = 0; c < width; c += I::kLanes) {
+                    const int64_t count = b.cols - j - c;
+                    const uint16_t* second = odd ? odd + j + c : kNothing;
+                    if (count >= I::kLanes) {
+                        I::interleave(to + c, even + j + c, second);
+                    } else {
+                        I::interleave(to + c, even + j + c, second, std::max<int64_t>(count, 0));
+                    }
                 }
             }
         }

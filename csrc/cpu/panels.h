@@ -30,11 +30,6 @@ typename I::Acc read_bf16(const uint16_t* from, int64_t count) {
 }
 
 template <class I>
-typename I::Acc read_float(const float* from, int64_t count) {
-    return count >= I::kLanes ? I::load(from) : I::load(from, count);
-}
-
-template <class I>
 void write_bf16(uint16_t* to, int64_t count, typename I::Acc value) {
     if (count >= I::kLanes) return I::round(to, value);
     I::round(to, value, count);

@@ -3,7 +3,8 @@
 //
 //   I::kLanes                          floats in a vector
 //   I::Acc                             such a vector: zero, broadcast, load, store, multiply, add,
-//                                      multiply_add(a, b, c) = a b + c, widen and round from and to bf16
+//                                      multiply_add(a, b, c) = a b + c, widen and round from and to bf16; load, widen
+//                                      and round also of fewer lanes, beyond which nothing is touched
 //   M::kRows, M::kVectors              a register tile has kRows rows of kVectors vectors, or, where the result is
 //                                      narrow, kLanes rows of one
 //   M::kBlockK, M::kTiles              what stays in caches: a block of b is kBlockK deep, kTiles tiles of a go over it
@@ -14,6 +15,8 @@
 //   M::kAlike                          whether a narrow panel of b could be a tile of a
 //   M::kNarrow                         columns up to which a symmetric result takes narrow panels
 //   M::add_products                    acc += a tile of a times a panel of b
+//   M::kFewRows, M::kLongRows          a Gram matrix of at most so many rows, at least so long, is made of inner
+//   products
 //
 // A task is one block of columns of one matrix: it packs its part of b once and runs all rows of a over it. A symmetric
 // result starts at the block's own row and is mirrored from the finished lower triangle, so that it is symmetric to the
@@ -108,35 +111,39 @@ void finish_tile(
     const Stack a = p.a, b = p.b_transposed ? p.a : p.b, c = p.c, out = p.out;
     const float* a_diagonal = p.a_diagonal + matrix * m;
     const float* b_diagonal = p.b_diagonal + matrix * n;
-    for (int64_t i = i0; i < i0 + rows; ++i) {
-        const float* sums = tile + (i - i0) * tile_stride - j0;
-        const uint16_t *a_row = row_of(a, matrix, i), *b_row = row_of(b, matrix, i), *c_row = row_of(c, matrix, i);
-        uint16_t* out_row = row_of(out, matrix, i);
-        const float a_ii = kA ? a_diagonal[i] : 0.0f;
-        const Acc a_iis = I::broadcast(a_ii), factor = I::broadcast(alpha * a_ii + beta);
-        const auto finish = [&](int64_t j, int64_t count) __attribute__((always_inline)) {
-            Acc value = I::load(sums + j);
+    // A vector of columns, row by row; `count` of them where they are fewer.
+    const auto finish = [&](int64_t j, auto... count) __attribute__((always_inline)) {
+        const Acc b_jj = kB ? I::load(b_diagonal + j, count...) : I::zero();
+        const float* sums = tile + j - j0;
+        const uint16_t *a_row = row_of(a, matrix, i0) + j, *b_row = row_of(b, matrix, i0) + j;
+        const uint16_t* c_row = ADDENDS & kC ? row_of(c, matrix, i0) + j : nullptr;
+        uint16_t* out_row = row_of(out, matrix, i0) + j;
+        for (int64_t i = i0; i < i0 + rows; ++i) {
+            Acc value = I::load(sums);
+            const float a_ii = kA ? a_diagonal[i] : 0.0f;
             if (ADDENDS & kSquare) {
-                const Acc both = I::add(a_iis, read_float<I>(b_diagonal + j, count));
-                const Acc factors = I::multiply_add(alphas, both, betas);
-                value = I::multiply_add(factors, read_bf16<I>(a_row + j, count), I::multiply(alphas, value));
+                const Acc factors = I::multiply_add(alphas, I::add(I::broadcast(a_ii), b_jj), betas);
+                value = I::multiply_add(factors, I::widen(a_row, count...), I::multiply(alphas, value));
             } else if (ADDENDS & kUpdate) {
-                value = I::multiply_add(factor, read_bf16<I>(b_row + j, count), I::multiply(alphas, value));
+                const Acc factor = I::broadcast(alpha * a_ii + beta);
+                value = I::multiply_add(factor, I::widen(b_row, count...), I::multiply(alphas, value));
             } else {
-                if (kA) value = I::multiply_add(a_iis, read_bf16<I>(b_row + j, count), value);
-                if (kB) {
-                    const Acc b_jj = read_float<I>(b_diagonal + j, count);
-                    value = I::multiply_add(read_bf16<I>(a_row + j, count), b_jj, value);
-                }
+                if (kA) value = I::multiply_add(I::broadcast(a_ii), I::widen(b_row, count...), value);
+                if (kB) value = I::multiply_add(I::widen(a_row, count...), b_jj, value);
                 value = I::multiply(alphas, value);
-                if (ADDENDS & kC) value = I::multiply_add(betas, read_bf16<I>(c_row + j, count), value);
+                if (ADDENDS & kC) value = I::multiply_add(betas, I::widen(c_row, count...), value);
             }
-            write_bf16<I>(out_row + j, count, value);
-        };
-        int64_t j = j0;
-        for (; j + I::kLanes <= end; j += I::kLanes) finish(j, I::kLanes);
-        if (j < end) finish(j, end - j);
-    }
+            I::round(out_row, value, count...);
+            sums += tile_stride;
+            a_row += a.row_stride;
+            b_row += b.row_stride;
+            if (ADDENDS & kC) c_row += c.row_stride;
+            out_row += out.row_stride;
+        }
+    };
+    int64_t j = j0;
+    for (; j + I::kLanes <= end; j += I::kLanes) finish(j);
+    if (j < end) finish(j, end - j);
     // The elements on the diagonal again, with what only they get.
     if (!(kA && kB) && !p.gamma && !p.out_diagonal && !p.c_diagonal) return;
     for (int64_t i = std::max(i0, j0); i < std::min(i0 + rows, end); ++i) {
@@ -230,6 +237,31 @@ void add_columns(const Product& p, int64_t matrix, int64_t j0, int64_t cols) {
     }
 }
 
+inline bool is_gram(const Product& p) { return p.b_transposed && same(p.a, p.b); }
+
+// a aᵀ by inner products of its rows: for few rows, half of a tile would lie above the diagonal, and packing them would
+// cost as much again.
+template <class M>
+void gram_of_few_rows(const Product& p, int64_t matrix) {
+    using I = typename M::Lanes;
+    constexpr int64_t kStep = 4, kStride = (M::kFewRows + kStep - 1) / kStep * kStep;
+    const int64_t m = p.out.rows;
+    alignas(64) float sums[kStride * kStride] = {};  // above the diagonal, what mirror writes over
+    for (int64_t i = 0; i < m; i += kStep) {
+        for (int64_t j = 0; j <= i; j += kStep) {
+            const uint16_t *a[kStep], *b[kStep];
+            for (int64_t r = 0; r < kStep; ++r) {  // beyond the last row again that one
+                a[r] = row_of(p.a, matrix, std::min(i + r, m - 1));
+                b[r] = row_of(p.a, matrix, std::min(j + r, m - 1));
+            }
+            I::inner_products(a, b, p.a.cols, sums + i * kStride + j, kStride);
+        }
+    }
+    const FinishTile finish = pick_finish<I>(p, std::make_integer_sequence<int, 8>{});
+    finish(p, matrix, 0, m, 0, m, sums, kStride);
+    mirror(p.out, matrix, 0, m);
+}
+
 template <class M>
 void product_task(const Product& p, int64_t task, void* scratch) {
     using I = typename M::Lanes;
@@ -237,6 +269,9 @@ void product_task(const Product& p, int64_t task, void* scratch) {
     const int64_t j0 = task % blocks * column_block(p);
     const int64_t cols = std::min(column_block(p), p.out.cols - j0);
     if (!p.has_b()) return add_columns<I>(p, matrix, j0, cols);
+    if constexpr (M::kFewRows > 0) {
+        if (is_gram(p) && p.out.rows <= M::kFewRows && p.a.cols >= M::kLongRows) return gram_of_few_rows<M>(p, matrix);
+    }
     const int64_t i_begin = p.symmetric ? j0 : 0, m = p.out.rows, k = p.a.cols;
     const int64_t panel_cols = panel_width<M>(p);
 
@@ -255,7 +290,7 @@ void product_task(const Product& p, int64_t task, void* scratch) {
     // Equal row tiles: a short last one would leave the multipliers waiting for its few accumulators. Where both
     // operands are one matrix, though, the panels of b may be the tiles of a as well.
     const int64_t tiles = ceil_div(m - i_begin, panel_cols == I::kLanes ? I::kLanes : M::kRows);
-    const bool shared = M::kAlike && panel_cols == I::kLanes && blocks == 1 && p.b_transposed && same(p.a, p.b);
+    const bool shared = M::kAlike && panel_cols == I::kLanes && blocks == 1 && is_gram(p);
     const auto tile_begin = [=](int64_t t) {
         return shared ? std::min<int64_t>(t * I::kLanes, m) : i_begin + (m - i_begin) * t / tiles;
     };

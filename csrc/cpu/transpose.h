@@ -1,4 +1,4 @@
-// Register transpositions of 16-bit and 32-bit blocks. AVX2 suffices for all instruction sets: they are a small share
+// Register transpositions of 16-bit blocks. AVX2 suffices for all instruction sets: they are a small share
 // of any kernel that uses them.
 #pragma once
 
@@ -9,28 +9,6 @@
 
 namespace muon_kernels::cpu {
 namespace {
-
-// dst[q][i] = (src[i][2q], src[i][2q + 1]) for a block of 8 rows x 8 pairs. The source stride may be odd.
-inline void transpose_8x8_pairs(const uint16_t* src, int64_t src_stride, uint32_t* dst, int64_t dst_stride) {
-    __m256i r[8], t[8];
-    for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + i * src_stride));
-    for (int i = 0; i < 4; ++i) {
-        t[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        t[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-    }
-    for (int i = 0; i < 2; ++i) {
-        for (int h = 0; h < 2; ++h) {
-            r[4 * i + 2 * h] = _mm256_unpacklo_epi64(t[4 * i + h], t[4 * i + 2 + h]);
-            r[4 * i + 2 * h + 1] = _mm256_unpackhi_epi64(t[4 * i + h], t[4 * i + 2 + h]);
-        }
-    }
-    for (int i = 0; i < 4; ++i) {
-        __m256i low = _mm256_permute2x128_si256(r[i], r[i + 4], 0x20);
-        __m256i high = _mm256_permute2x128_si256(r[i], r[i + 4], 0x31);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst + i * dst_stride), low);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst + (i + 4) * dst_stride), high);
-    }
-}
 
 // dst[j][i] = element j of r[i], for sixteen rows of 16-bit words.
 inline void transpose_16x16_u16(__m256i (&r)[16], uint16_t* dst, int64_t dst_stride) {
