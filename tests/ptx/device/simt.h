@@ -45,8 +45,8 @@ constexpr bool kRaces = PTX_RACES, kProfile = PTX_PROFILE;
 
 // Shared addresses are offsets that start here, as on sm_90: a null or a generic address is then never a valid one.
 constexpr u32 kSharedBase = 1024;
-constexpr size_t kStackBytes = 1 << 20;  // a kernel that is not optimised keeps all its values there
-constexpr u32 kFuel = 1 << 14;           // backward branches before a thread that waits for nothing lets others run
+constexpr size_t kStackBytes = 256 << 10;
+constexpr u32 kFuel = 1 << 14;  // backward branches before a thread that waits for nothing lets others run
 
 enum Order : u32 { kForward, kBackward, kRandomOrder };
 enum Asynchrony : u32 { kEarly, kLate, kRandomTime };
