@@ -449,10 +449,10 @@ def _train(runs: Sequence[Run], batches: Iterable[Tensor], clock: Clock, show: C
             run.step(text)
             show(run)
         done = turn + 1
-        left, *costs = _of_first_rank([clock.left(), *(run.cost() for run in going)])
+        left, seconds, *costs = _of_first_rank([clock.left(), clock.seconds, *(run.cost() for run in going)])
         if left == -inf:
             return
-        if done < TRIAL_STEPS and left > 0.9 * clock.seconds:
+        if done < TRIAL_STEPS and left > 0.9 * seconds:
             continue
         chosen, more = fitting(costs, going[0].steps - done, left)
         for index, run in enumerate(going):

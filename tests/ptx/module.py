@@ -25,9 +25,10 @@ ORDERS = {"forward": 0, "backward": 1, "random": 2}
 ASYNCHRONY = {"early": 0, "late": 1, "random": 2}
 Order = Literal["forward", "backward", "random"]
 Asynchrony = Literal["early", "late", "random"]
-# -ffp-contract=off: PTX says where an fma is. -fwrapv: PTX integers wrap.
+# -ffp-contract=off: PTX says where an fma is. -fwrapv: PTX integers wrap. -O0: a kernel is long and runs briefly, and
+# most of that time in what it calls, which the headers have optimised.
 FLAGS = (
-    "-std=c++20 -O1 -fPIC -w -mavx2 -mfma -mf16c -ffp-contract=off -fwrapv -fno-strict-aliasing -fno-gnu-unique".split()
+    "-std=c++20 -O0 -fPIC -w -mavx2 -mfma -mf16c -ffp-contract=off -fwrapv -fno-strict-aliasing -fno-gnu-unique".split()
 )
 
 
@@ -138,7 +139,8 @@ def run(command: Sequence[str | os.PathLike[str]], stderr: bool = False) -> str:
 
 
 def compile_module(source: str, flags: Sequence[str]) -> Path:
-    """A shared object of a translated module. The headers are precompiled: they cost more than most kernels."""
+    """A shared object of a translated module. What does not depend on it is compiled once: the headers, which cost more
+    than most kernels, and the runtime."""
     headers = [p.read_text() for p in sorted(DEVICE.glob("*.h"))]
     pch = cached(
         ".h.gch",
@@ -146,11 +148,16 @@ def compile_module(source: str, flags: Sequence[str]) -> Path:
         lambda out: run(["g++", *flags, "-x", "c++-header", DEVICE / "async.h", "-o", out]) and None,
     )
     stub = pch.with_suffix("")
+    runtime = cached(
+        ".o",
+        ["runtime", *flags, *headers],
+        lambda out: run(["g++", *flags, "-O1", "-c", DEVICE / "runtime.cpp", "-o", out]) and None,
+    )
 
     def make(out: Path) -> None:
         file = out.with_suffix(".cpp")
         file.write_text(source)
-        run(["g++", *flags, "-I", DEVICE, "-include", stub, "-shared", file, "-o", out])
+        run(["g++", *flags, "-I", DEVICE, "-include", stub, "-shared", file, runtime, "-o", out])
 
     return cached(".so", [source, *flags, *headers], make)
 

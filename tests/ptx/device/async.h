@@ -9,7 +9,7 @@ namespace ptx {
 // ---- mbarriers ------------------------------------------------------------------------------------------------------
 // Their state lies beside shared memory, found by address; the 8 bytes in it stay poison.
 
-inline MBarrier& mbarrier_at(Thread& t, u64 address, u32 line) {
+PTX_INLINE MBarrier& mbarrier_at(Thread& t, u64 address, u32 line) {
     auto found = t.block->mbarriers.find(u32(address));
     if (found == t.block->mbarriers.end())
         t.fail(line, "no mbarrier was initialised at shared address 0x%llx", (unsigned long long)address);
@@ -17,7 +17,7 @@ inline MBarrier& mbarrier_at(Thread& t, u64 address, u32 line) {
     return found->second;
 }
 
-inline void mbarrier_init(Thread& t, Space space, u64 address, u32 count, u32 line) {
+PTX_INLINE void mbarrier_init(Thread& t, Space space, u64 address, u32 count, u32 line) {
     if (space == Space::generic) address = from_generic(t, address);
     t.resolve(Space::shared, address, 8, line, Kind::write);
     MBarrier& b = t.block->mbarriers[u32(address)];
@@ -30,14 +30,14 @@ inline void mbarrier_init(Thread& t, Space space, u64 address, u32 count, u32 li
     b.agent = agent;
 }
 
-inline void mbarrier_inval(Thread& t, u64 address, u32 line) {
+PTX_INLINE void mbarrier_inval(Thread& t, u64 address, u32 line) {
     MBarrier& b = mbarrier_at(t, address, line);
     t.resolve(Space::shared, address, 8, line, Kind::write);
     if (!b.waiting.empty()) t.fail(line, "mbarrier invalidated while threads wait for it");
     t.block->mbarriers.erase(u32(address));
 }
 
-inline void mbarrier_advance(Block& block, MBarrier& b) {
+PTX_INLINE void mbarrier_advance(Block& block, MBarrier& b) {
     if (b.pending || b.bytes) return;
     if constexpr (kRaces) {
         b.vision.see(b.agent, b.phase + 1);
@@ -49,7 +49,7 @@ inline void mbarrier_advance(Block& block, MBarrier& b) {
     for (Thread* t : std::exchange(b.waiting, {})) block.wake(*t);
 }
 
-inline u64 mbarrier_arrive(Thread& t, u64 address, u32 count, s64 bytes, u32 line) {
+PTX_INLINE u64 mbarrier_arrive(Thread& t, u64 address, u32 count, s64 bytes, u32 line) {
     MBarrier& b = mbarrier_at(t, address, line);
     const u64 token = b.phase;
     b.bytes += bytes;
@@ -64,7 +64,7 @@ inline u64 mbarrier_arrive(Thread& t, u64 address, u32 count, s64 bytes, u32 lin
 }
 
 // Both kinds of wait name a phase: by its parity, or by the token of an arrival.
-inline bool mbarrier_wait(Thread& t, u64 address, bool by_parity, u64 which, bool may_block, u32 line) {
+PTX_INLINE bool mbarrier_wait(Thread& t, u64 address, bool by_parity, u64 which, bool may_block, u32 line) {
     for (;;) {
         MBarrier& b = mbarrier_at(t, address, line);
         if (by_parity ? (b.phase & 1) != (which & 1) : b.phase != which) {
@@ -82,7 +82,7 @@ inline bool mbarrier_wait(Thread& t, u64 address, bool by_parity, u64 which, boo
     }
 }
 
-inline void arrive_after_copies(Thread& t, u64 address, bool counted, u32 line) {
+PTX_INLINE void arrive_after_copies(Thread& t, u64 address, bool counted, u32 line) {
     MBarrier& b = mbarrier_at(t, address, line);
     if (!counted) ++b.pending;
     std::vector<Copy> copies = t.copies;
@@ -104,7 +104,7 @@ inline void arrive_after_copies(Thread& t, u64 address, bool counted, u32 line) 
 
 // ---- bulk copies ----------------------------------------------------------------------------------------------------
 
-inline u32 swizzled(u32 address, u32 bits) { return address ^ ((address >> 7 & ((1u << bits) - 1)) << 4); }
+PTX_INLINE u32 swizzled(u32 address, u32 bits) { return address ^ ((address >> 7 & ((1u << bits) - 1)) << 4); }
 
 // One run of bytes of a bulk copy; `global` is null where the tensor ends and zeros (or NaN) come instead.
 struct Piece {
@@ -112,7 +112,7 @@ struct Piece {
     u32 shared, bytes;
 };
 
-inline void check_pieces(Thread& t, const std::vector<Piece>& pieces, bool load, u32 agent, u32 clock, u32 line) {
+PTX_INLINE void check_pieces(Thread& t, const std::vector<Piece>& pieces, bool load, u32 agent, u32 clock, u32 line) {
     for (const Piece& p : pieces) {
         if (p.shared < kSharedBase || p.shared - kSharedBase + p.bytes > t.block->shared_bytes) {
             t.fail(
@@ -137,9 +137,9 @@ inline void check_pieces(Thread& t, const std::vector<Piece>& pieces, bool load,
     }
 }
 
-inline u8* shared_at(Thread& t, u32 address) { return t.block->shared + (address - kSharedBase); }
+PTX_INLINE u8* shared_at(Thread& t, u32 address) { return t.block->shared + (address - kSharedBase); }
 
-inline void load_bulk(Thread& t, std::vector<Piece> pieces, u32 fill, u64 barrier, u32 line) {
+PTX_INLINE void load_bulk(Thread& t, std::vector<Piece> pieces, u32 fill, u64 barrier, u32 line) {
     MBarrier& b = mbarrier_at(t, barrier, line);
     check_pieces(t, pieces, true, b.agent, b.phase + 1, line);
     const bool late = t.block->grid->late();
@@ -163,7 +163,7 @@ inline void load_bulk(Thread& t, std::vector<Piece> pieces, u32 fill, u64 barrie
     t.block->in_flight.push_back(land);
 }
 
-inline void store_bulk(Thread& t, std::vector<Piece> pieces, u32 line) {
+PTX_INLINE void store_bulk(Thread& t, std::vector<Piece> pieces, u32 line) {
     u32& agent = t.trace.bulk_agent;
     if (kRaces && !agent) agent = new_agent(*t.block, "bulk copies of thread " + std::to_string(t.index));
     check_pieces(t, pieces, false, agent, t.bulk_committed + 1, line);
@@ -178,12 +178,12 @@ inline void store_bulk(Thread& t, std::vector<Piece> pieces, u32 line) {
         land();
 }
 
-inline void commit_bulk(Thread& t) {
+PTX_INLINE void commit_bulk(Thread& t) {
     t.bulk_groups.push_back(t.bulk.size());
     ++t.bulk_committed;
 }
 
-inline void wait_bulk(Thread& t, u32 keep) {
+PTX_INLINE void wait_bulk(Thread& t, u32 keep) {
     if (t.bulk_groups.size() <= keep) return;
     const size_t done = t.bulk_groups.size() - keep, landed = t.bulk_groups[done - 1];
     for (size_t i = 0; i < landed; ++i) t.bulk[i]();
@@ -195,7 +195,7 @@ inline void wait_bulk(Thread& t, u32 keep) {
     }
 }
 
-inline std::vector<Piece> linear(Thread& t, u64 shared, u64 global, u32 bytes, u32 line) {
+PTX_INLINE std::vector<Piece> linear(Thread& t, u64 shared, u64 global, u32 bytes, u32 line) {
     if ((shared | global | bytes) % 16) t.fail(line, "bulk copy: addresses and size must be multiples of 16");
     std::vector<Piece> pieces;
     for (u32 at = 0; at < bytes; at += 16) pieces.push_back({reinterpret_cast<u8*>(global + at), u32(shared) + at, 16});
@@ -203,7 +203,7 @@ inline std::vector<Piece> linear(Thread& t, u64 shared, u64 global, u32 bytes, u
 }
 
 // The box of a tensor map at `at`, in runs of 16 bytes or less where the tensor ends.
-inline std::vector<Piece> box(
+PTX_INLINE std::vector<Piece> box(
     Thread& t, u64 shared, u64 map_address, std::initializer_list<s32> at, u32& fill, u32 line
 ) {
     if (map_address % 64) t.fail(line, "a tensor map must lie at a multiple of 64");
@@ -356,17 +356,17 @@ void wgmma(Thread& t, u32 line, WgmmaArg& arg) {
 
 // Before an instruction that touches accumulators which the wgmmas of `group` write. ptxas waits by itself before a mov
 // that the compiler made, and loses the asynchrony.
-inline void accumulators_ready(Thread& t, u32 group, bool moved, u32 line) {
+PTX_INLINE void accumulators_ready(Thread& t, u32 group, bool moved, u32 line) {
     if (group <= t.warp->wgmma_waited) return;
     constexpr const char* text = "accumulators of a wgmma are touched before wgmma.wait_group";
     moved ? t.block->grid->warn(line, text) : t.fail(line, "%s", text);
 }
 
-inline void commit_wgmma(Thread& t, u32 line) {
+PTX_INLINE void commit_wgmma(Thread& t, u32 line) {
     meet(t, ~0u, line, "wgmma.commit_group", true, nullptr, [](Warp& w, u32, void**) { ++w.wgmma_committed; });
 }
 
-inline void wait_wgmma(Thread& t, u32 keep, u32 line) {
+PTX_INLINE void wait_wgmma(Thread& t, u32 keep, u32 line) {
     meet(t, ~0u, line, "wgmma.wait_group", true, &keep, [](Warp& w, u32 lanes, void** args) {
         const u32 keep = *static_cast<u32*>(args[0]);
         w.wgmma_waited = w.wgmma_committed - std::min(keep, w.wgmma_committed);
@@ -380,3 +380,5 @@ inline void wait_wgmma(Thread& t, u32 keep, u32 line) {
 }
 
 }  // namespace ptx
+
+#pragma GCC reset_options

@@ -95,7 +95,7 @@ auto rounded(F f, A... a) {
 }
 
 // Rounds to odd: a second rounding, to a narrower type, is then as good as one.
-inline f32 to_odd(f64 x) {
+PTX_INLINE f32 to_odd(f64 x) {
     const f32 y = static_cast<f32>(x);
     if (f64(y) == x || std::isnan(x) || std::isinf(y)) return y;
     u32 bits = std::bit_cast<u32>(y);
@@ -122,11 +122,11 @@ f16 to_f16(f32 x) {
     return {static_cast<u16>(_cvtss_sh(x, modes[static_cast<int>(R)]))};
 }
 
-inline f32 wide(f16 x) { return _cvtsh_ss(x.bits); }
-inline f32 wide(bf16 x) { return std::bit_cast<f32>(u32(x.bits) << 16); }
-inline f32 wide(tf32 x) { return std::bit_cast<f32>(x.bits & ~0x1fffu); }
-inline f32 wide(f32 x) { return x; }
-inline f64 wide(f64 x) { return x; }
+PTX_INLINE f32 wide(f16 x) { return _cvtsh_ss(x.bits); }
+PTX_INLINE f32 wide(bf16 x) { return std::bit_cast<f32>(u32(x.bits) << 16); }
+PTX_INLINE f32 wide(tf32 x) { return std::bit_cast<f32>(x.bits & ~0x1fffu); }
+PTX_INLINE f32 wide(f32 x) { return x; }
+PTX_INLINE f64 wide(f64 x) { return x; }
 
 template <class T, Round R = Round::nearest>
 T narrow(f64 x) {
@@ -140,7 +140,7 @@ T narrow(f64 x) {
         return to_bf16<R>(to_odd(x));
 }
 
-inline f32 ftz(f32 x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
+PTX_INLINE f32 ftz(f32 x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
 template <class T>
 T ftz(T x) {
     return x;
@@ -363,10 +363,10 @@ template <class T>
 T tanh(T x) {
     return real<Round::nearest>([](auto v) { return std::tanh(v); }, x);
 }
-inline bool testp_infinite(f64 x) { return std::isinf(x); }
-inline bool testp_finite(f64 x) { return std::isfinite(x); }
-inline bool testp_notanumber(f64 x) { return std::isnan(x); }
-inline bool testp_number(f64 x) { return !std::isnan(x); }
+PTX_INLINE bool testp_infinite(f64 x) { return std::isinf(x); }
+PTX_INLINE bool testp_finite(f64 x) { return std::isfinite(x); }
+PTX_INLINE bool testp_notanumber(f64 x) { return std::isnan(x); }
+PTX_INLINE bool testp_number(f64 x) { return !std::isnan(x); }
 
 // ---- comparison -----------------------------------------------------------------------------------------------------
 
@@ -447,7 +447,7 @@ u32 shf_r(u32 lo, u32 hi, u32 n) {
     n = Wrap ? n & 31 : std::min(n, 32u);
     return static_cast<u32>((u64(hi) << 32 | lo) >> n);
 }
-inline u32 lop3(u32 a, u32 b, u32 c, u32 table) {
+PTX_INLINE u32 lop3(u32 a, u32 b, u32 c, u32 table) {
     u32 r = 0;
     for (u32 i = 0; i < 8; ++i) {
         if (table >> i & 1) r |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
@@ -494,7 +494,7 @@ T brev(T x) {
     for (u32 i = 0; i < 8 * sizeof(T); ++i) r |= (x >> i & 1) << (8 * sizeof(T) - 1 - i);
     return r;
 }
-inline u32 prmt(u32 a, u32 b, u32 selector) {
+PTX_INLINE u32 prmt(u32 a, u32 b, u32 selector) {
     const u64 bytes = u64(b) << 32 | a;
     u32 r = 0;
     for (u32 i = 0; i < 4; ++i) {
@@ -505,7 +505,7 @@ inline u32 prmt(u32 a, u32 b, u32 selector) {
     }
     return r;
 }
-inline s32 dp4a(s32 a, s32 b, s32 c) {
+PTX_INLINE s32 dp4a(s32 a, s32 b, s32 c) {
     for (int i = 0; i < 4; ++i) c += s8(a >> 8 * i) * s8(b >> 8 * i);
     return c;
 }

@@ -11,7 +11,7 @@ struct Request {
 
 // 32 banks of 4 bytes; lanes go in phases of 128 bytes, and a phase costs as many wavefronts as its worst bank has
 // words.
-inline u32 wavefronts(const Request& r, u32 lanes_per_phase, u32& phases) {
+PTX_INLINE u32 wavefronts(const Request& r, u32 lanes_per_phase, u32& phases) {
     u32 total = 0;
     phases = 0;
     for (u32 first = 0; first < 32; first += lanes_per_phase) {
@@ -31,7 +31,7 @@ inline u32 wavefronts(const Request& r, u32 lanes_per_phase, u32& phases) {
     return total;
 }
 
-inline void account(LineProfile& p, const Request& r) {
+PTX_INLINE void account(LineProfile& p, const Request& r) {
     const u32 lanes = std::popcount(r.mask);
     ++p.requests;
     (r.shared ? p.shared_bytes : p.bytes) += u64(lanes) * r.size;

@@ -22,12 +22,22 @@
 
 #include "launch.h"
 
+// What is no template is compiled once, by runtime.cpp, and linked to every kernel.
+#ifdef PTX_RUNTIME
+#define PTX_INLINE
+#else
+#define PTX_INLINE inline __attribute__((gnu_inline))
+#endif
+
 #ifndef PTX_RACES
 #define PTX_RACES 0
 #endif
 #ifndef PTX_PROFILE
 #define PTX_PROFILE 0
 #endif
+
+// To the end of async.h, whatever the command line says of kernels.
+#pragma GCC optimize("O1")
 
 namespace ptx {
 
@@ -205,19 +215,19 @@ struct Grid {
 
 inline thread_local Grid* grid_now;
 
-inline Thread& Warp::thread(u32 lane) { return block->threads[index * 32 + lane]; }
+PTX_INLINE Thread& Warp::thread(u32 lane) { return block->threads[index * 32 + lane]; }
 
-inline void Block::wake(Thread& t) {
+PTX_INLINE void Block::wake(Thread& t) {
     t.warp->ready |= 1u << t.lane;
     ++grid->events;
 }
 
-inline void Thread::suspend() {
+PTX_INLINE void Thread::suspend() {
     fuel = kFuel;
     ptx_switch(&stack_pointer, block->grid->scheduler);
 }
 
-inline void report(Launch& launch, const Thread& t, u32 line, const char* text) {
+PTX_INLINE void report(Launch& launch, const Thread& t, u32 line, const char* text) {
     if (launch.failed) return;
     launch.failed = 1, launch.line = line;
     std::copy_n(t.block->id, 3, launch.at_block);
@@ -225,7 +235,7 @@ inline void report(Launch& launch, const Thread& t, u32 line, const char* text) 
     std::snprintf(launch.message, sizeof launch.message, "%s", text);
 }
 
-inline void Thread::fail(u32 line, const char* format, ...) {
+PTX_INLINE void Thread::fail(u32 line, const char* format, ...) {
     char text[2048];
     va_list args;
     va_start(args, format);
@@ -235,54 +245,54 @@ inline void Thread::fail(u32 line, const char* format, ...) {
     for (;;) suspend();  // the scheduler sees the failure and abandons all fibers
 }
 
-inline void Thread::spin(u32 line) {
+PTX_INLINE void Thread::spin(u32 line) {
     this->line = line, waits = "nothing (it loops)";
     warp->yielded |= 1u << lane;
     suspend();
 }
 
 // A backward branch. Also tells the profiler which accesses of the lanes of a warp belong together.
-inline void back(Thread& t, u32 line) {
+PTX_INLINE void back(Thread& t, u32 line) {
     if constexpr (kProfile) ++t.trace.trips;
     if (!--t.fuel) t.spin(line);
 }
 
 // ---- checks (glue between the parts above and races.h, profile.h) -------------------------------------------------
 
-inline u32 new_agent(Block& b, std::string name) {
+PTX_INLINE u32 new_agent(Block& b, std::string name) {
     b.trace.agents.push_back(std::move(name));
     return static_cast<u32>(b.threads.size() + b.trace.agents.size() - 1);
 }
 
-inline u32 async_agent(Thread& t) {
+PTX_INLINE u32 async_agent(Thread& t) {
     u32& agent = t.trace.async_agent;
     if (!agent) agent = new_agent(*t.block, "cp.async of thread " + std::to_string(t.index));
     return agent;
 }
 
-inline std::string agent_name(const Block& b, u32 agent) {
+PTX_INLINE std::string agent_name(const Block& b, u32 agent) {
     return agent < b.threads.size() ? "thread " + std::to_string(agent) : b.trace.agents[agent - b.threads.size()];
 }
 
-inline void begin_races(Block& b) {
+PTX_INLINE void begin_races(Block& b) {
     b.trace.shadow = std::make_unique<Shadow>(SIZE_MAX);
     b.trace.vision.see(b.linear, 1);
     for (Thread& t : b.threads) t.trace.vision.see(t.index, 1);
 }
 
 // Publishes what `t` knows; what it does from now on is later.
-inline void release_to(Thread& t, Vision& to) {
+PTX_INLINE void release_to(Thread& t, Vision& to) {
     to.join(t.trace.vision);
     ++t.trace.vision.seen[t.index];
 }
 
-inline void join_warp(Warp& w, u32 lanes) {
+PTX_INLINE void join_warp(Warp& w, u32 lanes) {
     Vision all;
     for (u32 m = lanes; m; m &= m - 1) release_to(w.thread(std::countr_zero(m)), all);
     for (u32 m = lanes; m; m &= m - 1) w.thread(std::countr_zero(m)).trace.vision.join(all);
 }
 
-inline void judge(
+PTX_INLINE void judge(
     Thread& t, const Conflict& c, u32 line, Kind kind, const char* space, const std::string& who,
     const std::string& other
 ) {
@@ -300,7 +310,7 @@ inline void judge(
     t.fail(line, "%s", text);
 }
 
-inline void shared_access_as(
+PTX_INLINE void shared_access_as(
     Thread& t, u32 agent, u32 clock, bool async, u32 offset, u32 size, u32 line, Kind kind, const void* data
 ) {
     Block& b = *t.block;
@@ -309,7 +319,7 @@ inline void shared_access_as(
     judge(t, c, line, kind, "shared", agent_name(b, agent), agent_name(b, c.agent));
 }
 
-inline void shared_access(Thread& t, u32 offset, u32 size, u32 line, Kind kind, const void* data) {
+PTX_INLINE void shared_access(Thread& t, u32 offset, u32 size, u32 line, Kind kind, const void* data) {
     if (kind == Kind::atomic) {
         Vision& at = t.block->trace.released[offset];
         t.trace.vision.join(at);
@@ -320,7 +330,7 @@ inline void shared_access(Thread& t, u32 offset, u32 size, u32 line, Kind kind, 
     shared_access_as(t, t.index, t.trace.vision.seen[t.index], false, offset, size, line, kind, data);
 }
 
-inline void global_access(Thread& t, u64 address, u32 size, u32 line, Kind kind, const void* data) {
+PTX_INLINE void global_access(Thread& t, u64 address, u32 size, u32 line, Kind kind, const void* data) {
     Block& b = *t.block;
     GridTrace& g = b.grid->trace;
     if (kind == Kind::atomic) {
@@ -334,20 +344,22 @@ inline void global_access(Thread& t, u64 address, u32 size, u32 line, Kind kind,
     judge(t, c, line, kind, "global", "block " + std::to_string(b.linear), "block " + std::to_string(c.agent));
 }
 
-inline void profile_access(Thread& t, bool shared, u64 address, u32 size, u32 line) {
+PTX_INLINE void profile_access(Thread& t, bool shared, u64 address, u32 size, u32 line) {
     const u64 when = u64(t.trace.syncs) << 32 | t.trace.trips;
     t.warp->trace.requests.add(t.block->grid->launch.profile, t.lane, t.warp->lanes, line, when, shared, address, size);
 }
 
-inline void finish_profile(Block& b) {
+PTX_INLINE void finish_profile(Block& b) {
     for (Warp& w : b.warps) w.trace.requests.finish(b.grid->launch.profile);
 }
 
 // ---- memory -------------------------------------------------------------------------------------------------------
 
-inline bool in_range(const Range& r, u64 address, u32 size) { return address >= r.begin && address + size <= r.end; }
+PTX_INLINE bool in_range(const Range& r, u64 address, u32 size) {
+    return address >= r.begin && address + size <= r.end;
+}
 
-inline bool allowed(Grid& grid, u64 address, u32 size) {
+PTX_INLINE bool allowed(Grid& grid, u64 address, u32 size) {
     if (in_range(grid.recent, address, size)) return true;
     auto after = std::upper_bound(grid.ranges.begin(), grid.ranges.end(), address, [](u64 a, const Range& r) {
         return a < r.begin;
@@ -357,7 +369,7 @@ inline bool allowed(Grid& grid, u64 address, u32 size) {
     return true;
 }
 
-inline const char* nearest(Grid& grid, u64 address, char (&text)[96]) {
+PTX_INLINE const char* nearest(Grid& grid, u64 address, char (&text)[96]) {
     const Range* best = nullptr;
     s64 distance = INT64_MAX;
     for (const Range& r : grid.ranges) {
@@ -372,7 +384,7 @@ inline const char* nearest(Grid& grid, u64 address, char (&text)[96]) {
     return text;
 }
 
-inline u8* Thread::resolve(Space space, u64 address, u32 size, u32 line, Kind kind, const void* data) {
+PTX_INLINE u8* Thread::resolve(Space space, u64 address, u32 size, u32 line, Kind kind, const void* data) {
     static constexpr const char* kinds[] = {"read", "write", "atomic"};
     const char* what = kinds[static_cast<int>(kind)];
     const u64 window = reinterpret_cast<u64>(block->shared);
@@ -436,10 +448,10 @@ T atomic(Thread& t, Space space, u64 address, u32 line, F f) {
     return before;
 }
 
-inline u64 to_generic(Thread& t, u64 address) {
+PTX_INLINE u64 to_generic(Thread& t, u64 address) {
     return reinterpret_cast<u64>(t.block->shared) + (address - kSharedBase);
 }
-inline u64 from_generic(Thread& t, u64 address) {
+PTX_INLINE u64 from_generic(Thread& t, u64 address) {
     return address - reinterpret_cast<u64>(t.block->shared) + kSharedBase;
 }
 
@@ -447,7 +459,7 @@ inline u64 from_generic(Thread& t, u64 address) {
 
 // Lanes of `mask` that meet at `what`; the last to come runs it for all. Aligned collectives need the whole warp at one
 // instruction.
-inline void meet(
+PTX_INLINE void meet(
     Thread& t, u32 mask, u32 line, const char* what, bool aligned, void* arg, void (*run)(Warp&, u32, void**)
 ) {
     Warp& w = *t.warp;
@@ -480,7 +492,7 @@ inline void meet(
     ++t.block->grid->events;
 }
 
-inline void complete_without_exited(Warp& w) {
+PTX_INLINE void complete_without_exited(Warp& w) {
     for (size_t i = 0; i < w.meetings.size(); ++i) {
         Meeting m = w.meetings[i];
         if (m.arrived != (m.mask & w.live) || !m.arrived) continue;
@@ -490,7 +502,7 @@ inline void complete_without_exited(Warp& w) {
     }
 }
 
-inline void sync_warp(Thread& t, u32 mask, u32 line) {
+PTX_INLINE void sync_warp(Thread& t, u32 mask, u32 line) {
     meet(t, mask, line, "bar.warp.sync", false, nullptr, [](Warp& w, u32 lanes, void**) {
         if constexpr (kRaces) join_warp(w, lanes);
     });
@@ -498,7 +510,7 @@ inline void sync_warp(Thread& t, u32 mask, u32 line) {
 
 enum class Reduce { none, popc, all, any };
 
-inline void release(Barrier& b, Block& block, Thread* last) {
+PTX_INLINE void release(Barrier& b, Block& block, Thread* last) {
     const u32 count = b.count, expected = b.expected;
     auto waiting = std::move(b.waiting);
     Vision vision = std::move(b.vision);
@@ -511,7 +523,8 @@ inline void release(Barrier& b, Block& block, Thread* last) {
 }
 
 // bar.sync, bar.arrive and bar.red. A count of 0 means all threads of the block.
-inline u32 barrier(Thread& t, u32 id, u32 count, u32 line, bool wait, Reduce reduce = Reduce::none, bool vote = false) {
+PTX_INLINE u32
+barrier(Thread& t, u32 id, u32 count, u32 line, bool wait, Reduce reduce = Reduce::none, bool vote = false) {
     Block& block = *t.block;
     if constexpr (kProfile) ++t.trace.syncs, t.trace.trips = 0;
     if (id >= 16) t.fail(line, "barrier %u does not exist", id);
@@ -543,7 +556,7 @@ inline u32 barrier(Thread& t, u32 id, u32 count, u32 line, bool wait, Reduce red
 
 // ---- cp.async -----------------------------------------------------------------------------------------------------
 
-inline void copy_async(Thread& t, u64 to, Space space, u64 from, u32 size, u32 bytes, u32 line) {
+PTX_INLINE void copy_async(Thread& t, u64 to, Space space, u64 from, u32 size, u32 bytes, u32 line) {
     bytes = std::min(bytes, size);
     const u8* source = bytes ? t.resolve(space, from, bytes == size ? size : 1, line, Kind::read) : nullptr;
     if (bytes && bytes != size) t.resolve(space, from + bytes - 1, 1, line, Kind::read);
@@ -560,13 +573,13 @@ inline void copy_async(Thread& t, u64 to, Space space, u64 from, u32 size, u32 b
     t.copies.push_back(copy);
 }
 
-inline void commit_copies(Thread& t) {
+PTX_INLINE void commit_copies(Thread& t) {
     t.groups.push_back(t.copies.size());
     ++t.committed;
 }
 
 // Lets all copies land but those of the `keep` youngest groups.
-inline void wait_copies(Thread& t, u32 keep) {
+PTX_INLINE void wait_copies(Thread& t, u32 keep) {
     if (t.groups.size() <= keep) return;
     const size_t done = t.groups.size() - keep, landed = t.groups[done - 1];
     for (size_t i = 0; i < landed; ++i) t.copies[i].land();
@@ -578,7 +591,7 @@ inline void wait_copies(Thread& t, u32 keep) {
 
 // ---- scheduler ----------------------------------------------------------------------------------------------------
 
-inline void fiber_main() {
+PTX_INLINE void fiber_main() {
     Thread& t = *grid_now->current;
     t.block->grid->entry(t);
     Warp& w = *t.warp;
@@ -589,7 +602,7 @@ inline void fiber_main() {
     for (;;) t.suspend();
 }
 
-inline u8* stacks(size_t count) {
+PTX_INLINE u8* stacks(size_t count) {
     static thread_local u8* base = nullptr;
     static thread_local size_t have = 0;
     if (count > have) {
@@ -602,7 +615,7 @@ inline u8* stacks(size_t count) {
     return base;
 }
 
-inline void start(Thread& t, u8* stack) {
+PTX_INLINE void start(Thread& t, u8* stack) {
     t.stack = stack;
     auto top = reinterpret_cast<u64*>(stack + kStackBytes - 64);  // 16-byte aligned
     *--top = 0;                                                   // a return address that fiber_main never uses
@@ -801,7 +814,7 @@ struct Scheduler {
     }
 };
 
-inline void run_grid(Launch& launch, Entry entry, u32 static_shared, const std::vector<Range>& own) {
+PTX_INLINE void run_grid(Launch& launch, Entry entry, u32 static_shared, const std::vector<Range>& own) {
     Grid grid{launch, entry, own, Random{launch.seed * 2 + 1}};
     grid.ranges.insert(grid.ranges.end(), launch.ranges, launch.ranges + launch.range_count);
     const u64 params = reinterpret_cast<u64>(launch.params);

@@ -54,16 +54,16 @@ u64 vote(Thread& t, u32 mask, u32 line, const char* what, u64 value, F) {
     });
     return arg.result;
 }
-inline u64 voted(void** args, u32 lane) { return static_cast<VoteArg*>(args[lane])->value; }
+PTX_INLINE u64 voted(void** args, u32 lane) { return static_cast<VoteArg*>(args[lane])->value; }
 
-inline u32 ballot(Thread& t, u32 mask, u32 line, bool p) {
+PTX_INLINE u32 ballot(Thread& t, u32 mask, u32 line, bool p) {
     return u32(vote(t, mask, line, "vote.sync", p, [](u32 mask, u32, void** args) {
         u64 r = 0;
         for (u32 m = mask; m; m &= m - 1) r |= voted(args, std::countr_zero(m)) << std::countr_zero(m);
         return r;
     }));
 }
-inline u32 match_any(Thread& t, u32 mask, u32 line, u64 v) {
+PTX_INLINE u32 match_any(Thread& t, u32 mask, u32 line, u64 v) {
     return u32(vote(t, mask, line, "match.any.sync", v, [](u32 mask, u32 lane, void** args) {
         u64 r = 0;
         for (u32 m = mask; m; m &= m - 1) {
@@ -72,7 +72,7 @@ inline u32 match_any(Thread& t, u32 mask, u32 line, u64 v) {
         return r;
     }));
 }
-inline u32 match_all(Thread& t, u32 mask, u32 line, u64 v, bool& p) {
+PTX_INLINE u32 match_all(Thread& t, u32 mask, u32 line, u64 v, bool& p) {
     const u32 r = u32(vote(t, mask, line, "match.all.sync", v, [](u32 mask, u32 lane, void** args) {
         for (u32 m = mask; m; m &= m - 1) {
             if (voted(args, std::countr_zero(m)) != voted(args, lane)) return u64(0);
@@ -82,7 +82,7 @@ inline u32 match_all(Thread& t, u32 mask, u32 line, u64 v, bool& p) {
     p = r != 0;
     return r;
 }
-inline bool elect(Thread& t, u32 mask, u32 line, u32& leader) {
+PTX_INLINE bool elect(Thread& t, u32 mask, u32 line, u32& leader) {
     leader =
         u32(vote(t, mask, line, "elect.sync", 0, [](u32 mask, u32, void**) { return u64(std::countr_zero(mask)); }));
     return leader == t.lane;
@@ -167,7 +167,7 @@ struct DmmaArg {
     f64 a, b, c[2];
 };
 
-inline void dmma(Thread& t, u32 line, DmmaArg& arg) {
+PTX_INLINE void dmma(Thread& t, u32 line, DmmaArg& arg) {
     meet(t, ~0u, line, "mma.sync.f64", true, &arg, [](Warp&, u32, void** args) {
         auto at = [&](int lane) -> DmmaArg& { return *static_cast<DmmaArg*>(args[lane]); };
         for (int lane = 0; lane < 32; ++lane) {
@@ -224,7 +224,7 @@ void matrix_access(Thread& t, u32 line, MatrixArg& arg) {
     });
 }
 
-inline u32 movmatrix(Thread& t, u32 line, u32 value) {
+PTX_INLINE u32 movmatrix(Thread& t, u32 line, u32 value) {
     VoteArg arg{value, 0};
     meet(t, ~0u, line, "movmatrix", true, &arg, [](Warp&, u32, void** args) {
         for (u32 lane = 0; lane < 32; ++lane) {
