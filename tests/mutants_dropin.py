@@ -87,7 +87,7 @@ MUTANTS = [
         "**{key: groups[0][key] for key in _OF_PARAMETERS}",
         "options_change",
     ),
-    _step("groups alike but for the momentum's dtype", ', "momentum_dtype")\n', ")\n", "alike"),
+    _step("groups alike but for the momentum's dtype", ', "momentum_dtype")\n', ",)\n", "alike"),
     _muon(
         "groups alike but for numbers", "by_numbers.setdefault(scalars, [])", "by_numbers.setdefault(None, [])", "alike"
     ),
