@@ -750,13 +750,9 @@ _OF_PARAMETERS = ("split", "transposed")
 _OF_GROUPS = (*(key for key in SETTLED if key not in _OF_PARAMETERS), "momentum_dtype")
 
 
-def alike(group: Mapping[str, Any]) -> list[Any]:
-    """What groups have to have in common to be stepped as one, hashable."""
-    return [_hashable(group[key]) for key in _OF_GROUPS]
-
-
-def _hashable(value: Any) -> Any:
-    return tuple(map(_hashable, value)) if isinstance(value, (list, tuple)) else value
+def alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two groups can be stepped as one, as far as their options say."""
+    return all(one[key] == other[key] for key in _OF_GROUPS)
 
 
 def settled(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -333,7 +333,8 @@ class Muon(Optimizer):
         Apart stay those whose steps are counted, and, as ranks have not agreed on their numbers, those of parameters
         that other ranks have parts or copies of.
         """
-        batches: dict[Any, tuple[list[dict[str, Any]], Scalars]] = {}
+        batches: list[tuple[list[dict[str, Any]], Scalars]] = []
+        by_numbers: dict[Scalars, list[list[dict[str, Any]]]] = {}
         for i, group in enumerate(self.param_groups):
             self._check_group(group)
             scalars = Scalars(
@@ -349,9 +350,14 @@ class Muon(Optimizer):
             )
             shared = bool(self._ranks.teams) and self._ranks.shares(group["params"])
             alone = shared or scalars.seed is not None or group["strategy"] == "blocks"
-            key = i if alone else (scalars, *alike(group))
-            batches.setdefault(key, ([], scalars))[0].append(group)
-        return list(batches.values())
+            others = [] if alone else by_numbers.setdefault(scalars, [])
+            batch = next((groups for groups in others if alike(groups[0], group)), None)
+            if batch is not None:
+                batch.append(group)
+                continue
+            batches.append(([group], scalars))
+            others.append(batches[-1][0])
+        return batches
 
     def _prepare(
         self, groups: Sequence[dict[str, Any]], grad_of: Callable[[Tensor], Tensor | None]

@@ -83,13 +83,15 @@ MUTANTS = [
     ),
     _step(
         "transposed of the first group",
-        '_OF_PARAMETERS = ("split", "transposed")',
-        '_OF_PARAMETERS = ("split",)',
-        "options_change or alike",
+        "**{key: [group[key] for group in groups] for key in _OF_PARAMETERS}",
+        "**{key: groups[0][key] for key in _OF_PARAMETERS}",
+        "options_change",
     ),
-    _step("groups alike but for the momentum's dtype", ', "momentum_dtype")\n', ")\n", "alike"),
-    _muon("groups alike but for numbers", "else (scalars, *alike(group))", "else (*alike(group),)", "alike"),
-    _muon("groups never stepped as one", "key = i if alone", "key = i if True", "alike"),
+    _step("groups alike but for the momentum's dtype", ', "momentum_dtype")\n', ",)\n", "alike"),
+    _muon(
+        "groups alike but for numbers", "by_numbers.setdefault(scalars, [])", "by_numbers.setdefault(None, [])", "alike"
+    ),
+    _muon("groups never stepped as one", "if batch is not None:", "if False:", "alike"),
     _muon(
         "the step unscales",
         "self._steps = 0\n        if isinstance(params",

@@ -183,7 +183,7 @@ def test_a_function_is_kept_by_its_name() -> None:
     for other in (None, other_rule):
         with pytest.raises(ValueError, match=r"the function that the group has already, but is: .*own_rule"):
             Muon([p], adjust_lr_fn=other).load_state_dict(optimizer.state_dict())
-    with pytest.raises(ValueError, match=r"top level of a module"):
+    with pytest.raises(ValueError, match=r"write it with `def` at the top level of a module"):
         Muon([p], adjust_lr_fn=lambda rows, cols: 1.0)
 
 
@@ -606,7 +606,7 @@ def test_torchs_own_configurations() -> None:
                 backward(model, seed)
                 optimizer.step()
         for p, q, t in zip(*(m.parameters() for m in models), start, strict=True):
-            assert (p - q).norm() <= 0.02 * (p - t).norm(), case.desc
+            assert (p - q).norm() <= 0.04 * (p - t).norm(), case.desc
         theirs, ours = (optimizer.param_groups[0] for optimizer in optimizers)
         assert theirs.keys() <= ours.keys(), case.desc
         assert {k: ours[k] for k in theirs if k != "params"} == {k: v for k, v in theirs.items() if k != "params"}
