@@ -257,7 +257,7 @@ class Recorder:
     - "weight": the parameter as the step left it;
     - "momentum": state `momentum_buffer` or `exp_avg`, where the optimizer has it;
     - "update": the parameter after the step less the one before, so with learning rate, weight decay, and rounding to
-      the parameter's dtype; 0 where GradScaler skipped the step, and no row where there was no gradient.
+      the parameter's dtype; no row where there was no gradient. A step that GradScaler leaves out is not counted.
 
     Recorded is what Muon sees as matrices: two dimensions, each matrix of a stack of three, convolutions and whatever
     else the group's `flatten` says as (first, all others). Vectors, matrices of one row or column among them, and

@@ -430,20 +430,24 @@ MUTANTS = [
     Mutant(
         "scratch: of a product not looked at",
         DISPATCH,
-        "const Scratch scratch(bytes, threads);\n    if (!scratch.data) return Status::out_of_memory;\n    if (batch",
-        "const Scratch scratch(bytes, threads);\n    if (batch",
+        "    if (!scratch.data) return Status::out_of_memory;\n    if (batch",
+        "    if (batch",
         MEMORY,
     ),
     Mutant(
         "scratch: of a fused step not looked at",
         DISPATCH,
-        "const Scratch scratch(bytes, threads);\n    if (!scratch.data) return Status::out_of_memory;\n    parallel",
-        "const Scratch scratch(bytes, threads);\n    parallel",
+        "    if (!scratch.data) return Status::out_of_memory;\n    parallel_for(threads, args.count",
+        "    parallel_for(threads, args.count",
         MEMORY,
     ),
     Mutant("operands not checked", DISPATCH, "if (!valid(list[i]) || list[i]", "if (list[i]", PRODUCTS),
     Mutant(
-        "sums of squares: blocks of other matrices", DISPATCH, "i * blocks + block)", "block * batch + i)", ELEMENTWISE
+        "sums of squares: blocks of other matrices",
+        DISPATCH,
+        "[i * blocks + block]",
+        "[block * batch + i]",
+        ELEMENTWISE,
     ),
     Mutant(
         "sums of squares: first block lost",

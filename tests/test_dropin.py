@@ -199,6 +199,8 @@ def test_a_checkpoint_chooses_no_function(kind: str) -> None:
         checkpoint["param_groups"][0]["adjust_lr_fn"] = name
         with pytest.raises(ValueError, match=r"adjust_lr_fn of a checkpoint should be a rule of muon_kernels"):
             optimizer.load_state_dict(checkpoint)
+    with pytest.raises(ValueError, match="a module that has been imported"):
+        Muon([torch.ones(2, 2)], adjust_lr_fn=f"{module}:main")
     assert module not in sys.modules and optimizer.param_groups[0]["adjust_lr_fn"] == before
 
 

@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -158,3 +159,17 @@ def test_kernels_know_neither_torch_nor_python() -> None:
     for path in files:
         for include in re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)', path.read_text(), re.MULTILINE):
             assert not re.match(r"(torch|ATen|c10|pybind11|Python\.h)", include), f"{path}: {include}"
+
+
+@pytest.mark.parametrize("source", ["dispatch.cpp", "parallel.cpp"])
+def test_what_every_processor_compiles_needs_nothing_of_x86(source: str) -> None:
+    """Without MUON_KERNELS_X86, as CMakeLists.txt compiles them for aarch64."""
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("there is no C++ compiler on PATH")
+    command = [compiler, "-std=c++17", "-M", str(CSRC / "cpu" / source)]
+    included = {
+        Path(p).name for p in subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    }
+    assert source in included and len(included) > 20
+    assert not [name for name in included if name.endswith("intrin.h") or name == "cpuid.h"]

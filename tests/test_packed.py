@@ -423,9 +423,9 @@ def master(params: list[nn.Parameter], backend: str) -> torch.optim.Optimizer:
 @pytest.mark.parametrize(
     ("theirs", "ours", "sentence"),
     [
-        (fp32, eight, "momentum_dtype of the checkpoint should be torch.int8, as in this optimizer, but is: None;"),
+        (fp32, eight, "momentum_dtype of the checkpoint should be int8, as in this optimizer, but is: None;"),
         (of_torch, eight, "load it into an optimizer with momentum_dtype=None"),
-        (eight, fp32, "momentum_dtype of the checkpoint should be None, as in this optimizer, but is: torch.int8;"),
+        (eight, fp32, "momentum_dtype of the checkpoint should be None, as in this optimizer, but is: int8;"),
         (fp32, master, "master_weights of the checkpoint should be True, as in this optimizer, but is: False;"),
         (of_torch, master, "load it into an optimizer with master_weights=False"),
         (master, fp32, "master_weights of the checkpoint should be False, as in this optimizer, but is: True;"),

@@ -97,6 +97,9 @@ def test_weight_tied_across_layers_counts_once_and_is_told() -> None:
         "Muon",
         "matrix in Linear, tied with layers.1.output.weight",
     )
+    backwards = nested({"anything": nn.Linear(8, 6, bias=False), "tokens": nn.Embedding(6, 8), "last": nn.Linear(8, 8)})
+    backwards.anything.weight = backwards.tokens.weight
+    assert went(param_groups(backwards))["anything.weight"] == ("AdamW", "embedding, tied with tokens.weight")
     shared = nn.Sequential(linear := nn.Linear(4, 4, bias=False), nn.ReLU(), linear)
     assert went(param_groups(shared)) == {"0.weight": ("Muon", "matrix in Linear, tied with 2.weight")}
 
@@ -436,6 +439,7 @@ def test_rules_of_ones_own() -> None:
     knots = Rule("spline knots", name=r"\.knots$")
     rows = Rule("tokens by Muon", "Muon", layer="Embedding", when=lambda place: place.param.shape[0] == 6)
     told = went(param_groups(model, rules=(rule for rule in [knots, rows, *RULES])))
+    assert told == went(param_groups(model, rules=[knots, rows, *RULES]))
     assert told["spline.knots"] == ("AdamW", "spline knots") and told["embed.weight"] == ("Muon", "tokens by Muon")
     assert went(param_groups(model))["spline.knots"] == ("Muon", "matrix in Module")
     # All conditions hold, and what the user says by name is heard first.

@@ -113,6 +113,7 @@ def test_launches_are_the_calls_made(backend: str, name: str, algorithm: str, mo
     )
     for cap in (6 << 20, muon.plan().buckets[2].workspace_bytes):
         muon.param_groups[0]["max_workspace_bytes"] = cap
+        muon.step()  # the first one is rehearsed
         calls.clear()
         muon.step()
         plan = muon.plan()
@@ -157,7 +158,10 @@ def test_buckets(backend: str) -> None:
 
     params = [nn.Parameter(torch.ones(12, 36, dtype=d)) for d in (torch.float32, torch.bfloat16, torch.float32)]
     assert [b.count for b in Muon(params, backend=backend).plan().buckets] == [2, 1]  # dtypes do not mix
-    assert [b.count for b in Muon([{"params": [p]} for p in params], backend=backend).plan().buckets] == [1, 1, 1]
+    groups = [{"params": [p]} for p in params]
+    assert [b.count for b in Muon(groups, backend=backend).plan().buckets] == [2, 1]  # groups do, if they are alike
+    groups = [{"params": [p], "lr": 0.1 * (i + 1)} for i, p in enumerate(params)]
+    assert [b.count for b in Muon(groups, backend=backend).plan().buckets] == [1, 1, 1]
 
 
 @pytest.mark.parametrize(

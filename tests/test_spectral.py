@@ -443,7 +443,7 @@ def test_bad_options(kind: type[torch.optim.Optimizer], options: dict[str, Any],
 
 
 def test_fp16_workspaces_have_no_powers() -> None:
-    with pytest.raises(ValueError, match=r"workspace_dtype should be torch\.bfloat16 where power is above 0"):
+    with pytest.raises(ValueError, match="workspace_dtype should be bfloat16 where power is above 0"):
         SpectralMomentum(parameters(), workspace_dtype=torch.float16)
 
 

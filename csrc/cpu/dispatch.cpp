@@ -141,7 +141,9 @@ Status products(Isa isa, const Product* list, int count, int threads) {
     if (!kernels) return Status::unsupported_isa;
     const int64_t bytes = scratch_bytes(*kernels, list, count), batch = count ? list[0].out.batch : 0;
     if (bytes < 0) return Status::invalid_argument;
-    const Scratch scratch(bytes, threads);
+    int64_t tasks = 0;  // of the product that has most
+    for (int i = 0; i < count; ++i) tasks = std::max(tasks, kernels->product_tasks(list[i]));
+    const Scratch scratch(bytes, static_cast<int>(std::min<int64_t>(threads, tasks)));
     if (!scratch.data) return Status::out_of_memory;
     if (batch >= 4 * threads) {
         parallel_for(threads, batch, [&](int64_t matrix, int thread) {

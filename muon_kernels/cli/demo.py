@@ -62,8 +62,8 @@ TRIAL_STEPS = 3
 # One that takes this many times as long for a step as the fastest is stopped before the others take fewer steps.
 TOO_SLOW = 3.0
 HELD_OUT_BATCHES = 32
-# What the forward passes over the held-out batches take, in training steps.
-HELD_OUT_STEPS = HELD_OUT_BATCHES / 2
+# What they take in training steps: a forward pass is a third of a step at most.
+HELD_OUT_STEPS = HELD_OUT_BATCHES / 3
 # Of the time that a demonstration may take, what starting Python and drawing the picture takes.
 OVERHEAD = 0.05
 
@@ -254,11 +254,18 @@ class Clock:
 
     @contextmanager
     def stopped_by_ctrl_c(self) -> Iterator[None]:
-        """Inside, Ctrl-C leaves no time instead of raising; a second one raises."""
+        """Inside, Ctrl-C leaves no time instead of raising; another one raises.
+
+        Within a second it is the same one: torchrun hands it on to ranks that the terminal has told already.
+        """
+        first = inf
 
         def stop(*_: object) -> None:
-            self._end = -inf
-            signal.signal(signal.SIGINT, before)
+            nonlocal first
+            now = perf_counter()
+            if now > first + 1:
+                raise KeyboardInterrupt
+            self._end, first = -inf, min(first, now)
 
         before = signal.signal(signal.SIGINT, stop)
         try:
@@ -420,7 +427,7 @@ def _run(args: argparse.Namespace, names: Sequence[str]) -> int:
         if each.stopped:
             console.print(f"{each.name} was too slow: stopped after {len(each.losses)} steps of {each.cost():.1f} s")
     if done < steps:
-        why = "stopped by Ctrl-C" if status else f"all that {minutes:g} minutes allow"
+        why = "stopped by Ctrl-C" if clock.left() == -inf else f"all that {minutes:g} minutes allow"
         console.print(f"{done} of {steps} steps, {why}")
     if comparison := _comparison(runs):
         console.print(comparison, highlight=False)

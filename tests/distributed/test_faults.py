@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from world import World
 
 from muon_kernels import Muon, SpectralAdam
+from muon_kernels.cli import demo
 from muon_kernels.distributed import consensus, exchange
 
 SHAPES = [(40, 64), (64, 24), (40, 64)]
@@ -285,3 +286,28 @@ def ask_alone() -> str:
 
 def test_a_checkpoint_asked_for_on_one_rank(ranks: World) -> None:
     assert "state_dict() should be called on every rank" in ranks.outcomes(2, ask_alone)[0][1]
+
+
+class Turns:
+    """A run of the demo that takes no time."""
+
+    stopped, steps = False, 8
+
+    def __init__(self, cost: float) -> None:
+        self.losses: list[float] = []
+        self.cost = lambda: cost
+
+    def step(self, text: Any) -> None:
+        self.losses.append(0.0)
+
+
+def taken(seconds: list[float]) -> list[int]:
+    runs: list[Any] = [Turns(1e-3), Turns(1e-3 if dist.get_rank() else 1.0)]
+    demo._train(runs, [torch.empty(0)] * 8, demo.Clock(seconds[dist.get_rank()]), lambda run: None)
+    return [len(run.losses) for run in runs]
+
+
+@pytest.mark.parametrize(("first", "steps"), [(1e6, [8, 8]), (12.0, [8, 3]), (0.0, [1, 1])])
+def test_ranks_of_a_demo_stop_together(ranks: World, first: float, steps: list[int]) -> None:
+    """Whatever the other one's clock says."""
+    assert ranks.run(2, taken, [first, 1e6]) == [steps, steps]

@@ -29,8 +29,8 @@ def _own_accelerator() -> Iterator[None]:
         another_accelerator()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def ranks() -> Iterator[World]:
-    """Two processes."""
+    """Two processes; to import what tests import takes them seconds."""
     with world(2) as started:
         yield started

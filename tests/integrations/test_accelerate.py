@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from test_state_dicts import whole
-from tiny import CASES, another_accelerator, assert_near, assert_same, build, loss_of, matrices, parameters
+from tiny import CASES, another_accelerator, assert_near, assert_same, build, gathered, loss_of, matrices, parameters
 from torch import nn
 from torch.optim import Optimizer
 from world import World
@@ -142,9 +141,9 @@ def sharded(case: str, kind: str, folder: str) -> dict[str, torch.Tensor]:
     a2, again, own = prepared(case, kind, seed=1)
     a2.load_state(folder)
     run(a2, again, own, range(2, 4))
-    assert_same(whole(parameters(again)), whole(parameters(model)))
-    assert_same(whole(own.optimizer.state_dict()["state"]), whole(optimizer.optimizer.state_dict()["state"]))
-    return whole(parameters(model))
+    assert_same(gathered(parameters(again)), gathered(parameters(model)))
+    assert_same(gathered(own.optimizer.state_dict()["state"]), gathered(optimizer.optimizer.state_dict()["state"]))
+    return gathered(parameters(model))
 
 
 @pytest.mark.parametrize("kind", ["SHARDED_STATE_DICT", "FULL_STATE_DICT"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from tiny import CASES, assert_same, assert_same_training, build, loss_of, parameters, through_disk, train
+from tiny import CASES, assert_same, assert_same_training, build, gathered, loss_of, parameters, through_disk, train
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -152,17 +152,6 @@ def sharded(case: str, seed: int = 0) -> tuple[nn.Module, Optimizer]:
     return model, make_optimizer(model)
 
 
-def whole(value: Any) -> Any:
-    """Plain tensors for DTensors, however deep; every rank has to ask."""
-    if isinstance(value, DTensor):
-        return value.full_tensor()
-    if isinstance(value, dict):
-        return {k: whole(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(whole(v) for v in value)
-    return value
-
-
 def resumed_on_ranks(case: str, flags: dict[str, bool], broadcast: bool) -> None:
     model, optimizer = sharded(case)
     train(model, optimizer, range(2))
@@ -179,12 +168,12 @@ def resumed_on_ranks(case: str, flags: dict[str, bool], broadcast: bool) -> None
     again, own = sharded(case, seed=1)
     options = StateDictOptions(**flags, broadcast_from_rank0=broadcast)
     set_model_state_dict(again, weights, options=options)
-    before = whole(parameters(again))
+    before = gathered(parameters(again))
     set_optimizer_state_dict(again, own, saved, options=options)
-    assert_same(whole(parameters(again)), before)
+    assert_same(gathered(parameters(again)), before)
     train(again, own, range(2, 4))
-    assert_same(whole(parameters(again)), whole(parameters(model)))
-    assert_same(whole(own.state_dict()), whole(optimizer.state_dict()))
+    assert_same(gathered(parameters(again)), gathered(parameters(model)))
+    assert_same(gathered(own.state_dict()), gathered(optimizer.state_dict()))
 
 
 def _leaves(value: Any) -> list[Any]:
@@ -221,8 +210,8 @@ def template_on_ranks(case: str, folder: str) -> None:
     again.load_state_dict(template["model"])
     own.load_state_dict(template["optimizer"])
     train(again, own, range(2, 4))
-    assert_same(whole(parameters(again)), whole(parameters(model)))
-    assert_same(whole(own.state_dict()), whole(optimizer.state_dict()))
+    assert_same(gathered(parameters(again)), gathered(parameters(model)))
+    assert_same(gathered(own.state_dict()), gathered(optimizer.state_dict()))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -233,7 +222,7 @@ def test_template_on_two_ranks(case: str, ranks: World, tmp_path: Path) -> None:
 def sharded_training(case: str) -> tuple[Any, float]:
     model, optimizer = sharded(case)
     train(model, optimizer, range(3))
-    return whole(parameters(model)), loss_of(model, 3).item()
+    return gathered(parameters(model)), loss_of(model, 3).item()
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -72,9 +72,8 @@ def test_layer_decay_under_a_schedule() -> None:
 
 
 def test_groups_of_layers_are_those_of_torchs_muon() -> None:
-    """The matrices of the blocks alone: the same rates, and where torch's Muon goes with them."""
-    models = []
-    rates = []
+    """The matrices of the blocks alone: the same rates, and with them a step that is torch's Muon's."""
+    models, rates = [], []
     for optimizer_class in (Muon, torch.optim.Muon):
         model = vit()
         for p in model.parameters():
@@ -82,14 +81,12 @@ def test_groups_of_layers_are_those_of_torchs_muon() -> None:
         groups = optim.param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.5)
         optimizer = optimizer_class(groups, lr=0.02)
         schedule = scheduler.StepLRScheduler(optimizer, decay_t=1, decay_rate=0.5)
-        for step in range(3):
-            advance(model, optimizer, range(step, step + 1))
-            schedule.step(step + 1)
-            rates.append([group["lr"] for group in optimizer.param_groups])
+        schedule.step(1)
+        advance(model, optimizer, range(1))
         models.append(model)
-    assert rates[:3] == rates[3:]
-    start = vit()
-    assert_near(*models, start, most=0.2)
+        rates.append([(group["lr"], group["lr_scale"], group["weight_decay"]) for group in optimizer.param_groups])
+    assert rates[0] == rates[1] and len(set(rates[0])) > 2
+    assert_near(*models, vit(), most=0.1)
 
 
 def test_create_optimizer_v2() -> None:

@@ -90,10 +90,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
-    "make, setting",
-    [(gpt2, "plain"), *[(llama, setting) for setting in SETTINGS]],
+    "make, setting, way",
+    [*[(gpt2, "plain", way) for way in WAYS], *[(llama, setting, "optimizers") for setting in SETTINGS]],
     ids=lambda x: getattr(x, "__name__", x),
 )
 def test_resumed_to_the_bit(make: Callable[[], nn.Module], setting: str, way: str, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from muon_kernels import Muon, MuonAdamW, param_groups
@@ -108,6 +109,17 @@ def through_disk(value: Any) -> Any:
 
 def parameters(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def gathered(value: Any) -> Any:
+    """Plain tensors for DTensors, however deep; every rank has to ask."""
+    if isinstance(value, DTensor):
+        return value.full_tensor()
+    if isinstance(value, dict):
+        return {k: gathered(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(gathered(v) for v in value)
+    return value
 
 
 def assert_same(found: Any, expected: Any, at: str = "") -> None:
