@@ -97,7 +97,7 @@ def test_launches_are_the_calls_made(backend: str, name: str, algorithm: str, mo
 
     def counted(verb: str) -> Callable[..., Any]:
         real = getattr(module, verb)
-        return lambda *args, **options: (memory.rehearsing() or calls.update([verb]), real(*args, **options))[1]
+        return lambda *args, **options: calls.update([verb]) or real(*args, **options)
 
     for verb in VERBS:
         monkeypatch.setattr(module, verb, counted(verb))
