@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import memory
 from .layout import Layout, Matrices, split_shape
-from .memory import take
 from .split import pieces
 
 BLOCK = 2048
@@ -179,7 +179,7 @@ class Quantized(NamedTuple):
         """Keep what `values` are."""
         for i, begin, end in _pieces(values):
             x = values[i, begin:end]
-            codes, divisor, is_zero = take(x.device, *self._wanted(*x.shape))
+            codes, divisor, is_zero = memory.take(x.device, *self._wanted(*x.shape))
             for (block, absmax), (out, beside) in zip(
                 _in_blocks(x, self.absmax[i], begin), _in_blocks(codes, divisor, 0), strict=True
             ):
@@ -193,7 +193,7 @@ class Quantized(NamedTuple):
 
     def reserve(self) -> None:
         """Have the memory that `pack` takes."""
-        take(self.stored.device, *self._wanted(*_largest_piece(self.stored)))
+        memory.take(self.stored.device, *self._wanted(*_largest_piece(self.stored)))
 
 
 class Halves(NamedTuple):
@@ -214,7 +214,7 @@ class Halves(NamedTuple):
         upper = self.stored.view(torch.int16)
         for i, begin, end in _pieces(values):
             bits = values[i, begin:end].view(torch.int32)
-            (lower,) = take(bits.device, (bits.shape, torch.int32))
+            (lower,) = memory.take(bits.device, (bits.shape, torch.int32))
             _read(upper[i], bits, begin)
             _read(self.mantissa[i], lower, begin)
             bits.bitwise_left_shift_(16).add_(lower)
@@ -226,41 +226,41 @@ class Halves(NamedTuple):
             x = values[i, begin:end].nan_to_num_(math.nan, math.inf, -math.inf)
             bits = x.view(torch.int32)
             _write(self.mantissa[i], bits, begin)  # the lower 16 bits, whose first one is their sign now
-            (rounded,) = take(bits.device, (bits.shape, torch.int32))
+            (rounded,) = memory.take(bits.device, (bits.shape, torch.int32))
             _write(upper[i], torch.add(bits, 1 << 15, out=rounded).bitwise_right_shift_(16), begin)
 
     def reserve(self) -> None:
         """Have the memory that `unpack` and `pack` take."""
-        take(self.stored.device, (_largest_piece(self.stored), torch.int32))
+        memory.take(self.stored.device, (_largest_piece(self.stored), torch.int32))
 
 
 class Packed(list[Quantized | Halves]):
     """The matrices of a chunk, consecutive ones of a parameter or of a piece of it together."""
 
-    def in_memory(self, memory: Tensor) -> Iterator[tuple[Quantized | Halves, Tensor]]:
-        """Every part and the place of its numbers, (matrices, elements), in `memory`, (batch, `floats`)."""
+    def in_memory(self, numbers: Tensor) -> Iterator[tuple[Quantized | Halves, Tensor]]:
+        """Every part and the place of its numbers, (matrices, elements), in `numbers`, (batch, `floats`)."""
         start = 0
         for part in self:
             count, rows, cols = part.stored.shape
-            yield part, memory[start : start + count, : rows * cols]
+            yield part, numbers[start : start + count, : rows * cols]
             start += count
 
 
 @contextmanager
-def unpacked(matrices: _Seen | Packed, memory: Tensor | None, rehearsing: bool) -> Iterator[_Seen | list[Matrices]]:
+def unpacked(matrices: _Seen | Packed, numbers: Tensor | None, rehearsing: bool) -> Iterator[_Seen | list[Matrices]]:
     """What verbs can read and write; what they have written to packed matrices is kept at the end.
 
     Args:
         matrices: to see; those that are not packed are left to themselves.
-        memory: (batch, `floats`) fp32 of the workspace.
+        numbers: (batch, `floats`) fp32 of the workspace.
         rehearsing: whether nothing is to be read or written, and the memory for it had.
     """
     if not isinstance(matrices, Packed):
         yield matrices
         return
-    assert memory is not None
-    seen, stride = [], memory.stride(0)
-    for part, values in matrices.in_memory(memory):
+    assert numbers is not None
+    seen, stride = [], numbers.stride(0)
+    for part, values in matrices.in_memory(numbers):
         if rehearsing:
             part.reserve()
         else:
@@ -270,5 +270,5 @@ def unpacked(matrices: _Seen | Packed, memory: Tensor | None, rehearsing: bool) 
         seen.append(Matrices(values, Layout(count, *dims, part.transposed)))
     yield seen
     if not rehearsing:
-        for part, values in matrices.in_memory(memory):
+        for part, values in matrices.in_memory(numbers):
             part.pack(values)

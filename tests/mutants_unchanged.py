@@ -13,7 +13,7 @@ EAGER, CHECKS, BOTH = "muon_kernels/backends/eager.py", "muon_kernels/adamw_chec
 MUTANTS = [
     Mutant(
         "codes' memory not had before",
-        "= take(x.device, *self._wanted(*x.shape))",
+        "= memory.take(x.device, *self._wanted(*x.shape))",
         "= (torch.empty(shape, dtype=dtype) for shape, dtype in self._wanted(*x.shape))",
         MEMORY,
         PACKED,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from yardsticks import torchs_muon_in_fp32 as torchs_muon_in_fp32
 
-from muon_kernels import COEFFICIENTS, Muon, MuonAdamW, backends, orthogonalize, reference
+from muon_kernels import COEFFICIENTS, Muon, MuonAdamW, backends, memory, orthogonalize, reference
 from muon_kernels.coefficients import resolve
 from muon_kernels.scaling import ADJUST_LR, lr_ratio
 
@@ -788,6 +788,8 @@ def test_workspace_is_as_planned(backend: str, monkeypatch: pytest.MonkeyPatch) 
         return t
 
     monkeypatch.setattr(torch, "empty", counting)
+    taken = lambda device, *wanted: [empty(*shape, dtype=dtype, device=device) for shape, dtype in wanted]
+    monkeypatch.setattr(memory, "take", taken)
     for shapes in ([(24, 40)] * 8, [(64, 64), (8, 100), (3, 30, 20)]):
         blocks.clear()
         params = copies(parameters(shapes))

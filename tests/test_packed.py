@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from muon_kernels import Muon, MuonAdamW, SpectralMomentum, backends, packed
+from muon_kernels import Muon, MuonAdamW, SpectralMomentum, backends, memory, packed
 from muon_kernels.coefficients import resolve
 from muon_kernels.packed import BLOCK, Halves, Quantized
 from muon_kernels.plan import Bucket, plan_bucket
@@ -625,6 +625,8 @@ def test_plan_and_workspace(backend: str, monkeypatch: pytest.MonkeyPatch) -> No
         return t
 
     monkeypatch.setattr(torch, "empty", counting)
+    taken = lambda device, *wanted: [empty(*shape, dtype=dtype, device=device) for shape, dtype in wanted]
+    monkeypatch.setattr(memory, "take", taken)
     params = [nn.Parameter(torch.ones(8, 30, 50, dtype=torch.bfloat16)) for _ in range(2)]
     plans = []
     for options in ({}, EIGHT, MASTER, {**EIGHT, **MASTER}):
