@@ -16,7 +16,9 @@
 namespace muon_kernels::cpu {
 namespace {
 
-constexpr int64_t kRun = 512;  // elements handled at once; they stay in the first-level cache
+// Elements handled at once, in the first-level cache: of a line that goes straight to x, and of one to be transposed,
+// which is walked in few pieces because others come between them.
+constexpr int64_t kRun = 256, kTransposedRun = 512;
 constexpr int64_t kBlockElements = 1 << 16;
 constexpr int kLines = 16;  // lines of a transposed block
 
@@ -120,7 +122,7 @@ inline void momentum_run(
     float* __restrict direction
 ) {
     const MatrixRef& g = u.grad[matrix];
-    alignas(64) float room[kRun];
+    alignas(64) float room[kTransposedRun];
     const float* __restrict grad = run_of(
         pointer(g), u.grad_dtype, row * g.row_stride + col * g.col_stride, along_rows ? g.col_stride : g.row_stride, n,
         room
@@ -135,7 +137,7 @@ inline void momentum_run(
 
     const MatrixRef& b = u.momentum[matrix];
     const int64_t offset = row * b.row_stride + col * b.col_stride, stride = along_rows ? b.col_stride : b.row_stride;
-    alignas(64) float buffer_room[kRun];
+    alignas(64) float buffer_room[kTransposedRun];
     float* __restrict buffer = run_of(pointer(b), u.momentum_dtype, offset, stride, n, buffer_room);
     const float mu = static_cast<float>(u.mu), rest = static_cast<float>(1.0 - u.mu);
     if (u.dampened) {
@@ -168,7 +170,7 @@ inline void momentum_block(const MomentumUpdate& u, int64_t matrix, int64_t bloc
     const int64_t begin = block * w.block_lines, end = std::min(begin + w.block_lines, w.lines);
     uint16_t* x = u.x.data + matrix * u.x.batch_stride;
     SumOfSquares sum;
-    alignas(64) float direction[kRun];
+    alignas(64) float direction[kTransposedRun];
     if (w.along_rows) {
         const bool one = gapless(u.grad[matrix], u.x) && (!u.momentum || gapless(u.momentum[matrix], u.x));
         const int64_t step = one ? std::max<int64_t>(end - begin, 1) : 1, length = step * w.length;
@@ -181,17 +183,17 @@ inline void momentum_block(const MomentumUpdate& u, int64_t matrix, int64_t bloc
             }
         }
     } else {
-        alignas(64) uint16_t lines[kLines][kRun];
+        alignas(64) uint16_t lines[kLines][kTransposedRun];
         for (int64_t col = begin; col < end; col += kLines) {
             const int64_t cols = std::min<int64_t>(kLines, end - col);
-            for (int64_t row = 0; row < w.length; row += kRun) {
-                const int64_t n = std::min(kRun, w.length - row);
+            for (int64_t row = 0; row < w.length; row += kTransposedRun) {
+                const int64_t n = std::min(kTransposedRun, w.length - row);
                 for (int64_t c = 0; c < cols; ++c) {
                     momentum_run(u, matrix, row, col + c, false, n, direction);
                     sum.add(direction, n);
                     store_run(lines[c], DType::bf16, 0, 1, n, direction);
                 }
-                transpose_u16(lines[0], kRun, cols, n, x + row * u.x.row_stride + col, u.x.row_stride);
+                transpose_u16(lines[0], kTransposedRun, cols, n, x + row * u.x.row_stride + col, u.x.row_stride);
             }
         }
     }
@@ -268,14 +270,14 @@ inline void apply_run(
     const int64_t offset = row * p.row_stride + col * p.col_stride, stride = along_rows ? p.col_stride : p.row_stride;
     const float decay = static_cast<float>(1 - u.lr * u.weight_decay);
     const float step_size = static_cast<float>(u.lr * u.ratio[matrix]);
-    alignas(64) float room[kRun];
+    alignas(64) float room[kTransposedRun];
     float* __restrict value = run_of(pointer(p), u.param_dtype, offset, stride, n, room);
     for (int64_t i = 0; i < n; ++i) {
         const float factor = CAUTIOUS ? cautious_decay(value[i], update[i], decay) : decay;
         value[i] = __builtin_fmaf(-step_size, to_float(update[i]), value[i] * factor);
     }
     if constexpr (STOCHASTIC) {
-        alignas(64) uint16_t bits[kRun];
+        alignas(64) uint16_t bits[kTransposedRun];
         random.run(row, col, along_rows, n, bits);
         uint16_t* to = static_cast<uint16_t*>(pointer(p)) + offset;
         for (int64_t i = 0; i < n; ++i) bits[i] = rounded_by(value[i], bits[i]);
@@ -306,12 +308,12 @@ inline void apply_lines(const ApplyUpdate& u, const ApplyOptions& options, int64
         }
         return;
     }
-    alignas(64) uint16_t lines[kLines][kRun];
+    alignas(64) uint16_t lines[kLines][kTransposedRun];
     for (int64_t col = begin; col < end; col += kLines) {
         const int64_t cols = std::min<int64_t>(kLines, end - col);
-        for (int64_t row = 0; row < w.length; row += kRun) {
-            const int64_t n = std::min(kRun, w.length - row);
-            transpose_u16(x + row * u.x.row_stride + col, u.x.row_stride, n, cols, lines[0], kRun);
+        for (int64_t row = 0; row < w.length; row += kTransposedRun) {
+            const int64_t n = std::min(kTransposedRun, w.length - row);
+            transpose_u16(x + row * u.x.row_stride + col, u.x.row_stride, n, cols, lines[0], kTransposedRun);
             for (int64_t c = 0; c < cols; ++c) {
                 apply_run<CAUTIOUS, STOCHASTIC>(u, random, matrix, row, col + c, false, n, lines[c]);
             }
