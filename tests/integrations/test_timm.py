@@ -82,11 +82,14 @@ def test_groups_of_layers_are_those_of_torchs_muon() -> None:
         optimizer = optimizer_class(groups, lr=0.02)
         schedule = scheduler.StepLRScheduler(optimizer, decay_t=1, decay_rate=0.5)
         schedule.step(1)
-        advance(model, optimizer, range(1))
+        generator = torch.Generator().manual_seed(0)
+        for p in model.parameters():  # a classifier's gradients have a rank so low that rounding shows
+            p.grad = torch.randn(p.shape, generator=generator) if p.requires_grad else None
+        optimizer.step()
         models.append(model)
         rates.append([(group["lr"], group["lr_scale"], group["weight_decay"]) for group in optimizer.param_groups])
     assert rates[0] == rates[1] and len(set(rates[0])) > 2
-    assert_near(*models, vit(), most=0.1)
+    assert_near(*models, vit(), most=0.05)
 
 
 def test_create_optimizer_v2() -> None:
