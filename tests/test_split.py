@@ -545,7 +545,7 @@ P = "parameter of size \\(48, 40\\)"
         ({"x": heads(2)}, ValueError, "split='x' matches no parameter of the group$"),
         ({"*.0": heads(2), "layer.*": heads(4)}, ValueError, "layer.0 is claimed by both split='\\*.0' and split="),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_what_does_not_fit(split: Any, error: type[Exception], sentence: str | None) -> None:
     """Raises at construction, and of a group leaves the optimizer as it was."""
