@@ -443,7 +443,11 @@ MUTANTS = [
     ),
     Mutant("operands not checked", DISPATCH, "if (!valid(list[i]) || list[i]", "if (list[i]", PRODUCTS),
     Mutant(
-        "sums of squares: blocks of other matrices", DISPATCH, "[i * blocks + block]", "[block * batch + i]", ELEMENTWISE
+        "sums of squares: blocks of other matrices",
+        DISPATCH,
+        "[i * blocks + block]",
+        "[block * batch + i]",
+        ELEMENTWISE,
     ),
     Mutant(
         "sums of squares: first block lost",
