@@ -767,7 +767,7 @@ class _Settled(NamedTuple):
 
     options: dict[str, Any]
     threads: int
-    count: int
+    parameters: int
     signature: list[list[object]]
     prepared: Prepared
 
@@ -807,7 +807,7 @@ class Preparations:
             or settled.options != options
             or settled.threads != torch.get_num_threads()
             or len(settled.signature) != len(now)
-            or settled.count != len(params)
+            or settled.parameters != len(params)
             or not all(all(map(eq, before, after)) for before, after in zip(settled.signature, now, strict=True))
         ):
             # Copies: a list of coefficients and a dict of splits may be changed in place.
