@@ -64,7 +64,9 @@ def assert_same_products(implementation: str, shape: tuple[int, int, int], devic
         assert tuple(calls) == bench_products.PRODUCTS
         for call in calls.values():
             call.out.fill_(torch.nan)
-        results.append({product: (call.run(), call.out.float())[1] for product, call in calls.items()})
+        results.append(
+            {product: (call.run(), call.out.to(torch.float32, copy=True))[1] for product, call in calls.items()}
+        )
     for product, ours in results[0].items():
         torchs = results[1][product]
         # bf16's rounding, and the diagonals, a thousandth, which torch's do not have.

@@ -6,7 +6,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +156,15 @@ def test_learning_rate_beyond_the_parameters_dtype(dtype: torch.dtype) -> None:
     assert snapshot(optimizer) == before
 
 
+@pytest.fixture
+def _interruptible() -> Iterator[None]:
+    """Python's own answer to Ctrl-C, which workers of pytest-xdist have turned off."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_ctrl_c_waits_for_the_end_of_a_step(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(interrupted: bool) -> Any:
         optimizer = Muon([nn.Parameter(torch.ones(4, n)) for n in (4, 5, 5)], backend=backend, power=0.5)

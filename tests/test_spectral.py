@@ -431,8 +431,8 @@ def test_power_by_group_and_plan() -> None:
     [
         ({"power": 1.2}, "power should be from 0"),
         ({"power": "half"}, "power should be a number"),
-        ({"lr": -1.0}, "lr should be >= 0"),
-        ({"weight_decay": math.inf}, "weight_decay should be finite"),
+        ({"lr": -1.0}, "(lr|Learning rate) should be >= 0"),
+        ({"weight_decay": math.inf}, "weight.decay should be finite"),
         ({"backend": "tpu"}, "backend should be"),
         ({"flatten": 1}, "flatten should be"),
     ],
