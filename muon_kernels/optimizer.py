@@ -274,8 +274,9 @@ class Muon(Optimizer):
                 check_shared(group)
             transposes(group)
             costs = []
-            for p, split in splits(group):
-                check_matrices("parameter", local(p), _ADAMW_HINT)
+            for i, (p, split) in enumerate(splits(group)):
+                name = group["param_names"][i] if "param_names" in group else "parameter"
+                check_matrices(name, local(p), _ADAMW_HINT)
                 if group["stochastic_rounding"]:
                     check_rounding(p)
                 if group["master_weights"]:

@@ -95,12 +95,18 @@ _STRUCTURE = frozenset(("params", "param_names", "initial_lr", "use_muon", "step
 _CLOSE = 0.87
 
 
+# What other libraries call options.
+_ALIASES = {"learning_rate": "lr", "wd": "weight_decay", "mu": "momentum"}
+
+
 def check_keys(group: Mapping[str, Any], known: Collection[str]) -> None:
     """Raise ValueError where a key of a group is a misspelt option; others are kept, as by torch's optimizers."""
     from difflib import get_close_matches
 
     for key in group.keys() - set(known) - _STRUCTURE:
-        near = get_close_matches(str(key), known, n=1, cutoff=_CLOSE)
+        word = str(key).lower()
+        near = get_close_matches(_ALIASES.get(word, word), known, n=1, cutoff=_CLOSE)
+        near = near or [name for name in known if sorted(name) == sorted(word)]
         if near and f"_{near[0]}_" not in f"_{key}_":
             raise ValueError(
                 f"a group has {key!r}, which is no option but close to one: did you mean {near[0]!r}? "

@@ -79,7 +79,7 @@ def param_groups(
     split: str | Mapping[str, str] | None = None,
     lr: Mapping[str, float | str] | None = None,
     weight_decay: Mapping[str, float] | None = None,
-    rules: Iterable[Rule] = RULES,
+    rules: Iterable[Rule] | None = None,
     missing_ok: bool = False,
     muon_options: Mapping[str, Any] | None = None,
     adamw_options: Mapping[str, Any] | None = None,
@@ -113,7 +113,7 @@ def param_groups(
         lr: learning rates of their own, by pattern; the first that matches decides. A number, or "0.5x" for a multiple
             of the `lr` in the options of its half: `lr={"*.lora_B.*": "16x"}`.
         weight_decay: the same for weight decays, numbers only: `weight_decay={"*.bias": 0.0, "*norm*": 0.0}`.
-        rules: `muon_kernels.rules.RULES`, or your own in front of them: `rules=[Rule(...), *RULES]`.
+        rules: None for `muon_kernels.rules.RULES`, or your own in front of them: `rules=[Rule(...), *RULES]`.
         missing_ok: allows patterns that match nothing here, as on a stage of a pipeline.
         muon_options: options of the Muon groups, such as `{"lr": 0.02}`.
         adamw_options: options of the AdamW groups, such as `{"lr": 3e-4, "betas": (0.9, 0.95)}`.
@@ -130,7 +130,7 @@ def param_groups(
             parameter is claimed for both, or options hold what is not theirs, or a split does not
             fit, matches what another one does, or only what does not go to Muon; or a parameter is flattened, emptied
             or not made yet, so that nothing can be read from its shape.
-        TypeError: `model` is no `nn.Module`, or options or splits are no mapping.
+        TypeError: `model` is no `nn.Module`, or options or splits are no mapping, or a rule is no `Rule`.
 
     Warns:
         UserWarning: a parameter has no elements, and nothing tells whether it has been emptied.
@@ -161,13 +161,13 @@ def param_groups(
         "lr": find.first("lr", _mapping("lr", lr, "patterns to numbers")),
         "weight_decay": find.first("weight_decay", _mapping("weight_decay", weight_decay, "patterns to numbers")),
     }
-    rules = tuple(rules)
+    book = RULES if rules is None else _checked(rules)
 
     assignments = []
     groups: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {"Muon": {}, "AdamW": {}}
     for param, at in places.items():
         name = at[0].full_name
-        optimizer, reason = _judge(param, at, claims, rules)
+        optimizer, reason = _judge(param, at, claims, book)
         words = [reason]
         if optimizer != "none":
             options = {key: _number(key, *of[param], optimizer, halves) for key, of in own.items() if param in of}
@@ -202,6 +202,27 @@ def _mapping(name: str, value: Any, of: str) -> Mapping[str, Any]:
     if value is not None and not isinstance(value, Mapping):
         raise TypeError(f"{name} should be a mapping of {of} but is: {value!r}")
     return value or {}
+
+
+def _checked(rules: Iterable[Rule]) -> tuple[Rule, ...]:
+    """Rules that can be asked; raise ValueError or TypeError if one cannot."""
+    if isinstance(rules, Rule):
+        raise TypeError(f"rules should be a list of them, [rule, *RULES], but is one rule: {rules.reason!r}")
+    book = tuple(rules)
+    for i, rule in enumerate(book):
+        if not isinstance(rule, Rule):
+            raise TypeError(f"rules[{i}] should be a muon_kernels.rules.Rule but is: {rule!r}")
+        if rule.optimizer not in ("Muon", "AdamW"):
+            raise ValueError(f"rules[{i}].optimizer should be 'Muon' or 'AdamW' but is: {rule.optimizer!r}")
+        for pattern in (rule.name, rule.layer):
+            try:
+                re.compile(pattern or "")
+            except re.error as error:
+                raise ValueError(
+                    f"rules[{i}] should have regular expressions, such as r'\\.knots$' where a pattern has '*.knots', "
+                    f"but has {pattern!r}: {error}"
+                ) from None
+    return book
 
 
 _PARAMETRIZED = re.compile(r"(?:(.*)\.)?parametrizations\.(\w+)\.original\d*")

@@ -181,10 +181,18 @@ def test_a_misspelt_option_of_a_group() -> None:
     optimizer = Muon(params[:1])
     with pytest.raises(ValueError, match="did you mean 'nesterov'"):
         optimizer.add_param_group({"params": params[1:], "nestrov": False, "betas": (0.9, 0.99)})
+    for word, name in {"spilt": "split", "LR": "lr", "learning_rate": "lr", "wd": "weight_decay"}.items():
+        with pytest.raises(ValueError, match=f"did you mean '{name}'"):
+            optimizer.add_param_group({"params": params[1:], word: None})
     assert len(optimizer.param_groups) == 1
     optimizer.add_param_group({"params": params[1:]})
     with pytest.raises(TypeError, match="wd"):
         Muon(params, wd=0.1)  # type: ignore[call-arg]
+
+
+def test_a_parameter_with_a_name_is_called_by_it() -> None:
+    with pytest.raises(ValueError, match=r"norm\.weight should have at least 2 dimensions but has size: \(5,\)"):
+        Muon([("fc.weight", nn.Parameter(torch.ones(3, 4))), ("norm.weight", nn.Parameter(torch.ones(5)))])
 
 
 PARAMETERS: dict[str, tuple[Callable[[], Tensor], type[Exception], list[str]]] = {

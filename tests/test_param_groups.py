@@ -434,6 +434,21 @@ def test_routers_go_to_muon_or_where_one_says() -> None:
     assert went(param_groups(model, adamw="*.gate.weight"))["layers.0.mlp.gate.weight"][0] == "AdamW"
 
 
+@pytest.mark.parametrize(
+    ("rules", "error", "sentence"),
+    [
+        (Rule("knots"), TypeError, r"a list of them, \[rule, \*RULES\], but is one rule: 'knots'"),
+        ([("x", "y")], TypeError, r"rules\[0\] should be a muon_kernels.rules.Rule but is: \('x', 'y'\)"),
+        ([Rule("x", "Adam", name="x")], ValueError, r"rules\[0\].optimizer should be 'Muon' or 'AdamW' but is: 'Adam'"),
+        ([*RULES[:1], Rule("x", name="*.knots")], ValueError, r"rules\[1\] should have regular expressions"),
+    ],
+    ids=["one", "tuple", "optimizer", "pattern"],
+)
+def test_what_is_no_rule(rules: Any, error: type[Exception], sentence: str) -> None:
+    with pytest.raises(error, match=sentence):
+        param_groups(nn.Linear(3, 3), rules=rules)
+
+
 def test_rules_of_ones_own() -> None:
     model = nested({"spline": bare(knots=torch.zeros(4, 5)), "embed": nn.Embedding(6, 5), "fc1": nn.Linear(5, 5)})
     knots = Rule("spline knots", name=r"\.knots$")

@@ -57,7 +57,7 @@ LAYERS = 4
 HEADS = 4
 
 STEPS = 160
-# Before these are done, or a tenth of the time is gone, nobody is judged.
+# Before these are done, or half of the time is gone, nobody is judged.
 TRIAL_STEPS = 3
 # One that takes this many times as long for a step as the fastest is stopped before the others take fewer steps.
 TOO_SLOW = 3.0
@@ -452,7 +452,7 @@ def _train(runs: Sequence[Run], batches: Iterable[Tensor], clock: Clock, show: C
         left, seconds, *costs = _of_first_rank([clock.left(), clock.seconds, *(run.cost() for run in going)])
         if left == -inf:
             return
-        if done < TRIAL_STEPS and left > 0.9 * seconds:
+        if done < TRIAL_STEPS and left > seconds / 2:
             continue
         chosen, more = fitting(costs, going[0].steps - done, left)
         for index, run in enumerate(going):
