@@ -759,9 +759,16 @@ def settled(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The options in SETTLED of groups that are stepped as one, as `Preparations` takes them."""
     return {
         **{key: groups[0][key] for key in SETTLED},
-        **{key: [group[key] for group in groups] for key in _OF_PARAMETERS},
+        **{key: [_of_parameters(group, key) for group in groups] for key in _OF_PARAMETERS},
         "workspace_dtype": options.dtype_of(groups[0]["workspace_dtype"]),
     }
+
+
+def _of_parameters(group: Mapping[str, Any], key: str) -> Any:
+    """Return an option with the parameters that it is about, which may move from one group to another."""
+    if not group[key]:
+        return None
+    return group[key], list(map(id, group["params"])), list(group.get("param_names", ()))
 
 
 def splits(group: Mapping[str, Any]) -> list[tuple[Tensor, str | None]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, overload
 
 import torch
@@ -12,6 +12,7 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable, but it imp
 from torch.distributed import ProcessGroup
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from . import interrupts
 from .coefficients import COEFFICIENTS, DEFAULT, NS_STEPS, resolve
 from .distributed import blocks, consensus
 from .distributed.exchange import Failed
@@ -260,7 +261,7 @@ class Muon(Optimizer):
         """Add a group after checking its options and parameters; on error the optimizer is unchanged."""
         before = len(self.param_groups)
         if "ns_coefficients" in param_group:
-            param_group.setdefault("ns_steps", self._steps_of(param_group["ns_coefficients"]))
+            param_group.setdefault("ns_steps", self._steps_of(plain(param_group["ns_coefficients"])))
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -460,19 +461,22 @@ class Muon(Optimizer):
                 reserve(decided, self._workspace)
             for (decided, grads, _), (_, numbers) in zip(prepared, batches, strict=True):
                 ready(decided, grads, numbers, self._workspace)
-        for (groups, numbers), (decided, grads, new) in zip(batches, prepared, strict=True):
-            for p, key, tensor in new:
-                self.state[p][key] = tensor
-            for group in groups:
-                if numbers.seed is not None or group["strategy"] == "blocks":
-                    group["step"] = group.get("step", 0) + 1
-            try:
-                execute(decided, grads, numbers, self._workspace)
-            except Failed as error:
-                raise RuntimeError(
-                    f"step {self._steps} of Muon is incomplete, parameters of some matrices are stepped and of others "
-                    f"not: {error}; go on from the last checkpoint"
-                ) from error
+        # Ranks may wait for each other, so an interrupt can only wait where there are none.
+        alone = not any(decided.exchanges for decided, _, _ in prepared)
+        with interrupts.held() if alone else nullcontext():
+            for (groups, numbers), (decided, grads, new) in zip(batches, prepared, strict=True):
+                for p, key, tensor in new:
+                    self.state[p][key] = tensor
+                for group in groups:
+                    if numbers.seed is not None or group["strategy"] == "blocks":
+                        group["step"] = group.get("step", 0) + 1
+                try:
+                    execute(decided, grads, numbers, self._workspace)
+                except Failed as error:
+                    raise RuntimeError(
+                        f"step {self._steps} of Muon is incomplete, parameters of some matrices are stepped and of "
+                        f"others not: {error}; go on from the last checkpoint"
+                    ) from error
         return loss
 
     @torch.no_grad()

@@ -20,7 +20,7 @@ _PLAIN = frozenset((float, int, bool, str, type(None)))
 def is_plain(value: Any) -> bool:
     """Whether `plain` would return it as it is."""
     kind = type(value)
-    return kind in _PLAIN or isinstance(value, (int, Tensor)) or (kind in (tuple, list) and all(map(is_plain, value)))
+    return kind in _PLAIN or isinstance(value, Tensor) or (kind in (tuple, list) and all(map(is_plain, value)))
 
 
 def plain(value: Any) -> Any:
@@ -38,6 +38,8 @@ def plain(value: Any) -> Any:
         return list(items) if isinstance(value, list) else tuple(items)
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, str):  # an enumeration's, which a checkpoint would have to import
+        return "".join(value)
     if hasattr(value, "tolist"):  # numpy's scalars and arrays
         return value.tolist()
     if isinstance(value, Integral):

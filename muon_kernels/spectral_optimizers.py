@@ -7,6 +7,7 @@ They are named by the update and the power: none is p = 1, S is 1/2, Q is 1/4 an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any, overload
 
@@ -16,7 +17,7 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable, but it imp
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import functional, options
+from . import functional, interrupts, options
 from .adamw_checks import check_adamw_state, check_numbers, check_step_size, new_adamw_state
 from .distributed import consensus
 from .distributed.placement import local
@@ -243,11 +244,14 @@ class SpectralAdam(Optimizer):
         for _, _, _, _, updates, prepared, scalars in steps:
             functional.ready(prepared, updates, scalars, self._workspace)
         self._begin(p for _, grads, *_ in steps for p in grads)
-        for group, grads, rest, matrices, updates, prepared, scalars in steps:
-            self._adamw(group, grads, rest, [local(p) for p in rest], group["lr"], group["weight_decay"])
-            # Of a parameter that is zero, a step of size 1 makes -R.
-            self._adamw(group, grads, matrices, updates, 1.0, 0.0)
-            functional.execute(prepared, updates, scalars, self._workspace)
+        # Ranks may wait for each other, so an interrupt can only wait where there are none.
+        alone = not any(prepared.exchanges for *_, prepared, _ in steps)
+        with interrupts.held() if alone else nullcontext():
+            for group, grads, rest, matrices, updates, prepared, scalars in steps:
+                self._adamw(group, grads, rest, [local(p) for p in rest], group["lr"], group["weight_decay"])
+                # Of a parameter that is zero, a step of size 1 makes -R.
+                self._adamw(group, grads, matrices, updates, 1.0, 0.0)
+                functional.execute(prepared, updates, scalars, self._workspace)
         return loss
 
     def _begin(self, params: Iterable[Tensor]) -> None:

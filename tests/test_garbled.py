@@ -167,7 +167,9 @@ def _interruptible() -> Iterator[None]:
 @pytest.mark.usefixtures("_interruptible")
 def test_ctrl_c_waits_for_the_end_of_a_step(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(interrupted: bool) -> Any:
-        optimizer = Muon([nn.Parameter(torch.ones(4, n)) for n in (4, 5, 5)], backend=backend, power=0.5)
+        first, *others = [nn.Parameter(torch.ones(4, n)) for n in (4, 5, 5)]
+        groups = [{"params": [first]}, {"params": others, "lr": 0.2}]  # stepped one after the other
+        optimizer = Muon(groups, backend=backend, power=0.5)
         for group in optimizer.param_groups:
             for p in group["params"]:
                 p.grad = torch.eye(*p.shape)

@@ -171,3 +171,11 @@ def test_three_steps_where_a_singular_value_leads(shape: tuple[int, int]) -> Non
         truth = newton_schulz(G.double(), schedule.triples, schedule.margin)
         ours = relative_error(orthogonalize(G, ns_algorithm="gram", backend="cpu"), truth)
         assert ours <= max(1.3 * relative_error(bf16_loop(G, schedule), truth), 0.025)
+
+
+@pytest.mark.parametrize("value", [7e-41, 7e-40, 7e-39, 3e-38])
+@pytest.mark.parametrize("shape", [(4, 4), (64, 32), (3, 3, 1, 9)], ids=str)
+def test_numbers_below_bf16s_normal_range(backend: str, shape: tuple[int, ...], value: float) -> None:
+    """Rounding to bf16 may double them; the iteration diverges where the norm is not that of what was rounded."""
+    Y = orthogonalize(torch.full(shape, value), backend=backend)
+    assert Y.isfinite().all() and torch.linalg.matrix_norm(Y.double(), 2).max() <= 1.3

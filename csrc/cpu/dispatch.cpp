@@ -111,8 +111,9 @@ void normalize(const Kernels& kernels, const MomentumUpdate& u, int64_t i, doubl
     if (std::isfinite(sum) && sum != 0 && (sum < 0x1p-60 || sum > 0x1p60)) {
         int exponent;
         std::frexp(std::sqrt(sum), &exponent);
-        kernels.rescale(u.x, i, 1 - exponent);
-        sum = std::ldexp(sum, 2 * (1 - exponent));
+        const double rescaled = kernels.rescale(u.x, i, 1 - exponent);
+        // Rounding to bf16 may have doubled or dropped what is below its normal range: then the norm is that of x.
+        sum = sum < 0x1p-236 ? rescaled : std::ldexp(sum, 2 * (1 - exponent));
     }
     u.scale[i] = reciprocal_norm(sum, u.eps, u.margin);
 }

@@ -200,13 +200,18 @@ inline void momentum_block(const MomentumUpdate& u, int64_t matrix, int64_t bloc
     *sum_of_squares = sum.total();
 }
 
-// x[matrix] *= 2^exponent, exactly unless the result leaves bf16's range.
-inline void rescale(const Stack& x, int64_t matrix, int exponent) {
+// x[matrix] *= 2^exponent, exactly unless the result leaves bf16's range. Returns the sum of the result's squares.
+inline double rescale(const Stack& x, int64_t matrix, int exponent) {
     const float half = __builtin_ldexpf(1.0f, exponent / 2), rest = __builtin_ldexpf(1.0f, exponent - exponent / 2);
+    double sum = 0;
     for (int64_t row = 0; row < x.rows; ++row) {
         uint16_t* to = x.data + matrix * x.batch_stride + row * x.row_stride;
-        for (int64_t col = 0; col < x.cols; ++col) to[col] = to_bf16(to_float(to[col]) * half * rest);
+        for (int64_t col = 0; col < x.cols; ++col) {
+            to[col] = to_bf16(to_float(to[col]) * half * rest);
+            sum += static_cast<double>(to_float(to[col])) * to_float(to[col]);
+        }
     }
+    return sum;
 }
 
 // Sixteen random bits for every element that depend on seed, matrix and place alone, the same as in csrc/cuda: the

@@ -14,7 +14,7 @@ struct Kernels {
 
     int64_t (*momentum_blocks)(const MomentumUpdate&);  // a matrix
     void (*momentum_block)(const MomentumUpdate&, int64_t matrix, int64_t block, double* sum_of_squares);
-    void (*rescale)(const Stack& x, int64_t matrix, int exponent);
+    double (*rescale)(const Stack& x, int64_t matrix, int exponent);
 
     int64_t (*apply_blocks)(const ApplyUpdate&);  // a matrix
     void (*apply_block)(const ApplyUpdate&, const ApplyOptions&, int64_t matrix, int64_t block);
