@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .coefficients import NS_STEPS
 from .newton_schulz import ALGORITHMS
 from .scaling import WEIGHT_DECAY_FORMS, rule_name
 from .second_moment import FORMS
@@ -20,7 +21,9 @@ _PLAIN = frozenset((float, int, bool, str, type(None)))
 def is_plain(value: Any) -> bool:
     """Whether `plain` would return it as it is."""
     kind = type(value)
-    return kind in _PLAIN or isinstance(value, Tensor) or (kind in (tuple, list) and all(map(is_plain, value)))
+    if kind in _PLAIN or isinstance(value, Tensor) or value is NS_STEPS:
+        return True
+    return kind in (tuple, list) and all(map(is_plain, value))
 
 
 def plain(value: Any) -> Any:
