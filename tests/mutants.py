@@ -461,6 +461,13 @@ MUTANTS = [
         "    parallel_for(threads, args.count",
         MEMORY,
     ),
+    Mutant(
+        "norm of what was not rounded yet",
+        DISPATCH,
+        "sum < 0x1p-236 ? rescaled : ",
+        "",
+        "tests/test_newton_schulz.py -k numbers_below",
+    ),
     Mutant("operands not checked", DISPATCH, "if (!valid(list[i]) || list[i]", "if (list[i]", PRODUCTS),
     Mutant(
         "sums of squares: blocks of other matrices",
