@@ -624,21 +624,21 @@ def torchs_own() -> Any:
 
 
 def test_torchs_own_configurations() -> None:
+    """With gradients of full rank: in others the smallest singular values are noise of bf16, which both amplify."""
     for case in torchs_own().optim_inputs_func("cpu", torch.float32):
         torch.manual_seed(0)
-        models = [model_of("matrices") for _ in range(2)]
-        optimizers = [
-            kind([p for _, p in trained(model)], **case.kwargs)
-            for kind, model in zip((torch.optim.Muon, Muon), models, strict=True)
-        ]
-        start = [p.detach().clone() for p in models[0].parameters()]
-        for seed in range(10):
-            for model, optimizer in zip(models, optimizers, strict=True):
-                backward(model, seed)
+        start = [torch.randn(12, 32), torch.randn(32, 12)]
+        params = [[nn.Parameter(t.clone()) for t in start] for _ in range(2)]
+        optimizers = [kind(own, **case.kwargs) for kind, own in zip((torch.optim.Muon, Muon), params, strict=True)]
+        for _ in range(10):
+            for p, q in zip(*params, strict=True):
+                p.grad = torch.randn_like(p)
+                q.grad = p.grad.clone()
+            for optimizer in optimizers:
                 optimizer.step()
-        for p, q, t in zip(*(m.parameters() for m in models), start, strict=True):
-            # bf16's rounding of small matrices, which torch's loop has twice of ours, and what training makes of it.
-            assert (p - q).norm() <= 0.1 * (p - t).norm(), case.desc
+        for p, q, t in zip(*params, start, strict=True):
+            off = ((p - q).norm() / (p - t).norm()).item()
+            assert off <= 0.04, f"{case.desc}: {off:.3f}"
         theirs, ours = (optimizer.param_groups[0] for optimizer in optimizers)
         assert theirs.keys() <= ours.keys(), case.desc
         assert {k: ours[k] for k in theirs if k != "params"} == {k: v for k, v in theirs.items() if k != "params"}
