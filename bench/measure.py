@@ -126,8 +126,12 @@ def peak_size(device: str) -> int:
 
 def peak_dtype(device: str) -> torch.dtype:
     """What our kernels multiply in: fp32 where the instruction set has no products of bf16."""
-    native = device != "cpu" or "cpu" not in own(device) or "bf16" in backends.get("cpu").describe()
+    native = device != "cpu" or "cpu" not in own(device) or _isa() in ("amx", "avx512bf16")
     return torch.bfloat16 if native else torch.float32
+
+
+def _isa() -> str:
+    return backends.get("cpu").describe().partition(",")[0]
 
 
 def peak_line(device: str) -> str:

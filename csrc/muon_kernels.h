@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace muon_kernels {
 
@@ -120,12 +121,13 @@ struct Step {
 
 namespace cpu {
 
-// The instruction sets that kernels exist for, best first.
-enum class Isa : int32_t { avx512bf16 = 0, avx512 = 1, avx2 = 2 };
+// The instruction sets that kernels exist for.
+enum class Isa : int32_t { amx = 0, avx512bf16 = 1, avx512 = 2, avx2 = 3 };
 
-bool isa_compiled(Isa isa);
 bool isa_supported(Isa isa);  // compiled, and this processor and operating system have it
-bool has_amx_bf16();
+
+// Those that are supported, fastest first.
+std::vector<Isa> instruction_sets();
 
 // "openmp" when work is shared with the OpenMP threads that the process already has (torch's), else "std::thread".
 const char* thread_runtime();

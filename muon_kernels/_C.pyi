@@ -60,14 +60,13 @@ class cpu:
     """Kernels for this processor (csrc/cpu)."""
 
     class Isa(enum.Enum):
-        avx512bf16 = 0
-        avx512 = 1
-        avx2 = 2
+        amx = 0
+        avx512bf16 = 1
+        avx512 = 2
+        avx2 = 3
 
     @staticmethod
-    def isa_supported(isa: Isa) -> bool: ...
-    @staticmethod
-    def has_amx_bf16() -> bool: ...
+    def instruction_sets() -> list[Isa]: ...
     @staticmethod
     def thread_runtime() -> str: ...
     @staticmethod

@@ -89,11 +89,11 @@ PYBIND11_MODULE(_C, m) {
 
     py::module_ cpu = m.def_submodule("cpu", "Kernels for this processor.");
     py::enum_<mk::cpu::Isa>(cpu, "Isa", py::module_local())
+        .value("amx", mk::cpu::Isa::amx)
         .value("avx512bf16", mk::cpu::Isa::avx512bf16)
         .value("avx512", mk::cpu::Isa::avx512)
         .value("avx2", mk::cpu::Isa::avx2);
-    cpu.def("isa_supported", &mk::cpu::isa_supported);
-    cpu.def("has_amx_bf16", &mk::cpu::has_amx_bf16);
+    cpu.def("instruction_sets", &mk::cpu::instruction_sets);
     cpu.def("thread_runtime", &mk::cpu::thread_runtime);
 
     py::class_<mk::Product>(m, "Product", py::module_local())

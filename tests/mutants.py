@@ -35,15 +35,15 @@ class Mutant(NamedTuple):
     tests: str
 
 
-PRODUCTS = 'tests/test_products.py -k "native"'
-AVX2 = 'tests/test_products.py -k "avx2-native"'
-AVX512 = 'tests/test_products.py -k "avx512-native"'
-AVX512BF16 = 'tests/test_products.py -k "avx512bf16-native"'
-FLOATS = 'tests/test_products.py -k "avx2-native or avx512-native"'
-ELEMENTWISE = 'tests/test_elementwise.py -k "native"'
+PRODUCTS = 'tests/test_products.py -k "cpu-"'
+AVX2 = 'tests/test_products.py -k "cpu-avx2"'
+AVX512 = 'tests/test_products.py -k "cpu-avx512 and not bf16"'
+AVX512BF16 = 'tests/test_products.py -k "cpu-avx512bf16"'
+FLOATS = 'tests/test_products.py -k "cpu-avx2 or (cpu-avx512 and not bf16)"'
+ELEMENTWISE = 'tests/test_elementwise.py -k "cpu-"'
 MEMORY = 'tests/test_elementwise.py -k "memory"'
-BATCH = 'tests/test_newton_schulz.py -k "batch and native"'
-ITERATION = 'tests/test_newton_schulz.py -k "native and (keller or aol or deepseek)"'
+BATCH = 'tests/test_newton_schulz.py -k "batch and cpu-"'
+ITERATION = 'tests/test_newton_schulz.py -k "cpu- and (keller or aol or deepseek)"'
 COEFFICIENTS = "tests/test_coefficients.py"
 SPLIT = 'tests/test_split.py -k "native or not cpu"'
 

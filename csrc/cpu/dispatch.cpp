@@ -1,6 +1,10 @@
 // The one place that asks what the processor can do, and the serial frame of every verb.
 #ifdef MUON_KERNELS_X86
 #include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 #include <algorithm>
@@ -8,6 +12,8 @@
 #include <cstdlib>
 #include <limits>
 #include <memory>
+#include <utility>
+#include <vector>
 
 #include "../muon_kernels.h"
 #include "kernels.h"
@@ -19,6 +25,9 @@ namespace {
 const Kernels* kernels_for(Isa isa) {
     switch (isa) {
 #ifdef MUON_KERNELS_X86
+#ifdef MUON_KERNELS_AMX
+        case Isa::amx: return &kAmxKernels;
+#endif
         case Isa::avx512bf16: return &kAvx512Bf16Kernels;
         case Isa::avx512: return &kAvx512Kernels;
         case Isa::avx2: return &kAvx2Kernels;
@@ -68,29 +77,61 @@ bool valid(const Product& p) {
 
 }  // namespace
 
-bool isa_compiled(Isa isa) { return kernels_for(isa) != nullptr; }
+namespace {
 
-bool isa_supported(Isa isa) {
-    if (!isa_compiled(isa)) return false;
+#ifdef MUON_KERNELS_X86
+// Whether the processor has tiles and products of bf16 in them, and the system lets this process use them: a thread's
+// tiles are 8 KiB that Linux saves only for who has asked.
+bool has_amx() {
+    unsigned eax, ebx, ecx, edx;
+    constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(edx & kBf16) || !(edx & kTiles)) return false;
+#ifdef __linux__
+    constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+    return false;
+#endif
+}
+
+bool is_intel() {
+    unsigned eax, ebx, ecx, edx;
+    return __get_cpuid(0, &eax, &ebx, &ecx, &edx) && ebx == signature_INTEL_ebx;
+}
+#endif
+
+bool detect(Isa isa) {
+    if (!kernels_for(isa)) return false;
 #ifdef MUON_KERNELS_X86
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (isa == Isa::avx2) return avx2;
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    return avx512 && (isa == Isa::avx512 || __builtin_cpu_supports("avx512bf16"));
+    if (isa == Isa::avx512) return avx512;
+    const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    return bf16 && (isa == Isa::avx512bf16 || has_amx());
 #else
     return false;
 #endif
 }
 
-bool has_amx_bf16() {
+}  // namespace
+
+bool isa_supported(Isa isa) {
+    // Once: a virtual machine's host is asked every time, which takes longer than a small product.
+    static const bool supported[] = {detect(Isa::amx), detect(Isa::avx512bf16), detect(Isa::avx512), detect(Isa::avx2)};
+    return supported[static_cast<int>(isa)];
+}
+
+std::vector<Isa> instruction_sets() {
+    std::vector<Isa> order = {Isa::amx, Isa::avx512bf16, Isa::avx512, Isa::avx2};
 #ifdef MUON_KERNELS_X86
-    unsigned eax, ebx, ecx, edx;
-    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & (1u << 22)) && (edx & (1u << 24));
-#else
-    return false;
+    // Intel's cores take a product of bf16 pairs every other clock, and two fp32 FMAs in each.
+    if (is_intel()) std::swap(order[1], order[2]);
 #endif
+    order.erase(std::remove_if(order.begin(), order.end(), [](Isa isa) { return !isa_supported(isa); }), order.end());
+    return order;
 }
 
 namespace {

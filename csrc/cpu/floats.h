@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "panels.h"
+#include "registers.h"
 #include "transpose.h"
 
 namespace muon_kernels::cpu {
@@ -16,12 +17,13 @@ struct Floats {
     using Lanes = I;
     using A = float;
     using B = float;
+    using Session = NoSession;
     static constexpr int kRows = ROWS, kVectors = VECTORS;
     // A panel of b stays in the first-level cache while kTiles tiles of a pass it, the block of b and those tiles in
     // the second.
-    static constexpr int64_t kBlockK = 256;
+    static constexpr int64_t kBlockK = 256, kStepK = kBlockK;
     static constexpr int64_t kTiles = 128 / I::kLanes;
-    static constexpr bool kAlike = true;
+    static constexpr bool kAlike = true, kWholeTiles = false;
     static constexpr int64_t kNarrow = 128;
 
     static constexpr int64_t kFewRows = 0, kLongRows = 0;
@@ -29,9 +31,9 @@ struct Floats {
     static int64_t column(int64_t k) { return k; }
 
     // A tile of a is as many vectors as it is deep, with its rows in their lanes.
-    static const A* tile_of_a(const uint16_t* a, int64_t stride, int64_t rows, int64_t k, A* room) {
+    static TileOfA<A> tile_of_a(const uint16_t* a, int64_t stride, int64_t rows, int64_t k, A* room) {
         pack_lines(a, stride, rows, k, room, I::kLanes);
-        return room;
+        return {room, I::kLanes};
     }
     static int64_t a_room(int64_t k) { return kTiles * I::kLanes * k; }
 
@@ -74,6 +76,8 @@ struct Floats {
             }
         }
     }
+
+    static MultiplyTile<Floats> multiply_for(int64_t rows, int64_t width) { return pick_tile<Floats>(rows, width); }
 
   private:
     // to[q][i] = from[i][q] for at most kLanes lines of k elements, zero in the lanes beyond.

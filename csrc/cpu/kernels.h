@@ -20,6 +20,7 @@ struct Kernels {
     void (*apply_block)(const ApplyUpdate&, const ApplyOptions&, int64_t matrix, int64_t block);
 };
 
+extern const Kernels kAmxKernels;
 extern const Kernels kAvx512Bf16Kernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx2Kernels;

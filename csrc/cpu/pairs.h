@@ -14,20 +14,57 @@
 #include <cstdint>
 
 #include "panels.h"
+#include "registers.h"
 #include "transpose.h"
 
 namespace muon_kernels::cpu {
 namespace {
+
+// panel[q][j] = (b[2q][j], b[2q + 1][j]) for `pairs` q, zero outside b.
+template <class I>
+void pack_pairs(const Block& b, int64_t panel_cols, int64_t pairs, uint32_t* packed) {
+    if (b.transposed) {  // a pair is contiguous in a row of b: a transposition of 32-bit words
+        for (int64_t j = 0; j < b.cols; j += panel_cols) {
+            const int64_t width = padded<I>(b.cols - j, panel_cols);
+            for (int64_t c = 0; c < width; c += I::kLanes) {
+                const uint16_t* lines = b.data + (j + c) * b.stride;
+                I::transpose_pairs(packed + j * pairs + c, width, lines, b.stride, b.cols - j - c, b.k, pairs);
+            }
+        }
+        return;
+    }
+    // All panels together, along the rows of b: panel by panel every cache line would be a miss of its own.
+    static constexpr uint16_t kNothing[I::kLanes] = {};
+    for (int64_t q = 0; q < pairs; ++q) {
+        const uint16_t* even = 2 * q < b.k ? b.data + 2 * q * b.stride : nullptr;
+        const uint16_t* odd = 2 * q + 1 < b.k ? even + b.stride : nullptr;
+        for (int64_t j = 0; j < b.cols; j += panel_cols) {
+            const int64_t width = padded<I>(b.cols - j, panel_cols);
+            uint32_t* to = packed + j * pairs + q * width;
+            for (int64_t c = 0; c < width; c += I::kLanes) {
+                const int64_t count = b.cols - j - c;
+                const uint16_t *first = even ? even + j + c : kNothing, *second = odd ? odd + j + c : kNothing;
+                if (count >= I::kLanes) {
+                    I::interleave(to + c, first, second);
+                } else {
+                    I::interleave(to + c, first, second, std::max<int64_t>(count, 0));
+                }
+            }
+        }
+    }
+}
 
 template <class I>
 struct Pairs {
     using Lanes = I;
     using A = uint16_t;
     using B = uint32_t;
+    using Session = NoSession;
     static constexpr int kRows = 14, kVectors = 2;  // 28 accumulators, 2 of b, 1 of a: 31 of 32 registers
-    static constexpr int64_t kBlockK = 1024;        // a packed block of b takes half of a 1 MiB second-level cache
-    static constexpr int64_t kTiles = 1;            // a tile of a, once read, meets all panels
-    static constexpr bool kAlike = false;
+    static constexpr int64_t kBlockK = 1024,
+                             kStepK = kBlockK;  // a packed block of b takes half of a 1 MiB second-level cache
+    static constexpr int64_t kTiles = 1;        // a tile of a, once read, meets all panels
+    static constexpr bool kAlike = false, kWholeTiles = false;
     static constexpr int64_t kNarrow = 8 * I::kLanes;
 
     // Rows that stay in the first-level cache, and are long enough to make adding up lanes worth it.
@@ -35,7 +72,7 @@ struct Pairs {
 
     static int64_t column(int64_t k) { return ceil_div(k, 2); }
 
-    static const A* tile_of_a(const uint16_t* a, int64_t, int64_t, int64_t, A*) { return a; }
+    static TileOfA<A> tile_of_a(const uint16_t* a, int64_t stride, int64_t, int64_t, A*) { return {a, stride}; }
     static int64_t a_room(int64_t) { return 0; }
 
     template <int ROWS, int VECTORS>
@@ -71,39 +108,11 @@ struct Pairs {
         }
     }
 
-    // panel[q][j] = (b[2q][j], b[2q + 1][j]), zero outside b.
     static void pack(const Block& b, int64_t panel_cols, B* packed) {
-        const int64_t pairs = column(b.k);
-        if (b.transposed) {  // a pair is contiguous in a row of b: a transposition of 32-bit words
-            for (int64_t j = 0; j < b.cols; j += panel_cols) {
-                const int64_t width = padded<I>(b.cols - j, panel_cols);
-                for (int64_t c = 0; c < width; c += I::kLanes) {
-                    const uint16_t* lines = b.data + (j + c) * b.stride;
-                    I::transpose_pairs(packed + j * pairs + c, width, lines, b.stride, b.cols - j - c, b.k);
-                }
-            }
-            return;
-        }
-        // All panels together, along the rows of b: panel by panel every cache line would be a miss of its own.
-        static constexpr uint16_t kNothing[I::kLanes] = {};
-        for (int64_t q = 0; q < pairs; ++q) {
-            const uint16_t* even = b.data + 2 * q * b.stride;
-            const uint16_t* odd = 2 * q + 1 < b.k ? even + b.stride : nullptr;
-            for (int64_t j = 0; j < b.cols; j += panel_cols) {
-                const int64_t width = padded<I>(b.cols - j, panel_cols);
-                B* to = packed + j * pairs + q * width;
-                for (int64_t c = 0; c < width; c += I::kLanes) {
-                    const int64_t count = b.cols - j - c;
-                    const uint16_t* second = odd ? odd + j + c : kNothing;
-                    if (count >= I::kLanes) {
-                        I::interleave(to + c, even + j + c, second);
-                    } else {
-                        I::interleave(to + c, even + j + c, second, std::max<int64_t>(count, 0));
-                    }
-                }
-            }
-        }
+        pack_pairs<I>(b, panel_cols, column(b.k), packed);
     }
+
+    static MultiplyTile<Pairs> multiply_for(int64_t rows, int64_t width) { return pick_tile<Pairs>(rows, width); }
 };
 
 }  // namespace

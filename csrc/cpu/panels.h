@@ -1,4 +1,4 @@
-// What both ways to multiply (pairs.h, floats.h) know of a product's layout.
+// What all ways to multiply (pairs.h, floats.h, tiles.h) know of a product's layout.
 #pragma once
 
 #include <cstdint>
@@ -16,6 +16,19 @@ struct Block {
     int64_t k;
     int64_t cols;
 };
+
+// A tile of a, made ready, and the distance of its rows.
+template <class A>
+struct TileOfA {
+    const A* data;
+    int64_t stride;
+};
+
+// A tile of a and its stride, k, a panel of b; the tile of sums and its stride; whether to add to what is there.
+template <class M>
+using MultiplyTile = void (*)(const typename M::A*, int64_t, int64_t, const typename M::B*, float*, int64_t, bool);
+
+struct NoSession {};
 
 // The last panel of a block may be narrower: its `cols` columns in whole vectors.
 template <class I>

@@ -1,4 +1,4 @@
-// The batched bf16 product, written once over how it multiplies, `M` (pairs.h, floats.h), on vectors `I`
+// The batched bf16 product, written once over how it multiplies, `M` (tiles.h, pairs.h, floats.h), on vectors `I`
 // (kernels_*.cpp):
 //
 //   I::kLanes                          floats in a vector
@@ -7,14 +7,16 @@
 //                                      and round also of fewer lanes, beyond which nothing is touched
 //   M::kRows, M::kVectors              a register tile has kRows rows of kVectors vectors, or, where the result is
 //                                      narrow, kLanes rows of one
-//   M::kBlockK, M::kTiles              what stays in caches: a block of b is kBlockK deep, kTiles tiles of a go over it
-//                                      together
+//   M::kBlockK, M::kStepK, M::kTiles   what stays in caches: a block of b is kBlockK deep; kTiles tiles of a go over it
+//                                      together, kStepK of k at a time
+//   M::kWholeTiles                     whether all tiles of a but the last have kRows rows, or all about as many
 //   M::A, M::B                         what a tile of a and a packed block of b consist of
 //   M::column(k)                       how many B a column of k elements takes
 //   M::pack, M::tile_of_a, M::a_room   the operands made ready
+//   M::Session                         what a thread must hold while it multiplies
 //   M::kAlike                          whether a narrow panel of b could be a tile of a
 //   M::kNarrow                         columns up to which a symmetric result takes narrow panels
-//   M::add_products                    acc += a tile of a times a panel of b
+//   M::multiply_for                    the function that multiplies a tile of a by a panel of b
 //   M::kFewRows, M::kLongRows          a Gram matrix of at most so many rows, at least so long, is made of inner
 //   products
 //
@@ -36,44 +38,6 @@ namespace muon_kernels::cpu {
 namespace {
 
 constexpr int64_t kBlockN = 192;
-
-template <class M, int ROWS, int VECTORS>
-void multiply_tile(
-    const typename M::A* a, int64_t a_stride, int64_t k, const typename M::B* panel, float* tile, int64_t tile_stride,
-    bool accumulate
-) {
-    using I = typename M::Lanes;
-    typename I::Acc acc[ROWS][VECTORS];
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r) {
-#pragma GCC unroll 2
-        for (int v = 0; v < VECTORS; ++v) {
-            acc[r][v] = accumulate ? I::load(tile + r * tile_stride + v * I::kLanes) : I::zero();
-        }
-    }
-    M::add_products(acc, a, a_stride, k, panel);
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r) {
-#pragma GCC unroll 2
-        for (int v = 0; v < VECTORS; ++v) I::store(tile + r * tile_stride + v * I::kLanes, acc[r][v]);
-    }
-}
-
-template <class M>
-using MultiplyTile = void (*)(const typename M::A*, int64_t, int64_t, const typename M::B*, float*, int64_t, bool);
-
-template <class M, int VECTORS, int... ROWS>
-MultiplyTile<M> pick_rows(int64_t rows, std::integer_sequence<int, ROWS...>) {
-    static constexpr MultiplyTile<M> table[] = {multiply_tile<M, ROWS + 1, VECTORS>...};
-    return table[rows - 1];
-}
-
-template <class M>
-MultiplyTile<M> pick_tile(int64_t rows, int64_t width) {
-    constexpr int kLanes = M::Lanes::kLanes;
-    return width == kLanes ? pick_rows<M, 1>(rows, std::make_integer_sequence<int, std::max(kLanes, M::kRows)>{})
-                           : pick_rows<M, M::kVectors>(rows, std::make_integer_sequence<int, M::kRows>{});
-}
 
 // Columns of a panel. Small symmetric results take narrow ones, which waste less beyond the diagonal.
 template <class M>
@@ -196,7 +160,7 @@ struct Scratch {
         // 64 columns of slack: the last panel of a block is padded to whole vectors
         b = lines((column_block(p) + 64) * M::column(k));
         a = lines(M::a_room(k));
-        sums = p.a.cols > M::kBlockK ? p.out.rows * (kBlockN + 64) : 64 * 64;
+        sums = p.a.cols > M::kBlockK ? (p.out.rows + M::kRows) * (kBlockN + 64) : 64 * (kBlockN + 64);
     }
 
     static int64_t lines(int64_t words) { return ceil_div(words, 16) * 16; }
@@ -280,7 +244,8 @@ void product_task(const Product& p, int64_t task, void* scratch) {
     auto* a_room = reinterpret_cast<typename M::A*>(packed + room.b);
     float* sums = static_cast<float*>(scratch) + room.b + room.a;
     const bool chunked = k > M::kBlockK;
-    const int64_t sums_stride = chunked ? ceil_div(cols, panel_cols) * panel_cols : panel_cols;
+    const bool several = chunked || M::kStepK < M::kBlockK;  // panels whose sums wait for more of k
+    const int64_t sums_stride = several ? ceil_div(cols, panel_cols) * panel_cols : panel_cols;
     // Of a symmetric b, columns are packed as its rows: a pair of rows is read as it lies.
     const bool transposed = p.b_transposed && !p.a_diagonal;
     const uint16_t* b = row_of(p.b, matrix, transposed ? j0 : 0) + (transposed ? 0 : j0);
@@ -289,35 +254,43 @@ void product_task(const Product& p, int64_t task, void* scratch) {
     const FinishTile finish = pick_finish<I>(p, std::make_integer_sequence<int, 8>{});
     // Equal row tiles: a short last one would leave the multipliers waiting for its few accumulators. Where both
     // operands are one matrix, though, the panels of b may be the tiles of a as well.
-    const int64_t tiles = ceil_div(m - i_begin, panel_cols == I::kLanes ? I::kLanes : M::kRows);
+    const int64_t most = panel_cols == I::kLanes ? I::kLanes : M::kRows, tiles = ceil_div(m - i_begin, most);
     const bool shared = M::kAlike && panel_cols == I::kLanes && blocks == 1 && is_gram(p);
     const auto tile_begin = [=](int64_t t) {
-        return shared ? std::min<int64_t>(t * I::kLanes, m) : i_begin + (m - i_begin) * t / tiles;
+        if (M::kWholeTiles || shared) return std::min<int64_t>(i_begin + t * most, m);
+        return i_begin + (m - i_begin) * t / tiles;
     };
+    [[maybe_unused]] const typename M::Session session;
 
     for (int64_t k0 = 0; k0 == 0 || k0 < k; k0 += M::kBlockK) {
         const int64_t depth = std::min(M::kBlockK, k - k0);
         M::pack({b + k0 * b_step, p.b.row_stride, transposed, depth, cols}, panel_cols, packed);
         for (int64_t t0 = 0; t0 < tiles; t0 += M::kTiles) {
             const int64_t t1 = std::min(t0 + M::kTiles, tiles);
-            const typename M::A* a[M::kTiles];
+            TileOfA<typename M::A> a[M::kTiles];
             for (int64_t t = t0; t < t1; ++t) {
                 const int64_t i0 = tile_begin(t), rows = tile_begin(t + 1) - i0;
                 const uint16_t* from = row_of(p.a, matrix, i0) + k0;
                 auto* to = a_room + (t - t0) * I::kLanes * depth;
-                a[t - t0] = shared ? reinterpret_cast<const typename M::A*>(packed + i0 * M::column(depth))
-                                   : M::tile_of_a(from, p.a.row_stride, rows, depth, to);
+                if (shared) {
+                    a[t - t0] = {reinterpret_cast<const typename M::A*>(packed + i0 * M::column(depth)), I::kLanes};
+                } else {
+                    a[t - t0] = M::tile_of_a(from, p.a.row_stride, rows, depth, to);
+                }
             }
-            for (int64_t j = 0; j < cols; j += panel_cols) {
-                const int64_t width = std::min(panel_cols, cols - j);
-                const auto* panel = packed + j * M::column(depth);
-                for (int64_t t = t0; t < t1; ++t) {
-                    const int64_t i0 = tile_begin(t), i1 = tile_begin(t + 1);
-                    if (p.symmetric && i1 <= j0 + j) continue;
-                    const MultiplyTile<M> multiply = pick_tile<M>(i1 - i0, padded<I>(width, panel_cols));
-                    float* tile = chunked ? sums + (i0 - i_begin) * sums_stride + j : sums;
-                    multiply(a[t - t0], p.a.row_stride, depth, panel, tile, sums_stride, k0 > 0);
-                    if (k0 + depth >= k) finish(p, matrix, i0, i1 - i0, j0 + j, width, tile, sums_stride);
+            for (int64_t q = 0; q == 0 || q < depth; q += M::kStepK) {
+                const int64_t step = std::min(M::kStepK, depth - q);
+                for (int64_t j = 0; j < cols; j += panel_cols) {
+                    const int64_t width = std::min(panel_cols, cols - j), full = padded<I>(width, panel_cols);
+                    const auto* panel = packed + j * M::column(depth) + full * M::column(q);
+                    for (int64_t t = t0; t < t1; ++t) {
+                        const int64_t i0 = tile_begin(t), i1 = tile_begin(t + 1);
+                        if (p.symmetric && i1 <= j0 + j) continue;
+                        const MultiplyTile<M> multiply = M::multiply_for(i1 - i0, full);
+                        float* tile = sums + (chunked ? (i0 - i_begin) * sums_stride : 0) + (several ? j : 0);
+                        multiply(a[t - t0].data + q, a[t - t0].stride, step, panel, tile, sums_stride, k0 + q > 0);
+                        if (k0 + q + step >= k) finish(p, matrix, i0, i1 - i0, j0 + j, width, tile, sums_stride);
+                    }
                 }
             }
         }

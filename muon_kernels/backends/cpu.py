@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,45 +15,31 @@ from .. import memory
 from ..coefficients import Schedule
 from ..layout import Bundle, Matrices
 from ..newton_schulz import Square, square
-from . import Fused, eager, native
+from . import Fused, native
 
-
-@dataclass(frozen=True)
-class _Choice:
-    isa: str
-    products: Literal["native", "torch"]
-
-
-_forced: _Choice | None = None
+_forced: str | None = None
 
 
 def instruction_sets() -> list[str]:
-    """The instruction sets that kernels were built for and this processor has, best first."""
+    """The instruction sets that kernels were built for and this processor has, fastest first."""
     _C = native.module()
-    if _C is None:
-        return []
-    return [name for name, isa in _C.cpu.Isa.__members__.items() if _C.cpu.isa_supported(isa)]
+    return [] if _C is None else [isa.name for isa in _C.cpu.instruction_sets()]
 
 
 @cache
-def _best() -> _Choice:
-    isas = instruction_sets()
-    assert isas
-    # torch multiplies bf16 on AMX tiles several times faster than AVX-512 can.
-    return _Choice(
-        os.environ.get("MUON_KERNELS_CPU_ISA") or isas[0], "torch" if native.required().cpu.has_amx_bf16() else "native"
-    )
+def _best() -> str:
+    return os.environ.get("MUON_KERNELS_CPU_ISA") or instruction_sets()[0]
 
 
-def _choice() -> _Choice:
+def _isa() -> str:
     return _forced or _best()
 
 
 @contextmanager
-def forced(isa: str, products: Literal["native", "torch"] = "native") -> Iterator[None]:
-    """Run with another choice than this processor's best, for tests and measurements."""
+def forced(isa: str) -> Iterator[None]:
+    """Run with another instruction set than this processor's best, for tests and measurements."""
     global _forced
-    before, _forced = _forced, _Choice(isa, products)
+    before, _forced = _forced, isa
     try:
         yield
     finally:
@@ -112,19 +97,17 @@ def rehearsal() -> AbstractContextManager[None]:
 
 def describe() -> str:
     """See `Backend.describe`."""
-    choice = _choice()
-    products = "torch (AMX)" if choice.products == "torch" else "native"
-    return f"{choice.isa}, products {products}, threads {native.required().cpu.thread_runtime()}"
+    return f"{_isa()}, threads {native.required().cpu.thread_runtime()}"
 
 
 def symmetric_products() -> bool:
     """See `Backend.symmetric_products`."""
-    return _choice().products == "native"
+    return True
 
 
 def precise_squares() -> bool:
     """See `Products.precise_squares`."""
-    return _choice().products == "native"
+    return True
 
 
 def default_workspace_bytes() -> int:
@@ -142,7 +125,7 @@ def leading_dimension(cols: int) -> int:
 
 def _isa_and_threads() -> tuple[object, int]:
     _C = native.required()
-    return getattr(_C.cpu.Isa, _choice().isa), torch.get_num_threads()
+    return getattr(_C.cpu.Isa, _isa()), torch.get_num_threads()
 
 
 def momentum_update(
@@ -184,7 +167,7 @@ _queue = native.Queue(_run)
 
 def program(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """See `Backend.program`."""
-    return _queue.program(run) if _choice().products == "native" else run
+    return _queue.program(run)
 
 
 then = _queue.then
@@ -205,18 +188,12 @@ def syrk(
     scale: Tensor | None = None,
 ) -> None:
     """See `Products.syrk`."""
-    if _choice().products == "torch":
-        eager.syrk(A, out=out, C=C, alpha=alpha, beta=beta, gamma=gamma, scale=scale)
-        return
     A = square(A)
     _product(A, A, out, transposed=True, symmetric=True, C=C, alpha=alpha, beta=beta, gamma=gamma, scale=scale)
 
 
 def syrkx(A: Square, B: Square, *, out: Square, gamma: float = 0.0) -> None:
     """See `Products.syrkx`."""
-    if _choice().products == "torch":
-        eager.syrkx(A, B, out=out, gamma=gamma)
-        return
     _product(A, B, out, symmetric=True, gamma=gamma)
 
 
@@ -229,9 +206,6 @@ def gemm(
     **options: Any,
 ) -> None:
     """See `Products.gemm`."""
-    if _choice().products == "torch":
-        eager.gemm(A, X, out=out, C=C, **options)
-        return
     _product(A, square(X), square(out), C=None if C is None else square(C), **options)
 
 
@@ -243,9 +217,6 @@ def _apply_options(cautious: bool, stochastic_rounding: bool, seed: int, first: 
 
 def add(A: Square, *, out: Square, C: Square | None = None, **options: Any) -> None:
     """See `Products.add`."""
-    if _choice().products == "torch":
-        eager.add(A, out=out, C=C, **options)
-        return
     _product(A, None, out, C=C, **options)
 
 
@@ -293,7 +264,7 @@ def product_tiles() -> None:
 def fused_plan(rows: int, cols: int, count: int, schedule: Schedule, stochastic_rounding: bool = False) -> Fused | None:
     """A slot for each thread, where there are enough matrices to keep all busy to the end."""
     threads = torch.get_num_threads()
-    return Fused(threads) if _choice().products == "native" and count >= 4 * threads else None
+    return Fused(threads) if count >= 4 * threads else None
 
 
 class _Program(NamedTuple):
