@@ -48,6 +48,17 @@ def made(
     return params, optimizer, checkpoint
 
 
+def test_snapshots_see_all_that_a_step_writes() -> None:
+    """Else nothing here would prove that it has not been written."""
+    params, optimizer, _ = made()
+    state = [t for p in params for t in optimizer.state[p].values()]
+    assert len(state) == 4
+    for t in (*(p.detach() for p in params), *state):
+        before = snapshot(optimizer)
+        t.add_(1)
+        assert snapshot(optimizer) != before
+
+
 @pytest.mark.parametrize(
     "junk", [None, 1.0, object(), [torch.ones(4, 4)], torch.ones(4, 4, device="meta")], ids=lambda x: type(x).__name__
 )
