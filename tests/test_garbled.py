@@ -15,7 +15,7 @@ import torch
 from garbling import snapshot
 from torch import Tensor, nn
 
-from muon_kernels import Muon, MuonAdamW, backends
+from muon_kernels import Muon, MuonAdamW, backends, interrupts
 
 GARBLING = Path(__file__).with_name("garbling.py")
 CASES = 70
@@ -173,6 +173,17 @@ def _interruptible() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.SIG_DFL], ids=str)
+def test_ctrl_c_that_no_function_answers(handler: signal.Handlers) -> None:
+    """It is ignored, as in the background of a shell, or ends the process: nobody could be called at the end."""
+    signal.signal(signal.SIGINT, handler)
+    with interrupts.held():
+        assert signal.getsignal(signal.SIGINT) is handler
+        if handler is signal.SIG_IGN:
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.usefixtures("_interruptible")
