@@ -7,13 +7,13 @@ happens or leaves parameters and state as they were.
 from __future__ import annotations
 
 import math
-import threading
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from itertools import accumulate, repeat
 from operator import attrgetter, eq, mul
 from typing import Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -118,14 +118,14 @@ class Prepared(NamedTuple):
     `plain` has what goes through no iteration. Tensors, or pieces of them, that no strides describe as matrices are
     stepped in copies: `copies` has (that of a parameter or momentum, its copy), and `grad_copies` (index of a gradient,
     the piece of it, its copy); the copies count as further gradients. `rehearsed` has the kinds of steps for which
-    backends are ready; `exchanges` what other ranks have a part in, `works` what they have not.
+    backends and memory are ready; `exchanges` what other ranks have a part in, `works` what they have not.
     """
 
     works: list[Work]
     plain: list[Plain]
     copies: list[tuple[Tensor, Tensor]]
     grad_copies: list[tuple[int, View, Tensor]]
-    rehearsed: set[tuple[int, ...]]
+    rehearsed: WeakKeyDictionary[memory.Mark, set[tuple[object, ...]]]
     exchanges: list[exchange.Exchange]
 
 
@@ -579,7 +579,7 @@ def prepare(
         + [("mantissa", m) for m in mantissas]
     )
 
-    prepared = Prepared([], [], [], [], set(), [])
+    prepared = Prepared([], [], [], [], WeakKeyDictionary(), [])
     if power == 1 and momentum_bufs is not None:
         for (index, order, piece), ratio in zip(cuts, ratios, strict=True):
             p, buffer, g, at = params[index], buffers[index], grads[index], None
@@ -1103,8 +1103,8 @@ def ready(prepared: Prepared, grads: Sequence[Tensor], scalars: Scalars, workspa
     # What `signature` does not have, and a kernel may be another for.
     on_host = options.on_host(scalars.lr), options.on_host(scalars.weight_decay)
     kind = scalars.nesterov, scalars.dampened, *on_host, *(i for i, g in enumerate(seen) if g.data_ptr() % 16)
-    kind = scalars.cautious, threading.get_ident(), *workspace.addresses(), *kind
-    if kind in prepared.rehearsed:
+    kind = scalars.cautious, *workspace.addresses(), *kind
+    if kind in prepared.rehearsed.get(memory.mark(), ()):
         return
     with memory.rehearsal():
         for plain in prepared.plain:
@@ -1114,7 +1114,7 @@ def ready(prepared: Prepared, grads: Sequence[Tensor], scalars: Scalars, workspa
         if (rehearsal := backends.get(work.bucket.backend).rehearsal()) is not None:
             with rehearsal:
                 _step(work, seen, workspace, scalars, rehearsing=True)
-    prepared.rehearsed.add(kind)
+    prepared.rehearsed.setdefault(memory.mark(), set()).add(kind)
 
 
 def orthogonalize(

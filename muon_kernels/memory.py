@@ -20,9 +20,17 @@ from torch import Tensor
 _PIECE, _PIECE_ON_CPU = 1 << 22, 1 << 18
 
 
+class Mark:
+    """Of a thread and the block that it keeps: what was rehearsed with it finds its memory.
+
+    A thread's number would not do, which is given again when it has ended.
+    """
+
+
 class _Kept(threading.local):
     def __init__(self) -> None:
         self.block: Tensor | None = None
+        self.mark = Mark()
         self.rehearsing = False
 
 
@@ -49,6 +57,11 @@ def rehearsing() -> bool:
     return _kept.rehearsing
 
 
+def mark() -> Mark:
+    """That of this thread."""
+    return _kept.mark
+
+
 def take(device: torch.device, *wanted: tuple[Sequence[int], torch.dtype]) -> list[Tensor]:
     """Contiguous tensors of these sizes and dtypes, of any content, which are the caller's until the next call."""
     sizes = [-(-math.prod(shape) * dtype.itemsize // 64) * 64 for shape, dtype in wanted]
@@ -57,6 +70,7 @@ def take(device: torch.device, *wanted: tuple[Sequence[int], torch.dtype]) -> li
         block = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
     elif block is None or block.numel() < sum(sizes):
         block = _kept.block = None
+        _kept.mark = Mark()  # if there is no memory for the larger block, what was rehearsed has lost its own
         with torch.inference_mode(False):  # what is kept must be of use outside inference mode too
             block = _kept.block = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
     found, start = [], 0

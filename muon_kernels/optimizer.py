@@ -497,7 +497,6 @@ class Muon(Optimizer):
         with torch.inference_mode(False), torch.no_grad():
             trained = lambda p: p if p.requires_grad else None
             found = [self._prepare(groups, trained)[2] for groups, _ in self._batches()]
-        self._prepared.clear()
         for p, key, tensor in (one for new in found for one in new):
             self.state[p][key] = tensor
 

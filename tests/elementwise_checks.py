@@ -223,14 +223,32 @@ def test_direction_keeps_its_digits_at_any_scale(verbs: Implementation, factor: 
 
 
 @pytest.mark.parametrize("X_dtype", HALVES, ids=str)
+@pytest.mark.parametrize("value", [7e-41, 7e-40, 7e-39, 3e-38])
+def test_numbers_below_bf16s_normal_range(verbs: Implementation, value: float, X_dtype: torch.dtype) -> None:
+    """Rounding to bf16 may double them; the iteration diverges where the norm is not that of what was rounded."""
+    for shape in ((4, 4), (80, 144), (144, 80)):
+        X, block = workspace(1, *sorted(shape), X_dtype)
+        norms = torch.empty(1, dtype=torch.float64)
+        G = torch.full(shape, value)
+        scale = verbs.momentum_update([G], None, X, norms=norms)
+        torch.testing.assert_close(norms, G.double().norm()[None], rtol=2.0**-24, atol=0)
+        assert_workspace(X, block)
+        check_x(X[0], scale[0], G)
+
+
+@pytest.mark.parametrize("X_dtype", HALVES, ids=str)
 def test_tiles_of_different_sizes(verbs: Implementation, X_dtype: torch.dtype) -> None:
-    """In f16 the second launch brings all tiles of a matrix to one power of two."""
+    """The second launch brings all tiles of a matrix to one power of two: in f16, and in bf16 where some are tiny."""
     sizes = torch.tensor([[1e-9, 1.0, 0.0], [1e-3, 30.0, 1e-6], [3e2, 1e-2, 1e4]])
     G = torch.randn(3 * TILE, 3 * TILE) * sizes.repeat_interleave(TILE, 0).repeat_interleave(TILE, 1)
     many = torch.randn(TILE, 130 * TILE)  # shared by two blocks
     many[:, ::3] *= 1e-6
     many[:, 64 * TILE : 100 * TILE] *= 1e-6
-    for g in (G, G.T.contiguous().T, G * 1e-20, G[:100, :150], many, many * 1e-20):
+    quiet, faint = torch.randn(2, TILE, 2 * TILE)
+    quiet[:, TILE:] *= 1e-35
+    faint[:, TILE:] *= 0.4
+    faint *= 1.2 * 2.0**-100 / faint.norm()  # one tile is below 2^-100, and the power of two is that of such tiles
+    for g in (G, G.T.contiguous().T, G * 1e-20, G[:100, :150], many, many * 1e-20, quiet, faint):
         X, block = workspace(1, *g.shape, X_dtype)
         scale = verbs.momentum_update([g], None, X)
         assert_workspace(X, block)

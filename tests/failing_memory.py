@@ -9,9 +9,10 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from garbling import snapshot
@@ -66,6 +67,27 @@ OPTIMIZERS: dict[str, Callable[[str], Optimizer]] = {
 }
 
 
+def _elsewhere(step: Callable[[], object]) -> None:
+    """Run a step in a thread of its own, which has kept no memory, though its number may be one that has been."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(step).result()
+
+
+class History(NamedTuple):
+    """What was before the step: how many, in which the last `missing` parameters had no gradients, and who runs all."""
+
+    steps: int
+    missing: int
+    run: Callable[[Callable[[], object]], object]
+
+
+HISTORIES = {
+    "at first": History(0, 0, lambda step: step()),
+    "after steps of fewer parameters": History(2, 3, lambda step: step()),
+    "in other threads": History(2, 0, _elsewhere),
+}
+
+
 def _backward(optimizer: Optimizer, step: int, last: int) -> None:
     """Gradients of all parameters but the `last`."""
     generator = torch.Generator().manual_seed(step)
@@ -75,21 +97,21 @@ def _backward(optimizer: Optimizer, step: int, last: int) -> None:
         p.grad = grad if i < len(params) - last else None
 
 
-def attempt(library: Any, make: Callable[[], Optimizer], steps_before: int) -> tuple[int, list[str]]:
+def attempt(library: Any, make: Callable[[], Optimizer], history: History) -> tuple[int, list[str]]:
     """How many k there are, and what is wrong for some."""
 
     def ready() -> Optimizer:
         memory._kept.block = None  # as in a process that has not stepped yet
         optimizer = make()
-        for step in range(steps_before):
-            _backward(optimizer, step, last=3)
-            optimizer.step()
+        for step in range(history.steps):
+            _backward(optimizer, step, history.missing)
+            history.run(optimizer.step)
         _backward(optimizer, 9, last=0)
         return optimizer
 
     optimizer = ready()
     library.failing_memory_begin(-1)
-    optimizer.step()
+    history.run(optimizer.step)
     count = library.failing_memory_end()
     expected, wrong = snapshot(optimizer), []
     for k in range(count):
@@ -98,7 +120,7 @@ def attempt(library: Any, make: Callable[[], Optimizer], steps_before: int) -> t
         raised: Exception | None = None
         library.failing_memory_begin(k)
         try:
-            optimizer.step()
+            history.run(optimizer.step)
         except (RuntimeError, MemoryError) as error:
             raised = error
         library.failing_memory_end()
@@ -107,7 +129,7 @@ def attempt(library: Any, make: Callable[[], Optimizer], steps_before: int) -> t
             continue
         if snapshot(optimizer) != before:
             wrong.append(f"{k} of {count}: has written")
-        optimizer.step()
+        history.run(optimizer.step)
         if snapshot(optimizer) != expected:
             wrong.append(f"{k} of {count}: the next step is another")
     return count, wrong
@@ -122,13 +144,13 @@ def main(path: str) -> int:
     # oneDNN's 16-bit product asks for memory of its own every time.
     eager.emulates = lambda device_type, dtype: True
     tried, failed = 0, 0
-    for backend, name, steps_before in product(("cpu", "eager"), OPTIMIZERS, (0, 2)):
+    for backend, name, (when, history) in product(("cpu", "eager"), OPTIMIZERS, HISTORIES.items()):
         if backends.unavailable(backend):
             continue
-        count, wrong = attempt(library, partial(OPTIMIZERS[name], backend), steps_before)
+        count, wrong = attempt(library, partial(OPTIMIZERS[name], backend), history)
         tried, failed = tried + count, failed + len(wrong)
         for sentence in wrong:
-            print(f"{backend}, {name}, after {steps_before} steps, {sentence}")
+            print(f"{backend}, {name}, {when}, {sentence}")
     print(f"{tried} tried, {failed} wrong")
     return failed
 

@@ -280,7 +280,7 @@ def accuracy(stepper: Stepper, name: str, shape: tuple[int, int]) -> list[str]:
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 def test_scale_does_not_matter(stepper: Stepper, layout: str) -> None:
     """Not even one that grows over the columns: what comes first may have the wrong power of two."""
-    scales = [1e-30, 1e-20, 1.0, 1e20, 1e30, 3e38]
+    scales = [1e-41, 1e-38, 1e-30, 1e-20, 1.0, 1e20, 1e30, 3e38]
     values = torch.randn(20, 100).clamp(-1, 1) * torch.logspace(-6, 0, 100)
     grads = [place((values.double() * s).float(), layout) for s in scales]
     step = Step(grads, None, [torch.zeros(20, 100) for _ in grads], lr=-1.0, ratio=1.0, weight_decay=0.0)

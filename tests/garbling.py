@@ -113,7 +113,7 @@ def snapshot(optimizer: Optimizer) -> Any:
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     places = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     state = sorted((places.get(id(p), -1), _frozen(dict(kept))) for p, kept in optimizer.state.items() if kept)
-    return _frozen((params, groups, state))
+    return _frozen((params, groups)), state
 
 
 def _tensors(like: Tensor) -> Iterator[Callable[[], Tensor]]:

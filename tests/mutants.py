@@ -186,6 +186,7 @@ MUTANTS = [
     _product("square: one diagonal for both", "I::add(I::broadcast(a_ii), b_jj)", "I::add(b_jj, b_jj)"),
     _product("square: chosen for any c", "p.b_diagonal && p.c.data == p.a.data", "p.b_diagonal && p.c.data"),
     _product("update: chosen for any c", "!p.b_diagonal && p.c.data == p.b.data", "!p.b_diagonal && p.c.data"),
+    _product("update: chosen with a diagonal of b", "!p.b_diagonal && p.c.data == p.b", "p.c.data == p.b"),
     _product("update: diagonal forgotten", "I::broadcast(alpha * a_ii + beta)", "I::broadcast(beta)"),
     _product("addends of the first row", "            b_row += b.row_stride;\n", ""),
     _product("ragged columns lose one", "finish(j, end - j);", "finish(j, end - j - 1);"),
@@ -647,6 +648,20 @@ MUTANTS = [
         "    py::gil_scoped_release release;\n",
         "",
         'tests/test_threads.py -k "others_run"',
+    ),
+    Mutant(
+        "a plan keeps momentum",
+        OPTIMIZER,
+        "        self._prepared.clear()  # it",
+        "        # it",
+        "tests/test_plan.py -k keeps",
+    ),
+    Mutant(
+        "memory of inference mode",
+        "muon_kernels/memory.py",
+        "with torch.inference_mode(False):",
+        "if True:",
+        "tests/test_optimizer.py -k use_outside",
     ),
     Mutant("widened by the wrong power", COEFFICIENTS_PY, "c / factor**5", "c / factor**3", COEFFICIENTS),
 ]

@@ -46,6 +46,7 @@ MUTANTS = [
         "no_momentum",
     ),
     _both("a cycled momentum is not beta", 'group["betas"] = (group["momentum"], *betas[1:])', "pass", "cycle"),
+    _both("betas and an equal momentum", ' and param_group["momentum"] != betas[0]', "", "cycled"),
     _both(
         "defaults without momentum",
         'defaults={key: self._muon.defaults[key] for key in ("lr", "momentum")}',

@@ -7,6 +7,7 @@ from planting import Mutant
 TESTS = ["tests/test_out_of_memory.py", "tests/test_garbled.py", "tests/test_foreign_defaults.py"]
 
 MEMORY, DEFAULTS = "every_tensor", "steps or fits"
+KEPT = "muon_kernels/memory.py"
 PACKED, FUNCTIONAL, OPTIMIZER = "muon_kernels/packed.py", "muon_kernels/functional.py", "muon_kernels/optimizer.py"
 EAGER, CHECKS, BOTH = "muon_kernels/backends/eager.py", "muon_kernels/adamw_checks.py", "muon_kernels/muon_adamw.py"
 
@@ -89,6 +90,16 @@ MUTANTS = [
         BOTH,
     ),
     Mutant("interrupted half-way", "    with interrupts.held():\n", "    if True:\n", "ctrl_c", FUNCTIONAL),
+    Mutant(
+        "Ctrl-C that nobody answers",
+        "not callable(handler)",
+        "handler is None",
+        "ctrl_c",
+        "muon_kernels/interrupts.py",
+    ),
+    Mutant("rehearsed in another thread", "return _kept.mark", "return Mark", MEMORY, KEPT),
+    Mutant("rehearsed with memory that is lost", "        _kept.mark = Mark()  # if", "        # if", "lost", KEPT),
+    Mutant("rehearsed in another workspace", "*workspace.addresses(), *kind", "*kind", "moved", FUNCTIONAL),
     Mutant("range of the dtype", "        _check_range(work, scalars)\n", "", "beyond", FUNCTIONAL),
     Mutant(
         "tensors without memory",

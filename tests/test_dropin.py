@@ -326,6 +326,19 @@ def test_no_momentum_in_a_group_for_adamw_without_a_scheduler() -> None:
         MuonAdamW([groups[0], {**groups[1], "momentum": 0.8, "betas": (0.9, 0.99)}])
 
 
+def test_groups_that_a_scheduler_has_cycled_make_another_optimizer() -> None:
+    """They have betas and momentum, which say the same."""
+    model = model_of()
+    optimizer = MuonAdamW(param_groups(model))
+    OneCycleLR(optimizer, max_lr=0.02, total_steps=9)
+    backward(model)
+    optimizer.step()
+    groups = [dict(group) for group in optimizer.param_groups]
+    assert groups[1]["momentum"] == groups[1]["betas"][0] == 0.95
+    again = MuonAdamW(groups)
+    assert [again.param_groups[1][key] for key in ("momentum", "betas")] == [0.95, (0.95, 0.999)]
+
+
 def test_defaults_have_what_schedulers_read() -> None:
     """transformers' polynomial and cosine_with_min_lr ask for the learning rate there."""
     optimizer = MuonAdamW(param_groups(model_of()), muon_options={"lr": 0.03, "momentum": 0.8})

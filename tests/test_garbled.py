@@ -15,7 +15,7 @@ import torch
 from garbling import snapshot
 from torch import Tensor, nn
 
-from muon_kernels import Muon, MuonAdamW, backends
+from muon_kernels import Muon, MuonAdamW, backends, interrupts
 
 GARBLING = Path(__file__).with_name("garbling.py")
 CASES = 70
@@ -46,6 +46,17 @@ def made(
     for key in ("exp_avg", "exp_avg_sq"):
         checkpoint["state"][1][key] = layout(checkpoint["state"][1][key])
     return params, optimizer, checkpoint
+
+
+def test_snapshots_see_all_that_a_step_writes() -> None:
+    """Else nothing here would prove that it has not been written."""
+    params, optimizer, _ = made()
+    state = [t for p in params for t in optimizer.state[p].values()]
+    assert len(state) == 4
+    for t in (*(p.detach() for p in params), *state):
+        before = snapshot(optimizer)
+        t.add_(1)
+        assert snapshot(optimizer) != before
 
 
 @pytest.mark.parametrize(
@@ -162,6 +173,17 @@ def _interruptible() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.SIG_DFL], ids=str)
+def test_ctrl_c_that_no_function_answers(handler: signal.Handlers) -> None:
+    """It is ignored, as in the background of a shell, or ends the process: nobody could be called at the end."""
+    signal.signal(signal.SIGINT, handler)
+    with interrupts.held():
+        assert signal.getsignal(signal.SIGINT) is handler
+        if handler is signal.SIG_IGN:
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.usefixtures("_interruptible")

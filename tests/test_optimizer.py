@@ -971,6 +971,19 @@ def test_a_step_in_inference_mode_leaves_what_normal_steps_can_use(backend: str)
         assert p.isfinite().all() and not (p == 1).any()
 
 
+def test_memory_first_taken_in_inference_mode_is_of_use_outside(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In `orthogonalize`, which rehearses nothing before.
+
+    torch lets views with another dtype be written even if the memory is of inference mode, but says that it does not.
+    """
+    monkeypatch.setattr(memory._kept, "block", None)
+    G = torch.randn(20, 60)
+    with torch.inference_mode():
+        inside = orthogonalize(G, backend=backend)
+    assert memory._kept.block is None or not memory._kept.block.is_inference()
+    assert torch.equal(orthogonalize(G, backend=backend), inside)
+
+
 @pytest.mark.parametrize("coefficients", ["aol", "deepseek_v4", [(2.0, -1.5, 0.5)] * 3])
 def test_a_groups_own_coefficients_bring_their_number_of_steps(coefficients: Any) -> None:
     p, q, r = (nn.Parameter(torch.ones(3, 4)) for _ in range(3))

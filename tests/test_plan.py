@@ -1,5 +1,6 @@
 """The plan says what a step does: FLOPs and launches against formulas and against the calls that are made."""
 
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -231,6 +232,22 @@ def test_plan_only_looks(backend: str) -> None:
     assert all(torch.equal(muon.state[p]["momentum_buffer"], b) for p, b in zip(params, buffers, strict=True))
 
 
+def test_a_plan_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the momentum that a first step would make, which is as large as the parameters."""
+    made, zeros_like = [], torch.zeros_like
+
+    def noted(*args: Any, **options: Any) -> torch.Tensor:
+        t = zeros_like(*args, **options)
+        made.append(weakref.ref(t))
+        return t
+
+    params, muon = make([(20, 60), (3, 9, 9)])
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "zeros_like", noted)
+        muon.plan()
+    assert len(made) == len(params) and not any(t() is not None for t in made)
+
+
 def test_plan_for_shapes_is_the_optimizers(backend: str) -> None:
     _, muon = make([(20, 60), (60, 20), (3, 9, 9)], backend=backend)
     assert plan_for_shapes([(20, 60, 2), (9, 9, 3)], backend=backend) == muon.plan()
@@ -249,7 +266,8 @@ def test_a_step_is_settled_once(backend: str, monkeypatch: pytest.MonkeyPatch) -
         muon.step()
         return len(calls)
 
-    assert prepared() == 1
+    muon.init_state()  # settles what a step would
+    assert len(calls) == 1
     assert prepared() == 0
     for p in params:  # another gradient of the same kind
         p.grad = p.grad.clone()

@@ -200,6 +200,8 @@ def test_parts_of_squares_are_exact_on_integers(backend: str, m: int) -> None:
     check(scales**2 * (2 * a @ a.mT - 4 * a + 8 * eye))
     ops.gemm(A, B, C=C, alpha=2.0, beta=-4.0, gamma=8.0, out=out)
     check(2 * a @ b - 4 * c + 8 * eye, symmetric=False)
+    ops.gemm(A, B, C=B, alpha=2.0, beta=-4.0, gamma=8.0, out=out)
+    check(2 * a @ b - 4 * b + 8 * eye, symmetric=False)
     for n in (m, 2 * m + 1):
         X, Y = integers(3, m, n), integers(3, m, n)
         for of in (X, Y):  # added to the product, or another matrix

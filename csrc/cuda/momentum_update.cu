@@ -40,9 +40,11 @@ __device__ int exponent(double v) { return ((__double2hiint(v) >> 20) & 0x7ff) -
 __device__ double power(int e) { return __hiloint2double((e + 1023) << 20, 0); }
 
 // The power of two that a tile, or the largest tile of a matrix, is multiplied by in x: for f16 it brings its norm to
-// [1, 2^15), so that nothing overflows and what is at least 2^-14 times a norm keeps all its bits.
+// [1, 2^15), so that nothing overflows and what is at least 2^-14 times a norm keeps all its bits. For bf16 it keeps
+// elements that matter out of those below the normal range, which rounding may double or drop: 7e-41 becomes 9e-41.
 __device__ int tile_power(double sum_of_squares, bool half) {
-    if (!half || !(sum_of_squares > 0) || isinf(sum_of_squares)) return 0;
+    if (!(sum_of_squares > 0) || isinf(sum_of_squares)) return 0;
+    if (!half) return sum_of_squares < 0x1p-200 ? 100 : 0;
     const int from_lowest = exponent(sum_of_squares) + 24 + 30 * 64;  // steps begin at norms of 2^-12, positive
     return 12 - 15 * (from_lowest / 30 - 64);
 }
@@ -130,8 +132,8 @@ __device__ void momentum_tile(const MomentumArguments& u, const Run<2>& run, con
     }
     sum = block_reduce(sum, add, scratch);
     if (threadIdx.x == 0) u.partial[static_cast<int64_t>(tile.matrix) * u.tiles + tile.index] = sum;
-    if (u.half) {
-        const PowerOfTwo factor(tile_power(sum, true));
+    if (const int e = tile_power(sum, u.half)) {
+        const PowerOfTwo factor(e);
 #pragma unroll
         for (int l = 0; l < LINES; ++l) {
 #pragma unroll
@@ -214,7 +216,7 @@ __global__ __launch_bounds__(THREADS) void norm_kernel(const __grid_constant__ N
         if (u.norm) u.norm[matrix] = sqrt(sum);
         u.scale[matrix] = reciprocal_norm(sound ? sum * power(whole) * power(whole) : sum, u.eps, u.margin);
     }
-    if (!sound || tile_power(smallest, u.half) == whole) return;
+    if (!sound || (tile_power(smallest, u.half) == whole && tile_power(largest, u.half) == whole)) return;
 
     for (int t = share; t < u.tiles; t += u.shares) {
         const int e = whole - tile_power(partial[t], u.half);

@@ -95,7 +95,7 @@ def agree(
         grad = _grad(p)
         return torch.zeros_like(p) if grad is None and p in present else grad
 
-    return Agreed(verdict == _FOUND_INF, grad)
+    return Agreed(verdict == _FOUND_INF, grad if teams else _grad)
 
 
 # A rank that asks for a checkpoint by itself, as one does where all have everything, is told so after this time.

@@ -29,6 +29,11 @@ def is_dtensor(t: Any) -> TypeGuard[DTensor]:
     return module is not None and isinstance(t, module.DTensor)
 
 
+def any_dtensor(tensors: Iterable[Tensor]) -> bool:
+    """Whether any of them is a DTensor, in little time where all are plain."""
+    return not _PLAIN.issuperset(map(type, tensors)) and any(map(is_dtensor, tensors))
+
+
 def local(t: Tensor) -> Tensor:
     """The part of a DTensor that this rank holds; any other tensor itself."""
     return t._local_tensor if is_dtensor(t) else t

@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 
 from . import consensus
 from .deal import deal
-from .placement import Placement, Team, Teams, is_dtensor, placement_of, replicated
+from .placement import Placement, Team, Teams, any_dtensor, is_dtensor, placement_of, replicated
 
 
 class Ranks:
@@ -46,7 +46,7 @@ class Ranks:
 
     def shares(self, params: Sequence[Tensor]) -> bool:
         """Whether any of them may be on other ranks too."""
-        return self._copies is not None or any(map(is_dtensor, params))
+        return self._copies is not None or any_dtensor(params)
 
     def add(self, group: Mapping[str, Any], costs: Sequence[int]) -> None:
         """Find out where a group's parameters are; all ranks have to, at the same time.
@@ -79,6 +79,8 @@ class Ranks:
             ValueError: one is placed in a way that cannot be stepped, or an option is not for several ranks.
         """
         for group in groups:
+            if not any_dtensor(group["params"]):
+                continue
             for p in group["params"]:
                 if is_dtensor(p) and self._flatten.get(p, "unseen") is not group["flatten"]:
                     self._take(group, self._placed(group))

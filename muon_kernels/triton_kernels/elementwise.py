@@ -102,14 +102,15 @@ def times_power(v, e):
 
 @triton.jit
 def tile_power(sum_of_squares, HALF: tl.constexpr):
-    """The power of two that a tile, or the largest tile of a matrix, is multiplied by in an f16 x.
+    """The power of two that a tile, or the largest tile of a matrix, is multiplied by in x.
 
-    It brings the norm to [1, 2^15): nothing overflows, and what is at least 2^-14 times a norm keeps all its bits. It
-    depends on the tile alone and comes in steps of 2^15, half of f16's range, so that nearly always all tiles of a
-    matrix have the same one.
+    In an f16 x it brings the norm to [1, 2^15): nothing overflows, and what is at least 2^-14 times a norm keeps all
+    its bits. It depends on the tile alone and comes in steps of 2^15, half of f16's range, so that nearly always all
+    tiles of a matrix have the same one. In a bf16 x it keeps elements that matter out of those below the normal range,
+    which rounding may double or drop: 7e-41 becomes 9e-41.
     """
     if not HALF:
-        return 0
+        return tl.where((sum_of_squares > 0) & (sum_of_squares < 2.0**-200), 100, 0)
     # Steps begin at norms of 2^-12; made positive for the division.
     e = 12 - 15 * ((exponent(sum_of_squares) + 24 + 30 * 64) // 30 - 64)
     return tl.where((sum_of_squares > 0) & (sum_of_squares < float("inf")), e, 0)
@@ -146,7 +147,7 @@ def momentum_kernel(
 ):  # fmt: skip
     """A tile: momentum, direction, and the sum of its squares in float64 to `partial`, [batch, tiles].
 
-    Every tile of an f16 x is written times its own `tile_power`.
+    Every tile of x is written times its own `tile_power`.
     """
     tiles = tl.cdiv(M, BLOCK) * tl.cdiv(N, BLOCK)
     matrix = tl.program_id(0) // tiles
@@ -173,8 +174,7 @@ def momentum_kernel(
     square = tl.sum(precise * precise)
     tl.store(partial + matrix.to(tl.int64) * tiles + tile_row * tl.cdiv(N, BLOCK) + tile_col, square)
     X: tl.constexpr = x.dtype.element_ty
-    if X == tl.float16:
-        direction = times_power(direction, tile_power(square, True))
+    direction = times_power(direction, tile_power(square, X == tl.float16))
     if tall:
         to_x = x_at(x, matrix, x_batch_stride, x_row_stride, along, line, WIDTH)
         inside = (along[:, None] < M) & (line[None, :] < vectors_of(lines, WIDTH))
@@ -234,7 +234,7 @@ def norm_kernel(
         tl.store(scale + matrix, result.to(tl.float32))
         if norms is not None:
             tl.store(norms + matrix, tl.sqrt(total))
-    if sound & (tile_power(smallest, HALF) != whole):
+    if sound & ((tile_power(smallest, HALF) != whole) | (tile_power(largest, HALF) != whole)):
         for tile in range(share, tiles, shares):
             square = tl.load(partial + tile)
             e = whole - tile_power(square, HALF)

@@ -56,7 +56,14 @@ MUTANTS = [
         "i < u.tiles && i < THREADS; i += THREADS) {",
         "norm_in_double",
     ),
-    Mutant("f16: no power of two", MOMENTUM, "factor(tile_power(sum, true))", "factor(0)", "digits"),
+    Mutant(
+        "no power of two",
+        MOMENTUM,
+        "if (const int e = tile_power(sum, u.half)) {",
+        "if (const int e = 0 * tile_power(sum, u.half)) {",
+        "digits",
+    ),
+    Mutant("bf16: no power of two", MOMENTUM, "sum_of_squares < 0x1p-200 ? 100 : 0", "0", "below_bf16"),
     Mutant(
         "tiles left as they were",
         MOMENTUM,
@@ -67,8 +74,15 @@ MUTANTS = [
     Mutant(
         "smallest tile not looked at",
         MOMENTUM,
-        "tile_power(smallest, u.half) == whole",
-        "tile_power(largest, u.half) == whole",
+        "tile_power(smallest, u.half) == whole && ",
+        "",
+        "different_sizes",
+    ),
+    Mutant(
+        "largest tile not looked at",
+        MOMENTUM,
+        " && tile_power(largest, u.half) == whole",
+        "",
         "different_sizes",
     ),
     Mutant(

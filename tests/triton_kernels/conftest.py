@@ -37,6 +37,7 @@ BUILT = {
     "test_momentum_update": BOTH,
     "test_ragged_sizes": BOTH,
     "test_tiles_of_different_sizes": BOTH,
+    "test_numbers_below_bf16s_normal_range": (80,),
     "test_scale_is_the_norm_in_double": (80,),
     "test_scale_of_what_has_no_norm": BOTH,
     "test_orders_and_races": (80,),

@@ -27,7 +27,9 @@ MUTANTS = [
     Mutant("tall tiles in the order of wide ones", "tl.where(tall, pid // down, pid % across)", "tl.where(tall, pid // across, pid % across)", LOGIC),
     # Norms.
     Mutant("squares in fp32", "precise = direction.to(tl.float64)", "precise = direction", LOGIC),
-    Mutant("f16: no power of two", "direction = times_power(direction, tile_power(square, True))", "direction = direction", LOGIC),
+    Mutant("no power of two", "direction = times_power(direction, tile_power(square, X == tl.float16))", "direction = direction", LOGIC),
+    Mutant("bf16: no power of two", "100, 0)", "0, 0)", "below_bf16 and sm_80"),
+    Mutant("largest tile not looked at", " | (tile_power(largest, HALF) != whole)", "", "different_sizes and sm_80"),
     Mutant("tiles left as they were", "e = whole - tile_power(square, HALF)", "e = whole * 0", "different_sizes and sm_80"),
     Mutant("infinity has a scale", 'sound = (total > 0) & (total < float("inf"))', "sound = total > 0", LOGIC),
     Mutant("scales where the sums are", "scale = partial[partial.numel() - batch :]", "scale = partial[:batch]", "test_orders and sm_80"),
