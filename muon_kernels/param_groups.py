@@ -13,7 +13,8 @@ from torch.nn.parameter import is_lazy
 
 from .distributed.placement import FLATTENED, check_whole
 from .layout import flattens
-from .options import check_number
+from .muon_adamw import OPTIONS
+from .options import check_half, check_number
 from .rules import CONVOLUTIONS, EMBEDDING, HEADS, NORM, RULES, Place, Rule, known_layers
 from .split import check_split, close, matching, pieces
 
@@ -115,8 +116,8 @@ def param_groups(
         weight_decay: the same for weight decays, numbers only: `weight_decay={"*.bias": 0.0, "*norm*": 0.0}`.
         rules: None for `muon_kernels.rules.RULES`, or your own in front of them: `rules=[Rule(...), *RULES]`.
         missing_ok: allows patterns that match nothing here, as on a stage of a pipeline.
-        muon_options: options of the Muon groups, such as `{"lr": 0.02}`.
-        adamw_options: options of the AdamW groups, such as `{"lr": 3e-4, "betas": (0.9, 0.95)}`.
+        muon_options: options of the Muon groups, such as `{"lr": 0.02}`. Keys of your own go into the groups returned.
+        adamw_options: options of the AdamW groups, such as `{"lr": 3e-4, "betas": (0.9, 0.95)}`, likewise.
 
     Returns:
         Param groups, `{"params", "param_names", "use_muon", **options}`, as `MuonAdamW` takes them: one of Muon and one
@@ -149,6 +150,12 @@ def param_groups(
     for half, options in halves.items():
         if taken := sorted({"params", "param_names", "use_muon"} & options.keys()):
             raise ValueError(f"{half.lower()}_options should hold options, but {taken[0]!r} is for param_groups to say")
+        if "process_group" in options:
+            raise ValueError(
+                f"{half.lower()}_options should hold options of groups, but 'process_group' is for a whole optimizer: "
+                "give it to Muon, or in muon_options to MuonAdamW"
+            )
+        check_half(half, options, OPTIONS)
     split = _mapping("split", {"*": "auto"} if split == "auto" else split, "patterns to cuts")
     if split and "split" in halves["Muon"]:
         raise ValueError("split should be given once but is in muon_options too")

@@ -847,3 +847,40 @@ def test_options_that_are_no_options(key: str) -> None:
         param_groups(model, muon_options={key: []})
     with pytest.raises(TypeError, match="adamw_options should be a mapping of options but is: 3"):
         param_groups(model, adamw_options=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"adamw_options": {"lr": 0.1, "ns_steps": 5}},
+            r"options of AdamW but have 'ns_steps'; it is Muon's: put it into muon_options$",
+        ),
+        ({"muon_options": {"amsgrad": True}}, r"of Muon but have 'amsgrad'; it is AdamW's: put it into adamw_options$"),
+        ({"adamw_options": {"beta2": 0.9}}, r"it is Muon's: put it into muon_options, or did you mean 'betas'\?"),
+        ({"muon_options": {"momentun": 0.9}}, r"options of Muon but have 'momentun'; did you mean 'momentum'\?"),
+        ({"adamw_options": {"wd": 0.0}}, r"options of AdamW but have 'wd'; did you mean 'weight_decay'\?"),
+        ({"muon_options": {"name": "hidden"}}, r"have 'name'; put a key of your own into the groups that you get"),
+        (
+            {"muon_options": {"process_group": None}},
+            r"'process_group' is for a whole optimizer: give it to Muon, or in",
+        ),
+    ],
+    ids=str,
+)
+def test_options_of_the_other_half(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        param_groups(LanguageModel(), **options)
+
+
+def test_every_option_of_a_group_is_one_here() -> None:
+    """What either optimizer writes into its groups may be said of them before."""
+    model = LanguageModel()
+    own = {"params", "param_names", "use_muon", "decoupled_weight_decay"}
+    muon, adamw = (
+        {key: v for key, v in g.items() if key not in own} for g in MuonAdamW(param_groups(model)).param_groups
+    )
+    again = MuonAdamW(param_groups(model, muon_options=muon, adamw_options=adamw))
+    assert [group.keys() for group in again.param_groups] == [
+        g.keys() for g in MuonAdamW(param_groups(model)).param_groups
+    ]

@@ -1,0 +1,33 @@
+"""Faults in what sorts parameters and says so; see planting.py."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from planting import Mutant
+
+TESTS = ["tests/test_param_groups.py"]
+
+
+def _fault(file: str, name: str, old: str, new: str, tests: str) -> Mutant:
+    return Mutant(name, old, new, tests, f"muon_kernels/{file}")
+
+
+_options = partial(_fault, "options.py")
+_both = partial(_fault, "muon_adamw.py")
+_groups = partial(_fault, "param_groups.py")
+
+MUTANTS = [
+    _groups("options of the other half are kept", "check_half(half, options, OPTIONS)", "pass", "other_half"),
+    _options(
+        "the other half is not named", "for other in known if key in known[other]", "for other in ()", "other_half"
+    ),
+    _options("betas are far from beta2", "known[half], 0.8)", "known[half], 0.81)", "other_half"),
+    _groups("ranks of a group", 'if "process_group" in options:', "if False:", "other_half"),
+    _both(
+        "not all options are known",
+        'parameters.keys() - {"params", "process_group"}',
+        'parameters.keys() - {"params", "process_group", "maximize"}',
+        "every_option",
+    ),
+]
