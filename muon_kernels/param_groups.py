@@ -308,7 +308,10 @@ class _Finder:
     def _found(self, keyword: str, pattern: str) -> list[nn.Parameter]:
         found = dict.fromkeys(self._names[name] for name in matching(pattern, self._names))
         if not found and not self._missing_ok:
-            raise ValueError(f"{keyword}={pattern!r} matches no parameter of the model{close(pattern, self._names)}")
+            raise ValueError(
+                f"{keyword}={pattern!r} matches no parameter of the model, which missing_ok=True allows"
+                f"{close(pattern, self._names)}"
+            )
         return list(found)
 
     def claims(self, keyword: str, patterns: str | Iterable[str]) -> dict[nn.Parameter, str]:
@@ -431,5 +434,5 @@ def _check_cuts(
         if all(assignment.optimizer == "AdamW" for assignment in found):
             raise ValueError(
                 f"split={pattern!r} should match a parameter that goes to Muon but matches only, of AdamW's: "
-                f"{', '.join(assignment.name for assignment in found)}"
+                f"{', '.join(assignment.name for assignment in found)}; missing_ok=True allows that"
             )

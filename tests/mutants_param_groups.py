@@ -30,4 +30,6 @@ MUTANTS = [
         'parameters.keys() - {"params", "process_group", "maximize"}',
         "every_option",
     ),
+    _groups("no mend for a pattern", ", which missing_ok=True allows", "", "stage_lacks"),
+    _groups("no mend for a cut", "; missing_ok=True allows that", "", "stage_lacks"),
 ]
