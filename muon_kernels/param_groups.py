@@ -15,7 +15,7 @@ from .distributed.placement import FLATTENED, check_whole
 from .layout import flattens
 from .muon_adamw import OPTIONS
 from .options import check_half, check_number
-from .rules import CONVOLUTIONS, EMBEDDING, HEADS, NORM, RULES, Place, Rule, known_layers
+from .rules import CONVOLUTIONS, EMBEDDING, HEADS, NORM, RULES, Place, Rule, class_of, is_unknown, known_layers
 from .split import check_split, close, matching, pieces
 
 __all__ = ["Assignment", "ParamGroups", "param_groups"]
@@ -96,7 +96,7 @@ def param_groups(
     Where no name tells the output head, it is the last matrix `weight` of the model if that has as many rows as the
     largest embedding, positions aside. Routers go to Muon, see `muon_kernels.rules.ROUTER`. Names and shapes do not
     tell everything: a bare parameter of three dimensions that an einsum reads as one matrix looks like a stack of them;
-    so look at the table.
+    so look at the table. Scripts and traces of torch.jit are judged as what they were made of.
 
     Frozen parameters (`requires_grad=False`) are in no group. Weights that the book knows to be stored as (inputs,
     outputs), such as those of transformers' Conv1D, are listed in the Muon group's option `transposed`.
@@ -134,7 +134,8 @@ def param_groups(
         TypeError: `model` is no `nn.Module`, or options or splits are no mapping, or a rule is no `Rule`.
 
     Warns:
-        UserWarning: a parameter has no elements, and nothing tells whether it has been emptied.
+        UserWarning: a parameter has no elements, and nothing tells whether it has been emptied; or parameters go to
+            Muon whose layers have lost their classes, as those that torch.export makes have.
 
     Sources: [1] https://kellerjordan.github.io/posts/muon, [2] https://arxiv.org/abs/2502.16982
     """
@@ -195,6 +196,14 @@ def param_groups(
         assignments.append(Assignment(name, tuple(param.shape), optimizer, ", ".join(words)))
     if not missing_ok:
         _check_cuts(cuts, places, assignments)
+    if unknown := [at.name for at in assignments if at.optimizer == "Muon" and _UNKNOWN in at.reason]:
+        warnings.warn(
+            f"parameters go to Muon whose layers have lost the classes by which embeddings, heads and convolutions are "
+            f"known, as torch.export, torch.fx and torch.jit leave them: {', '.join(unknown[:3])}"
+            f"{', ...' if len(unknown) > 3 else ''}; call param_groups on the model before, which has the same "
+            "parameters, or say muon=[...] and adamw=[...]",
+            stacklevel=2,
+        )
 
     made = []
     for optimizer, by_options in groups.items():
@@ -284,7 +293,7 @@ def _head_of(place: Place) -> tuple[str, bool]:
     for depth, part in enumerate(parts, start=1):
         if part.isdigit():
             break
-        several = isinstance(place.layers[depth], (nn.ModuleList, nn.ModuleDict))
+        several = issubclass(class_of(place.layers[depth]), (nn.ModuleList, nn.ModuleDict))
         path = ".".join(parts[: depth + several])
         if HEADS.heads.fullmatch(part):
             return path, True
@@ -341,6 +350,9 @@ class _Finder:
         return {**self.first("split", {pattern: "auto" for pattern in split.keys() - said.keys()}), **found}
 
 
+_UNKNOWN = " of unknown class"
+
+
 def _judge(
     param: nn.Parameter, at: Sequence[Place], claims: Mapping[str, Mapping[nn.Parameter, str]], rules: Sequence[Rule]
 ) -> tuple[str, str]:
@@ -352,7 +364,8 @@ def _judge(
     if param.requires_grad:
         _check_whole(at[0])
         if not said:
-            kind = f"{_kind(param, at[0].flatten)} in {type(at[0].module).__name__}"
+            unknown = _UNKNOWN if any(map(is_unknown, at)) else ""
+            kind = f"{_kind(param, at[0].flatten)} in {class_of(at[0].module).__name__}{unknown}"
             otherwise = ("Muon", kind) if param.ndim > 1 else ("AdamW", "vector")
             held = ((rule.optimizer, rule.reason) for rule in rules if any(map(rule.holds, at)))
             said = [next(held, otherwise)]
@@ -369,9 +382,9 @@ def _check_whole(place: Place) -> None:
     if is_lazy(param):
         raise ValueError(f"{name} should have a size but is not made yet; run the model once before")
     check_whole(name, param)
-    if param.ndim < 2 and name.rpartition(".")[2] == "weight" and isinstance(place.module, _OF_MATRICES):
+    if param.ndim < 2 and name.rpartition(".")[2] == "weight" and issubclass(class_of(place.module), _OF_MATRICES):
         raise ValueError(
-            f"{name} should be a matrix, as the weight of {type(place.module).__name__} is, but has size "
+            f"{name} should be a matrix, as the weight of {class_of(place.module).__name__} is, but has size "
             f"{tuple(param.shape)}: {FLATTENED}"
         )
     if param.numel() == 0:

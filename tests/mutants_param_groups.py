@@ -15,6 +15,7 @@ def _fault(file: str, name: str, old: str, new: str, tests: str) -> Mutant:
 
 _options = partial(_fault, "options.py")
 _both = partial(_fault, "muon_adamw.py")
+_rules = partial(_fault, "rules.py")
 _groups = partial(_fault, "param_groups.py")
 
 MUTANTS = [
@@ -32,4 +33,23 @@ MUTANTS = [
     ),
     _groups("no mend for a pattern", ", which missing_ok=True allows", "", "stage_lacks"),
     _groups("no mend for a cut", "; missing_ok=True allows that", "", "stage_lacks"),
+    _rules(
+        "scripts are of a class of their own",
+        "return _imported(path) or type(path[-1], (nn.Module,), {})",
+        "return type(module)",
+        "scripts",
+    ),
+    _rules("mangled names", 'if not part.startswith("___torch_mangle_")', "", "scripts"),
+    _groups(
+        "lists of scripts",
+        "issubclass(class_of(place.layers[depth]), (nn",
+        "isinstance(place.layers[depth], (nn",
+        "scripts",
+    ),
+    _rules("classes that are not there", "_imported(_path(module)) is None or", "", "lost"),
+    _rules("traces know their convolutions", 'not hasattr(module, "groups")', "False", "lost"),
+    _rules("layers of a graph", "return bare or isinstance", "return isinstance", "lost"),
+    _rules("a graph is a layer", "bare or isinstance(module, torch.fx.GraphModule) or", "bare or", "lost"),
+    _rules("what torch.export unflattens", 'startswith("torch.export.")', 'startswith("torch.exported")', "lost"),
+    _groups("said after all", " of unknown class", "", "lost"),
 ]
