@@ -420,9 +420,14 @@ def _check_operands(p: Tensor, g: Tensor, buffer: Tensor | None) -> None:
     check_like("gradient", g, p)
     check_device("gradient", g, p)
     if buffer is not None:
-        check_dense("momentum_buffer", buffer, MOMENTUM_DTYPES)
-        check_like("momentum_buffer", buffer, p)
-        check_device("momentum_buffer", buffer, p)
+        check_momentum(buffer, p)
+
+
+def check_momentum(buffer: Tensor, p: Tensor) -> None:
+    """Raise ValueError or TypeError unless it can be a momentum of `p`."""
+    check_dense("momentum_buffer", buffer, MOMENTUM_DTYPES)
+    check_like("momentum_buffer", buffer, p)
+    check_device("momentum_buffer", buffer, p)
 
 
 def check_device(name: str, t: Tensor, p: Tensor) -> None:

@@ -31,6 +31,8 @@ __all__ = ["MuonAdamW"]
 
 _Groups = list[dict[str, Any]]
 _ADAMW_OPTIONS = inspect.signature(AdamW).parameters.keys() - {"params"}
+# What a group of either half may say; `process_group` is for all groups of an optimizer.
+OPTIONS = {"Muon": inspect.signature(Muon).parameters.keys() - {"params", "process_group"}, "AdamW": _ADAMW_OPTIONS}
 
 
 class MuonAdamW(Optimizer):

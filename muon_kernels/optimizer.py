@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from . import interrupts
 from .coefficients import COEFFICIENTS, DEFAULT, NS_STEPS, resolve
 from .distributed import blocks, consensus
 from .distributed.exchange import Failed
-from .distributed.placement import is_dtensor, local
+from .distributed.placement import any_dtensor, is_dtensor, local
 from .distributed.ranks import Ranks
 from .distributed.second_moment import create as create_part
 from .distributed.strategies import STRATEGIES
@@ -35,6 +35,7 @@ from .functional import (
     check_mantissa,
     check_master,
     check_matrices,
+    check_momentum,
     check_momentum_scale,
     check_rounding,
     check_second_moment,
@@ -65,13 +66,15 @@ from .options import (
     settle,
     settled_checkpoint,
 )
-from .packed import scale_size
+from .packed import dequantized, quantized, scale_size
 from .plan import Plan, plan_for_shapes
 from .scaling import decayed
 from .second_moment import create
 from .spectral import check_power
 from .split import pieces
 
+# What a step writes into the state: of a parameter, under a key, a tensor or, to delete it, None.
+_New = list[tuple[Tensor, str, Tensor | None]]
 # What it may hold of a parameter, all tensors.
 _STATE = ("momentum_buffer", "momentum_scale", "mantissa", "second_momentum_buffer")
 _KELLER = COEFFICIENTS[DEFAULT].triples[0]
@@ -134,6 +137,7 @@ class Muon(Optimizer):
         momentum_dtype: of new momentum buffers; None: the gradient's. torch.int8 is 1.002 bytes an element: codes in
             `momentum_buffer`, and in `momentum_scale` the largest magnitude of every 2048 elements of a matrix, see
             packed.py. Steps compute in fp32. While there is such a momentum, `flatten` and `split` should not change.
+            A group may change to torch.int8 or from it: its next step converts the momenta that it uses.
         maximize: ascend.
         power: p in [0, 1]: the direction's singular values become σ^p and not 1; see `muon_kernels.spectral_power`.
             Above 0, `ns_coefficients`, `ns_steps` and `eps` are not used, and the update scales with the direction^p.
@@ -363,22 +367,24 @@ class Muon(Optimizer):
 
     def _prepare(
         self, groups: Sequence[dict[str, Any]], grad_of: Callable[[Tensor], Tensor | None]
-    ) -> tuple[Prepared, list[Tensor], list[tuple[Tensor, str, Tensor]]]:
-        """What a step of these groups does as one, its gradients, and what it would add to the state."""
-        params, grads, buffers, moments, mantissas, placements = [], [], [], [], [], []
+    ) -> tuple[Prepared, list[Tensor], _New]:
+        """What a step of these groups does as one, its gradients, and what it would write into the state."""
+        params, grads, buffers, moments, mantissas = [], [], [], [], []
         scales: list[Tensor | None] = []
         split_of: dict[Tensor, str | None] = {}
-        new: list[tuple[Tensor, str, Tensor]] = []
+        new: _New = []
         nothing: dict[str, Any] = {}
         group = groups[0]
-        form = group["second_moment"]
-        for p in (p for each in groups for p in each["params"]):
+        form, wants_int8 = group["second_moment"], group["momentum_dtype"] == "int8"
+        candidates = [p for each in groups for p in each["params"]]
+        spread = bool(self._ranks.placements) or any_dtensor(candidates)  # most are not, and spared the questions
+        for p in candidates:
             grad = grad_of(p)
             if grad is None:
                 continue
             state = self.state.get(p, nothing)
             buffer, scale = state.get("momentum_buffer"), state.get("momentum_scale")
-            if self._ranks.elsewhere(p):
+            if spread and self._ranks.elsewhere(p):
                 buffer = None
             elif buffer is None:
                 dtype = dtype_of(group["momentum_dtype"]) if group["momentum_dtype"] else grad.dtype
@@ -391,6 +397,11 @@ class Muon(Optimizer):
                     blocks_of_p = scale_size(p.shape, group["flatten"], split_of[p])
                     scale = torch.zeros(blocks_of_p, dtype=torch.float32, device=p.device)
                     new.append((p, "momentum_scale", scale))
+            elif (buffer.dtype == torch.int8) != wants_int8:
+                split_of = split_of or {p: split for each in groups for p, split in splits(each)}
+                dtype = dtype_of(group["momentum_dtype"]) if group["momentum_dtype"] else grad.dtype
+                buffer, scale = _converted(p, buffer, scale, dtype, group["flatten"], split_of[p])
+                new += [(p, "momentum_buffer", buffer), (p, "momentum_scale", scale)]
             scales.append(scale)
             if group["master_weights"]:
                 mantissa = state.get("mantissa")
@@ -407,11 +418,13 @@ class Muon(Optimizer):
                         split_of = split_of or {p: split for each in groups for p, split in splits(each)}
                         moment = create(form, p, group["flatten"], split_of[p])
                     new.append((p, "second_momentum_buffer", moment))
-                moments.append(None if moment is None else local(moment))
-            params.append(local(p))
-            grads.append(local(grad))
-            buffers.append(None if buffer is None else local(buffer))
-            placements.append(self._ranks.placement(p))
+                moments.append(moment)
+            params.append(p)
+            grads.append(grad)
+            buffers.append(buffer)
+        placements = [self._ranks.placement(p) for p in params] if spread else None
+        if spread:
+            params, grads, buffers, moments = (list(map(local, kept)) for kept in (params, grads, buffers, moments))
 
         def named() -> tuple[list[str | None], list[bool]]:
             all_ = [x for each in groups for x in zip(splits(each), transposes(each), strict=True)]
@@ -419,11 +432,18 @@ class Muon(Optimizer):
             return [split for (_, split), _ in both], [turned for _, turned in both]
 
         options = settled(groups)
-        beside = moments, scales if any(s is not None for s in scales) else (), mantissas, placements
+        beside = moments, scales if any(scale is not None for scale in scales) else (), mantissas, placements
         prepared = self._prepared.get(
             id(group), params, grads, buffers, options, named, *beside, apart=blocks.apart(group)
         )
         return prepared, grads, new
+
+    def _keep(self, new: _New) -> None:
+        for p, key, tensor in new:
+            if tensor is None:
+                self.state[p].pop(key, None)
+            else:
+                self.state[p][key] = tensor
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -465,8 +485,7 @@ class Muon(Optimizer):
         alone = not any(decided.exchanges for decided, _, _ in prepared)
         with interrupts.held() if alone else nullcontext():
             for (groups, numbers), (decided, grads, new) in zip(batches, prepared, strict=True):
-                for p, key, tensor in new:
-                    self.state[p][key] = tensor
+                self._keep(new)
                 for group in groups:
                     if numbers.seed is not None or group["strategy"] == "blocks":
                         group["step"] = group.get("step", 0) + 1
@@ -497,8 +516,8 @@ class Muon(Optimizer):
         with torch.inference_mode(False), torch.no_grad():
             trained = lambda p: p if p.requires_grad else None
             found = [self._prepare(groups, trained)[2] for groups, _ in self._batches()]
-        for p, key, tensor in (one for new in found for one in new):
-            self.state[p][key] = tensor
+        for new in found:
+            self._keep(new)
 
     @torch.no_grad()
     def plan(self) -> Plan:
@@ -561,9 +580,9 @@ class Muon(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class or of torch.optim.Muon, momentum in the precision in which it was saved.
 
-        Between eight bits and a floating-point momentum, and with `master_weights` and without, nothing is converted:
-        such a checkpoint raises. To change over, load it as it was saved, change the option in `param_groups`, and for
-        a new momentum, which begins at zero, delete `momentum_buffer` from the state; masters begin at the parameters.
+        Between eight bits and a floating-point momentum, and with `master_weights` and without, loading converts
+        nothing: such a checkpoint raises. To change over, load it as it was saved and change the option in
+        `param_groups`: the next step converts the momentum; masters begin at the parameters.
 
         Raises:
             ValueError, TypeError: it is another optimizer's, or groups, sizes or options do not fit; nothing has been
@@ -596,14 +615,8 @@ class Muon(Optimizer):
                 for p, split in splits(loaded):
                     pieces(p.shape, loaded["flatten"], split)
                     state = state_of.get(p, {})
-                    is_packed = "momentum_buffer" in state and state["momentum_buffer"].dtype == torch.int8
-                    wants_packed = loaded["momentum_dtype"] == "int8"
-                    if "momentum_buffer" in state and is_packed != wants_packed:
-                        raise ValueError(
-                            f"momentum_buffer should {'' if wants_packed else 'not '}be of int8 for momentum_dtype="
-                            f"{loaded['momentum_dtype']} but is of: {state['momentum_buffer'].dtype}"
-                        )
-                    if is_packed:
+                    # What is of another precision than the group's now was there when the option changed.
+                    if "momentum_buffer" in state and state["momentum_buffer"].dtype == torch.int8:
                         scale = state.get("momentum_scale")
                         check_momentum_scale("momentum_scale", scale, p, loaded["flatten"], split)
                     if "mantissa" in state:
@@ -705,6 +718,18 @@ def _check_state(of: str, p: Tensor, state: Mapping[str, Any]) -> None:
     check_like("momentum_buffer" + of, state["momentum_buffer"], p)
 
 
+def _converted(
+    p: Tensor, buffer: Tensor, scale: Tensor | None, dtype: torch.dtype, flatten: bool | None, split: str | None
+) -> tuple[Tensor, Tensor | None]:
+    """A momentum and its scale made int8 of floating-point numbers, or these of dtype `dtype` of int8 ones."""
+    check_momentum(buffer, p)
+    if buffer.dtype != torch.int8:
+        return quantized(buffer, flatten, split)
+    check_momentum_scale("momentum_scale", scale, p, flatten, split)
+    numbers = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format)
+    return numbers.copy_(dequantized(buffer, cast(Tensor, scale), flatten, split)), None
+
+
 def _check_precision(own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     """Raise ValueError if state of a checkpoint's group is packed, and that of our group is not, or the other way."""
     for key, packed, without in (("momentum_dtype", "int8", None), ("master_weights", True, False)):
@@ -712,7 +737,8 @@ def _check_precision(own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
         if (wanted == packed) != (found == packed):
             raise ValueError(
                 f"{key} of the checkpoint should be {wanted}, as in this optimizer, but is: {found}; "
-                f"state is not converted: load it into an optimizer with {key}={found!r}"
+                f"loading converts nothing: load it into an optimizer with {key}={found!r}, then change that in its "
+                "param_groups"
             )
 
 

@@ -106,17 +106,35 @@ _ALIASES = {"learning_rate": "lr", "wd": "weight_decay", "mu": "momentum"}
 
 def check_keys(group: Mapping[str, Any], known: Collection[str]) -> None:
     """Raise ValueError where a key of a group is a misspelt option; others are kept, as by torch's optimizers."""
-    from difflib import get_close_matches
-
     for key in group.keys() - set(known) - _STRUCTURE:
-        word = str(key).lower()
-        near = get_close_matches(_ALIASES.get(word, word), known, n=1, cutoff=_CLOSE)
-        near = near or [name for name in known if sorted(name) == sorted(word)]
-        if near and f"_{near[0]}_" not in f"_{key}_":
+        near = _meant(str(key), known, _CLOSE)
+        if near and f"_{near}_" not in f"_{key}_":
             raise ValueError(
-                f"a group has {key!r}, which is no option but close to one: did you mean {near[0]!r}? "
+                f"a group has {key!r}, which is no option but close to one: did you mean {near!r}? "
                 "Keys of your own are kept, but should differ more from the options"
             )
+
+
+def check_half(half: str, options: Iterable[str], known: Mapping[str, Collection[str]]) -> None:
+    """Raise ValueError where one of `options` is no option of that half of a model; `known` has those of both."""
+    for key in options:
+        if key in known[half]:
+            continue
+        mends = [f"it is {other}'s: put it into {other.lower()}_options" for other in known if key in known[other]]
+        if near := _meant(str(key), known[half], 0.8):  # which betas and beta2 reach
+            mends.append(f"did you mean {near!r}?")
+        mend = ", or ".join(mends) or "put a key of your own into the groups that you get"
+        raise ValueError(f"{half.lower()}_options should hold options of {half} but have {key!r}; {mend}")
+
+
+def _meant(key: str, known: Iterable[str], cutoff: float) -> str | None:
+    """The option that a key may be another spelling of."""
+    from difflib import get_close_matches
+
+    word = key.lower()
+    near = get_close_matches(_ALIASES.get(word, word), known, n=1, cutoff=cutoff)
+    near = near or [name for name in known if sorted(name) == sorted(word)]
+    return near[0] if near else None
 
 
 def dtype_of(dtype: torch.dtype | str) -> torch.dtype:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import memory
-from .layout import Layout, Matrices, split_shape
+from .layout import Layout, Matrices, split_shape, view
 from .split import pieces
 
 BLOCK = 2048
@@ -194,6 +194,39 @@ class Quantized(NamedTuple):
     def reserve(self) -> None:
         """Have the memory that `pack` takes."""
         memory.take(self.stored.device, *self._wanted(*_largest_piece(self.stored)))
+
+
+def quantized(numbers: Tensor, flatten: bool | None, split: str | None) -> tuple[Tensor, Tensor]:
+    """Codes and absmax of a floating-point momentum of a parameter that is cut so, both new."""
+    codes = torch.empty(numbers.shape, dtype=torch.int8, device=numbers.device)
+    absmax = torch.zeros(scale_size(numbers.shape, flatten, split), dtype=torch.float32, device=numbers.device)
+    for own, at, values in _cut_up(absmax, codes, numbers, flatten, split):
+        found = Quantized(torch.empty(values.shape, dtype=torch.int8, device=values.device), False, own)
+        found.pack(values.float().flatten(1))
+        at.copy_(found.stored.view_as(at))
+    return codes, absmax
+
+
+def dequantized(codes: Tensor, absmax: Tensor, flatten: bool | None, split: str | None) -> Tensor:
+    """The fp32 numbers that `quantized` made these of, nearly; new."""
+    numbers = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+    for own, at, values in _cut_up(absmax, numbers, codes, flatten, split):
+        found = torch.empty(values.shape, dtype=torch.float32, device=values.device)
+        Quantized(values, False, own).unpack(found.flatten(1))
+        at.copy_(found.view_as(at))
+    return numbers
+
+
+def _cut_up(
+    absmax: Tensor, out: Tensor, given: Tensor, flatten: bool | None, split: str | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Of each piece that has elements: its absmax, where it is in `out`, and it in `given`, (matrices, rows, cols)."""
+    together = pieces(tuple(given.shape), flatten, split)
+    order = tuple(range(1, given.ndim))  # blocks are along rows as everybody sees them, whatever the strides
+    for piece, own in zip(together, scales_of(absmax, given.shape, flatten, split, len(together)), strict=True):
+        places = [view(t.shape, t.stride(), flatten, order, piece).of(t) for t in (out, given)]
+        if own.numel():
+            yield own, places[0], places[1].reshape(split_shape(given.shape, flatten, piece))
 
 
 class Halves(NamedTuple):

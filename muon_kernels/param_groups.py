@@ -13,8 +13,9 @@ from torch.nn.parameter import is_lazy
 
 from .distributed.placement import FLATTENED, check_whole
 from .layout import flattens
-from .options import check_number
-from .rules import CONVOLUTIONS, EMBEDDING, HEADS, NORM, RULES, Place, Rule, known_layers
+from .muon_adamw import OPTIONS
+from .options import check_half, check_number
+from .rules import CONVOLUTIONS, EMBEDDING, HEADS, NORM, RULES, Place, Rule, class_of, is_unknown, known_layers
 from .split import check_split, close, matching, pieces
 
 __all__ = ["Assignment", "ParamGroups", "param_groups"]
@@ -95,7 +96,7 @@ def param_groups(
     Where no name tells the output head, it is the last matrix `weight` of the model if that has as many rows as the
     largest embedding, positions aside. Routers go to Muon, see `muon_kernels.rules.ROUTER`. Names and shapes do not
     tell everything: a bare parameter of three dimensions that an einsum reads as one matrix looks like a stack of them;
-    so look at the table.
+    so look at the table. Scripts and traces of torch.jit are judged as what they were made of.
 
     Frozen parameters (`requires_grad=False`) are in no group. Weights that the book knows to be stored as (inputs,
     outputs), such as those of transformers' Conv1D, are listed in the Muon group's option `transposed`.
@@ -115,8 +116,8 @@ def param_groups(
         weight_decay: the same for weight decays, numbers only: `weight_decay={"*.bias": 0.0, "*norm*": 0.0}`.
         rules: None for `muon_kernels.rules.RULES`, or your own in front of them: `rules=[Rule(...), *RULES]`.
         missing_ok: allows patterns that match nothing here, as on a stage of a pipeline.
-        muon_options: options of the Muon groups, such as `{"lr": 0.02}`.
-        adamw_options: options of the AdamW groups, such as `{"lr": 3e-4, "betas": (0.9, 0.95)}`.
+        muon_options: options of the Muon groups, such as `{"lr": 0.02}`. Keys of your own go into the groups returned.
+        adamw_options: options of the AdamW groups, such as `{"lr": 3e-4, "betas": (0.9, 0.95)}`, likewise.
 
     Returns:
         Param groups, `{"params", "param_names", "use_muon", **options}`, as `MuonAdamW` takes them: one of Muon and one
@@ -133,7 +134,8 @@ def param_groups(
         TypeError: `model` is no `nn.Module`, or options or splits are no mapping, or a rule is no `Rule`.
 
     Warns:
-        UserWarning: a parameter has no elements, and nothing tells whether it has been emptied.
+        UserWarning: a parameter has no elements, and nothing tells whether it has been emptied; or parameters go to
+            Muon whose layers have lost their classes, as those that torch.export makes have.
 
     Sources: [1] https://kellerjordan.github.io/posts/muon, [2] https://arxiv.org/abs/2502.16982
     """
@@ -149,6 +151,12 @@ def param_groups(
     for half, options in halves.items():
         if taken := sorted({"params", "param_names", "use_muon"} & options.keys()):
             raise ValueError(f"{half.lower()}_options should hold options, but {taken[0]!r} is for param_groups to say")
+        if "process_group" in options:
+            raise ValueError(
+                f"{half.lower()}_options should hold options of groups, but 'process_group' is for a whole optimizer: "
+                "give it to Muon, or in muon_options to MuonAdamW"
+            )
+        check_half(half, options, OPTIONS)
     split = _mapping("split", {"*": "auto"} if split == "auto" else split, "patterns to cuts")
     if split and "split" in halves["Muon"]:
         raise ValueError("split should be given once but is in muon_options too")
@@ -188,6 +196,14 @@ def param_groups(
         assignments.append(Assignment(name, tuple(param.shape), optimizer, ", ".join(words)))
     if not missing_ok:
         _check_cuts(cuts, places, assignments)
+    if unknown := [at.name for at in assignments if at.optimizer == "Muon" and _UNKNOWN in at.reason]:
+        warnings.warn(
+            f"parameters go to Muon whose layers have lost the classes by which embeddings, heads and convolutions are "
+            f"known, as torch.export, torch.fx and torch.jit leave them: {', '.join(unknown[:3])}"
+            f"{', ...' if len(unknown) > 3 else ''}; call param_groups on the model before, which has the same "
+            "parameters, or say muon=[...] and adamw=[...]",
+            stacklevel=2,
+        )
 
     made = []
     for optimizer, by_options in groups.items():
@@ -277,7 +293,7 @@ def _head_of(place: Place) -> tuple[str, bool]:
     for depth, part in enumerate(parts, start=1):
         if part.isdigit():
             break
-        several = isinstance(place.layers[depth], (nn.ModuleList, nn.ModuleDict))
+        several = issubclass(class_of(place.layers[depth]), (nn.ModuleList, nn.ModuleDict))
         path = ".".join(parts[: depth + several])
         if HEADS.heads.fullmatch(part):
             return path, True
@@ -301,7 +317,10 @@ class _Finder:
     def _found(self, keyword: str, pattern: str) -> list[nn.Parameter]:
         found = dict.fromkeys(self._names[name] for name in matching(pattern, self._names))
         if not found and not self._missing_ok:
-            raise ValueError(f"{keyword}={pattern!r} matches no parameter of the model{close(pattern, self._names)}")
+            raise ValueError(
+                f"{keyword}={pattern!r} matches no parameter of the model, which missing_ok=True allows"
+                f"{close(pattern, self._names)}"
+            )
         return list(found)
 
     def claims(self, keyword: str, patterns: str | Iterable[str]) -> dict[nn.Parameter, str]:
@@ -331,6 +350,9 @@ class _Finder:
         return {**self.first("split", {pattern: "auto" for pattern in split.keys() - said.keys()}), **found}
 
 
+_UNKNOWN = " of unknown class"
+
+
 def _judge(
     param: nn.Parameter, at: Sequence[Place], claims: Mapping[str, Mapping[nn.Parameter, str]], rules: Sequence[Rule]
 ) -> tuple[str, str]:
@@ -342,7 +364,8 @@ def _judge(
     if param.requires_grad:
         _check_whole(at[0])
         if not said:
-            kind = f"{_kind(param, at[0].flatten)} in {type(at[0].module).__name__}"
+            unknown = _UNKNOWN if any(map(is_unknown, at)) else ""
+            kind = f"{_kind(param, at[0].flatten)} in {class_of(at[0].module).__name__}{unknown}"
             otherwise = ("Muon", kind) if param.ndim > 1 else ("AdamW", "vector")
             held = ((rule.optimizer, rule.reason) for rule in rules if any(map(rule.holds, at)))
             said = [next(held, otherwise)]
@@ -359,9 +382,9 @@ def _check_whole(place: Place) -> None:
     if is_lazy(param):
         raise ValueError(f"{name} should have a size but is not made yet; run the model once before")
     check_whole(name, param)
-    if param.ndim < 2 and name.rpartition(".")[2] == "weight" and isinstance(place.module, _OF_MATRICES):
+    if param.ndim < 2 and name.rpartition(".")[2] == "weight" and issubclass(class_of(place.module), _OF_MATRICES):
         raise ValueError(
-            f"{name} should be a matrix, as the weight of {type(place.module).__name__} is, but has size "
+            f"{name} should be a matrix, as the weight of {class_of(place.module).__name__} is, but has size "
             f"{tuple(param.shape)}: {FLATTENED}"
         )
     if param.numel() == 0:
@@ -424,5 +447,5 @@ def _check_cuts(
         if all(assignment.optimizer == "AdamW" for assignment in found):
             raise ValueError(
                 f"split={pattern!r} should match a parameter that goes to Muon but matches only, of AdamW's: "
-                f"{', '.join(assignment.name for assignment in found)}"
+                f"{', '.join(assignment.name for assignment in found)}; missing_ok=True allows that"
             )

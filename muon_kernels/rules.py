@@ -18,16 +18,62 @@ It is data, to be read from top to bottom and to be extended:
 
 from __future__ import annotations
 
+import math
 import re
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from .layout import flattens
 from .split import blocks, equal, pieces, qkv
 
-__all__ = ["HEADS", "LAYERS", "ROUTER", "RULES", "Heads", "Layer", "Place", "Rule", "known_layers"]
+__all__ = [
+    "HEADS",
+    "LAYERS",
+    "ROUTER",
+    "RULES",
+    "Heads",
+    "Layer",
+    "Place",
+    "Rule",
+    "class_of",
+    "is_unknown",
+    "known_layers",
+]
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """The class of a module; of a script or a trace, which has another, the class of what it was made of.
+
+    Where nothing that has been imported is that class, one of its name alone, which inherits from none but nn.Module.
+    """
+    if not isinstance(module, torch.jit.ScriptModule):
+        return type(module)
+    path = _path(module)
+    return _imported(path) or type(path[-1], (nn.Module,), {})
+
+
+def _path(script: Any) -> list[str]:
+    """Module and name of the class that a script was made of, as in `__torch__.torch.nn.modules.sparse.Embedding`."""
+    parts = script._c._type().qualified_name().split(".")[1:]
+    return [part for part in parts if not part.startswith("___torch_mangle_")]
+
+
+def _imported(path: list[str]) -> type[nn.Module] | None:
+    found = getattr(sys.modules.get(".".join(path[:-1]) or "__main__"), path[-1], None)
+    return found if isinstance(found, type) and issubclass(found, nn.Module) else None
+
+
+def is_unknown(place: Place) -> bool:
+    """Whether a tool has taken from the layer of a parameter its class, or from a convolution what it does."""
+    module = place.module
+    if isinstance(module, torch.jit.ScriptModule):
+        return _imported(_path(module)) is None or (_convolves(place) and not hasattr(module, "groups"))
+    bare = type(module) is nn.Module and any(isinstance(layer, torch.fx.GraphModule) for layer in place.layers)
+    return bare or isinstance(module, torch.fx.GraphModule) or type(module).__module__.startswith("torch.export.")
 
 
 class Place(NamedTuple):
@@ -84,7 +130,9 @@ class Rule(NamedTuple):
         """Whether the rule is about this parameter."""
         return (
             (self.name is None or re.search(self.name, place.name) is not None)
-            and (self.layer is None or any(re.search(self.layer, cls.__name__) for cls in type(place.module).__mro__))
+            and (
+                self.layer is None or any(re.search(self.layer, cls.__name__) for cls in class_of(place.module).__mro__)
+            )
             and (self.when is None or self.when(place))
         )
 
@@ -103,20 +151,24 @@ def is_vector(place: Place) -> bool:
 
 def is_table(place: Place) -> bool:
     """Whether the parameter stands for itself: it is not the weight of a linear layer or a convolution."""
-    return place.leaf != "weight" or not any(_MULTIPLIES.search(cls.__name__) for cls in type(place.module).__mro__)
+    return place.leaf != "weight" or not any(_MULTIPLIES.search(cls.__name__) for cls in class_of(place.module).__mro__)
+
+
+def _convolves(place: Place, kinds: tuple[type[nn.Module], ...] = CONVOLUTIONS) -> bool:
+    return issubclass(class_of(place.module), kinds)
 
 
 def _is_depthwise(place: Place) -> bool:
-    module = place.module
-    return isinstance(module, CONVOLUTIONS) and 1 < module.groups == module.in_channels
+    module: Any = place.module
+    return _convolves(place) and 1 < getattr(module, "groups", 1) == module.in_channels  # a trace does not know them
 
 
 def _reads_pixels(place: Place) -> bool:
-    module = place.module
+    module: Any = place.module
     return (
-        isinstance(module, CONVOLUTIONS)
-        and not isinstance(module, _TRANSPOSED_CONVOLUTIONS)
-        and module.in_channels <= 4
+        _convolves(place)
+        and not _convolves(place, _TRANSPOSED_CONVOLUTIONS)
+        and getattr(module, "in_channels", math.inf) <= 4
         and module.groups == 1
         and max(module.kernel_size) > 1
     )
@@ -145,11 +197,11 @@ def _is_stack_of_vectors(place: Place) -> bool:
 
 
 def _is_batch_of_filters(place: Place) -> bool:
-    return place.param.ndim == 3 and not place.flatten and isinstance(place.module, CONVOLUTIONS)
+    return place.param.ndim == 3 and not place.flatten and _convolves(place)
 
 
 def _is_of_more_dimensions(place: Place) -> bool:
-    return place.param.ndim > 3 and place.flatten is None and not isinstance(place.module, CONVOLUTIONS)
+    return place.param.ndim > 3 and place.flatten is None and not _convolves(place)
 
 
 def _is_for_einsum(place: Place) -> bool:
@@ -482,7 +534,7 @@ def known_layers(place: Place) -> list[tuple[str | None, bool]]:
     for depth, module in enumerate(place.layers):
         weight = ".".join(parts[depth:])
         for layer in LAYERS:
-            if re.fullmatch(layer.weight, weight) and any(layer.names(cls) for cls in type(module).__mro__):
+            if re.fullmatch(layer.weight, weight) and any(layer.names(cls) for cls in class_of(module).__mro__):
                 found.append((_cut(layer, module, place), _lies_turned(layer, module)))
     return found
 

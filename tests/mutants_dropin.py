@@ -6,7 +6,7 @@ from functools import partial
 
 from planting import Mutant
 
-TESTS = ["tests/test_dropin.py"]
+TESTS = ["tests/test_dropin.py", "tests/test_bad_input.py"]
 
 
 def _fault(file: str, name: str, old: str, new: str, tests: str) -> Mutant:
@@ -18,8 +18,15 @@ _scaling = partial(_fault, "scaling.py")
 _both = partial(_fault, "muon_adamw.py")
 _step = partial(_fault, "functional.py")
 _muon = partial(_fault, "optimizer.py")
+_placed = partial(_fault, "distributed/placement.py")
 
 MUTANTS = [
+    _placed(
+        "anything is a process group",
+        "if not isinstance(process_group, dist.ProcessGroup):",
+        "if False:",
+        "no_process_group",
+    ),
     _options("dtypes stay in groups", 'return str(value).removeprefix("torch.")', "return value", "plain"),
     _options("numpy's numbers stay", "return value.tolist()", "return value", "plain or numbers"),
     _options("torch's name not written", 'group["adjust_lr_fn"] = "spectral_unclamped"', "pass", "spectral_by"),
@@ -38,7 +45,7 @@ MUTANTS = [
     ),
     _options("misspellings pass", "_CLOSE = 0.87", "_CLOSE = 0.9", "misspelt"),
     _options("keys of others are taken for misspellings", "_CLOSE = 0.87", "_CLOSE = 0.8", "keys_of_others"),
-    _options("a word more is a misspelling", ' and f"_{near[0]}_" not in f"_{key}_"', "", "keys_of_others"),
+    _options("a word more is a misspelling", ' and f"_{near}_" not in f"_{key}_"', "", "keys_of_others"),
     _both(
         "momentum in every group",
         '            del param_group["momentum"]  # which',

@@ -9,9 +9,46 @@ TESTS = ["tests/test_packed.py"]
 PACKED, FUNCTIONAL, OPTIMIZER = "muon_kernels/packed.py", "muon_kernels/functional.py", "muon_kernels/optimizer.py"
 PLAN, OPTIONS = "muon_kernels/plan.py", "muon_kernels/options.py"
 EIGHT, MASTERS = "eager and (eight or nan)", "halves or (eager and (masters or parameters_written))"
+CHANGING = "eager and changing"
 CHECKPOINT, PLANNED = "another_precision or (eager and (resumes or fit or changing))", "eager and (plan_and or a_piece)"
 
 MUTANTS = [
+    Mutant("not converted", "elif (buffer.dtype == torch.int8) != wants_int8:", "elif False:", CHANGING, OPTIMIZER),
+    Mutant(
+        "scale of a momentum that is none",
+        "self.state[p].pop(key, None)",
+        "pass",
+        CHANGING,
+        OPTIMIZER,
+    ),
+    Mutant(
+        "converted unseen",
+        "    check_momentum(buffer, p)\n    if buffer",
+        "    if buffer",
+        CHECKPOINT,
+        OPTIMIZER,
+    ),
+    Mutant(
+        "scale converted unseen",
+        '    check_momentum_scale("momentum_scale", scale, p, flatten, split)\n    numbers',
+        "    numbers",
+        CHANGING,
+        OPTIMIZER,
+    ),
+    Mutant(
+        "converted along columns",
+        "order = tuple(range(1, given.ndim))",
+        "order = tuple(reversed(range(1, given.ndim)))",
+        CHANGING,
+        PACKED,
+    ),
+    Mutant(
+        "converted to fp32",
+        "numbers = torch.empty_like(p, dtype=dtype,",
+        "numbers = torch.empty_like(p, dtype=torch.float32,",
+        CHANGING,
+        OPTIMIZER,
+    ),
     Mutant("blocks rounded down", "return -(-elements // BLOCK)", "return max(elements // BLOCK, 1)", EIGHT, PACKED),
     Mutant("the last block forgotten", "    if x.shape[1] % BLOCK:\n", "    if False:\n", EIGHT, PACKED),
     Mutant(
@@ -166,7 +203,7 @@ MUTANTS = [
     ),
     Mutant(
         "another precision of the momentum",
-        'for key, packed, without in (("momentum_dtype", torch.int8, None), ("master_weights", True, False)):',
+        'for key, packed, without in (("momentum_dtype", "int8", None), ("master_weights", True, False)):',
         'for key, packed, without in (("master_weights", True, False),):',
         CHECKPOINT,
         OPTIMIZER,

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from muon_kernels import Muon, MuonAdamW, backends, orthogonalize
+from muon_kernels import Muon, MuonAdamW, SpectralMomentum, backends, orthogonalize
 from muon_kernels.backends import cpu
+from muon_kernels.distributed import ZeroMuon
 from muon_kernels.functional import prepare
 from muon_kernels.plan import plan_for_shapes
 
@@ -256,6 +258,22 @@ def test_sparse_gradient(backend: str, at: int) -> None:
     with pytest.raises(TypeError, match=r"gradient should be dense, not sparse, but has layout: torch\.sparse_coo"):
         optimizer.step()
     before.check()
+
+
+@pytest.mark.parametrize("group", [True, "gloo", dist.GroupMember.NON_GROUP_MEMBER, object], ids=repr)
+def test_what_is_no_process_group(group: Any) -> None:
+    """A rank that a new group leaves out gets torch's number for it in the place of a group."""
+    params = parameters()
+    for act in (
+        lambda: Muon(params, process_group=group),
+        lambda: SpectralMomentum(params, process_group=group),
+        lambda: MuonAdamW([{"params": params, "use_muon": True}], muon_options={"process_group": group}),
+        lambda: ZeroMuon(params, process_group=group),
+    ):
+        with pytest.raises(
+            TypeError, match=rf"should be a torch\.distributed\.ProcessGroup .* is: {re.escape(repr(group))}$"
+        ):
+            act()
 
 
 SETTLED: dict[str, Any] = {"ns_coefficients": "keller", "ns_steps": 5, "adjust_lr_fn": None}

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from muon_kernels import Muon, MuonAdamW, SpectralMomentum, backends, memory, packed
 from muon_kernels.coefficients import resolve
+from muon_kernels.functional import prepare
 from muon_kernels.packed import BLOCK, Halves, Quantized
 from muon_kernels.plan import Bucket, plan_bucket
 from muon_kernels.split import blocks, equal, heads, pieces, qkv
@@ -175,7 +176,8 @@ CUTS: dict[str, tuple[tuple[int, ...], bool | None, str]] = {
 
 @pytest.mark.parametrize("case", CUTS)
 @pytest.mark.parametrize("transposed", [False, True])
-def test_eight_bits_of_parts(backend: str, case: str, transposed: bool) -> None:
+@pytest.mark.parametrize("dtypes", [["int8"] * 2, [None, "int8", None]], ids=["eight bits", "changing"])
+def test_eight_bits_of_parts(backend: str, case: str, transposed: bool, dtypes: list[str | None]) -> None:
     """As if every part were a parameter, whose momentum lies where it is and whose scales follow one another."""
     shape, flatten, split = CUTS[case]
     cut = pieces(shape, flatten, split)
@@ -194,10 +196,11 @@ def test_eight_bits_of_parts(backend: str, case: str, transposed: bool) -> None:
             found.append(torch.stack([x.flatten(1) if flat else x for x in own], -3))
         return [x.reshape(-1, *x.shape[-2:]) for x in found]
 
-    whole = Muon([p], flatten=flatten, split=split, backend=backend, **EIGHT)
+    whole = Muon([p], flatten=flatten, split=split, backend=backend)
     alone = [nn.Parameter(x.detach().clone()) for x in parts(p)]
-    apart = Muon(alone, backend=backend, **EIGHT)
-    for t in range(2):
+    apart = Muon(alone, backend=backend)
+    for t, dtype in enumerate(dtypes):
+        whole.param_groups[0]["momentum_dtype"] = apart.param_groups[0]["momentum_dtype"] = dtype
         feed([p], t)
         assert p.grad is not None
         for x, g in zip(alone, parts(p.grad), strict=True):
@@ -205,10 +208,16 @@ def test_eight_bits_of_parts(backend: str, case: str, transposed: bool) -> None:
         whole.step()
         apart.step()
         state = whole.state[p]
+        if dtype is None:  # columns of what is flattened are ordered as memory runs
+            for x, own in zip(alone, parts(p.detach()), strict=True):
+                torch.testing.assert_close(x.detach(), own, rtol=0, atol=1e-2)
+                x.data.copy_(own)
         assert all(map(torch.equal, parts(p), alone))
         buffers = [apart.state[x]["momentum_buffer"] for x in alone]
         assert all(map(torch.equal, parts(state["momentum_buffer"]), buffers))
-        assert torch.equal(state["momentum_scale"], torch.cat([apart.state[x]["momentum_scale"] for x in alone]))
+        assert ("momentum_scale" in state) == (dtype is not None)
+        if dtype:
+            assert torch.equal(state["momentum_scale"], torch.cat([apart.state[x]["momentum_scale"] for x in alone]))
 
 
 def test_nan_stays_in_its_matrix(backend: str) -> None:
@@ -224,23 +233,71 @@ def test_nan_stays_in_its_matrix(backend: str) -> None:
     assert optimizer.state[params[0]]["momentum_buffer"][1, 2, 3] == -128
 
 
-def test_eight_bits_and_others_in_one_group(backend: str) -> None:
-    """A momentum that is there stays as it is; others begin with the option."""
-    params, twins = parameters(names=["wide", "tall", "wide"]), parameters(names=["wide", "tall", "wide"])
-    mixed = Muon(params, backend=backend)
-    full, eight = Muon(twins[:1], backend=backend), Muon(twins[1:], backend=backend, **EIGHT)
-    for t in range(3):
-        feed(params, t)
-        feed(twins, t)
-        if t == 0:
-            for p in (*params[1:], *twins[1:]):
-                p.grad = None
-        else:
-            mixed.param_groups[0].update(EIGHT)
-        for optimizer in (mixed, full, eight):
-            optimizer.step()
-    assert [mixed.state[p]["momentum_buffer"].dtype for p in params] == [torch.float32, torch.int8, torch.int8]
-    assert all(map(torch.equal, params, twins))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_changing_to_eight_bits_and_back(backend: str, dtype: torch.dtype) -> None:
+    """A momentum that is there is converted by the next step with a gradient, one that is not begins so."""
+    params, twins = parameters(dtype), parameters(dtype)
+    optimizer, other = Muon(params, backend=backend), Muon(twins, backend=backend)
+
+    def both_train(t: int, without: int | None = None) -> None:
+        for own in (params, twins):
+            feed(own, t)
+            if without is not None:
+                own[without].grad = None
+        optimizer.step()
+        other.step()
+        assert all(map(torch.equal, params, twins))
+
+    both_train(0, without=1)
+    optimizer.param_groups[0].update(EIGHT)
+    other.param_groups[0].update(EIGHT)
+    for q in (twins[0], *twins[3:]):
+        state = other.state[q]
+        state["momentum_buffer"], state["momentum_scale"] = quantized(state["momentum_buffer"].float())
+    both_train(1, without=2)
+    held = {name: set(optimizer.state[p]) for name, p in zip(MAKERS, params, strict=True)}
+    assert held.pop("transposed") == {"momentum_buffer"}
+    assert set(map(frozenset, held.values())) == {frozenset(("momentum_buffer", "momentum_scale"))}
+    # What waits for its gradient is loaded as it is.
+    again = Muon(params, backend=backend, **EIGHT)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert same(again.state_dict(), optimizer.state_dict())
+    for each in (optimizer, other):
+        each.param_groups[0]["momentum_dtype"] = None
+    for q in twins:
+        state = other.state[q]
+        if "momentum_scale" in state:
+            numbers = dequantized(state["momentum_buffer"], state.pop("momentum_scale"))
+            state["momentum_buffer"] = torch.empty_like(q).copy_(numbers)
+    both_train(2)
+    assert {(*state, t.dtype) for state in optimizer.state.values() for t in state.values()} == {
+        ("momentum_buffer", dtype)
+    }
+
+
+def test_changing_to_eight_bits_and_failing(backend: str) -> None:
+    """State is converted when the step is sure; `init_state` does it without one."""
+    params = parameters(names=["wide", "tall"])
+    train(optimizer := Muon(params, backend=backend), params, 0, 1)
+    optimizer.param_groups[0].update(EIGHT)
+    before = snapshot(optimizer, params)
+    optimizer.plan()
+    assert same(before, snapshot(optimizer, params))
+    kept = optimizer.state[params[1]].pop("momentum_buffer")
+    optimizer.state[params[1]]["momentum_buffer"] = kept[1:]
+    before = snapshot(optimizer, params)
+    with pytest.raises(ValueError, match="momentum_buffer should have the parameter's size"):
+        optimizer.step()
+    assert same(before, snapshot(optimizer, params))
+    optimizer.state[params[1]]["momentum_buffer"] = kept
+    optimizer.init_state()
+    for state, numbers in zip(optimizer.state.values(), (before[1]["state"][0]["momentum_buffer"], kept), strict=True):
+        codes, scale = quantized(numbers)
+        assert same(state, {"momentum_buffer": codes, "momentum_scale": scale})
+    del optimizer.state[params[0]]["momentum_scale"]
+    optimizer.param_groups[0]["momentum_dtype"] = None
+    with pytest.raises(ValueError, match="momentum_scale should be in the state beside a momentum_buffer of int8"):
+        optimizer.step()
 
 
 # ---- fp32 masters ----
@@ -466,10 +523,11 @@ def test_changing_over(backend: str) -> None:
     optimizer = fp32(params, backend)
     optimizer.load_state_dict(saved.state_dict())
     optimizer.param_groups[0].update({**EIGHT, **MASTER})
-    for state in optimizer.state.values():
-        del state["momentum_buffer"]
     fresh = [nn.Parameter(p.detach().clone()) for p in params]
     other = both(fresh, backend)
+    for p, q in zip(params, fresh, strict=True):
+        codes, scale = quantized(saved.state[p]["momentum_buffer"].float())
+        other.state[q].update(momentum_buffer=codes, momentum_scale=scale)
     train(optimizer, params, 2, 4)
     train(other, fresh, 2, 4)
     assert all(map(torch.equal, params, fresh))
@@ -570,13 +628,9 @@ def test_what_is_not_bf16_has_no_other_half() -> None:
 
 
 def test_power_one_refuses_a_momentum_of_eight_bits(backend: str) -> None:
-    params = parameters(names=["wide"])
-    train(optimizer := Muon(params, backend=backend, **EIGHT), params, 0, 1)
-    optimizer.param_groups[0].update(power=1.0, momentum_dtype=None)
-    before = snapshot(optimizer, params)
+    p, codes = parameters(names=["wide"])[0], torch.zeros(70, 90, dtype=torch.int8)
     with pytest.raises(ValueError, match="momentum_buffer should be floating-point where power is 1"):
-        optimizer.step()
-    assert same(before, snapshot(optimizer, params))
+        prepare([p], [torch.ones_like(p)], [codes], power=1.0, adjust_lr_fn=None, backend=backend)
 
 
 def test_a_failed_step_changes_nothing(backend: str) -> None:

@@ -1,9 +1,11 @@
 """Which parameter goes to which optimizer, and that the groups work with torch's optimizers."""
 
 import copy
+import io
 import pickle
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -519,6 +521,103 @@ def test_what_has_no_size() -> None:
     assert ours.filename == __file__ and went(groups)["weight"][0] == "Muon"
 
 
+# ------------------------------------------------------------------------------------------------ classes that are lost
+
+
+class Words(nn.Embedding):
+    """By no name an embedding."""
+
+
+class Scripted(nn.Module):
+    def __init__(self, words: type[nn.Embedding] = Words, groups: int = 4) -> None:
+        super().__init__()
+        self.words = words(4, 8)
+        self.mix = nn.Conv2d(4, 4, 3, padding=1, groups=groups)
+        self.sound = nn.Conv1d(8, 8, 1)
+        self.grow = nn.ConvTranspose2d(4, 4, 1)
+        self.score = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 4)])
+        self.fc1 = nn.Linear(8, 8, bias=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.fc1(self.words(tokens))
+        x = self.sound(self.grow(self.mix(x))[0].mT).mT
+        for layer in self.score:
+            x = layer(x[..., :8])
+        return x
+
+
+TOKENS = torch.zeros(4, 8, dtype=torch.int64)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripts_are_judged_as_what_they_were_made_of() -> None:
+    expected = went(param_groups(Scripted(), split="auto"))
+    assert expected["words.weight"] == ("AdamW", "embedding") and expected["mix.weight"][1] == "depthwise convolution"
+    assert expected["grow.weight"] == ("Muon", "flattened to a matrix in ConvTranspose2d, transposed")
+    scripted = torch.jit.script(Scripted())
+    torch.jit.save(scripted, file := io.BytesIO())
+    file.seek(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for model in (scripted, torch.jit.load(file)):
+            assert went(param_groups(model, split="auto")) == expected
+        traced = went(param_groups(torch.jit.trace(Scripted(), TOKENS), adamw="mix.weight", muon="grow.weight"))
+    assert {name for name in expected if traced[name] != expected[name]} == {"mix.weight", "grow.weight"}
+
+
+def local() -> type[nn.Embedding]:
+    """A class that no import finds."""
+
+    class Own(nn.Embedding):
+        pass
+
+    return Own
+
+
+def exported() -> nn.Module:
+    module: nn.Module = torch.export.export(Scripted(), (TOKENS,)).module()
+    return module
+
+
+LOST: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "trace": (lambda: torch.jit.trace(Scripted(), TOKENS), "mix.weight, grow.weight"),
+    "script": (lambda: torch.jit.script(Scripted(local())), "words.weight"),
+    "export": (exported, "words.weight, score.0.weight, fc1.weight"),
+    "unflattened": (
+        lambda: torch.export.unflatten(torch.export.export(Scripted(), (TOKENS,))),
+        "words.weight, score.0.weight, fc1.weight",
+    ),
+    "of many layers": (
+        lambda: torch.export.export(linears(*[(8, 8)] * 4), (torch.ones(8),)).module(),
+        "0.weight, 1.weight, 2.weight, ...",
+    ),
+    "fx": (lambda: torch.fx.symbolic_trace(Scripted()), "words.weight"),
+    "of one layer": (lambda: torch.export.export(Words(4, 8), (TOKENS,)).module(), "weight"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("how", LOST)
+def test_layers_that_have_lost_their_classes(how: str) -> None:
+    make, names = LOST[how]
+    model = make()
+    with pytest.warns(
+        UserWarning, match=rf"layers have lost the classes .* leave them: {re.escape(names)}; call param_groups"
+    ) as caught:
+        groups = param_groups(model)
+    (ours,) = (warning for warning in caught if "lost the classes" in str(warning.message))
+    assert ours.filename == __file__
+    lost = [name for name, (_, reason) in went(groups).items() if " of unknown class" in reason]
+    assert ", ".join([*lost[:3], *["..."] * (len(lost) > 3)]) == names
+    # Who says where they go has no need of the warning.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        param_groups(model, muon=lost[1:], adamw=lost[:1])
+        for p in model.parameters():
+            p.requires_grad_(False)
+        param_groups(model)
+
+
 # ------------------------------------------------------------------------------------------------ what layers hold
 
 
@@ -747,7 +846,8 @@ def test_patterns_that_a_stage_lacks(options: dict[str, Any]) -> None:
     """The first stage of a pipeline has an embedding and a norm, and the patterns are for the whole model."""
     stage = nn.ModuleDict({"tokens": nn.Embedding(8, 8), "norm": nn.LayerNorm(8)})
     with pytest.raises(
-        ValueError, match=r"matches no parameter of the model|should match a parameter that goes to Muon"
+        ValueError,
+        match=r"matches no parameter of the model, which missing_ok=True allows|goes to Muon .*; missing_ok=True",
     ):
         param_groups(stage, **options)
     groups = param_groups(stage, missing_ok=True, **options)
@@ -847,3 +947,40 @@ def test_options_that_are_no_options(key: str) -> None:
         param_groups(model, muon_options={key: []})
     with pytest.raises(TypeError, match="adamw_options should be a mapping of options but is: 3"):
         param_groups(model, adamw_options=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"adamw_options": {"lr": 0.1, "ns_steps": 5}},
+            r"options of AdamW but have 'ns_steps'; it is Muon's: put it into muon_options$",
+        ),
+        ({"muon_options": {"amsgrad": True}}, r"of Muon but have 'amsgrad'; it is AdamW's: put it into adamw_options$"),
+        ({"adamw_options": {"beta2": 0.9}}, r"it is Muon's: put it into muon_options, or did you mean 'betas'\?"),
+        ({"muon_options": {"momentun": 0.9}}, r"options of Muon but have 'momentun'; did you mean 'momentum'\?"),
+        ({"adamw_options": {"wd": 0.0}}, r"options of AdamW but have 'wd'; did you mean 'weight_decay'\?"),
+        ({"muon_options": {"name": "hidden"}}, r"have 'name'; put a key of your own into the groups that you get"),
+        (
+            {"muon_options": {"process_group": None}},
+            r"'process_group' is for a whole optimizer: give it to Muon, or in",
+        ),
+    ],
+    ids=str,
+)
+def test_options_of_the_other_half(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        param_groups(LanguageModel(), **options)
+
+
+def test_every_option_of_a_group_is_one_here() -> None:
+    """What either optimizer writes into its groups may be said of them before."""
+    model = LanguageModel()
+    own = {"params", "param_names", "use_muon", "decoupled_weight_decay"}
+    muon, adamw = (
+        {key: v for key, v in g.items() if key not in own} for g in MuonAdamW(param_groups(model)).param_groups
+    )
+    again = MuonAdamW(param_groups(model, muon_options=muon, adamw_options=adamw))
+    assert [group.keys() for group in again.param_groups] == [
+        g.keys() for g in MuonAdamW(param_groups(model)).param_groups
+    ]

@@ -635,7 +635,7 @@ def test_tied_and_frozen_parameters() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "sentence"),
     [
-        ({"split": {"*.qvk.weight": heads(9)}}, ValueError, "matches no parameter of the model; did you mean layers"),
+        ({"split": {"*.qvk.weight": heads(9)}}, ValueError, "which missing_ok=True allows; did you mean layers"),
         ({"split": {"*.qkv.*": heads(9), "*.weight": equal(2)}}, ValueError, "layers.0.qkv.weight is claimed by both"),
         ({"split": {"tokens.*": equal(2)}}, ValueError, "of AdamW's: tokens.weight"),
         ({"split": {"*.bias": equal(2)}}, ValueError, "should match a parameter that goes to Muon but"),
@@ -643,7 +643,7 @@ def test_tied_and_frozen_parameters() -> None:
         ({"split": {"*.qkv.*": "thirds"}}, ValueError, "split should be what muon_kernels.split's"),
         ({"split": heads(9)}, TypeError, r"split should be a mapping of patterns to cuts but is: 'heads\(9\)'"),
         ({"split": CUTS, "muon_options": {"split": CUTS}}, ValueError, "should be given once but is in muon_options"),
-        ({"muon": "*.qvk.weight"}, ValueError, "matches no parameter of the model; did you mean layers"),
+        ({"muon": "*.qvk.weight"}, ValueError, "which missing_ok=True allows; did you mean layers"),
     ],
     ids=str,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
@@ -83,6 +83,20 @@ class Team:
     def rank(self) -> int:
         """This one's number among them."""
         return self.replica * self.shard_count + self.shard
+
+
+def team_of(process_group: Any) -> Team:
+    """The team of ranks that have the same plain tensors.
+
+    Raises:
+        TypeError: it is no process group, or one that this rank is not in.
+    """
+    if not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(
+            "process_group should be a torch.distributed.ProcessGroup that this rank is in, such as "
+            f"torch.distributed.group.WORLD or a mesh's get_group(), but is: {process_group!r}"
+        )
+    return Team(None, process_group)
 
 
 class Placement(NamedTuple):

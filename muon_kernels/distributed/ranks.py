@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 
 from . import consensus
 from .deal import deal
-from .placement import Placement, Team, Teams, any_dtensor, is_dtensor, placement_of, replicated
+from .placement import Placement, Team, Teams, any_dtensor, is_dtensor, placement_of, replicated, team_of
 
 
 class Ranks:
@@ -25,7 +25,7 @@ class Ranks:
         """`process_group`: of ranks that have the same plain tensors; see `Muon`."""
         self.placements: dict[Tensor, Placement] = {}
         self.teams: dict[Team, list[Tensor]] = {}
-        self._copies = None if process_group is None else Team(None, process_group)
+        self._copies = None if process_group is None else team_of(process_group)
         self._teams = Teams()
         self._flatten: dict[Tensor, bool | None] = {}  # as DTensors were seen
         self._loads = [0] * (0 if self._copies is None else self._copies.ranks)

@@ -45,7 +45,7 @@ from ..plan import plan_for_shapes
 from ..scaling import lr_ratio, rule_of
 from . import consensus
 from .exchange import Failed, Pending, gather
-from .placement import Range, Team, is_dtensor, local, replicated
+from .placement import Range, is_dtensor, local, replicated, team_of
 
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -175,8 +175,8 @@ class ZeroMuon(Optimizer):
         group = process_group if process_group is not None else dist.group.WORLD
         if group is None:
             raise ValueError("process_group should be one, or torch.distributed initialized before, but is: None")
+        self._team = team_of(group)
         self._group: dist.ProcessGroup = group
-        self._team = Team(None, group)
         self._flats: list[Flat] = []
         self._steps = 0
         if ns_steps is NS_STEPS:  # a checkpoint must hold a plain number
