@@ -38,6 +38,7 @@ class Mutant(NamedTuple):
 PRODUCTS = 'tests/test_products.py -k "cpu-"'
 AVX2 = 'tests/test_products.py -k "cpu-avx2"'
 AVX512 = 'tests/test_products.py -k "cpu-avx512 and not bf16"'
+AMX = 'tests/test_products.py -k "cpu-amx"'
 AVX512BF16 = 'tests/test_products.py -k "cpu-avx512bf16"'
 FLOATS = 'tests/test_products.py -k "cpu-avx2 or (cpu-avx512 and not bf16)"'
 ELEMENTWISE = 'tests/test_elementwise.py -k "cpu-"'
@@ -45,11 +46,11 @@ MEMORY = 'tests/test_elementwise.py -k "memory"'
 BATCH = 'tests/test_newton_schulz.py -k "batch and cpu-"'
 ITERATION = 'tests/test_newton_schulz.py -k "cpu- and (keller or aol or deepseek)"'
 COEFFICIENTS = "tests/test_coefficients.py"
-SPLIT = 'tests/test_split.py -k "native or not cpu"'
+SPLIT = 'tests/test_split.py -k "cpu- or not cpu"'
 
 PRODUCT_H, ELEMENTWISE_H = "csrc/cpu/product.h", "csrc/cpu/elementwise.h"
 PAIRS_H, FLOATS_H, AVX512_H = "csrc/cpu/pairs.h", "csrc/cpu/floats.h", "csrc/cpu/avx512.h"
-AVX512BF16_CPP = "csrc/cpu/kernels_avx512bf16.cpp"
+AVX512BF16_H, TILES_H, AMX_CPP = "csrc/cpu/avx512bf16.h", "csrc/cpu/tiles.h", "csrc/cpu/kernels_amx.cpp"
 TRANSPOSE_H, DISPATCH, PARALLEL = "csrc/cpu/transpose.h", "csrc/cpu/dispatch.cpp", "csrc/cpu/parallel.cpp"
 NATIVE_PY, NEWTON_SCHULZ = "muon_kernels/backends/native.py", "muon_kernels/newton_schulz.py"
 OPTIMIZER, MOMENT, SCALING = "muon_kernels/optimizer.py", "muon_kernels/second_moment.py", "muon_kernels/scaling.py"
@@ -75,7 +76,7 @@ def _elementwise(name: str, old: str, new: str) -> Mutant:
 
 
 def _relatives(name: str, old: str, new: str) -> Mutant:
-    return Mutant(name, ELEMENTWISE_H, old, new, 'tests/test_relatives.py -k "native and (everybodys or cautious)"')
+    return Mutant(name, ELEMENTWISE_H, old, new, 'tests/test_relatives.py -k "cpu- and (everybodys or cautious)"')
 
 
 MUTANTS = [
@@ -84,7 +85,7 @@ MUTANTS = [
     _pairs(
         "odd k: neighbour read", "(r % 3) * a_stride], 0};", "(r % 3) * a_stride], row[r / 3][(r % 3) * a_stride + 1]};"
     ),
-    _product("chunks of k: not accumulated", "tile, sums_stride, k0 > 0);", "tile, sums_stride, false);"),
+    _product("chunks of k: not accumulated", "sums_stride, k0 + q > 0);", "sums_stride, q > 0);"),
     _product("chunks of k: every second one skipped", "k0 < k; k0 += M::kBlockK)", "k0 < k; k0 += 2 * M::kBlockK)"),
     _floats("floats: every row is the first", "I::broadcast(a[r])", "I::broadcast(a[0])"),
     _floats(
@@ -92,16 +93,44 @@ MUTANTS = [
         "q < k; ++q) {\n            typename I::Acc b[V]",
         "q < k - 1; ++q) {\n            typename I::Acc b[V]",
     ),
+    *[
+        Mutant(f"tiles: {name}", file, old, new, AMX)
+        for file, name, old, new in [
+            (TILES_H, "second sixteen rows a row early", "a + kTile * a_stride;", "a + (kTile - 1) * a_stride;"),
+            (TILES_H, "second sixteen columns again the first", "load_tile<7>(panel + kTile,", "load_tile<7>(panel,"),
+            (TILES_H, "a product added to another's sums", "multiply_tiles<2, 5, 6>", "multiply_tiles<1, 5, 6>"),
+            (TILES_H, "ragged rows read in place", "if (rows % kTile == 0 && k % kDeep == 0)", "if (k % kDeep == 0)"),
+            (TILES_H, "ragged k read in place", "if (rows % kTile == 0 && k % kDeep == 0)", "if (rows % kTile == 0)"),
+            (TILES_H, "copy without its zeros", "std::fill(room + count, room + deep, 0);", ""),
+            (TILES_H, "sums not loaded", "if (accumulate) {", "if (false) {"),
+            (TILES_H, "one line of tiles where there are two", "if (rows > kTile)", "if (rows > kTile + 15)"),
+            (AMX_CPP, "a row too few", "rows[16] = {16,", "rows[16] = {15,"),
+            (AMX_CPP, "not configured", 'asm volatile("ldtilecfg %0" ::"m"(config));', ""),
+            (PRODUCT_H, "a step of k met with the first's panel", "+ full * M::column(q);", ";"),
+            (
+                PRODUCT_H,
+                "every second step of k skipped",
+                "q < depth; q += M::kStepK)",
+                "q < depth; q += 2 * M::kStepK)",
+            ),
+            (
+                AVX512BF16_H,
+                "no zeros below the last pair",
+                "q < std::min<int64_t>(16, pairs)",
+                "q < std::min<int64_t>(16, (k + 1) / 2)",
+            ),
+        ]
+    ],
     # Packing.
     _pairs("pack: beyond the last row read", "2 * q + 1 < b.k ? even + b.stride : nullptr", "even + b.stride"),
     _pairs("pack: ragged columns lose one", "std::max<int64_t>(count, 0)", "std::max<int64_t>(count - 1, 0)"),
     _pairs("pack: second vector of a panel is the first", "packed + j * pairs + c, width", "packed + j * pairs, width"),
     *[
-        Mutant(name, AVX512BF16_CPP, old, new, AVX512BF16)
+        Mutant(name, AVX512BF16_H, old, new, AVX512BF16)
         for name, old, new in [
             ("pack: beyond the last line read", "i < lines ?", "true ?"),
             ("pack: beyond the last of k read", "deep = k < 32 ? (1u << k) - 1 : 0xffffffff", "deep = 0xffffffff"),
-            ("pack: last pair of k lost", "(16, (k + 1) / 2)", "(16, k / 2)"),
+            ("pack: last pair of k lost", "(16, pairs)", "(16, k / 2)"),
             ("pack: ragged rows are whole", "first(count), odd)", "0xffff, odd)"),
             ("few rows: beyond the last of k read", "deep = k - q < 32 ? (1u << (k - q)) - 1 :", "deep = false ? 0 :"),
             ("few rows: half of the lanes", "add(_mm512_unpacklo_ps(a, b),", "add(_mm512_setzero_ps(),"),
@@ -214,7 +243,7 @@ MUTANTS = [
     Mutant("mirror: ragged block", TRANSPOSE_H, "a[i * stride + j] = a[j * stride + i];", ";", PRODUCTS),
     Mutant(
         "avx512: pairs swapped",
-        "csrc/cpu/kernels_avx512bf16.cpp",
+        AVX512BF16_H,
         "0x100000, 0x110001,",
         "0x000010, 0x110001,",
         AVX512BF16,
