@@ -333,7 +333,7 @@ def miss_memory(isa: str) -> None:
     """Products whose sums take 64 MiB a thread; of their operands, which nobody reads, hardly a page exists."""
     slots, count = 2, 5
     A, B, out = (
-        torch.empty(slots, *shape, dtype=torch.bfloat16) for shape in ((1 << 16, 1100), (1100, 8), (1 << 16, 8))
+        torch.empty(slots, *shape, dtype=torch.bfloat16) for shape in ((1 << 16, 2100), (2100, 8), (1 << 16, 8))
     )
     out[:, ::4096] = 1.0
     grads, momenta, params = ([random((8, 9), "contiguous", torch.float32) for _ in range(count)] for _ in range(3))

@@ -277,7 +277,8 @@ def test_largest_logits_inside_a_compiled_model(causal: bool) -> None:
         return max_logits(q, k, causal=causal, max_workspace_bytes=2000), (q * q).sum()
 
     found, loss = forward(q.requires_grad_(), k)
-    assert found.equal(max_logits(q, k, causal=causal)) and not found.requires_grad
+    same_blocks = max_logits(q, k, causal=causal, max_workspace_bytes=2000)  # of others, sums in another order
+    assert found.equal(same_blocks) and not found.requires_grad
     loss.backward()
 
 
