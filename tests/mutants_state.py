@@ -166,7 +166,7 @@ MUTANTS = [
     ),
     Mutant(
         "another precision of the momentum",
-        'for key, packed, without in (("momentum_dtype", torch.int8, None), ("master_weights", True, False)):',
+        'for key, packed, without in (("momentum_dtype", "int8", None), ("master_weights", True, False)):',
         'for key, packed, without in (("master_weights", True, False),):',
         CHECKPOINT,
         OPTIMIZER,
@@ -181,8 +181,8 @@ MUTANTS = [
     ),
     Mutant(
         "scale of a checkpoint not looked at",
-        'if "momentum_buffer" in state and state["momentum_buffer"].dtype == torch.int8:',
-        "if False:",
+        "                    if is_packed:\n",
+        "                    if False:\n",
         CHECKPOINT,
         OPTIMIZER,
     ),
