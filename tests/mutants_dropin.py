@@ -91,8 +91,8 @@ MUTANTS = [
     ),
     _step(
         "transposed of the first group",
-        "**{key: [group[key] for group in groups] for key in _OF_PARAMETERS}",
-        "**{key: groups[0][key] for key in _OF_PARAMETERS}",
+        "[_of_parameters(group, key) for group in groups]",
+        "[_of_parameters(group, key) for group in groups[:1]]",
         "options_change",
     ),
     _step("groups alike but for the momentum's dtype", ', "momentum_dtype")\n', ",)\n", "alike"),

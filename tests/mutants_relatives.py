@@ -159,7 +159,9 @@ MUTANTS = [
     # Options that do not go together.
     _options("second moment of SGD", "    if form is not None:\n", "    if False:\n"),
     _options(
-        "signs of SGD", '("cautious", "sign_momentum", "stochastic_rounding")', '("cautious", "stochastic_rounding")'
+        "signs of SGD",
+        '("cautious", "sign_momentum", "stochastic_rounding", "master',
+        '("cautious", "stochastic_rounding", "master',
     ),
     _options("no check at all", "    if power != 1:\n", "    if True:\n"),
     # QK-Clip and spectra, beside those of mutants_beside.py.

@@ -218,8 +218,8 @@ MUTANTS = [
     ),
     Mutant(
         "scale of a checkpoint not looked at",
-        'if "momentum_buffer" in state and state["momentum_buffer"].dtype == torch.int8:',
-        "if False:",
+        "                    if is_packed:\n",
+        "                    if False:\n",
         CHECKPOINT,
         OPTIMIZER,
     ),

@@ -154,8 +154,8 @@ MUTANTS = [
     ),
     Mutant(
         "plan leaves out what is shared",
-        "works += [work for shared in exchanges",
-        "works = [*works] or [work for shared in exchanges[:0]",
+        "*(work for work in together if work.bucket.slots)",
+        "*()",
         "counted and 2-None",
         "muon_kernels/functional.py",
     ),
