@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from numbers import Real
 from typing import Any, cast, overload
 
 import torch
@@ -143,7 +144,8 @@ class Muon(Optimizer):
             Above 0, `ns_coefficients`, `ns_steps` and `eps` are not used, and the update scales with the direction^p.
         weight_decay_form: what of W decays in a step: "decoupled" lr·weight_decay; "independent" weight_decay, whatever
             lr above 0 is; "scheduled" lr·weight_decay·lr/peak_lr, AdamC's and MuonC's (arXiv 2506.02285).
-        peak_lr: the largest `lr` of the schedule, for "scheduled"; None: the one that the group begins with.
+        peak_lr: the largest `lr` of the schedule, for "scheduled"; None: the one that the group begins with. The
+            `max_lr` that OneCycleLR writes into a group counts in its place where it is larger.
         cautious: decay only elements that the update moves towards zero, or not at all (arXiv 2510.12402).
         stochastic_rounding: round parameters, which must be bf16 then, up or down with the probabilities that make the
             mean exact. The same steps, from a checkpoint or not, have the same random bits, on every backend.
@@ -742,17 +744,32 @@ def _check_precision(own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
             )
 
 
+def _one_cycle(group: Mapping[str, Any]) -> float | None:
+    """The largest lr of the schedule as OneCycleLR writes it into a group; it makes `initial_lr` small."""
+    largest = group.get("max_lr")
+    return float(largest) if isinstance(largest, Real) else None
+
+
 def _set_peak_lr(group: dict[str, Any]) -> None:
     if group["peak_lr"] is None:
         lr = group.get("initial_lr", group["lr"])  # a scheduler may have lowered lr to warm up
-        group["peak_lr"] = lr.clone() if isinstance(lr, Tensor) else lr
+        largest = _one_cycle(group)
+        group["peak_lr"] = largest if largest is not None else lr.clone() if isinstance(lr, Tensor) else lr
+
+
+def _peak_lr(group: Mapping[str, Any]) -> float | Tensor:
+    """The largest lr of the schedule, also where OneCycleLR came when the group had its `peak_lr`."""
+    peak, largest = as_scalar(group["peak_lr"]), _one_cycle(group)
+    if largest is None:
+        return peak
+    return peak.clamp(min=largest) if isinstance(peak, Tensor) else max(peak, largest)
 
 
 def _lr_and_decay(group: dict[str, Any]) -> tuple[float | Tensor, float | Tensor]:
     lr, weight_decay, form = group["lr"], group["weight_decay"], group["weight_decay_form"]
     if form == "decoupled":
         return lr, weight_decay
-    return decayed(form, as_scalar(lr), as_scalar(weight_decay), as_scalar(group["peak_lr"]))
+    return decayed(form, as_scalar(lr), as_scalar(weight_decay), _peak_lr(group))
 
 
 def _seed(group: dict[str, Any], index: int) -> int:

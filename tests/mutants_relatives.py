@@ -26,6 +26,10 @@ def _split(name: str, old: str, new: str, tests: str = "test_a_step_is_that or t
     return Mutant(name, old, new, tests, "muon_kernels/split.py")
 
 
+def _optimizer(name: str, old: str, new: str) -> Mutant:
+    return Mutant(name, old, new, "peak_lr", "muon_kernels/optimizer.py")
+
+
 def _options(name: str, old: str, new: str) -> Mutant:
     return Mutant(name, old, new, "test_bad_options", "muon_kernels/options.py")
 
@@ -134,6 +138,10 @@ MUTANTS = [
     ),
     _scaling("schedule squared", "weight_decay * lr / peak_lr", "weight_decay * (lr / peak_lr) ** 2"),
     _scaling("schedule upside down", "weight_decay * lr / peak_lr", "weight_decay * peak_lr / max(lr, 1e-30)"),
+    _optimizer("a larger peak is lost", "max(peak, largest)", "largest"),
+    _optimizer("OneCycleLR's peak is not seen", "    if largest is None:", "    if True:"),
+    _optimizer("nor where the peak is on a device", "peak.clamp(min=largest) if", "peak if"),
+    _optimizer("OneCycleLR's first lr is its peak", "largest if largest is not None else lr.clone()", "lr.clone()"),
     # Cuts.
     _split("interleaved groups", "((q // kv, 1, 1), kv) if interleaved", "((q, 1, 1), kv) if interleaved"),
     _split(

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from muon_kernels import Muon, MuonAdamW, backends, memory, orthogonalize, reference, second_moment, spectral_power
+from muon_kernels import optimizer as optimizer_of
+from muon_kernels import options as options_of
 from muon_kernels.coefficients import DEFAULT, resolve
 from muon_kernels.layout import Matrices, layout
 from muon_kernels.scaling import WEIGHT_DECAY_FORMS, decayed
@@ -447,6 +449,44 @@ def test_peak_lr_is_what_a_group_begins_with() -> None:
     ours = Muon(params, weight_decay_form="scheduled")
     ours.load_state_dict(theirs.state_dict())
     assert ours.param_groups[0]["lr"] == 0 and ours.param_groups[0]["peak_lr"] == 0.3
+
+
+@pytest.mark.parametrize("tensors", [False, True])
+def test_peak_lr_of_one_cycle(tensors: bool) -> None:
+    """Its largest lr, above the one that groups begin with; and a larger one that was given."""
+    number = torch.tensor if tensors else float
+    params, peaks = parameters(names=["wide", "tall", "square"]), [0.4, 0.2, 7.0]
+    groups = [{"params": [p], "lr": number(lr)} for p, lr in zip(params, (1e-3, 0.2, 1e-3), strict=True)]
+    groups[2]["peak_lr"] = 7.0
+    options: dict[str, Any] = {"weight_decay": 0.25, "weight_decay_form": "scheduled", "backend": "eager"}
+    muon = Muon(groups, **options)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(muon, max_lr=[0.4, 0.2, 0.3], total_steps=4, cycle_momentum=False)
+    rates = []
+    for t in range(4):
+        before, lrs = [p.detach().double() for p in params], [float(g["lr"]) for g in muon.param_groups]
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        muon.step()
+        for p, W, lr, peak in zip(params, before, lrs, peaks, strict=True):
+            torch.testing.assert_close(p.detach().double(), (1 - lr * 0.25 * lr / peak) * W, rtol=1e-6, atol=1e-7)
+        rates.append(lrs[0])
+        if t < 3:
+            schedule.step()
+    assert max(rates) > 0.3 and rates[0] < 0.02
+    # A checkpoint of torch's, without a peak, has OneCycleLR's.
+    theirs = torch.optim.Muon(params, lr=1e-3)
+    torch.optim.lr_scheduler.OneCycleLR(theirs, max_lr=0.4, total_steps=4, cycle_momentum=False)
+    ours = Muon(params, **options)
+    ours.load_state_dict(theirs.state_dict())
+    assert ours.param_groups[0]["peak_lr"] == 0.4
+
+
+def test_peak_lr_of_one_cycle_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number that the host may not ask for."""
+    monkeypatch.setattr(options_of, "on_host", lambda value: not isinstance(value, Tensor))
+    for given, peak in ((0.1, 0.4), (0.5, 0.5)):
+        found = optimizer_of._peak_lr({"peak_lr": torch.tensor(given), "max_lr": 0.4})
+        assert isinstance(found, Tensor) and found.item() == pytest.approx(peak)
 
 
 # ---- stochastic rounding ----
