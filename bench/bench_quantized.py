@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from muon_kernels import Muon, MuonAdamW, orthogonalize, param_groups
 from muon_kernels.cli import demo
-from muon_kernels.quantized import dequantize
+from muon_kernels.stages.quantize import dequantize
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "int8": torch.int8}
 

@@ -27,6 +27,7 @@ from torch import nn
 import muon_kernels
 from muon_kernels import backends, reference
 from muon_kernels.coefficients import resolve
+from muon_kernels.step.plan import plan_for_shapes
 
 ROUNDS = 7
 TORCH, BATCHED = "torch.optim.Muon", "torch, fp32"
@@ -126,7 +127,7 @@ def facts(workload: str, implementation: str, device: str) -> dict[str, float]:
     found = {"median_ms": median * 1e3, "faster": taken[TORCH] / median, "faster_than_fp32": taken[BATCHED] / median}
     if implementation in backends.BACKENDS:
         shapes = [(m, n, c) for m, n, c in WORKLOADS[workload]]
-        flops = muon_kernels.plan.plan_for_shapes(shapes, device=device, backend=implementation).flops
+        flops = plan_for_shapes(shapes, device=device, backend=implementation).flops
         found["gflop"] = flops / 1e9
         found["percent_of_rate"] = 100 * flops / median / measure.measured_peak(device)
     return found

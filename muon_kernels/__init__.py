@@ -9,13 +9,13 @@ torch.Size([2, 4])
 from . import spectra
 from ._version import __version__
 from .coefficients import COEFFICIENTS
-from .functional import orthogonalize, spectral_power
-from .muon_adamw import MuonAdamW
-from .optimizer import Muon
-from .param_groups import param_groups
-from .plan import Plan
+from .optimizers.muon import Muon
+from .optimizers.muon_adamw import MuonAdamW
+from .optimizers.param_groups import param_groups
+from .optimizers.spectral import SpectralAdam, SpectralMomentum, paper_optimizer
 from .qk_clip import max_logits, qk_clip_
-from .spectral_optimizers import SpectralAdam, SpectralMomentum, paper_optimizer
+from .step.orthogonalize import orthogonalize, spectral_power
+from .step.plan import Plan
 
 __all__ = [
     "COEFFICIENTS",

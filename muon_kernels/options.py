@@ -13,7 +13,7 @@ from torch import Tensor
 from .coefficients import NS_STEPS
 from .newton_schulz import ALGORITHMS
 from .scaling import WEIGHT_DECAY_FORMS, rule_name
-from .second_moment import FORMS
+from .stages.second_moment import FORMS
 
 _PLAIN = frozenset((float, int, bool, str, type(None)))
 

@@ -9,9 +9,9 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from .functional import DTYPES, check_dense
 from .layout import overlapping, overlaps_itself
 from .options import check_workspace, on_host
+from .tensors import DTYPES, check_dense
 
 __all__ = ["max_logits", "qk_clip_"]
 

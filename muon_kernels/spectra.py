@@ -25,8 +25,8 @@ from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable, but it imports dynamo when called only
 from torch.optim import Optimizer
 
-from .functional import check_dense
 from .layout import split_shape
+from .tensors import check_dense
 
 __all__ = [
     "Recorder",

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from muon_kernels import Muon, MuonAdamW, SpectralMomentum, backends, orthogonalize
 from muon_kernels.backends import cpu
 from muon_kernels.distributed import ZeroMuon
-from muon_kernels.functional import prepare
-from muon_kernels.plan import plan_for_shapes
+from muon_kernels.step.plan import plan_for_shapes
+from muon_kernels.step.prepare import prepare
 
 NAN = float("nan")
 

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import muon_kernels
-from muon_kernels import Muon, MuonAdamW, SpectralAdam, SpectralMomentum, quantized, spectra, spectral, split
+from muon_kernels import Muon, MuonAdamW, SpectralAdam, SpectralMomentum, spectra, split
+from muon_kernels import powers as spectral
+from muon_kernels.stages import quantize as quantized
 
 SHAPES = [(24, 16), (16, 24), (2, 16, 20), (8, 4, 3, 3)]
 HUGE = torch.finfo(torch.float32).max * 2.0**-20

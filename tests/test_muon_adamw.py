@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from muon_kernels.muon_adamw import MuonAdamW
-from muon_kernels.optimizer import Muon
-from muon_kernels.param_groups import param_groups
+from muon_kernels.optimizers.muon import Muon
+from muon_kernels.optimizers.muon_adamw import MuonAdamW
+from muon_kernels.optimizers.param_groups import param_groups
 
 MUON = {"lr": 0.02, "momentum": 0.9}
 ADAMW = {"lr": 3e-3, "betas": (0.8, 0.95)}

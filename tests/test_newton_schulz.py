@@ -10,8 +10,8 @@ from yardsticks import bf16_loop
 
 from muon_kernels import COEFFICIENTS, backends, orthogonalize
 from muon_kernels.coefficients import resolve
-from muon_kernels.plan import workspace_bytes
 from muon_kernels.reference import newton_schulz
+from muon_kernels.step.plan import workspace_bytes
 
 SHAPES = [(48, 48), (96, 144), (64, 256), (256, 64), (129, 300)]
 

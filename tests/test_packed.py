@@ -17,12 +17,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from muon_kernels import Muon, MuonAdamW, SpectralMomentum, backends, memory, packed
+from muon_kernels import Muon, MuonAdamW, SpectralMomentum, backends, memory
 from muon_kernels.coefficients import resolve
-from muon_kernels.functional import prepare
-from muon_kernels.packed import BLOCK, Halves, Quantized
-from muon_kernels.plan import Bucket, plan_bucket
 from muon_kernels.split import blocks, equal, heads, pieces, qkv
+from muon_kernels.stages import packed
+from muon_kernels.stages.packed import BLOCK, Halves, Quantized
+from muon_kernels.step.plan import Bucket, plan_bucket
+from muon_kernels.step.prepare import prepare
 
 MAKERS: dict[str, Callable[[], Tensor]] = {
     "wide": lambda: torch.randn(70, 90),
@@ -759,7 +760,7 @@ def test_a_rehearsal_reads_and_writes_nothing(monkeypatch: pytest.MonkeyPatch) -
     optimizer = both(params, "eager")
     feed(params, 0)
     optimizer._workspace.reserve(torch.device("cpu"), 1 << 24)
-    optimizer._workspace._blocks[torch.device("cpu")].fill_(123)
+    optimizer._workspace.in_blocks[torch.device("cpu")].fill_(123)
     train(optimizer, params, 0, 2)
     assert rehearsed and all(map(torch.equal, params, twins))
     assert same(other.state_dict()["state"], optimizer.state_dict()["state"])

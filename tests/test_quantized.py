@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from muon_kernels.quantized import BLOCK, dequantize, quantize
+from muon_kernels.stages.packed import BLOCK
+from muon_kernels.stages.quantize import dequantize, quantize
 
 
 def spread(n: int, seed: int = 0) -> Tensor:

@@ -16,14 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from muon_kernels import Muon, MuonAdamW, backends, memory, orthogonalize, reference, second_moment, spectral_power
-from muon_kernels import optimizer as optimizer_of
+from muon_kernels import Muon, MuonAdamW, backends, memory, orthogonalize, reference, spectral_power
 from muon_kernels import options as options_of
 from muon_kernels.coefficients import DEFAULT, resolve
 from muon_kernels.layout import Matrices, layout
+from muon_kernels.optimizers import muon as optimizer_of
 from muon_kernels.scaling import WEIGHT_DECAY_FORMS, decayed
-from muon_kernels.second_moment import FORMS, scratch_numbers, take_signs
 from muon_kernels.split import equal
+from muon_kernels.stages import second_moment, sums
+from muon_kernels.stages.second_moment import FORMS, scratch_numbers
+from muon_kernels.stages.signs import take_signs
 
 MAKERS: dict[str, Callable[[], Tensor]] = {
     "wide": lambda: torch.randn(24, 40),
@@ -185,13 +187,19 @@ def stack_with(form: str) -> tuple[Tensor, list[Tensor], Tensor]:
     return X, moments, torch.full((5 * scratch_numbers(form, True, 6, 8, X.device),), torch.nan)
 
 
+def go_by(monkeypatch: pytest.MonkeyPatch, in_cache: bool, block: int | None = sums.BLOCK_ON_CPU) -> None:
+    """Have stacks gone over in blocks of so many elements, or at once."""
+    for module in (sums, second_moment):
+        monkeypatch.setattr(module, "in_cache", lambda _: in_cache)
+        monkeypatch.setattr(module, "BLOCK_ON_CPU", block)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_blocks_of_a_large_stack(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same whatever is made fp32 at a time: rows of a matrix, several matrices, or, as on a GPU, nothing."""
     results = []
     for block in (1, 97, 500, 1 << 18, None):
-        monkeypatch.setattr(second_moment, "_BLOCK_ON_CPU", block)
-        monkeypatch.setattr(second_moment, "_in_cache", lambda _, block=block: block is not None)
+        go_by(monkeypatch, block is not None, block)
         X, moments, scratch = stack_with(form)
         kept = second_moment.normalize(form, X, moments, 0.9, scratch)
         assert (kept is None) == (form == "neuron" or block is None)
@@ -240,8 +248,7 @@ def test_no_memory_is_asked_for_in_the_midst_of_a_step(
     form: str, in_cache: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which might not be there, with parameters written already; on a processor and as on a GPU."""
-    monkeypatch.setattr(second_moment, "_in_cache", lambda _: in_cache)
-    monkeypatch.setattr(second_moment, "_BLOCK_ON_CPU", 16)
+    go_by(monkeypatch, in_cache, 16)
     X, moments, scratch = stack_with(form)
     scale, norms = torch.rand(2, 5)
     with Allocations(X, *moments, scratch, scale, norms) as allocations:
@@ -333,7 +340,7 @@ def test_what_has_no_signs(backend: str) -> None:
 def test_signs_are_scaled_to_their_norm(
     scaled: bool, in_cache: bool, margin: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(second_moment, "_in_cache", lambda _: in_cache)
+    go_by(monkeypatch, in_cache)
     X, _, scratch = stack_with("element")
     X[0], X[1, 2] = 0, 0
     X[2, 1, 1] = torch.nan

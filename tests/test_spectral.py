@@ -16,9 +16,10 @@ from muon_kernels import Muon, SpectralAdam, SpectralMomentum, paper_optimizer, 
 from muon_kernels.backends import unavailable
 from muon_kernels.coefficients import resolve
 from muon_kernels.newton_schulz import ALGORITHMS
-from muon_kernels.plan import count, plan_bucket
-from muon_kernels.spectral import TRIPLES, error, fit, fit_weights, schedule_of
+from muon_kernels.optimizers.spectral import PAPER
+from muon_kernels.powers import TRIPLES, error, fit, fit_weights, schedule_of
 from muon_kernels.split import equal
+from muon_kernels.step.plan import count, plan_bucket
 
 BACKENDS = [
     pytest.param(name, marks=pytest.mark.skipif(unavailable(name) is not None, reason=f"{name} cannot run here"))
@@ -381,7 +382,7 @@ def test_spectral_adam(backend: str, power: float) -> None:
             assert (moved - wanted).norm() < 0.04 * wanted.norm()
 
 
-@pytest.mark.parametrize("name", sorted(muon_kernels.spectral_optimizers.PAPER))
+@pytest.mark.parametrize("name", sorted(PAPER))
 def test_paper_names_resume_to_the_bit(name: str) -> None:
     def run(optimizer: torch.optim.Optimizer, params: list[Tensor], steps: range) -> None:
         for step in steps:

@@ -43,8 +43,8 @@ from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..muon_adamw import MuonAdamW
-from ..param_groups import param_groups
+from ..optimizers.muon_adamw import MuonAdamW
+from ..optimizers.param_groups import param_groups
 
 if TYPE_CHECKING:
     from rich.table import Table

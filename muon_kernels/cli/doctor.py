@@ -17,7 +17,7 @@ import torch
 from .. import backends
 from .._version import __version__
 from ..backends import native
-from ..plan import plan_for_shapes
+from ..step.plan import plan_for_shapes
 
 # (rows, columns, how many) of the hidden matrices of known models.
 _SHAPES = {

@@ -21,7 +21,7 @@ from .. import backends
 from ..coefficients import COEFFICIENTS, DEFAULT, Schedule, resolve
 from ..distributed.traffic import flops, largest, ways
 from ..newton_schulz import Square
-from ..plan import Counter, Plan, count_iteration, plan_for_shapes
+from ..step.plan import Counter, Plan, count_iteration, plan_for_shapes
 
 Shapes = Sequence[tuple[int, int, int]]
 

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .exchange import Failed
-from .placement import Placement, Team, is_dtensor, local
+from ..tensors import is_dtensor, local
+from .collectives import Failed
+from .placement import Placement, Team
 
 
 class Agreed(NamedTuple):

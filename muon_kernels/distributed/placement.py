@@ -3,55 +3,20 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import product
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.distributed as dist
-from torch import Tensor, nn
 
 from ..layout import flattens
+from ..tensors import local
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
 Range = tuple[int, int]  # (start, stop)
-_PLAIN = {Tensor, nn.Parameter}
-
-
-def is_dtensor(t: Any) -> TypeGuard[DTensor]:
-    """Whether it is a DTensor; without importing what costs a second and who has none never needs."""
-    if type(t) in _PLAIN:  # asked some times of every tensor of every step
-        return False
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(t, module.DTensor)
-
-
-def any_dtensor(tensors: Iterable[Tensor]) -> bool:
-    """Whether any of them is a DTensor, in little time where all are plain."""
-    return not _PLAIN.issuperset(map(type, tensors)) and any(map(is_dtensor, tensors))
-
-
-def local(t: Tensor) -> Tensor:
-    """The part of a DTensor that this rank holds; any other tensor itself."""
-    return t._local_tensor if is_dtensor(t) else t
-
-
-FLATTENED = (
-    "a part of a flat vector is no matrix; shard the model with torch.distributed.fsdp.fully_shard (FSDP2), which "
-    "leaves parameters their size"
-)
-
-
-def check_whole(name: str, p: Tensor) -> None:
-    """Raise ValueError if FSDP1 has made a flat vector, or ZeRO-3 nothing, of what may have been a matrix."""
-    whole = getattr(p, "ds_shape", None)
-    if whole is not None and tuple(whole) != tuple(p.shape):
-        raise ValueError(f"{name} should be of size {tuple(whole)} but ZeRO-3 leaves {tuple(p.shape)}: {FLATTENED}")
-    if getattr(p, "_fsdp_flattened", False):
-        raise ValueError(f"{name} should be whole but FSDP1 has flattened it to size {tuple(p.shape)}: {FLATTENED}")
 
 
 class Team:

@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ..tensors import any_dtensor, is_dtensor
 from . import consensus
 from .deal import deal
-from .placement import Placement, Team, Teams, any_dtensor, is_dtensor, placement_of, replicated, team_of
+from .placement import Placement, Team, Teams, placement_of, replicated, team_of
 
 
 class Ranks:
@@ -106,3 +107,19 @@ class Ranks:
                 self._flatten[p] = group["flatten"]
         self.placements.update(placements)
         self.teams = consensus.teams_of(self.placements)
+
+
+def check_shared(group: Mapping[str, Any]) -> None:
+    """Raise ValueError where an option of a group is not for what several ranks have parts or copies of."""
+    wanted = {"master_weights": False, "workspace_dtype": "bfloat16"}
+    for name, value in wanted.items():
+        if group[name] != value:
+            raise ValueError(f"{name} should be {value} for DTensors and with a process_group but is: {group[name]!r}")
+    split = group["split"]
+    if group["second_moment"] and any(split.values() if isinstance(split, Mapping) else (split,)):
+        raise ValueError(
+            f"second_moment should be None for DTensors and with a process_group where parameters are split but is: "
+            f"{group['second_moment']!r}"
+        )
+    if group["momentum_dtype"] == "int8":
+        raise ValueError("momentum_dtype should be floating-point for DTensors and with a process_group but is: int8")

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..layout import flattens
-from ..second_moment import FORMS, shape_of
+from ..stages.second_moment import FORMS, shape_of
 from .placement import dim_of
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ from typing import NamedTuple
 from .. import backends
 from ..coefficients import DEFAULT, Schedule, resolve
 from ..newton_schulz import segments
-from ..plan import Bucket, plan_bucket, plan_for_shapes
+from ..step.plan import Bucket, plan_bucket, plan_for_shapes
 from .deal import deal
-from .exchange import IN_FLIGHT, NORM_BYTES, Rectangle, bytes_in_flight, in_round, record_bytes, share_bytes
 from .placement import chunk
+from .slices import IN_FLIGHT, NORM_BYTES, Rectangle, bytes_in_flight, in_round, record_bytes, share_bytes
 
 Shapes = Sequence[tuple[int, int, int]]  # (rows, columns, how many)
 

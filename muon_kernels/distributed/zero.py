@@ -27,10 +27,9 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from .. import backends
+from ..checkpoint import check_checkpoint
 from ..coefficients import COEFFICIENTS, DEFAULT, NS_STEPS, resolve
-from ..functional import Coefficients, check_apart, check_dense, check_like, check_matrices, orthogonalize
 from ..layout import split_shape
-from ..optimizer import check_checkpoint
 from ..options import (
     check_algorithm,
     check_eps,
@@ -41,11 +40,14 @@ from ..options import (
     settle,
     settled_checkpoint,
 )
-from ..plan import plan_for_shapes
 from ..scaling import lr_ratio, rule_of
+from ..step.options import Coefficients
+from ..step.orthogonalize import orthogonalize
+from ..step.plan import plan_for_shapes
+from ..tensors import check_apart, check_dense, check_like, check_matrices, is_dtensor, local
 from . import consensus
-from .exchange import Failed, Pending, gather
-from .placement import Range, is_dtensor, local, replicated, team_of
+from .collectives import Failed, Pending, gather
+from .placement import Range, replicated, team_of
 
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 

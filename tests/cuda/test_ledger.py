@@ -17,7 +17,7 @@ from muon_kernels.backends import cuda
 from muon_kernels.cli.ledger import Requests, requested, traffic
 from muon_kernels.coefficients import resolve
 from muon_kernels.newton_schulz import Square
-from muon_kernels.plan import plan_for_shapes
+from muon_kernels.step.plan import plan_for_shapes
 
 F32, BF16 = torch.float32, torch.bfloat16
 

@@ -18,7 +18,9 @@ from world import World
 
 from muon_kernels import Muon, SpectralAdam
 from muon_kernels.cli import demo
-from muon_kernels.distributed import consensus, exchange
+from muon_kernels.distributed import consensus
+from muon_kernels.distributed.strategies.owner import CutRound
+from muon_kernels.distributed.strategies.replicas import CopyRound
 
 SHAPES = [(40, 64), (64, 24), (40, 64)]
 
@@ -44,7 +46,7 @@ def die_in(layout: str, where: str) -> None:
     give(params)
     optimizer.step()
     if dist.get_rank() == 1:
-        for kind in (exchange.CutRound, exchange.CopyRound):
+        for kind in (CutRound, CopyRound):
             setattr(kind, where, lambda *_: os._exit(1))
     optimizer.step()
 

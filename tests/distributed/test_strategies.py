@@ -26,7 +26,8 @@ from yardsticks import bf16_loop
 
 from muon_kernels import COEFFICIENTS, Muon, backends, orthogonalize, spectral_power
 from muon_kernels.coefficients import resolve
-from muon_kernels.distributed import ZeroMuon, exchange, gram, zero
+from muon_kernels.distributed import ZeroMuon, collectives, zero
+from muon_kernels.distributed.strategies import gram
 from muon_kernels.newton_schulz import ALGORITHMS, Square, squares_of
 from muon_kernels.reference import muon_step, newton_schulz
 
@@ -47,7 +48,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def traffic() -> Iterator[list[tuple[str, int]]]:
     """(name, bytes that this rank sends) of every collective on numbers that are not int; reductions as in a ring."""
     found: list[tuple[str, int]] = []
-    before = dist.all_reduce, dist.all_to_all_single, exchange._all_gather, zero._reduce_scatter
+    before = dist.all_reduce, dist.all_to_all_single, collectives._all_gather, zero._reduce_scatter
 
     def all_reduce(t: Tensor, *args: Any, group: Any = None, **rest: Any) -> Any:
         if t.is_floating_point():
@@ -67,12 +68,12 @@ def traffic() -> Iterator[list[tuple[str, int]]]:
         return before[3](out, t, *args, group=group, **rest)
 
     dist.all_reduce, dist.all_to_all_single = all_reduce, all_to_all  # type: ignore[assignment]
-    exchange._all_gather, zero._reduce_scatter = all_gather, reduce_scatter
+    collectives._all_gather, zero._reduce_scatter = all_gather, reduce_scatter
     try:
         yield found
     finally:
         dist.all_reduce, dist.all_to_all_single = before[0], before[1]
-        exchange._all_gather, zero._reduce_scatter = before[2], before[3]
+        collectives._all_gather, zero._reduce_scatter = before[2], before[3]
 
 
 def cut(t: Tensor, mesh: DeviceMesh, placements: Sequence[Any]) -> DTensor:
@@ -457,9 +458,9 @@ def test_blocks_between_whole_steps(ranks: World, size: int, shape: tuple[int, i
     expected = written_out(W, grads, lambda t: t.split(width, dim), ratio)
     for steps in (1, 2, 5):
         found = ranks.run(size, stepped, [(W, dim)], [[g] for g in grads[:steps]], (size,), options)
-        for params, _, collectives, _ in found:
+        for params, _, calls, _ in found:
             whole = steps % 3 == 1 and size > 1
-            assert bool(collectives) == whole
+            assert bool(calls) == whole
             if steps == 5:
                 assert relative_error(params[0], expected) < 2e-3
     if size > 1:

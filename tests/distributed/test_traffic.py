@@ -21,9 +21,10 @@ from muon_kernels.cli.ledger import MODELS
 from muon_kernels.coefficients import resolve
 from muon_kernels.distributed import traffic
 from muon_kernels.distributed.deal import deal, least
-from muon_kernels.distributed.exchange import IN_FLIGHT, CutRound, share_bytes
+from muon_kernels.distributed.slices import IN_FLIGHT, share_bytes
+from muon_kernels.distributed.strategies.owner import CutRound
 from muon_kernels.distributed.traffic import BESIDE, Mesh, elements, owners
-from muon_kernels.plan import Plan
+from muon_kernels.step.plan import Plan
 
 # Tall, wide and square; three ranks cut some unevenly, four leave the last one without a part of (5, 300) or (300, 5).
 SHAPES = [(96, 160, 5), (160, 96, 3), (128, 128, 4), (300, 5, 2), (5, 300, 1), (50, 200, 1)]
@@ -95,7 +96,7 @@ def step(layout: str, shapes: list[tuple[int, int, int]], cap: int | None, measu
         "buffers": sum(t.untyped_storage().nbytes() for t in buffers),
         "rounds": len(exchange.rounds),
         "cut": sum(isinstance(r, CutRound) for r in exchange.rounds),
-        "workspace": sum(t.numel() * t.itemsize for t in muon._workspace._blocks.values()),
+        "workspace": sum(t.numel() * t.itemsize for t in muon._workspace.in_blocks.values()),
     }
 
 

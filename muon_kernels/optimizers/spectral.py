@@ -17,15 +17,20 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable, but it imp
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import functional, interrupts, options
+from .. import interrupts, options
+from ..checkpoint import check_checkpoint
+from ..distributed import consensus
+from ..distributed.ranks import Ranks
+from ..powers import check_power
+from ..step.cache import Preparations
+from ..step.options import SETTLED, Coefficients, check_settled, splits, transposes
+from ..step.plan import Plan
+from ..step.run import execute, plan_of, ready, reserve
+from ..step.work import Prepared, Scalars
+from ..step.workspace import Workspace
+from ..tensors import check_dense, check_like, local
 from .adamw_checks import check_adamw_state, check_numbers, check_step_size, new_adamw_state
-from .distributed import consensus
-from .distributed.placement import local
-from .distributed.ranks import Ranks
-from .functional import check_dense, check_like
-from .optimizer import Muon, check_checkpoint
-from .plan import Plan
-from .spectral import check_power
+from .muon import Muon
 
 
 class SpectralMomentum(Muon):
@@ -119,7 +124,7 @@ class SpectralAdam(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
-        ns_coefficients: functional.Coefficients = "keller",
+        ns_coefficients: Coefficients = "keller",
         ns_steps: int | None = 15,
         adjust_lr_fn: str | Callable[[int, int], float] | None = None,
         flatten: bool | None = None,
@@ -152,7 +157,7 @@ class SpectralAdam(Optimizer):
         }
         options.settle(defaults, defaults)
         _check_options(defaults)
-        self._workspace, self._prepared = functional.Workspace(), functional.Preparations()
+        self._workspace, self._prepared = Workspace(), Preparations()
         self._ranks = Ranks()
         super().__init__(params, defaults)
 
@@ -174,12 +179,12 @@ class SpectralAdam(Optimizer):
             del self.param_groups[before:]
             raise
 
-    def _prepare(self, group: dict[str, Any], params: list[Tensor], updates: list[Tensor]) -> functional.Prepared:
-        settled = {"workspace_dtype": torch.bfloat16, **{key: group[key] for key in functional.SETTLED if key in group}}
+    def _prepare(self, group: dict[str, Any], params: list[Tensor], updates: list[Tensor]) -> Prepared:
+        settled = {"workspace_dtype": torch.bfloat16, **{key: group[key] for key in SETTLED if key in group}}
 
         def named() -> tuple[list[str | None], list[bool]]:
-            cuts = dict(functional.splits(group))
-            turned = dict(zip(group["params"], functional.transposes(group), strict=True))
+            cuts = dict(splits(group))
+            turned = dict(zip(group["params"], transposes(group), strict=True))
             return [cuts[p] for p in params], [turned[p] for p in params]
 
         placements = [self._ranks.placements.get(p) for p in params]
@@ -238,11 +243,11 @@ class SpectralAdam(Optimizer):
             rest = [p for p in params if not _iterated(p, group)]
             updates = [torch.zeros_like(local(p), memory_format=torch.preserve_format) for p in matrices]
             prepared = self._prepare(group, matrices, updates)
-            scalars = functional.Scalars(group["lr"], group["weight_decay"], 0.0, False, True, 0.0, -1.0)
-            functional.reserve(prepared, self._workspace)
+            scalars = Scalars(group["lr"], group["weight_decay"], 0.0, False, True, 0.0, -1.0)
+            reserve(prepared, self._workspace)
             steps.append((group, grads, rest, matrices, updates, prepared, scalars))
         for _, _, _, _, updates, prepared, scalars in steps:
-            functional.ready(prepared, updates, scalars, self._workspace)
+            ready(prepared, updates, scalars, self._workspace)
         self._begin(p for _, grads, *_ in steps for p in grads)
         # Ranks may wait for each other, so an interrupt can only wait where there are none.
         alone = not any(prepared.exchanges for *_, prepared, _ in steps)
@@ -251,7 +256,7 @@ class SpectralAdam(Optimizer):
                 self._adamw(group, grads, rest, [local(p) for p in rest], group["lr"], group["weight_decay"])
                 # Of a parameter that is zero, a step of size 1 makes -R.
                 self._adamw(group, grads, matrices, updates, 1.0, 0.0)
-                functional.execute(prepared, updates, scalars, self._workspace)
+                execute(prepared, updates, scalars, self._workspace)
         return loss
 
     def _begin(self, params: Iterable[Tensor]) -> None:
@@ -302,12 +307,12 @@ class SpectralAdam(Optimizer):
             matrices = [p for p in group["params"] if _iterated(p, group)]
             prepared.append(self._prepare(group, matrices, [local(p) for p in matrices]))
         self._prepared.clear()
-        return functional.plan_of(prepared)
+        return plan_of(prepared)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take up a pickle or a checkpoint."""
         super().__setstate__(state)
-        self._workspace, self._prepared = functional.Workspace(), functional.Preparations()
+        self._workspace, self._prepared = Workspace(), Preparations()
         if "_ranks" not in self.__dict__:  # a copy
             self._ranks = Ranks()
         for group in self.param_groups:
@@ -354,7 +359,7 @@ def _check_options(group: dict[str, Any]) -> None:
     if not isinstance(group["maximize"], bool):
         raise TypeError(f"maximize should be True or False but is: {group['maximize']!r}")
     check_numbers(group)
-    functional.check_settled({**group, "workspace_dtype": "bfloat16"})
+    check_settled({**group, "workspace_dtype": "bfloat16"})
 
 
 # By the paper's names, with its settings.

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..layout import Piece
-from .exchange import cuts
-from .placement import Placement
+from ...layout import Piece
+from ..placement import Placement
+from ..shards import shards_of
 
 
 def apart(group: Mapping[str, Any]) -> bool:
@@ -25,7 +25,7 @@ def parts(
     placement: Placement, flatten: bool | None, split: str | None
 ) -> Iterator[tuple[Piece | None, tuple[int, int, int]]]:
     """(piece, (batch, rows, cols)) of what this rank has of every kind of matrix of a parameter."""
-    for piece, (batch, _, _), rectangles in cuts(placement, flatten, split):
+    for piece, (batch, _, _), rectangles in shards_of(placement, flatten, split):
         part = rectangles[placement.team.shard]
         if part.elements:
             yield piece, (batch, part.rows, part.cols)

@@ -13,46 +13,16 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable, but it imp
 from torch.distributed import ProcessGroup
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import interrupts
-from .coefficients import COEFFICIENTS, DEFAULT, NS_STEPS, resolve
-from .distributed import blocks, consensus
-from .distributed.exchange import Failed
-from .distributed.placement import any_dtensor, is_dtensor, local
-from .distributed.ranks import Ranks
-from .distributed.second_moment import create as create_part
-from .distributed.strategies import STRATEGIES
-from .functional import (
-    MOMENTUM_DTYPES,
-    Coefficients,
-    Preparations,
-    Prepared,
-    Scalars,
-    Workspace,
-    alike,
-    as_scalar,
-    check_apart,
-    check_dense,
-    check_like,
-    check_mantissa,
-    check_master,
-    check_matrices,
-    check_momentum,
-    check_momentum_scale,
-    check_rounding,
-    check_second_moment,
-    check_settled,
-    check_shared,
-    execute,
-    plan_of,
-    ready,
-    reserve,
-    schedule_for,
-    settled,
-    splits,
-    transposes,
-)
-from .layout import split_shape
-from .options import (
+from .. import interrupts
+from ..checkpoint import STATE, check_checkpoint, check_precision, check_state
+from ..coefficients import COEFFICIENTS, DEFAULT, NS_STEPS, resolve
+from ..distributed import consensus
+from ..distributed.collectives import Failed
+from ..distributed.ranks import Ranks, check_shared
+from ..distributed.second_moment import create as create_part
+from ..distributed.strategies import STRATEGIES, blocks
+from ..layout import split_shape
+from ..options import (
     check_choice,
     check_eps,
     check_fraction,
@@ -67,17 +37,40 @@ from .options import (
     settle,
     settled_checkpoint,
 )
-from .packed import dequantized, quantized, scale_size
-from .plan import Plan, plan_for_shapes
-from .scaling import decayed
-from .second_moment import create
-from .spectral import check_power
-from .split import pieces
+from ..powers import check_power
+from ..scaling import decayed
+from ..split import pieces
+from ..stages.packed import check_mantissa, check_master, check_momentum_scale, dequantized, quantized, scale_size
+from ..stages.second_moment import check_second_moment, create
+from ..step.cache import Preparations
+from ..step.options import (
+    Coefficients,
+    alike,
+    as_scalar,
+    check_rounding,
+    check_settled,
+    schedule_for,
+    settled,
+    splits,
+    transposes,
+)
+from ..step.plan import Plan, plan_for_shapes
+from ..step.run import execute, plan_of, ready, reserve
+from ..step.work import Prepared, Scalars
+from ..step.workspace import Workspace
+from ..tensors import (
+    any_dtensor,
+    check_apart,
+    check_dense,
+    check_like,
+    check_matrices,
+    check_momentum,
+    is_dtensor,
+    local,
+)
 
 # What a step writes into the state: of a parameter, under a key, a tensor or, to delete it, None.
 _New = list[tuple[Tensor, str, Tensor | None]]
-# What it may hold of a parameter, all tensors.
-_STATE = ("momentum_buffer", "momentum_scale", "mantissa", "second_momentum_buffer")
 _KELLER = COEFFICIENTS[DEFAULT].triples[0]
 _ADAMW_HINT = "; give vectors and scalars to AdamW (muon_kernels.MuonAdamW with muon_kernels.param_groups(model) does)"
 
@@ -463,7 +456,7 @@ class Muon(Optimizer):
             The closure's loss, or None.
 
         Raises:
-            ValueError, TypeError, RuntimeError: see `muon_kernels.functional.prepare`; nothing has been written then.
+            ValueError, TypeError, RuntimeError: see `muon_kernels.step.prepare`; nothing has been written then.
         """
         loss = None
         if closure is not None:
@@ -590,7 +583,7 @@ class Muon(Optimizer):
             ValueError, TypeError: it is another optimizer's, or groups, sizes or options do not fit; nothing has been
                 changed then.
         """
-        states = check_checkpoint(state_dict, self.param_groups, "Muon", "ns_coefficients", _check_state)
+        states = check_checkpoint(state_dict, self.param_groups, "Muon", "ns_coefficients", check_state)
         self._settle()
         groups = self.param_groups
         saved = settled_checkpoint(state_dict["param_groups"], groups, self.defaults)
@@ -600,7 +593,7 @@ class Muon(Optimizer):
         if [len(group["params"]) for group in saved] == [len(own["params"]) for own in groups]:  # else torch raises
             # What torch.optim.Muon saved lacks options, and the defaults would not be the group's own.
             for own, group in zip(groups, saved, strict=True):
-                _check_precision(own, group)
+                check_precision(own, group)
             # But lr is the checkpoint's, and so is its peak.
             options = self.defaults.keys() - {"peak_lr"}
             kept = [{key: value for key, value in own.items() if key in options} for own in groups]
@@ -628,7 +621,7 @@ class Muon(Optimizer):
                         check_second_moment("second_momentum_buffer", V, form, p, loaded["flatten"], split)
         # torch casts state to the parameter's dtype, which would round what is fp32 with bf16 parameters.
         copies = [
-            (p, {key: state[key].detach().to(p.device, copy=True) for key in _STATE if key in state})
+            (p, {key: state[key].detach().to(p.device, copy=True) for key in STATE if key in state})
             for p, state in states
         ]
         super().load_state_dict(state_dict)
@@ -637,87 +630,6 @@ class Muon(Optimizer):
         for p in self._ranks.owned:
             if self._ranks.elsewhere(p):
                 self.state.pop(p, None)
-
-
-def check_checkpoint(
-    state_dict: Any,
-    groups: Sequence[dict[str, Any]],
-    optimizer: str,
-    option: str,
-    check: Callable[[str, Tensor, Mapping[str, Any]], None] = lambda of, p, state: None,
-) -> list[tuple[Tensor, dict[str, Any]]]:
-    """Raise ValueError or TypeError unless `state_dict` is of a kind of optimizer; options are not looked at.
-
-    Args:
-        state_dict: the checkpoint.
-        groups: those that are to take it up.
-        optimizer: its name.
-        option: every param group of its checkpoints has.
-        check: raises unless a parameter can have such a state; its first argument names the parameter in the error.
-
-    Returns:
-        Every parameter that has state in the checkpoint, and that.
-    """
-    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= set(state_dict):
-        has = sorted(map(str, state_dict)) if isinstance(state_dict, dict) else type(state_dict).__name__
-        raise ValueError(f"a checkpoint should be a dict with 'state' and 'param_groups' but is: {has}")
-    state, saved_groups = state_dict["state"], state_dict["param_groups"]
-    if not isinstance(state, Mapping) or not all(isinstance(kept, Mapping) for kept in state.values()):
-        raise TypeError("state of a checkpoint should be a dict of dicts, one a parameter, but is not")
-    if not isinstance(saved_groups, (list, tuple)) or not all(
-        isinstance(group, Mapping) and "params" in group for group in saved_groups
-    ):
-        raise TypeError("param_groups of a checkpoint should be a list of dicts with params but is not")
-    for group in saved_groups:
-        if option not in group:
-            raise ValueError(
-                f"a checkpoint of {optimizer} should have {option} in every group but has: {sorted(group)}"
-            )
-        if not isinstance(group["params"], (list, tuple)) or not all(map(_is_index, group["params"])):
-            raise TypeError(
-                f"params in the groups of a checkpoint should be lists of numbers or names but are: {group['params']!r}"
-            )
-    saved = [index for group in saved_groups for index in group["params"]]
-    if len(set(saved)) < len(saved):
-        raise ValueError("every parameter of a checkpoint should be there once but some are repeated")
-    own = [p for group in groups for p in group["params"]]
-    if len(saved) != len(own):
-        return []  # torch has a sentence for it
-    states = []
-    for index, p in zip(saved, own, strict=True):
-        if kept := state.get(index):
-            for key, value in kept.items():
-                _check_loadable(f"{key} of parameter {index}", value, p)
-            check(f" of parameter {index}", p, kept)
-            states.append((p, kept))
-    return states
-
-
-def _is_index(index: Any) -> bool:
-    return isinstance(index, (int, str)) and not isinstance(index, bool)
-
-
-def _check_loadable(name: str, value: Any, p: Tensor) -> None:
-    """Raise ValueError or TypeError for a tensor, also one that we know nothing of, that torch could not copy."""
-    if not isinstance(value, Tensor):
-        return
-    if value.is_quantized:
-        raise TypeError(f"{name} should be a plain tensor but is of: {value.dtype}")
-    if value.is_meta and not p.is_meta:
-        raise ValueError(f"{name} should have memory but is on the meta device")
-    if not value.is_leaf:
-        raise ValueError(f"{name} should be a tensor by itself but is the result of an operation; detach it")
-
-
-def _check_state(of: str, p: Tensor, state: Mapping[str, Any]) -> None:
-    """Raise ValueError or TypeError unless `p` can have this state as far as its options do not matter."""
-    if "momentum_buffer" not in state:
-        raise ValueError(f"state{of} should have momentum_buffer but has: {', '.join(map(str, state))}")
-    for key in _STATE:
-        if key in state:
-            check_dense(key + of, local(state[key]), (*MOMENTUM_DTYPES, torch.int16))
-    check_dense("momentum_buffer" + of, local(state["momentum_buffer"]), MOMENTUM_DTYPES)
-    check_like("momentum_buffer" + of, state["momentum_buffer"], p)
 
 
 def _converted(
@@ -730,18 +642,6 @@ def _converted(
     check_momentum_scale("momentum_scale", scale, p, flatten, split)
     numbers = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format)
     return numbers.copy_(dequantized(buffer, cast(Tensor, scale), flatten, split)), None
-
-
-def _check_precision(own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Raise ValueError if state of a checkpoint's group is packed, and that of our group is not, or the other way."""
-    for key, packed, without in (("momentum_dtype", "int8", None), ("master_weights", True, False)):
-        wanted, found = own[key], saved.get(key, without)  # torch.optim.Muon has neither
-        if (wanted == packed) != (found == packed):
-            raise ValueError(
-                f"{key} of the checkpoint should be {wanted}, as in this optimizer, but is: {found}; "
-                f"loading converts nothing: load it into an optimizer with {key}={found!r}, then change that in its "
-                "param_groups"
-            )
 
 
 def _one_cycle(group: Mapping[str, Any]) -> float | None:

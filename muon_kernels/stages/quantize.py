@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .functional import check_dense
+from ..tensors import check_dense
 from .packed import BLOCK, decode_, encode
 
 __all__ = ["BLOCK", "dequantize", "quantize"]

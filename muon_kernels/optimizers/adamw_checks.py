@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .distributed.placement import local
-from .functional import DTYPES, check_dense, check_device, check_like
-from .layout import overlaps_itself
-from .options import check_number, on_host
+from ..layout import overlaps_itself
+from ..options import check_number, on_host
+from ..tensors import DTYPES, check_dense, check_device, check_like, local
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 ADAMW_STATE = {"step", *MOMENTS, "max_exp_avg_sq"}

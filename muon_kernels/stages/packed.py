@@ -18,15 +18,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import memory
-from .layout import Layout, Matrices, split_shape, view
-from .split import pieces
+from .. import memory
+from ..layout import Layout, Matrices, split_shape, view
+from ..split import pieces
+from ..tensors import check_dense, check_like
 
 BLOCK = 2048
 
@@ -305,3 +306,35 @@ def unpacked(matrices: _Seen | Packed, numbers: Tensor | None, rehearsing: bool)
     if not rehearsing:
         for part, values in matrices.in_memory(numbers):
             part.pack(values)
+
+
+def check_momentum_scale(name: str, scale: Any, p: Tensor, flatten: bool | None, split: str | None) -> None:
+    """Raise ValueError or TypeError unless it can be the absmax of an int8 momentum of `p`."""
+    if scale is None:
+        raise ValueError(
+            f"{name} should be in the state beside a momentum_buffer of int8 but is not; delete that from the state to "
+            "start anew"
+        )
+    check_dense(name, scale)
+    expected = (scale_size(p.shape, flatten, split),)
+    if scale.shape != expected or scale.dtype != torch.float32:
+        raise ValueError(
+            f"{name} should be of size {expected}, one for every block of each matrix, and float32 but is of size "
+            f"{tuple(scale.shape)} and {str(scale.dtype).removeprefix('torch.')}; were flatten or split others then? "
+            "delete momentum_buffer from the state to start anew"
+        )
+
+
+def check_master(p: Tensor) -> None:
+    """Raise TypeError unless a parameter is of the dtype that can be the upper half of an fp32 one."""
+    if p.dtype != torch.bfloat16:
+        raise TypeError(
+            f"master_weights is of torch.bfloat16 parameters but one is of: {p.dtype}; "
+            "put it into a group with master_weights=False"
+        )
+
+
+def check_mantissa(name: str, mantissa: Any, p: Tensor) -> None:
+    """Raise ValueError or TypeError unless it can be the lower half of fp32 numbers whose upper one is `p`."""
+    check_dense(name, mantissa, (torch.int16,))
+    check_like(name, mantissa, p)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .exchange import CutRound
 from .gram import GramRound
+from .owner import CutRound
 
 # How whole matrices go through: with "blocks", which is in blocks.py, only every few steps.
 STRATEGIES: dict[str, type[CutRound]] = {"owner": CutRound, "gram": GramRound, "blocks": CutRound}

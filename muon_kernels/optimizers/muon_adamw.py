@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable, but it imports dynamo when called only
 from torch.optim import AdamW, Optimizer
 
+from ..checkpoint import check_checkpoint
+from ..options import check_keys, plain, settle
+from ..step.plan import Plan
+from ..tensors import check_apart
 from .adamw_checks import (
     ADAMW_STATE,
     check_adamw_state,
@@ -22,10 +26,7 @@ from .adamw_checks import (
     new_adamw_state,
     same_layout,
 )
-from .functional import check_apart
-from .optimizer import Muon, check_checkpoint
-from .options import check_keys, plain, settle
-from .plan import Plan
+from .muon import Muon
 
 __all__ = ["MuonAdamW"]
 

@@ -14,12 +14,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import backends
-from .coefficients import DEFAULT, Schedule, resolve
-from .newton_schulz import ALGORITHMS, Blend, Square, square, squares_of
-from .options import check_algorithm, check_workspace, check_workspace_dtype
-from .packed import VISITS, floats
-from .second_moment import FORMS, SIGNS_LAUNCHES, SIGNS_VISITS
+from .. import backends
+from ..coefficients import DEFAULT, Schedule, resolve
+from ..newton_schulz import ALGORITHMS, Blend, Square, square, squares_of
+from ..options import check_algorithm, check_workspace, check_workspace_dtype
+from ..stages.packed import VISITS, floats
+from ..stages.second_moment import FORMS
+from ..stages.signs import SIGNS_LAUNCHES, SIGNS_VISITS
 
 
 @dataclass(frozen=True)

@@ -17,15 +17,28 @@ In torch operations on the stacks, before the first product and after the last, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .layout import Piece, column_order, flattens, split_shape
-from .split import pieces
+from ..layout import Piece, column_order, flattens, split_shape
+from ..split import pieces
+from ..tensors import check_dense, local
+from .sums import (
+    BLOCK,
+    BLOCK_ON_CPU,
+    add_sum,
+    in_blocks,
+    in_cache,
+    in_fp32,
+    multiply,
+    norm_kept,
+    padded,
+    sums_of_squares,
+)
 
 
 class Form(NamedTuple):
@@ -45,16 +58,6 @@ class Form(NamedTuple):
 
 
 FORMS = {"neuron": Form(1e-10, 2, 3, 0), "element": Form(1e-8, 2, 4, 8)}
-
-# Of `take_signs`, as in `Form`.
-SIGNS_LAUNCHES, SIGNS_VISITS = 2, 3
-
-# Elements that are made fp32 at a time. On a processor they stay in its cache, and torch's operations on two dtypes,
-# which would need no copy, are ten times slower.
-_BLOCK, _BLOCK_ON_CPU = 1 << 20, 1 << 18
-
-# A sum of squares is this much or zero, for all that matters.
-_TINY = torch.finfo(torch.float32).tiny
 
 
 def _cuts_columns(shape: Sequence[int], flatten: bool | None, piece: Piece | None) -> bool:
@@ -104,72 +107,16 @@ def piece_of_rows(V: Tensor, shape: Sequence[int], flatten: bool | None, piece: 
     return piece._replace(dim=V.ndim - 2)
 
 
-def _in_cache(device: torch.device) -> bool:
-    """Whether it is worth while to go over a stack piece by piece."""
-    return device.type == "cpu"
-
-
 def scratch_numbers(form: str | None, signs: bool, m: int, n: int, device: torch.device) -> int:
     """How many of fp32 `normalize` and `take_signs` need for every m x n matrix.
 
     A multiple of 16, as what a block needs is: so all but a few sums is aligned.
     """
-    on_processor = _in_cache(device)
-    block = _padded(min(m * n, max(n, _BLOCK_ON_CPU if on_processor else _BLOCK)))
+    on_processor = in_cache(device)
+    block = padded(min(m * n, max(n, BLOCK_ON_CPU if on_processor else BLOCK)))
     of_signs = signs * (3 + on_processor * block)
     of_form = {None: 0, "neuron": 2 * n + 2 + on_processor * block, "element": 3 + 2 * block}[form]
-    return _padded(max(of_signs, of_form))
-
-
-def _padded(numbers: int) -> int:
-    return -(-numbers // 16) * 16
-
-
-def _blocks(X: Tensor, numbers: int) -> Iterator[tuple[slice, slice]]:
-    """(matrices, rows) of X, piece by piece of at most so many."""
-    batch, m, n = X.shape
-    rows = max(1, min(numbers, _BLOCK_ON_CPU if _in_cache(X.device) else _BLOCK) // n)
-    matrices = max(1, rows // m)
-    for i in range(0, batch, matrices):
-        for row in range(0, m, rows):
-            yield slice(i, i + matrices), slice(row, row + rows)
-
-
-def _in_fp32(X: Tensor, scratch: Tensor) -> Tensor:
-    """A copy of X, contiguous, in the beginning of `scratch`."""
-    return scratch[: X.numel()].view(X.shape).copy_(X)
-
-
-def _sums_of_squares(X: Tensor, dim: int | tuple[int, int], out: Tensor, part: Tensor, scratch: Tensor) -> None:
-    """Over -1, -2 or (-2, -1), which stay with size 1; `part` is overwritten and of the size of `out`."""
-    if not _in_cache(X.device):
-        torch.linalg.vector_norm(X, dim=dim, keepdim=True, dtype=torch.float32, out=out)
-        out.square_()
-        return
-    out.zero_()
-    for matrices, rows in _blocks(X, scratch.numel()):
-        own = matrices, rows if dim == -1 else slice(None)
-        _add_sum(_in_fp32(X[matrices, rows], scratch).square_(), dim, out[own], part[own])
-
-
-def _add_sum(x: Tensor, dim: int | tuple[int, int], out: Tensor, part: Tensor) -> None:
-    torch.sum(x, dim, keepdim=True, out=part)
-    out.add_(part)
-
-
-def _multiply(X: Tensor, factor: Tensor, scratch: Tensor) -> None:
-    """X by an fp32 factor, rounded once."""
-    if not _in_cache(X.device):
-        X.mul_(factor)
-        return
-    for matrices, rows in _blocks(X, scratch.numel()):
-        own = factor[matrices, rows if factor.shape[1] > 1 else slice(None)]
-        X[matrices, rows].copy_(_in_fp32(X[matrices, rows], scratch).mul_(own))
-
-
-def _norm_kept(before: Tensor, after: Tensor) -> Tensor:
-    """From sums of squares: what brings a matrix back to the norm that it had; 0 for zero, and NaN stays."""
-    return before.div_(after.clamp_(min=_TINY)).sqrt_()
+    return padded(max(of_signs, of_form))
 
 
 def _by_row(X: Tensor, moments: Sequence[Tensor], beta2: float, eps: float, scratch: Tensor) -> None:
@@ -179,7 +126,7 @@ def _by_row(X: Tensor, moments: Sequence[Tensor], beta2: float, eps: float, scra
     block, *own = torch.split(scratch, [scratch.numel() - sum(sizes), *sizes])
     shape = (batch, rows, 1) if dim == -1 else (batch, 1, rows)
     squares, V, before, after = own[0].view(shape), own[1].view(shape), own[2].view(-1, 1, 1), own[3].view(-1, 1, 1)
-    _sums_of_squares(X, dim, squares, V, block)
+    sums_of_squares(X, dim, squares, V, block)
     torch.sum(squares, (1, 2), keepdim=True, out=before)
     torch.cat(list(moments), out=V)
     V.mul_(beta2).add_(squares, alpha=(1 - beta2) / X.shape[dim])
@@ -187,7 +134,7 @@ def _by_row(X: Tensor, moments: Sequence[Tensor], beta2: float, eps: float, scra
         moment.copy_(new)
     factor = V.sqrt_().add_(eps).reciprocal_()
     torch.sum(squares.mul_(factor).mul_(factor), (1, 2), keepdim=True, out=after)
-    _multiply(X, factor.mul_(_norm_kept(before, after)), block)
+    multiply(X, factor.mul_(norm_kept(before, after)), block)
 
 
 def _by_element(X: Tensor, moments: Sequence[Tensor], beta2: float, eps: float, scratch: Tensor) -> Tensor:
@@ -199,18 +146,18 @@ def _by_element(X: Tensor, moments: Sequence[Tensor], beta2: float, eps: float, 
     for V in moments:
         stop = start + len(V)
         x, sums = X[start:stop], [t[start:stop] for t in (before, after, part)]
-        for matrices, rows in _blocks(x, numbers):
-            U, v = _in_fp32(x[matrices, rows], block), V[matrices, rows]
+        for matrices, rows in in_blocks(x, numbers):
+            U, v = in_fp32(x[matrices, rows], block), V[matrices, rows]
             square = block[numbers : numbers + U.numel()].view(U.shape)
             own_before, own_after, own_part = (t[matrices] for t in sums)
             torch.mul(U, U, out=square)
-            _add_sum(square, (1, 2), own_before, own_part)
+            add_sum(square, (1, 2), own_before, own_part)
             v.lerp_(square, 1 - beta2)
             U.div_(torch.sqrt(v, out=square).add_(eps))
-            _add_sum(torch.mul(U, U, out=square), (1, 2), own_after, own_part)
+            add_sum(torch.mul(U, U, out=square), (1, 2), own_after, own_part)
             x[matrices, rows].copy_(U)
         start = stop
-    return _norm_kept(before, after)
+    return norm_kept(before, after)
 
 
 def normalize(form: str, X: Tensor, moments: Sequence[Tensor], beta2: float, scratch: Tensor) -> list[float] | None:
@@ -231,7 +178,7 @@ def normalize(form: str, X: Tensor, moments: Sequence[Tensor], beta2: float, scr
     eps = FORMS[form].eps
     if form == "element":
         kept = _by_element(X, moments, beta2, eps, scratch)
-        if _in_cache(X.device):
+        if in_cache(X.device):
             return kept.flatten().tolist()
         X.mul_(kept)
         return None
@@ -244,28 +191,12 @@ def normalize(form: str, X: Tensor, moments: Sequence[Tensor], beta2: float, scr
     return None
 
 
-def take_signs(X: Tensor, scale: Tensor | None, margin: float, norms: Tensor | None, scratch: Tensor) -> Tensor:
-    """Write the signs of a stack to it; those of zeros are zeros.
-
-    Args:
-        X: (batch, m, n), the directions; written.
-        scale: (batch,) fp32, as `Backend.momentum_update` returned it: NaN for a matrix that is not finite. Written.
-            None where X itself is not finite then.
-        margin: of the coefficient set.
-        norms: (batch,) fp32, written: the Frobenius norms of the signs, at least 1; None if nobody asks.
-        scratch: see `normalize`.
-
-    Returns:
-        (batch,) fp32: what brings the norms to 1/margin, NaN where the matrix was not finite.
-    """
-    block, *own = torch.split(scratch, [scratch.numel() - 3 * len(X)] + [len(X)] * 3)
-    sums, part, found = (x.view(-1, 1, 1) for x in own)
-    if scale is None:
-        _sums_of_squares(X, (-2, -1), found, part, block)
-        scale = found.view(-1)
-    X.sign_()
-    _sums_of_squares(X, (-2, -1), sums, part, block)
-    norm = sums.view(-1).sqrt_().clamp_(min=1.0)
-    if norms is not None:
-        norms.copy_(norm)
-    return scale.mul_(0.0).add_(1 / margin).div_(norm)
+def check_second_moment(name: str, V: Any, form: str, p: Tensor, flatten: bool | None, split: str | None) -> None:
+    """Raise ValueError or TypeError unless V can be the second moment of `p`."""
+    check_dense(name, local(V))
+    expected = shape_of(form, p.shape, flatten, split)
+    if V.shape != expected or V.dtype != torch.float32:
+        raise ValueError(
+            f"{name} should be of size {expected} and float32 for second_moment={form!r} but is of size "
+            f"{tuple(V.shape)} and {str(V.dtype).removeprefix('torch.')}; delete it from the state to start anew"
+        )

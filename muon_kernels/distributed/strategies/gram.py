@@ -27,28 +27,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import backends
-from ..coefficients import Schedule
-from ..newton_schulz import ALGORITHMS, Products, Square
-from ..plan import Bucket, Counter, count_iteration
-from .exchange import (
-    NORM_BYTES,
-    Buffers,
-    CutRound,
-    Iterate,
-    Kind,
-    Lot,
-    Momenta,
-    Pending,
-    Rectangle,
-    holders,
-    scale_of,
-    shift_of,
-)
-from .placement import Team
+from ... import backends
+from ...coefficients import Schedule
+from ...newton_schulz import ALGORITHMS, Products, Square
+from ...step.plan import Bucket, Counter, count_iteration
+from ..collectives import Pending
+from ..lots import Iterate, Kind, Lot, Momenta, holders
+from ..placement import Team
+from ..slices import NORM_BYTES, Buffers, Rectangle, scale_of, shift_of
+from .owner import CutRound
 
 if TYPE_CHECKING:
-    from ..functional import Scalars, Stacks, Workspace
+    from ...step.work import Scalars
+    from ...step.workspace import Stacks, Workspace
 
 
 class Summed:

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .distributed.placement import FLATTENED, check_whole
-from .layout import flattens
+from ..layout import flattens
+from ..options import check_half, check_number
+from ..rules import CONVOLUTIONS, EMBEDDING, HEADS, NORM, RULES, Place, Rule, class_of, is_unknown, known_layers
+from ..split import check_split, close, matching, pieces
+from ..tensors import FLATTENED, check_whole
 from .muon_adamw import OPTIONS
-from .options import check_half, check_number
-from .rules import CONVOLUTIONS, EMBEDDING, HEADS, NORM, RULES, Place, Rule, class_of, is_unknown, known_layers
-from .split import check_split, close, matching, pieces
 
 __all__ = ["Assignment", "ParamGroups", "param_groups"]
 

@@ -1,0 +1,135 @@
+"""Equal matrices, equally cut, by owner."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..layout import Bundle, Layout, Matrices
+from . import second_moment
+from .placement import Team
+from .slices import Rectangle
+
+if TYPE_CHECKING:
+    from ..step.work import Work
+    from ..step.workspace import Stacks
+    from .strategies.owner import CutRound
+
+# One a parameter, but where another rank keeps it; None where the direction is the gradient.
+Momenta = Sequence[Tensor | None] | None
+
+
+Iterate = Callable[["Work", "Stacks", "Tensor | None"], Tensor]
+
+
+class Entry(NamedTuple):
+    """One matrix; where this rank holds none of it, without layouts.
+
+    Attributes:
+        param: index of the parameter.
+        ratio: of the learning rate.
+        tall: whether the parameter has it transposed.
+        moment: second moment of this rank's part, as the parameter has it, if one is kept here.
+    """
+
+    param: int
+    param_at: Layout | None
+    momentum_at: Layout | None
+    grad_at: Layout | None
+    ratio: float
+    tall: bool
+    moment: Tensor | None
+
+
+class Kind(NamedTuple):
+    """What the matrices of a lot have in common."""
+
+    team: Team
+    shape: tuple[int, int]
+    parts: tuple[Rectangle, ...]
+    device: torch.device
+    grad_dtype: torch.dtype
+    param_dtype: torch.dtype
+
+
+def holders(kind: Kind) -> list[int]:
+    """The ranks that have any of such a matrix."""
+    return [rank for rank, part in enumerate(kind.parts) if part.elements]
+
+
+@dataclass
+class Lot:
+    """Equal matrices, equally cut, by owner.
+
+    Attributes:
+        kind: what they have in common.
+        work: how an owner iterates.
+        number: of the first one among all of the group; for stochastic rounding.
+        entries: for every rank of the team, what it owns.
+        most: matrices of one owner in a round.
+        way: of the rounds, where the matrices are cut.
+        kept_apart: whether each owner alone keeps the state of its matrices.
+    """
+
+    kind: Kind
+    work: Work
+    number: int
+    entries: list[list[Entry]]
+    most: int
+    way: type[CutRound]
+    kept_apart: bool
+
+    @property
+    def rounds(self) -> int:
+        """How many."""
+        return -(-max(map(len, self.entries)) // self.most)
+
+    def __str__(self) -> str:
+        """Name it in an error."""
+        m, n = self.kind.shape
+        return f"the bucket of {sum(map(len, self.entries))} x {m}x{n}"
+
+
+def bundle_of(tensors: Sequence[Tensor | None], entries: Sequence[Entry], which: str) -> Bundle:
+    """Return the matrices of `entries` in `tensors`, at the layouts in their field `which`."""
+    bundle = Bundle()
+    for entry in entries:
+        tensor, at = tensors[entry.param], getattr(entry, which)
+        assert tensor is not None and at is not None
+        bundle.append(Matrices(tensor, at))
+    return bundle
+
+
+def normalized(lot: Lot, entries: Sequence[Entry], X: Tensor, beta2: float, ratios: array[float]) -> array[float]:
+    """Divide X, this rank's parts of results, by second moments; return the ratios that are left."""
+    form, team = lot.work.second_moment, lot.kind.team
+    if form is None:
+        return ratios
+    own, (m, n) = array("d", ratios), lot.kind.shape
+    top, left, height, width = lot.kind.parts[team.shard]
+    for tall in (False, True):  # rows of the parameters are columns of X, or rows
+        chosen = [i for i, entry in enumerate(entries) if entry.tall == tall]
+        if not chosen:
+            continue
+        parts = X[chosen] if height * width else X.new_empty(len(chosen), 0, 0)
+        kept = second_moment.normalize(
+            form,
+            parts.mT if tall else parts,
+            [entry.moment for entry in (entries[i] for i in chosen) if entry.moment is not None],
+            beta2,
+            rows=n if tall else m,
+            at=(left, left + width) if tall else (top, top + height),
+            width=m if tall else n,
+            whole_rows=all((part.rows if tall else part.cols) in (0, m if tall else n) for part in lot.kind.parts),
+            group=team.shards,
+        )
+        if height * width:
+            X[chosen] = parts
+        for i, factor in zip(chosen, kept, strict=True):
+            own[i] *= factor
+    return own

@@ -1,0 +1,76 @@
+"""What of a matrix each rank holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from ..layout import Layout, Piece, flattens, layout, split_shape
+from ..split import pieces
+from .placement import Placement, Range
+from .slices import Rectangle
+
+
+def _overlap(a: Range, b: Range) -> Range:
+    """What both have, counted from the start of `a`; empty ranges begin at 0."""
+    start, stop = max(a[0], b[0]), min(a[1], b[1])
+    return (start - a[0], stop - a[0]) if start < stop else (0, 0)
+
+
+def shards_of(
+    placement: Placement, flatten: bool | None, split: str | None
+) -> Iterator[tuple[Piece | None, tuple[int, int, int], tuple[Rectangle, ...]]]:
+    """(piece of this rank's part, (batch, rows, cols) of the whole, every rank's rectangle of (rows, cols))."""
+    whole, ndim = placement.whole, len(placement.whole)
+    row, col = (0, 1) if flattens(whole, flatten) else (ndim - 2, ndim - 1)
+    is_cut = [any(part[dim] != (0, n) for part in placement.parts) for dim, n in enumerate(whole)]
+    own = placement.parts[placement.team.shard]
+    dims = {piece.dim for piece in pieces(whole, flatten, split) if piece is not None}
+    apart = any(is_cut[dim] for dim in dims)
+    for piece in pieces(whole, flatten, split, apart):
+        batch, rows, cols = split_shape(whole, flatten, piece)
+        here = piece
+        if piece is not None and is_cut[piece.dim] and piece.runs != 1:
+            raise ValueError(
+                f"split={split!r} should cut another dimension than {piece.dim}, along which the parameter of size "
+                f"{whole} is sharded, or to parts that are contiguous"
+            )
+        rectangles = []
+        for rank, part in enumerate(placement.parts):
+            # Of the rows and columns of this piece, those that a rank has.
+            spans = {row: (0, rows), col: (0, cols)}
+            for dim in (row, col):
+                if not is_cut[dim]:
+                    continue
+                if piece is not None and piece.dim == dim:
+                    at = (piece.start, piece.start + piece.size)
+                    spans[dim] = _overlap(at, part[dim])
+                    if rank == placement.team.shard:
+                        start, stop = _overlap(own[dim], at)
+                        here = Piece(dim, start, 1, stop - start, 1, stop - start)
+                elif dim == row or not flattens(whole, flatten):
+                    spans[dim] = part[dim]
+            (top, bottom), (left, right) = spans[row], spans[col]
+            empty = top == bottom or left == right
+            rectangles.append(Rectangle(0, 0, 0, 0) if empty else Rectangle(top, left, bottom - top, right - left))
+        yield here, (batch, rows, cols), tuple(rectangles)
+
+
+def layouts(t: Tensor, flatten: bool | None, piece: Piece | None, batch: int, tall: bool) -> list[Layout]:
+    """Of every matrix of this rank's part `t`, lying as the whole does."""
+    order = tuple(range(1, t.ndim)) if flattens(t.shape, flatten) else ()
+    found = []
+    for i in range(batch):
+        at = layout(tuple(t.shape), t.stride(), flatten, order, piece, i, i + 1)
+        if at is None:
+            raise ValueError(
+                f"the part of a sharded parameter, gradient or momentum should be contiguous but of size "
+                f"{tuple(t.shape)} one has strides: {t.stride()}"
+            )
+        if at.transposed != tall:
+            at = at._replace(
+                rows=at.cols, cols=at.rows, row_stride=at.col_stride, col_stride=at.row_stride, transposed=tall
+            )
+        found.append(at)
+    return found

@@ -1,0 +1,151 @@
+"""Replicas share the matrices that all of them have."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from operator import mul
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import backends
+from ...layout import Bundle, Matrices
+from ...stages.second_moment import normalize
+from ..collectives import Pending, gather
+from ..lots import Entry, Iterate, Lot, Momenta, bundle_of, normalized
+from ..slices import Buffers, Rectangle, end_of, in_turn
+
+if TYPE_CHECKING:
+    from ...step.work import Scalars
+    from ...step.workspace import Workspace
+
+
+class CopyRound:
+    """A round of matrices of which several ranks have copies and each does its share; of several lots, one by one."""
+
+    def __init__(
+        self,
+        lots: Sequence[tuple[Lot, int]],
+        params: Sequence[Tensor],
+        momenta: Momenta,
+    ) -> None:
+        """Settle who does what.
+
+        Args:
+            lots: and of each, the first of every owner's matrices in this round.
+            params, momenta: the copies; there may be no momentum of what others own.
+        """
+        self.team = lots[0][0].kind.team
+        self.lots = []
+        for lot, first in lots:
+            shares = [entries[first : first + lot.most] for entries in lot.entries]
+            # Of copies without an owner every rank keeps all momenta.
+            kept = [
+                momenta is not None and all(momenta[entry.param] is not None for entry in entries) for entries in shares
+            ]
+            own = [
+                None if momenta is None else bundle_of(momenta, entries if keeps else (), "momentum_at")
+                for entries, keeps in zip(shares, kept, strict=True)
+            ]
+            copies = [bundle_of(params, entries, "param_at") for entries in shares]
+            self.lots.append(_Copies(lot, first, shares, own, copies))
+        # Where in its share every rank has its results.
+        self.places = [
+            in_turn([(len(copies.shares[rank]), Rectangle(0, 0, *copies.lot.kind.shape)) for copies in self.lots])
+            for rank in range(self.team.replica_count)
+        ]
+        self.share = max(map(end_of, self.places))
+        self.pending: Pending | None = None
+
+    @property
+    def momenta(self) -> list[Bundle | None]:
+        """Of all ranks' matrices, those that are kept here."""
+        return [bundle for copies in self.lots for bundle in copies.momenta]
+
+    @property
+    def buffer_bytes(self) -> tuple[int, int]:
+        """Of `Buffers.slices`, this rank's results, and `Buffers.owned`, everybody's."""
+        return self.share, self.share * self.team.replica_count
+
+    @property
+    def bytes_sent(self) -> int:
+        """By this rank to others."""
+        return self.share * (self.team.replica_count - 1)
+
+    @property
+    def collectives(self) -> int:
+        """Calls that it takes."""
+        return 1
+
+    def begin(self, grads: Sequence[Tensor], scalars: Scalars, buffers: Buffers) -> None:
+        """Remember the gradients: there is nothing to send yet."""
+        self.grads = grads
+
+    def iterate(self, scalars: Scalars, workspace: Workspace, buffers: Buffers, run: Iterate) -> None:
+        """Orthogonalize this rank's share and send it to the others."""
+        for copies, place in zip(self.lots, self.places[self.team.replica], strict=True):
+            work, dtype = copies.lot.work, copies.lot.work.bucket.workspace_dtype
+            ops = backends.get(work.bucket.backend)
+            turns = [r for r in range(self.team.replica_count) if r != self.team.replica] + [self.team.replica]
+            for rank in turns:  # its own share last, for those of others leave nothing but momenta
+                momenta, entries = copies.momenta[rank], copies.shares[rank]
+                if not entries or (rank != self.team.replica and not momenta):
+                    continue
+                stacks = workspace.stacks(work, len(entries))
+                scale = ops.momentum_update(
+                    [Matrices(self.grads[e.param], e.grad_at) for e in entries if e.grad_at is not None],
+                    momenta,
+                    stacks.X,
+                    **scalars.of_momentum(),
+                    margin=work.schedule.margin,
+                    scratch=stacks.scratch,
+                    norms=None if stacks.blend is None else stacks.blend.norms,
+                )
+                if rank == self.team.replica:
+                    result = run(work, stacks, scale)
+                    if work.second_moment is not None and copies.lot.kept_apart:
+                        moments = [(V.mT if e.tall else V)[None] for e in entries for V in (e.moment,) if V is not None]
+                        kept = normalize(work.second_moment, result, moments, scalars.beta2, stacks.between)
+                        own = place.norms(buffers.slices)
+                        own.copy_(torch.tensor(kept or [1.0] * len(entries), dtype=torch.float64, device="cpu"))
+                    place.of(buffers.slices, dtype).copy_(result)
+        self.pending = gather(
+            buffers.owned[: self.share * self.team.replica_count],
+            buffers.slices[: self.share],
+            self.team,
+            " and ".join(str(copies.lot) for copies in self.lots),
+        )
+
+    def end(self, scalars: Scalars, buffers: Buffers) -> None:
+        """Update parameters with everybody's results."""
+        assert self.pending is not None
+        self.pending.wait()
+        self.pending = None
+        for number, copies in enumerate(self.lots):
+            work, dtype = copies.lot.work, copies.lot.work.bucket.workspace_dtype
+            first = copies.first * self.team.replica_count
+            for rank, (params, entries) in enumerate(zip(copies.params, copies.shares, strict=True)):
+                if entries:
+                    results = buffers.owned[rank * self.share : (rank + 1) * self.share]
+                    place = self.places[rank][number]
+                    X, ratios = place.of(results, dtype), array("d", [entry.ratio for entry in entries])
+                    if work.second_moment is not None and copies.lot.kept_apart:
+                        ratios = array("d", map(mul, ratios, place.norms(results).tolist()))
+                    else:
+                        ratios = normalized(copies.lot, entries, X, scalars.beta2, ratios)
+                    backends.get(work.bucket.backend).apply_update(
+                        params, X, **scalars.of_update(copies.lot.number, first), ratios=ratios
+                    )
+                first += len(entries)
+
+
+class _Copies(NamedTuple):
+    """A lot's matrices in a round, for every rank."""
+
+    lot: Lot
+    first: int
+    shares: list[list[Entry]]
+    momenta: list[Bundle | None]
+    params: list[Bundle]

@@ -1,0 +1,38 @@
+"""The signs of a direction in its place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .sums import sums_of_squares
+
+# Of `take_signs`, as in `Form`.
+SIGNS_LAUNCHES, SIGNS_VISITS = 2, 3
+
+
+def take_signs(X: Tensor, scale: Tensor | None, margin: float, norms: Tensor | None, scratch: Tensor) -> Tensor:
+    """Write the signs of a stack to it; those of zeros are zeros.
+
+    Args:
+        X: (batch, m, n), the directions; written.
+        scale: (batch,) fp32, as `Backend.momentum_update` returned it: NaN for a matrix that is not finite. Written.
+            None where X itself is not finite then.
+        margin: of the coefficient set.
+        norms: (batch,) fp32, written: the Frobenius norms of the signs, at least 1; None if nobody asks.
+        scratch: see `normalize`.
+
+    Returns:
+        (batch,) fp32: what brings the norms to 1/margin, NaN where the matrix was not finite.
+    """
+    block, *own = torch.split(scratch, [scratch.numel() - 3 * len(X)] + [len(X)] * 3)
+    sums, part, found = (x.view(-1, 1, 1) for x in own)
+    if scale is None:
+        sums_of_squares(X, (-2, -1), found, part, block)
+        scale = found.view(-1)
+    X.sign_()
+    sums_of_squares(X, (-2, -1), sums, part, block)
+    norm = sums.view(-1).sqrt_().clamp_(min=1.0)
+    if norms is not None:
+        norms.copy_(norm)
+    return scale.mul_(0.0).add_(1 / margin).div_(norm)

@@ -1,0 +1,74 @@
+"""Sums of squares, and products with factors, of stacks in blocks that stay in the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Elements that are made fp32 at a time. On a processor they stay in its cache, and torch's operations on two dtypes,
+# which would need no copy, are ten times slower.
+BLOCK, BLOCK_ON_CPU = 1 << 20, 1 << 18
+
+
+# A sum of squares is this much or zero, for all that matters.
+TINY = torch.finfo(torch.float32).tiny
+
+
+def in_cache(device: torch.device) -> bool:
+    """Whether it is worth while to go over a stack piece by piece."""
+    return device.type == "cpu"
+
+
+def padded(numbers: int) -> int:
+    """Round up to whole cache lines of fp32."""
+    return -(-numbers // 16) * 16
+
+
+def in_blocks(X: Tensor, numbers: int) -> Iterator[tuple[slice, slice]]:
+    """(matrices, rows) of X, piece by piece of at most so many."""
+    batch, m, n = X.shape
+    rows = max(1, min(numbers, BLOCK_ON_CPU if in_cache(X.device) else BLOCK) // n)
+    matrices = max(1, rows // m)
+    for i in range(0, batch, matrices):
+        for row in range(0, m, rows):
+            yield slice(i, i + matrices), slice(row, row + rows)
+
+
+def in_fp32(X: Tensor, scratch: Tensor) -> Tensor:
+    """A copy of X, contiguous, in the beginning of `scratch`."""
+    return scratch[: X.numel()].view(X.shape).copy_(X)
+
+
+def sums_of_squares(X: Tensor, dim: int | tuple[int, int], out: Tensor, part: Tensor, scratch: Tensor) -> None:
+    """Over -1, -2 or (-2, -1), which stay with size 1; `part` is overwritten and of the size of `out`."""
+    if not in_cache(X.device):
+        torch.linalg.vector_norm(X, dim=dim, keepdim=True, dtype=torch.float32, out=out)
+        out.square_()
+        return
+    out.zero_()
+    for matrices, rows in in_blocks(X, scratch.numel()):
+        own = matrices, rows if dim == -1 else slice(None)
+        add_sum(in_fp32(X[matrices, rows], scratch).square_(), dim, out[own], part[own])
+
+
+def add_sum(x: Tensor, dim: int | tuple[int, int], out: Tensor, part: Tensor) -> None:
+    """Add the sums of `x` along `dim` to `out`; `part` is memory for them."""
+    torch.sum(x, dim, keepdim=True, out=part)
+    out.add_(part)
+
+
+def multiply(X: Tensor, factor: Tensor, scratch: Tensor) -> None:
+    """X by an fp32 factor, rounded once."""
+    if not in_cache(X.device):
+        X.mul_(factor)
+        return
+    for matrices, rows in in_blocks(X, scratch.numel()):
+        own = factor[matrices, rows if factor.shape[1] > 1 else slice(None)]
+        X[matrices, rows].copy_(in_fp32(X[matrices, rows], scratch).mul_(own))
+
+
+def norm_kept(before: Tensor, after: Tensor) -> Tensor:
+    """From sums of squares: what brings a matrix back to the norm that it had; 0 for zero, and NaN stays."""
+    return before.div_(after.clamp_(min=TINY)).sqrt_()

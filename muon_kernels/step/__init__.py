@@ -1,0 +1,1 @@
+"""A step of one group on this rank: prepare, then execute."""

@@ -1,0 +1,142 @@
+"""The options of a group that `prepare` takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from .. import backends, options
+from ..coefficients import Schedule, resolve
+from ..powers import check_power, schedule_of
+from ..scaling import rule_of
+from ..split import by_name, check_split, close, matching
+
+Coefficients = str | Sequence[float] | Sequence[Sequence[float]]
+
+
+# The options of a group that `prepare` takes.
+SETTLED = (
+    "ns_coefficients",
+    "ns_steps",
+    "power",
+    "adjust_lr_fn",
+    "flatten",
+    "split",
+    "transposed",
+    "ns_algorithm",
+    "backend",
+    "max_workspace_bytes",
+    "workspace_dtype",
+    "sign_momentum",
+    "second_moment",
+    "stochastic_rounding",
+    "master_weights",
+    "strategy",
+    "block_lr_ratio",
+)
+
+
+# Those of them that a parameter has its own answer to.
+_OF_PARAMETERS = ("split", "transposed")
+
+
+_OF_GROUPS = (*(key for key in SETTLED if key not in _OF_PARAMETERS), "momentum_dtype")
+
+
+def alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two groups can be stepped as one, as far as their options say."""
+    return all(one[key] == other[key] for key in _OF_GROUPS)
+
+
+def settled(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The options in SETTLED of groups that are stepped as one, as `Preparations` takes them."""
+    return {
+        **{key: groups[0][key] for key in SETTLED},
+        **{key: [_of_parameters(group, key) for group in groups] for key in _OF_PARAMETERS},
+        "workspace_dtype": options.dtype_of(groups[0]["workspace_dtype"]),
+    }
+
+
+def _of_parameters(group: Mapping[str, Any], key: str) -> Any:
+    """Return an option with the parameters that it is about, which may move from one group to another."""
+    if not group[key]:
+        return None
+    return group[key], list(map(id, group["params"])), list(group.get("param_names", ()))
+
+
+def splits(group: Mapping[str, Any]) -> list[tuple[Tensor, str | None]]:
+    """Every parameter of a group and what it is cut to."""
+    params, split = group["params"], group["split"]
+    if not isinstance(split, Mapping) or not split:
+        return [(p, split or None) for p in params]
+    if not params:
+        return []
+    if "param_names" not in group:
+        raise ValueError(
+            f"split by name should be of parameters that have one, but they have none: {dict(split)}; give pairs "
+            "(name, parameter), as model.named_parameters() returns them, or muon_kernels.param_groups(model)"
+        )
+    return list(zip(params, by_name(split, group["param_names"]), strict=True))
+
+
+def transposes(group: Mapping[str, Any]) -> list[bool]:
+    """Whether each parameter of a group is (inputs, outputs)."""
+    params, transposed = group["params"], group["transposed"]
+    if isinstance(transposed, bool) or not params:
+        return [transposed is True] * len(params)
+    if "param_names" not in group:
+        raise ValueError(
+            f"transposed by name should be of parameters that have one, but they have none: {list(transposed)}; give "
+            "pairs (name, parameter), as model.named_parameters() returns them, or muon_kernels.param_groups(model)"
+        )
+    names = group["param_names"]
+    found = {pattern: matching(pattern, names) for pattern in transposed}
+    for pattern, matched in found.items():
+        if not matched:
+            raise ValueError(f"transposed={pattern!r} matches no parameter of the group{close(pattern, names)}")
+    chosen = {name for matched in found.values() for name in matched}
+    return [name in chosen for name in names]
+
+
+def check_settled(group: dict[str, Any]) -> None:
+    """Raise ValueError or TypeError unless a group's options in SETTLED can be used."""
+    if group["flatten"] is not None and not isinstance(group["flatten"], bool):
+        raise TypeError(f"flatten should be True, False or None but is: {group['flatten']!r}")
+    split = group["split"]
+    for cut in split.values() if isinstance(split, Mapping) else (split,):
+        check_split(cut)
+    options.check_transposed(group["transposed"])
+    resolve(group["ns_coefficients"], group["ns_steps"])
+    rule_of(group["adjust_lr_fn"])
+    options.check_algorithm(group["ns_algorithm"])
+    if group["backend"] != "auto":
+        backends.get(group["backend"])
+    options.check_workspace(group["max_workspace_bytes"])
+    options.check_workspace_dtype(group["workspace_dtype"])
+    if check_power(group["power"]) and group["workspace_dtype"] != "bfloat16":
+        raise ValueError(
+            "workspace_dtype should be bfloat16 where power is above 0, as updates have any scale then, but is: "
+            f"{group['workspace_dtype']}"
+        )
+
+
+def check_rounding(p: Tensor) -> None:
+    """Raise TypeError unless a parameter is of the dtype that is rounded stochastically."""
+    if p.dtype != torch.bfloat16:
+        raise TypeError(
+            f"stochastic_rounding is of torch.bfloat16 parameters but one is of: {p.dtype}; "
+            "put it into a group with stochastic_rounding=False"
+        )
+
+
+def schedule_for(ns_coefficients: Coefficients, ns_steps: int | None, power: float) -> Schedule:
+    """What to iterate for a power: for 0 the coefficients say; for 1 nothing is."""
+    return resolve(ns_coefficients, ns_steps) if power in (0, 1) else schedule_of(power)
+
+
+def as_scalar(x: float | Tensor) -> float | Tensor:
+    """A float, or a tensor without dimensions if only a device knows the number."""
+    return float(x) if options.on_host(x) else cast(Tensor, x).reshape(())

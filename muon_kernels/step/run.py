@@ -1,0 +1,240 @@
+"""Run what was prepared: prologue, iteration, epilogue."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from operator import mul
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from .. import backends, interrupts, memory, options
+from ..graphs import capturing
+from ..layout import Bundle, Matrices
+from ..newton_schulz import ALGORITHMS
+from ..stages.packed import Packed, unpacked
+from ..stages.second_moment import normalize
+from ..stages.signs import take_signs
+from .options import as_scalar
+from .plan import Plan
+from .work import Chunk, Plain, Prepared, Scalars, Work
+from .workspace import Stacks, Workspace
+
+
+def iterate(
+    work: Work,
+    grads: Sequence[Matrices],
+    momenta: Bundle | Packed | None,
+    workspace: Workspace,
+    scalars: Scalars,
+    rehearsing: bool = False,
+) -> Tensor:
+    """Prologue and iteration of a chunk; the result lies in the workspace."""
+    stacks = workspace.stacks(work, sum(g.layout.batch for g in grads))
+    norms = None if stacks.blend is None else stacks.blend.norms
+    with unpacked(momenta, stacks.unpacked, rehearsing) as seen:
+        scale = backends.get(work.bucket.backend).momentum_update(
+            grads,
+            seen,
+            stacks.X,
+            **scalars.of_momentum(),
+            margin=work.schedule.margin,
+            scratch=stacks.scratch,
+            norms=norms,
+        )
+    return _run(work, stacks, scale)
+
+
+def _run(work: Work, stacks: Stacks, scale: Tensor | None) -> Tensor:
+    """From the directions to the result, which lies in the workspace."""
+    ops, derived = backends.get(work.bucket.backend), stacks.derived
+    if work.signs:
+        norms = None if stacks.blend is None else stacks.blend.norms
+        scale = take_signs(stacks.X, scale, work.schedule.margin, norms, stacks.between)
+    key = scale is not None and scale.data_ptr()
+    if derived.get("key") != key:
+        X, Y, squares, blend, *_ = stacks
+        run = ALGORITHMS[work.bucket.algorithm].run
+        program = ops.program(lambda: run(ops, X, Y, squares, scale, work.schedule, blend))
+        derived.update(key=key, program=program)
+    return cast(Tensor, derived["program"]())
+
+
+def _fused_step(work: Work, chunk: Chunk, grads: Sequence[Matrices], workspace: Workspace, scalars: Scalars) -> None:
+    ops, schedule = backends.get(work.bucket.backend), work.schedule
+    assert isinstance(chunk.params, Bundle) and isinstance(chunk.momenta, Bundle)
+    X, Y, squares, *_ = workspace.stacks(work, work.bucket.slots)
+
+    def iterate(scale: Tensor) -> Tensor:
+        return ALGORITHMS[work.bucket.algorithm].run(ops, X, Y, squares, scale, schedule)
+
+    ops.fused_step(
+        chunk.params,
+        grads,
+        chunk.momenta,
+        X,
+        iterate,
+        triples=schedule.triples,
+        **scalars.of_momentum(),
+        margin=schedule.margin,
+        **scalars.of_update(work.number, chunk.first),
+        ratios=chunk.ratios,
+    )
+
+
+def _step(
+    work: Work, grads: Sequence[Tensor], workspace: Workspace, scalars: Scalars, rehearsing: bool = False
+) -> None:
+    ops = backends.get(work.bucket.backend)
+    for chunk in work.chunks:
+        directions = [Matrices(grads[index], at) for index, at in chunk.grads]
+        if work.bucket.fused:
+            _fused_step(work, chunk, directions, workspace, scalars)
+        else:
+            result = iterate(work, directions, chunk.momenta, workspace, scalars, rehearsing)
+            stacks, ratios = workspace.stacks(work, len(chunk.ratios)), chunk.ratios
+            if work.second_moment is not None and not rehearsing:
+                kept = normalize(work.second_moment, result, chunk.second_moments, scalars.beta2, stacks.between)
+                ratios = ratios if kept is None else array("d", map(mul, ratios, kept))
+            with unpacked(chunk.params, stacks.unpacked, rehearsing) as params:
+                ops.apply_update(params, result, **scalars.of_update(work.number, chunk.first), ratios=ratios)
+
+
+def _plain_step(plain: Plain, grad: Tensor, scalars: Scalars) -> None:
+    """In the operations of torch.optim.SGD, in their order: un-dampened, the same bits."""
+    p, buffer = plain.param, plain.momentum
+    if p.ndim == 0 or not p.numel():
+        return
+    rows = max(1, memory.piece(p.device) * len(p) // p.numel())
+    for i in range(0, len(p), rows):
+        _plain_piece(p[i : i + rows], buffer[i : i + rows], grad[i : i + rows], plain.ratio, scalars)
+
+
+def _plain_piece(p: Tensor, buffer: Tensor, grad: Tensor, ratio: float, scalars: Scalars) -> None:
+    mu, both = scalars.momentum, torch.promote_types(buffer.dtype, grad.dtype)
+    wide = torch.promote_types(both, p.dtype)
+    scaled, of_buffer, of_grad, sum_, ahead, update, moved = memory.take(
+        p.device,
+        *[(p.shape, dtype) for dtype in (grad.dtype, both, buffer.dtype, both, both, wide, wide)],
+    )
+    if memory.rehearsing():
+        return
+    lr, weight_decay = as_scalar(scalars.lr), as_scalar(scalars.weight_decay)
+    g = grad if scalars.grad_scale == 1 else torch.mul(grad, scalars.grad_scale, out=scaled)
+    if scalars.dampened:
+        buffer.lerp_(_as(g, of_grad), 1 - mu)
+    elif buffer.dtype == both:
+        buffer.mul_(mu).add_(_as(g, of_grad))
+    else:
+        buffer.copy_(of_buffer.copy_(buffer.mul_(mu)).add_(g))
+    direction = buffer
+    if scalars.nesterov and scalars.dampened:
+        direction = torch.lerp(g, _as(buffer, scaled if g is not scaled else sum_), mu, out=ahead)
+    elif scalars.nesterov:
+        direction = torch.add(_as(g, of_buffer), _as(buffer, sum_), alpha=mu, out=ahead)
+    if isinstance(weight_decay, Tensor) or weight_decay:
+        p.mul_(1 - lr * weight_decay)
+    step_size = lr * ratio
+    direction = _as(direction, update)
+    if isinstance(step_size, Tensor):
+        direction, step_size = torch.mul(direction, step_size, out=update), 1.0
+    if p.dtype == wide:
+        p.add_(direction, alpha=-step_size)
+    else:
+        p.copy_(moved.copy_(p).add_(direction, alpha=-step_size))
+
+
+def _as(t: Tensor, spare: Tensor) -> Tensor:
+    """`t` in the dtype of `spare`, in which a copy may lie."""
+    return t if t.dtype == spare.dtype else spare.copy_(t)
+
+
+def _check_range(work: Work, scalars: Scalars) -> None:
+    """Raise ValueError where a step size is more than the parameters' dtype has, which torch finds out half-way."""
+    lr = scalars.lr
+    if isinstance(lr, Tensor) or lr <= 1:
+        return
+    for chunk in work.chunks:
+        dtypes = {p.tensor.dtype if isinstance(p, Matrices) else p.stored.dtype for p in chunk.params}
+        limit = min(torch.finfo(dtype).max for dtype in dtypes)
+        if lr * max(chunk.ratios, default=0.0) > limit:
+            raise ValueError(
+                f"Learning rate, times what adjust_lr_fn says, should be at most {limit}, the largest number of "
+                f"{min(dtypes, key=str)}, but lr is: {lr}"
+            )
+
+
+def plan_of(prepared: Sequence[Prepared]) -> Plan:
+    """What steps of these groups do, as far as it is this rank that does it."""
+    exchanges = [shared for decided in prepared for shared in decided.exchanges]
+    alone = [work for decided in prepared for work in decided.works]
+    together = [work for shared in exchanges for work in shared.works]
+    notes = dict.fromkeys(note for work in (*alone, *together) for note in work.notes)
+    buckets = [work.bucket for work in (*alone, *(work for work in together if work.bucket.slots))]
+    return Plan(tuple(buckets), tuple(notes), tuple(shared.plan for shared in exchanges))
+
+
+def execute(prepared: Prepared, grads: Sequence[Tensor], scalars: Scalars, workspace: Workspace) -> None:
+    """Do a step: parameters and momentum buffers are written, gradients are not.
+
+    Args:
+        prepared: from `prepare`, for the same tensors.
+        grads: one a parameter.
+        scalars: of this step.
+        workspace: in which `ready` has made room.
+    """
+    with interrupts.held():
+        grads = [*grads, *(copy.copy_(at.of(grads[index])) for index, at, copy in prepared.grad_copies)]
+        for target, copy in prepared.copies:
+            copy.copy_(target)
+        for plain in prepared.plain:
+            g = grads[plain.gradient]
+            _plain_step(plain, g if plain.at is None else plain.at.of(g), scalars)
+        for work in prepared.works:
+            _step(work, grads, workspace, scalars)
+        for target, copy in prepared.copies:
+            target.copy_(copy)
+    for shared in prepared.exchanges:
+        shared.run(grads, scalars, workspace, _run)
+
+
+def reserve(prepared: Prepared, workspace: Workspace) -> None:
+    """Have the memory of what `execute` writes; of all groups before the first is `ready`."""
+    for shared in prepared.exchanges:
+        shared.reserve()
+    for work in _all_works(prepared):
+        workspace.reserve(work.device, work.bucket.workspace_bytes)
+
+
+def _all_works(prepared: Prepared) -> list[Work]:
+    return [*prepared.works, *(work for shared in prepared.exchanges for work in shared.works)]
+
+
+def ready(prepared: Prepared, grads: Sequence[Tensor], scalars: Scalars, workspace: Workspace) -> None:
+    """Have backends get ready what `execute` will run, and memory that it takes; the last thing that may raise."""
+    for work in _all_works(prepared):
+        if scalars.seed is not None and capturing(work.device):
+            raise RuntimeError(
+                "a step with stochastic_rounding should not be captured in a graph, of which every replay would round "
+                "by the same random bits; step outside of it"
+            )
+    for work in prepared.works:
+        _check_range(work, scalars)
+    seen = [*grads, *(copy for _, _, copy in prepared.grad_copies)]
+    # What `signature` does not have, and a kernel may be another for.
+    on_host = options.on_host(scalars.lr), options.on_host(scalars.weight_decay)
+    kind = scalars.nesterov, scalars.dampened, *on_host, *(i for i, g in enumerate(seen) if g.data_ptr() % 16)
+    kind = scalars.cautious, *workspace.addresses(), *kind
+    if kind in prepared.rehearsed.get(memory.mark(), ()):
+        return
+    with memory.rehearsal():
+        for plain in prepared.plain:
+            g = seen[plain.gradient]
+            _plain_step(plain, g if plain.at is None else plain.at.of(g), scalars)
+    for work in prepared.works:
+        if (rehearsal := backends.get(work.bucket.backend).rehearsal()) is not None:
+            with rehearsal:
+                _step(work, seen, workspace, scalars, rehearsing=True)
+    prepared.rehearsed.setdefault(memory.mark(), set()).add(kind)

@@ -1,0 +1,123 @@
+"""What `prepare` decides and `execute` does."""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from .. import memory
+from ..coefficients import Schedule
+from ..distributed import exchange
+from ..layout import Bundle, Layout, View
+from ..stages.packed import Packed
+from .options import as_scalar
+from .plan import Bucket
+
+
+class Kind(NamedTuple):
+    """What the matrices of a bucket have in common."""
+
+    rows: int
+    cols: int
+    device: torch.device
+    grad_dtype: torch.dtype
+    momentum_dtype: torch.dtype
+    param_dtype: torch.dtype
+
+
+class Part(NamedTuple):
+    """Matrices start..stop of one parameter, or of one piece of it."""
+
+    piece: int
+    start: int
+    stop: int
+
+
+class Chunk(NamedTuple):
+    """The operands of one pass through the workspace."""
+
+    params: Bundle | Packed
+    momenta: Bundle | Packed | None
+    grads: list[tuple[int, Layout]]
+    ratios: array[float]  # one a matrix
+    second_moments: list[Tensor]  # none, or as `normalize` takes them
+    first: int  # matrices of the bucket in earlier chunks
+
+
+class Plain(NamedTuple):
+    """A parameter, or a piece of one, whose direction is its update."""
+
+    gradient: int
+    at: View | None  # of the gradient, if it is a piece
+    param: Tensor
+    momentum: Tensor
+    ratio: float
+
+
+class Work(NamedTuple):
+    """A bucket with all that is settled before a step; `notes` is `Plan`'s.
+
+    `number` is that of its first matrix among all of the group, which are counted as the parameters come. `between` is
+    how many numbers of fp32 a matrix needs for what stands before and after the iteration.
+    """
+
+    bucket: Bucket
+    notes: tuple[str, ...]
+    schedule: Schedule
+    device: torch.device
+    chunks: list[Chunk]
+    second_moment: str | None = None
+    number: int = 0
+    signs: bool = False
+    between: int = 0
+
+
+class Prepared(NamedTuple):
+    """What `prepare` decided for a group; good for every step in which `signature` and options are the same.
+
+    `plain` has what goes through no iteration. Tensors, or pieces of them, that no strides describe as matrices are
+    stepped in copies: `copies` has (that of a parameter or momentum, its copy), and `grad_copies` (index of a gradient,
+    the piece of it, its copy); the copies count as further gradients. `rehearsed` has the kinds of steps for which
+    backends and memory are ready; `exchanges` what other ranks have a part in, `works` what they have not.
+    """
+
+    works: list[Work]
+    plain: list[Plain]
+    copies: list[tuple[Tensor, Tensor]]
+    grad_copies: list[tuple[int, View, Tensor]]
+    rehearsed: WeakKeyDictionary[memory.Mark, set[tuple[object, ...]]]
+    exchanges: list[exchange.Exchange]
+
+
+class Scalars(NamedTuple):
+    """What may change from step to step; see `Muon`. A negative grad_scale ascends.
+
+    `seed` is None without stochastic rounding; the matrices of a group take those from it on, as `Work` numbers them.
+    """
+
+    lr: float | Tensor
+    weight_decay: float | Tensor
+    momentum: float
+    nesterov: bool
+    dampened: bool
+    eps: float
+    grad_scale: float
+    cautious: bool = False
+    beta2: float = 0.0
+    seed: int | None = None
+
+    def of_momentum(self) -> dict[str, Any]:
+        """What `momentum_update` takes."""
+        names = ("momentum", "nesterov", "dampened", "grad_scale", "eps")
+        return {name: getattr(self, name) for name in names}
+
+    def of_update(self, number: int, first: int) -> dict[str, Any]:
+        """What `apply_update` takes for a chunk, from its place in its bucket, and the bucket's."""
+        update = {"lr": as_scalar(self.lr), "weight_decay": as_scalar(self.weight_decay), "cautious": self.cautious}
+        if self.seed is not None:
+            update |= {"stochastic_rounding": True, "seed": self.seed + number, "first": first}
+        return update

@@ -1,0 +1,84 @@
+"""Memory that steps share and keep."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..coefficients import Schedule
+from ..newton_schulz import Blend, Square, squares_of
+from ..stages.packed import floats
+from .plan import Bucket
+from .work import Work
+
+
+class Stacks(NamedTuple):
+    """What a chunk of `batch` matrices needs beside parameters and state."""
+
+    X: Tensor  # (batch, m, n)
+    Y: Tensor
+    squares: list[Square]
+    blend: Blend | None  # where iterates have weights
+    scratch: Tensor  # (batch * scratch_bytes,) uint8
+    between: Tensor  # (batch * between,) fp32, see `Work`
+    unpacked: Tensor | None  # (batch, floats) fp32, of momentum or parameters that are kept packed
+    derived: dict[str, Any]  # what is computed from them once
+
+
+class Workspace:
+    """Memory that steps share and keep, one block a device; it grows to the largest chunk and stays."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[torch.device, Tensor] = {}
+        self._stacks: dict[tuple[Bucket, Schedule, int, torch.device, int], Stacks] = {}
+
+    def reserve(self, device: torch.device, bytes_: int) -> None:
+        """Have at least `bytes_` on `device`."""
+        block = self._blocks.get(device)
+        if block is None or block.numel() < bytes_:
+            self._stacks.clear()
+            self._blocks.pop(device, None)
+            self._blocks[device] = torch.empty(bytes_, dtype=torch.uint8, device=device)
+
+    def addresses(self) -> list[int]:
+        """Where the blocks are."""
+        return [block.data_ptr() for block in self._blocks.values()]
+
+    def stacks(self, work: Work, batch: int) -> Stacks:
+        """Those of a chunk of `batch` matrices; the same tensors every time."""
+        key = work.bucket, work.schedule, batch, work.device, work.between
+        if key not in self._stacks:
+            with torch.inference_mode(False):  # what is kept must be of use outside inference mode too
+                self._stacks[key] = self._cut(*key)
+        return self._stacks[key]
+
+    def _cut(self, bucket: Bucket, schedule: Schedule, batch: int, device: torch.device, between: int) -> Stacks:
+        m, n = bucket.shape
+        ops = backends.get(bucket.backend)
+        block = self._blocks[device]
+        offset = 0
+
+        def take(rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+            nonlocal offset
+            bytes_ = batch * rows * cols * dtype.itemsize
+            offset, begin = offset + bytes_, offset
+            return block[begin:offset].view(dtype).view(batch, rows, cols)
+
+        def stack(cols: int) -> Tensor:
+            return take(m, ops.leading_dimension(cols), bucket.workspace_dtype)[..., :cols]
+
+        numbers_between = take(1, between, torch.float32).flatten()
+        memory = take(1, floats(m, n), torch.float32)[:, 0] if bucket.packed else None
+        X, Y, *total = (stack(n) for _ in range(3 if schedule.weights else 2))
+        highs = [stack(m) for _ in range(squares_of(bucket.algorithm, schedule))]
+        # What needs alignment last, the doubles first: the leading dimensions of a backend that has them leave it.
+        scratch = take(1, ops.scratch_bytes(m, n), torch.uint8).flatten()
+        precise = ops.precise_squares()
+        squares = [Square(high, take(1, m, torch.float32)[:, 0] if precise else None) for high in highs]
+        offset += -offset % 8  # stacks of a backend whose leading dimensions are odd
+        numbers = (take(1, 1, dtype)[:, 0, 0] for dtype in (torch.float64, *[torch.float32] * 4))
+        blend = Blend(*total, *numbers) if total else None
+        return Stacks(X, Y, squares, blend, scratch, numbers_between, memory, {})
