@@ -1,18 +1,21 @@
-"""What an option may be: checks that several callers share, each raising with what was expected and what came."""
+"""Every option of a group once: how it is checked, and whether a step has to be prepared anew when it changes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .coefficients import NS_STEPS
+from . import backends
+from .coefficients import NS_STEPS, resolve
 from .newton_schulz import ALGORITHMS
-from .scaling import WEIGHT_DECAY_FORMS, rule_name
+from .powers import check_power
+from .scaling import WEIGHT_DECAY_FORMS, rule_name, rule_of
+from .split import check_split
 from .stages.second_moment import FORMS
 
 _PLAIN = frozenset((float, int, bool, str, type(None)))
@@ -202,26 +205,6 @@ def check_weight_decay_form(form: Any, peak_lr: Any) -> None:
 SECOND_MOMENTS = (None, *FORMS)
 
 
-def check_relatives(group: Mapping[str, Any]) -> None:
-    """Raise ValueError where options of a group do not go together."""
-    power, form = group["power"], group["second_moment"]
-    if group["master_weights"] and group["stochastic_rounding"]:
-        raise ValueError("stochastic_rounding should be False where master_weights is True, which rounds nothing away")
-    if group["strategy"] == "gram" and group["sign_momentum"]:
-        raise ValueError("sign_momentum should be False for strategy='gram', in which no rank has a whole direction")
-    if power != 1:
-        return
-    if form is not None:
-        raise ValueError(f"second_moment should be None where power is 1, which is SGD in torch, but is: {form!r}")
-    for name in ("cautious", "sign_momentum", "stochastic_rounding", "master_weights"):
-        if group[name]:
-            raise ValueError(f"{name} should be False where power is 1, which is SGD in torch")
-    if group["momentum_dtype"] == "int8":
-        raise ValueError(
-            "momentum_dtype should be floating-point where power is 1, which is SGD in torch, but is: int8"
-        )
-
-
 def check_second_moment_form(form: Any) -> None:
     """Raise ValueError unless there is such a second moment, or it is None."""
     check_choice("second_moment", form, SECOND_MOMENTS)
@@ -270,4 +253,136 @@ def check_momentum_dtype(dtype: Any) -> None:
     if dtype is not None and plain(dtype) not in MOMENTUM_DTYPES:
         raise ValueError(
             f"momentum_dtype should be a floating-point dtype, torch.int8, a name of these, or None but is: {dtype!r}"
+        )
+
+
+def _of(check: Callable[[Any], object]) -> Callable[[str, Any, Mapping[str, Any]], None]:
+    """A check that asks for the value only."""
+
+    def checked(name: str, value: Any, group: Mapping[str, Any]) -> None:
+        check(value)
+
+    return checked
+
+
+def _called(word: str) -> Callable[[str, Any, Mapping[str, Any]], None]:
+    """A check for a number >= 0, with torch's word for the option."""
+    return lambda name, value, group: check_number(word, value)
+
+
+def _lr(name: str, value: Any, group: Mapping[str, Any]) -> None:
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    check_number("Learning rate", value)
+
+
+def _boolean(name: str, value: Any, group: Mapping[str, Any]) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} should be True or False but is: {value!r}")
+
+
+def _flatten(name: str, value: Any, group: Mapping[str, Any]) -> None:
+    if value is not None and not isinstance(value, bool):
+        raise TypeError(f"flatten should be True, False or None but is: {value!r}")
+
+
+def _split(name: str, value: Any, group: Mapping[str, Any]) -> None:
+    for cut in value.values() if isinstance(value, Mapping) else (value,):
+        check_split(cut)
+
+
+def _backend(name: str, value: Any, group: Mapping[str, Any]) -> None:
+    if value != "auto":
+        backends.get(value)
+
+
+def _coefficients(name: str, value: Any, group: Mapping[str, Any]) -> None:
+    resolve(value, group["ns_steps"])
+
+
+def _period(name: str, value: Any, group: Mapping[str, Any]) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} should be an int >= 1 but is: {value!r}")
+
+
+class Option(NamedTuple):
+    """An option of a group.
+
+    Attributes:
+        check: raises ValueError or TypeError for (name, value, group) unless the value can be used.
+        prepared: whether `prepare` looks at it, so that tasks are made anew when it changes.
+    """
+
+    check: Callable[[str, Any, Mapping[str, Any]], None]
+    prepared: bool = False
+
+
+STRATEGIES = ("owner", "gram", "blocks")  # distributed/strategies has what they are
+
+# The options of `Muon`; other optimizers have some of them. Defaults are in the signatures of the constructors.
+OPTIONS: dict[str, Option] = {
+    "lr": Option(_lr),
+    "weight_decay": Option(_called("weight decay")),
+    "momentum": Option(_called("momentum")),
+    "nesterov": Option(_boolean),
+    "ns_coefficients": Option(_coefficients, prepared=True),
+    "eps": Option(_of(check_eps)),
+    "ns_steps": Option(lambda name, value, group: None, prepared=True),  # the coefficients' check looks at it
+    "adjust_lr_fn": Option(_of(rule_of), prepared=True),
+    "use_addmm": Option(_boolean),
+    "dampened": Option(_boolean),
+    "flatten": Option(_flatten, prepared=True),
+    "split": Option(_split, prepared=True),
+    "transposed": Option(_of(check_transposed), prepared=True),
+    "ns_algorithm": Option(_of(check_algorithm), prepared=True),
+    "backend": Option(_backend, prepared=True),
+    "max_workspace_bytes": Option(_of(check_workspace), prepared=True),
+    "workspace_dtype": Option(_of(check_workspace_dtype), prepared=True),
+    "momentum_dtype": Option(_of(check_momentum_dtype)),
+    "maximize": Option(_boolean),
+    "power": Option(_of(check_power), prepared=True),
+    "weight_decay_form": Option(lambda name, value, group: check_weight_decay_form(value, group["peak_lr"])),
+    "peak_lr": Option(lambda name, value, group: None),  # its form's check looks at it
+    "cautious": Option(_boolean),
+    "stochastic_rounding": Option(_boolean, prepared=True),
+    "sign_momentum": Option(_boolean, prepared=True),
+    "master_weights": Option(_boolean, prepared=True),
+    "second_moment": Option(_of(check_second_moment_form), prepared=True),
+    "beta2": Option(lambda name, value, group: check_fraction(name, value)),
+    "strategy": Option(lambda name, value, group: check_choice(name, value, STRATEGIES), prepared=True),
+    "block_period": Option(_period),
+    "block_lr_ratio": Option(lambda name, value, group: check_number(name, value), prepared=True),
+}
+PREPARED = tuple(name for name, option in OPTIONS.items() if option.prepared)
+
+
+def check_options(group: Mapping[str, Any]) -> None:
+    """Raise ValueError or TypeError unless the options that a group has can be used, each by itself."""
+    for name, option in OPTIONS.items():
+        if name in group:
+            option.check(name, group[name], group)
+
+
+def check_together(group: Mapping[str, Any]) -> None:
+    """Raise ValueError where options of a group, each of which could be used, do not go together."""
+    power, form = group["power"], group["second_moment"]
+    if group["master_weights"] and group["stochastic_rounding"]:
+        raise ValueError("stochastic_rounding should be False where master_weights is True, which rounds nothing away")
+    if group["strategy"] == "gram" and group["sign_momentum"]:
+        raise ValueError("sign_momentum should be False for strategy='gram', in which no rank has a whole direction")
+    if power and group["workspace_dtype"] != "bfloat16":
+        raise ValueError(
+            "workspace_dtype should be bfloat16 where power is above 0, as updates have any scale then, but is: "
+            f"{group['workspace_dtype']}"
+        )
+    if power != 1:
+        return
+    if form is not None:
+        raise ValueError(f"second_moment should be None where power is 1, which is SGD in torch, but is: {form!r}")
+    for name in ("cautious", "sign_momentum", "stochastic_rounding", "master_weights"):
+        if group[name]:
+            raise ValueError(f"{name} should be False where power is 1, which is SGD in torch")
+    if group["momentum_dtype"] == "int8":
+        raise ValueError(
+            "momentum_dtype should be floating-point where power is 1, which is SGD in torch, but is: int8"
         )

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from muon_kernels import Muon, MuonAdamW, SpectralMomentum, backends, orthogonalize
 from muon_kernels.backends import cpu
+from muon_kernels.coefficients import resolve
 from muon_kernels.distributed import ZeroMuon
+from muon_kernels.step.operands import Operand
+from muon_kernels.step.options import StepOptions
 from muon_kernels.step.plan import plan_for_shapes
 from muon_kernels.step.prepare import prepare
 
@@ -276,9 +279,6 @@ def test_what_is_no_process_group(group: Any) -> None:
             act()
 
 
-SETTLED: dict[str, Any] = {"ns_coefficients": "keller", "ns_steps": 5, "adjust_lr_fn": None}
-
-
 @pytest.mark.parametrize(
     ("role", "bad", "error", "sentence"),
     [
@@ -318,7 +318,7 @@ def test_operands(backend: str, role: int, bad: Tensor, error: type[Exception], 
     operands[role] = bad
     p, g, buffer = operands
     with pytest.raises(error) as caught:
-        prepare([p], [g], [buffer], backend=backend, **SETTLED)
+        prepare([Operand(p, g, buffer)], StepOptions(resolve("keller", 5), None, backend=backend))
     assert sentence in str(caught.value)
 
 

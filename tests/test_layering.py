@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,54 @@ def inside(name: str, *prefixes: str) -> bool:
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
+# From below. A room is a folder or a file of the package, and imports from lower floors only.
+FLOORS = (
+    ("coefficients", "graphs", "interrupts", "layout", "memory", "reference", "scaling", "_version"),
+    ("newton_schulz", "powers", "split", "tensors"),
+    ("rules", "spectra", "stages", "triton_kernels"),
+    ("backends", "checkpoint"),
+    ("options",),
+    ("qk_clip", "step"),
+    ("distributed",),
+    ("optimizers",),
+    ("cli",),
+    ("__init__", "__main__"),
+)
+FLOOR = {room: i for i, floor in enumerate(FLOORS) for room in floor}
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def upward(room: str, names: Iterable[str]) -> list[str]:
+    """Those of the imported names that are of rooms on the same floor or above, and not of this one."""
+    found = []
+    for name in names:
+        package, *rest = name.split(".")
+        if package == "muon_kernels" and rest and rest[0] in FLOOR and rest[0] != room:
+            if FLOOR[rest[0]] >= FLOOR[room]:
+                found.append(name)
+    return found
+
+
 def test_the_walk_sees_what_it_should() -> None:
     assert len(FILES) > 12
     assert "muon_kernels.newton_schulz.Square" in set(imports(PACKAGE / "backends" / "cpu.py"))
     assert "muon_kernels._C" in set(imports(PACKAGE / "backends" / "native.py"))  # inside a function
-    assert "muon_kernels.backends" in set(imports(PACKAGE / "functional.py"))  # from . import backends
+    assert "muon_kernels.backends" in set(imports(PACKAGE / "options.py"))  # from . import backends
+    assert upward("step", ["muon_kernels.options.plain", "muon_kernels.step.work", "torch.distributed"]) == []
+    wrong = ["muon_kernels.distributed.exchange", "muon_kernels.optimizers", "muon_kernels.qk_clip"]
+    assert upward("step", ["muon_kernels.layout", *wrong]) == wrong
+
+
+def test_every_room_has_a_floor() -> None:
+    assert {room_of(path) for path in FILES} == FLOOR.keys()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_down(path: Path) -> None:
+    assert upward(room_of(path), imports(path)) == []
 
 
 def test_reference_stands_alone() -> None:
@@ -54,36 +97,9 @@ def test_reference_stands_alone() -> None:
         assert not [n for n in imports(path) if inside(n, "muon_kernels.reference")], path
 
 
-@pytest.mark.parametrize(
-    ("file", "forbidden"),
-    [
-        ("newton_schulz.py", ["backends", "functional", "optimizer", "plan", "layout", "_C"]),
-        ("layout.py", ["backends", "functional", "optimizer", "plan", "newton_schulz", "_C"]),
-        ("split.py", ["backends", "functional", "optimizer", "plan", "newton_schulz", "_C"]),
-        ("rules.py", ["backends", "functional", "optimizer", "plan", "newton_schulz", "_C"]),
-        ("param_groups.py", ["backends", "functional", "optimizer", "plan", "newton_schulz", "_C"]),
-        ("options.py", ["backends", "functional", "optimizer", "plan", "layout", "_C"]),
-        ("coefficients.py", [""]),
-        ("scaling.py", [""]),
-        ("plan.py", ["functional", "optimizer", "muon_adamw", "_C"]),
-        ("spectral.py", ["backends", "functional", "optimizer", "plan", "newton_schulz", "_C"]),
-        ("spectra.py", ["backends", "optimizer", "muon_adamw", "_C"]),
-        ("qk_clip.py", ["backends", "optimizer", "muon_adamw", "_C"]),
-        ("packed.py", ["backends", "functional", "optimizer", "plan", "newton_schulz", "_C"]),
-        ("quantized.py", ["backends", "optimizer", "muon_adamw", "_C"]),
-        ("functional.py", ["optimizer", "muon_adamw", "_C", "backends.cpu", "backends.eager"]),
-        ("backends/eager.py", ["functional", "optimizer", "plan", "backends.cpu", "_C"]),
-        ("backends/cpu.py", ["functional", "optimizer", "plan"]),
-        ("backends/triton.py", ["functional", "optimizer", "plan", "backends.native", "_C"]),
-        *[
-            (str(path.relative_to(PACKAGE)), ["backends", "functional", "optimizer", "plan", "_C"])
-            for path in sorted((PACKAGE / "triton_kernels").glob("*.py"))
-        ],
-    ],
-)
-def test_layers(file: str, forbidden: list[str]) -> None:
-    names = [f"muon_kernels.{name}".rstrip(".") for name in forbidden]
-    assert not [name for name in imports(PACKAGE / file) if inside(name, *names)]
+@pytest.mark.parametrize("name", ["coefficients", "scaling"])
+def test_tables_import_nothing_of_ours(name: str) -> None:
+    assert not [n for n in imports(PACKAGE / f"{name}.py") if inside(n, "muon_kernels")]
 
 
 def test_one_file_knows_the_compiled_module() -> None:

@@ -22,6 +22,8 @@ from muon_kernels.coefficients import resolve
 from muon_kernels.split import blocks, equal, heads, pieces, qkv
 from muon_kernels.stages import packed
 from muon_kernels.stages.packed import BLOCK, Halves, Quantized
+from muon_kernels.step.operands import Operand
+from muon_kernels.step.options import StepOptions
 from muon_kernels.step.plan import Bucket, plan_bucket
 from muon_kernels.step.prepare import prepare
 
@@ -631,7 +633,9 @@ def test_what_is_not_bf16_has_no_other_half() -> None:
 def test_power_one_refuses_a_momentum_of_eight_bits(backend: str) -> None:
     p, codes = parameters(names=["wide"])[0], torch.zeros(70, 90, dtype=torch.int8)
     with pytest.raises(ValueError, match="momentum_buffer should be floating-point where power is 1"):
-        prepare([p], [torch.ones_like(p)], [codes], power=1.0, adjust_lr_fn=None, backend=backend)
+        prepare(
+            [Operand(p, torch.ones_like(p), codes)], StepOptions(resolve("keller"), None, power=1.0, backend=backend)
+        )
 
 
 def test_a_failed_step_changes_nothing(backend: str) -> None:
@@ -760,7 +764,7 @@ def test_a_rehearsal_reads_and_writes_nothing(monkeypatch: pytest.MonkeyPatch) -
     optimizer = both(params, "eager")
     feed(params, 0)
     optimizer._workspace.reserve(torch.device("cpu"), 1 << 24)
-    optimizer._workspace.in_blocks[torch.device("cpu")].fill_(123)
+    optimizer._workspace._blocks[torch.device("cpu")].fill_(123)
     train(optimizer, params, 0, 2)
     assert rehearsed and all(map(torch.equal, params, twins))
     assert same(other.state_dict()["state"], optimizer.state_dict()["state"])

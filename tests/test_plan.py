@@ -11,8 +11,8 @@ from torch import nn
 
 from muon_kernels import COEFFICIENTS, Muon, MuonAdamW, Plan, backends, memory
 from muon_kernels.coefficients import resolve
+from muon_kernels.distributed import exchange
 from muon_kernels.newton_schulz import segments
-from muon_kernels.step import cache
 from muon_kernels.step.plan import Bucket, plan_for_shapes
 
 SHAPES = [(16, 16), (24, 100), (48, 64), (33, 130), (64, 700), (1, 9)]
@@ -256,8 +256,8 @@ def test_plan_for_shapes_is_the_optimizers(backend: str) -> None:
 
 def test_a_step_is_settled_once(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    real = cache.prepare
-    monkeypatch.setattr(cache, "prepare", lambda *args, **options: calls.append(1) or real(*args, **options))
+    real = exchange.prepare
+    monkeypatch.setattr(exchange, "prepare", lambda *args, **options: calls.append(1) or real(*args, **options))
     params, muon = make([(20, 60), (60, 20), (9, 9)], backend=backend)
     group = muon.param_groups[0]
 

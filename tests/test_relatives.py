@@ -151,8 +151,8 @@ def test_moments_of_elements_lie_as_their_stack_does(tmp_path: Path) -> None:
     second.load_state_dict(torch.load(tmp_path / "state.pt"))
     train(second, params, 1, 2)
     for muon in (first, second):
-        (settled,) = muon._prepared._settled.values()
-        views = [V for work in settled.prepared.works for chunk in work.chunks for V in chunk.second_moments]
+        (task,) = muon._tasks.kept
+        views = [V for work in task.works for chunk in work.chunks for V in chunk.second_moments]
         assert len(views) == len(params) and {V.stride(-1) for V in views} == {1}
         # Nor are they copied, but for what no strides describe in the parameter either.
         states = {s["second_momentum_buffer"].untyped_storage().data_ptr() for s in muon.state.values()}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from muon_kernels import Muon, MuonAdamW, param_groups
 from muon_kernels.split import blocks, equal, heads, qkv
+from muon_kernels.step.run import Local
 
 STEPS = 3
 OPTIONS: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.5, "momentum": 0.8}
@@ -98,8 +99,9 @@ def buffers(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> list[
 
 def copies(optimizer: Muon) -> int:
     return sum(
-        len(settled.prepared.copies) + len(settled.prepared.grad_copies)
-        for settled in optimizer._prepared._settled.values()
+        len(task.prepared.copies) + len(task.prepared.grad_copies)
+        for task in optimizer._tasks.kept
+        if isinstance(task, Local)
     )
 
 

@@ -19,36 +19,39 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .. import backends
-from ..coefficients import Schedule
 from ..stages.second_moment import scratch_numbers
+from ..step.operands import Operand, check
+from ..step.options import StepOptions
 from ..step.plan import Bucket, Shared, plan_bucket, workspace_bytes
+from ..step.prepare import prepare
+from ..step.run import Local, check_uncaptured
+from ..step.work import Scalars, Task, Work
+from ..step.workspace import Workspace
 from . import second_moment
 from .deal import deal
-from .lots import Entry, Iterate, Kind, Lot, Momenta, holders
+from .lots import Entry, Kind, Lot, Momenta, holders
 from .placement import Placement, Team
 from .shards import layouts, shards_of
 from .slices import AHEAD, IN_FLIGHT, LATE, NORM_BYTES, Buffers, Rectangle, bytes_in_flight, in_round, share_bytes
+from .strategies import STRATEGIES, blocks
 from .strategies.owner import CutRound
 from .strategies.replicas import CopyRound
 
-if TYPE_CHECKING:
-    from ..step.work import Scalars, Work
-    from ..step.workspace import Workspace
-
 
 class Exchange:
-    """The step of all matrices of a team.
+    """The step of all matrices of a team; a `Task`.
 
     Attributes:
         team: the ranks.
         rounds: in order.
     """
+
+    together = True
 
     def __init__(self, team: Team, rounds: Sequence[CutRound | CopyRound]) -> None:
         """Nothing is allocated yet."""
@@ -59,6 +62,11 @@ class Exchange:
     def works(self) -> list[Work]:
         """How this rank iterates what it owns."""
         return [lot.work for lot in self.lots]
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        """Those of them in which this rank owns any."""
+        return [work.bucket for work in self.works if work.bucket.slots]
 
     @property
     def bytes_sent(self) -> int:
@@ -92,7 +100,7 @@ class Exchange:
         return sum(at.batch * at.rows * at.cols * t.itemsize for t, at in kept)
 
     @property
-    def plan(self) -> Shared:
+    def exchanged(self) -> Shared:
         """What a plan has of it."""
         entries = [(lot, of_rank) for lot in self.lots for of_rank in lot.entries]
         return Shared(
@@ -106,8 +114,13 @@ class Exchange:
             buffer_bytes=self.buffer_bytes,
         )
 
-    def reserve(self) -> None:
-        """Allocate buffers."""
+    def reserve(self, workspace: Workspace) -> None:
+        """Allocate buffers, and room in the workspace for `works`."""
+        self._allocate()
+        for work in self.works:
+            workspace.reserve(work.device, work.bucket.workspace_bytes)
+
+    def _allocate(self) -> None:
         if self._buffers or not self.rounds:
             return
         device = self.works[0].device
@@ -126,14 +139,12 @@ class Exchange:
         lots = [lot for r in self.rounds for lot in ([r.lot] if isinstance(r, CutRound) else [c.lot for c in r.lots])]
         return list({id(lot): lot for lot in lots}.values())
 
-    def run(self, grads: Sequence[Tensor], scalars: Scalars, workspace: Workspace, run: Iterate) -> None:
-        """Do the step.
+    def warm_up(self, grads: Sequence[Tensor], scalars: Scalars, workspace: Workspace) -> None:
+        """See `Task`."""
+        check_uncaptured(self.works, scalars)
 
-        Args:
-            grads: this rank's parts.
-            scalars: of this step.
-            workspace: in which there is room for `works`.
-            run: from the normalised stack to the result.
+    def run(self, grads: Sequence[Tensor], scalars: Scalars, workspace: Workspace) -> None:
+        """See `Task`.
 
         Raises:
             Failed: a collective did not end; some matrices may be stepped and others not.
@@ -143,54 +154,80 @@ class Exchange:
             if 0 <= i + AHEAD < len(rounds):
                 rounds[i + AHEAD].begin(grads, scalars, buffers[(i + AHEAD) % IN_FLIGHT])
             if 0 <= i < len(rounds):
-                rounds[i].iterate(scalars, workspace, buffers[i % IN_FLIGHT], run)
+                rounds[i].iterate(scalars, workspace, buffers[i % IN_FLIGHT])
             if i >= LATE:
                 rounds[i - LATE].end(scalars, buffers[(i - LATE) % IN_FLIGHT])
 
 
-def prepare(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momenta: Momenta,
-    placements: Sequence[Placement | None],
+def divide(
+    operands: Sequence[Operand],
+    placements: Sequence[Placement | None] | None,
+    options: StepOptions,
     *,
-    schedule: Schedule,
-    ratio: Callable[[int, int, int], float],
-    flatten: bool | None,
-    splits: Sequence[str | None] | None,
-    ns_algorithm: str,
-    backend: str,
-    max_workspace_bytes: int | None,
-    workspace_dtype: torch.dtype,
-    sign_momentum: bool,
-    form: str | None,
-    moments: Sequence[Tensor | None],
-    work: Callable[..., Work],
-    way: type[CutRound] = CutRound,
-) -> list[Exchange]:
-    """How the parameters that have a placement are stepped, a team at a time; nothing is written.
+    strategy: str,
+    steps_shards: bool = False,
+    shard_lr_factor: float = 1.0,
+) -> list[Task]:
+    """Divide a step into what this rank does alone and what ranks do together; nothing is written.
 
     Args:
-        params, grads, momenta: this rank's parts; no momentum of what another rank owns, and none at all where the
-            direction is the gradient.
+        operands: of DTensors this rank's parts, without state that another rank keeps.
+        placements: where each is; None for those, or if all, that this rank steps alone.
+        options: the group's.
+        strategy: see `Muon`.
+        steps_shards: whether parts of matrices that are cut are stepped as matrices, see strategies/blocks.py.
+        shard_lr_factor: of their learning rate.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: what cannot be stepped.
+    """
+    if placements is None or not any(placements):
+        return [Local(prepare(operands, options))]
+    check(operands, options)
+    alone: dict[int, Operand] = {}
+    together: list[Placement | None] = []
+    for index, (operand, placement) in enumerate(zip(operands, placements, strict=True)):
+        together.append(None)
+        if placement is None:
+            alone[index] = operand
+        elif options.power == 1:
+            found = shards_of(placement, options.flatten, operand.split)
+            alone[index] = operand._replace(pieces=[(piece, shape) for piece, shape, _ in found])
+        elif steps_shards and placement.team.shards is not None:
+            own = list(blocks.parts(placement, options.flatten, operand.split))
+            alone[index] = operand._replace(pieces=own, lr_factor=shard_lr_factor)
+        else:
+            together[-1] = placement
+    exchanges = exchanges_of(operands, together, options, STRATEGIES[strategy]) if any(together) else []
+    return [Local(prepare(list(alone.values()), options), list(alone)), *exchanges]
+
+
+def exchanges_of(
+    operands: Sequence[Operand],
+    placements: Sequence[Placement | None],
+    options: StepOptions,
+    way: type[CutRound] = CutRound,
+) -> list[Exchange]:
+    """How the operands that have a placement are stepped, a team at a time; nothing is written.
+
+    Args:
+        operands: this rank's parts.
         placements: where they are; None for those that are stepped alone.
-        schedule: what to iterate.
-        ratio: of the learning rate, for (index of a parameter, rows, cols).
-        flatten, splits, ns_algorithm, backend, max_workspace_bytes, workspace_dtype, sign_momentum: see
-            `step.prepare`.
-        form: of second moments, and `moments` this rank's parts, none of what another rank keeps.
-        work: makes one of (bucket, notes, schedule, device).
+        options: the group's.
         way: of the rounds of what is cut, where it can.
 
     Raises:
         ValueError, TypeError, RuntimeError: what cannot be stepped.
     """
+    schedule, flatten, form = options.schedule, options.flatten, options.second_moment
+    params = [operand.param for operand in operands]
+    momenta = [operand.momentum for operand in operands] if options.momentum else None
     by_kind: dict[Kind, list[tuple[int | None, Entry]]] = {}
-    for index, (p, g, placement) in enumerate(zip(params, grads, placements, strict=True)):
+    for index, (operand, placement) in enumerate(zip(operands, placements, strict=True)):
         if placement is None:
             continue
-        buffer = None if momenta is None else momenta[index]
-        for piece, (batch, rows, cols), rectangles in shards_of(placement, flatten, splits[index] if splits else None):
+        p, g, V = operand.param, operand.grad, operand.second_moment
+        for piece, (batch, rows, cols), rectangles in shards_of(placement, flatten, operand.split):
             tall = rows > cols or (rows == cols and way.turns(rectangles))
             if tall:
                 rectangles = tuple(Rectangle(left, top, c, r) for top, left, r, c in rectangles)
@@ -198,13 +235,13 @@ def prepare(
             here = rectangles[placement.team.shard].elements > 0
             ats = [
                 layouts(t, flatten, piece, batch, tall) if t is not None and here else [None] * batch
-                for t in (p, buffer, g)
+                for t in (p, operand.momentum, g)
             ]
-            V = moments[index] if form is not None else None
             views = [None] * batch if form is None or V is None or not here else second_moment.views(form, V, flatten)
+            ratio = operand.lr_ratio(options, rows, cols)
             found = by_kind.setdefault(kind, [])
             found += [
-                (placement.owner, Entry(index, of_p, of_buffer, of_g, ratio(index, rows, cols), tall, view))
+                (placement.owner, Entry(index, of_p, of_buffer, of_g, ratio, tall, view))
                 for of_p, of_buffer, of_g, view in zip(*ats, views, strict=True)
             ]
 
@@ -216,7 +253,7 @@ def prepare(
         chosen, ways = {}, {}
         for kind in kinds:
             name, notes = backends.choose(
-                backend, kind.device, (kind.grad_dtype, kind.param_dtype), workspace_dtype, kind.shape
+                options.backend, kind.device, (kind.grad_dtype, kind.param_dtype), options.workspace_dtype, kind.shape
             )
             reason = way.refuses(kind)
             ways[kind] = CutRound if reason else way
@@ -226,14 +263,14 @@ def prepare(
                 plan_bucket,
                 ways[kind].shapes(kind)[0],
                 schedule=schedule,
-                ns_algorithm=ways[kind].algorithm(ns_algorithm, name),
+                ns_algorithm=ways[kind].algorithm(options.ns_algorithm, name),
                 backend=name,
-                max_workspace_bytes=max_workspace_bytes,
-                workspace_dtype=workspace_dtype,
+                max_workspace_bytes=options.max_workspace_bytes,
+                workspace_dtype=options.workspace_dtype,
                 bytes_per_element=kind.grad_dtype.itemsize + 4 * kind.param_dtype.itemsize,
                 stepped=False,
-                sign_momentum=sign_momentum,
-                between_bytes=4 * scratch_numbers(None, sign_momentum, *kind.shape, kind.device),
+                sign_momentum=options.sign_momentum,
+                between_bytes=4 * scratch_numbers(None, options.sign_momentum, *kind.shape, kind.device),
             )
             chosen[kind] = plan, notes
         costs, among, dealt = [], [], []
@@ -252,23 +289,9 @@ def prepare(
             for _, entry in entries:
                 by_owner[next(owners)].append(entry)
             apart = entries[0][0] is not None
-            dealt.append(
-                _lot(
-                    kind,
-                    by_owner,
-                    number,
-                    schedule,
-                    *chosen[kind],
-                    max_workspace_bytes,
-                    sign_momentum,
-                    form,
-                    work,
-                    apart,
-                    ways[kind],
-                )
-            )
+            dealt.append(_lot(kind, by_owner, number, options, *chosen[kind], apart, ways[kind]))
             number += len(entries)
-        cap = max((_cap(lot.work.bucket.backend, max_workspace_bytes) for lot in dealt), default=0)
+        cap = max((_cap(lot.work.bucket.backend, options.max_workspace_bytes) for lot in dealt), default=0)
         rounds = _cut_rounds if team.shards else partial(_copy_rounds, share=share_bytes(cap, team.ranks))
         exchanges.append(Exchange(team, rounds(dealt, params, momenta)))
     return exchanges
@@ -282,33 +305,30 @@ def _lot(
     kind: Kind,
     entries: list[list[Entry]],
     number: int,
-    schedule: Schedule,
+    options: StepOptions,
     plan: Callable[[int], Bucket],
     notes: tuple[str, ...],
-    max_workspace_bytes: int | None,
-    sign_momentum: bool,
-    form: str | None,
-    work: Callable[..., Work],
     kept_apart: bool,
     way: type[CutRound],
 ) -> Lot:
     owned, most = len(entries[way.owner_here(kind.team)]), max(map(len, entries))
     bucket = plan(owned)
     held, (m, n) = way.shapes(kind)
+    schedule, signs, form = options.schedule, options.sign_momentum, options.second_moment
     in_stack = form if kept_apart else None
-    between = scratch_numbers(in_stack, sign_momentum, *held, kind.device)
+    between = scratch_numbers(in_stack, signs, *held, kind.device)
 
     def each(m: int, n: int) -> int:
-        numbers = scratch_numbers(in_stack, sign_momentum, m, n, kind.device)
+        numbers = scratch_numbers(in_stack, signs, m, n, kind.device)
         return workspace_bytes(bucket.backend, bucket.algorithm, m, n, schedule) + 4 * numbers
 
-    cap = _cap(bucket.backend, max_workspace_bytes)
+    cap = _cap(bucket.backend, options.max_workspace_bytes)
     most = in_round(most, bytes_in_flight(each(m, n), m * n, kind.team.replica_count), cap)
     chunks = tuple(min(most, owned - first) for first in range(0, owned, most))
     # Momenta of copies that no rank alone keeps are updated in the workspace, on every rank those of all.
     slots = most if kind.team.shards is None and not kept_apart else max(chunks, default=0)
     bucket = way.counted(replace(bucket, chunks=chunks, slots=slots, workspace_bytes=slots * each(*held)), schedule)
-    own = work(bucket, notes, schedule, kind.device, [], form, signs=sign_momentum, between=between)
+    own = Work(bucket, notes, schedule, kind.device, [], form, signs=signs, between=between)
     return Lot(kind, own, number, entries, most, way, kept_apart)
 
 

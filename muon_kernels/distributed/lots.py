@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,14 +17,10 @@ from .slices import Rectangle
 
 if TYPE_CHECKING:
     from ..step.work import Work
-    from ..step.workspace import Stacks
     from .strategies.owner import CutRound
 
 # One a parameter, but where another rank keeps it; None where the direction is the gradient.
 Momenta = Sequence[Tensor | None] | None
-
-
-Iterate = Callable[["Work", "Stacks", "Tensor | None"], Tensor]
 
 
 class Entry(NamedTuple):

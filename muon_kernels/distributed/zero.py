@@ -26,21 +26,11 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from .. import backends
 from ..checkpoint import check_checkpoint
 from ..coefficients import COEFFICIENTS, DEFAULT, NS_STEPS, resolve
 from ..layout import split_shape
-from ..options import (
-    check_algorithm,
-    check_eps,
-    check_keys,
-    check_number,
-    check_workspace,
-    plain,
-    settle,
-    settled_checkpoint,
-)
-from ..scaling import lr_ratio, rule_of
+from ..options import check_keys, check_options, plain, settle, settled_checkpoint
+from ..scaling import lr_ratio
 from ..step.options import Coefficients
 from ..step.orthogonalize import orthogonalize
 from ..step.plan import plan_for_shapes
@@ -212,7 +202,7 @@ class ZeroMuon(Optimizer):
         try:
             check_keys(group, self.defaults)
             settle(group, self.defaults)
-            _check_options(group)
+            check_options(group)
             for p in params:
                 check_matrices("parameter", p)
                 if (p.dtype, p.device) != (params[0].dtype, params[0].device):
@@ -300,7 +290,7 @@ class ZeroMuon(Optimizer):
         ratios = []
         for group, flat in zip(self.param_groups, self._flats, strict=True):
             settle(group, self.defaults)
-            _check_options(group)
+            check_options(group)
             shapes = dict.fromkeys(m.shape for m in flat.matrices)
             ratios.append({shape: lr_ratio(group["adjust_lr_fn"], *shape) for shape in shapes})
             grads.append([agreed.grad(p) for p in group["params"]])
@@ -443,7 +433,7 @@ class ZeroMuon(Optimizer):
             options = [{key: own[key] for key in self.defaults if key in own} for own in self.param_groups]
             groups = [{**own, **group} for own, group in zip(options, groups, strict=True)]
         for group in groups:
-            _check_options({**self.defaults, **group})
+            check_options({**self.defaults, **group})
         for saved, group, flat in zip(groups, self.param_groups, self._flats, strict=False):
             if not group["params"] or len(saved["params"]) != len(group["params"]):
                 continue  # torch has a sentence for it
@@ -488,21 +478,3 @@ def _check_plan(params: Sequence[Tensor], group: dict[str, Any]) -> None:
         ns_algorithm=group["ns_algorithm"],
         max_workspace_bytes=group["max_workspace_bytes"],
     )
-
-
-def _check_options(group: dict[str, Any]) -> None:
-    for key in ("nesterov", "dampened", "maximize"):
-        if not isinstance(group[key], bool):
-            raise TypeError(f"{key} should be True or False but is: {group[key]!r}")
-    if group["flatten"] is not None and not isinstance(group["flatten"], bool):
-        raise TypeError(f"flatten should be True, False or None but is: {group['flatten']!r}")
-    check_number("Learning rate", group["lr"])
-    check_number("momentum", group["momentum"])
-    check_number("weight decay", group["weight_decay"])
-    check_eps(group["eps"])
-    resolve(group["ns_coefficients"], group["ns_steps"])
-    check_algorithm(group["ns_algorithm"])
-    check_workspace(group["max_workspace_bytes"])
-    if group["backend"] != "auto":
-        backends.get(group["backend"])
-    rule_of(group["adjust_lr_fn"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from numbers import Real
-from typing import Any, cast, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -18,45 +18,40 @@ from ..checkpoint import STATE, check_checkpoint, check_precision, check_state
 from ..coefficients import COEFFICIENTS, DEFAULT, NS_STEPS, resolve
 from ..distributed import consensus
 from ..distributed.collectives import Failed
+from ..distributed.exchange import divide
 from ..distributed.ranks import Ranks, check_shared
-from ..distributed.second_moment import create as create_part
-from ..distributed.strategies import STRATEGIES, blocks
+from ..distributed.strategies import blocks
 from ..layout import split_shape
 from ..options import (
-    check_choice,
-    check_eps,
-    check_fraction,
+    OPTIONS,
     check_keys,
-    check_momentum_dtype,
-    check_number,
-    check_relatives,
-    check_second_moment_form,
-    check_weight_decay_form,
+    check_options,
+    check_together,
     dtype_of,
     plain,
     settle,
     settled_checkpoint,
 )
-from ..powers import check_power
 from ..scaling import decayed
 from ..split import pieces
-from ..stages.packed import check_mantissa, check_master, check_momentum_scale, dequantized, quantized, scale_size
-from ..stages.second_moment import check_second_moment, create
-from ..step.cache import Preparations
+from ..stages.packed import check_mantissa, check_master, check_momentum_scale
+from ..stages.second_moment import check_second_moment
+from ..step.cache import TaskCache
+from ..step.operands import Operand
 from ..step.options import (
     Coefficients,
+    StepOptions,
     alike,
     as_scalar,
     check_rounding,
-    check_settled,
     schedule_for,
     settled,
     splits,
     transposes,
 )
 from ..step.plan import Plan, plan_for_shapes
-from ..step.run import execute, plan_of, ready, reserve
-from ..step.work import Prepared, Scalars
+from ..step.run import plan_of
+from ..step.work import Scalars, Task
 from ..step.workspace import Workspace
 from ..tensors import (
     any_dtensor,
@@ -64,13 +59,10 @@ from ..tensors import (
     check_dense,
     check_like,
     check_matrices,
-    check_momentum,
-    is_dtensor,
     local,
 )
+from .state import StateOfGroups, Writes
 
-# What a step writes into the state: of a parameter, under a key, a tensor or, to delete it, None.
-_New = list[tuple[Tensor, str, Tensor | None]]
 _KELLER = COEFFICIENTS[DEFAULT].triples[0]
 _ADAMW_HINT = "; give vectors and scalars to AdamW (muon_kernels.MuonAdamW with muon_kernels.param_groups(model) does)"
 
@@ -207,45 +199,14 @@ class Muon(Optimizer):
         block_lr_ratio: float = 1.0,
     ) -> None:
         """Check everything and set nothing aside yet: momentum buffers come with the first gradients."""
-        defaults: dict[str, Any] = {
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "ns_coefficients": ns_coefficients,
-            "eps": eps,
-            "ns_steps": ns_steps,
-            "adjust_lr_fn": adjust_lr_fn,
-            "use_addmm": use_addmm,
-            "dampened": dampened,
-            "flatten": flatten,
-            "split": split,
-            "transposed": transposed,
-            "ns_algorithm": ns_algorithm,
-            "backend": backend,
-            "max_workspace_bytes": max_workspace_bytes,
-            "workspace_dtype": workspace_dtype,
-            "momentum_dtype": momentum_dtype,
-            "maximize": maximize,
-            "power": power,
-            "weight_decay_form": weight_decay_form,
-            "peak_lr": peak_lr,
-            "cautious": cautious,
-            "stochastic_rounding": stochastic_rounding,
-            "sign_momentum": sign_momentum,
-            "master_weights": master_weights,
-            "second_moment": second_moment,
-            "beta2": beta2,
-            "strategy": strategy,
-            "block_period": block_period,
-            "block_lr_ratio": block_lr_ratio,
-        }
+        given = locals()
+        defaults: dict[str, Any] = {name: given[name] for name in OPTIONS}
         if ns_steps is NS_STEPS:  # a checkpoint must hold a plain number
             defaults["ns_steps"] = len(resolve(plain(ns_coefficients), ns_steps).triples)
         settle(defaults, defaults)
         _check_options(defaults)
         self._workspace = Workspace()
-        self._prepared = Preparations()
+        self._tasks = TaskCache()
         self._ranks = Ranks(process_group)
         self._steps = 0
         if isinstance(params, nn.Module):
@@ -362,79 +323,57 @@ class Muon(Optimizer):
 
     def _prepare(
         self, groups: Sequence[dict[str, Any]], grad_of: Callable[[Tensor], Tensor | None]
-    ) -> tuple[Prepared, list[Tensor], _New]:
+    ) -> tuple[list[Task], list[Tensor], Writes]:
         """What a step of these groups does as one, its gradients, and what it would write into the state."""
-        params, grads, buffers, moments, mantissas = [], [], [], [], []
-        scales: list[Tensor | None] = []
-        split_of: dict[Tensor, str | None] = {}
-        new: _New = []
-        nothing: dict[str, Any] = {}
-        group = groups[0]
-        form, wants_int8 = group["second_moment"], group["momentum_dtype"] == "int8"
+        group, wanted, nothing = groups[0], StateOfGroups(groups, self._ranks), dict[str, Any]()
         candidates = [p for each in groups for p in each["params"]]
         spread = bool(self._ranks.placements) or any_dtensor(candidates)  # most are not, and spared the questions
+        params, grads, states = [], [], []
         for p in candidates:
-            grad = grad_of(p)
-            if grad is None:
+            if (grad := grad_of(p)) is None:
                 continue
             state = self.state.get(p, nothing)
-            buffer, scale = state.get("momentum_buffer"), state.get("momentum_scale")
-            if spread and self._ranks.elsewhere(p):
-                buffer = None
-            elif buffer is None:
-                dtype = dtype_of(group["momentum_dtype"]) if group["momentum_dtype"] else grad.dtype
-                # The order of the blocks, in which packing is fastest.
-                format_ = torch.contiguous_format if dtype == torch.int8 else torch.preserve_format
-                buffer = torch.zeros_like(p, dtype=dtype, memory_format=format_)
-                new.append((p, "momentum_buffer", buffer))
-                if dtype == torch.int8:
-                    split_of = split_of or {p: split for each in groups for p, split in splits(each)}
-                    blocks_of_p = scale_size(p.shape, group["flatten"], split_of[p])
-                    scale = torch.zeros(blocks_of_p, dtype=torch.float32, device=p.device)
-                    new.append((p, "momentum_scale", scale))
-            elif (buffer.dtype == torch.int8) != wants_int8:
-                split_of = split_of or {p: split for each in groups for p, split in splits(each)}
-                dtype = dtype_of(group["momentum_dtype"]) if group["momentum_dtype"] else grad.dtype
-                buffer, scale = _converted(p, buffer, scale, dtype, group["flatten"], split_of[p])
-                new += [(p, "momentum_buffer", buffer), (p, "momentum_scale", scale)]
-            scales.append(scale)
-            if group["master_weights"]:
-                mantissa = state.get("mantissa")
-                if mantissa is None:
-                    mantissa = torch.zeros_like(p, dtype=torch.int16, memory_format=torch.preserve_format)
-                    new.append((p, "mantissa", mantissa))
-                mantissas.append(mantissa)
-            if form is not None:
-                moment = state.get("second_momentum_buffer")
-                if moment is None and not self._ranks.elsewhere(p):
-                    if is_dtensor(p):
-                        moment = create_part(form, p, group["flatten"])
-                    else:
-                        split_of = split_of or {p: split for each in groups for p, split in splits(each)}
-                        moment = create(form, p, group["flatten"], split_of[p])
-                    new.append((p, "second_momentum_buffer", moment))
-                moments.append(moment)
+            if spread or not wanted.complete(state):
+                state = wanted.completed(p, grad, state)
             params.append(p)
             grads.append(grad)
-            buffers.append(buffer)
+            states.append(state)
         placements = [self._ranks.placement(p) for p in params] if spread else None
+
+        def column(key: str, wanted: bool = True) -> list[Tensor | None]:
+            found = [state.get(key) for state in states] if wanted else []
+            return [t if t is None else local(t) for t in found] if spread else found
+
+        momenta, scales = column("momentum_buffer"), column("momentum_scale", wanted.int8)
+        mantissas = column("mantissa", group["master_weights"])
+        moments = column("second_momentum_buffer", group["second_moment"] is not None)
         if spread:
-            params, grads, buffers, moments = (list(map(local, kept)) for kept in (params, grads, buffers, moments))
+            params, grads = list(map(local, params)), list(map(local, grads))
 
-        def named() -> tuple[list[str | None], list[bool]]:
-            all_ = [x for each in groups for x in zip(splits(each), transposes(each), strict=True)]
-            both = [x for x in all_ if grad_of(x[0][0]) is not None]
-            return [split for (_, split), _ in both], [turned for _, turned in both]
+        def make() -> list[Task]:
+            named = [pair for each in groups for pair in zip(splits(each), transposes(each), strict=True)]
+            said = [(split, turned) for (p, split), turned in named if grad_of(p) is not None]
+            none = [None] * len(params)
+            kept = zip(params, grads, momenta, scales or none, mantissas or none, moments or none, strict=True)
+            return divide(
+                [
+                    Operand(p, g, momentum, scale, mantissa, moment, *words)
+                    for (p, g, momentum, scale, mantissa, moment), words in zip(kept, said, strict=True)
+                ],
+                placements,
+                StepOptions.of(group),
+                strategy=group["strategy"],
+                steps_shards=steps_shards,
+                shard_lr_factor=group["block_lr_ratio"],
+            )
 
-        options = settled(groups)
-        beside = moments, scales if any(scale is not None for scale in scales) else (), mantissas, placements
-        prepared = self._prepared.get(
-            id(group), params, grads, buffers, options, named, *beside, apart=blocks.apart(group)
-        )
-        return prepared, grads, new
+        steps_shards = blocks.apart(group)
+        own = momenta, moments, scales, mantissas
+        tasks = self._tasks.get((id(group), steps_shards), params, grads, own, settled(groups), make)
+        return tasks, grads, wanted.writes
 
-    def _keep(self, new: _New) -> None:
-        for p, key, tensor in new:
+    def _keep(self, writes: Writes) -> None:
+        for p, key, tensor in writes:
             if tensor is None:
                 self.state[p].pop(key, None)
             else:
@@ -472,20 +411,22 @@ class Muon(Optimizer):
         with torch.inference_mode(False), torch.no_grad():
             batches = self._batches()
             prepared = [self._prepare(groups, agreed.grad) for groups, _ in batches]
-            for decided, _, _ in prepared:
-                reserve(decided, self._workspace)
-            for (decided, grads, _), (_, numbers) in zip(prepared, batches, strict=True):
-                ready(decided, grads, numbers, self._workspace)
+            for task in (task for tasks, _, _ in prepared for task in tasks):
+                task.reserve(self._workspace)
+            for (tasks, grads, _), (_, numbers) in zip(prepared, batches, strict=True):
+                for task in tasks:
+                    task.warm_up(grads, numbers, self._workspace)
         # Ranks may wait for each other, so an interrupt can only wait where there are none.
-        alone = not any(decided.exchanges for decided, _, _ in prepared)
+        alone = not any(task.together for tasks, _, _ in prepared for task in tasks)
         with interrupts.held() if alone else nullcontext():
-            for (groups, numbers), (decided, grads, new) in zip(batches, prepared, strict=True):
+            for (groups, numbers), (tasks, grads, new) in zip(batches, prepared, strict=True):
                 self._keep(new)
                 for group in groups:
                     if numbers.seed is not None or group["strategy"] == "blocks":
                         group["step"] = group.get("step", 0) + 1
                 try:
-                    execute(decided, grads, numbers, self._workspace)
+                    for task in tasks:
+                        task.run(grads, numbers, self._workspace)
                 except Failed as error:
                     raise RuntimeError(
                         f"step {self._steps} of Muon is incomplete, parameters of some matrices are stepped and of "
@@ -517,15 +458,15 @@ class Muon(Optimizer):
     @torch.no_grad()
     def plan(self) -> Plan:
         """What a step does if every parameter has a gradient of its own dtype; `print` it."""
-        prepared = [self._prepare(groups, lambda p: p)[0] for groups, _ in self._batches()]
-        self._prepared.clear()  # it would keep the momentum buffers that a first step has not made yet
-        return plan_of(prepared)
+        tasks = [task for groups, _ in self._batches() for task in self._prepare(groups, lambda p: p)[0]]
+        self._tasks.clear()  # it would keep the momentum buffers that a first step has not made yet
+        return plan_of(tasks)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take up a pickle or a checkpoint, torch.optim.Muon's too: what it lacks is as in the constructor."""
         super().__setstate__(state)
         self._workspace = Workspace()
-        self._prepared = Preparations()
+        self._tasks = TaskCache()
         self.__dict__.setdefault("_steps", 0)
         for group in self.param_groups:
             for key, value in self.defaults.items():
@@ -632,18 +573,6 @@ class Muon(Optimizer):
                 self.state.pop(p, None)
 
 
-def _converted(
-    p: Tensor, buffer: Tensor, scale: Tensor | None, dtype: torch.dtype, flatten: bool | None, split: str | None
-) -> tuple[Tensor, Tensor | None]:
-    """A momentum and its scale made int8 of floating-point numbers, or these of dtype `dtype` of int8 ones."""
-    check_momentum(buffer, p)
-    if buffer.dtype != torch.int8:
-        return quantized(buffer, flatten, split)
-    check_momentum_scale("momentum_scale", scale, p, flatten, split)
-    numbers = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format)
-    return numbers.copy_(dequantized(buffer, cast(Tensor, scale), flatten, split)), None
-
-
 def _one_cycle(group: Mapping[str, Any]) -> float | None:
     """The largest lr of the schedule as OneCycleLR writes it into a group; it makes `initial_lr` small."""
     largest = group.get("max_lr")
@@ -677,37 +606,9 @@ def _seed(group: dict[str, Any], index: int) -> int:
     return (int(group.get("step", 0)) << 32) + (index << 24)
 
 
-def _check_options(options: dict[str, Any]) -> None:
-    for key in (
-        "nesterov",
-        "use_addmm",
-        "dampened",
-        "maximize",
-        "cautious",
-        "stochastic_rounding",
-        "sign_momentum",
-        "master_weights",
-    ):
-        if not isinstance(options[key], bool):
-            raise TypeError(f"{key} should be True or False but is: {options[key]!r}")
-    if isinstance(options["lr"], Tensor) and options["lr"].numel() != 1:
-        raise ValueError("Tensor lr must be 1-element")
-    check_number("Learning rate", options["lr"])
-    check_number("momentum", options["momentum"])
-    check_number("weight decay", options["weight_decay"])
-    check_weight_decay_form(options["weight_decay_form"], options["peak_lr"])
-    check_second_moment_form(options["second_moment"])
-    check_fraction("beta2", options["beta2"])
-    check_power(options["power"])
-    check_relatives(options)
-    step = options.get("step", 0)
+def _check_options(group: Mapping[str, Any]) -> None:
+    check_options(group)
+    check_together(group)
+    step = group.get("step", 0)
     if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 1 << 31:
         raise ValueError(f"step of a group, which counts its steps, should be an int from 0 to 2^31 but is: {step!r}")
-    check_eps(options["eps"])
-    check_settled(options)
-    check_choice("strategy", options["strategy"], STRATEGIES)
-    period = options["block_period"]
-    if isinstance(period, bool) or not isinstance(period, int) or period < 1:
-        raise ValueError(f"block_period should be an int >= 1 but is: {period!r}")
-    check_number("block_lr_ratio", options["block_lr_ratio"])
-    check_momentum_dtype(options["momentum_dtype"])

@@ -20,13 +20,15 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from .. import interrupts, options
 from ..checkpoint import check_checkpoint
 from ..distributed import consensus
+from ..distributed.exchange import divide
 from ..distributed.ranks import Ranks
 from ..powers import check_power
-from ..step.cache import Preparations
-from ..step.options import SETTLED, Coefficients, check_settled, splits, transposes
+from ..step.cache import TaskCache
+from ..step.operands import Operand
+from ..step.options import Coefficients, StepOptions, splits, transposes
 from ..step.plan import Plan
-from ..step.run import execute, plan_of, ready, reserve
-from ..step.work import Prepared, Scalars
+from ..step.run import plan_of
+from ..step.work import Scalars, Task
 from ..step.workspace import Workspace
 from ..tensors import check_dense, check_like, local
 from .adamw_checks import check_adamw_state, check_numbers, check_step_size, new_adamw_state
@@ -157,7 +159,7 @@ class SpectralAdam(Optimizer):
         }
         options.settle(defaults, defaults)
         _check_options(defaults)
-        self._workspace, self._prepared = Workspace(), Preparations()
+        self._workspace, self._tasks = Workspace(), TaskCache()
         self._ranks = Ranks()
         super().__init__(params, defaults)
 
@@ -179,18 +181,21 @@ class SpectralAdam(Optimizer):
             del self.param_groups[before:]
             raise
 
-    def _prepare(self, group: dict[str, Any], params: list[Tensor], updates: list[Tensor]) -> Prepared:
-        settled = {"workspace_dtype": torch.bfloat16, **{key: group[key] for key in SETTLED if key in group}}
+    def _prepare(self, group: dict[str, Any], params: list[Tensor], updates: list[Tensor]) -> list[Task]:
+        placements = [self._ranks.placements.get(p) for p in params]
+        own = list(map(local, params))
 
-        def named() -> tuple[list[str | None], list[bool]]:
+        def make() -> list[Task]:
             cuts = dict(splits(group))
             turned = dict(zip(group["params"], transposes(group), strict=True))
-            return [cuts[p] for p in params], [turned[p] for p in params]
+            operands = [
+                Operand(here, update, split=cuts[p], transposed=turned[p])
+                for p, here, update in zip(params, own, updates, strict=True)
+            ]
+            return divide(operands, placements, StepOptions.of(group, momentum=False), strategy="owner")
 
-        placements = [self._ranks.placements.get(p) for p in params]
-        return self._prepared.get(
-            id(group), [local(p) for p in params], updates, None, settled, named, placements=placements
-        )
+        settled = {key: group[key] for key in options.PREPARED if key in group}
+        return self._tasks.get(id(group), own, updates, (), settled, make)
 
     def _check_gradients(self) -> None:
         for group in self.param_groups:
@@ -242,21 +247,24 @@ class SpectralAdam(Optimizer):
             matrices = [p for p in params if _iterated(p, group)]
             rest = [p for p in params if not _iterated(p, group)]
             updates = [torch.zeros_like(local(p), memory_format=torch.preserve_format) for p in matrices]
-            prepared = self._prepare(group, matrices, updates)
+            tasks = self._prepare(group, matrices, updates)
             scalars = Scalars(group["lr"], group["weight_decay"], 0.0, False, True, 0.0, -1.0)
-            reserve(prepared, self._workspace)
-            steps.append((group, grads, rest, matrices, updates, prepared, scalars))
-        for _, _, _, _, updates, prepared, scalars in steps:
-            ready(prepared, updates, scalars, self._workspace)
+            for task in tasks:
+                task.reserve(self._workspace)
+            steps.append((group, grads, rest, matrices, updates, tasks, scalars))
+        for _, _, _, _, updates, tasks, scalars in steps:
+            for task in tasks:
+                task.warm_up(updates, scalars, self._workspace)
         self._begin(p for _, grads, *_ in steps for p in grads)
         # Ranks may wait for each other, so an interrupt can only wait where there are none.
-        alone = not any(prepared.exchanges for *_, prepared, _ in steps)
+        alone = not any(task.together for *_, tasks, _ in steps for task in tasks)
         with interrupts.held() if alone else nullcontext():
-            for group, grads, rest, matrices, updates, prepared, scalars in steps:
+            for group, grads, rest, matrices, updates, tasks, scalars in steps:
                 self._adamw(group, grads, rest, [local(p) for p in rest], group["lr"], group["weight_decay"])
                 # Of a parameter that is zero, a step of size 1 makes -R.
                 self._adamw(group, grads, matrices, updates, 1.0, 0.0)
-                execute(prepared, updates, scalars, self._workspace)
+                for task in tasks:
+                    task.run(updates, scalars, self._workspace)
         return loss
 
     def _begin(self, params: Iterable[Tensor]) -> None:
@@ -302,17 +310,17 @@ class SpectralAdam(Optimizer):
     @torch.no_grad()
     def plan(self) -> Plan:
         """What a step does with the matrices if each has a gradient; `print` it."""
-        prepared = []
+        tasks: list[Task] = []
         for group in self.param_groups:
             matrices = [p for p in group["params"] if _iterated(p, group)]
-            prepared.append(self._prepare(group, matrices, [local(p) for p in matrices]))
-        self._prepared.clear()
-        return plan_of(prepared)
+            tasks += self._prepare(group, matrices, [local(p) for p in matrices])
+        self._tasks.clear()
+        return plan_of(tasks)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take up a pickle or a checkpoint."""
         super().__setstate__(state)
-        self._workspace, self._prepared = Workspace(), Preparations()
+        self._workspace, self._tasks = Workspace(), TaskCache()
         if "_ranks" not in self.__dict__:  # a copy
             self._ranks = Ranks()
         for group in self.param_groups:
@@ -355,11 +363,8 @@ def _iterated(p: Tensor, group: dict[str, Any]) -> bool:
 
 
 def _check_options(group: dict[str, Any]) -> None:
-    check_power(group["power"])
-    if not isinstance(group["maximize"], bool):
-        raise TypeError(f"maximize should be True or False but is: {group['maximize']!r}")
     check_numbers(group)
-    check_settled({**group, "workspace_dtype": "bfloat16"})
+    options.check_options({name: value for name, value in group.items() if name not in ("lr", "weight_decay", "eps")})
 
 
 # By the paper's names, with its settings.

@@ -1,8 +1,8 @@
-"""What `prepare` decided, as long as nothing that it looks at has changed."""
+"""The tasks of a group, kept as long as nothing that `prepare` looks at has changed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from copy import deepcopy
 from operator import attrgetter, eq
 from typing import Any, NamedTuple
@@ -10,9 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..distributed.placement import Placement
-from .prepare import prepare
-from .work import Prepared
+from .work import Task
 
 
 def signature(
@@ -43,65 +41,62 @@ def signature(
 _SHAPE, _DTYPE, _LAYOUT, _DEVICE = map(attrgetter, ("shape", "dtype", "layout", "device"))
 
 
-class _Settled(NamedTuple):
-    """What was prepared for a group, and for what."""
+class _Entry(NamedTuple):
+    """What was made for a group, and of what."""
 
     options: dict[str, Any]
     threads: int
     parameters: int
     signature: list[list[object]]
-    prepared: Prepared
+    tasks: list[Task]
 
 
-class Preparations:
-    """What `prepare` decided for groups, as long as they ask for the same."""
+class TaskCache:
+    """The tasks of groups, as long as they would be the same."""
 
     def __init__(self) -> None:
-        self._settled: dict[tuple[int, bool], _Settled] = {}
+        self._entries: dict[Hashable, _Entry] = {}
 
     def get(
         self,
-        key: int,
+        key: Hashable,
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
-        momentum_bufs: Sequence[Tensor | None] | None,
+        own: Sequence[Sequence[Tensor | None]],
         options: dict[str, Any],
-        named: Callable[[], tuple[Sequence[str | None], Sequence[bool]]],
-        moments: Sequence[Tensor | None] = (),
-        scales: Sequence[Tensor | None] = (),
-        mantissas: Sequence[Tensor] = (),
-        placements: Sequence[Placement | None] | None = None,
-        apart: bool = False,
-    ) -> Prepared:
-        """`prepare` for the group `key`, with its options in SETTLED, or what it said before.
+        make: Callable[[], list[Task]],
+    ) -> list[Task]:
+        """What `make` made, now or for an earlier step with the same.
 
         Args:
-            named: for the parameters, what follows from the options `split` and `transposed`, which may go by name.
-            moments, scales, mantissas, placements: see `prepare`; where a parameter is does not change.
-            apart: see `prepare`; either kind of step is remembered.
+            key: of the group.
+            params, grads, own: see `signature`; empty sequences in `own` do not matter.
+            options: of the group, with all that tasks depend on; see `options.settled`.
+            make: makes the tasks.
         """
-        settled = self._settled.get((key, apart))
-        own = [kept for kept in (momentum_bufs, moments, scales, mantissas) if kept]
+        entry = self._entries.get(key)
+        own = [kept for kept in own if kept]
         now = signature(params, grads, own)
         if (
-            settled is None
-            or settled.options != options
-            or settled.threads != torch.get_num_threads()
-            or len(settled.signature) != len(now)
-            or settled.parameters != len(params)
-            or not all(all(map(eq, before, after)) for before, after in zip(settled.signature, now, strict=True))
+            entry is None
+            or entry.options != options
+            or entry.threads != torch.get_num_threads()
+            or len(entry.signature) != len(now)
+            or entry.parameters != len(params)
+            or not all(all(map(eq, before, after)) for before, after in zip(entry.signature, now, strict=True))
         ):
             # Copies: lists and a dict of splits may be changed in place.
             kept = {**options, **{key: deepcopy(options[key]) for key in ("ns_coefficients", "split", "transposed")}}
-            splits, transposed = named()
-            taken = {**options, "transposed": transposed}
-            del taken["split"]
-            taken |= {"moments": moments, "scales": scales, "mantissas": mantissas, "placements": placements}
-            prepared = prepare(params, grads, momentum_bufs, splits=splits, apart=apart, **taken)
+            tasks = make()
             found = list(map(list, signature(params, grads, own)))
-            settled = self._settled[key, apart] = _Settled(kept, torch.get_num_threads(), len(params), found, prepared)
-        return settled.prepared
+            entry = self._entries[key] = _Entry(kept, torch.get_num_threads(), len(params), found, tasks)
+        return entry.tasks
+
+    @property
+    def kept(self) -> list[Task]:
+        """The tasks of all groups that it has."""
+        return [task for entry in self._entries.values() for task in entry.tasks]
 
     def clear(self) -> None:
         """Forget all."""
-        self._settled.clear()
+        self._entries.clear()

@@ -1,18 +1,73 @@
-"""How the strides of parameters, gradients and state are seen as matrices, and what must be copied."""
+"""Operands of a step: what belongs to one parameter, and how strides see it as matrices."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from ..layout import Layout, Matrices, Piece, View, layout, view
+from ..layout import Layout, Matrices, Piece, View, column_order, flattens, layout, split_shape, view
+from ..scaling import lr_ratio
 from ..split import pieces
-from ..tensors import check_dense, check_device, check_like, check_momentum
+from ..stages.packed import check_mantissa, check_master, check_momentum_scale, scales_of
+from ..stages.second_moment import check_second_moment, piece_of_rows
+from ..tensors import check_apart, check_dense, check_device, check_like, check_momentum
+from .options import StepOptions, check_rounding
 from .work import Part
+
+# A piece of a parameter, or None for all of it, and (number of matrices, rows, cols).
+PieceShape = tuple[Piece | None, tuple[int, int, int]]
+
+
+class BucketKey(NamedTuple):
+    """What the matrices of a bucket have in common."""
+
+    rows: int
+    cols: int
+    device: torch.device
+    grad_dtype: torch.dtype
+    momentum_dtype: torch.dtype
+    param_dtype: torch.dtype
+
+
+class Operand(NamedTuple):
+    """One parameter of a step and what belongs to it; of a DTensor, this rank's part.
+
+    Attributes:
+        momentum: None where the direction is the gradient, or where another rank keeps it.
+        momentum_scale: the absmax of an int8 momentum, see packed.py.
+        mantissa: with `master_weights`, the lower half of the parameter.
+        second_moment: with `second_moment`; None where another rank keeps it.
+        split: what the parameter is cut to, see `muon_kernels.split`.
+        transposed: whether it is stored as (inputs, outputs), see `Muon`.
+        pieces: what of it is stepped as matrices; None: what `split` says.
+        lr_factor: a factor of the learning rate beside that of the shape.
+    """
+
+    param: Tensor
+    grad: Tensor
+    momentum: Tensor | None = None
+    momentum_scale: Tensor | None = None
+    mantissa: Tensor | None = None
+    second_moment: Tensor | None = None
+    split: str | None = None
+    transposed: bool = False
+    pieces: Sequence[PieceShape] | None = None
+    lr_factor: float = 1.0
+
+    def lr_ratio(self, options: StepOptions, rows: int, cols: int) -> float:
+        """Factor of the learning rate for a matrix of this size."""
+        shape = (cols, rows) if self.transposed else (rows, cols)
+        return lr_ratio(options.adjust_lr_fn, *shape) * self.lr_factor
+
+    def bucket_key(self, rows: int, cols: int) -> BucketKey:
+        """The bucket that a matrix of this size goes to."""
+        p, g, momentum = self.param, self.grad, self.momentum
+        momentum_dtype = g.dtype if momentum is None else momentum.dtype
+        return BucketKey(min(rows, cols), max(rows, cols), p.device, g.dtype, momentum_dtype, p.dtype)
 
 
 class Source(NamedTuple):
@@ -51,16 +106,6 @@ def source_of(
     return Source(torch.empty(sizes, dtype=t.dtype, device=t.device), False, (), None), at
 
 
-def seen_as(
-    t: Tensor, flatten: bool | None, order: tuple[int, ...], piece: Piece | None, copies: list[tuple[Tensor, Tensor]]
-) -> Source:
-    """`source_of` of what a step writes; a copy goes to the list of those to fill before it and to read after it."""
-    source, at = source_of(t, flatten, order, piece)
-    if at is not None:
-        copies.append((at.of(t), source.tensor.view_as(at.of(t))))
-    return source
-
-
 def pieces_of(p: Tensor, flatten: bool | None, order: tuple[int, ...], split: str | None) -> tuple[Piece | None, ...]:
     """What to cut a parameter to; equal parts together, unless apart saves copies."""
     if split is None:
@@ -73,10 +118,147 @@ def pieces_of(p: Tensor, flatten: bool | None, order: tuple[int, ...], split: st
     return apart if described(apart) and not described(together) else together
 
 
-def check_operands(p: Tensor, g: Tensor, buffer: Tensor | None) -> None:
-    """Raise ValueError or TypeError unless a gradient and a momentum can be those of `p`."""
-    check_dense("gradient", g)
-    check_like("gradient", g, p)
-    check_device("gradient", g, p)
-    if buffer is not None:
-        check_momentum(buffer, p)
+class Seen(NamedTuple):
+    """A piece of an operand, seen as equal matrices.
+
+    Attributes:
+        key: of the bucket that they go to.
+        matrices: their number.
+        ratio: of their learning rate.
+        gradient: index of what `grad` sees among the gradients, those that are copied counted after all others.
+        absmax: of an int8 momentum.
+        mantissa: lower half of the parameter.
+        second_moment: of this piece.
+    """
+
+    key: BucketKey
+    matrices: int
+    ratio: float
+    param: Source
+    momentum: Source | None
+    grad: Source
+    gradient: int
+    absmax: Tensor | None
+    mantissa: Source | None
+    second_moment: Source | None
+
+
+def check(operands: Sequence[Operand], options: StepOptions) -> None:
+    """Raise ValueError or TypeError unless all of them can be stepped."""
+    for operand in operands:
+        p, V, mantissa = operand.param, operand.second_moment, operand.mantissa
+        if V is not None:
+            form = cast(str, options.second_moment)
+            check_second_moment("second_momentum_buffer", V, form, p, options.flatten, operand.split)
+            check_device("second_momentum_buffer", V, p)
+        if options.master_weights:
+            check_master(p)
+            check_mantissa("mantissa", mantissa, p)
+            check_device("mantissa", cast(Tensor, mantissa), p)
+    for operand in operands:
+        p, g = operand.param, operand.grad
+        check_dense("gradient", g)
+        check_like("gradient", g, p)
+        check_device("gradient", g, p)
+        if operand.momentum is not None:
+            check_momentum(operand.momentum, p)
+        if options.stochastic_rounding:
+            check_rounding(p)
+    fields = {
+        "parameter": "param",
+        "momentum_buffer": "momentum",
+        "second_momentum_buffer": "second_moment",
+        "momentum_scale": "momentum_scale",
+        "mantissa": "mantissa",
+    }
+    named = [(name, getattr(operand, field)) for name, field in fields.items() for operand in operands]
+    check_apart([(name, t) for name, t in named if isinstance(t, Tensor)])
+
+
+def cut(operand: Operand, options: StepOptions) -> tuple[tuple[int, ...], Sequence[PieceShape]]:
+    """The order of the columns of an operand, see `layout`, and its pieces.
+
+    Raises:
+        ValueError, TypeError: its momentum is of int8 and cannot be.
+    """
+    p, flatten = operand.param, options.flatten
+    order = column_order(p.shape, p.stride()) if flattens(p.shape, flatten) else ()
+    if operand.momentum is not None and operand.momentum.dtype == torch.int8:
+        if options.power == 1:
+            raise ValueError(
+                "momentum_buffer should be floating-point where power is 1, which is SGD in torch, but is of int8; "
+                "delete it from the state to start anew"
+            )
+        check_momentum_scale("momentum_scale", operand.momentum_scale, p, flatten, operand.split)
+        check_device("momentum_scale", cast(Tensor, operand.momentum_scale), p)
+        if order:  # blocks are along rows as everybody sees them, whatever the strides
+            order = tuple(range(1, p.ndim))
+    if operand.pieces is not None:
+        return order, operand.pieces
+    return order, [
+        (piece, split_shape(p.shape, flatten, piece)) for piece in pieces_of(p, flatten, order, operand.split)
+    ]
+
+
+class Viewer:
+    """Sees operands as matrices.
+
+    Attributes:
+        copies: (parameter or state, its copy) where no strides describe matrices; see `Prepared`.
+        grad_copies: (index of a gradient, the piece of it, its copy), likewise.
+    """
+
+    def __init__(self, options: StepOptions, gradients: int) -> None:
+        """`gradients`: how many there are; copies count as further ones."""
+        self._options, self._gradients = options, gradients
+        self.copies: list[tuple[Tensor, Tensor]] = []
+        self.grad_copies: list[tuple[int, View, Tensor]] = []
+
+    def seen(self, index: int, operand: Operand) -> Iterator[Seen]:
+        """Every piece of an operand, whose gradient has this index."""
+        order, shapes = cut(operand, self._options)
+        p, g, momentum, flatten = operand.param, operand.grad, operand.momentum, self._options.flatten
+        absmaxes: list[Tensor | None] = [None] * len(shapes)
+        if momentum is not None and momentum.dtype == torch.int8:
+            scale = cast(Tensor, operand.momentum_scale)
+            absmaxes = list(scales_of(scale, p.shape, flatten, operand.split, len(shapes)))
+        moments = self._second_moments(operand, order, [piece for piece, _ in shapes])
+        for (piece, (count, rows, cols)), absmax, moment in zip(shapes, absmaxes, moments, strict=True):
+            grad, at = source_of(g, flatten, order, piece)
+            gradient = index
+            if at is not None:
+                gradient = self._gradients + len(self.grad_copies)
+                self.grad_copies.append((index, at, grad.tensor.view_as(at.of(g))))
+            yield Seen(
+                operand.bucket_key(rows, cols),
+                count,
+                operand.lr_ratio(self._options, rows, cols),
+                self._written(p, flatten, order, piece),
+                None if momentum is None else self._written(momentum, flatten, order, piece),
+                grad,
+                gradient,
+                absmax,
+                None if operand.mantissa is None else self._written(operand.mantissa, flatten, order, piece),
+                moment,
+            )
+
+    def _second_moments(
+        self, operand: Operand, order: tuple[int, ...], cut: Sequence[Piece | None]
+    ) -> Iterator[Source | None]:
+        V, before = operand.second_moment, 0
+        for piece in cut:
+            if V is None:
+                yield None
+            elif self._options.second_moment == "element":
+                yield self._written(V, self._options.flatten, order, piece)
+            else:
+                at_rows = piece_of_rows(V, operand.param.shape, self._options.flatten, piece, before)
+                yield self._written(V, False, (), at_rows)
+                before += 1 if piece is None else piece.parts
+
+    def _written(self, t: Tensor, flatten: bool | None, order: tuple[int, ...], piece: Piece | None) -> Source:
+        """`source_of` of what a step writes; a copy is filled before it and read after it."""
+        source, at = source_of(t, flatten, order, piece)
+        if at is not None:
+            self.copies.append((at.of(t), source.tensor.view_as(at.of(t))))
+        return source

@@ -1,49 +1,63 @@
-"""The options of a group that `prepare` takes."""
+"""What `prepare` is told of a group, and what options say of each of its parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from .. import backends, options
+from .. import options
 from ..coefficients import Schedule, resolve
-from ..powers import check_power, schedule_of
-from ..scaling import rule_of
-from ..split import by_name, check_split, close, matching
+from ..options import PREPARED
+from ..powers import schedule_of
+from ..split import by_name, close, matching
 
 Coefficients = str | Sequence[float] | Sequence[Sequence[float]]
 
 
-# The options of a group that `prepare` takes.
-SETTLED = (
-    "ns_coefficients",
-    "ns_steps",
-    "power",
-    "adjust_lr_fn",
-    "flatten",
-    "split",
-    "transposed",
-    "ns_algorithm",
-    "backend",
-    "max_workspace_bytes",
-    "workspace_dtype",
-    "sign_momentum",
-    "second_moment",
-    "stochastic_rounding",
-    "master_weights",
-    "strategy",
-    "block_lr_ratio",
-)
+@dataclass(frozen=True)
+class StepOptions:
+    """What `prepare` is told of a group, the same for all its parameters; see `Muon` for each.
+
+    Attributes:
+        schedule: what to iterate.
+        momentum: whether there is one; without, the directions are the gradients.
+    """
+
+    schedule: Schedule
+    adjust_lr_fn: str | Callable[[int, int], float] | None
+    power: float = 0.0
+    flatten: bool | None = None
+    ns_algorithm: str = "auto"
+    backend: str = "auto"
+    max_workspace_bytes: int | None = None
+    workspace_dtype: torch.dtype = torch.bfloat16
+    sign_momentum: bool = False
+    second_moment: str | None = None
+    stochastic_rounding: bool = False
+    master_weights: bool = False
+    momentum: bool = True
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any], momentum: bool = True) -> StepOptions:
+        """Those of a group, whose other options may lack."""
+        names = {field.name for field in fields(cls)} - {"schedule", "momentum", "workspace_dtype"}
+        return cls(
+            schedule=schedule_for(group["ns_coefficients"], group["ns_steps"], group["power"]),
+            workspace_dtype=options.dtype_of(group.get("workspace_dtype", torch.bfloat16)),
+            momentum=momentum,
+            **{name: group[name] for name in names & group.keys()},
+        )
 
 
 # Those of them that a parameter has its own answer to.
 _OF_PARAMETERS = ("split", "transposed")
 
 
-_OF_GROUPS = (*(key for key in SETTLED if key not in _OF_PARAMETERS), "momentum_dtype")
+_OF_GROUPS = (*(key for key in PREPARED if key not in _OF_PARAMETERS), "momentum_dtype")
 
 
 def alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -52,9 +66,9 @@ def alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def settled(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The options in SETTLED of groups that are stepped as one, as `Preparations` takes them."""
+    """The options in PREPARED of groups that are stepped as one, as `TaskCache` takes them."""
     return {
-        **{key: groups[0][key] for key in SETTLED},
+        **{key: groups[0][key] for key in PREPARED},
         **{key: [_of_parameters(group, key) for group in groups] for key in _OF_PARAMETERS},
         "workspace_dtype": options.dtype_of(groups[0]["workspace_dtype"]),
     }
@@ -99,28 +113,6 @@ def transposes(group: Mapping[str, Any]) -> list[bool]:
             raise ValueError(f"transposed={pattern!r} matches no parameter of the group{close(pattern, names)}")
     chosen = {name for matched in found.values() for name in matched}
     return [name in chosen for name in names]
-
-
-def check_settled(group: dict[str, Any]) -> None:
-    """Raise ValueError or TypeError unless a group's options in SETTLED can be used."""
-    if group["flatten"] is not None and not isinstance(group["flatten"], bool):
-        raise TypeError(f"flatten should be True, False or None but is: {group['flatten']!r}")
-    split = group["split"]
-    for cut in split.values() if isinstance(split, Mapping) else (split,):
-        check_split(cut)
-    options.check_transposed(group["transposed"])
-    resolve(group["ns_coefficients"], group["ns_steps"])
-    rule_of(group["adjust_lr_fn"])
-    options.check_algorithm(group["ns_algorithm"])
-    if group["backend"] != "auto":
-        backends.get(group["backend"])
-    options.check_workspace(group["max_workspace_bytes"])
-    options.check_workspace_dtype(group["workspace_dtype"])
-    if check_power(group["power"]) and group["workspace_dtype"] != "bfloat16":
-        raise ValueError(
-            "workspace_dtype should be bfloat16 where power is above 0, as updates have any scale then, but is: "
-            f"{group['workspace_dtype']}"
-        )
 
 
 def check_rounding(p: Tensor) -> None:

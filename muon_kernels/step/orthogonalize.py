@@ -20,10 +20,10 @@ from ..layout import (
 )
 from ..powers import EXACT, check_power, schedule_of
 from ..tensors import check_matrices
+from .bucket import into_chunks
 from .operands import source_of
 from .options import Coefficients
 from .plan import plan_bucket
-from .prepare import into_chunks
 from .run import iterate
 from .work import Scalars, Work
 from .workspace import Workspace
@@ -131,7 +131,7 @@ def _iterated(
     workspace.reserve(G.device, bucket.workspace_bytes)
     scalars = Scalars(0.0, 0.0, 0.0, False, True, eps, 1.0)
     out = torch.empty(count, rows, cols, dtype=G.dtype, device=G.device)
-    for (part,) in into_chunks([(0, count)], bucket.chunks):
+    for (part,) in into_chunks([count], bucket.chunks):
         at = source.layout(part)
         result = iterate(work, [Matrices(source.tensor, at)], None, workspace, scalars)
         out[part.start : part.stop].copy_(result.mT if at.transposed else result)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from operator import mul
 from typing import cast
 
@@ -18,8 +18,8 @@ from ..stages.packed import Packed, unpacked
 from ..stages.second_moment import normalize
 from ..stages.signs import take_signs
 from .options import as_scalar
-from .plan import Plan
-from .work import Chunk, Plain, Prepared, Scalars, Work
+from .plan import Bucket, Plan
+from .work import Chunk, Plain, Prepared, Scalars, Task, Work
 from .workspace import Stacks, Workspace
 
 
@@ -44,11 +44,11 @@ def iterate(
             scratch=stacks.scratch,
             norms=norms,
         )
-    return _run(work, stacks, scale)
+    return run_iteration(work, stacks, scale)
 
 
-def _run(work: Work, stacks: Stacks, scale: Tensor | None) -> Tensor:
-    """From the directions to the result, which lies in the workspace."""
+def run_iteration(work: Work, stacks: Stacks, scale: Tensor | None) -> Tensor:
+    """Iterate a stack of directions; the result lies in the workspace."""
     ops, derived = backends.get(work.bucket.backend), stacks.derived
     if work.signs:
         norms = None if stacks.blend is None else stacks.blend.norms
@@ -166,75 +166,88 @@ def _check_range(work: Work, scalars: Scalars) -> None:
             )
 
 
-def plan_of(prepared: Sequence[Prepared]) -> Plan:
-    """What steps of these groups do, as far as it is this rank that does it."""
-    exchanges = [shared for decided in prepared for shared in decided.exchanges]
-    alone = [work for decided in prepared for work in decided.works]
-    together = [work for shared in exchanges for work in shared.works]
-    notes = dict.fromkeys(note for work in (*alone, *together) for note in work.notes)
-    buckets = [work.bucket for work in (*alone, *(work for work in together if work.bucket.slots))]
-    return Plan(tuple(buckets), tuple(notes), tuple(shared.plan for shared in exchanges))
-
-
-def execute(prepared: Prepared, grads: Sequence[Tensor], scalars: Scalars, workspace: Workspace) -> None:
-    """Do a step: parameters and momentum buffers are written, gradients are not.
-
-    Args:
-        prepared: from `prepare`, for the same tensors.
-        grads: one a parameter.
-        scalars: of this step.
-        workspace: in which `ready` has made room.
-    """
-    with interrupts.held():
-        grads = [*grads, *(copy.copy_(at.of(grads[index])) for index, at, copy in prepared.grad_copies)]
-        for target, copy in prepared.copies:
-            copy.copy_(target)
-        for plain in prepared.plain:
-            g = grads[plain.gradient]
-            _plain_step(plain, g if plain.at is None else plain.at.of(g), scalars)
-        for work in prepared.works:
-            _step(work, grads, workspace, scalars)
-        for target, copy in prepared.copies:
-            target.copy_(copy)
-    for shared in prepared.exchanges:
-        shared.run(grads, scalars, workspace, _run)
-
-
-def reserve(prepared: Prepared, workspace: Workspace) -> None:
-    """Have the memory of what `execute` writes; of all groups before the first is `ready`."""
-    for shared in prepared.exchanges:
-        shared.reserve()
-    for work in _all_works(prepared):
-        workspace.reserve(work.device, work.bucket.workspace_bytes)
-
-
-def _all_works(prepared: Prepared) -> list[Work]:
-    return [*prepared.works, *(work for shared in prepared.exchanges for work in shared.works)]
-
-
-def ready(prepared: Prepared, grads: Sequence[Tensor], scalars: Scalars, workspace: Workspace) -> None:
-    """Have backends get ready what `execute` will run, and memory that it takes; the last thing that may raise."""
-    for work in _all_works(prepared):
+def check_uncaptured(works: Sequence[Work], scalars: Scalars) -> None:
+    """Raise RuntimeError where random bits would be captured in a graph."""
+    for work in works:
         if scalars.seed is not None and capturing(work.device):
             raise RuntimeError(
                 "a step with stochastic_rounding should not be captured in a graph, of which every replay would round "
                 "by the same random bits; step outside of it"
             )
-    for work in prepared.works:
-        _check_range(work, scalars)
-    seen = [*grads, *(copy for _, _, copy in prepared.grad_copies)]
-    # What `signature` does not have, and a kernel may be another for.
-    on_host = options.on_host(scalars.lr), options.on_host(scalars.weight_decay)
-    kind = scalars.nesterov, scalars.dampened, *on_host, *(i for i, g in enumerate(seen) if g.data_ptr() % 16)
-    kind = scalars.cautious, *workspace.addresses(), *kind
-    if kind in prepared.rehearsed.get(memory.mark(), ()):
-        return
-    with memory.rehearsal():
-        for plain in prepared.plain:
-            g = seen[plain.gradient]
+
+
+def plan_of(tasks: Iterable[Task]) -> Plan:
+    """What steps of these tasks do, as far as it is this rank that does it."""
+    ordered = sorted(tasks, key=lambda task: task.together)
+    notes = dict.fromkeys(note for task in ordered for work in task.works for note in work.notes)
+    buckets = [bucket for task in ordered for bucket in task.buckets]
+    exchanged = [shared for task in ordered if (shared := task.exchanged) is not None]
+    return Plan(tuple(buckets), tuple(notes), tuple(exchanged))
+
+
+class Local:
+    """The `Task` of operands that this rank steps alone."""
+
+    together = False
+    exchanged = None
+
+    def __init__(self, prepared: Prepared, indices: Sequence[int] | None = None) -> None:
+        """`indices`: of the operands' gradients among those of the step; None: they are all."""
+        self.prepared, self._indices = prepared, indices
+
+    @property
+    def works(self) -> list[Work]:
+        """See `Task`."""
+        return self.prepared.works
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        """See `Task`."""
+        return [work.bucket for work in self.works]
+
+    def reserve(self, workspace: Workspace) -> None:
+        """See `Task`."""
+        for work in self.works:
+            workspace.reserve(work.device, work.bucket.workspace_bytes)
+
+    def warm_up(self, grads: Sequence[Tensor], scalars: Scalars, workspace: Workspace) -> None:
+        """See `Task`."""
+        prepared = self.prepared
+        check_uncaptured(self.works, scalars)
+        for work in self.works:
+            _check_range(work, scalars)
+        seen = [*self._own(grads), *(copy for _, _, copy in prepared.grad_copies)]
+        # What `signature` does not have, and a kernel may be another for.
+        on_host = options.on_host(scalars.lr), options.on_host(scalars.weight_decay)
+        kind = scalars.nesterov, scalars.dampened, *on_host, *(i for i, g in enumerate(seen) if g.data_ptr() % 16)
+        kind = scalars.cautious, *workspace.addresses(), *kind
+        if kind in prepared.rehearsed.get(memory.mark(), ()):
+            return
+        with memory.rehearsal():
+            self._run_plain(seen, scalars)
+        for work in self.works:
+            if (rehearsal := backends.get(work.bucket.backend).rehearsal()) is not None:
+                with rehearsal:
+                    _step(work, seen, workspace, scalars, rehearsing=True)
+        prepared.rehearsed.setdefault(memory.mark(), set()).add(kind)
+
+    def run(self, grads: Sequence[Tensor], scalars: Scalars, workspace: Workspace) -> None:
+        """See `Task`."""
+        prepared, own = self.prepared, self._own(grads)
+        with interrupts.held():
+            own = [*own, *(copy.copy_(at.of(own[index])) for index, at, copy in prepared.grad_copies)]
+            for target, copy in prepared.copies:
+                copy.copy_(target)
+            self._run_plain(own, scalars)
+            for work in prepared.works:
+                _step(work, own, workspace, scalars)
+            for target, copy in prepared.copies:
+                target.copy_(copy)
+
+    def _own(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
+        return grads if self._indices is None else [grads[i] for i in self._indices]
+
+    def _run_plain(self, grads: Sequence[Tensor], scalars: Scalars) -> None:
+        for plain in self.prepared.plain:
+            g = grads[plain.gradient]
             _plain_step(plain, g if plain.at is None else plain.at.of(g), scalars)
-    for work in prepared.works:
-        if (rehearsal := backends.get(work.bucket.backend).rehearsal()) is not None:
-            with rehearsal:
-                _step(work, seen, workspace, scalars, rehearsing=True)
-    prepared.rehearsed.setdefault(memory.mark(), set()).add(kind)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -11,22 +12,13 @@ from torch import Tensor
 
 from .. import memory
 from ..coefficients import Schedule
-from ..distributed import exchange
 from ..layout import Bundle, Layout, View
 from ..stages.packed import Packed
 from .options import as_scalar
-from .plan import Bucket
+from .plan import Bucket, Shared
 
-
-class Kind(NamedTuple):
-    """What the matrices of a bucket have in common."""
-
-    rows: int
-    cols: int
-    device: torch.device
-    grad_dtype: torch.dtype
-    momentum_dtype: torch.dtype
-    param_dtype: torch.dtype
+if TYPE_CHECKING:
+    from .workspace import Workspace
 
 
 class Part(NamedTuple):
@@ -82,7 +74,7 @@ class Prepared(NamedTuple):
     `plain` has what goes through no iteration. Tensors, or pieces of them, that no strides describe as matrices are
     stepped in copies: `copies` has (that of a parameter or momentum, its copy), and `grad_copies` (index of a gradient,
     the piece of it, its copy); the copies count as further gradients. `rehearsed` has the kinds of steps for which
-    backends and memory are ready; `exchanges` what other ranks have a part in, `works` what they have not.
+    backends and memory are ready.
     """
 
     works: list[Work]
@@ -90,7 +82,6 @@ class Prepared(NamedTuple):
     copies: list[tuple[Tensor, Tensor]]
     grad_copies: list[tuple[int, View, Tensor]]
     rehearsed: WeakKeyDictionary[memory.Mark, set[tuple[object, ...]]]
-    exchanges: list[exchange.Exchange]
 
 
 class Scalars(NamedTuple):
@@ -121,3 +112,48 @@ class Scalars(NamedTuple):
         if self.seed is not None:
             update |= {"stochastic_rounding": True, "seed": self.seed + number, "first": first}
         return update
+
+
+class Task(Protocol):
+    """A share of a step: what this rank steps alone, or what several ranks step together.
+
+    A step has all of its tasks `reserve`, then `warm_up`, then `run`; only the last writes to parameters and state.
+
+    Attributes:
+        together: whether ranks may wait for each other in it.
+    """
+
+    together: bool
+
+    @property
+    def works(self) -> list[Work]:
+        """What this rank iterates."""
+        ...
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        """What of it a plan has."""
+        ...
+
+    @property
+    def exchanged(self) -> Shared | None:
+        """What a plan has of the messages between ranks."""
+        ...
+
+    def reserve(self, workspace: Workspace) -> None:
+        """Have the memory that it writes to."""
+        ...
+
+    def warm_up(self, grads: Sequence[Tensor], scalars: Scalars, workspace: Workspace) -> None:
+        """Have backends get ready what will run, and memory that it takes; the last thing that may raise."""
+        ...
+
+    def run(self, grads: Sequence[Tensor], scalars: Scalars, workspace: Workspace) -> None:
+        """Do it: parameters and state are written, gradients are not.
+
+        Args:
+            grads: of all parameters of the step, of which a task knows its own.
+            scalars: of this step.
+            workspace: in which there is room.
+        """
+        ...

@@ -26,7 +26,7 @@ from yardsticks import bf16_loop
 
 from muon_kernels import COEFFICIENTS, Muon, backends, orthogonalize, spectral_power
 from muon_kernels.coefficients import resolve
-from muon_kernels.distributed import ZeroMuon, collectives, zero
+from muon_kernels.distributed import ZeroMuon, collectives, exchange, zero
 from muon_kernels.distributed.strategies import gram
 from muon_kernels.newton_schulz import ALGORITHMS, Square, squares_of
 from muon_kernels.reference import muon_step, newton_schulz
@@ -82,8 +82,7 @@ def cut(t: Tensor, mesh: DeviceMesh, placements: Sequence[Any]) -> DTensor:
 
 def sent(optimizer: Muon) -> int:
     """What the rounds that a step settled on say."""
-    settled = optimizer._prepared._settled.values()
-    return sum(e.bytes_sent for s in settled for e in s.prepared.exchanges)
+    return sum(task.bytes_sent for task in optimizer._tasks.kept if isinstance(task, exchange.Exchange))
 
 
 Stepped = tuple[list[Tensor], list[Tensor], list[tuple[str, int]], int]

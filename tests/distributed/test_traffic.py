@@ -21,6 +21,7 @@ from muon_kernels.cli.ledger import MODELS
 from muon_kernels.coefficients import resolve
 from muon_kernels.distributed import traffic
 from muon_kernels.distributed.deal import deal, least
+from muon_kernels.distributed.exchange import Exchange
 from muon_kernels.distributed.slices import IN_FLIGHT, share_bytes
 from muon_kernels.distributed.strategies.owner import CutRound
 from muon_kernels.distributed.traffic import BESIDE, Mesh, elements, owners
@@ -83,8 +84,7 @@ def step(layout: str, shapes: list[tuple[int, int, int]], cap: int | None, measu
         muon.step()
         if i:
             sockets.append(written() - before)
-    (settled,) = muon._prepared._settled.values()
-    (exchange,) = settled.prepared.exchanges
+    (exchange,) = [task for task in muon._tasks.kept if isinstance(task, Exchange)]
     momenta = [muon.state[p].get("momentum_buffer") for p in params]
     held = [m if layout == "DDP" else m.to_local() for m in momenta if m is not None]
     buffers = [t for b in exchange._buffers for t in (b.slices, b.owned, b.norms)]
@@ -96,7 +96,7 @@ def step(layout: str, shapes: list[tuple[int, int, int]], cap: int | None, measu
         "buffers": sum(t.untyped_storage().nbytes() for t in buffers),
         "rounds": len(exchange.rounds),
         "cut": sum(isinstance(r, CutRound) for r in exchange.rounds),
-        "workspace": sum(t.numel() * t.itemsize for t in muon._workspace.in_blocks.values()),
+        "workspace": sum(t.numel() * t.itemsize for t in muon._workspace._blocks.values()),
     }
 
 

@@ -32,7 +32,7 @@ from ...coefficients import Schedule
 from ...newton_schulz import ALGORITHMS, Products, Square
 from ...step.plan import Bucket, Counter, count_iteration
 from ..collectives import Pending
-from ..lots import Iterate, Kind, Lot, Momenta, holders
+from ..lots import Kind, Lot, Momenta, holders
 from ..placement import Team
 from ..slices import NORM_BYTES, Buffers, Rectangle, scale_of, shift_of
 from .owner import CutRound
@@ -266,7 +266,7 @@ class GramRound(CutRound):
             lambda: dist.all_reduce(numbers, group=self.lot.kind.team.shards, async_op=True),
         )
 
-    def iterate(self, scalars: Scalars, workspace: Workspace, buffers: Buffers, run: Iterate) -> None:
+    def iterate(self, scalars: Scalars, workspace: Workspace, buffers: Buffers) -> None:
         """Orthogonalize together."""
         if self.pending is None:
             return

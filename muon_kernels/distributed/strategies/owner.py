@@ -14,8 +14,9 @@ from ... import backends
 from ...coefficients import Schedule
 from ...layout import Bundle, Matrices
 from ...step.plan import Bucket
+from ...step.run import run_iteration
 from ..collectives import Pending, gather
-from ..lots import Iterate, Kind, Lot, Momenta, bundle_of, normalized
+from ..lots import Kind, Lot, Momenta, bundle_of, normalized
 from ..placement import Team
 from ..slices import Buffers, Rectangle, Slices, end_of, gather_slices, in_turn, scale_of
 
@@ -153,7 +154,7 @@ class CutRound:
             ),
         )
 
-    def iterate(self, scalars: Scalars, workspace: Workspace, buffers: Buffers, run: Iterate) -> None:
+    def iterate(self, scalars: Scalars, workspace: Workspace, buffers: Buffers) -> None:
         """Put together what is owned here, orthogonalize it and send slices of it back."""
         assert self.pending is not None
         self.pending.wait()
@@ -171,7 +172,7 @@ class CutRound:
                     "scale", torch.empty(self.owned, dtype=torch.float32, device=stacks.X.device)
                 )
                 scale.copy_(scale_of(norms, shift, scalars.eps, work.schedule.margin))
-            result = run(work, stacks, scale)
+            result = run_iteration(work, stacks, scale)
             for s in self.received:
                 top, left, rows, cols = s.part
                 if s.bytes:

@@ -13,8 +13,9 @@ from torch import Tensor
 from ... import backends
 from ...layout import Bundle, Matrices
 from ...stages.second_moment import normalize
+from ...step.run import run_iteration
 from ..collectives import Pending, gather
-from ..lots import Entry, Iterate, Lot, Momenta, bundle_of, normalized
+from ..lots import Entry, Lot, Momenta, bundle_of, normalized
 from ..slices import Buffers, Rectangle, end_of, in_turn
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class CopyRound:
         """Remember the gradients: there is nothing to send yet."""
         self.grads = grads
 
-    def iterate(self, scalars: Scalars, workspace: Workspace, buffers: Buffers, run: Iterate) -> None:
+    def iterate(self, scalars: Scalars, workspace: Workspace, buffers: Buffers) -> None:
         """Orthogonalize this rank's share and send it to the others."""
         for copies, place in zip(self.lots, self.places[self.team.replica], strict=True):
             work, dtype = copies.lot.work, copies.lot.work.bucket.workspace_dtype
@@ -104,7 +105,7 @@ class CopyRound:
                     norms=None if stacks.blend is None else stacks.blend.norms,
                 )
                 if rank == self.team.replica:
-                    result = run(work, stacks, scale)
+                    result = run_iteration(work, stacks, scale)
                     if work.second_moment is not None and copies.lot.kept_apart:
                         moments = [(V.mT if e.tall else V)[None] for e in entries for V in (e.moment,) if V is not None]
                         kept = normalize(work.second_moment, result, moments, scalars.beta2, stacks.between)

@@ -1,0 +1,98 @@
+"""What `Muon` keeps of a parameter: made where it is missing, converted where an option has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ..distributed.ranks import Ranks
+from ..distributed.second_moment import create as create_shard
+from ..options import dtype_of
+from ..stages.packed import check_momentum_scale, dequantized, quantized, scale_size
+from ..stages.second_moment import create
+from ..step.options import splits
+from ..tensors import check_momentum, is_dtensor
+
+# What to write into the state: of a parameter, under a key, a tensor or, to delete it, None.
+Writes = list[tuple[Tensor, str, Tensor | None]]
+
+
+class StateOfGroups:
+    """The state that groups ask for which are stepped as one.
+
+    Attributes:
+        int8: whether momentum is kept in eight bits.
+        writes: what is made or converted; a step writes it into the optimizer's state when nothing can fail any more.
+    """
+
+    def __init__(self, groups: Sequence[Mapping[str, Any]], ranks: Ranks) -> None:
+        """`ranks`: who keeps what."""
+        group = groups[0]
+        self._groups, self._ranks, self._flatten = groups, ranks, group["flatten"]
+        self._dtype = dtype_of(group["momentum_dtype"]) if group["momentum_dtype"] else None
+        self.int8 = self._dtype == torch.int8
+        self._form = group["second_moment"]
+        self._others = ["mantissa"] * group["master_weights"] + ["second_momentum_buffer"] * (self._form is not None)
+        self.writes: Writes = []
+
+    def complete(self, state: Mapping[str, Any]) -> bool:
+        """Whether it is all there, in the precision that is wanted."""
+        momentum = state.get("momentum_buffer")
+        return (
+            momentum is not None
+            and (momentum.dtype == torch.int8) == self.int8
+            and not (self._others and any(state.get(key) is None for key in self._others))
+        )
+
+    def completed(self, p: Tensor, grad: Tensor, state: Mapping[str, Any]) -> dict[str, Tensor | None]:
+        """The state of `p` with what is missing, which goes to `writes`; without what another rank keeps."""
+        elsewhere = self._ranks.elsewhere(p)
+        found = {key: state.get(key) for key in ("momentum_buffer", "momentum_scale", *self._others)}
+        if elsewhere:
+            found["momentum_buffer"] = None
+        elif found["momentum_buffer"] is None:
+            self._make_momentum(p, grad, found)
+        elif (found["momentum_buffer"].dtype == torch.int8) != self.int8:
+            self._convert(p, grad, found)
+        if "mantissa" in self._others and found["mantissa"] is None:
+            self._write(p, found, mantissa=torch.zeros_like(p, dtype=torch.int16, memory_format=torch.preserve_format))
+        if self._form is not None and found["second_momentum_buffer"] is None and not elsewhere:
+            if is_dtensor(p):
+                moment: Tensor = create_shard(self._form, p, self._flatten)
+            else:
+                moment = create(self._form, p, self._flatten, self._split_of[p])
+            self._write(p, found, second_momentum_buffer=moment)
+        return found
+
+    def _make_momentum(self, p: Tensor, grad: Tensor, found: dict[str, Tensor | None]) -> None:
+        # The order of the blocks, in which packing is fastest.
+        format_ = torch.contiguous_format if self.int8 else torch.preserve_format
+        momentum = torch.zeros_like(p, dtype=self._dtype or grad.dtype, memory_format=format_)
+        self._write(p, found, momentum_buffer=momentum)
+        if self.int8:
+            blocks = scale_size(p.shape, self._flatten, self._split_of[p])
+            self._write(p, found, momentum_scale=torch.zeros(blocks, dtype=torch.float32, device=p.device))
+
+    def _convert(self, p: Tensor, grad: Tensor, found: dict[str, Tensor | None]) -> None:
+        momentum, scale = cast(Tensor, found["momentum_buffer"]), found["momentum_scale"]
+        flatten, split = self._flatten, self._split_of[p]
+        check_momentum(momentum, p)
+        if self.int8:
+            momentum, scale = quantized(momentum, flatten, split)
+        else:
+            check_momentum_scale("momentum_scale", scale, p, flatten, split)
+            numbers = torch.empty_like(p, dtype=self._dtype or grad.dtype, memory_format=torch.preserve_format)
+            momentum, scale = numbers.copy_(dequantized(momentum, cast(Tensor, scale), flatten, split)), None
+        self._write(p, found, momentum_buffer=momentum, momentum_scale=scale)
+
+    def _write(self, p: Tensor, found: dict[str, Tensor | None], **made: Tensor | None) -> None:
+        found.update(made)
+        self.writes += [(p, key, tensor) for key, tensor in made.items()]
+
+    @cached_property
+    def _split_of(self) -> dict[Tensor, str | None]:
+        return {p: split for group in self._groups for p, split in splits(group)}

@@ -1,0 +1,146 @@
+"""Equal matrices together, in chunks that fit the workspace."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..layout import Bundle, Matrices
+from ..stages.packed import Halves, Packed, Quantized
+from ..stages.second_moment import scratch_numbers
+from .operands import BucketKey, Seen
+from .options import StepOptions
+from .plan import Bucket, plain_bucket, plan_bucket
+from .work import Chunk, Part, Work
+
+
+def plain_work(key: BucketKey, count: int, options: StepOptions) -> Work:
+    """What a plan has of `count` matrices that go through no iteration."""
+    return Work(plain_bucket((key.rows, key.cols), count, bytes_per_element(key)), (), options.schedule, key.device, [])
+
+
+def planned(key: BucketKey, members: Sequence[Seen], number: int, options: StepOptions) -> Work:
+    """How the matrices of a bucket are stepped.
+
+    Args:
+        key: what they have in common.
+        members: the pieces of operands that they are.
+        number: of the first one among all of the group.
+        options: the group's.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: see `backends.choose` and `plan_bucket`.
+    """
+    quantized, shape = key.momentum_dtype == torch.int8, (key.rows, key.cols)
+    dtypes = (
+        key.grad_dtype,
+        torch.float32 if quantized else key.momentum_dtype,
+        torch.float32 if options.master_weights else key.param_dtype,
+    )
+    name, notes = backends.choose(options.backend, key.device, dtypes, options.workspace_dtype, shape)
+    between = scratch_numbers(options.second_moment, options.sign_momentum, *shape, key.device)
+    bucket = plan_bucket(
+        shape,
+        sum(seen.matrices for seen in members),
+        options.schedule,
+        ns_algorithm=options.ns_algorithm,
+        backend=name,
+        max_workspace_bytes=options.max_workspace_bytes,
+        workspace_dtype=options.workspace_dtype,
+        bytes_per_element=bytes_per_element(key, options.momentum) + 4 * options.master_weights,
+        direction_bytes=key.grad_dtype.itemsize + key.momentum_dtype.itemsize,
+        stepped=options.momentum,
+        sign_momentum=options.sign_momentum,
+        second_moment=options.second_moment,
+        between_bytes=4 * between,
+        stochastic_rounding=options.stochastic_rounding,
+        packed=quantized + options.master_weights,
+    )
+    return Work(
+        bucket,
+        (*notes, *_notes(options, quantized)),
+        options.schedule,
+        key.device,
+        chunks_of(members, bucket, quantized, options),
+        options.second_moment,
+        number,
+        options.sign_momentum,
+        between,
+    )
+
+
+def _notes(options: StepOptions, quantized: bool) -> list[str]:
+    """Why no step of a bucket is fused, by option."""
+    notes = []
+    if options.sign_momentum:
+        notes.append("sign_momentum=True goes over a direction twice more, and no step with it is fused")
+    kept = ["momentum_dtype=torch.int8"] * quantized + ["master_weights"] * options.master_weights
+    if kept:
+        notes.append(f"{' and '.join(kept)} goes through fp32 memory of the workspace, and no step with it is fused")
+    if (form := options.second_moment) is not None:
+        notes.append(f"second_moment={form!r} goes over an update twice more, and no step with it is fused")
+    return notes
+
+
+def chunks_of(members: Sequence[Seen], bucket: Bucket, quantized: bool, options: StepOptions) -> list[Chunk]:
+    """The operands of every pass through the workspace."""
+    chunks: list[Chunk] = []
+    for parts in into_chunks([seen.matrices for seen in members], bucket.chunks):
+        params: Bundle | Packed = Packed() if options.master_weights else Bundle()
+        momenta: Bundle | Packed | None = None
+        if options.momentum:
+            momenta = Packed() if quantized else Bundle()
+        chunk = Chunk(params, momenta, [], array("d"), [], first=sum(bucket.chunks[: len(chunks)]))
+        for part in parts:
+            _add(chunk, part, members[part.piece], options)
+        chunks.append(chunk)
+    return chunks
+
+
+def _add(chunk: Chunk, part: Part, seen: Seen, options: StepOptions) -> None:
+    param, at = seen.param, seen.param.layout(part)
+    if isinstance(chunk.params, Packed):
+        lower = seen.mantissa
+        assert lower is not None
+        chunk.params.append(Halves(param.untransposed(part), at.transposed, lower.untransposed(part)))
+    else:
+        chunk.params.append(Matrices(param.tensor, at))
+    if seen.momentum is not None and isinstance(chunk.momenta, Packed):
+        absmax = cast(Tensor, seen.absmax)[part.start : part.stop]
+        chunk.momenta.append(Quantized(seen.momentum.untransposed(part), at.transposed, absmax))
+    elif seen.momentum is not None and isinstance(chunk.momenta, Bundle):
+        chunk.momenta.append(Matrices(seen.momentum.tensor, seen.momentum.layout(part)))
+    chunk.grads.append((seen.gradient, seen.grad.layout(part)))
+    chunk.ratios.extend([seen.ratio] * (part.stop - part.start))
+    if seen.second_moment is not None:
+        found = Matrices(seen.second_moment.tensor, seen.second_moment.layout(part)).view()
+        # A column is described as a row, too.
+        turned = options.second_moment == "neuron" and not at.transposed
+        chunk.second_moments.append(found.mT if turned else found)
+
+
+def into_chunks(counts: Sequence[int], chunks: Sequence[int]) -> list[list[Part]]:
+    """Cut pieces of so many matrices each into chunks of the given sizes; a piece may be cut in two."""
+    dealt: list[list[Part]] = []
+    queue = [Part(index, 0, count) for index, count in enumerate(counts)]
+    for room in chunks:
+        chunk: list[Part] = []
+        while room:
+            index, start, stop = queue.pop(0) if queue[0].stop - queue[0].start <= room else queue[0]
+            if stop - start > room:
+                queue[0] = Part(index, start + room, stop)
+                stop = start + room
+            chunk.append(Part(index, start, stop))
+            room -= stop - start
+        dealt.append(chunk)
+    return dealt
+
+
+def bytes_per_element(key: BucketKey, momentum: bool = True) -> int:
+    """Bytes that a step moves for an element: of the gradient once, of momentum and parameter twice."""
+    return key.grad_dtype.itemsize + 2 * (momentum * key.momentum_dtype.itemsize + key.param_dtype.itemsize)
