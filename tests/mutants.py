@@ -22,6 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from planting import place_of
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -782,8 +784,7 @@ def run(mutants: list[Mutant], root: Path) -> list[tuple[Mutant, str | None]]:
     """Each mutant with what caught it."""
     copy = Copy(root)
     for mutant in mutants:
-        if (count := (root / mutant.file).read_text().count(mutant.old)) != 1:
-            sys.exit(f"{mutant.name}: {mutant.old!r} occurs {count} times in {mutant.file}")
+        place_of(root, mutant.file, mutant.old, mutant.name)
     sound = built = copy.build()
     for tests in dict.fromkeys(m.tests for m in mutants):
         if failed := copy.test(tests):
@@ -791,7 +792,7 @@ def run(mutants: list[Mutant], root: Path) -> list[tuple[Mutant, str | None]]:
     results: list[tuple[Mutant, str | None]] = []
     for mutant in mutants:
         native = mutant.file.startswith(("csrc/", "python/"))
-        path = root / mutant.file
+        path = place_of(root, mutant.file, mutant.old, mutant.name)
         text = path.read_text()
         if not native and built != sound:
             built = copy.build()

@@ -47,6 +47,20 @@ class Mutant(NamedTuple):
         return text
 
 
+def place_of(root: Path, file: str, old: str, name: str) -> Path:
+    """The file that has `old` exactly once: the one that a list names or, where code has moved since, the only one."""
+    named = root / file
+    if named.exists() and named.read_text().count(old) == 1:
+        return named
+    sources = (path for folder in ("muon_kernels", "csrc", "python") for path in (root / folder).rglob("*.*"))
+    texts = (path for path in sources if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh"))
+    found = [path for path in texts if path.read_text().count(old) == 1]
+    if len(found) != 1:
+        places = [str(path.relative_to(root)) for path in found]
+        sys.exit(f"{name}: {old!r} should be in {file}, or in one other file, once, but is in: {places}")
+    return found[0]
+
+
 def _failure(root: Path, tests: Sequence[str], expression: str) -> str | None:
     """The first test that fails, or None."""
     environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'tests'}", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -80,7 +94,7 @@ def main() -> int:
         for built in (ROOT / "muon_kernels").glob("_C.*"):  # for faults in Python that only native code meets
             shutil.copyfile(built, root / "muon_kernels" / built.name)
         for mutant in (*(Mutant("lean", old, new, "", file) for file, old, new in lean), *chosen):
-            path = root / mutant.file
+            path = place_of(root, mutant.file, mutant.old, mutant.name)
             text = mutant.planted(path.read_text())
             if not mutant.tests:
                 path.write_text(text)
@@ -88,7 +102,7 @@ def main() -> int:
             if failed := _failure(root, tests, expression):
                 sys.exit(f"fails without a mutant: {failed}")
         for mutant in chosen:
-            path = root / mutant.file
+            path = place_of(root, mutant.file, mutant.old, mutant.name)
             text = path.read_text()
             path.write_text(mutant.planted(text))
             rows.append((mutant.name, _failure(root, tests, mutant.tests) or "SURVIVED"))
