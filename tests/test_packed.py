@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from muon_kernels import Muon, MuonAdamW, SpectralMomentum, backends, memory
 from muon_kernels.coefficients import resolve
 from muon_kernels.split import blocks, equal, heads, pieces, qkv
-from muon_kernels.stages import packed
-from muon_kernels.stages.packed import BLOCK, Halves, Quantized
+from muon_kernels.stages import Stage, packed
+from muon_kernels.stages.packed import BLOCK, EightBitMomentum, Halves, MasterWeights, Quantized
 from muon_kernels.step.operands import Operand
 from muon_kernels.step.options import StepOptions
 from muon_kernels.step.plan import Bucket, plan_bucket
@@ -714,11 +714,11 @@ def test_plan_and_workspace(backend: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("name", ["cuda", "triton"])
 def test_no_packed_step_is_fused(name: str) -> None:
-    def planned(packed: int) -> Bucket:
+    def planned(*stages: Stage) -> Bucket:
         options: dict[str, Any] = {"max_workspace_bytes": None, "bytes_per_element": 10, "ns_algorithm": "auto"}
-        return plan_bucket((64, 64), 8, resolve("keller", None), backend=name, packed=packed, **options)
+        return plan_bucket((64, 64), 8, resolve("keller", None), backend=name, stages=stages, **options)
 
-    assert planned(0).fused and not planned(1).fused
+    assert planned().fused and not planned(EightBitMomentum()).fused and not planned(MasterWeights()).fused
 
 
 def test_no_more_than_a_piece_beside_the_workspace(backend: str) -> None:

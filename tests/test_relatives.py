@@ -24,8 +24,9 @@ from muon_kernels.optimizers import muon as optimizer_of
 from muon_kernels.scaling import WEIGHT_DECAY_FORMS, decayed
 from muon_kernels.split import equal
 from muon_kernels.stages import second_moment, sums
-from muon_kernels.stages.second_moment import FORMS, scratch_numbers
-from muon_kernels.stages.signs import take_signs
+from muon_kernels.stages.second_moment import FORMS, SecondMoment
+from muon_kernels.stages.signs import Signs, take_signs
+from muon_kernels.stages.stage import floats_for
 
 MAKERS: dict[str, Callable[[], Tensor]] = {
     "wide": lambda: torch.randn(24, 40),
@@ -184,7 +185,7 @@ def stack_with(form: str) -> tuple[Tensor, list[Tensor], Tensor]:
     moments = [torch.rand(2, 6, 1), torch.rand(3, 1, 8)] if form == "neuron" else list(torch.rand(2, 2, 6, 8))
     if form == "element":
         moments.append(torch.rand(1, 6, 8))
-    return X, moments, torch.full((5 * scratch_numbers(form, True, 6, 8, X.device),), torch.nan)
+    return X, moments, torch.full((5 * floats_for([SecondMoment(form), Signs()], 6, 8, X.device),), torch.nan)
 
 
 def go_by(monkeypatch: pytest.MonkeyPatch, in_cache: bool, block: int | None = sums.BLOCK_ON_CPU) -> None:
@@ -220,7 +221,7 @@ def test_epsilon(form: str) -> None:
         X = X.bfloat16()
         V = torch.zeros(2, 6, 8 if form == "element" else 1)
         expected, v = normalized(form, X.double(), V.double(), 0.5)
-        kept = second_moment.normalize(form, X, [V], 0.5, torch.empty(2 * scratch_numbers(form, False, 6, 8, X.device)))
+        kept = second_moment.normalize(form, X, [V], 0.5, torch.empty(2 * SecondMoment(form).floats(6, 8, X.device)))
         factor = 1.0 if kept is None else torch.tensor(kept).view(-1, 1, 1)
         torch.testing.assert_close((X * factor).double(), expected, rtol=2.0**-7, atol=0)
         torch.testing.assert_close(V.double(), v, rtol=1e-5, atol=0)
@@ -269,10 +270,10 @@ def test_a_plan_counts_signs_and_second_moments(backend: str) -> None:
     element = bucket(second_moment="element")
     assert element.bytes - plain.bytes == 6 * 24 * 40 * (2 + 8)
     for form in FORMS:
-        numbers = scratch_numbers(form, False, 24, 40, torch.device("cpu"))
+        numbers = SecondMoment(form).floats(24, 40, torch.device("cpu"))
         alone = bucket(second_moment=form, max_workspace_bytes=20_000)
         each, signs_alone = alone.workspace_bytes // alone.slots, bucket(sign_momentum=True)
-        of_signs = scratch_numbers(None, True, 24, 40, torch.device("cpu"))
+        of_signs = Signs().floats(24, 40, torch.device("cpu"))
         assert each - signs_alone.workspace_bytes // signs_alone.slots == 4 * (numbers - of_signs)
         assert alone.workspace_bytes <= 20_000 and len(alone.chunks) > 1
         with pytest.raises(ValueError, match=f"max_workspace_bytes should be at least {each} to hold one matrix"):

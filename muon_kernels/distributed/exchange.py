@@ -24,7 +24,9 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..stages.second_moment import scratch_numbers
+from ..stages import stages_of
+from ..stages.second_moment import SecondMoment
+from ..stages.stage import floats_for
 from ..step.operands import Operand, check
 from ..step.options import StepOptions
 from ..step.plan import Bucket, Shared, plan_bucket, workspace_bytes
@@ -220,6 +222,8 @@ def exchanges_of(
         ValueError, TypeError, RuntimeError: what cannot be stepped.
     """
     schedule, flatten, form = options.schedule, options.flatten, options.second_moment
+    # Second moments of parts are not in the stack, see lots.py.
+    before = [stage for stage in stages_of(options) if not isinstance(stage, SecondMoment)]
     params = [operand.param for operand in operands]
     momenta = [operand.momentum for operand in operands] if options.momentum else None
     by_kind: dict[Kind, list[tuple[int | None, Entry]]] = {}
@@ -269,8 +273,8 @@ def exchanges_of(
                 workspace_dtype=options.workspace_dtype,
                 bytes_per_element=kind.grad_dtype.itemsize + 4 * kind.param_dtype.itemsize,
                 stepped=False,
-                sign_momentum=options.sign_momentum,
-                between_bytes=4 * scratch_numbers(None, options.sign_momentum, *kind.shape, kind.device),
+                stages=before,
+                stage_bytes=4 * floats_for(before, *kind.shape, kind.device),
             )
             chosen[kind] = plan, notes
         costs, among, dealt = [], [], []
@@ -314,13 +318,12 @@ def _lot(
     owned, most = len(entries[way.owner_here(kind.team)]), max(map(len, entries))
     bucket = plan(owned)
     held, (m, n) = way.shapes(kind)
-    schedule, signs, form = options.schedule, options.sign_momentum, options.second_moment
-    in_stack = form if kept_apart else None
-    between = scratch_numbers(in_stack, signs, *held, kind.device)
+    schedule, stages = options.schedule, stages_of(options)
+    in_stack = [stage for stage in stages if kept_apart or not isinstance(stage, SecondMoment)]
 
     def each(m: int, n: int) -> int:
-        numbers = scratch_numbers(in_stack, signs, m, n, kind.device)
-        return workspace_bytes(bucket.backend, bucket.algorithm, m, n, schedule) + 4 * numbers
+        scratch = 4 * floats_for(in_stack, m, n, kind.device)
+        return workspace_bytes(bucket.backend, bucket.algorithm, m, n, schedule) + scratch
 
     cap = _cap(bucket.backend, options.max_workspace_bytes)
     most = in_round(most, bytes_in_flight(each(m, n), m * n, kind.team.replica_count), cap)
@@ -328,7 +331,8 @@ def _lot(
     # Momenta of copies that no rank alone keeps are updated in the workspace, on every rank those of all.
     slots = most if kind.team.shards is None and not kept_apart else max(chunks, default=0)
     bucket = way.counted(replace(bucket, chunks=chunks, slots=slots, workspace_bytes=slots * each(*held)), schedule)
-    own = Work(bucket, notes, schedule, kind.device, [], form, signs=signs, between=between)
+    stage_floats = floats_for(in_stack, *held, kind.device)
+    own = Work(bucket, notes, schedule, kind.device, [], stages, stage_floats=stage_floats)
     return Lot(kind, own, number, entries, most, way, kept_apart)
 
 

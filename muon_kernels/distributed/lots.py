@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..layout import Bundle, Layout, Matrices
+from ..stages.second_moment import SecondMoment
 from . import second_moment
 from .placement import Team
 from .slices import Rectangle
@@ -81,6 +82,11 @@ class Lot:
     kept_apart: bool
 
     @property
+    def second_moment(self) -> str | None:
+        """The form of the second moment that results are divided by."""
+        return next((stage.form for stage in self.work.stages if isinstance(stage, SecondMoment)), None)
+
+    @property
     def rounds(self) -> int:
         """How many."""
         return -(-max(map(len, self.entries)) // self.most)
@@ -103,7 +109,7 @@ def bundle_of(tensors: Sequence[Tensor | None], entries: Sequence[Entry], which:
 
 def normalized(lot: Lot, entries: Sequence[Entry], X: Tensor, beta2: float, ratios: array[float]) -> array[float]:
     """Divide X, this rank's parts of results, by second moments; return the ratios that are left."""
-    form, team = lot.work.second_moment, lot.kind.team
+    form, team = lot.second_moment, lot.kind.team
     if form is None:
         return ratios
     own, (m, n) = array("d", ratios), lot.kind.shape

@@ -28,6 +28,7 @@ from .. import memory
 from ..layout import Layout, Matrices, split_shape, view
 from ..split import pieces
 from ..tensors import check_dense, check_like
+from .stage import Stage
 
 BLOCK = 2048
 
@@ -40,7 +41,27 @@ _PIECE, _PIECE_ON_CPU = 1 << 20, 1 << 18
 _Seen = TypeVar("_Seen")
 
 # How often the fp32 memory is gone over to make the numbers and to pack them; they are read and written there as well.
-VISITS = 2
+_VISITS = 2
+
+
+class _InFp32(Stage):
+    """What is kept in fewer bits and computed with in fp32 memory of the workspace."""
+
+    launches = _VISITS
+    state_bytes = 4 * (_VISITS + 2)
+    packed = 1
+
+
+class EightBitMomentum(_InFp32):
+    """`momentum_dtype=torch.int8`."""
+
+    note = "momentum_dtype=torch.int8 goes through fp32 memory of the workspace, and no step with it is fused"
+
+
+class MasterWeights(_InFp32):
+    """`master_weights`."""
+
+    note = "master_weights goes through fp32 memory of the workspace, and no step with it is fused"
 
 
 def floats(rows: int, cols: int) -> int:

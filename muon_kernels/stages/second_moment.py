@@ -17,8 +17,10 @@ In torch operations on the stacks, before the first product and after the last, 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from itertools import groupby
+from operator import mul
 from typing import Any, NamedTuple
 
 import torch
@@ -27,10 +29,10 @@ from torch import Tensor
 from ..layout import Piece, column_order, flattens, split_shape
 from ..split import pieces
 from ..tensors import check_dense, local
+from .stage import Stage
 from .sums import (
-    BLOCK,
-    BLOCK_ON_CPU,
     add_sum,
+    floats_of_block,
     in_blocks,
     in_cache,
     in_fp32,
@@ -107,16 +109,26 @@ def piece_of_rows(V: Tensor, shape: Sequence[int], flatten: bool | None, piece: 
     return piece._replace(dim=V.ndim - 2)
 
 
-def scratch_numbers(form: str | None, signs: bool, m: int, n: int, device: torch.device) -> int:
-    """How many of fp32 `normalize` and `take_signs` need for every m x n matrix.
+class SecondMoment(Stage):
+    """`second_moment`: results are divided by the root of a running mean of their squares, and keep their norms."""
 
-    A multiple of 16, as what a block needs is: so all but a few sums is aligned.
-    """
-    on_processor = in_cache(device)
-    block = padded(min(m * n, max(n, BLOCK_ON_CPU if on_processor else BLOCK)))
-    of_signs = signs * (3 + on_processor * block)
-    of_form = {None: 0, "neuron": 2 * n + 2 + on_processor * block, "element": 3 + 2 * block}[form]
-    return padded(max(of_signs, of_form))
+    def __init__(self, form: str) -> None:
+        """`form`: a name in FORMS."""
+        self.form = form
+        self.note = f"second_moment={form!r} goes over an update twice more, and no step with it is fused"
+        _, self.launches, self.visits, self.state_bytes = FORMS[form]
+
+    def floats(self, m: int, n: int, device: torch.device) -> int:
+        """See `Stage`."""
+        block = floats_of_block(m, n, device)
+        return padded({"neuron": 2 * n + 2 + in_cache(device) * block, "element": 3 + 2 * block}[self.form])
+
+    def after(
+        self, X: Tensor, moments: Sequence[Tensor], scalars: Any, ratios: array[float], scratch: Tensor
+    ) -> array[float]:
+        """See `Stage`."""
+        kept = normalize(self.form, X, moments, scalars.beta2, scratch)
+        return ratios if kept is None else array("d", map(mul, ratios, kept))
 
 
 def _by_row(X: Tensor, moments: Sequence[Tensor], beta2: float, eps: float, scratch: Tensor) -> None:
@@ -169,7 +181,7 @@ def normalize(form: str, X: Tensor, moments: Sequence[Tensor], beta2: float, scr
         moments: fp32, in the order of X's batch, (matrices, m, n), or one number a row of the parameter's:
             (matrices, m, 1), or (matrices, 1, n) where X has it transposed; written.
         beta2: β₂.
-        scratch: batch times `scratch_numbers` of fp32, contiguous; overwritten.
+        scratch: batch times `SecondMoment.floats` of fp32, contiguous; overwritten.
 
     Returns:
         One number a matrix, by which X is still to be multiplied: on a processor that is cheaper where X is used. None

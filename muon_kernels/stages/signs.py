@@ -5,10 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .sums import sums_of_squares
+from .stage import Stage
+from .sums import floats_of_block, in_cache, padded, sums_of_squares
 
-# Of `take_signs`, as in `Form`.
-SIGNS_LAUNCHES, SIGNS_VISITS = 2, 3
+
+class Signs(Stage):
+    """`sign_momentum`: the iteration begins with the signs of the directions."""
+
+    note = "sign_momentum=True goes over a direction twice more, and no step with it is fused"
+    launches = 2
+    visits = 3
+
+    def floats(self, m: int, n: int, device: torch.device) -> int:
+        """See `Stage`."""
+        return padded(3 + in_cache(device) * floats_of_block(m, n, device))
+
+    def before(
+        self, X: Tensor, scale: Tensor | None, margin: float, norms: Tensor | None, scratch: Tensor
+    ) -> Tensor | None:
+        """See `Stage`."""
+        return take_signs(X, scale, margin, norms, scratch)
 
 
 def take_signs(X: Tensor, scale: Tensor | None, margin: float, norms: Tensor | None, scratch: Tensor) -> Tensor:

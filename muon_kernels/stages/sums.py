@@ -26,6 +26,11 @@ def padded(numbers: int) -> int:
     return -(-numbers // 16) * 16
 
 
+def floats_of_block(m: int, n: int, device: torch.device) -> int:
+    """Numbers of the largest block of an m x n matrix."""
+    return padded(min(m * n, max(n, BLOCK_ON_CPU if in_cache(device) else BLOCK)))
+
+
 def in_blocks(X: Tensor, numbers: int) -> Iterator[tuple[slice, slice]]:
     """(matrices, rows) of X, piece by piece of at most so many."""
     batch, m, n = X.shape

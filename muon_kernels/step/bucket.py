@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .. import backends
 from ..layout import Bundle, Matrices
+from ..stages import stages_of
 from ..stages.packed import Halves, Packed, Quantized
-from ..stages.second_moment import scratch_numbers
+from ..stages.stage import floats_for
 from .operands import BucketKey, Seen
 from .options import StepOptions
 from .plan import Bucket, plain_bucket, plan_bucket
@@ -43,7 +44,8 @@ def planned(key: BucketKey, members: Sequence[Seen], number: int, options: StepO
         torch.float32 if options.master_weights else key.param_dtype,
     )
     name, notes = backends.choose(options.backend, key.device, dtypes, options.workspace_dtype, shape)
-    between = scratch_numbers(options.second_moment, options.sign_momentum, *shape, key.device)
+    stages = stages_of(options, quantized)
+    stage_floats = floats_for(stages, *shape, key.device)
     bucket = plan_bucket(
         shape,
         sum(seen.matrices for seen in members),
@@ -55,36 +57,20 @@ def planned(key: BucketKey, members: Sequence[Seen], number: int, options: StepO
         bytes_per_element=bytes_per_element(key, options.momentum) + 4 * options.master_weights,
         direction_bytes=key.grad_dtype.itemsize + key.momentum_dtype.itemsize,
         stepped=options.momentum,
-        sign_momentum=options.sign_momentum,
-        second_moment=options.second_moment,
-        between_bytes=4 * between,
+        stages=stages,
+        stage_bytes=4 * stage_floats,
         stochastic_rounding=options.stochastic_rounding,
-        packed=quantized + options.master_weights,
     )
     return Work(
         bucket,
-        (*notes, *_notes(options, quantized)),
+        (*notes, *(stage.note for stage in stages)),
         options.schedule,
         key.device,
         chunks_of(members, bucket, quantized, options),
-        options.second_moment,
+        stages,
         number,
-        options.sign_momentum,
-        between,
+        stage_floats,
     )
-
-
-def _notes(options: StepOptions, quantized: bool) -> list[str]:
-    """Why no step of a bucket is fused, by option."""
-    notes = []
-    if options.sign_momentum:
-        notes.append("sign_momentum=True goes over a direction twice more, and no step with it is fused")
-    kept = ["momentum_dtype=torch.int8"] * quantized + ["master_weights"] * options.master_weights
-    if kept:
-        notes.append(f"{' and '.join(kept)} goes through fp32 memory of the workspace, and no step with it is fused")
-    if (form := options.second_moment) is not None:
-        notes.append(f"second_moment={form!r} goes over an update twice more, and no step with it is fused")
-    return notes
 
 
 def chunks_of(members: Sequence[Seen], bucket: Bucket, quantized: bool, options: StepOptions) -> list[Chunk]:

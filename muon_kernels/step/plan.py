@@ -18,9 +18,8 @@ from .. import backends
 from ..coefficients import DEFAULT, Schedule, resolve
 from ..newton_schulz import ALGORITHMS, Blend, Square, square, squares_of
 from ..options import check_algorithm, check_workspace, check_workspace_dtype
-from ..stages.packed import VISITS, floats
-from ..stages.second_moment import FORMS
-from ..stages.signs import SIGNS_LAUNCHES, SIGNS_VISITS
+from ..stages import Stage
+from ..stages.packed import floats
 
 
 @dataclass(frozen=True)
@@ -343,11 +342,9 @@ def plan_bucket(
     workspace_dtype: torch.dtype = torch.bfloat16,
     direction_bytes: int = 0,
     stepped: bool = True,
-    sign_momentum: bool = False,
-    second_moment: str | None = None,
-    between_bytes: int = 0,
+    stages: Sequence[Stage] = (),
+    stage_bytes: int = 0,
     stochastic_rounding: bool = False,
-    packed: int = 0,
 ) -> Bucket:
     """Plan `count_` matrices of one shape (m ≤ n) on a backend that was chosen.
 
@@ -362,10 +359,9 @@ def plan_bucket(
         workspace_dtype: torch.bfloat16 or torch.float16.
         direction_bytes: of these, what is read of an element for its direction; only counts where a step may be fused.
         stepped: whether parameters are updated, so that a whole step may be fused.
-        sign_momentum, second_moment: see `Muon`; they come before and after the iteration, so that no step is fused.
-        between_bytes: what these need of the workspace for a matrix.
+        stages: what stands around the iteration; no step is fused with any.
+        stage_bytes: their scratch for a matrix.
         stochastic_rounding: see `Muon`; not every backend's fused step can.
-        packed: see `Bucket`; no step is fused then.
 
     Raises:
         ValueError, TypeError: an algorithm or a dtype that there is not, a cap that is none or holds no matrix.
@@ -375,15 +371,16 @@ def plan_bucket(
     check_workspace_dtype(workspace_dtype)
     m, n = shape
     algorithm = choose_algorithm(ns_algorithm, backend, m, n, schedule)
+    packed = sum(stage.packed for stage in stages)
     if m == 0 or count_ == 0:
         return Bucket(
             shape, count_, algorithm, schedule.power, backend, workspace_dtype, False, (), 0, 0, 0, 0, 0, 0, 0, packed
         )
-    each = workspace_bytes(backend, algorithm, m, n, schedule, packed) + between_bytes
+    each = workspace_bytes(backend, algorithm, m, n, schedule, packed) + stage_bytes
     ops = backends.get(backend)
     cap = ops.default_workspace_bytes() if max_workspace_bytes is None else max_workspace_bytes
     fused = None
-    if stepped and second_moment is None and not sign_momentum and not packed and not schedule.weights:
+    if stepped and not stages and not schedule.weights:
         fused = ops.fused_plan(m, n, count_, schedule, stochastic_rounding)
     if fused is not None and fused.slots * each > cap:
         fused = None
@@ -399,15 +396,9 @@ def plan_bucket(
         chunks = chunk_counts(count_, each, max_workspace_bytes, backend)
         slots, launches = max(chunks), sum(launches + ops.update_launches(chunk) for chunk in chunks)
         bytes_ = least_bytes = elements * (bytes_per_element + 2 * workspace_dtype.itemsize)
-        if sign_momentum:
-            launches += SIGNS_LAUNCHES * len(chunks)
-            bytes_ += elements * SIGNS_VISITS * workspace_dtype.itemsize
-        if second_moment is not None:
-            extra = FORMS[second_moment]
-            launches += extra.launches * len(chunks)
-            bytes_ += elements * (extra.visits * workspace_dtype.itemsize + extra.state_bytes)
-        launches += packed * VISITS * len(chunks)
-        bytes_ += packed * elements * (VISITS + 2) * 4  # of the fp32 memory, where the verb reads and writes too
+        for stage in stages:
+            launches += stage.launches * len(chunks)
+            bytes_ += elements * (stage.visits * workspace_dtype.itemsize + stage.state_bytes)
     return Bucket(
         shape=shape,
         count=count_,

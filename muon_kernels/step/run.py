@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterable, Sequence
-from operator import mul
 from typing import cast
 
 import torch
@@ -15,8 +13,6 @@ from ..graphs import capturing
 from ..layout import Bundle, Matrices
 from ..newton_schulz import ALGORITHMS
 from ..stages.packed import Packed, unpacked
-from ..stages.second_moment import normalize
-from ..stages.signs import take_signs
 from .options import as_scalar
 from .plan import Bucket, Plan
 from .work import Chunk, Plain, Prepared, Scalars, Task, Work
@@ -50,9 +46,9 @@ def iterate(
 def run_iteration(work: Work, stacks: Stacks, scale: Tensor | None) -> Tensor:
     """Iterate a stack of directions; the result lies in the workspace."""
     ops, derived = backends.get(work.bucket.backend), stacks.derived
-    if work.signs:
-        norms = None if stacks.blend is None else stacks.blend.norms
-        scale = take_signs(stacks.X, scale, work.schedule.margin, norms, stacks.between)
+    norms = None if stacks.blend is None else stacks.blend.norms
+    for stage in work.stages:
+        scale = stage.before(stacks.X, scale, work.schedule.margin, norms, stacks.stage_scratch)
     key = scale is not None and scale.data_ptr()
     if derived.get("key") != key:
         X, Y, squares, blend, *_ = stacks
@@ -95,9 +91,8 @@ def _step(
         else:
             result = iterate(work, directions, chunk.momenta, workspace, scalars, rehearsing)
             stacks, ratios = workspace.stacks(work, len(chunk.ratios)), chunk.ratios
-            if work.second_moment is not None and not rehearsing:
-                kept = normalize(work.second_moment, result, chunk.second_moments, scalars.beta2, stacks.between)
-                ratios = ratios if kept is None else array("d", map(mul, ratios, kept))
+            for stage in () if rehearsing else work.stages:
+                ratios = stage.after(result, chunk.second_moments, scalars, ratios, stacks.stage_scratch)
             with unpacked(chunk.params, stacks.unpacked, rehearsing) as params:
                 ops.apply_update(params, result, **scalars.of_update(work.number, chunk.first), ratios=ratios)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import memory
 from ..coefficients import Schedule
 from ..layout import Bundle, Layout, View
+from ..stages import Stage
 from ..stages.packed import Packed
 from .options import as_scalar
 from .plan import Bucket, Shared
@@ -53,8 +54,10 @@ class Plain(NamedTuple):
 class Work(NamedTuple):
     """A bucket with all that is settled before a step; `notes` is `Plan`'s.
 
-    `number` is that of its first matrix among all of the group, which are counted as the parameters come. `between` is
-    how many numbers of fp32 a matrix needs for what stands before and after the iteration.
+    Attributes:
+        stages: what stands around the iteration.
+        number: of its first matrix among all of the group, which are counted as the parameters come.
+        stage_floats: fp32 scratch that a matrix needs for the stages.
     """
 
     bucket: Bucket
@@ -62,10 +65,9 @@ class Work(NamedTuple):
     schedule: Schedule
     device: torch.device
     chunks: list[Chunk]
-    second_moment: str | None = None
+    stages: tuple[Stage, ...] = ()
     number: int = 0
-    signs: bool = False
-    between: int = 0
+    stage_floats: int = 0
 
 
 class Prepared(NamedTuple):

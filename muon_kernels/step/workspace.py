@@ -23,7 +23,7 @@ class Stacks(NamedTuple):
     squares: list[Square]
     blend: Blend | None  # where iterates have weights
     scratch: Tensor  # (batch * scratch_bytes,) uint8
-    between: Tensor  # (batch * between,) fp32, see `Work`
+    stage_scratch: Tensor  # (batch * stage_floats,) fp32, see `Work`
     unpacked: Tensor | None  # (batch, floats) fp32, of momentum or parameters that are kept packed
     derived: dict[str, Any]  # what is computed from them once
 
@@ -49,13 +49,13 @@ class Workspace:
 
     def stacks(self, work: Work, batch: int) -> Stacks:
         """Those of a chunk of `batch` matrices; the same tensors every time."""
-        key = work.bucket, work.schedule, batch, work.device, work.between
+        key = work.bucket, work.schedule, batch, work.device, work.stage_floats
         if key not in self._stacks:
             with torch.inference_mode(False):  # what is kept must be of use outside inference mode too
                 self._stacks[key] = self._cut(*key)
         return self._stacks[key]
 
-    def _cut(self, bucket: Bucket, schedule: Schedule, batch: int, device: torch.device, between: int) -> Stacks:
+    def _cut(self, bucket: Bucket, schedule: Schedule, batch: int, device: torch.device, stage_floats: int) -> Stacks:
         m, n = bucket.shape
         ops = backends.get(bucket.backend)
         block = self._blocks[device]
@@ -70,7 +70,7 @@ class Workspace:
         def stack(cols: int) -> Tensor:
             return take(m, ops.leading_dimension(cols), bucket.workspace_dtype)[..., :cols]
 
-        numbers_between = take(1, between, torch.float32).flatten()
+        stage_scratch = take(1, stage_floats, torch.float32).flatten()
         memory = take(1, floats(m, n), torch.float32)[:, 0] if bucket.packed else None
         X, Y, *total = (stack(n) for _ in range(3 if schedule.weights else 2))
         highs = [stack(m) for _ in range(squares_of(bucket.algorithm, schedule))]
@@ -81,4 +81,4 @@ class Workspace:
         offset += -offset % 8  # stacks of a backend whose leading dimensions are odd
         numbers = (take(1, 1, dtype)[:, 0, 0] for dtype in (torch.float64, *[torch.float32] * 4))
         blend = Blend(*total, *numbers) if total else None
-        return Stacks(X, Y, squares, blend, scratch, numbers_between, memory, {})
+        return Stacks(X, Y, squares, blend, scratch, stage_scratch, memory, {})

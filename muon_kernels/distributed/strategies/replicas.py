@@ -106,9 +106,9 @@ class CopyRound:
                 )
                 if rank == self.team.replica:
                     result = run_iteration(work, stacks, scale)
-                    if work.second_moment is not None and copies.lot.kept_apart:
+                    if copies.lot.second_moment is not None and copies.lot.kept_apart:
                         moments = [(V.mT if e.tall else V)[None] for e in entries for V in (e.moment,) if V is not None]
-                        kept = normalize(work.second_moment, result, moments, scalars.beta2, stacks.between)
+                        kept = normalize(copies.lot.second_moment, result, moments, scalars.beta2, stacks.stage_scratch)
                         own = place.norms(buffers.slices)
                         own.copy_(torch.tensor(kept or [1.0] * len(entries), dtype=torch.float64, device="cpu"))
                     place.of(buffers.slices, dtype).copy_(result)
@@ -132,7 +132,7 @@ class CopyRound:
                     results = buffers.owned[rank * self.share : (rank + 1) * self.share]
                     place = self.places[rank][number]
                     X, ratios = place.of(results, dtype), array("d", [entry.ratio for entry in entries])
-                    if work.second_moment is not None and copies.lot.kept_apart:
+                    if copies.lot.second_moment is not None and copies.lot.kept_apart:
                         ratios = array("d", map(mul, ratios, place.norms(results).tolist()))
                     else:
                         ratios = normalized(copies.lot, entries, X, scalars.beta2, ratios)
