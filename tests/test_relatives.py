@@ -23,7 +23,7 @@ from muon_kernels.layout import Matrices, layout
 from muon_kernels.optimizers import muon as optimizer_of
 from muon_kernels.scaling import WEIGHT_DECAY_FORMS, decayed
 from muon_kernels.split import equal
-from muon_kernels.stages import second_moment, sums
+from muon_kernels.stages import second_moment, signs, sums
 from muon_kernels.stages.second_moment import FORMS, SecondMoment
 from muon_kernels.stages.signs import Signs, take_signs
 from muon_kernels.stages.stage import floats_for
@@ -190,9 +190,9 @@ def stack_with(form: str) -> tuple[Tensor, list[Tensor], Tensor]:
 
 def go_by(monkeypatch: pytest.MonkeyPatch, in_cache: bool, block: int | None = sums.BLOCK_ON_CPU) -> None:
     """Have stacks gone over in blocks of so many elements, or at once."""
-    for module in (sums, second_moment):
+    monkeypatch.setattr(sums, "BLOCK_ON_CPU", block)
+    for module in (sums, second_moment, signs):
         monkeypatch.setattr(module, "in_cache", lambda _: in_cache)
-        monkeypatch.setattr(module, "BLOCK_ON_CPU", block)
 
 
 @pytest.mark.parametrize("form", FORMS)
