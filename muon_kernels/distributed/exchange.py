@@ -16,9 +16,10 @@ are rounded.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -221,84 +222,111 @@ def exchanges_of(
     Raises:
         ValueError, TypeError, RuntimeError: what cannot be stepped.
     """
-    schedule, flatten, form = options.schedule, options.flatten, options.second_moment
-    # Second moments of parts are not in the stack, see lots.py.
-    before = [stage for stage in stages_of(options) if not isinstance(stage, SecondMoment)]
-    params = [operand.param for operand in operands]
-    momenta = [operand.momentum for operand in operands] if options.momentum else None
     by_kind: dict[Kind, list[tuple[int | None, Entry]]] = {}
     for index, (operand, placement) in enumerate(zip(operands, placements, strict=True)):
-        if placement is None:
-            continue
-        p, g, V = operand.param, operand.grad, operand.second_moment
-        for piece, (batch, rows, cols), rectangles in shards_of(placement, flatten, operand.split):
-            tall = rows > cols or (rows == cols and way.turns(rectangles))
-            if tall:
-                rectangles = tuple(Rectangle(left, top, c, r) for top, left, r, c in rectangles)
-            kind = Kind(placement.team, (min(rows, cols), max(rows, cols)), rectangles, p.device, g.dtype, p.dtype)
-            here = rectangles[placement.team.shard].elements > 0
-            ats = [
-                layouts(t, flatten, piece, batch, tall) if t is not None and here else [None] * batch
-                for t in (p, operand.momentum, g)
-            ]
-            views = [None] * batch if form is None or V is None or not here else second_moment.views(form, V, flatten)
-            ratio = operand.lr_ratio(options, rows, cols)
-            found = by_kind.setdefault(kind, [])
-            found += [
-                (placement.owner, Entry(index, of_p, of_buffer, of_g, ratio, tall, view))
-                for of_p, of_buffer, of_g, view in zip(*ats, views, strict=True)
-            ]
-
+        if placement is not None:
+            for kind, owned in _entries(index, operand, placement, options, way):
+                by_kind.setdefault(kind, []).extend(owned)
+    params = [operand.param for operand in operands]
+    momenta = [operand.momentum for operand in operands] if options.momentum else None
     exchanges = []
     for team in dict.fromkeys(kind.team for kind in by_kind):
-        kinds = {
-            kind: entries for kind, entries in by_kind.items() if kind.team is team and entries and min(kind.shape)
-        }
-        chosen, ways = {}, {}
-        for kind in kinds:
-            name, notes = backends.choose(
-                options.backend, kind.device, (kind.grad_dtype, kind.param_dtype), options.workspace_dtype, kind.shape
-            )
-            reason = way.refuses(kind)
-            ways[kind] = CutRound if reason else way
-            if reason and len(holders(kind)) > 1:
-                notes += (reason,)
-            plan = partial(
-                plan_bucket,
-                ways[kind].shapes(kind)[0],
-                schedule=schedule,
-                ns_algorithm=ways[kind].algorithm(options.ns_algorithm, name),
-                backend=name,
-                max_workspace_bytes=options.max_workspace_bytes,
-                workspace_dtype=options.workspace_dtype,
-                bytes_per_element=kind.grad_dtype.itemsize + 4 * kind.param_dtype.itemsize,
-                stepped=False,
-                stages=before,
-                stage_bytes=4 * floats_for(before, *kind.shape, kind.device),
-            )
-            chosen[kind] = plan, notes
-        costs, among, dealt = [], [], []
-        for kind, entries in kinds.items():
-            cost = chosen[kind][0](1).flops
-            nearby = [r * team.shard_count + h for r in range(team.replica_count) for h in holders(kind)]
-            dealt_to = ways[kind].owners(team)
-            for owner, _ in entries:
-                costs.append(cost)
-                # What only one rank has a part of stays there.
-                among.append([owner] if owner is not None else nearby if len(holders(kind)) == 1 else dealt_to)
-        owners = iter(deal(costs, team.ranks, among=among))
-        number = 0
-        for kind, entries in kinds.items():
-            by_owner: list[list[Entry]] = [[] for _ in range(team.ranks)]
-            for _, entry in entries:
-                by_owner[next(owners)].append(entry)
-            apart = entries[0][0] is not None
-            dealt.append(_lot(kind, by_owner, number, options, *chosen[kind], apart, ways[kind]))
-            number += len(entries)
-        cap = max((_cap(lot.work.bucket.backend, options.max_workspace_bytes) for lot in dealt), default=0)
+        of_team = {kind: found for kind, found in by_kind.items() if kind.team is team and found and min(kind.shape)}
+        lots = _dealt(team, of_team, options, way)
+        cap = max((_cap(lot.work.bucket.backend, options.max_workspace_bytes) for lot in lots), default=0)
         rounds = _cut_rounds if team.shards else partial(_copy_rounds, share=share_bytes(cap, team.ranks))
-        exchanges.append(Exchange(team, rounds(dealt, params, momenta)))
+        exchanges.append(Exchange(team, rounds(lots, params, momenta)))
     return exchanges
+
+
+def _entries(
+    index: int, operand: Operand, placement: Placement, options: StepOptions, way: type[CutRound]
+) -> Iterator[tuple[Kind, list[tuple[int | None, Entry]]]]:
+    """The matrices of an operand, kind by kind, each with the rank that keeps its momentum, if one does."""
+    p, g, V, flatten = operand.param, operand.grad, operand.second_moment, options.flatten
+    for piece, (batch, rows, cols), rectangles in shards_of(placement, flatten, operand.split):
+        tall = rows > cols or (rows == cols and way.turns(rectangles))
+        if tall:
+            rectangles = tuple(Rectangle(left, top, c, r) for top, left, r, c in rectangles)
+        kind = Kind(placement.team, (min(rows, cols), max(rows, cols)), rectangles, p.device, g.dtype, p.dtype)
+        here = rectangles[placement.team.shard].elements > 0
+        ats = [
+            layouts(t, flatten, piece, batch, tall) if t is not None and here else [None] * batch
+            for t in (p, operand.momentum, g)
+        ]
+        form = options.second_moment
+        views = [None] * batch if form is None or V is None or not here else second_moment.views(form, V, flatten)
+        ratio = operand.lr_ratio(options, rows, cols)
+        yield (
+            kind,
+            [
+                (placement.owner, Entry(index, of_p, of_buffer, of_g, ratio, tall, view))
+                for of_p, of_buffer, of_g, view in zip(*ats, views, strict=True)
+            ],
+        )
+
+
+class _Choice(NamedTuple):
+    """How a kind of matrices goes through: the way of its rounds, its plan by their number, and notes."""
+
+    way: type[CutRound]
+    plan: Callable[[int], Bucket]
+    notes: tuple[str, ...]
+
+
+def _chosen(kind: Kind, options: StepOptions, way: type[CutRound]) -> _Choice:
+    name, notes = backends.choose(
+        options.backend, kind.device, (kind.grad_dtype, kind.param_dtype), options.workspace_dtype, kind.shape
+    )
+    reason = way.refuses(kind)
+    way = CutRound if reason else way
+    if reason and len(holders(kind)) > 1:
+        notes += (reason,)
+    # Second moments of parts are not in the stack, see lots.py.
+    stages = [stage for stage in stages_of(options) if not isinstance(stage, SecondMoment)]
+    plan = partial(
+        plan_bucket,
+        way.shapes(kind)[0],
+        schedule=options.schedule,
+        ns_algorithm=way.algorithm(options.ns_algorithm, name),
+        backend=name,
+        max_workspace_bytes=options.max_workspace_bytes,
+        workspace_dtype=options.workspace_dtype,
+        bytes_per_element=kind.grad_dtype.itemsize + 4 * kind.param_dtype.itemsize,
+        stepped=False,
+        stages=stages,
+        stage_bytes=4 * floats_for(stages, *kind.shape, kind.device),
+    )
+    return _Choice(way, plan, notes)
+
+
+def _dealt(
+    team: Team,
+    kinds: Mapping[Kind, Sequence[tuple[int | None, Entry]]],
+    options: StepOptions,
+    way: type[CutRound],
+) -> list[Lot]:
+    """A lot of every kind, whose matrices are dealt to owners by their FLOPs."""
+    chosen = {kind: _chosen(kind, options, way) for kind in kinds}
+    costs, among = [], []
+    for kind, entries in kinds.items():
+        cost, held = chosen[kind].plan(1).flops, holders(kind)
+        nearby = [r * team.shard_count + h for r in range(team.replica_count) for h in held]
+        anywhere = chosen[kind].way.owners(team)
+        for owner, _ in entries:
+            costs.append(cost)
+            # What only one rank has a part of stays there.
+            among.append([owner] if owner is not None else nearby if len(held) == 1 else anywhere)
+    owners = iter(deal(costs, team.ranks, among=among))
+    lots: list[Lot] = []
+    number = 0
+    for kind, entries in kinds.items():
+        by_owner: list[list[Entry]] = [[] for _ in range(team.ranks)]
+        for _, entry in entries:
+            by_owner[next(owners)].append(entry)
+        lots.append(_lot(kind, by_owner, number, options, chosen[kind], kept_apart=entries[0][0] is not None))
+        number += len(entries)
+    return lots
 
 
 def _cap(backend: str, max_workspace_bytes: int | None) -> int:
@@ -310,11 +338,10 @@ def _lot(
     entries: list[list[Entry]],
     number: int,
     options: StepOptions,
-    plan: Callable[[int], Bucket],
-    notes: tuple[str, ...],
+    choice: _Choice,
     kept_apart: bool,
-    way: type[CutRound],
 ) -> Lot:
+    way, plan, notes = choice
     owned, most = len(entries[way.owner_here(kind.team)]), max(map(len, entries))
     bucket = plan(owned)
     held, (m, n) = way.shapes(kind)
