@@ -148,15 +148,7 @@ def param_groups(
         "Muon": _mapping("muon_options", muon_options, "options"),
         "AdamW": _mapping("adamw_options", adamw_options, "options"),
     }
-    for half, options in halves.items():
-        if taken := sorted({"params", "param_names", "use_muon"} & options.keys()):
-            raise ValueError(f"{half.lower()}_options should hold options, but {taken[0]!r} is for param_groups to say")
-        if "process_group" in options:
-            raise ValueError(
-                f"{half.lower()}_options should hold options of groups, but 'process_group' is for a whole optimizer: "
-                "give it to Muon, or in muon_options to MuonAdamW"
-            )
-        check_half(half, options, OPTIONS)
+    _check_halves(halves)
     split = _mapping("split", {"*": "auto"} if split == "auto" else split, "patterns to cuts")
     if split and "split" in halves["Muon"]:
         raise ValueError("split should be given once but is in muon_options too")
@@ -196,14 +188,7 @@ def param_groups(
         assignments.append(Assignment(name, tuple(param.shape), optimizer, ", ".join(words)))
     if not missing_ok:
         _check_cuts(cuts, places, assignments)
-    if unknown := [at.name for at in assignments if at.optimizer == "Muon" and _UNKNOWN in at.reason]:
-        warnings.warn(
-            f"parameters go to Muon whose layers have lost the classes by which embeddings, heads and convolutions are "
-            f"known, as torch.export, torch.fx and torch.jit leave them: {', '.join(unknown[:3])}"
-            f"{', ...' if len(unknown) > 3 else ''}; call param_groups on the model before, which has the same "
-            "parameters, or say muon=[...] and adamw=[...]",
-            stacklevel=2,
-        )
+    _warn_of_unknown(assignments)
 
     made = []
     for optimizer, by_options in groups.items():
@@ -218,6 +203,31 @@ def _mapping(name: str, value: Any, of: str) -> Mapping[str, Any]:
     if value is not None and not isinstance(value, Mapping):
         raise TypeError(f"{name} should be a mapping of {of} but is: {value!r}")
     return value or {}
+
+
+def _check_halves(halves: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise ValueError where options of a half are the other's, or not for a group to say."""
+    for half, options in halves.items():
+        if taken := sorted({"params", "param_names", "use_muon"} & options.keys()):
+            raise ValueError(f"{half.lower()}_options should hold options, but {taken[0]!r} is for param_groups to say")
+        if "process_group" in options:
+            raise ValueError(
+                f"{half.lower()}_options should hold options of groups, but 'process_group' is for a whole optimizer: "
+                "give it to Muon, or in muon_options to MuonAdamW"
+            )
+        check_half(half, options, OPTIONS)
+
+
+def _warn_of_unknown(assignments: Sequence[Assignment]) -> None:
+    """Warn where parameters go to Muon whose layers have lost their classes."""
+    if unknown := [at.name for at in assignments if at.optimizer == "Muon" and _UNKNOWN in at.reason]:
+        warnings.warn(
+            f"parameters go to Muon whose layers have lost the classes by which embeddings, heads and convolutions are "
+            f"known, as torch.export, torch.fx and torch.jit leave them: {', '.join(unknown[:3])}"
+            f"{', ...' if len(unknown) > 3 else ''}; call param_groups on the model before, which has the same "
+            "parameters, or say muon=[...] and adamw=[...]",
+            stacklevel=3,
+        )
 
 
 def _checked(rules: Iterable[Rule]) -> tuple[Rule, ...]:
