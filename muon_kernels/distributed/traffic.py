@@ -129,7 +129,7 @@ def _plan(m: int, n: int, schedule: Schedule, backend: str) -> Bucket:
 
 
 def _dealt(shapes: Shapes, mesh: Mesh, schedule: Schedule, backend: str) -> list[_Lot]:
-    """As optimizer.py deals copies, parameter by parameter, and exchange.py what is cut, lot by lot."""
+    """As ranks.py deals copies, parameter by parameter, and exchange.py what is cut, lot by lot."""
     lots: dict[tuple[int, int, tuple[Rectangle, ...]], _Lot] = {}
     members: list[list[tuple[_Lot, int]]] = []  # of equal matrices, their lot and cost
     for rows, cols, count in shapes:
