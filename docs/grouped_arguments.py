@@ -1,4 +1,4 @@
-"""For mkdocs: docstrings that explain several arguments on one line, `lr, momentum: see Muon`, explain each of them."""
+"""For mkdocs: mends what griffe misreads in docstrings, such as one line for several arguments, `lr, momentum: ...`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import griffe
 
 # Names, of which the last line may hold the end only, and what is said of them.
 _GROUP = re.compile(r"^(?P<indent> +)(?P<names>\w+(?:,\s+\w+)+): (?P<text>.+(?:\n(?P=indent) +\S.*)*)", re.MULTILINE)
+# A paragraph whose further lines are indented, which griffe takes for a box with a title.
+_SOURCES = re.compile(r"^(?P<first>Sources?: .+)(?P<rest>(?:\n +\S.*)+)", re.MULTILINE)
 
 
 def apart(docstring: str) -> str:
@@ -30,5 +32,10 @@ class GroupedArguments(griffe.Extension):
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Rewrite a docstring before it is parsed."""
-        if obj.docstring is not None and re.search(r"^ *(Args|Attributes|Raises):$", obj.docstring.value, re.MULTILINE):
+        if obj.docstring is None:
+            return
+        obj.docstring.value = _SOURCES.sub(
+            lambda found: found["first"] + re.sub(r"\n +", "\n", found["rest"]), obj.docstring.value
+        )
+        if re.search(r"^ *(Args|Attributes|Raises):$", obj.docstring.value, re.MULTILINE):
             obj.docstring.value = apart(obj.docstring.value)
