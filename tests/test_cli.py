@@ -325,7 +325,7 @@ def test_ctrl_c_skips_the_held_out_loss(
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_the_ledger_keeps_its_promises(backend: str) -> None:
-    """The figures of README and CHANGELOG, on a machine without anything."""
+    """The figures of README, on a machine without anything."""
     gpt2, heads = ledger(MODELS["gpt2"]), ledger(MODELS["heads"])
     ours, torchs = gpt2[f"muon_kernels, {backend}"], gpt2["torch.optim.Muon"]
     assert torchs.launches > 1000 and ours.launches <= 60

@@ -6,6 +6,7 @@ import pickle
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -912,16 +913,105 @@ def test_a_side_may_stay_empty() -> None:
     assert muon["params"] == [] and len(adamw["params"]) == 2
 
 
-def test_summary_names_every_parameter_and_adds_up() -> None:
-    groups = param_groups(LanguageModel(tied=True))
-    lines = str(groups).splitlines()
+def unfolded(text: str) -> list[str]:
+    """The names that a name of the table stands for."""
+    parts = []
+    for part in re.split(r"\.(?!\.)(?<!\.\.)", text):
+        runs = [run.partition("..") for run in part.split(",")]
+        numbers = (
+            [str(i) for first, _, last in runs for i in range(int(first), int(last or first) + 1)]
+            if part[0].isdigit()
+            else [part]
+        )
+        parts.append(numbers)
+    return [".".join(name) for name in product(*parts)]
+
+
+def mixture() -> nn.Module:
+    """Layers 0 and 3 are dense; the last has fewer experts than others; 1 is frozen; 4 and 5 have a tied weight."""
+    layers = nn.ModuleList()
+    for i in range(6):
+        experts = nn.ModuleList(nn.Linear(8, 16) for _ in range(3 if i == 5 else 4))
+        layers.append(nn.ModuleDict({"norm": nn.LayerNorm(8), "mlp": nn.Linear(8, 24) if i in (0, 3) else experts}))
+    layers[1].requires_grad_(False)
+    layers[5]["mlp"][0].weight = layers[4]["mlp"][0].weight  # type: ignore[index,union-attr]
+    return nn.ModuleDict(
+        {
+            "tokens": nn.Embedding(9, 8),
+            "layers": layers,
+            "ff": nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)),
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: LanguageModel(tied=True), mixture, lambda: linears((8, 8))], ids=["tied", "mixture", "one"]
+)
+def test_summary_names_every_parameter_and_adds_up(make: Callable[[], nn.Module]) -> None:
+    """Each on one line, with what is said of it, and equal layers together."""
+    groups = param_groups(make())
+    lines = re.sub(r"\n +", " ", str(groups)).splitlines()  # a long reason goes on
     assert lines[0].split() == ["parameter", "shape", "optimizer", "reason"]
-    assert "layers.0.experts 3x8x16 Muon stack of matrices in Layer" in [" ".join(line.split()) for line in lines]
-    for assignment, line in zip(groups.assignments, lines[1:], strict=False):
-        assert line.startswith(assignment.name) and line.endswith(assignment.reason)
-    count = {group["use_muon"]: (len(group["params"]), sum(p.numel() for p in group["params"])) for group in groups}
-    assert lines[-2] == "Muon: {} parameters, {:,} elements".format(*count[True])
-    assert lines[-1] == "AdamW: {} parameters, {:,} elements".format(*count[False])
+    *rows, muon = [line for line in lines[1:] if not line.startswith(("AdamW:", "none:"))]
+    told = {}
+    for row in rows:
+        name, shape, optimizer, reason = re.split(r" {2,}", row)
+        names = unfolded(name)
+        count, _, shape = shape.rpartition(" x ")
+        assert len(names) == int(count or 1)
+        told.update({name: (shape, optimizer, reason) for name in names})
+    assert told == {a.name: ("x".join(map(str, a.shape)), a.optimizer, a.reason) for a in groups.assignments}
+    for half, text in ((groups.muon, muon), (groups.adamw, next((t for t in lines if t.startswith("AdamW:")), ""))):
+        params = [p for group in half for p in group["params"]]
+        assert (
+            not params
+            or text.split(": ")[1] == f"{len(params)} parameters, {sum(p.numel() for p in params):,} elements"
+        )
+
+
+def test_equal_layers_are_one_line() -> None:
+    lines = [" ".join(line.split()) for line in str(param_groups(mixture())).splitlines()]
+    for line in (
+        "layers.0,2..5.norm.weight 5 x 8 AdamW norm",
+        "layers.1.norm.weight 8 none frozen",
+        "layers.0,3.mlp.weight 2 x 24x8 Muon matrix in Linear",
+        "layers.2.mlp.0..3.weight 4 x 16x8 Muon matrix in Linear",
+        "layers.4.mlp.0.weight 16x8 Muon matrix in Linear, tied with layers.5.mlp.0.weight",
+        "layers.4.mlp.1..3.weight 3 x 16x8 Muon matrix in Linear",
+        "layers.2,4.mlp.0..3.bias 8 x 16 AdamW bias",
+        "ff.0,2.weight 2 x 8x8 Muon matrix in Linear",
+    ):
+        assert line in lines
+    assert len(str(param_groups(linears(*[(8, 8)] * 96))).splitlines()) == 3
+    alternating = linears(*[(8, 8 if i % 3 else 16) for i in range(30)])
+    assert [line.split()[0] for line in str(param_groups(alternating)).splitlines()[1:3]] == [
+        "0,3,...,27.weight",
+        "1..2,4..5,...,28..29.weight",
+    ]
+    others = [
+        [nn.Linear(8, 8, bias=False) if i in at else nn.ReLU() for i in range(11)]
+        for at in ({0, 2, 4, 6, 10}, {0, 2, 4, 8, 10})
+    ]
+    lines = str(param_groups(nn.Sequential(*(nn.Sequential(*layers) for layers in others)))).splitlines()
+    assert [line.split()[0] for line in lines[1:3]] == ["0.0,2,...,10.weight", "1.0,2,...,10.weight"]
+
+
+def test_the_table_is_readable_in_100_columns() -> None:
+    deep = {
+        f"vision_tower.transformer.encoder_of_patches.layers.{i}.attention.projection": nn.Linear(8, 8, bias=False)
+        for i in range(3)
+    }
+    groups = param_groups(nested({"fc1": nn.Linear(8, 8), **deep}), split={"*.projection.weight": blocks(*[1] * 8)})
+    lines = str(groups).splitlines()
+    at = lines.index("vision_tower.transformer.encoder_of_patches.layers.0..2.attention.projection.weight")
+    margin = lines[0].index("reason")
+    assert lines[at + 1].split() == ["3", "x", "8x8", "Muon", "matrix", "in", "Linear,", "split:"]
+    assert lines[at + 1].index("matrix") == margin and lines[at + 2] == " " * margin + "blocks(1, 1, 1, 1, 1, 1,"
+    assert max(map(len, lines)) <= 100 and lines[1].startswith("fc1.weight  ")
+    assert str(ParamGroups([], [])).split() == ["parameter", "shape", "optimizer", "reason"]
+    assert "fc1.weight  8x8    Muon" in str(
+        param_groups(nested({"fc1": nn.Linear(8, 8)}), rules=[Rule("", "Muon", name="weight")])
+    )
 
 
 def test_copies_keep_the_assignments() -> None:

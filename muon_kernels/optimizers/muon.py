@@ -406,7 +406,10 @@ class Muon(Optimizer):
         try:
             agreed = consensus.agree(self._ranks.teams, self._check_gradients)
         except Failed as error:
-            raise RuntimeError(f"step {self._steps} of Muon did not begin: {error}") from error
+            raise RuntimeError(
+                f"step {self._steps} of Muon did not begin: {error}; every rank has to call step, which GradScaler "
+                "leaves out where gradients of one rank alone are not finite: give all ranks the same before"
+            ) from error
         # What is kept must be of use outside inference mode too.
         with torch.inference_mode(False), torch.no_grad():
             batches = self._batches()

@@ -80,6 +80,26 @@ def test_a_rank_that_does_not_come(ranks: World) -> None:
     assert not returned and "step 1 of Muon did not begin: asking all ranks for their gradients" in text
 
 
+def infinite_alone() -> list[int]:
+    """GradScaler leaves the step out on the rank that has the infinity, without asking others."""
+    params, optimizer = build("group")
+    give(params)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.zeros(()))
+    if dist.get_rank() == 1:
+        params[1].grad.fill_(torch.inf)
+    scaler.step(optimizer)
+    time.sleep(6)
+    return [len(optimizer.state)]
+
+
+def test_an_infinity_on_one_rank_alone(ranks: World) -> None:
+    """Gradients should be the same on all; the others say what may be the matter, in time."""
+    (returned, text), other = ranks.outcomes(2, infinite_alone, timeout=2)
+    assert not returned and "step 1 of Muon did not begin: asking all ranks" in text
+    assert "GradScaler leaves out where gradients of one rank alone are not finite" in text and other == (True, [0])
+
+
 def refuse(layout: str, kind: type) -> list[Any]:
     params, optimizer = build(layout, kind=kind)
     give(params)
