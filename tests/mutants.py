@@ -55,10 +55,14 @@ PAIRS_H, FLOATS_H, AVX512_H = "csrc/cpu/pairs.h", "csrc/cpu/floats.h", "csrc/cpu
 AVX512BF16_H, TILES_H, AMX_CPP = "csrc/cpu/avx512bf16.h", "csrc/cpu/tiles.h", "csrc/cpu/kernels_amx.cpp"
 TRANSPOSE_H, DISPATCH, PARALLEL = "csrc/cpu/transpose.h", "csrc/cpu/dispatch.cpp", "csrc/cpu/parallel.cpp"
 NATIVE_PY, NEWTON_SCHULZ = "muon_kernels/backends/native.py", "muon_kernels/newton_schulz.py"
-OPTIMIZER, MOMENT, SCALING = "muon_kernels/optimizer.py", "muon_kernels/second_moment.py", "muon_kernels/scaling.py"
-FUNCTIONAL, COEFFICIENTS_PY = "muon_kernels/functional.py", "muon_kernels/coefficients.py"
-LAYOUT, SPLIT_PY, OPTIMIZER = "muon_kernels/layout.py", "muon_kernels/split.py", "muon_kernels/optimizer.py"
-PARAM_GROUPS = "muon_kernels/param_groups.py"
+MOMENT, SUMS = "muon_kernels/stages/second_moment.py", "muon_kernels/stages/sums.py"
+OPTIMIZER, CHECKPOINT = "muon_kernels/optimizers/muon.py", "muon_kernels/checkpoint.py"
+SCALING, COEFFICIENTS_PY = "muon_kernels/scaling.py", "muon_kernels/coefficients.py"
+LAYOUT, SPLIT_PY = "muon_kernels/layout.py", "muon_kernels/split.py"
+PARAM_GROUPS = "muon_kernels/optimizers/param_groups.py"
+OPERANDS, BUCKET, CACHE, WORK, RUN, ORTHOGONALIZE = (
+    f"muon_kernels/step/{name}.py" for name in ("operands", "bucket", "cache", "work", "run", "orthogonalize")
+)
 
 
 def _product(name: str, old: str, new: str, tests: str = PRODUCTS) -> Mutant:
@@ -352,15 +356,15 @@ MUTANTS = [
     *[
         Mutant(name, file, old, new, f'tests/test_relatives.py -k "{tests}"')
         for name, file, old, new, tests in [
-            ("random bits: buckets share them", FUNCTIONAL, "self.seed + number", "self.seed", "own_seed"),
-            ("random bits: chunks share them", FUNCTIONAL, '"first": first}', '"first": 0}', "buckets"),
+            ("random bits: buckets share them", WORK, "self.seed + number", "self.seed", "own_seed"),
+            ("random bits: chunks share them", WORK, '"first": first}', '"first": 0}', "buckets"),
             ("random bits: steps share them", OPTIMIZER, 'group.get("step", 0) + 1', "0", "own_bits"),
             ("random bits: groups share them", OPTIMIZER, " + (index << 24)", "", "buckets"),
             (
                 "second moment: not scaled by it",
                 MOMENT,
-                "_multiply(X, factor.mul_(_norm_kept(before, after)), block)",
-                "_multiply(X, _norm_kept(before, after), block)",
+                "multiply(X, factor.mul_(norm_kept(before, after)), block)",
+                "multiply(X, norm_kept(before, after), block)",
                 "test_second",
             ),
             (
@@ -370,27 +374,27 @@ MUTANTS = [
                 "return [1.0] * len(X)",
                 "test_second",
             ),
-            ("second moment: of zeros", MOMENT, "after.clamp_(min=_TINY)", "after", "what_has_no"),
+            ("second moment: of zeros", SUMS, "after.clamp_(min=TINY)", "after", "what_has_no"),
             ("second moment: not stored", MOMENT, "moment.copy_(new)", "pass", "test_second"),
             (
                 "second moment: rows of another matrix",
-                FUNCTIONAL,
+                BUCKET,
                 "moment.layout(part)).view()",
                 "moment.layout(part._replace(start=0, stop=part.stop - part.start))).view()",
                 "test_second",
             ),
             (
                 "second moment: rounded on loading",
-                OPTIMIZER,
+                CHECKPOINT,
                 '"mantissa", "second_momentum_buffer")',
                 '"mantissa")',
                 "resumes",
             ),
             (
                 "second moment: in a stale plan",
-                FUNCTIONAL,
-                "(momentum_bufs, moments, scales, mantissas)",
-                "(momentum_bufs, scales, mantissas)",
+                OPTIMIZER,
+                "own = momenta, moments, scales, mantissas",
+                "own = momenta, scales, mantissas",
                 "does_not_fit",
             ),
             ("scheduled decay: without peak_lr", SCALING, "weight_decay * lr / peak_lr", "weight_decay * lr", "forms"),
@@ -593,34 +597,38 @@ MUTANTS = [
     # What is around it.
     Mutant(
         "chunk skipped",
-        FUNCTIONAL,
-        "in _deal([(0, count)], bucket.chunks):",
-        "in _deal([(0, count)], bucket.chunks[:-1]):",
+        ORTHOGONALIZE,
+        "in into_chunks([count], bucket.chunks):",
+        "in into_chunks([count], bucket.chunks[:-1]):",
         BATCH,
     ),
     Mutant(
         "every chunk is the first",
-        FUNCTIONAL,
+        ORTHOGONALIZE,
         "        at = source.layout(part)\n        result",
         "        at = source.layout(part._replace(start=0, stop=part.stop - part.start))\n        result",
         BATCH,
     ),
     Mutant(
         "every chunk of a step is the first",
-        FUNCTIONAL,
+        OPERANDS,
         "piece, part.start, part.stop)",
         "piece, 0, part.stop - part.start)",
         SPLIT,
     ),
-    Mutant("learning rate of another piece", FUNCTIONAL, "ratios[part.piece]]", "ratios[0]]", SPLIT),
-    Mutant("copies not written back", FUNCTIONAL, "        target.copy_(copy)\n", "        pass\n", SPLIT),
     Mutant(
-        "gradient of another copy", FUNCTIONAL, "else len(grads) + len(prepared.grad_copies)", "else len(grads)", SPLIT
+        "learning rate of another piece",
+        BUCKET,
+        "members[part.piece], options)",
+        "members[part.piece]._replace(ratio=members[0].ratio), options)",
+        SPLIT,
     ),
-    Mutant("a negation forgotten", FUNCTIONAL, " and not t.is_neg():", ":", SPLIT),
+    Mutant("copies not written back", RUN, "        target.copy_(copy)\n", "        pass\n", SPLIT),
+    Mutant("gradient of another copy", OPERANDS, "self._gradients + len(self.grad_copies)", "self._gradients", SPLIT),
+    Mutant("a negation forgotten", OPERANDS, " and not t.is_neg():", ":", SPLIT),
     Mutant(
         "equal parts copied rather than apart",
-        FUNCTIONAL,
+        OPERANDS,
         "return apart if described(apart) and not described(together) else together",
         "return together",
         SPLIT,
@@ -637,11 +645,11 @@ MUTANTS = [
     Mutant(
         "splits of those without a gradient too",
         OPTIMIZER,
-        "for x in all_ if grad_of(x[0][0]) is not None]",
-        "for x in all_]",
+        "in named if grad_of(p) is not None]",
+        "in named]",
         SPLIT,
     ),
-    Mutant("a changed split overlooked", FUNCTIONAL, "deepcopy(options[key])", "options[key]", SPLIT),
+    Mutant("a changed split overlooked", CACHE, "deepcopy(options[key])", "options[key]", SPLIT),
     Mutant(
         "torch's checkpoints take the split",
         OPTIMIZER,
@@ -695,7 +703,7 @@ MUTANTS = [
     Mutant(
         "a plan keeps momentum",
         OPTIMIZER,
-        "        self._prepared.clear()  # it",
+        "        self._tasks.clear()  # it",
         "        # it",
         "tests/test_plan.py -k keeps",
     ),

@@ -15,9 +15,11 @@ def _fault(file: str, name: str, old: str, new: str, tests: str) -> Mutant:
 
 _options = partial(_fault, "options.py")
 _scaling = partial(_fault, "scaling.py")
-_both = partial(_fault, "muon_adamw.py")
-_step = partial(_fault, "functional.py")
-_muon = partial(_fault, "optimizer.py")
+_both = partial(_fault, "optimizers/muon_adamw.py")
+_operands = partial(_fault, "step/operands.py")
+_groups = partial(_fault, "step/options.py")
+_tensors = partial(_fault, "tensors.py")
+_muon = partial(_fault, "optimizers/muon.py")
 _placed = partial(_fault, "distributed/placement.py")
 
 MUTANTS = [
@@ -77,25 +79,25 @@ MUTANTS = [
     _scaling(
         "decay at a learning rate of zero", "max(lr, 1e-30) if lr else 0.0", "max(lr, 1e-30)", "nothing_moves or fresh"
     ),
-    _step(
+    _operands(
         "rows and columns as stored",
-        "turned = bool(transposed) and transposed[index]",
-        "turned = False",
+        "shape = (cols, rows) if self.transposed else (rows, cols)",
+        "shape = rows, cols",
         "transposed_swaps",
     ),
-    _step(
+    _groups(
         "names of transposed ignored",
         "return [name in chosen for name in names]",
         "return [True for name in names]",
         "transposed_by",
     ),
-    _step(
+    _groups(
         "transposed of the first group",
         "[_of_parameters(group, key) for group in groups]",
         "[_of_parameters(group, key) for group in groups[:1]]",
         "options_change",
     ),
-    _step("groups alike but for the momentum's dtype", ', "momentum_dtype")\n', ",)\n", "alike"),
+    _groups("groups alike but for the momentum's dtype", ', "momentum_dtype")\n', ",)\n", "alike"),
     _muon(
         "groups alike but for numbers", "by_numbers.setdefault(scalars, [])", "by_numbers.setdefault(None, [])", "alike"
     ),
@@ -112,5 +114,5 @@ MUTANTS = [
         "trained = lambda p: None",
         "init_state",
     ),
-    _step("fake tensors not told", 'if type(t).__name__ == "FakeTensor":', "if False:", "fake"),
+    _tensors("fake tensors not told", 'if type(t).__name__ == "FakeTensor":', "if False:", "fake"),
 ]

@@ -4,7 +4,8 @@ from planting import Mutant
 
 TESTS = ["tests/distributed/test_options.py", "tests/distributed/test_faults.py", "tests/distributed/test_layouts.py"]
 
-EXCHANGE = "muon_kernels/distributed/exchange.py"
+OWNER, REPLICAS = (f"muon_kernels/distributed/strategies/{name}.py" for name in ("owner", "replicas"))
+SLICES, SHARDS, LOTS = (f"muon_kernels/distributed/{name}.py" for name in ("slices", "shards", "lots"))
 CONSENSUS = "muon_kernels/distributed/consensus.py"
 PLACEMENT = "muon_kernels/distributed/placement.py"
 RANKS = "muon_kernels/distributed/ranks.py"
@@ -14,47 +15,47 @@ COPIES = "test_options and 2-group"
 EVERY = "test_options and 4-copies"
 
 MUTANTS = [
-    Mutant("norms: of one part", ".square_().sum(0).sqrt_()", ".square_().amax(0).sqrt_()", CUT, EXCHANGE),
-    Mutant("shift: none", "return (1 - exponent).where(outside, 0)", "return (1 - exponent) * 0", CUT, EXCHANGE),
-    Mutant("power of two of the whole", "shift - shift_of(of_slice)", "shift", CUT, EXCHANGE),
-    Mutant("scale: eps forgotten", ".clamp_min(eps) * margin)", ".clamp_min(1.9) * margin)", CUT, EXCHANGE),
+    Mutant("norms: of one part", ".square_().sum(0).sqrt_()", ".square_().amax(0).sqrt_()", CUT, SLICES),
+    Mutant("shift: none", "return (1 - exponent).where(outside, 0)", "return (1 - exponent) * 0", CUT, SLICES),
+    Mutant("power of two of the whole", "shift - shift_of(of_slice)", "shift", CUT, SLICES),
+    Mutant("scale: eps forgotten", ".clamp_min(eps) * margin)", ".clamp_min(1.9) * margin)", CUT, SLICES),
     Mutant(
         "rectangle: left",
         "X[:, top : top + rows, left : left + cols]",
         "X[:, top : top + rows, :cols]",
         "2-columns",
-        EXCHANGE,
+        SLICES,
     ),
-    Mutant("blend: old norms", "stacks.blend.norms.copy_(norms)", "pass", CUT, EXCHANGE),
-    Mutant("buffers: one set", "IN_FLIGHT = _AHEAD + 1 + _LATE", "IN_FLIGHT = _AHEAD + _LATE", CUT, EXCHANGE),
+    Mutant("blend: old norms", "stacks.blend.norms.copy_(norms)", "pass", CUT, OWNER),
+    Mutant("buffers: one set", "IN_FLIGHT = AHEAD + 1 + LATE", "IN_FLIGHT = AHEAD + LATE", CUT, SLICES),
     Mutant(
         "overlap from the other's start",
         "return (start - a[0], stop - a[0])",
         "return (start - b[0], stop - b[0])",
         CUT,
-        EXCHANGE,
+        SHARDS,
     ),
     Mutant(
         "momenta of other replicas stay",
         "if not self.params[replica] or (",
         "if replica != team.replica or (",
         EVERY,
-        EXCHANGE,
+        OWNER,
     ),
     Mutant(
         "owner's own momentum only",
         "if not entries or (rank != self.team.replica and not momenta):",
         "if not entries or rank != self.team.replica:",
         EVERY,
-        EXCHANGE,
+        REPLICAS,
     ),
-    Mutant("second moments: before and after", "own[i] *= factor", "own[i] /= factor", CUT, EXCHANGE),
+    Mutant("second moments: before and after", "own[i] *= factor", "own[i] /= factor", CUT, LOTS),
     Mutant(
         "second moments: kept numbers of copies",
         'ratios = array("d", map(mul, ratios, place.norms(results).tolist()))',
         "pass",
         COPIES,
-        EXCHANGE,
+        REPLICAS,
     ),
     Mutant("sums of this part alone", "        dist.all_reduce(sums, group=group)", "        pass", CUT, MOMENTS),
     Mutant(

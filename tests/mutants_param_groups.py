@@ -14,9 +14,9 @@ def _fault(file: str, name: str, old: str, new: str, tests: str) -> Mutant:
 
 
 _options = partial(_fault, "options.py")
-_both = partial(_fault, "muon_adamw.py")
+_both = partial(_fault, "optimizers/muon_adamw.py")
 _rules = partial(_fault, "rules.py")
-_groups = partial(_fault, "param_groups.py")
+_groups = partial(_fault, "optimizers/param_groups.py")
 
 MUTANTS = [
     _groups("options of the other half are kept", "check_half(half, options, OPTIONS)", "pass", "other_half"),

@@ -11,15 +11,23 @@ TESTS = ["tests/test_relatives.py", "tests/test_split.py", "tests/test_qk_clip.p
 
 
 def _moment(name: str, old: str, new: str, tests: str = "test_second_moment") -> Mutant:
-    return Mutant(name, old, new, tests, "muon_kernels/second_moment.py")
+    return Mutant(name, old, new, tests, "muon_kernels/stages/second_moment.py")
+
+
+def _sums(name: str, old: str, new: str, tests: str = "test_second_moment") -> Mutant:
+    return Mutant(name, old, new, tests, "muon_kernels/stages/sums.py")
+
+
+def _signs(name: str, old: str, new: str, tests: str = "sign") -> Mutant:
+    return Mutant(name, old, new, tests, "muon_kernels/stages/signs.py")
 
 
 def _scaling(name: str, old: str, new: str, tests: str = "forms_of_weight_decay") -> Mutant:
     return Mutant(name, old, new, tests, "muon_kernels/scaling.py")
 
 
-def _functional(name: str, old: str, new: str, tests: str) -> Mutant:
-    return Mutant(name, old, new, tests, "muon_kernels/functional.py")
+def _step(file: str, name: str, old: str, new: str, tests: str) -> Mutant:
+    return Mutant(name, old, new, tests, f"muon_kernels/step/{file}.py")
 
 
 def _split(name: str, old: str, new: str, tests: str = "test_a_step_is_that or test_what_does or test_a_cut") -> Mutant:
@@ -27,7 +35,7 @@ def _split(name: str, old: str, new: str, tests: str = "test_a_step_is_that or t
 
 
 def _optimizer(name: str, old: str, new: str) -> Mutant:
-    return Mutant(name, old, new, "peak_lr", "muon_kernels/optimizer.py")
+    return Mutant(name, old, new, "peak_lr", "muon_kernels/optimizers/muon.py")
 
 
 def _options(name: str, old: str, new: str) -> Mutant:
@@ -53,40 +61,40 @@ MUTANTS = [
         'Form(1e-8, 2, 3, 0), "element": Form(1e-10,',
         "test_epsilon",
     ),
-    _moment(
+    _sums(
         "norm of U' kept",
-        "before.div_(after.clamp_(min=_TINY)).sqrt_()",
-        "after.clamp_(min=_TINY).div_(before).sqrt_()",
+        "before.div_(after.clamp_(min=TINY)).sqrt_()",
+        "after.clamp_(min=TINY).div_(before).sqrt_()",
     ),
-    _moment("norm squared", "after.clamp_(min=_TINY)).sqrt_()", "after.clamp_(min=_TINY))"),
+    _sums("norm squared", "after.clamp_(min=TINY)).sqrt_()", "after.clamp_(min=TINY))"),
     _moment(
         "norm of a batch",
         "torch.sum(squares, (1, 2), keepdim=True, out=before)",
         "before.fill_(squares.sum() / len(X))",
     ),
     _moment("factor once in the norm", "squares.mul_(factor).mul_(factor)", "squares.mul_(factor)"),
-    _moment(
+    _sums(
         "last element's blocks lost",
         "for i in range(0, batch, matrices):",
         "for i in range(0, max(batch - matrices, 1), matrices):",
         "blocks",
     ),
-    _moment(
+    _sums(
         "rows of a block lost",
         "for row in range(0, m, rows):",
         "for row in range(0, max(m - rows, 1), rows):",
         "blocks",
     ),
-    _moment("sums of blocks forgotten", "    out.add_(part)", "    out.copy_(part)", "blocks"),
+    _sums("sums of blocks forgotten", "    out.add_(part)", "    out.copy_(part)", "blocks"),
     _moment("scratch used before it is written", "    before.zero_(), after.zero_()\n", "", "blocks"),
     _moment("scratch too small", "2 * n + 2 + on_processor * block", "on_processor * block", "test_second or blocks"),
     _moment("orientations mixed", "key=lambda V: V.shape[-1] == 1", "key=lambda V: 0"),
-    _moment("elements: first matrices again", "        start = stop\n    return _norm", "    return _norm"),
+    _moment("elements: first matrices again", "        start = stop\n    return norm_kept", "    return norm_kept"),
     _moment("on a GPU: norm not kept", "        X.mul_(kept)\n        return None", "        return None", "blocks"),
     _moment(
         "memory is asked for",
-        "_norm_kept(before, after)), block)",
-        "_norm_kept(before, after) * 1), block)",
+        "norm_kept(before, after)), block)",
+        "norm_kept(before, after) * 1), block)",
         "no_memory",
     ),
     # Parts.
@@ -108,28 +116,30 @@ MUTANTS = [
         "parts = 1",
         "follow_the_parts or another_cut",
     ),
-    _functional(
+    _step(
+        "operands",
         "parts before are not counted",
-        "parts_before[index] += 1 if piece is None else piece.parts",
+        "before += 1 if piece is None else piece.parts",
         "pass",
         "follow_the_parts",
     ),
-    _functional("rows for columns", "found.mT if turned else found", "found", "test_second_moment"),
-    _functional(
+    _step("bucket", "rows for columns", "found.mT if turned else found", "found", "test_second_moment"),
+    _step(
+        "run",
         "norms of the first matrix",
         'array("d", map(mul, ratios, kept))',
         'array("d", [x * kept[0] for x in ratios])',
         "test_second_moment",
     ),
     # Signs.
-    _moment("norm not counted", ".add_(1 / margin).div_(norm)", ".add_(1 / margin)", "sign"),
-    _moment("margin forgotten", ".add_(1 / margin)", ".add_(1.0)", "sign"),
-    _moment("scale of the magnitudes", "return scale.mul_(0.0).add_", "return scale.add_", "sign"),
-    _moment("NaN has a sign", "scale.mul_(0.0)", "scale.zero_()", "sign"),
-    _moment("zero is no matrix", ".clamp_(min=1.0)", "", "sign"),
-    _moment("norms not told", "        norms.copy_(norm)", "        pass", "sign or power"),
-    _moment("squares for norms", "norm = sums.view(-1).sqrt_()", "norm = sums.view(-1)", "sign"),
-    _moment("no signs", "    X.sign_()\n", "", "sign"),
+    _signs("norm not counted", ".add_(1 / margin).div_(norm)", ".add_(1 / margin)"),
+    _signs("margin forgotten", ".add_(1 / margin)", ".add_(1.0)"),
+    _signs("scale of the magnitudes", "return scale.mul_(0.0).add_", "return scale.add_"),
+    _signs("NaN has a sign", "scale.mul_(0.0)", "scale.zero_()"),
+    _signs("zero is no matrix", ".clamp_(min=1.0)", ""),
+    _signs("norms not told", "        norms.copy_(norm)", "        pass", "sign or power"),
+    _signs("squares for norms", "norm = sums.view(-1).sqrt_()", "norm = sums.view(-1)"),
+    _signs("no signs", "    X.sign_()\n", ""),
     # Weight decay.
     _scaling("independent of nothing", "return lr, weight_decay / lr if", "return lr, weight_decay if"),
     _scaling("decay at zero", "max(lr, 1e-30) if lr else 0.0", "max(lr, 1e-30)"),

@@ -11,7 +11,7 @@ SUMS = "(test_spectral and odd_sizes) or (accuracy and shape1 and spaced)"
 ROUNDING = "rounding"
 ADD = "sums_are_exact"
 SCALE = "test_scale or its_own"
-ITERATION, SPECTRAL, EAGER = (f"muon_kernels/{name}.py" for name in ("newton_schulz", "spectral", "backends/eager"))
+ITERATION, SPECTRAL, EAGER = (f"muon_kernels/{name}.py" for name in ("newton_schulz", "powers", "backends/eager"))
 
 MUTANTS = [
     Mutant("weights: as if σ were the power", "sigma[:, None] ** power\n", "sigma[:, None]\n", WEIGHTS, SPECTRAL),

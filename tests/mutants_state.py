@@ -6,14 +6,22 @@ from planting import Mutant
 
 TESTS = ["tests/test_packed.py"]
 
-PACKED, FUNCTIONAL, OPTIMIZER = "muon_kernels/packed.py", "muon_kernels/functional.py", "muon_kernels/optimizer.py"
-PLAN, OPTIONS = "muon_kernels/plan.py", "muon_kernels/options.py"
+OPTIMIZER, STATE = "muon_kernels/optimizers/muon.py", "muon_kernels/optimizers/state.py"
+PACKED, SAVED, OPTIONS = (f"muon_kernels/{name}.py" for name in ("stages/packed", "checkpoint", "options"))
+PLAN, OPERANDS, BUCKET = (f"muon_kernels/step/{name}.py" for name in ("plan", "operands", "bucket"))
 EIGHT, MASTERS = "eager and (eight or nan)", "halves or (eager and (masters or parameters_written))"
 CHANGING = "eager and changing"
 CHECKPOINT, PLANNED = "another_precision or (eager and (resumes or fit or changing))", "eager and (plan_and or a_piece)"
 
 MUTANTS = [
-    Mutant("not converted", "elif (buffer.dtype == torch.int8) != wants_int8:", "elif False:", CHANGING, OPTIMIZER),
+    Mutant(
+        "not converted",
+        'elif (found["momentum_buffer"].dtype == torch.int8) != self.int8:',
+        "elif False:",
+        CHANGING,
+        STATE,
+    ),
+    Mutant("not to be converted", "and (momentum.dtype == torch.int8) == self.int8", "", CHANGING, STATE),
     Mutant(
         "scale of a momentum that is none",
         "self.state[p].pop(key, None)",
@@ -23,17 +31,17 @@ MUTANTS = [
     ),
     Mutant(
         "converted unseen",
-        "    check_momentum(buffer, p)\n    if buffer",
-        "    if buffer",
+        "        check_momentum(momentum, p)\n        if self.int8",
+        "        if self.int8",
         CHECKPOINT,
-        OPTIMIZER,
+        STATE,
     ),
     Mutant(
         "scale converted unseen",
-        '    check_momentum_scale("momentum_scale", scale, p, flatten, split)\n    numbers',
-        "    numbers",
+        '            check_momentum_scale("momentum_scale", scale, p, flatten, split)\n            numbers',
+        "            numbers",
         CHANGING,
-        OPTIMIZER,
+        STATE,
     ),
     Mutant(
         "converted along columns",
@@ -44,10 +52,10 @@ MUTANTS = [
     ),
     Mutant(
         "converted to fp32",
-        "numbers = torch.empty_like(p, dtype=dtype,",
+        "numbers = torch.empty_like(p, dtype=self._dtype or grad.dtype,",
         "numbers = torch.empty_like(p, dtype=torch.float32,",
         CHANGING,
-        OPTIMIZER,
+        STATE,
     ),
     Mutant("blocks rounded down", "return -(-elements // BLOCK)", "return max(elements // BLOCK, 1)", EIGHT, PACKED),
     Mutant("the last block forgotten", "    if x.shape[1] % BLOCK:\n", "    if False:\n", EIGHT, PACKED),
@@ -149,66 +157,70 @@ MUTANTS = [
         PACKED,
     ),
     Mutant("lower half has no sign", ".add_(lower)", ".bitwise_or_(lower & 0xFFFF)", MASTERS, PACKED),
-    Mutant("a piece is everything", "else _PIECE\n", "else 1 << 40\n", PLANNED, PACKED),
+    Mutant("a piece is everything", "return _PIECE_ON_CPU if", "return 1 << 40 if", PLANNED, PACKED),
     Mutant(
         "columns as memory runs",
-        "            if order:  # blocks",
-        "            if False:  # blocks",
+        "        if order:  # blocks",
+        "        if False:  # blocks",
         EIGHT,
-        FUNCTIONAL,
+        OPERANDS,
     ),
     Mutant(
         "chunks begin with the first scale",
-        "cast(Tensor, scaled[part.piece])[part.start : part.stop]",
-        "cast(Tensor, scaled[part.piece])[: part.stop - part.start]",
+        "cast(Tensor, seen.absmax)[part.start : part.stop]",
+        "cast(Tensor, seen.absmax)[: part.stop - part.start]",
         EIGHT,
-        FUNCTIONAL,
+        BUCKET,
     ),
     Mutant(
         "backend chosen for bf16 parameters",
-        "torch.float32 if quantized else kind.momentum_dtype",
-        "kind.momentum_dtype",
+        "torch.float32 if quantized else key.momentum_dtype",
+        "key.momentum_dtype",
         EIGHT,
-        FUNCTIONAL,
+        BUCKET,
     ),
-    Mutant(
-        "missing scale", "    if scale is None:\n        raise", "    if False:\n        raise", CHECKPOINT, FUNCTIONAL
-    ),
+    Mutant("missing scale", "    if scale is None:\n        raise", "    if False:\n        raise", CHECKPOINT, PACKED),
     Mutant(
         "size of the scale",
         "if scale.shape != expected or scale.dtype != torch.float32:",
         "if scale.dtype != torch.float32:",
         CHECKPOINT,
-        FUNCTIONAL,
+        PACKED,
     ),
-    Mutant("power of one", "            if power == 1:\n", "            if False:\n", "eager and power", FUNCTIONAL),
+    Mutant("power of one", "        if options.power == 1:\n", "        if False:\n", "eager and power", OPERANDS),
     Mutant(
         "state replaced and not seen",
-        "(momentum_bufs, moments, scales, mantissas)",
-        "(momentum_bufs,)",
+        "own = momenta, moments, scales, mantissas",
+        "own = (momenta,)",
         CHECKPOINT,
-        FUNCTIONAL,
+        OPTIMIZER,
     ),
     Mutant("fused all the same", " and not packed and not schedule", " and not schedule", "fused", PLAN),
     Mutant("fp32 memory not in the workspace", "4 * floats(m, n) if packed else 0", "0", PLANNED, PLAN),
     Mutant("launches not counted", "launches += packed * VISITS * len(chunks)", "launches += 0", PLANNED, PLAN),
     Mutant("bytes of the fp32 memory", "(VISITS + 2) * 4", "VISITS * 4", PLANNED, PLAN),
-    Mutant("bytes of the mantissa", " + 4 * master_weights,", ",", PLANNED, FUNCTIONAL),
+    Mutant("bytes of the mantissa", " + 4 * options.master_weights,", ",", PLANNED, BUCKET),
     Mutant(
         "loaded in the parameter's dtype",
         '("momentum_buffer", "momentum_scale", "mantissa", "second_momentum_buffer")',
         '("momentum_buffer", "second_momentum_buffer")',
         CHECKPOINT,
-        OPTIMIZER,
+        SAVED,
     ),
     Mutant(
         "another precision of the momentum",
         'for key, packed, without in (("momentum_dtype", "int8", None), ("master_weights", True, False)):',
         'for key, packed, without in (("master_weights", True, False),):',
         CHECKPOINT,
+        SAVED,
+    ),
+    Mutant(
+        "any precision",
+        "                check_precision(own, group)\n",
+        "                pass\n",
+        CHECKPOINT,
         OPTIMIZER,
     ),
-    Mutant("any precision", "                _check_precision(own, group)\n", "", CHECKPOINT, OPTIMIZER),
     Mutant(
         "mantissa of a checkpoint not looked at",
         '                    if "mantissa" in state:\n',
@@ -218,7 +230,7 @@ MUTANTS = [
     ),
     Mutant(
         "scale of a checkpoint not looked at",
-        "                    if is_packed:\n",
+        '                    if "momentum_buffer" in state and state["momentum_buffer"].dtype == torch.int8:\n',
         "                    if False:\n",
         CHECKPOINT,
         OPTIMIZER,
@@ -239,9 +251,9 @@ MUTANTS = [
     ),
     Mutant(
         "master checked when made only",
-        "        check_master(p)\n        check_mantissa",
-        "        check_mantissa",
+        "            check_master(p)\n            check_mantissa",
+        "            check_mantissa",
         "not_bf16",
-        FUNCTIONAL,
+        OPERANDS,
     ),
 ]

@@ -8,15 +8,15 @@ TESTS = ["tests/distributed/test_strategies.py"]
 
 
 def _gram(name: str, old: str, new: str, tests: str) -> Mutant:
-    return Mutant(name, old, new, tests, "muon_kernels/distributed/gram.py")
+    return Mutant(name, old, new, tests, "muon_kernels/distributed/strategies/gram.py")
 
 
 def _blocks(name: str, old: str, new: str, tests: str) -> Mutant:
-    return Mutant(name, old, new, tests, "muon_kernels/distributed/blocks.py")
+    return Mutant(name, old, new, tests, "muon_kernels/distributed/strategies/blocks.py")
 
 
-def _step(name: str, old: str, new: str, tests: str) -> Mutant:
-    return Mutant(name, old, new, tests, "muon_kernels/functional.py")
+def _divide(name: str, old: str, new: str, tests: str) -> Mutant:
+    return Mutant(name, old, new, tests, "muon_kernels/distributed/exchange.py")
 
 
 def _zero(name: str, old: str, new: str, tests: str) -> Mutant:
@@ -145,32 +145,33 @@ MUTANTS = [
         "blocks_between and 3",
     ),
     _blocks("another rank's part", "rectangles[placement.team.shard]", "rectangles[0]", "blocks_between and (4 or 3)"),
-    _step("ratio of blocks forgotten", "(block_lr_ratio if cut_here else 1.0)", "1.0", "blocks_between and 3"),
-    _step(
+    _divide("ratio of blocks forgotten", "pieces=own, lr_factor=shard_lr_factor", "pieces=own", "blocks_between and 3"),
+    Mutant(
         "either kind of step is the other",
-        "settled = self._settled.get((key, apart))",
-        "settled = self._settled.get((key, True), self._settled.get((key, False)))",
+        "self._tasks.get((id(group), steps_shards),",
+        "self._tasks.get(id(group),",
         "blocks_between and 3",
+        "muon_kernels/optimizers/muon.py",
     ),
-    _step(
+    _divide(
         "copies in blocks",
-        "apart and placement is not None and placement.team.shards is not None",
-        "apart and placement is not None",
+        "elif steps_shards and placement.team.shards is not None:",
+        "elif steps_shards:",
         "copies_have",
     ),
-    _step(
+    _divide(
         "blocks of what is not orthogonalized",
-        "placement.team.shards is not None and power != 1",
-        "placement.team.shards is not None",
+        "elif options.power == 1:",
+        "elif options.power == 1 and not (steps_shards and placement.team.shards is not None):",
         "momentum_alone",
     ),
-    _step("strategy forgotten", "way=STRATEGIES[strategy],", 'way=STRATEGIES["owner"],', "squares"),
+    _divide("strategy forgotten", "STRATEGIES[strategy]", 'STRATEGIES["owner"]', "squares"),
     Mutant(
         "steps not counted",
         'if numbers.seed is not None or group["strategy"] == "blocks":',
         "if numbers.seed is not None:",
         "knows_when",
-        "muon_kernels/optimizer.py",
+        "muon_kernels/optimizers/muon.py",
     ),
     # Flat slices
     _zero("sum, not mean", "return gradient.div_(ranks)", "return gradient", "mean_gradient and 3"),
@@ -217,8 +218,8 @@ MUTANTS = [
     ),
     Mutant(
         "NaN: each for itself",
-        "return Agreed(verdict == _FOUND_INF, grad)",
-        "return Agreed(found_inf is not None and bool(found_inf), grad)",
+        "return Agreed(verdict == _FOUND_INF, ",
+        "return Agreed(found_inf is not None and bool(found_inf), ",
         "some_ranks",
         "muon_kernels/distributed/consensus.py",
     ),

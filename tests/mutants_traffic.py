@@ -9,6 +9,8 @@ TESTS = ["tests/distributed/test_traffic.py"]
 DEAL = "muon_kernels/distributed/deal.py"
 EXCHANGE = "muon_kernels/distributed/exchange.py"
 TRAFFIC = "muon_kernels/distributed/traffic.py"
+SLICES = "muon_kernels/distributed/slices.py"
+OWNER, REPLICAS = (f"muon_kernels/distributed/strategies/{name}.py" for name in ("owner", "replicas"))
 
 MUTANTS = [
     Mutant("cheapest first", "key=lambda i: (-costs[i], i)", "key=lambda i: (costs[i], i)", "deal or slowest", DEAL),
@@ -51,32 +53,32 @@ MUTANTS = [
     ),
     Mutant(
         "what stays is sent",
-        "out = _end(self.sent) - self.sent[team.shard].bytes",
-        "out = _end(self.sent)",
+        "out = end_of(self.sent) - self.sent[team.shard].bytes",
+        "out = end_of(self.sent)",
         "counted and 2-None",
-        EXCHANGE,
+        OWNER,
     ),
-    Mutant("nothing comes back", "return out + back + (team", "return out + (team", "counted and 2-None", EXCHANGE),
+    Mutant("nothing comes back", "return out + back + (team", "return out + (team", "counted and 2-None", OWNER),
     Mutant(
         "replicas for nothing",
         "(team.replica_count - 1) * self.share * self.sent[0].record\n\n",
         "0\n\n",
         "counted and HSDP",
-        EXCHANGE,
+        OWNER,
     ),
     Mutant(
         "a share to itself",
         "return self.share * (self.team.replica_count - 1)",
         "return self.share * self.team.replica_count",
         "counted and DDP",
-        EXCHANGE,
+        REPLICAS,
     ),
     Mutant(
         "places of one rank for all",
         "place in zip(self.lots, self.places[self.team.replica], strict=True)",
         "place in zip(self.lots, self.places[0], strict=True)",
         "DDP",
-        EXCHANGE,
+        REPLICAS,
     ),
     Mutant(
         "norms not held", "(slices + owned + NORM_BYTES * norms)", "(slices + owned)", "counted and 2-None", EXCHANGE
@@ -100,17 +102,17 @@ MUTANTS = [
         "return 2 + (self.lot.kind.team.replicas is not None)",
         "return 2",
         "counted and HSDP",
-        EXCHANGE,
+        OWNER,
     ),
     Mutant(
         "buffers as if there were one replica",
         "IN_FLIGHT * 2 * elements * (1 + replicas)",
         "IN_FLIGHT * 2 * elements * 2",
         "held_memory",
-        EXCHANGE,
+        SLICES,
     ),
     Mutant(
-        "shares grow with ranks", "cap // (IN_FLIGHT * (1 + ranks))", "cap // (IN_FLIGHT * 2)", "held_memory", EXCHANGE
+        "shares grow with ranks", "cap // (IN_FLIGHT * (1 + ranks))", "cap // (IN_FLIGHT * 2)", "held_memory", SLICES
     ),
     Mutant("model: rounds of all", "range(0, max(self.owned), most)]", "range(1)]", "counted and 700000", TRAFFIC),
     Mutant(
@@ -150,13 +152,13 @@ MUTANTS = [
         "return 8 * self.elements // self.ranks",
         "return 8 * self.elements",
         "without_a_part",
-        "muon_kernels/plan.py",
+        "muon_kernels/step/plan.py",
     ),
     Mutant(
         "plan leaves out what is shared",
-        "*(work for work in together if work.bucket.slots)",
-        "*()",
+        "for task in ordered for bucket in task.buckets",
+        "for task in ordered if not task.together for bucket in task.buckets",
         "counted and 2-None",
-        "muon_kernels/functional.py",
+        "muon_kernels/step/run.py",
     ),
 ]

@@ -8,8 +8,9 @@ TESTS = ["tests/test_out_of_memory.py", "tests/test_garbled.py", "tests/test_for
 
 MEMORY, DEFAULTS = "every_tensor", "steps or fits"
 KEPT = "muon_kernels/memory.py"
-PACKED, FUNCTIONAL, OPTIMIZER = "muon_kernels/packed.py", "muon_kernels/functional.py", "muon_kernels/optimizer.py"
-EAGER, CHECKS, BOTH = "muon_kernels/backends/eager.py", "muon_kernels/adamw_checks.py", "muon_kernels/muon_adamw.py"
+PACKED, RUN, SAVED = "muon_kernels/stages/packed.py", "muon_kernels/step/run.py", "muon_kernels/checkpoint.py"
+EAGER, STATE = "muon_kernels/backends/eager.py", "muon_kernels/optimizers/state.py"
+CHECKS, BOTH = "muon_kernels/optimizers/adamw_checks.py", "muon_kernels/optimizers/muon_adamw.py"
 
 MUTANTS = [
     Mutant(
@@ -20,13 +21,13 @@ MUTANTS = [
         PACKED,
     ),
     Mutant("packed: nothing reserved", "            part.reserve()\n", "            pass\n", MEMORY, PACKED),
-    Mutant("plain: a new product", "torch.mul(grad, scalars.grad_scale, out=scaled)", "-grad", MEMORY, FUNCTIONAL),
+    Mutant("plain: a new product", "torch.mul(grad, scalars.grad_scale, out=scaled)", "-grad", MEMORY, RUN),
     Mutant(
         "plain: not rehearsed",
-        "        for plain in prepared.plain:\n            g = seen",
-        "        for plain in ():\n            g = seen",
+        "            self._run_plain(seen, scalars)\n",
+        "            pass\n",
         MEMORY,
-        FUNCTIONAL,
+        RUN,
     ),
     Mutant(
         "eager: a new product",
@@ -45,10 +46,10 @@ MUTANTS = [
     ),
     Mutant(
         "scales of torch's dtype",
-        "torch.zeros(blocks_of_p, dtype=torch.float32, ",
-        "torch.zeros(blocks_of_p, ",
+        "torch.zeros(blocks, dtype=torch.float32, ",
+        "torch.zeros(blocks, ",
         DEFAULTS,
-        OPTIMIZER,
+        STATE,
     ),
     Mutant("steps of torch's dtype", "torch.zeros((), dtype=torch.float32, ", "torch.zeros((), ", DEFAULTS, CHECKS),
     Mutant(
@@ -63,7 +64,7 @@ MUTANTS = [
         '"dtype": torch.float64, "device": "cpu"',
         '"dtype": torch.float64',
         DEFAULTS,
-        "muon_kernels/spectral.py",
+        "muon_kernels/powers.py",
     ),
     Mutant("bits on torch's device", "out=z.view(-1), device=z.device)", "out=z.view(-1))", DEFAULTS, EAGER),
     Mutant(
@@ -89,7 +90,7 @@ MUTANTS = [
         "lacks or lack",
         BOTH,
     ),
-    Mutant("interrupted half-way", "    with interrupts.held():\n", "    if True:\n", "ctrl_c", FUNCTIONAL),
+    Mutant("interrupted half-way", "    with interrupts.held():\n", "    if True:\n", "ctrl_c", RUN),
     Mutant(
         "Ctrl-C that nobody answers",
         "not callable(handler)",
@@ -99,20 +100,20 @@ MUTANTS = [
     ),
     Mutant("rehearsed in another thread", "return _kept.mark", "return Mark", MEMORY, KEPT),
     Mutant("rehearsed with memory that is lost", "        _kept.mark = Mark()  # if", "        # if", "lost", KEPT),
-    Mutant("rehearsed in another workspace", "*workspace.addresses(), *kind", "*kind", "moved", FUNCTIONAL),
-    Mutant("range of the dtype", "        _check_range(work, scalars)\n", "", "beyond", FUNCTIONAL),
+    Mutant("rehearsed in another workspace", "*workspace.addresses(), *kind", "*kind", "moved", RUN),
+    Mutant("range of the dtype", "            _check_range(work, scalars)\n", "            pass\n", "beyond", RUN),
     Mutant(
         "tensors without memory",
         "                _check_loadable(",
         "                str(",
         "no_tensor or garbled_check",
-        OPTIMIZER,
+        SAVED,
     ),
     Mutant(
         "state that is none",
         "        if key in state:\n            check_dense",
         "        if state.get(key) is not None:\n            check_dense",
         "no_tensor",
-        OPTIMIZER,
+        SAVED,
     ),
 ]

@@ -6,7 +6,7 @@ from functools import partial
 
 import planting
 
-LAUNCH, STEP = "muon_kernels/triton_kernels/launch.py", "muon_kernels/functional.py"
+LAUNCH, STEP = "muon_kernels/triton_kernels/launch.py", "muon_kernels/step/run.py"
 PRODUCTS, CUDA = "muon_kernels/triton_kernels/products.py", "muon_kernels/backends/cuda.py"
 MEASURED, TUNING = "muon_kernels/triton_kernels/measured.py", "muon_kernels/triton_kernels/tuning.py"
 TESTS = [
@@ -25,7 +25,7 @@ MUTANTS = [
     Mutant("dtypes are not part of the key", "*map(_type, arguments), *aligned", "*aligned", "test_f16 or test_error_is_that_of_one_rounding"),
     Mutant("a rehearsal launches", "        if not _state.rehearsing:\n", "        if True:\n", COMPILED),
     Mutant("a rehearsal does not end", "        _state.rehearsing = False\n\n\ndef", "        pass\n\n\ndef", "test_an_error_of_a_launch"),
-    Mutant("no rehearsal", "            with rehearsal:\n                _step(work, seen, workspace, scalars, rehearsing=True)", "            pass", COMPILED, file=STEP),
+    Mutant("no rehearsal", "                with rehearsal:\n                    _step(work, seen, workspace, scalars, rehearsing=True)", "                pass", COMPILED, file=STEP),
     Mutant("recording does not end", "    finally:\n        _state.recording = None", "    finally:\n        pass", "test_what_cannot_be_compiled and cache-products"),
     Mutant("a record of other coefficients", 'if derived.get("key") != key:', 'if "key" not in derived:', "test_coefficients_change_between_steps and eager", file=STEP),
     Mutant("another device's kernel", "key = kernel, driver.active.get_current_device(), ", "key = kernel, ", "test_an_address_less_aligned"),
