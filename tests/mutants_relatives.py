@@ -87,7 +87,9 @@ MUTANTS = [
     ),
     _sums("sums of blocks forgotten", "    out.add_(part)", "    out.copy_(part)", "blocks"),
     _moment("scratch used before it is written", "    before.zero_(), after.zero_()\n", "", "blocks"),
-    _moment("scratch too small", "2 * n + 2 + on_processor * block", "on_processor * block", "test_second or blocks"),
+    _moment(
+        "scratch too small", "2 * n + 2 + in_cache(device) * block", "in_cache(device) * block", "test_second or blocks"
+    ),
     _moment("orientations mixed", "key=lambda V: V.shape[-1] == 1", "key=lambda V: 0"),
     _moment("elements: first matrices again", "        start = stop\n    return norm_kept", "    return norm_kept"),
     _moment("on a GPU: norm not kept", "        X.mul_(kept)\n        return None", "        return None", "blocks"),

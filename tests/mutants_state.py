@@ -195,10 +195,10 @@ MUTANTS = [
         CHECKPOINT,
         OPTIMIZER,
     ),
-    Mutant("fused all the same", " and not packed and not schedule", " and not schedule", "fused", PLAN),
+    Mutant("fused all the same", " and not stages and not schedule", " and not schedule", "fused", PLAN),
     Mutant("fp32 memory not in the workspace", "4 * floats(m, n) if packed else 0", "0", PLANNED, PLAN),
-    Mutant("launches not counted", "launches += packed * VISITS * len(chunks)", "launches += 0", PLANNED, PLAN),
-    Mutant("bytes of the fp32 memory", "(VISITS + 2) * 4", "VISITS * 4", PLANNED, PLAN),
+    Mutant("launches not counted", "launches += stage.launches * len(chunks)", "launches += 0", PLANNED, PLAN),
+    Mutant("bytes of the fp32 memory", "4 * (_VISITS + 2)", "4 * _VISITS", PLANNED, PACKED),
     Mutant("bytes of the mantissa", " + 4 * options.master_weights,", ",", PLANNED, BUCKET),
     Mutant(
         "loaded in the parameter's dtype",
