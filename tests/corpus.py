@@ -5,10 +5,10 @@
     python tests/corpus.py compare FILE TEXT       the cases alone in whose names TEXT is: to look at one of them again
 
 `compare` prints the cases that differ, with the tensors and the step where that begins, those that are missing and
-those that are new, and returns 1 if there are any. Bits depend on the machine, by its instruction sets and by the products
-that torch has for it, so the file is not committed. Cases are recorded by instruction set, and those of one that this
-processor has not are counted as not stepped here. OMP_NUM_THREADS is how many threads a step has where ranks do not
-share it, 2 if it is not set; what it changes, a plan, is to be compared with as many.
+those that are new, and returns 1 if there are any. Bits depend on the machine, by its instruction sets and by the
+products that torch has for it, so the file is not committed. Cases are recorded by instruction set, and those of one
+that this processor has not are counted as not stepped here. OMP_NUM_THREADS is how many threads a step has where ranks
+do not share it, 2 if it is not set; what it changes, a plan, is to be compared with as many.
 
 A case is an optimizer with some options, over a model, in a layout. It makes three steps, saves, loads into a new
 optimizer and makes two more. Its entry has the plan, a hash of every parameter and of all state after each step, the
@@ -630,6 +630,8 @@ def main(command: str, path: str, text: str = "") -> int:
         sys.exit(__doc__)
     start = time.monotonic()
     found = corpus(text)
+    if not found:
+        sys.exit(f"no case has {text!r} in its name")
     entries = sum(map(len, found.values()))
     used = os.times()
     processor = used.user + used.system + used.children_user + used.children_system
