@@ -618,10 +618,17 @@ MUTANTS = [
     ),
     Mutant(
         "learning rate of another piece",
+        OPERANDS,
+        "operand.lr_ratio(self._options, rows, cols)",
+        "operand.lr_ratio(self._options, *shapes[0][1][1:])",
+        SPLIT,
+    ),
+    Mutant(
+        "learning rate of another matrix of the bucket",
         BUCKET,
         "members[part.piece], options)",
         "members[part.piece]._replace(ratio=members[0].ratio), options)",
-        SPLIT,
+        'tests/test_optimizer.py -k "do_not_mix and cpu-"',
     ),
     Mutant("copies not written back", RUN, "        target.copy_(copy)\n", "        pass\n", SPLIT),
     Mutant("gradient of another copy", OPERANDS, "self._gradients + len(self.grad_copies)", "self._gradients", SPLIT),

@@ -126,8 +126,7 @@ MUTANTS = [
         "follow_the_parts",
     ),
     _step("bucket", "rows for columns", "found.mT if turned else found", "found", "test_second_moment"),
-    _step(
-        "run",
+    _moment(
         "norms of the first matrix",
         'array("d", map(mul, ratios, kept))',
         'array("d", [x * kept[0] for x in ratios])',
