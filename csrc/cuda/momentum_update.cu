@@ -132,13 +132,12 @@ __device__ void momentum_tile(const MomentumArguments& u, const Run<2>& run, con
     }
     sum = block_reduce(sum, add, scratch);
     if (threadIdx.x == 0) u.partial[static_cast<int64_t>(tile.matrix) * u.tiles + tile.index] = sum;
-    if (const int e = tile_power(sum, u.half)) {
-        const PowerOfTwo factor(e);
+    // Also by one: a branch around the products makes sm_100 and sm_120 spill.
+    const PowerOfTwo factor(tile_power(sum, u.half));
 #pragma unroll
-        for (int l = 0; l < LINES; ++l) {
+    for (int l = 0; l < LINES; ++l) {
 #pragma unroll
-            for (int v = 0; v < V; ++v) direction[l][v] = factor(direction[l][v]);
-        }
+        for (int v = 0; v < V; ++v) direction[l][v] = factor(direction[l][v]);
     }
     if (run.along_rows) {
 #pragma unroll
