@@ -14,9 +14,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import torch
-from matrices import SPECTRA, factors, spectral_truth
+from checks.matrices import SPECTRA, factors, spectral_truth
+from checks.yardsticks import bf16_loop
 from test_newton_schulz import relative_error
-from yardsticks import bf16_loop
 
 from muon_kernels import COEFFICIENTS, orthogonalize
 from muon_kernels.coefficients import resolve

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from matrices import make
+from checks.matrices import make
 from torch import Tensor, nn
 
 from muon_kernels import Muon

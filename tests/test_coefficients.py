@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from matrices import polynomial
+from checks.matrices import polynomial
 
 from muon_kernels.coefficients import COEFFICIENTS, DEFAULT, resolve
 

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from matrices import SPECTRA, factors, spectral_truth
+from checks.matrices import SPECTRA, factors, spectral_truth
+from checks.yardsticks import bf16_loop
 from torch import Tensor
-from yardsticks import bf16_loop
 
 from muon_kernels import COEFFICIENTS, backends, orthogonalize
 from muon_kernels.coefficients import resolve

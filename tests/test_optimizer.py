@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from matrices import make
+from checks.matrices import make
+from checks.yardsticks import torchs_muon_in_fp32 as torchs_muon_in_fp32
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from yardsticks import torchs_muon_in_fp32 as torchs_muon_in_fp32
 
 from muon_kernels import COEFFICIENTS, Muon, MuonAdamW, backends, memory, orthogonalize, reference
 from muon_kernels.coefficients import resolve

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from matrices import SPECTRA, factors, make, spectral_truth
+from checks.matrices import SPECTRA, factors, make, spectral_truth
 from torch import Tensor
 
 from muon_kernels.coefficients import COEFFICIENTS, resolve

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from matrices import SPECTRA, factors, make
+from checks.matrices import SPECTRA, factors, make
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from matrices import make
+from checks.matrices import make
 from torch import Tensor, nn
 
 from muon_kernels import Muon, MuonAdamW, param_groups

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from thread_checks import VERBS, Operands, runs_meanwhile
+from checks.threads import VERBS, Operands, runs_meanwhile
 from torch import Tensor, nn
 
 from muon_kernels import Muon, orthogonalize

@@ -52,7 +52,7 @@ class Table(NamedTuple):
     vendor_from: int | None = None
 
 
-# Every entry, with every kind of addend, compiles without spills, and none has a bank conflict where tests/ptx can
+# Every entry, with every kind of addend, compiles without spills, and none has a bank conflict where tools/ptx can
 # count them. The share behind an entry: of the clocks that tensor cores need for the loop, how many a scheduler issues
 # other instructions in, copies and their addresses mostly. Counted in SASS; no GPU was timed.
 #

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
+from checks.step import Gpu
 from emulated import build, running
 from ptx import standin
-from step_checks import Gpu
 
 
 @pytest.fixture(scope="session")

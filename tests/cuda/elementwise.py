@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from elementwise_checks import RULES, wide
+from checks.elementwise import RULES, wide
 from ptx.standin import Runtime
 from torch import Tensor
 

@@ -2,4 +2,4 @@
 
 from __future__ import annotations
 
-from accuracy_checks import *  # noqa: F403
+from checks.accuracy import *  # noqa: F403

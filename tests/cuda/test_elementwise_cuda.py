@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from checks.elementwise import *  # noqa: F403
+from checks.elementwise import HALVES, workspace
 from elementwise import Verbs
-from elementwise_checks import *  # noqa: F403
-from elementwise_checks import HALVES, workspace
 from emulated import ROOT
 from ptx.standin import Runtime
 from torch import Tensor

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from checks.step import *  # noqa: F403
+from checks.step import stepped
 from ptx import standin
-from step_checks import *  # noqa: F403
-from step_checks import stepped
 from torch import nn
 
 from muon_kernels import Muon

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from fused_checks import *  # noqa: F403
-from fused_checks import BF16, FLOAT, RESTART_FREE, Step, accuracy, direction, make_step, newton_schulz, shape_id
+from checks.fused import *  # noqa: F403
+from checks.fused import BF16, FLOAT, RESTART_FREE, Step, accuracy, direction, make_step, newton_schulz, shape_id
 from ptx.profile import Profile
 from torch import Tensor
 

@@ -7,11 +7,11 @@ from itertools import product
 from types import ModuleType
 from typing import Any
 
-import product_checks as checks
 import products as p
 import pytest
 import torch
-from product_checks import UNIT_ROUNDOFF, empty, exact, integers, placed, symmetric, untouched
+from checks import products as checks
+from checks.products import UNIT_ROUNDOFF, empty, exact, integers, placed, symmetric, untouched
 from products import Kernel, Products
 from ptx import LaunchError, standin
 from torch import Tensor

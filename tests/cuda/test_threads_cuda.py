@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from checks.threads import VERBS, Operands, runs_meanwhile
 from ptx import standin
 from test_end_to_end import needs_nvcc
-from thread_checks import VERBS, Operands, runs_meanwhile
 
 from muon_kernels.backends import cuda
 

@@ -1,7 +1,7 @@
 from collections.abc import Iterator
 
 import pytest
-from world import World, world
+from ranks import World, world
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import World
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.optim import Optimizer
-from world import World
 
 from muon_kernels import Muon, SpectralAdam, SpectralMomentum
 from muon_kernels.split import blocks, equal, heads, qkv

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from ranks import World
 from test_layouts import CONTEXT, LAYOUTS, full, groups_of
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -19,7 +20,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
-from world import World
 
 from muon_kernels import MuonAdamW
 from muon_kernels.cli.demo import GPT

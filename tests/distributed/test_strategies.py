@@ -1,6 +1,6 @@
 """Other ways of stepping together than by owners: sums of Gram matrices, blocks, flat slices.
 
-Ranks run functions of this module, see world.py; what they return is compared here with one process and with float64.
+Ranks run functions of this module, see ranks.py; what they return is compared here with one process and with float64.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from distributed.world import World, world
-from matrices import SPECTRA, factors, spectral_truth
+from checks.matrices import SPECTRA, factors, spectral_truth
+from checks.yardsticks import bf16_loop
+from distributed.ranks import World, world
 from test_newton_schulz import relative_error
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn import Parameter
-from yardsticks import bf16_loop
 
 from muon_kernels import COEFFICIENTS, Muon, backends, orthogonalize, spectral_power
 from muon_kernels.coefficients import resolve

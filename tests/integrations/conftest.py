@@ -7,8 +7,8 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIB
 
 import pytest
 import torch
+from ranks import World, world
 from tiny import another_accelerator
-from world import World, world
 
 try:
     import torchvision  # noqa: F401

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import World
 from tiny import CASES, another_accelerator, assert_near, assert_same, build, gathered, loss_of, matrices, parameters
 from torch import nn
 from torch.optim import Optimizer
-from world import World
 
 from muon_kernels import Muon
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from ranks import World
 from tiny import CASES, assert_same, assert_same_training, build, gathered, loss_of, parameters, through_disk, train
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -26,7 +27,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from world import World
 
 FLAGS = (
     "full_state_dict",

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import World
 from tiny import ADAMW, CASES, MUON, assert_same, build, matrices, parameters, through_disk, train
 from torch import Tensor
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from world import World
 
 from muon_kernels import Muon, MuonAdamW, param_groups
 

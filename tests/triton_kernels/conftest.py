@@ -1,4 +1,4 @@
-"""Where Triton's kernels run: in Triton's interpreter, or on tests/ptx, which executes what Triton compiled.
+"""Where Triton's kernels run: in Triton's interpreter, or on tools/ptx, which executes what Triton compiled.
 
 The interpreter takes no time to build a kernel, but has to be chosen before Triton is imported:
 `TRITON_INTERPRET=1 pytest tests/triton_kernels`; test_interpreter.py does so in processes of its own. What is built,
@@ -19,8 +19,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from checks.step import Gpu
 from places import OnTheCpu, running
-from step_checks import Gpu
 
 from muon_kernels.backends import triton as backend
 

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from elementwise_checks import RULES
+from checks.elementwise import RULES
 from emulated_gpu import Device, Ran, emulated
 from torch import Tensor
 

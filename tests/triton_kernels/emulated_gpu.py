@@ -39,7 +39,7 @@ class Device:
     """What is there to see of an emulated GPU.
 
     Attributes:
-        options: of tests/ptx's launch; None: nothing is executed.
+        options: of tools/ptx's launch; None: nothing is executed.
         memory: tensors, or (begin, end), that kernels reach by addresses in memory; None: all there is.
         log: launches.
         compiled: a JITFunction for every compilation.

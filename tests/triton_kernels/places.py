@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from checks.step import Gpu
 from emulated_gpu import emulated
-from step_checks import Gpu
 
 from muon_kernels.backends import triton as backend
 from muon_kernels.triton_kernels import tables

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from accuracy_checks import *  # noqa: F403
+from checks.accuracy import *  # noqa: F403
+from checks.step import Gpu
 from places import running
-from step_checks import Gpu
 
 
 @pytest.fixture(params=[90, "gpu"], ids=str)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from matrices import make
+from checks.matrices import make
 from torch import Tensor, nn
 
 from muon_kernels import Muon, backends, newton_schulz
@@ -64,7 +64,7 @@ def test_newton_schulz_over_these_verbs(on_the_cpu: Any, arch: int, form: str) -
 # bits of bf16, so f16 it is.
 INTERPRETED = """
 import torch
-import product_checks as checks
+from checks import products as checks
 from emulated_gpu import compiling
 from muon_kernels.triton_kernels.products import product
 torch.manual_seed(0)

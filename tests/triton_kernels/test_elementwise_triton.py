@@ -6,8 +6,8 @@ import os
 
 import pytest
 import torch
-from elementwise_checks import *  # noqa: F403
-from elementwise_checks import check_x, directions, fma
+from checks.elementwise import *  # noqa: F403
+from checks.elementwise import check_x, directions, fma
 from elementwise_triton import Verbs, device_at, matrices
 from emulated_gpu import SHARED_BYTES, compiling
 from gates import ARCHITECTURES, spilled

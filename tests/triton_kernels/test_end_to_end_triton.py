@@ -9,10 +9,10 @@ import sys
 from contextlib import nullcontext
 
 import interpreter
+from checks.step import *  # noqa: F403
+from checks.step import Gpu, test_steps_are_those_of_the_other_backends
 from emulated_gpu import compiling
 from places import OnTheCpu
-from step_checks import *  # noqa: F403
-from step_checks import Gpu, test_steps_are_those_of_the_other_backends
 
 from muon_kernels.backends import triton as backend
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from checks.fused import *  # noqa: F403
+from checks.fused import BF16, FLOAT, RESTART_FREE, Step, accuracy, check, make_step, shape_id
 from elementwise_triton import device_at, matrices
 from emulated_gpu import SHARED_BYTES, Ran, compiling
-from fused_checks import *  # noqa: F403
-from fused_checks import BF16, FLOAT, RESTART_FREE, Step, accuracy, check, make_step, shape_id
 from gates import ARCHITECTURES, spilled
 
 from muon_kernels.backends.terms import terms_needed

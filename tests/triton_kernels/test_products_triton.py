@@ -10,10 +10,10 @@ import weakref
 from itertools import product as combinations
 from typing import Any, NamedTuple
 
-import product_checks as checks
 import pytest
 import torch
-from product_checks import UNIT_ROUNDOFF, empty, exact, integers, placed, symmetric, untouched
+from checks import products as checks
+from checks.products import UNIT_ROUNDOFF, empty, exact, integers, placed, symmetric, untouched
 from torch import Tensor
 
 pytest.importorskip("triton.language", reason="no triton")
