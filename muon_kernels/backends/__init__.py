@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..coefficients import Schedule
-from ..layout import Matrices
 from ..newton_schulz import Products
+from ..verbs import ApplyOptions, ApplyUpdate, MomentumUpdate, Step
 
 # In the order in which "auto" prefers them, but see `Backend.outdone_by`.
 BACKENDS = {"cuda": ".cuda", "triton": ".triton", "cpu": ".cpu", "eager": ".eager"}
@@ -81,68 +81,18 @@ class Backend(Products, Protocol):
         So that what can go wrong with it goes wrong before a step begins.
         """
 
-    def momentum_update(
-        self,
-        grads: Sequence[Matrices],
-        momenta: Sequence[Matrices] | None,
-        X: Tensor,
-        *,
-        momentum: float,
-        nesterov: bool,
-        dampened: bool,
-        grad_scale: float,
-        eps: float,
-        margin: float,
-        scratch: Tensor | None = None,
-        norms: Tensor | None = None,
-    ) -> Tensor | None:
-        """Update momenta, write the directions to X; see csrc/muon_kernels.h for the formulas.
+    def momentum_update(self, args: MomentumUpdate) -> Tensor | None:
+        """Update momenta, write the directions to x; see csrc/muon_kernels.h for the formulas.
 
-        Args:
-            grads: matrices in the order of X's batch; only read.
-            momenta: the same of the momentum buffers, updated in place; None: the direction is the gradient.
-            X: (batch, m, n), a stack, written. A matrix may be written times a factor that brings its norm nearer to
-                1/margin.
-            momentum: the factor mu.
-            nesterov: whether the direction looks one step ahead.
-            dampened: whether the gradient enters with 1 - mu (torch) or whole (Moonlight).
-            grad_scale: multiplies every gradient.
-            eps: the smallest norm, relative to the power of two below the norm, that is divided by.
-            margin: of the coefficient set.
-            scratch: `scratch_bytes` of memory, and what is returned may lie in it; None to allocate.
-            norms: (batch,) fp64, written: the Frobenius norms of the directions before rounding; None if nobody asks.
+        A matrix may be written to x times a factor that brings its norm nearer to 1/margin.
 
         Returns:
-            (batch,) fp32 on X's device: what brings the Frobenius norms of X to 1/margin; 0 for a zero matrix, NaN for
+            (batch,) fp32 on x's device: what brings the Frobenius norms of x to 1/margin; 0 for a zero matrix, NaN for
             one that is not finite. None if that is where they are.
         """
 
-    def apply_update(
-        self,
-        params: Sequence[Matrices],
-        X: Tensor,
-        *,
-        lr: float | Tensor,
-        weight_decay: float | Tensor,
-        ratios: Sequence[float],
-        cautious: bool = False,
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-        first: int = 0,
-    ) -> None:
-        """Write (1 - lr·weight_decay)·param - lr·ratios[i]·X[i] to every matrix i of params.
-
-        Args:
-            params: in the order of X's batch.
-            X: (batch, m, n), a stack.
-            lr, weight_decay: numbers, or one-element tensors.
-            ratios: one a matrix.
-            cautious: decay only where update and parameter have the same sign.
-            stochastic_rounding: of bf16 parameters; others are rounded as ever. The random bits depend on the seed, the
-                matrix and the place in it alone, and are the same on every backend; see csrc/cpu/elementwise.h.
-            seed: of these, 64 bits.
-            first: how many matrices of the seed's come before the first one here.
-        """
+    def apply_update(self, args: ApplyUpdate, options: ApplyOptions = ApplyOptions()) -> None:
+        """Write (1 - lr·weight_decay)·param - lr·ratio[i]·x[i] to every matrix i of param."""
 
     def normalizes(self) -> bool:
         """Whether `momentum_update` writes X normalised, and returns no scale."""
@@ -161,36 +111,8 @@ class Backend(Products, Protocol):
     ) -> Fused | None:
         """What `fused_step` costs a bucket; None if the bucket is not stepped that way."""
 
-    def fused_step(
-        self,
-        params: Sequence[Matrices],
-        grads: Sequence[Matrices],
-        momenta: Sequence[Matrices],
-        X: Tensor,
-        iterate: Callable[[Tensor], Tensor],
-        *,
-        triples: Sequence[tuple[float, float, float]],
-        momentum: float,
-        nesterov: bool,
-        dampened: bool,
-        grad_scale: float,
-        eps: float,
-        margin: float,
-        lr: float | Tensor,
-        weight_decay: float | Tensor,
-        ratios: Sequence[float],
-        cautious: bool = False,
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-        first: int = 0,
-    ) -> None:
-        """Do `momentum_update`, the iteration and `apply_update` in one call. Optional: see `fused_plan`.
-
-        Args:
-            X: (slots, m, n), the workspace's, and with it all that `iterate` uses.
-            iterate: from the scale to the result, for the matrices in the slots.
-            triples: the coefficients that `iterate` uses, for a backend that iterates by itself.
-        """
+    def fused_step(self, args: Step) -> None:
+        """Do `momentum_update`, the iteration and `apply_update` in one call. Optional: see `fused_plan`."""
 
 
 def get(name: str) -> Backend:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from .. import memory
 from ..coefficients import Schedule
-from ..layout import Bundle, Matrices
+from ..layout import Bundle
 from ..newton_schulz import Square, square
+from ..verbs import ApplyOptions, ApplyUpdate, MomentumUpdate, Step
 from . import Fused, native
 
 _forced: str | None = None
@@ -128,30 +129,14 @@ def _isa_and_threads() -> tuple[object, int]:
     return getattr(_C.cpu.Isa, _isa()), torch.get_num_threads()
 
 
-def momentum_update(
-    grads: Sequence[Matrices],
-    momenta: Sequence[Matrices] | None,
-    X: Tensor,
-    *,
-    momentum: float,
-    nesterov: bool,
-    dampened: bool,
-    grad_scale: float,
-    eps: float,
-    margin: float,
-    scratch: Tensor | None = None,
-    norms: Tensor | None = None,
-) -> Tensor:
+def momentum_update(args: MomentumUpdate) -> Tensor:
     """See `Backend.momentum_update`."""
-    _C, batch = native.required(), X.shape[0]
-    scale = (
-        torch.empty(batch, dtype=torch.float32, device="cpu")
-        if scratch is None
-        else scratch.view(torch.float32)[:batch]
-    )
-    update, _alive = native.momentum_update(
-        _C, grads, momenta, X, scale, norms, momentum, nesterov, dampened, grad_scale, eps, margin
-    )
+    _C, batch = native.required(), args.x.shape[0]
+    if args.scratch is None:
+        scale = torch.empty(batch, dtype=torch.float32, device="cpu")
+    else:
+        scale = args.scratch.view(torch.float32)[:batch]
+    update, _alive = native.momentum_update(_C, args, scale)
     if not memory.rehearsing():
         _C.cpu.momentum_update(*_isa_and_threads(), update)
     return scale
@@ -209,37 +194,25 @@ def gemm(
     _product(A, square(X), square(out), C=None if C is None else square(C), **options)
 
 
-@lru_cache(maxsize=1)
-def _apply_options(cautious: bool, stochastic_rounding: bool, seed: int, first: int) -> object:
-    """csrc's ApplyOptions. Without stochastic rounding it is that of the call before."""
-    return native.required().ApplyOptions(0, 0, cautious, stochastic_rounding, seed, first)
-
-
 def add(A: Square, *, out: Square, C: Square | None = None, **options: Any) -> None:
     """See `Products.add`."""
     _product(A, None, out, C=C, **options)
 
 
-def apply_update(
-    params: Sequence[Matrices],
-    X: Tensor,
-    *,
-    lr: float | Tensor,
-    weight_decay: float | Tensor,
-    ratios: Sequence[float],
-    cautious: bool = False,
-    stochastic_rounding: bool = False,
-    seed: int = 0,
-    first: int = 0,
-) -> None:
+@lru_cache(maxsize=1)
+def _apply_options(options: ApplyOptions) -> object:
+    """csrc's ApplyOptions. Without stochastic rounding it is that of the call before."""
+    return native.required().ApplyOptions(0, 0, *options)
+
+
+def apply_update(args: ApplyUpdate, options: ApplyOptions = ApplyOptions()) -> None:
     """See `Backend.apply_update`."""
     if memory.rehearsing():
         return
     _C = native.required()
-    update, _alive = native.apply_update(_C, params, X, float(lr), float(weight_decay), ratios)
-    options = _apply_options(cautious, stochastic_rounding, seed, first)
-    _C.cpu.apply_update(*_isa_and_threads(), update, options)
-    torch.autograd.graph.increment_version([p.tensor for p in params])
+    update, _alive = native.apply_update(_C, args, args.x, float(args.lr), float(args.weight_decay))
+    _C.cpu.apply_update(*_isa_and_threads(), update, _apply_options(options))
+    torch.autograd.graph.increment_version([p.tensor for p in args.param])
 
 
 def normalizes() -> bool:
@@ -277,43 +250,20 @@ class _Program(NamedTuple):
     operands: list[object]
 
 
-def fused_step(
-    params: Sequence[Matrices],
-    grads: Sequence[Matrices],
-    momenta: Sequence[Matrices],
-    X: Tensor,
-    iterate: Callable[[Tensor], Tensor],
-    *,
-    triples: Sequence[tuple[float, float, float]],
-    momentum: float,
-    nesterov: bool,
-    dampened: bool,
-    grad_scale: float,
-    eps: float,
-    margin: float,
-    lr: float | Tensor,
-    weight_decay: float | Tensor,
-    ratios: Sequence[float],
-    cautious: bool = False,
-    stochastic_rounding: bool = False,
-    seed: int = 0,
-    first: int = 0,
-) -> None:
+def fused_step(args: Step) -> None:
     """See `Backend.fused_step`."""
-    _C = native.required()
-    program = params.derived.get("program") if isinstance(params, Bundle) else None
-    if program is None or program.X is not X:
-        scale = torch.empty(X.shape[0], dtype=torch.float32, device="cpu")
+    _C, momentum, apply = native.required(), args.momentum, args.apply
+    derived = apply.param.derived if isinstance(apply.param, Bundle) else {}
+    program = derived.get("program")
+    if program is None or program.X is not momentum.x:
+        scale = torch.empty(momentum.x.shape[0], dtype=torch.float32, device="cpu")
         with _queue.collect() as (products, operands):
-            program = _Program(X, scale, products, iterate(scale), operands)
-        if isinstance(params, Bundle):
-            params.derived["program"] = program
+            program = _Program(momentum.x, scale, products, args.iterate(scale), operands)
+        derived["program"] = program
     if memory.rehearsing():
         return
-    before, _alive = native.momentum_update(
-        _C, grads, momenta, X, program.scale, None, momentum, nesterov, dampened, grad_scale, eps, margin
-    )
-    after, _also_alive = native.apply_update(_C, params, program.result, float(lr), float(weight_decay), ratios)
-    options = _apply_options(cautious, stochastic_rounding, seed, first)
-    _C.cpu.fused_step(*_isa_and_threads(), len(ratios), before, program.products, after, options)
-    torch.autograd.graph.increment_version([p.tensor for p in params])
+    before, _alive = native.momentum_update(_C, momentum, program.scale)
+    after, _also_alive = native.apply_update(_C, apply, program.result, float(apply.lr), float(apply.weight_decay))
+    options = _apply_options(args.options)
+    _C.cpu.fused_step(*_isa_and_threads(), len(apply.ratio), before, program.products, after, options)
+    torch.autograd.graph.increment_version([p.tensor for p in apply.param])

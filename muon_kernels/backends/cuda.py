@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..coefficients import Schedule
-from ..layout import Matrices
 from ..newton_schulz import Square, square
+from ..verbs import ApplyOptions, ApplyUpdate, MomentumUpdate, Step
 from . import Fused, eager, native
 from .gpu import default_workspace_bytes as default_workspace_bytes
 from .gpu import leading_dimension as leading_dimension
@@ -156,33 +156,19 @@ def describe() -> str:
     return "CUDA C++ for compute capability 8.0 and up"
 
 
-def momentum_update(
-    grads: Sequence[Matrices],
-    momenta: Sequence[Matrices] | None,
-    X: Tensor,
-    *,
-    momentum: float,
-    nesterov: bool,
-    dampened: bool,
-    grad_scale: float,
-    eps: float,
-    margin: float,
-    scratch: Tensor | None = None,
-    norms: Tensor | None = None,
-) -> Tensor:
+def momentum_update(args: MomentumUpdate) -> Tensor:
     """See `Backend.momentum_update`. In scratch: the sums of squares of all tiles, and the scales."""
-    _C, batch = _device.module(), X.shape[0]
+    _C, x, scratch = _device.module(), args.x, args.scratch
+    batch = x.shape[0]
     if scratch is None:
-        scratch = torch.empty(batch * scratch_bytes(*X.shape[1:]), dtype=torch.uint8, device=X.device)
+        scratch = torch.empty(batch * scratch_bytes(*x.shape[1:]), dtype=torch.uint8, device=x.device)
     scale = scratch[scratch.numel() - 8 * batch :].view(torch.float32)[:batch]
-    update, _alive = native.momentum_update(
-        _C, grads, momenta, X, scale, norms, momentum, nesterov, dampened, grad_scale, eps, margin
-    )
+    update, _alive = native.momentum_update(_C, args, scale)
     assert 8 * _C.cuda.momentum_partials(update) + 8 * batch <= scratch.numel()
-    with _launching(X.shape, X.device) as stream:
-        _C.cuda.momentum_update(update, native.dtype(_C, X.dtype), scratch.data_ptr(), stream)
-    if momenta is not None:
-        torch.autograd.graph.increment_version([b.tensor for b in momenta])
+    with _launching(x.shape, x.device) as stream:
+        _C.cuda.momentum_update(update, native.dtype(_C, x.dtype), scratch.data_ptr(), stream)
+    if args.momentum is not None:
+        torch.autograd.graph.increment_version([b.tensor for b in args.momentum])
     return scale
 
 
@@ -235,37 +221,25 @@ def _on_device(x: float | Tensor, device: torch.device) -> tuple[float, Tensor |
     return x, None
 
 
-def _apply_options(
-    device: torch.device, lr: float | Tensor, weight_decay: float | Tensor, *others: object
-) -> tuple[object, float, float, object]:
-    """csrc's ApplyOptions, the two numbers for the host, and what must live as long."""
-    lr, lr_tensor = _on_device(lr, device)
-    weight_decay, decay_tensor = _on_device(weight_decay, device)
-    pointers = native.pointer(lr_tensor), native.pointer(decay_tensor)
-    options = _device.module().ApplyOptions(*pointers, *others)
-    return options, lr, weight_decay, (lr_tensor, decay_tensor)
-
-
-def apply_update(
-    params: Sequence[Matrices],
-    X: Tensor,
-    *,
-    lr: float | Tensor,
-    weight_decay: float | Tensor,
-    ratios: Sequence[float],
-    cautious: bool = False,
-    stochastic_rounding: bool = False,
-    seed: int = 0,
-    first: int = 0,
-) -> None:
-    """See `Backend.apply_update`."""
+def _apply_arguments(
+    args: ApplyUpdate, options: ApplyOptions, x: Tensor | None, device: torch.device
+) -> tuple[object, object, object]:
+    """csrc's ApplyUpdate and ApplyOptions, and what must live as long."""
     _C = _device.module()
-    others = cautious, stochastic_rounding, seed, first
-    options, lr, weight_decay, _tensors = _apply_options(X.device, lr, weight_decay, *others)
-    update, _alive = native.apply_update(_C, params, X, lr, weight_decay, ratios)
-    with _launching(X.shape, X.device) as stream:
-        _C.cuda.apply_update(update, options, native.dtype(_C, X.dtype), stream)
-    torch.autograd.graph.increment_version([p.tensor for p in params])
+    lr, lr_tensor = _on_device(args.lr, device)
+    weight_decay, decay_tensor = _on_device(args.weight_decay, device)
+    update, alive = native.apply_update(_C, args, x, lr, weight_decay)
+    chosen = _C.ApplyOptions(native.pointer(lr_tensor), native.pointer(decay_tensor), *options)
+    return update, chosen, (alive, lr_tensor, decay_tensor)
+
+
+def apply_update(args: ApplyUpdate, options: ApplyOptions = ApplyOptions()) -> None:
+    """See `Backend.apply_update`."""
+    _C, x = _device.module(), args.x
+    update, chosen, _alive = _apply_arguments(args, options, x, x.device)
+    with _launching(x.shape, x.device) as stream:
+        _C.cuda.apply_update(update, chosen, native.dtype(_C, x.dtype), stream)
+    torch.autograd.graph.increment_version([p.tensor for p in args.param])
 
 
 def normalizes() -> bool:
@@ -306,38 +280,16 @@ def fused_plan(rows: int, cols: int, count: int, schedule: Schedule, stochastic_
     )
 
 
-def fused_step(
-    params: Sequence[Matrices],
-    grads: Sequence[Matrices],
-    momenta: Sequence[Matrices],
-    X: Tensor,
-    iterate: Callable[[Tensor], Tensor],
-    *,
-    triples: Sequence[tuple[float, float, float]],
-    momentum: float,
-    nesterov: bool,
-    dampened: bool,
-    grad_scale: float,
-    eps: float,
-    margin: float,
-    lr: float | Tensor,
-    weight_decay: float | Tensor,
-    ratios: Sequence[float],
-    cautious: bool = False,
-    stochastic_rounding: bool = False,
-    seed: int = 0,
-    first: int = 0,
-) -> None:
+def fused_step(args: Step) -> None:
     """See `Backend.fused_step`."""
-    _C, device = _device.module(), params[0].tensor.device
-    before, _alive = native.momentum_update(
-        _C, grads, momenta, None, None, None, momentum, nesterov, dampened, grad_scale, eps, margin
-    )
-    others = cautious, stochastic_rounding, seed, first
-    options, lr, weight_decay, _tensors = _apply_options(device, lr, weight_decay, *others)
-    after, _also_alive = native.apply_update(_C, params, None, lr, weight_decay, ratios)
-    _, m, n = X.shape
-    coefficients, terms = [c for triple in triples for c in triple], terms_needed(tuple(triples), margin)
-    with _launching((len(ratios), m, n), device) as stream:
-        _C.cuda.fused_step(len(ratios), m, n, before, after, coefficients, terms, options, stream)
-    torch.autograd.graph.increment_version([t.tensor for t in (*params, *momenta)])
+    _C, momentum, param = _device.module(), args.momentum, args.apply.param
+    assert momentum.momentum is not None
+    device = param[0].tensor.device
+    before, _alive = native.momentum_update(_C, momentum, None)
+    after, options, _also_alive = _apply_arguments(args.apply, args.options, None, device)
+    count, (_, m, n) = len(args.apply.ratio), momentum.x.shape
+    coefficients = [c for triple in args.triples for c in triple]
+    terms = terms_needed(tuple(args.triples), momentum.margin)
+    with _launching((count, m, n), device) as stream:
+        _C.cuda.fused_step(count, m, n, before, after, coefficients, terms, options, stream)
+    torch.autograd.graph.increment_version([t.tensor for t in (*param, *momentum.momentum)])

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from .. import memory
 from ..coefficients import Schedule
-from ..layout import Matrices
 from ..newton_schulz import Square, square
+from ..verbs import ApplyOptions, ApplyUpdate, MomentumUpdate
 
 
 def unavailable() -> str | None:
@@ -134,24 +134,11 @@ def _groups(matrices: Tensor) -> list[slice]:
     return [slice(i, i + count) for i in range(0, len(matrices), count)]
 
 
-def momentum_update(
-    grads: Sequence[Matrices],
-    momenta: Sequence[Matrices] | None,
-    X: Tensor,
-    *,
-    momentum: float,
-    nesterov: bool,
-    dampened: bool,
-    grad_scale: float,
-    eps: float,
-    margin: float,
-    scratch: Tensor | None = None,
-    norms: Tensor | None = None,
-) -> None:
+def momentum_update(args: MomentumUpdate) -> None:
     """See `Backend.momentum_update`. Arithmetic in fp32, or in the gradient's dtype if that is wider."""
     start = 0
-    for i, matrices in enumerate(grads):
-        all_of, buffers = matrices.view(), None if momenta is None else momenta[i].view()
+    for i, matrices in enumerate(args.grad):
+        all_of, buffers = matrices.view(), None if args.momentum is None else args.momentum[i].view()
         for at in _groups(all_of):
             grad, buffer = all_of[at], None if buffers is None else buffers[at]
             here = slice(start, start + len(grad))
@@ -165,40 +152,31 @@ def momentum_update(
             )
             if memory.rehearsing():
                 continue
-            g = _direction(grad, buffer, momentum, nesterov, dampened, grad_scale, value, moved)
+            g = _direction(args, grad, buffer, value, moved)
             g64 = g if g.dtype == torch.float64 else precise.copy_(g)
             torch.linalg.vector_norm(g64, dim=(-2, -1), keepdim=True, out=norm)
-            if norms is not None:
-                norms[here].copy_(norm[:, 0, 0])
-            X[here].copy_(_normalized(g, norm, margin, value, beside))
+            if args.norm is not None:
+                args.norm[here].copy_(norm[:, 0, 0])
+            args.x[here].copy_(_normalized(g, norm, args.margin, value, beside))
 
 
-def _direction(
-    grad: Tensor,
-    buffer: Tensor | None,
-    momentum: float,
-    nesterov: bool,
-    dampened: bool,
-    grad_scale: float,
-    value: Tensor,
-    moved: Tensor,
-) -> Tensor:
+def _direction(args: MomentumUpdate, grad: Tensor, buffer: Tensor | None, value: Tensor, moved: Tensor) -> Tensor:
     """Update the momentum; the direction may be the gradient, the momentum, `value` or `moved`, memory for both."""
     g = grad if grad.dtype == value.dtype else value.copy_(grad)
-    if grad_scale != 1.0:
-        g = torch.mul(g, grad_scale, out=value)
+    if args.grad_scale != 1.0:
+        g = torch.mul(g, args.grad_scale, out=value)
     if buffer is None:
         return g
     b = buffer if buffer.dtype == g.dtype else moved.copy_(buffer)
-    if dampened:
-        b.lerp_(g, 1 - momentum)
+    if args.dampened:
+        b.lerp_(g, 1 - args.mu)
     else:
-        b.mul_(momentum).add_(g)
+        b.mul_(args.mu).add_(g)
     if b is moved:
         buffer.copy_(b)
-    if not nesterov:
+    if not args.nesterov:
         return b
-    return torch.lerp(g, b, momentum, out=value) if dampened else torch.add(g, b, alpha=momentum, out=value)
+    return torch.lerp(g, b, args.mu, out=value) if args.dampened else torch.add(g, b, alpha=args.mu, out=value)
 
 
 # What `_normalized` needs of each matrix beside its norm.
@@ -392,30 +370,20 @@ def _diagonal(S: Square) -> Tensor:
     return on_diagonal if S.diagonal is None else on_diagonal + S.diagonal
 
 
-def apply_update(
-    params: Sequence[Matrices],
-    X: Tensor,
-    *,
-    lr: float | Tensor,
-    weight_decay: float | Tensor,
-    ratios: Sequence[float],
-    cautious: bool = False,
-    stochastic_rounding: bool = False,
-    seed: int = 0,
-    first: int = 0,
-) -> None:
+def apply_update(args: ApplyUpdate, options: ApplyOptions = ApplyOptions()) -> None:
     """See `Backend.apply_update`. Arithmetic in the parameter's dtype; before stochastic rounding in fp32, fused."""
-    start, decay = 0, 1 - lr * weight_decay
-    for param in params:
+    start, decay = 0, 1 - args.lr * args.weight_decay
+    for param in args.param:
         for at in _groups(param.view()):
             p = param.view()[at]
             here = slice(start, start + len(p))
             start = here.stop
-            step_sizes = _StepSizes(lr, ratios[here])
-            if stochastic_rounding and p.dtype == torch.bfloat16:
-                _update_stochastically(p, X[here], step_sizes, decay, cautious, seed, first + here.start)
+            x, step_sizes = args.x[here], _StepSizes(args.lr, args.ratio[here])
+            if options.stochastic_rounding and p.dtype == torch.bfloat16:
+                seed, first = options.seed, options.first + here.start
+                _update_stochastically(p, x, step_sizes, decay, options.cautious, seed, first)
             else:
-                _update(p, X[here], step_sizes, decay, cautious)
+                _update(p, x, step_sizes, decay, options.cautious)
 
 
 class _StepSizes(NamedTuple):

@@ -12,8 +12,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..layout import Matrices, refs
+from ..layout import refs
 from ..newton_schulz import Square
+from ..verbs import ApplyUpdate, MomentumUpdate
 
 
 @cache
@@ -52,6 +53,9 @@ def dtype(_C: ModuleType, of: torch.dtype) -> object:
     return getattr(_C.DType, DTYPES[of])
 
 
+_NO_STACK = (0,) * 6
+
+
 def stack(t: Tensor | None) -> tuple[int, int, int, int, int, int] | None:
     """csrc's Stack."""
     if t is None:
@@ -69,59 +73,42 @@ def address(numbers: array[int] | array[float]) -> int:
     return numbers.buffer_info()[0]
 
 
-def momentum_update(
-    _C: ModuleType,
-    grads: Sequence[Matrices],
-    momenta: Sequence[Matrices] | None,
-    X: Tensor | None,
-    scale: Tensor | None,
-    norms: Tensor | None,
-    momentum: float,
-    nesterov: bool,
-    dampened: bool,
-    grad_scale: float,
-    eps: float,
-    margin: float,
-) -> tuple[object, object]:
-    """csrc's MomentumUpdate, and what must live as long."""
-    at_grads, at_momenta = refs(grads), refs(momenta) if momenta is not None else array("q")
+def momentum_update(_C: ModuleType, args: MomentumUpdate, scale: Tensor | None) -> tuple[object, object]:
+    """csrc's MomentumUpdate, without x if there is no scale, and what must live as long."""
+    momentum = args.momentum
+    at_grads, at_momenta = refs(args.grad), array("q") if momentum is None else refs(momentum)
     update = _C.MomentumUpdate(
         address(at_grads),
-        dtype(_C, grads[0].tensor.dtype),
-        address(at_momenta) if momenta is not None else 0,
-        dtype(_C, (momenta if momenta is not None else grads)[0].tensor.dtype),
-        stack(X) or (0,) * 6,
+        dtype(_C, args.grad[0].tensor.dtype),
+        0 if momentum is None else address(at_momenta),
+        dtype(_C, (args.grad if momentum is None else momentum)[0].tensor.dtype),
+        _NO_STACK if scale is None else stack(args.x),
         pointer(scale),
-        pointer(norms),
-        eps,
-        margin,
-        grad_scale,
-        momentum,
-        nesterov,
-        dampened,
+        pointer(args.norm),
+        args.eps,
+        args.margin,
+        args.grad_scale,
+        args.mu,
+        args.nesterov,
+        args.dampened,
     )
     return update, (at_grads, at_momenta)
 
 
 def apply_update(
-    _C: ModuleType,
-    params: Sequence[Matrices],
-    X: Tensor | None,
-    lr: float,
-    weight_decay: float,
-    ratios: Sequence[float],
+    _C: ModuleType, args: ApplyUpdate, x: Tensor | None, lr: float, weight_decay: float
 ) -> tuple[object, object]:
-    """csrc's ApplyUpdate, and what must live as long."""
-    at_params, factors = refs(params), ratios if isinstance(ratios, array) else array("d", ratios)
+    """csrc's ApplyUpdate of another x and of numbers, and what must live as long."""
+    at_params, ratio = refs(args.param), args.ratio if isinstance(args.ratio, array) else array("d", args.ratio)
     update = _C.ApplyUpdate(
         address(at_params),
-        dtype(_C, params[0].tensor.dtype),
-        stack(X) or (0,) * 6,
+        dtype(_C, args.param[0].tensor.dtype),
+        stack(x) or _NO_STACK,
         lr,
         weight_decay,
-        address(factors),
+        address(ratio),
     )
-    return update, (at_params, factors)
+    return update, (at_params, ratio)
 
 
 class Queue(threading.local):

@@ -19,6 +19,7 @@ from ..coefficients import Schedule
 from ..layout import Matrices
 from ..newton_schulz import Square, square
 from ..triton_kernels import configs
+from ..verbs import ApplyOptions, ApplyUpdate, MomentumUpdate, Step
 from . import Fused, eager
 from .gpu import default_workspace_bytes as default_workspace_bytes
 from .gpu import leading_dimension as leading_dimension
@@ -223,20 +224,20 @@ def add(A: Square, *, out: Square, C: Square | None = None, **options: Any) -> N
     then(partial(eager.add, A, out=out, C=C, **options), [out.high, A.high])
 
 
-def momentum_update(grads: Sequence[Matrices], momenta: Sequence[Matrices] | None, X: Tensor, **options: Any) -> Tensor:
+def momentum_update(args: MomentumUpdate) -> Tensor:
     """See `Backend.momentum_update`. In scratch: the sums of squares of all tiles, and the scales."""
-    with _launching(X.shape, X.device):
-        scale: Tensor = _kernels("elementwise").momentum_update(grads, momenta, X, **options)
-    if momenta is not None:
-        _written(momenta)
+    with _launching(args.x.shape, args.x.device):
+        scale: Tensor = _kernels("elementwise").momentum_update(args)
+    if args.momentum is not None:
+        _written(args.momentum)
     return scale
 
 
-def apply_update(params: Sequence[Matrices], X: Tensor, **options: Any) -> None:
+def apply_update(args: ApplyUpdate, options: ApplyOptions = ApplyOptions()) -> None:
     """See `Backend.apply_update`."""
-    with _launching(X.shape, X.device):
-        _kernels("elementwise").apply_update(params, X, **options)
-    _written(params)
+    with _launching(args.x.shape, args.x.device):
+        _kernels("elementwise").apply_update(args, options)
+    _written(args.param)
 
 
 def normalizes() -> bool:
@@ -271,22 +272,11 @@ def fused_plan(rows: int, cols: int, count: int, schedule: Schedule, stochastic_
     return Fused(slots=0, flops=configs.executed_flops(rows, cols, len(schedule.triples), terms), reads=2)
 
 
-def fused_step(
-    params: Sequence[Matrices],
-    grads: Sequence[Matrices],
-    momenta: Sequence[Matrices],
-    X: Tensor,
-    iterate: Callable[[Tensor], Tensor],
-    *,
-    triples: Sequence[tuple[float, float, float]],
-    margin: float,
-    **options: Any,
-) -> None:
-    """See `Backend.fused_step`. Of X, only the sizes are used, and the iteration is the kernel's own."""
-    _, m, n = X.shape
-    terms = terms_needed(tuple(triples), margin)
-    with _launching((len(options["ratios"]), m, n), params[0].tensor.device):
-        _kernels("fused_step").fused_step(
-            params, grads, momenta, (m, n), triples=triples, margin=margin, terms=terms, **options
-        )
-    _written([*params, *momenta])
+def fused_step(args: Step) -> None:
+    """See `Backend.fused_step`. The iteration is the kernel's own."""
+    momentum, param = args.momentum, args.apply.param
+    assert momentum.momentum is not None
+    terms = terms_needed(tuple(args.triples), momentum.margin)
+    with _launching((len(args.apply.ratio), *momentum.x.shape[1:]), param[0].tensor.device):
+        _kernels("fused_step").fused_step(args, terms)
+    _written([*param, *momentum.momentum])

@@ -13,6 +13,7 @@ from ..graphs import capturing
 from ..layout import Bundle, Matrices
 from ..newton_schulz import ALGORITHMS
 from ..stages.packed import Packed, unpacked
+from ..verbs import Step
 from .options import as_scalar
 from .plan import Bucket, Plan
 from .work import Chunk, Plain, Prepared, Scalars, Task, Work
@@ -32,13 +33,7 @@ def iterate(
     norms = None if stacks.blend is None else stacks.blend.norms
     with unpacked(momenta, stacks.unpacked, rehearsing) as seen:
         scale = backends.get(work.bucket.backend).momentum_update(
-            grads,
-            seen,
-            stacks.X,
-            **scalars.of_momentum(),
-            margin=work.schedule.margin,
-            scratch=stacks.scratch,
-            norms=norms,
+            scalars.momentum_update(grads, seen, stacks.X, work.schedule.margin, stacks.scratch, norms)
         )
     return run_iteration(work, stacks, scale)
 
@@ -67,16 +62,13 @@ def _fused_step(work: Work, chunk: Chunk, grads: Sequence[Matrices], workspace: 
         return ALGORITHMS[work.bucket.algorithm].run(ops, X, Y, squares, scale, schedule)
 
     ops.fused_step(
-        chunk.params,
-        grads,
-        chunk.momenta,
-        X,
-        iterate,
-        triples=schedule.triples,
-        **scalars.of_momentum(),
-        margin=schedule.margin,
-        **scalars.of_update(work.number, chunk.first),
-        ratios=chunk.ratios,
+        Step(
+            scalars.momentum_update(grads, chunk.momenta, X, schedule.margin),
+            iterate,
+            schedule.triples,
+            scalars.apply_update(chunk.params, X, chunk.ratios),
+            scalars.apply_options(work.number, chunk.first),
+        )
     )
 
 
@@ -94,7 +86,8 @@ def _step(
             for stage in () if rehearsing else work.stages:
                 ratios = stage.after(result, chunk.second_moments, scalars, ratios, stacks.stage_scratch)
             with unpacked(chunk.params, stacks.unpacked, rehearsing) as params:
-                ops.apply_update(params, result, **scalars.of_update(work.number, chunk.first), ratios=ratios)
+                update = scalars.apply_update(params, result, ratios)
+                ops.apply_update(update, scalars.apply_options(work.number, chunk.first))
 
 
 def _plain_step(plain: Plain, grad: Tensor, scalars: Scalars) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from .. import memory
 from ..coefficients import Schedule
-from ..layout import Bundle, Layout, View
+from ..layout import Bundle, Layout, Matrices, View
 from ..stages import Stage
 from ..stages.packed import Packed
+from ..verbs import ApplyOptions, ApplyUpdate, MomentumUpdate
 from .options import as_scalar
 from .plan import Bucket, Shared
 
@@ -103,17 +104,28 @@ class Scalars(NamedTuple):
     beta2: float = 0.0
     seed: int | None = None
 
-    def of_momentum(self) -> dict[str, Any]:
-        """What `momentum_update` takes."""
-        names = ("momentum", "nesterov", "dampened", "grad_scale", "eps")
-        return {name: getattr(self, name) for name in names}
+    def momentum_update(
+        self,
+        grad: Sequence[Matrices],
+        momentum: Sequence[Matrices] | None,
+        x: Tensor,
+        margin: float,
+        scratch: Tensor | None = None,
+        norm: Tensor | None = None,
+    ) -> MomentumUpdate:
+        """The arguments of `Backend.momentum_update` in this step."""
+        rule = self.momentum, self.nesterov, self.dampened, self.grad_scale, self.eps
+        return MomentumUpdate(grad, momentum, x, *rule, margin, scratch, norm)
 
-    def of_update(self, number: int, first: int) -> dict[str, Any]:
-        """What `apply_update` takes for a chunk, from its place in its bucket, and the bucket's."""
-        update = {"lr": as_scalar(self.lr), "weight_decay": as_scalar(self.weight_decay), "cautious": self.cautious}
-        if self.seed is not None:
-            update |= {"stochastic_rounding": True, "seed": self.seed + number, "first": first}
-        return update
+    def apply_update(self, param: Sequence[Matrices], x: Tensor, ratio: Sequence[float]) -> ApplyUpdate:
+        """The arguments of `Backend.apply_update` in this step."""
+        return ApplyUpdate(param, x, as_scalar(self.lr), as_scalar(self.weight_decay), ratio)
+
+    def apply_options(self, number: int, first: int) -> ApplyOptions:
+        """The options of `Backend.apply_update` for a chunk, from its place in its bucket, and the bucket's."""
+        if self.seed is None:
+            return ApplyOptions(self.cautious)
+        return ApplyOptions(self.cautious, True, self.seed + number, first)
 
 
 class Task(Protocol):

@@ -128,14 +128,8 @@ class CutRound:
             directions = [Matrices(grads[e.param], e.grad_at) for e in entries if e.grad_at is not None]
             norms = buffers.norms[: len(entries)]
             # Every replica keeps all momenta; what others will send is written over.
-            ops.momentum_update(
-                directions,
-                momenta,
-                at.of(buffers.slices, work.bucket.workspace_dtype),
-                **scalars.of_momentum(),
-                margin=work.schedule.margin,
-                norms=norms,
-            )
+            x = at.of(buffers.slices, work.bucket.workspace_dtype)
+            ops.momentum_update(scalars.momentum_update(directions, momenta, x, work.schedule.margin, norm=norms))
             if replica == team.replica:
                 at.norms(buffers.slices).copy_(norms)
 
@@ -197,5 +191,6 @@ class CutRound:
             # Also where this rank has no part: others wait for its sums.
             own = normalized(self.lot, entries, X, scalars.beta2, ratios)
             if params:
-                ops.apply_update(params, X, **scalars.of_update(self.lot.number, first), ratios=own)
+                options = scalars.apply_options(self.lot.number, first)
+                ops.apply_update(scalars.apply_update(params, X, own), options)
             first += len(ratios)

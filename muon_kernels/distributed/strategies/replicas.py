@@ -95,14 +95,10 @@ class CopyRound:
                 if not entries or (rank != self.team.replica and not momenta):
                     continue
                 stacks = workspace.stacks(work, len(entries))
+                grads = [Matrices(self.grads[e.param], e.grad_at) for e in entries if e.grad_at is not None]
+                norms = None if stacks.blend is None else stacks.blend.norms
                 scale = ops.momentum_update(
-                    [Matrices(self.grads[e.param], e.grad_at) for e in entries if e.grad_at is not None],
-                    momenta,
-                    stacks.X,
-                    **scalars.of_momentum(),
-                    margin=work.schedule.margin,
-                    scratch=stacks.scratch,
-                    norms=None if stacks.blend is None else stacks.blend.norms,
+                    scalars.momentum_update(grads, momenta, stacks.X, work.schedule.margin, stacks.scratch, norms)
                 )
                 if rank == self.team.replica:
                     result = run_iteration(work, stacks, scale)
@@ -137,7 +133,7 @@ class CopyRound:
                     else:
                         ratios = normalized(copies.lot, entries, X, scalars.beta2, ratios)
                     backends.get(work.bucket.backend).apply_update(
-                        params, X, **scalars.of_update(copies.lot.number, first), ratios=ratios
+                        scalars.apply_update(params, X, ratios), scalars.apply_options(copies.lot.number, first)
                     )
                 first += len(entries)
 
