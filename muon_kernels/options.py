@@ -16,7 +16,7 @@ from .newton_schulz import ALGORITHMS
 from .powers import check_power
 from .scaling import WEIGHT_DECAY_FORMS, rule_name, rule_of
 from .split import check_split
-from .stages.second_moment import FORMS
+from .stages import STAGES
 
 _PLAIN = frozenset((float, int, bool, str, type(None)))
 
@@ -202,14 +202,6 @@ def check_weight_decay_form(form: Any, peak_lr: Any) -> None:
         )
 
 
-SECOND_MOMENTS = (None, *FORMS)
-
-
-def check_second_moment_form(form: Any) -> None:
-    """Raise ValueError unless there is such a second moment, or it is None."""
-    check_choice("second_moment", form, SECOND_MOMENTS)
-
-
 def check_transposed(transposed: Any) -> None:
     """Raise TypeError unless it is True or False, or names and patterns."""
     if isinstance(transposed, bool):
@@ -281,6 +273,11 @@ def _boolean(name: str, value: Any, group: Mapping[str, Any]) -> None:
         raise TypeError(f"{name} should be True or False but is: {value!r}")
 
 
+def _choice_of(choices: tuple[Any, ...]) -> Callable[[str, Any, Mapping[str, Any]], None]:
+    """Return a check that a value is True or False, or one of the choices."""
+    return _boolean if choices == (False, True) else lambda name, value, group: check_choice(name, value, choices)
+
+
 def _flatten(name: str, value: Any, group: Mapping[str, Any]) -> None:
     if value is not None and not isinstance(value, bool):
         raise TypeError(f"flatten should be True, False or None but is: {value!r}")
@@ -345,9 +342,7 @@ OPTIONS: dict[str, Option] = {
     "peak_lr": Option(lambda name, value, group: None),  # its form's check looks at it
     "cautious": Option(_boolean),
     "stochastic_rounding": Option(_boolean, prepared=True),
-    "sign_momentum": Option(_boolean, prepared=True),
-    "master_weights": Option(_boolean, prepared=True),
-    "second_moment": Option(_of(check_second_moment_form), prepared=True),
+    **{stage.option: Option(_choice_of(stage.choices), prepared=True) for stage in STAGES},
     "beta2": Option(lambda name, value, group: check_fraction(name, value)),
     "strategy": Option(lambda name, value, group: check_choice(name, value, STRATEGIES), prepared=True),
     "block_period": Option(_period),
@@ -365,11 +360,16 @@ def check_options(group: Mapping[str, Any]) -> None:
 
 def check_together(group: Mapping[str, Any]) -> None:
     """Raise ValueError where options of a group, each of which could be used, do not go together."""
-    power, form = group["power"], group["second_moment"]
+    power = group["power"]
+    asked = [stage for stage in STAGES if group[stage.option] != stage.choices[0]]
     if group["master_weights"] and group["stochastic_rounding"]:
         raise ValueError("stochastic_rounding should be False where master_weights is True, which rounds nothing away")
-    if group["strategy"] == "gram" and group["sign_momentum"]:
-        raise ValueError("sign_momentum should be False for strategy='gram', in which no rank has a whole direction")
+    for stage in asked:
+        wanted = f"{stage.option} should be {stage.choices[0]}"
+        if stage.whole and group["strategy"] == "gram":
+            raise ValueError(f"{wanted} for strategy='gram', in which no rank has a whole direction")
+        if stage.normalizes and power:
+            raise ValueError(f"{wanted} where power is above 0, as updates have any scale then")
     if power and group["workspace_dtype"] != "bfloat16":
         raise ValueError(
             "workspace_dtype should be bfloat16 where power is above 0, as updates have any scale then, but is: "
@@ -377,9 +377,11 @@ def check_together(group: Mapping[str, Any]) -> None:
         )
     if power != 1:
         return
-    if form is not None:
-        raise ValueError(f"second_moment should be None where power is 1, which is SGD in torch, but is: {form!r}")
-    for name in ("cautious", "sign_momentum", "stochastic_rounding", "master_weights"):
+    for stage in asked:
+        default, value = stage.choices[0], group[stage.option]
+        but = "" if value is True else f", but is: {value!r}"
+        raise ValueError(f"{stage.option} should be {default} where power is 1, which is SGD in torch{but}")
+    for name in ("cautious", "stochastic_rounding"):
         if group[name]:
             raise ValueError(f"{name} should be False where power is 1, which is SGD in torch")
     if group["momentum_dtype"] == "int8":

@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..stages import stages_of
 from ..stages.second_moment import SecondMoment
 from ..stages.stage import floats_for
 from ..step.operands import Operand, check
@@ -283,7 +282,7 @@ def _chosen(kind: Kind, options: StepOptions, way: type[CutRound]) -> _Choice:
     if reason and len(holders(kind)) > 1:
         notes += (reason,)
     # Second moments of parts are not in the stack, see lots.py.
-    stages = [stage for stage in stages_of(options) if not isinstance(stage, SecondMoment)]
+    stages = [stage for stage in options.stages if not isinstance(stage, SecondMoment)]
     plan = partial(
         plan_bucket,
         way.shapes(kind)[0],
@@ -345,7 +344,7 @@ def _lot(
     owned, most = len(entries[way.owner_here(kind.team)]), max(map(len, entries))
     bucket = plan(owned)
     held, (m, n) = way.shapes(kind)
-    schedule, stages = options.schedule, stages_of(options)
+    schedule, stages = options.schedule, options.stages
     in_stack = [stage for stage in stages if kept_apart or not isinstance(stage, SecondMoment)]
 
     def each(m: int, n: int) -> int:

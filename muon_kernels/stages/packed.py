@@ -61,6 +61,7 @@ class EightBitMomentum(_InFp32):
 class MasterWeights(_InFp32):
     """`master_weights`."""
 
+    option = "master_weights"
     note = "master_weights goes through fp32 memory of the workspace, and no step with it is fused"
 
 

@@ -112,6 +112,14 @@ def piece_of_rows(V: Tensor, shape: Sequence[int], flatten: bool | None, piece: 
 class SecondMoment(Stage):
     """`second_moment`: results are divided by the root of a running mean of their squares, and keep their norms."""
 
+    option = "second_moment"
+    choices = (None, *FORMS)
+
+    @classmethod
+    def of(cls, value: Any) -> SecondMoment | None:
+        """See `Stage`."""
+        return None if value is None else cls(value)
+
     def __init__(self, form: str) -> None:
         """`form`: a name in FORMS."""
         self.form = form

@@ -12,6 +12,8 @@ from .sums import floats_of_block, in_cache, padded, sums_of_squares
 class Signs(Stage):
     """`sign_momentum`: the iteration begins with the signs of the directions."""
 
+    option = "sign_momentum"
+    whole = True
     note = "sign_momentum=True goes over a direction twice more, and no step with it is fused"
     launches = 2
     visits = 3

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import backends
 from ..layout import Bundle, Matrices
-from ..stages import stages_of
+from ..stages import EightBitMomentum
 from ..stages.packed import Halves, Packed, Quantized
 from ..stages.stage import floats_for
 from .operands import BucketKey, Seen
@@ -44,7 +44,7 @@ def planned(key: BucketKey, members: Sequence[Seen], number: int, options: StepO
         torch.float32 if options.master_weights else key.param_dtype,
     )
     name, notes = backends.choose(options.backend, key.device, dtypes, options.workspace_dtype, shape)
-    stages = stages_of(options, quantized)
+    stages = (EightBitMomentum(), *options.stages) if quantized else options.stages
     stage_floats = floats_for(stages, *shape, key.device)
     bucket = plan_bucket(
         shape,

@@ -14,6 +14,7 @@ from ..coefficients import Schedule, resolve
 from ..options import PREPARED
 from ..powers import schedule_of
 from ..split import by_name, close, matching
+from ..stages import MasterWeights, SecondMoment, Stage, stages_of
 
 Coefficients = str | Sequence[float] | Sequence[Sequence[float]]
 
@@ -24,6 +25,7 @@ class StepOptions:
 
     Attributes:
         schedule: what to iterate.
+        stages: what the group's options ask for around the iteration.
         momentum: whether there is one; without, the directions are the gradients.
     """
 
@@ -35,19 +37,28 @@ class StepOptions:
     backend: str = "auto"
     max_workspace_bytes: int | None = None
     workspace_dtype: torch.dtype = torch.bfloat16
-    sign_momentum: bool = False
-    second_moment: str | None = None
     stochastic_rounding: bool = False
-    master_weights: bool = False
+    stages: tuple[Stage, ...] = ()
     momentum: bool = True
+
+    @property
+    def master_weights(self) -> bool:
+        """Whether parameters are the upper halves of fp32 numbers."""
+        return any(isinstance(stage, MasterWeights) for stage in self.stages)
+
+    @property
+    def second_moment(self) -> str | None:
+        """Form of the second moment that results are divided by."""
+        return next((stage.form for stage in self.stages if isinstance(stage, SecondMoment)), None)
 
     @classmethod
     def of(cls, group: Mapping[str, Any], momentum: bool = True) -> StepOptions:
         """Those of a group, whose other options may lack."""
-        names = {field.name for field in fields(cls)} - {"schedule", "momentum", "workspace_dtype"}
+        names = {field.name for field in fields(cls)} - {"schedule", "stages", "momentum", "workspace_dtype"}
         return cls(
             schedule=schedule_for(group["ns_coefficients"], group["ns_steps"], group["power"]),
             workspace_dtype=options.dtype_of(group.get("workspace_dtype", torch.bfloat16)),
+            stages=stages_of(group),
             momentum=momentum,
             **{name: group[name] for name in names & group.keys()},
         )

@@ -50,7 +50,10 @@ def run_iteration(work: Work, stacks: Stacks, scale: Tensor | None) -> Tensor:
         run = ALGORITHMS[work.bucket.algorithm].run
         program = ops.program(lambda: run(ops, X, Y, squares, scale, work.schedule, blend))
         derived.update(key=key, program=program)
-    return cast(Tensor, derived["program"]())
+    result = cast(Tensor, derived["program"]())
+    for stage in work.stages:
+        stage.orthogonalized(result, stacks.stage_scratch)
+    return result
 
 
 def _fused_step(work: Work, chunk: Chunk, grads: Sequence[Matrices], workspace: Workspace, scalars: Scalars) -> None:
