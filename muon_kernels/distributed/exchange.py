@@ -37,7 +37,7 @@ from ..step.work import Scalars, Task, Work
 from ..step.workspace import Workspace
 from . import second_moment
 from .deal import deal
-from .lots import Entry, Kind, Lot, Momenta, holders
+from .lots import Entry, Lot, LotKey, Momenta, holders
 from .placement import Placement, Team
 from .shards import layouts, shards_of
 from .slices import AHEAD, IN_FLIGHT, LATE, NORM_BYTES, Buffers, Rectangle, bytes_in_flight, in_round, share_bytes
@@ -110,7 +110,7 @@ class Exchange:
             ranks=self.team.ranks,
             matrices=sum(len(of_rank) for _, of_rank in entries),
             owned=sum(len(lot.entries[self.team.rank]) for lot in self.lots),
-            elements=sum(len(of_rank) * math.prod(lot.kind.shape) for lot, of_rank in entries),
+            elements=sum(len(of_rank) * math.prod(lot.key.shape) for lot, of_rank in entries),
             bytes_sent=self.bytes_sent,
             collectives=self.collectives,
             state_bytes=self.state_bytes,
@@ -222,16 +222,16 @@ def exchanges_of(
     Raises:
         ValueError, TypeError, RuntimeError: what cannot be stepped.
     """
-    by_kind: dict[Kind, list[tuple[int | None, Entry]]] = {}
+    by_key: dict[LotKey, list[tuple[int | None, Entry]]] = {}
     for index, (operand, placement) in enumerate(zip(operands, placements, strict=True)):
         if placement is not None:
-            for kind, owned in _entries(index, operand, placement, options, way):
-                by_kind.setdefault(kind, []).extend(owned)
+            for key, owned in _entries(index, operand, placement, options, way):
+                by_key.setdefault(key, []).extend(owned)
     params = [operand.param for operand in operands]
     momenta = [operand.momentum for operand in operands] if options.momentum else None
     exchanges = []
-    for team in dict.fromkeys(kind.team for kind in by_kind):
-        of_team = {kind: found for kind, found in by_kind.items() if kind.team is team and found and min(kind.shape)}
+    for team in dict.fromkeys(key.team for key in by_key):
+        of_team = {key: found for key, found in by_key.items() if key.team is team and found and min(key.shape)}
         lots = _dealt(team, of_team, options, way)
         cap = max((_cap(lot.work.bucket.backend, options.max_workspace_bytes) for lot in lots), default=0)
         rounds = _cut_rounds if team.shards else partial(_copy_rounds, share=share_bytes(cap, team.ranks))
@@ -241,14 +241,14 @@ def exchanges_of(
 
 def _entries(
     index: int, operand: Operand, placement: Placement, options: StepOptions, way: type[CutRound]
-) -> Iterator[tuple[Kind, list[tuple[int | None, Entry]]]]:
+) -> Iterator[tuple[LotKey, list[tuple[int | None, Entry]]]]:
     """The matrices of an operand, kind by kind, each with the rank that keeps its momentum, if one does."""
     p, g, V, flatten = operand.param, operand.grad, operand.second_moment, options.flatten
     for piece, (batch, rows, cols), rectangles in shards_of(placement, flatten, operand.split):
         tall = rows > cols or (rows == cols and way.turns(rectangles))
         if tall:
             rectangles = tuple(Rectangle(left, top, c, r) for top, left, r, c in rectangles)
-        kind = Kind(placement.team, (min(rows, cols), max(rows, cols)), rectangles, p.device, g.dtype, p.dtype)
+        key = LotKey(placement.team, (min(rows, cols), max(rows, cols)), rectangles, p.device, g.dtype, p.dtype)
         here = rectangles[placement.team.shard].elements > 0
         ats = [
             layouts(t, flatten, piece, batch, tall) if t is not None and here else [None] * batch
@@ -258,7 +258,7 @@ def _entries(
         views = [None] * batch if form is None or V is None or not here else second_moment.views(form, V, flatten)
         ratio = operand.lr_ratio(options, rows, cols)
         yield (
-            kind,
+            key,
             [
                 (placement.owner, Entry(index, of_p, of_buffer, of_g, ratio, tall, view))
                 for of_p, of_buffer, of_g, view in zip(*ats, views, strict=True)
@@ -274,45 +274,45 @@ class _Choice(NamedTuple):
     notes: tuple[str, ...]
 
 
-def _chosen(kind: Kind, options: StepOptions, way: type[CutRound]) -> _Choice:
+def _chosen(key: LotKey, options: StepOptions, way: type[CutRound]) -> _Choice:
     name, notes = backends.choose(
-        options.backend, kind.device, (kind.grad_dtype, kind.param_dtype), options.workspace_dtype, kind.shape
+        options.backend, key.device, (key.grad_dtype, key.param_dtype), options.workspace_dtype, key.shape
     )
-    reason = way.refuses(kind)
+    reason = way.refuses(key)
     way = CutRound if reason else way
-    if reason and len(holders(kind)) > 1:
+    if reason and len(holders(key)) > 1:
         notes += (reason,)
     # Second moments of parts are not in the stack, see lots.py.
     stages = [stage for stage in stages_of(options) if not isinstance(stage, SecondMoment)]
     plan = partial(
         plan_bucket,
-        way.shapes(kind)[0],
+        way.shapes(key)[0],
         schedule=options.schedule,
         ns_algorithm=way.algorithm(options.ns_algorithm, name),
         backend=name,
         max_workspace_bytes=options.max_workspace_bytes,
         workspace_dtype=options.workspace_dtype,
-        bytes_per_element=kind.grad_dtype.itemsize + 4 * kind.param_dtype.itemsize,
+        bytes_per_element=key.grad_dtype.itemsize + 4 * key.param_dtype.itemsize,
         stepped=False,
         stages=stages,
-        stage_bytes=4 * floats_for(stages, *kind.shape, kind.device),
+        stage_bytes=4 * floats_for(stages, *key.shape, key.device),
     )
     return _Choice(way, plan, notes)
 
 
 def _dealt(
     team: Team,
-    kinds: Mapping[Kind, Sequence[tuple[int | None, Entry]]],
+    by_key: Mapping[LotKey, Sequence[tuple[int | None, Entry]]],
     options: StepOptions,
     way: type[CutRound],
 ) -> list[Lot]:
     """A lot of every kind, whose matrices are dealt to owners by their FLOPs."""
-    chosen = {kind: _chosen(kind, options, way) for kind in kinds}
+    chosen = {key: _chosen(key, options, way) for key in by_key}
     costs, among = [], []
-    for kind, entries in kinds.items():
-        cost, held = chosen[kind].plan(1).flops, holders(kind)
+    for key, entries in by_key.items():
+        cost, held = chosen[key].plan(1).flops, holders(key)
         nearby = [r * team.shard_count + h for r in range(team.replica_count) for h in held]
-        anywhere = chosen[kind].way.owners(team)
+        anywhere = chosen[key].way.owners(team)
         for owner, _ in entries:
             costs.append(cost)
             # What only one rank has a part of stays there.
@@ -320,11 +320,11 @@ def _dealt(
     owners = iter(deal(costs, team.ranks, among=among))
     lots: list[Lot] = []
     number = 0
-    for kind, entries in kinds.items():
+    for key, entries in by_key.items():
         by_owner: list[list[Entry]] = [[] for _ in range(team.ranks)]
         for _, entry in entries:
             by_owner[next(owners)].append(entry)
-        lots.append(_lot(kind, by_owner, number, options, chosen[kind], kept_apart=entries[0][0] is not None))
+        lots.append(_lot(key, by_owner, number, options, chosen[key], kept_apart=entries[0][0] is not None))
         number += len(entries)
     return lots
 
@@ -334,7 +334,7 @@ def _cap(backend: str, max_workspace_bytes: int | None) -> int:
 
 
 def _lot(
-    kind: Kind,
+    key: LotKey,
     entries: list[list[Entry]],
     number: int,
     options: StepOptions,
@@ -342,25 +342,25 @@ def _lot(
     kept_apart: bool,
 ) -> Lot:
     way, plan, notes = choice
-    owned, most = len(entries[way.owner_here(kind.team)]), max(map(len, entries))
+    owned, most = len(entries[way.owner_here(key.team)]), max(map(len, entries))
     bucket = plan(owned)
-    held, (m, n) = way.shapes(kind)
+    held, (m, n) = way.shapes(key)
     schedule, stages = options.schedule, stages_of(options)
     in_stack = [stage for stage in stages if kept_apart or not isinstance(stage, SecondMoment)]
 
     def each(m: int, n: int) -> int:
-        scratch = 4 * floats_for(in_stack, m, n, kind.device)
+        scratch = 4 * floats_for(in_stack, m, n, key.device)
         return workspace_bytes(bucket.backend, bucket.algorithm, m, n, schedule) + scratch
 
     cap = _cap(bucket.backend, options.max_workspace_bytes)
-    most = in_round(most, bytes_in_flight(each(m, n), m * n, kind.team.replica_count), cap)
+    most = in_round(most, bytes_in_flight(each(m, n), m * n, key.team.replica_count), cap)
     chunks = tuple(min(most, owned - first) for first in range(0, owned, most))
     # Momenta of copies that no rank alone keeps are updated in the workspace, on every rank those of all.
-    slots = most if kind.team.shards is None and not kept_apart else max(chunks, default=0)
+    slots = most if key.team.shards is None and not kept_apart else max(chunks, default=0)
     bucket = way.counted(replace(bucket, chunks=chunks, slots=slots, workspace_bytes=slots * each(*held)), schedule)
-    stage_floats = floats_for(in_stack, *held, kind.device)
-    own = Work(bucket, notes, schedule, kind.device, [], stages, stage_floats=stage_floats)
-    return Lot(kind, own, number, entries, most, way, kept_apart)
+    stage_floats = floats_for(in_stack, *held, key.device)
+    own = Work(bucket, notes, schedule, key.device, [], stages, stage_floats=stage_floats)
+    return Lot(key, own, number, entries, most, way, kept_apart)
 
 
 def _cut_rounds(lots: Sequence[Lot], params: Sequence[Tensor], momenta: Momenta) -> list[CutRound]:

@@ -43,7 +43,7 @@ class Entry(NamedTuple):
     moment: Tensor | None
 
 
-class Kind(NamedTuple):
+class LotKey(NamedTuple):
     """What the matrices of a lot have in common."""
 
     team: Team
@@ -54,9 +54,9 @@ class Kind(NamedTuple):
     param_dtype: torch.dtype
 
 
-def holders(kind: Kind) -> list[int]:
+def holders(key: LotKey) -> list[int]:
     """The ranks that have any of such a matrix."""
-    return [rank for rank, part in enumerate(kind.parts) if part.elements]
+    return [rank for rank, part in enumerate(key.parts) if part.elements]
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Lot:
     """Equal matrices, equally cut, by owner.
 
     Attributes:
-        kind: what they have in common.
+        key: what they have in common.
         work: how an owner iterates.
         number: of the first one among all of the group; for stochastic rounding.
         entries: for every rank of the team, what it owns.
@@ -73,7 +73,7 @@ class Lot:
         kept_apart: whether each owner alone keeps the state of its matrices.
     """
 
-    kind: Kind
+    key: LotKey
     work: Work
     number: int
     entries: list[list[Entry]]
@@ -93,7 +93,7 @@ class Lot:
 
     def __str__(self) -> str:
         """Name it in an error."""
-        m, n = self.kind.shape
+        m, n = self.key.shape
         return f"the bucket of {sum(map(len, self.entries))} x {m}x{n}"
 
 
@@ -109,11 +109,11 @@ def bundle_of(tensors: Sequence[Tensor | None], entries: Sequence[Entry], which:
 
 def normalized(lot: Lot, entries: Sequence[Entry], X: Tensor, beta2: float, ratios: array[float]) -> array[float]:
     """Divide X, this rank's parts of results, by second moments; return the ratios that are left."""
-    form, team = lot.second_moment, lot.kind.team
+    form, team = lot.second_moment, lot.key.team
     if form is None:
         return ratios
-    own, (m, n) = array("d", ratios), lot.kind.shape
-    top, left, height, width = lot.kind.parts[team.shard]
+    own, (m, n) = array("d", ratios), lot.key.shape
+    top, left, height, width = lot.key.parts[team.shard]
     for tall in (False, True):  # rows of the parameters are columns of X, or rows
         chosen = [i for i, entry in enumerate(entries) if entry.tall == tall]
         if not chosen:
@@ -127,7 +127,7 @@ def normalized(lot: Lot, entries: Sequence[Entry], X: Tensor, beta2: float, rati
             rows=n if tall else m,
             at=(left, left + width) if tall else (top, top + height),
             width=m if tall else n,
-            whole_rows=all((part.rows if tall else part.cols) in (0, m if tall else n) for part in lot.kind.parts),
+            whole_rows=all((part.rows if tall else part.cols) in (0, m if tall else n) for part in lot.key.parts),
             group=team.shards,
         )
         if height * width:

@@ -94,9 +94,7 @@ FAULTS = [
         "gram_is_muon and cpu and 4",
     ),
     _gram("squares of empty parts are old", "_clear(out, self._rest)", "None", "gram_is_muon and cpu and 4"),
-    _gram(
-        "cut rows are summed", "all(kind.parts[rank].rows == m for rank in holders(kind))", "True", "cannot_be_summed"
-    ),
+    _gram("cut rows are summed", "all(key.parts[rank].rows == m for rank in holders(key))", "True", "cannot_be_summed"),
     _gram(
         "square matrices not turned",
         "return all(part.left == 0 and part.cols == found[0].cols for part in found)",

@@ -97,7 +97,7 @@ FAULTS = [
     ),
     Fault(
         "gathers not counted",
-        "return 2 + (self.lot.kind.team.replicas is not None)",
+        "return 2 + (self.lot.key.team.replicas is not None)",
         "return 2",
         "counted and HSDP",
         OWNER,

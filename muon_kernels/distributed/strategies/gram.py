@@ -32,7 +32,7 @@ from ...coefficients import Schedule
 from ...newton_schulz import ALGORITHMS, Products, Square
 from ...step.plan import Bucket, Counter, count_iteration
 from ..collectives import Pending
-from ..lots import Kind, Lot, Momenta, holders
+from ..lots import Lot, LotKey, Momenta, holders
 from ..placement import Team
 from ..slices import NORM_BYTES, Buffers, Rectangle, scale_of, shift_of
 from .owner import CutRound
@@ -165,14 +165,14 @@ class GramRound(CutRound):
     """A round of matrices that stay where they are."""
 
     @classmethod
-    def refuses(cls, kind: Kind) -> str | None:
+    def refuses(cls, key: LotKey) -> str | None:
         """See `CutRound`: a rank that has any of a matrix should have whole columns, wide side up."""
-        m, n = kind.shape
-        if len(holders(kind)) > 1 and all(kind.parts[rank].rows == m for rank in holders(kind)):
+        m, n = key.shape
+        if len(holders(key)) > 1 and all(key.parts[rank].rows == m for rank in holders(key)):
             return None
         return (
             f"strategy='gram' is for matrices that are cut along their longer dimension: the parts of {m}x{n} ones, "
-            f"which are {' and '.join(sorted({f'{p.rows}x{p.cols}' for p in kind.parts}))}, go to owners"
+            f"which are {' and '.join(sorted({f'{p.rows}x{p.cols}' for p in key.parts}))}, go to owners"
         )
 
     @classmethod
@@ -192,10 +192,10 @@ class GramRound(CutRound):
         return team.replica * team.shard_count
 
     @classmethod
-    def shapes(cls, kind: Kind) -> tuple[tuple[int, int], tuple[int, int]]:
+    def shapes(cls, key: LotKey) -> tuple[tuple[int, int], tuple[int, int]]:
         """See `CutRound`."""
-        m, own = kind.shape[0], kind.parts[kind.team.shard].cols
-        return (m, own), (m, max(part.cols for part in kind.parts))
+        m, own = key.shape[0], key.parts[key.team.shard].cols
+        return (m, own), (m, max(part.cols for part in key.parts))
 
     @classmethod
     def algorithm(cls, name: str, backend: str) -> str:
@@ -220,17 +220,17 @@ class GramRound(CutRound):
         """See `CutRound`."""
         super().__init__(lot, first, params, momenta)
         bucket = lot.work.bucket
-        self.count = len(self.entries[lot.kind.team.replica])
-        self.packed = (self.count, *packed_size(lot.kind.shape[0]))
+        self.count = len(self.entries[lot.key.team.replica])
+        self.packed = (self.count, *packed_size(lot.key.shape[0]))
         self.visits = count(bucket.backend, bucket.algorithm, *bucket.shape, lot.work.schedule)[0]
         self._program: tuple[Stacks, Buffers, Callable[[], Tensor]] | None = None
 
     @property
     def buffer_bytes(self) -> tuple[int, int]:
         """Of `Buffers.slices`, this rank's parts, and `Buffers.owned`, sums of squares."""
-        team, share = self.lot.kind.team, self.share * self.sent[0].record
+        team, share = self.lot.key.team, self.share * self.sent[0].record
         gathered = share * team.replica_count * (team.replica_count > 1)
-        m = self.lot.kind.shape[0]
+        m = self.lot.key.shape[0]
         squares = self._sum_bytes + self.count * m * (4 + self.lot.work.bucket.workspace_dtype.itemsize * m)
         return share, max(squares + -squares % NORM_BYTES, gathered)  # buffers are of doubles
 
@@ -241,7 +241,7 @@ class GramRound(CutRound):
     @property
     def bytes_sent(self) -> int:
         """By this rank to others, if a sum is reduced and then gathered, as in a ring."""
-        team = self.lot.kind.team
+        team = self.lot.key.team
         sums = [self.count * torch.float64.itemsize] + self.visits * [self._sum_bytes]
         out = sum(2 * (team.shard_count - 1) * size // team.shard_count for size in sums)
         return out + (team.replica_count - 1) * self.share * self.sent[0].record
@@ -249,7 +249,7 @@ class GramRound(CutRound):
     @property
     def collectives(self) -> int:
         """See `CutRound`."""
-        return 1 + self.visits + (self.lot.kind.team.replicas is not None)
+        return 1 + self.visits + (self.lot.key.team.replicas is not None)
 
     def begin(self, grads: Sequence[Tensor], scalars: Scalars, buffers: Buffers) -> None:
         """Update momenta and begin to sum norms."""
@@ -263,7 +263,7 @@ class GramRound(CutRound):
     def _sum(self, numbers: Tensor, what: str) -> Pending:
         return Pending(
             f"summing {what} of {self.lot}",
-            lambda: dist.all_reduce(numbers, group=self.lot.kind.team.shards, async_op=True),
+            lambda: dist.all_reduce(numbers, group=self.lot.key.team.shards, async_op=True),
         )
 
     def iterate(self, scalars: Scalars, workspace: Workspace, buffers: Buffers) -> None:
@@ -291,7 +291,7 @@ class GramRound(CutRound):
         """The iteration, with the sums in the order of its products."""
         if self._program is None or self._program[0] is not stacks or self._program[1] is not buffers:
             work = self.lot.work
-            ops, m = backends.get(work.bucket.backend), self.lot.kind.shape[0]
+            ops, m = backends.get(work.bucket.backend), self.lot.key.shape[0]
             offset = 0
 
             def take(dtype: torch.dtype, *size: int) -> Tensor:

@@ -16,7 +16,7 @@ from ...layout import Bundle, Matrices
 from ...step.plan import Bucket
 from ...step.run import run_iteration
 from ..collectives import Pending, gather
-from ..lots import Kind, Lot, Momenta, bundle_of, normalized
+from ..lots import Lot, LotKey, Momenta, bundle_of, normalized
 from ..placement import Team
 from ..slices import Buffers, Rectangle, Slices, end_of, gather_slices, in_turn, scale_of
 
@@ -29,7 +29,7 @@ class CutRound:
     """A round of matrices whose parts are on several ranks."""
 
     @classmethod
-    def refuses(cls, kind: Kind) -> str | None:
+    def refuses(cls, key: LotKey) -> str | None:
         """Why such matrices cannot go through in this way, so that they are sent to owners; None if they can."""
         return None
 
@@ -49,9 +49,9 @@ class CutRound:
         return team.rank
 
     @classmethod
-    def shapes(cls, kind: Kind) -> tuple[tuple[int, int], tuple[int, int]]:
+    def shapes(cls, key: LotKey) -> tuple[tuple[int, int], tuple[int, int]]:
         """(m, n) of what this rank iterates, and of the largest that any does."""
-        return kind.shape, kind.shape
+        return key.shape, key.shape
 
     @classmethod
     def counted(cls, bucket: Bucket, schedule: Schedule) -> Bucket:
@@ -72,14 +72,14 @@ class CutRound:
             params, momenta: this rank's parts; None: the direction is the gradient.
         """
         self.lot, self.first = lot, first
-        team, kind = lot.kind.team, lot.kind
-        own = kind.parts[team.shard]
+        team, key = lot.key.team, lot.key
+        own = key.parts[team.shard]
         taken = [entries[first : first + lot.most] for entries in lot.entries]
         by_replica = [taken[r * team.shard_count : (r + 1) * team.shard_count] for r in range(team.replica_count)]
         here = by_replica[team.replica]
         # What this rank's part goes through: to the owners of this replica, and at last from all.
         self.sent = in_turn([(len(entries), own) for entries in here])
-        self.received = in_turn([(len(here[team.shard]), part) for part in kind.parts])
+        self.received = in_turn([(len(here[team.shard]), part) for part in key.parts])
         self.owned = len(here[team.shard])
         self.entries = [[entry for entries in replica for entry in entries] for replica in by_replica]
         there = bool(own.elements)
@@ -95,13 +95,13 @@ class CutRound:
     @property
     def buffer_bytes(self) -> tuple[int, int]:
         """Of `Buffers.slices` and `Buffers.owned`."""
-        share, replicas = self.share * self.sent[0].record, self.lot.kind.team.replica_count
+        share, replicas = self.share * self.sent[0].record, self.lot.key.team.replica_count
         return max(end_of(self.sent), share), max(end_of(self.received), share * replicas * (replicas > 1))
 
     @property
     def bytes_sent(self) -> int:
         """By this rank to others."""
-        team = self.lot.kind.team
+        team = self.lot.key.team
         out = end_of(self.sent) - self.sent[team.shard].bytes
         back = end_of(self.received) - self.received[team.shard].bytes
         return out + back + (team.replica_count - 1) * self.share * self.sent[0].record
@@ -109,7 +109,7 @@ class CutRound:
     @property
     def collectives(self) -> int:
         """Calls that it takes."""
-        return 2 + (self.lot.kind.team.replicas is not None)
+        return 2 + (self.lot.key.team.replicas is not None)
 
     def begin(self, grads: Sequence[Tensor], scalars: Scalars, buffers: Buffers) -> None:
         """Update momenta and send slices of the directions off."""
@@ -118,7 +118,7 @@ class CutRound:
 
     def update_momenta(self, grads: Sequence[Tensor], scalars: Scalars, buffers: Buffers) -> None:
         """And leave the directions of this replica's share, and their norms, in `buffers`."""
-        team, work = self.lot.kind.team, self.lot.work
+        team, work = self.lot.key.team, self.lot.work
         ops = backends.get(work.bucket.backend)
         for replica in [r for r in range(team.replica_count) if r != team.replica] + [team.replica]:
             entries, momenta = self.entries[replica], self.momenta[replica]
@@ -149,7 +149,7 @@ class CutRound:
                 source[: end_of(sent)],
                 [s.bytes for s in received],
                 [s.bytes for s in sent],
-                group=self.lot.kind.team.shards,
+                group=self.lot.key.team.shards,
                 async_op=True,
             ),
         )
@@ -184,7 +184,7 @@ class CutRound:
         if self.pending is not None:
             self.pending.wait()
             self.pending = None
-        team, work = self.lot.kind.team, self.lot.work
+        team, work = self.lot.key.team, self.lot.work
         ops, dtype = backends.get(work.bucket.backend), work.bucket.workspace_dtype
         size, shares = self.share * self.sent[0].record, [buffers.slices]
         if team.replicas is not None:

@@ -38,7 +38,7 @@ class CopyRound:
             lots: and of each, the first of every owner's matrices in this round.
             params, momenta: the copies; there may be no momentum of what others own.
         """
-        self.team = lots[0][0].kind.team
+        self.team = lots[0][0].key.team
         self.lots = []
         for lot, first in lots:
             shares = [entries[first : first + lot.most] for entries in lot.entries]
@@ -54,7 +54,7 @@ class CopyRound:
             self.lots.append(_Copies(lot, first, shares, own, copies))
         # Where in its share every rank has its results.
         self.places = [
-            in_turn([(len(copies.shares[rank]), Rectangle(0, 0, *copies.lot.kind.shape)) for copies in self.lots])
+            in_turn([(len(copies.shares[rank]), Rectangle(0, 0, *copies.lot.key.shape)) for copies in self.lots])
             for rank in range(self.team.replica_count)
         ]
         self.share = max(map(end_of, self.places))
