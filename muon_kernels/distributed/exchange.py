@@ -42,8 +42,8 @@ from .placement import Placement, Team
 from .shards import layouts, shards_of
 from .slices import AHEAD, IN_FLIGHT, LATE, NORM_BYTES, Buffers, Rectangle, bytes_in_flight, in_round, share_bytes
 from .strategies import STRATEGIES, blocks
-from .strategies.owner import CutRound
-from .strategies.replicas import CopyRound
+from .strategies.owner import OwnerRound
+from .strategies.replicas import ReplicaRound
 
 
 class Exchange:
@@ -56,7 +56,7 @@ class Exchange:
 
     together = True
 
-    def __init__(self, team: Team, rounds: Sequence[CutRound | CopyRound]) -> None:
+    def __init__(self, team: Team, rounds: Sequence[OwnerRound | ReplicaRound]) -> None:
         """Nothing is allocated yet."""
         self.team, self.rounds = team, list(rounds)
         self._buffers: list[Buffers] = []
@@ -139,7 +139,7 @@ class Exchange:
     @property
     def lots(self) -> list[Lot]:
         """What goes through, each once."""
-        lots = [lot for r in self.rounds for lot in ([r.lot] if isinstance(r, CutRound) else [c.lot for c in r.lots])]
+        lots = [lot for r in self.rounds for lot in ([r.lot] if isinstance(r, OwnerRound) else [c.lot for c in r.lots])]
         return list({id(lot): lot for lot in lots}.values())
 
     def warm_up(self, grads: Sequence[Tensor], scalars: Scalars, workspace: Workspace) -> None:
@@ -209,7 +209,7 @@ def exchanges_of(
     operands: Sequence[Operand],
     placements: Sequence[Placement | None],
     options: StepOptions,
-    way: type[CutRound] = CutRound,
+    way: type[OwnerRound] = OwnerRound,
 ) -> list[Exchange]:
     """How the operands that have a placement are stepped, a team at a time; nothing is written.
 
@@ -234,13 +234,13 @@ def exchanges_of(
         of_team = {key: found for key, found in by_key.items() if key.team is team and found and min(key.shape)}
         lots = _dealt(team, of_team, options, way)
         cap = max((_cap(lot.work.bucket.backend, options.max_workspace_bytes) for lot in lots), default=0)
-        rounds = _cut_rounds if team.shards else partial(_copy_rounds, share=share_bytes(cap, team.ranks))
+        rounds = _owner_rounds if team.shards else partial(_replica_rounds, share=share_bytes(cap, team.ranks))
         exchanges.append(Exchange(team, rounds(lots, params, momenta)))
     return exchanges
 
 
 def _entries(
-    index: int, operand: Operand, placement: Placement, options: StepOptions, way: type[CutRound]
+    index: int, operand: Operand, placement: Placement, options: StepOptions, way: type[OwnerRound]
 ) -> Iterator[tuple[LotKey, list[tuple[int | None, Entry]]]]:
     """The matrices of an operand, kind by kind, each with the rank that keeps its momentum, if one does."""
     p, g, V, flatten = operand.param, operand.grad, operand.second_moment, options.flatten
@@ -269,17 +269,17 @@ def _entries(
 class _Choice(NamedTuple):
     """How a kind of matrices goes through: the way of its rounds, its plan by their number, and notes."""
 
-    way: type[CutRound]
+    way: type[OwnerRound]
     plan: Callable[[int], Bucket]
     notes: tuple[str, ...]
 
 
-def _chosen(key: LotKey, options: StepOptions, way: type[CutRound]) -> _Choice:
+def _chosen(key: LotKey, options: StepOptions, way: type[OwnerRound]) -> _Choice:
     name, notes = backends.choose(
         options.backend, key.device, (key.grad_dtype, key.param_dtype), options.workspace_dtype, key.shape
     )
     reason = way.refuses(key)
-    way = CutRound if reason else way
+    way = OwnerRound if reason else way
     if reason and len(holders(key)) > 1:
         notes += (reason,)
     # Second moments of parts are not in the stack, see lots.py.
@@ -304,7 +304,7 @@ def _dealt(
     team: Team,
     by_key: Mapping[LotKey, Sequence[tuple[int | None, Entry]]],
     options: StepOptions,
-    way: type[CutRound],
+    way: type[OwnerRound],
 ) -> list[Lot]:
     """A lot of every kind, whose matrices are dealt to owners by their FLOPs."""
     chosen = {key: _chosen(key, options, way) for key in by_key}
@@ -363,22 +363,22 @@ def _lot(
     return Lot(key, own, number, entries, most, way, kept_apart)
 
 
-def _cut_rounds(lots: Sequence[Lot], params: Sequence[Tensor], momenta: Momenta) -> list[CutRound]:
+def _owner_rounds(lots: Sequence[Lot], params: Sequence[Tensor], momenta: Momenta) -> list[OwnerRound]:
     """Those first in which most ranks have something to do."""
     rounds = [lot.way(lot, i * lot.most, params, momenta) for lot in lots for i in range(lot.rounds)]
     return sorted(rounds, key=lambda r: -sum(len(entries) > r.first for entries in r.lot.entries))
 
 
-def _copy_rounds(lots: Sequence[Lot], params: Sequence[Tensor], momenta: Momenta, share: int) -> list[CopyRound]:
+def _replica_rounds(lots: Sequence[Lot], params: Sequence[Tensor], momenta: Momenta, share: int) -> list[ReplicaRound]:
     """Lots together until a share of their results has so many bytes, which is worth a collective."""
     rounds, waiting = [], []
     for lot in lots:
         for i in range(lot.rounds):
             waiting.append((lot, i * lot.most))
-            copies = CopyRound(waiting, params, momenta)
+            copies = ReplicaRound(waiting, params, momenta)
             if copies.share >= share:
                 rounds.append(copies)
                 waiting = []
     if waiting:
-        rounds.append(CopyRound(waiting, params, momenta))
+        rounds.append(ReplicaRound(waiting, params, momenta))
     return rounds

@@ -18,7 +18,7 @@ from .slices import Rectangle
 
 if TYPE_CHECKING:
     from ..step.work import Work
-    from .strategies.owner import CutRound
+    from .strategies.owner import OwnerRound
 
 # One a parameter, but where another rank keeps it; None where the direction is the gradient.
 Momenta = Sequence[Tensor | None] | None
@@ -78,7 +78,7 @@ class Lot:
     number: int
     entries: list[list[Entry]]
     most: int
-    way: type[CutRound]
+    way: type[OwnerRound]
     kept_apart: bool
 
     @property

@@ -23,7 +23,7 @@ from muon_kernels.distributed import traffic
 from muon_kernels.distributed.deal import deal, least
 from muon_kernels.distributed.exchange import Exchange
 from muon_kernels.distributed.slices import IN_FLIGHT, share_bytes
-from muon_kernels.distributed.strategies.owner import CutRound
+from muon_kernels.distributed.strategies.owner import OwnerRound
 from muon_kernels.distributed.traffic import BESIDE, Mesh, elements, owners
 from muon_kernels.step.plan import Plan
 
@@ -95,7 +95,7 @@ def step(layout: str, shapes: list[tuple[int, int, int]], cap: int | None, measu
         "state": sum(m.numel() * m.itemsize for m in held),
         "buffers": sum(t.untyped_storage().nbytes() for t in buffers),
         "rounds": len(exchange.rounds),
-        "cut": sum(isinstance(r, CutRound) for r in exchange.rounds),
+        "cut": sum(isinstance(r, OwnerRound) for r in exchange.rounds),
         "workspace": sum(t.numel() * t.itemsize for t in muon._workspace._blocks.values()),
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .gram import GramRound
-from .owner import CutRound
+from .owner import OwnerRound
 
 # How whole matrices go through: with "blocks", which is in blocks.py, only every few steps.
-STRATEGIES: dict[str, type[CutRound]] = {"owner": CutRound, "gram": GramRound, "blocks": CutRound}
+STRATEGIES: dict[str, type[OwnerRound]] = {"owner": OwnerRound, "gram": GramRound, "blocks": OwnerRound}

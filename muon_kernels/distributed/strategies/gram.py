@@ -35,7 +35,7 @@ from ..collectives import Pending
 from ..lots import Lot, LotKey, Momenta, holders
 from ..placement import Team
 from ..slices import NORM_BYTES, Buffers, Rectangle, scale_of, shift_of
-from .owner import CutRound
+from .owner import OwnerRound
 
 if TYPE_CHECKING:
     from ...step.work import Scalars
@@ -161,12 +161,12 @@ def count(backend: str, algorithm: str, m: int, n: int, schedule: Schedule) -> t
     return visited.visits, counter.launches, counter.flops, counter.bytes
 
 
-class GramRound(CutRound):
+class GramRound(OwnerRound):
     """A round of matrices that stay where they are."""
 
     @classmethod
     def refuses(cls, key: LotKey) -> str | None:
-        """See `CutRound`: a rank that has any of a matrix should have whole columns, wide side up."""
+        """See `OwnerRound`: a rank that has any of a matrix should have whole columns, wide side up."""
         m, n = key.shape
         if len(holders(key)) > 1 and all(key.parts[rank].rows == m for rank in holders(key)):
             return None
@@ -177,36 +177,36 @@ class GramRound(CutRound):
 
     @classmethod
     def turns(cls, rectangles: Sequence[Rectangle]) -> bool:
-        """See `CutRound`: so that columns are cut."""
+        """See `OwnerRound`: so that columns are cut."""
         found = [part for part in rectangles if part.elements]
         return all(part.left == 0 and part.cols == found[0].cols for part in found)
 
     @classmethod
     def owners(cls, team: Team) -> list[int]:
-        """See `CutRound`: the first rank of each replica, for all of it."""
+        """See `OwnerRound`: the first rank of each replica, for all of it."""
         return [replica * team.shard_count for replica in range(team.replica_count)]
 
     @classmethod
     def owner_here(cls, team: Team) -> int:
-        """See `CutRound`."""
+        """See `OwnerRound`."""
         return team.replica * team.shard_count
 
     @classmethod
     def shapes(cls, key: LotKey) -> tuple[tuple[int, int], tuple[int, int]]:
-        """See `CutRound`."""
+        """See `OwnerRound`."""
         m, own = key.shape[0], key.parts[key.team.shard].cols
         return (m, own), (m, max(part.cols for part in key.parts))
 
     @classmethod
     def algorithm(cls, name: str, backend: str) -> str:
-        """See `CutRound`: "auto" visits X as seldom as the backend's accuracy allows, whatever the parts' shapes."""
+        """See `OwnerRound`: "auto" visits X as seldom as the backend's accuracy allows, whatever the parts' shapes."""
         if name != "auto":
             return name
         return "gram" if backends.get(backend).precise_squares() else "standard"
 
     @classmethod
     def counted(cls, bucket: Bucket, schedule: Schedule) -> Bucket:
-        """See `CutRound`."""
+        """See `OwnerRound`."""
         _, launches, flops, bytes_ = count(bucket.backend, bucket.algorithm, *bucket.shape, schedule)
         ops = backends.get(bucket.backend)
         return replace(
@@ -217,7 +217,7 @@ class GramRound(CutRound):
         )
 
     def __init__(self, lot: Lot, first: int, params: Sequence[Tensor], momenta: Momenta) -> None:
-        """See `CutRound`."""
+        """See `OwnerRound`."""
         super().__init__(lot, first, params, momenta)
         bucket = lot.work.bucket
         self.count = len(self.entries[lot.key.team.replica])
@@ -248,7 +248,7 @@ class GramRound(CutRound):
 
     @property
     def collectives(self) -> int:
-        """See `CutRound`."""
+        """See `OwnerRound`."""
         return 1 + self.visits + (self.lot.key.team.replicas is not None)
 
     def begin(self, grads: Sequence[Tensor], scalars: Scalars, buffers: Buffers) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ...step.workspace import Workspace
 
 
-class CutRound:
+class OwnerRound:
     """A round of matrices whose parts are on several ranks."""
 
     @classmethod

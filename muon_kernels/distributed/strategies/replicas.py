@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ...step.workspace import Workspace
 
 
-class CopyRound:
+class ReplicaRound:
     """A round of matrices of which several ranks have copies and each does its share; of several lots, one by one."""
 
     def __init__(
