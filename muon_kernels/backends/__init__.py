@@ -18,7 +18,7 @@ from ..coefficients import Schedule
 from ..layout import Matrices
 from ..newton_schulz import Products
 
-# In the order in which "auto" prefers them, but see `Backend.outdone_by`.
+# In the order in which "auto" prefers them, but see `Backend.prefers_instead`.
 BACKENDS = {"cuda": ".cuda", "triton": ".triton", "cpu": ".cpu", "eager": ".eager"}
 
 
@@ -50,7 +50,7 @@ class Backend(Products, Protocol):
     def device_types(self) -> tuple[str, ...]:
         """Of the tensors that it is made for; none if for any."""
 
-    def outdone_by(self, device: torch.device, rows: int, cols: int) -> tuple[str, str] | None:
+    def prefers_instead(self, device: torch.device, rows: int, cols: int) -> tuple[str, str] | None:
         """A backend that is expected to step such matrices faster there, and why."""
 
     def describe(self) -> str:
@@ -218,7 +218,7 @@ def choose(
 ) -> tuple[str, tuple[str, ...]]:
     """The name of the backend that will run, and notes: why "auto" did not take others, what the backend remarks.
 
-    "auto" takes the first that can, unless that is outdone by another that can.
+    "auto" takes the first that can, unless it prefers another that can instead.
 
     Args:
         name: in BACKENDS, or "auto".
@@ -255,8 +255,8 @@ def choose(
     if not able:
         raise ValueError("no backend can take these tensors: " + "; ".join(f"{n}: {r}" for n, r in reasons.items()))
     first = able[0]
-    outdone = get(first).outdone_by(device, *shape)
-    if outdone is not None and outdone[0] in able:
-        notes.append(f"{first} was not chosen for {shape[0]}x{shape[1]}: {outdone[1]}")
-        first = outdone[0]
+    better = get(first).prefers_instead(device, *shape)
+    if better is not None and better[0] in able:
+        notes.append(f"{first} was not chosen for {shape[0]}x{shape[1]}: {better[1]}")
+        first = better[0]
     return first, (*notes, *get(first).remarks(device, shape, workspace_dtype))
