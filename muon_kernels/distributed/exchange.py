@@ -209,7 +209,7 @@ def exchanges_of(
     operands: Sequence[Operand],
     placements: Sequence[Placement | None],
     options: StepOptions,
-    way: type[OwnerRound] = OwnerRound,
+    strategy: type[OwnerRound] = OwnerRound,
 ) -> list[Exchange]:
     """How the operands that have a placement are stepped, a team at a time; nothing is written.
 
@@ -217,7 +217,7 @@ def exchanges_of(
         operands: this rank's parts.
         placements: where they are; None for those that are stepped alone.
         options: the group's.
-        way: of the rounds of what is cut, where it can.
+        strategy: of the rounds of what is cut, where it can.
 
     Raises:
         ValueError, TypeError, RuntimeError: what cannot be stepped.
@@ -225,14 +225,14 @@ def exchanges_of(
     by_key: dict[LotKey, list[tuple[int | None, Entry]]] = {}
     for index, (operand, placement) in enumerate(zip(operands, placements, strict=True)):
         if placement is not None:
-            for key, owned in _entries(index, operand, placement, options, way):
+            for key, owned in _entries(index, operand, placement, options, strategy):
                 by_key.setdefault(key, []).extend(owned)
     params = [operand.param for operand in operands]
     momenta = [operand.momentum for operand in operands] if options.momentum else None
     exchanges = []
     for team in dict.fromkeys(key.team for key in by_key):
         of_team = {key: found for key, found in by_key.items() if key.team is team and found and min(key.shape)}
-        lots = _dealt(team, of_team, options, way)
+        lots = _dealt(team, of_team, options, strategy)
         cap = max((_cap(lot.work.bucket.backend, options.max_workspace_bytes) for lot in lots), default=0)
         rounds = _owner_rounds if team.shards else partial(_replica_rounds, share=share_bytes(cap, team.ranks))
         exchanges.append(Exchange(team, rounds(lots, params, momenta)))
@@ -240,12 +240,12 @@ def exchanges_of(
 
 
 def _entries(
-    index: int, operand: Operand, placement: Placement, options: StepOptions, way: type[OwnerRound]
+    index: int, operand: Operand, placement: Placement, options: StepOptions, strategy: type[OwnerRound]
 ) -> Iterator[tuple[LotKey, list[tuple[int | None, Entry]]]]:
     """The matrices of an operand, kind by kind, each with the rank that keeps its momentum, if one does."""
     p, g, V, flatten = operand.param, operand.grad, operand.second_moment, options.flatten
     for piece, (batch, rows, cols), rectangles in shards_of(placement, flatten, operand.split):
-        tall = rows > cols or (rows == cols and way.turns(rectangles))
+        tall = rows > cols or (rows == cols and strategy.turns(rectangles))
         if tall:
             rectangles = tuple(Rectangle(left, top, c, r) for top, left, r, c in rectangles)
         key = LotKey(placement.team, (min(rows, cols), max(rows, cols)), rectangles, p.device, g.dtype, p.dtype)
@@ -269,26 +269,26 @@ def _entries(
 class _Choice(NamedTuple):
     """How a kind of matrices goes through: the way of its rounds, its plan by their number, and notes."""
 
-    way: type[OwnerRound]
+    strategy: type[OwnerRound]
     plan: Callable[[int], Bucket]
     notes: tuple[str, ...]
 
 
-def _chosen(key: LotKey, options: StepOptions, way: type[OwnerRound]) -> _Choice:
+def _chosen(key: LotKey, options: StepOptions, strategy: type[OwnerRound]) -> _Choice:
     name, notes = backends.choose(
         options.backend, key.device, (key.grad_dtype, key.param_dtype), options.workspace_dtype, key.shape
     )
-    reason = way.refuses(key)
-    way = OwnerRound if reason else way
+    reason = strategy.refuses(key)
+    strategy = OwnerRound if reason else strategy
     if reason and len(holders(key)) > 1:
         notes += (reason,)
     # Second moments of parts are not in the stack, see lots.py.
     stages = [stage for stage in stages_of(options) if not isinstance(stage, SecondMoment)]
     plan = partial(
         plan_bucket,
-        way.shapes(key)[0],
+        strategy.shapes(key)[0],
         schedule=options.schedule,
-        ns_algorithm=way.algorithm(options.ns_algorithm, name),
+        ns_algorithm=strategy.algorithm(options.ns_algorithm, name),
         backend=name,
         max_workspace_bytes=options.max_workspace_bytes,
         workspace_dtype=options.workspace_dtype,
@@ -297,22 +297,22 @@ def _chosen(key: LotKey, options: StepOptions, way: type[OwnerRound]) -> _Choice
         stages=stages,
         stage_bytes=4 * floats_for(stages, *key.shape, key.device),
     )
-    return _Choice(way, plan, notes)
+    return _Choice(strategy, plan, notes)
 
 
 def _dealt(
     team: Team,
     by_key: Mapping[LotKey, Sequence[tuple[int | None, Entry]]],
     options: StepOptions,
-    way: type[OwnerRound],
+    strategy: type[OwnerRound],
 ) -> list[Lot]:
     """A lot of every kind, whose matrices are dealt to owners by their FLOPs."""
-    chosen = {key: _chosen(key, options, way) for key in by_key}
+    chosen = {key: _chosen(key, options, strategy) for key in by_key}
     costs, among = [], []
     for key, entries in by_key.items():
         cost, held = chosen[key].plan(1).flops, holders(key)
         nearby = [r * team.shard_count + h for r in range(team.replica_count) for h in held]
-        anywhere = chosen[key].way.owners(team)
+        anywhere = chosen[key].strategy.owners(team)
         for owner, _ in entries:
             costs.append(cost)
             # What only one rank has a part of stays there.
@@ -341,10 +341,10 @@ def _lot(
     choice: _Choice,
     kept_apart: bool,
 ) -> Lot:
-    way, plan, notes = choice
-    owned, most = len(entries[way.owner_here(key.team)]), max(map(len, entries))
+    strategy, plan, notes = choice
+    owned, most = len(entries[strategy.owner_here(key.team)]), max(map(len, entries))
     bucket = plan(owned)
-    held, (m, n) = way.shapes(key)
+    held, (m, n) = strategy.shapes(key)
     schedule, stages = options.schedule, stages_of(options)
     in_stack = [stage for stage in stages if kept_apart or not isinstance(stage, SecondMoment)]
 
@@ -357,15 +357,17 @@ def _lot(
     chunks = tuple(min(most, owned - first) for first in range(0, owned, most))
     # Momenta of copies that no rank alone keeps are updated in the workspace, on every rank those of all.
     slots = most if key.team.shards is None and not kept_apart else max(chunks, default=0)
-    bucket = way.counted(replace(bucket, chunks=chunks, slots=slots, workspace_bytes=slots * each(*held)), schedule)
+    bucket = strategy.counted(
+        replace(bucket, chunks=chunks, slots=slots, workspace_bytes=slots * each(*held)), schedule
+    )
     stage_floats = floats_for(in_stack, *held, key.device)
     own = Work(bucket, notes, schedule, key.device, [], stages, stage_floats=stage_floats)
-    return Lot(key, own, number, entries, most, way, kept_apart)
+    return Lot(key, own, number, entries, most, strategy, kept_apart)
 
 
 def _owner_rounds(lots: Sequence[Lot], params: Sequence[Tensor], momenta: Momenta) -> list[OwnerRound]:
     """Those first in which most ranks have something to do."""
-    rounds = [lot.way(lot, i * lot.most, params, momenta) for lot in lots for i in range(lot.rounds)]
+    rounds = [lot.strategy(lot, i * lot.most, params, momenta) for lot in lots for i in range(lot.rounds)]
     return sorted(rounds, key=lambda r: -sum(len(entries) > r.first for entries in r.lot.entries))
 
 

@@ -69,7 +69,7 @@ class Lot:
         number: of the first one among all of the group; for stochastic rounding.
         entries: for every rank of the team, what it owns.
         most: matrices of one owner in a round.
-        way: of the rounds, where the matrices are cut.
+        strategy: of the rounds, where the matrices are cut.
         kept_apart: whether each owner alone keeps the state of its matrices.
     """
 
@@ -78,7 +78,7 @@ class Lot:
     number: int
     entries: list[list[Entry]]
     most: int
-    way: type[OwnerRound]
+    strategy: type[OwnerRound]
     kept_apart: bool
 
     @property

@@ -321,7 +321,7 @@ def largest(costs: Sequence[Cost]) -> Cost:
     return Cost(*map(max, zip(*costs, strict=True)))
 
 
-def ways(
+def alternatives(
     shapes: Shapes, ranks: int, *, schedule: Schedule | None = None, backend: str = "cuda"
 ) -> Iterator[tuple[str, float, list[Cost]]]:
     """(name, bytes that a rank sends beside, costs of every rank or of any) of each way; nodes have 8 ranks."""
