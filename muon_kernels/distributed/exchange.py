@@ -36,7 +36,7 @@ from ..step.run import Local, check_uncaptured
 from ..step.work import Scalars, Task, Work
 from ..step.workspace import Workspace
 from . import second_moment
-from .deal import deal
+from .balance import assign_owners
 from .lots import Entry, Lot, LotKey, Momenta, holders
 from .placement import Placement, Team
 from .shards import layouts, shards_of
@@ -232,7 +232,7 @@ def exchanges_of(
     exchanges = []
     for team in dict.fromkeys(key.team for key in by_key):
         of_team = {key: found for key, found in by_key.items() if key.team is team and found and min(key.shape)}
-        lots = _dealt(team, of_team, options, strategy)
+        lots = _assigned(team, of_team, options, strategy)
         cap = max((_cap(lot.work.bucket.backend, options.max_workspace_bytes) for lot in lots), default=0)
         rounds = _owner_rounds if team.shards else partial(_replica_rounds, share=share_bytes(cap, team.ranks))
         exchanges.append(Exchange(team, rounds(lots, params, momenta)))
@@ -300,7 +300,7 @@ def _chosen(key: LotKey, options: StepOptions, strategy: type[OwnerRound]) -> _C
     return _Choice(strategy, plan, notes)
 
 
-def _dealt(
+def _assigned(
     team: Team,
     by_key: Mapping[LotKey, Sequence[tuple[int | None, Entry]]],
     options: StepOptions,
@@ -317,7 +317,7 @@ def _dealt(
             costs.append(cost)
             # What only one rank has a part of stays there.
             among.append([owner] if owner is not None else nearby if len(held) == 1 else anywhere)
-    owners = iter(deal(costs, team.ranks, among=among))
+    owners = iter(assign_owners(costs, team.ranks, among=among))
     lots: list[Lot] = []
     number = 0
     for key, entries in by_key.items():

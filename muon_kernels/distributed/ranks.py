@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 
 from ..tensors import any_dtensor, is_dtensor
 from . import consensus
-from .deal import deal
+from .balance import assign_owners
 from .placement import Placement, Team, Teams, placement_of, replicated, team_of
 
 
@@ -65,7 +65,7 @@ class Ranks:
         if self._copies is not None and group["power"] != 1:
             plain = [(p, cost) for p, cost in zip(params, costs, strict=True) if not is_dtensor(p)]
             loads = list(loads)
-            owners = deal([cost for _, cost in plain], len(loads), loads=loads)
+            owners = assign_owners([cost for _, cost in plain], len(loads), loads=loads)
             for (p, cost), owner in zip(plain, owners, strict=True):
                 placements[p] = replicated(self._copies, p.shape, owner)
                 loads[owner] += cost

@@ -16,7 +16,7 @@ from .. import backends
 from ..coefficients import DEFAULT, Schedule, resolve
 from ..newton_schulz import segments
 from ..step.plan import Bucket, plan_bucket, plan_for_shapes
-from .deal import deal
+from .balance import assign_owners
 from .placement import chunk
 from .slices import IN_FLIGHT, NORM_BYTES, Rectangle, bytes_in_flight, in_round, record_bytes, share_bytes
 
@@ -128,7 +128,7 @@ def _plan(m: int, n: int, schedule: Schedule, backend: str) -> Bucket:
     )
 
 
-def _dealt(shapes: Shapes, mesh: Mesh, schedule: Schedule, backend: str) -> list[_Lot]:
+def _assigned(shapes: Shapes, mesh: Mesh, schedule: Schedule, backend: str) -> list[_Lot]:
     """As ranks.py deals copies, parameter by parameter, and exchange.py what is cut, lot by lot."""
     lots: dict[tuple[int, int, tuple[Rectangle, ...]], _Lot] = {}
     members: list[list[tuple[_Lot, int]]] = []  # of equal matrices, their lot and cost
@@ -152,7 +152,9 @@ def _dealt(shapes: Shapes, mesh: Mesh, schedule: Schedule, backend: str) -> list
         alone = mesh.shards > 1 and len(holders) == 1
         nearby = [r * mesh.shards + holders[0] for r in range(mesh.replicas)] if alone else None
         among += [nearby] * len(equal)
-    for (lot, _), owner in zip(pieces, deal([cost for _, cost in pieces], mesh.ranks, among=among), strict=True):
+    for (lot, _), owner in zip(
+        pieces, assign_owners([cost for _, cost in pieces], mesh.ranks, among=among), strict=True
+    ):
         lot.owned[owner] += 1
     return list(lots.values())
 
@@ -168,7 +170,7 @@ def owners(
         schedule, backend: as in a step.
         state_bytes: of an element of the momentum.
     """
-    lots = _dealt(shapes, mesh, schedule or resolve(DEFAULT), backend)
+    lots = _assigned(shapes, mesh, schedule or resolve(DEFAULT), backend)
     return (_copied if mesh.shards == 1 else _cut)(lots, mesh, state_bytes)
 
 

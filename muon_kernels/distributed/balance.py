@@ -10,7 +10,7 @@ _GOOD = 1.1
 _TRIES = 10
 
 
-def deal(
+def assign_owners(
     costs: Sequence[int], ranks: int, *, among: Sequence[Sequence[int] | None] = (), loads: Sequence[int] = ()
 ) -> list[int]:
     """The rank of every piece of work, so that the most loaded one has little more than the mean.
@@ -33,7 +33,7 @@ def deal(
     for i in order:
         owners[i] = min(candidates[i], key=total.__getitem__)
         total[owners[i]] += costs[i]
-    low, high = least(costs, ranks, before), max(total)
+    low, high = least_load(costs, ranks, before), max(total)
     for _ in range(_TRIES if high * ranks > _GOOD * sum(total) else 0):
         if low >= high:
             break
@@ -46,7 +46,7 @@ def deal(
     return owners
 
 
-def least(costs: Sequence[int], ranks: int, loads: Sequence[int] = ()) -> int:
+def least_load(costs: Sequence[int], ranks: int, loads: Sequence[int] = ()) -> int:
     """What the most loaded rank cannot have less than, however pieces are dealt.
 
     That is the mean, what a rank has already, and, for any k, the k + 1 cheapest of the k·ranks + 1 costliest pieces:
