@@ -324,7 +324,7 @@ def _assigned(
         by_owner: list[list[Entry]] = [[] for _ in range(team.ranks)]
         for _, entry in entries:
             by_owner[next(owners)].append(entry)
-        lots.append(_lot(key, by_owner, number, options, chosen[key], kept_apart=entries[0][0] is not None))
+        lots.append(_lot(key, by_owner, number, options, chosen[key], owner_keeps_state=entries[0][0] is not None))
         number += len(entries)
     return lots
 
@@ -339,14 +339,14 @@ def _lot(
     number: int,
     options: StepOptions,
     choice: _Choice,
-    kept_apart: bool,
+    owner_keeps_state: bool,
 ) -> Lot:
     strategy, plan, notes = choice
     owned, most = len(entries[strategy.owner_here(key.team)]), max(map(len, entries))
     bucket = plan(owned)
     held, (m, n) = strategy.shapes(key)
     schedule, stages = options.schedule, stages_of(options)
-    in_stack = [stage for stage in stages if kept_apart or not isinstance(stage, SecondMoment)]
+    in_stack = [stage for stage in stages if owner_keeps_state or not isinstance(stage, SecondMoment)]
 
     def each(m: int, n: int) -> int:
         scratch = 4 * floats_for(in_stack, m, n, key.device)
@@ -356,13 +356,13 @@ def _lot(
     most = in_round(most, bytes_in_flight(each(m, n), m * n, key.team.replica_count), cap)
     chunks = tuple(min(most, owned - first) for first in range(0, owned, most))
     # Momenta of copies that no rank alone keeps are updated in the workspace, on every rank those of all.
-    slots = most if key.team.shards is None and not kept_apart else max(chunks, default=0)
+    slots = most if key.team.shards is None and not owner_keeps_state else max(chunks, default=0)
     bucket = strategy.counted(
         replace(bucket, chunks=chunks, slots=slots, workspace_bytes=slots * each(*held)), schedule
     )
     stage_floats = floats_for(in_stack, *held, key.device)
     own = Work(bucket, notes, schedule, key.device, [], stages, stage_floats=stage_floats)
-    return Lot(key, own, number, entries, most, strategy, kept_apart)
+    return Lot(key, own, number, entries, most, strategy, owner_keeps_state)
 
 
 def _owner_rounds(lots: Sequence[Lot], params: Sequence[Tensor], momenta: Momenta) -> list[OwnerRound]:

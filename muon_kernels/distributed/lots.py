@@ -70,7 +70,7 @@ class Lot:
         entries: for every rank of the team, what it owns.
         most: matrices of one owner in a round.
         strategy: of the rounds, where the matrices are cut.
-        kept_apart: whether each owner alone keeps the state of its matrices.
+        owner_keeps_state: whether each owner alone keeps the state of its matrices.
     """
 
     key: LotKey
@@ -79,7 +79,7 @@ class Lot:
     entries: list[list[Entry]]
     most: int
     strategy: type[OwnerRound]
-    kept_apart: bool
+    owner_keeps_state: bool
 
     @property
     def second_moment(self) -> str | None:

@@ -34,7 +34,7 @@ from ..scaling import lr_ratio
 from ..step.options import Coefficients
 from ..step.orthogonalize import orthogonalize
 from ..step.plan import plan_for_shapes
-from ..tensors import check_apart, check_dense, check_like, check_matrices, is_dtensor, local
+from ..tensors import check_dense, check_disjoint, check_like, check_matrices, is_dtensor, local
 from . import consensus
 from .collectives import Failed, Pending, gather
 from .placement import Range, replicated, team_of
@@ -210,7 +210,7 @@ class ZeroMuon(Optimizer):
                         f"parameters of a group should be of one dtype and on one device but are {params[0].dtype} on "
                         f"{params[0].device} and {p.dtype} on {p.device}; make groups of them"
                     )
-            check_apart([("parameter", p) for other in self.param_groups for p in other["params"]])
+            check_disjoint([("parameter", p) for other in self.param_groups for p in other["params"]])
             if params:
                 _check_plan(params, group)
             consensus.check_alike({p: replicated(self._team, p.shape, 0) for p in params}, group)

@@ -55,8 +55,8 @@ from ..step.work import Scalars, Task
 from ..step.workspace import Workspace
 from ..tensors import (
     any_dtensor,
-    check_apart,
     check_dense,
+    check_disjoint,
     check_like,
     check_matrices,
     local,
@@ -215,7 +215,7 @@ class Muon(Optimizer):
                 "muon_kernels.MuonAdamW(muon_kernels.param_groups(model)) all parameters of a model"
             )
         super().__init__(params, defaults)
-        check_apart([("parameter", p) for group in self.param_groups for p in group["params"]])
+        check_disjoint([("parameter", p) for group in self.param_groups for p in group["params"]])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group after checking its options and parameters; on error the optimizer is unchanged."""
@@ -254,7 +254,7 @@ class Muon(Optimizer):
                     workspace_dtype=dtype_of(group["workspace_dtype"]),
                 )
                 costs.append(plan.flops)
-            check_apart([("parameter", p) for p in group["params"]])
+            check_disjoint([("parameter", p) for p in group["params"]])
             self._ranks.add(group, costs)
         except Exception:
             del self.param_groups[before:]

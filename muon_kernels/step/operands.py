@@ -14,7 +14,7 @@ from ..scaling import lr_ratio
 from ..split import pieces
 from ..stages.packed import check_mantissa, check_master, check_momentum_scale, scales_of
 from ..stages.second_moment import check_second_moment, piece_of_rows
-from ..tensors import check_apart, check_dense, check_device, check_like, check_momentum
+from ..tensors import check_dense, check_device, check_disjoint, check_like, check_momentum
 from .options import StepOptions, check_rounding
 from .work import Part
 
@@ -172,7 +172,7 @@ def check(operands: Sequence[Operand], options: StepOptions) -> None:
         "mantissa": "mantissa",
     }
     named = [(name, getattr(operand, field)) for name, field in fields.items() for operand in operands]
-    check_apart([(name, t) for name, t in named if isinstance(t, Tensor)])
+    check_disjoint([(name, t) for name, t in named if isinstance(t, Tensor)])
 
 
 def cut(operand: Operand, options: StepOptions) -> tuple[tuple[int, ...], Sequence[PieceShape]]:

@@ -106,7 +106,7 @@ class ReplicaRound:
                 )
                 if rank == self.team.replica:
                     result = run_iteration(work, stacks, scale)
-                    if copies.lot.second_moment is not None and copies.lot.kept_apart:
+                    if copies.lot.second_moment is not None and copies.lot.owner_keeps_state:
                         moments = [(V.mT if e.tall else V)[None] for e in entries for V in (e.moment,) if V is not None]
                         kept = normalize(copies.lot.second_moment, result, moments, scalars.beta2, stacks.stage_scratch)
                         own = place.norms(buffers.slices)
@@ -132,7 +132,7 @@ class ReplicaRound:
                     results = buffers.owned[rank * self.share : (rank + 1) * self.share]
                     place = self.places[rank][number]
                     X, ratios = place.of(results, dtype), array("d", [entry.ratio for entry in entries])
-                    if copies.lot.second_moment is not None and copies.lot.kept_apart:
+                    if copies.lot.second_moment is not None and copies.lot.owner_keeps_state:
                         ratios = array("d", map(mul, ratios, place.norms(results).tolist()))
                     else:
                         ratios = normalized(copies.lot, entries, X, scalars.beta2, ratios)
