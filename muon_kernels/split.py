@@ -160,7 +160,7 @@ def _cut(split: str) -> _Cut:
 
 @lru_cache(maxsize=65536)
 def pieces(
-    shape: tuple[int, ...], flatten: bool | None, split: str | None, apart: bool = False
+    shape: tuple[int, ...], flatten: bool | None, split: str | None, separate: bool = False
 ) -> tuple[Piece | None, ...]:
     """What a parameter of that size is cut to; (None,) for one that is left whole.
 
@@ -168,7 +168,7 @@ def pieces(
         shape: of at least two dimensions.
         flatten: see `Muon`.
         split: from a function of this module.
-        apart: every part by itself; else those that follow one another and are equally large are together.
+        separate: every part by itself; else those that follow one another and are equally large are together.
 
     Raises:
         ValueError: the split does not fit.
@@ -199,8 +199,8 @@ def pieces(
     found, start = [], 0
     for count, share in shares:
         size = share * unit
-        for i in range(count) if apart else (0,):
-            found.append(Piece(dim, start + i * size, 1 if apart else count, size, runs, total * unit))
+        for i in range(count) if separate else (0,):
+            found.append(Piece(dim, start + i * size, 1 if separate else count, size, runs, total * unit))
         start += count * size
     return tuple(found)
 

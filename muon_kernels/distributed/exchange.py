@@ -197,7 +197,7 @@ def divide(
             found = shards_of(placement, options.flatten, operand.split)
             alone[index] = operand._replace(pieces=[(piece, shape) for piece, shape, _ in found])
         elif steps_shards and placement.team.shards is not None:
-            own = list(blocks.parts(placement, options.flatten, operand.split))
+            own = list(blocks.shard_shapes(placement, options.flatten, operand.split))
             alone[index] = operand._replace(pieces=own, lr_factor=shard_lr_factor)
         else:
             together[-1] = placement

@@ -27,8 +27,8 @@ def shards_of(
     is_cut = [any(part[dim] != (0, n) for part in placement.parts) for dim, n in enumerate(whole)]
     own = placement.parts[placement.team.shard]
     dims = {piece.dim for piece in pieces(whole, flatten, split) if piece is not None}
-    apart = any(is_cut[dim] for dim in dims)
-    for piece in pieces(whole, flatten, split, apart):
+    separate = any(is_cut[dim] for dim in dims)
+    for piece in pieces(whole, flatten, split, separate):
         batch, rows, cols = split_shape(whole, flatten, piece)
         here = piece
         if piece is not None and is_cut[piece.dim] and piece.runs != 1:

@@ -367,7 +367,7 @@ class Muon(Optimizer):
                 shard_lr_factor=group["block_lr_ratio"],
             )
 
-        steps_shards = blocks.apart(group)
+        steps_shards = blocks.steps_shards(group)
         own = momenta, moments, scales, mantissas
         tasks = self._tasks.get((id(group), steps_shards), params, grads, own, settled(groups), make)
         return tasks, grads, wanted.writes

@@ -107,15 +107,15 @@ def source_of(
 
 
 def pieces_of(p: Tensor, flatten: bool | None, order: tuple[int, ...], split: str | None) -> tuple[Piece | None, ...]:
-    """What to cut a parameter to; equal parts together, unless apart saves copies."""
+    """What to cut a parameter to; equal parts together, unless separate ones save copies."""
     if split is None:
         return (None,)
-    together, apart = (pieces(p.shape, flatten, split, apart) for apart in (False, True))
+    together, separate = (pieces(p.shape, flatten, split, separate) for separate in (False, True))
 
     def described(cut: Sequence[Piece | None]) -> bool:
         return all(layout(p.shape, p.stride(), flatten, order, piece) is not None for piece in cut)
 
-    return apart if described(apart) and not described(together) else together
+    return separate if described(separate) and not described(together) else together
 
 
 class Seen(NamedTuple):

@@ -636,7 +636,7 @@ FAULTS = [
     Fault(
         "equal parts copied rather than apart",
         OPERANDS,
-        "return apart if described(apart) and not described(together) else together",
+        "return separate if described(separate) and not described(together) else together",
         "return together",
         SPLIT,
     ),

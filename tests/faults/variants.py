@@ -164,7 +164,7 @@ FAULTS = [
     _split("columns of a stack", "        dim += len(shape) - 2\n", "        dim += len(shape) - 3\n"),
     _split(
         "equal ones apart",
-        "for i in range(count) if apart else (0,)",
+        "for i in range(count) if separate else (0,)",
         "for i in range(count)",
         "copies or test_a_step_is_that or plan",
     ),

@@ -16,12 +16,12 @@ from ..placement import Placement
 from ..shards import shards_of
 
 
-def apart(group: Mapping[str, Any]) -> bool:
+def steps_shards(group: Mapping[str, Any]) -> bool:
     """Whether the coming step of a group is one in which every rank orthogonalizes its own parts."""
     return group["strategy"] == "blocks" and bool(group.get("step", 0) % group["block_period"])
 
 
-def parts(
+def shard_shapes(
     placement: Placement, flatten: bool | None, split: str | None
 ) -> Iterator[tuple[Piece | None, tuple[int, int, int]]]:
     """(piece, (batch, rows, cols)) of what this rank has of every kind of matrix of a parameter."""
