@@ -40,7 +40,17 @@ from .balance import assign_owners
 from .lots import Entry, Lot, LotKey, Momenta, holders
 from .placement import Placement, Team
 from .shards import layouts, shards_of
-from .slices import AHEAD, IN_FLIGHT, LATE, NORM_BYTES, Buffers, Rectangle, bytes_in_flight, in_round, share_bytes
+from .slices import (
+    AHEAD,
+    IN_FLIGHT,
+    LATE,
+    NORM_BYTES,
+    Buffers,
+    Rectangle,
+    bytes_in_flight,
+    matrices_in_round,
+    share_bytes,
+)
 from .strategies import STRATEGIES, blocks
 from .strategies.owner import OwnerRound
 from .strategies.replicas import ReplicaRound
@@ -85,8 +95,8 @@ class Exchange:
     def _sizes(self) -> tuple[int, int, int]:
         """Elements of a set of buffers: bytes, bytes, norms."""
         slices, owned = (max(column) for column in zip(*(r.buffer_bytes for r in self.rounds), strict=True))
-        most = max(max(map(len, lot.entries)) for lot in self.lots)
-        return slices, owned, most * self.team.shard_count
+        largest = max(max(map(len, lot.entries)) for lot in self.lots)
+        return slices, owned, largest * self.team.shard_count
 
     @property
     def buffer_bytes(self) -> int:
@@ -319,13 +329,13 @@ def _assigned(
             among.append([owner] if owner is not None else nearby if len(held) == 1 else anywhere)
     owners = iter(assign_owners(costs, team.ranks, among=among))
     lots: list[Lot] = []
-    number = 0
+    group_index = 0
     for key, entries in by_key.items():
         by_owner: list[list[Entry]] = [[] for _ in range(team.ranks)]
         for _, entry in entries:
             by_owner[next(owners)].append(entry)
-        lots.append(_lot(key, by_owner, number, options, chosen[key], owner_keeps_state=entries[0][0] is not None))
-        number += len(entries)
+        lots.append(_lot(key, by_owner, group_index, options, chosen[key], owner_keeps_state=entries[0][0] is not None))
+        group_index += len(entries)
     return lots
 
 
@@ -336,13 +346,13 @@ def _cap(backend: str, max_workspace_bytes: int | None) -> int:
 def _lot(
     key: LotKey,
     entries: list[list[Entry]],
-    number: int,
+    group_index: int,
     options: StepOptions,
     choice: _Choice,
     owner_keeps_state: bool,
 ) -> Lot:
     strategy, plan, notes = choice
-    owned, most = len(entries[strategy.owner_here(key.team)]), max(map(len, entries))
+    owned, largest = len(entries[strategy.owner_here(key.team)]), max(map(len, entries))
     bucket = plan(owned)
     held, (m, n) = strategy.shapes(key)
     schedule, stages = options.schedule, stages_of(options)
@@ -353,22 +363,22 @@ def _lot(
         return workspace_bytes(bucket.backend, bucket.algorithm, m, n, schedule) + scratch
 
     cap = _cap(bucket.backend, options.max_workspace_bytes)
-    most = in_round(most, bytes_in_flight(each(m, n), m * n, key.team.replica_count), cap)
-    chunks = tuple(min(most, owned - first) for first in range(0, owned, most))
+    round_size = matrices_in_round(largest, bytes_in_flight(each(m, n), m * n, key.team.replica_count), cap)
+    chunks = tuple(min(round_size, owned - start) for start in range(0, owned, round_size))
     # Momenta of copies that no rank alone keeps are updated in the workspace, on every rank those of all.
-    slots = most if key.team.shards is None and not owner_keeps_state else max(chunks, default=0)
+    slots = round_size if key.team.shards is None and not owner_keeps_state else max(chunks, default=0)
     bucket = strategy.counted(
         replace(bucket, chunks=chunks, slots=slots, workspace_bytes=slots * each(*held)), schedule
     )
     stage_floats = floats_for(in_stack, *held, key.device)
     own = Work(bucket, notes, schedule, key.device, [], stages, stage_floats=stage_floats)
-    return Lot(key, own, number, entries, most, strategy, owner_keeps_state)
+    return Lot(key, own, group_index, entries, round_size, strategy, owner_keeps_state)
 
 
 def _owner_rounds(lots: Sequence[Lot], params: Sequence[Tensor], momenta: Momenta) -> list[OwnerRound]:
     """Those first in which most ranks have something to do."""
-    rounds = [lot.strategy(lot, i * lot.most, params, momenta) for lot in lots for i in range(lot.rounds)]
-    return sorted(rounds, key=lambda r: -sum(len(entries) > r.first for entries in r.lot.entries))
+    rounds = [lot.strategy(lot, i * lot.round_size, params, momenta) for lot in lots for i in range(lot.rounds)]
+    return sorted(rounds, key=lambda r: -sum(len(entries) > r.start for entries in r.lot.entries))
 
 
 def _replica_rounds(lots: Sequence[Lot], params: Sequence[Tensor], momenta: Momenta, share: int) -> list[ReplicaRound]:
@@ -376,7 +386,7 @@ def _replica_rounds(lots: Sequence[Lot], params: Sequence[Tensor], momenta: Mome
     rounds, waiting = [], []
     for lot in lots:
         for i in range(lot.rounds):
-            waiting.append((lot, i * lot.most))
+            waiting.append((lot, i * lot.round_size))
             copies = ReplicaRound(waiting, params, momenta)
             if copies.share >= share:
                 rounds.append(copies)

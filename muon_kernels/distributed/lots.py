@@ -66,18 +66,18 @@ class Lot:
     Attributes:
         key: what they have in common.
         work: how an owner iterates.
-        number: of the first one among all of the group; for stochastic rounding.
+        group_index: of the first one among all of the group; for stochastic rounding.
         entries: for every rank of the team, what it owns.
-        most: matrices of one owner in a round.
+        round_size: matrices of one owner in a round.
         strategy: of the rounds, where the matrices are cut.
         owner_keeps_state: whether each owner alone keeps the state of its matrices.
     """
 
     key: LotKey
     work: Work
-    number: int
+    group_index: int
     entries: list[list[Entry]]
-    most: int
+    round_size: int
     strategy: type[OwnerRound]
     owner_keeps_state: bool
 
@@ -89,7 +89,7 @@ class Lot:
     @property
     def rounds(self) -> int:
         """How many."""
-        return -(-max(map(len, self.entries)) // self.most)
+        return -(-max(map(len, self.entries)) // self.round_size)
 
     def __str__(self) -> str:
         """Name it in an error."""

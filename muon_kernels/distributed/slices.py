@@ -53,10 +53,10 @@ def record_bytes(elements: int) -> int:
     return (-(-2 * elements // NORM_BYTES) + 1) * NORM_BYTES if elements else 0
 
 
-def in_round(most: int, bytes_each: int, cap: int) -> int:
-    """Of an owner's matrices, no more than `most`, how many go through at a time, if they are to fit `cap`."""
-    rounds = -(-most // max(1, cap // bytes_each))
-    return -(-most // rounds)
+def matrices_in_round(owned: int, bytes_each: int, cap: int) -> int:
+    """Of an owner's matrices, no more than `owned`, how many go through at a time, if they are to fit `cap`."""
+    rounds = -(-owned // max(1, cap // bytes_each))
+    return -(-owned // rounds)
 
 
 def bytes_in_flight(workspace_bytes: int, elements: int, replicas: int) -> int:

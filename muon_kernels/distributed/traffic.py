@@ -18,7 +18,7 @@ from ..newton_schulz import segments
 from ..step.plan import Bucket, plan_bucket, plan_for_shapes
 from .balance import assign_owners
 from .placement import chunk
-from .slices import IN_FLIGHT, NORM_BYTES, Rectangle, bytes_in_flight, in_round, record_bytes, share_bytes
+from .slices import IN_FLIGHT, NORM_BYTES, Rectangle, bytes_in_flight, matrices_in_round, record_bytes, share_bytes
 
 Shapes = Sequence[tuple[int, int, int]]  # (rows, columns, how many)
 
@@ -101,16 +101,16 @@ class _Lot(NamedTuple):
         return [record_bytes(part.elements) for part in self.parts]
 
     @property
-    def most(self) -> int:
+    def round_size(self) -> int:
         """Of an owner's, how many go through in a round."""
         (m, n), replicas = self.plan.shape, len(self.owned) // len(self.parts)
-        return in_round(max(self.owned), bytes_in_flight(self.plan.workspace_bytes, m * n, replicas), self.cap)
+        return matrices_in_round(max(self.owned), bytes_in_flight(self.plan.workspace_bytes, m * n, replicas), self.cap)
 
     @property
     def rounds(self) -> list[list[int]]:
         """How many there are of every owner's."""
-        most = self.most
-        return [[max(0, min(most, n - first)) for n in self.owned] for first in range(0, max(self.owned), most)]
+        size = self.round_size
+        return [[max(0, min(size, n - start)) for n in self.owned] for start in range(0, max(self.owned), size)]
 
 
 @lru_cache(maxsize=1024)
@@ -176,7 +176,7 @@ def owners(
 
 def _multiplied(lots: Sequence[_Lot], rank: int) -> tuple[int, int]:
     """Bytes of workspace, and FLOPs."""
-    workspace = max((min(lot.most, lot.owned[rank]) * lot.plan.workspace_bytes for lot in lots), default=0)
+    workspace = max((min(lot.round_size, lot.owned[rank]) * lot.plan.workspace_bytes for lot in lots), default=0)
     return workspace, sum(lot.owned[rank] * lot.plan.flops for lot in lots)
 
 

@@ -25,13 +25,13 @@ def plain_work(key: BucketKey, count: int, options: StepOptions) -> Work:
     return Work(plain_bucket((key.rows, key.cols), count, bytes_per_element(key)), (), options.schedule, key.device, [])
 
 
-def planned(key: BucketKey, members: Sequence[Seen], number: int, options: StepOptions) -> Work:
+def planned(key: BucketKey, members: Sequence[Seen], group_index: int, options: StepOptions) -> Work:
     """How the matrices of a bucket are stepped.
 
     Args:
         key: what they have in common.
         members: the pieces of operands that they are.
-        number: of the first one among all of the group.
+        group_index: of the first one among all of the group.
         options: the group's.
 
     Raises:
@@ -68,7 +68,7 @@ def planned(key: BucketKey, members: Sequence[Seen], number: int, options: StepO
         key.device,
         chunks_of(members, bucket, quantized, options),
         stages,
-        number,
+        group_index,
         stage_floats,
     )
 
@@ -81,7 +81,7 @@ def chunks_of(members: Sequence[Seen], bucket: Bucket, quantized: bool, options:
         momenta: Bundle | Packed | None = None
         if options.momentum:
             momenta = Packed() if quantized else Bundle()
-        chunk = Chunk(params, momenta, [], array("d"), [], first=sum(bucket.chunks[: len(chunks)]))
+        chunk = Chunk(params, momenta, [], array("d"), [], chunk_index=sum(bucket.chunks[: len(chunks)]))
         for part in parts:
             _add(chunk, part, members[part.piece], options)
         chunks.append(chunk)

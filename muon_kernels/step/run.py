@@ -75,7 +75,7 @@ def _fused_step(work: Work, chunk: Chunk, grads: Sequence[Matrices], workspace: 
         triples=schedule.triples,
         **scalars.of_momentum(),
         margin=schedule.margin,
-        **scalars.of_update(work.number, chunk.first),
+        **scalars.of_update(work.group_index, chunk.chunk_index),
         ratios=chunk.ratios,
     )
 
@@ -94,7 +94,9 @@ def _step(
             for stage in () if rehearsing else work.stages:
                 ratios = stage.after(result, chunk.second_moments, scalars, ratios, stacks.stage_scratch)
             with unpacked(chunk.params, stacks.unpacked, rehearsing) as params:
-                ops.apply_update(params, result, **scalars.of_update(work.number, chunk.first), ratios=ratios)
+                ops.apply_update(
+                    params, result, **scalars.of_update(work.group_index, chunk.chunk_index), ratios=ratios
+                )
 
 
 def _plain_step(plain: Plain, grad: Tensor, scalars: Scalars) -> None:

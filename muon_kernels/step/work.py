@@ -38,7 +38,7 @@ class Chunk(NamedTuple):
     grads: list[tuple[int, Layout]]
     ratios: array[float]  # one a matrix
     second_moments: list[Tensor]  # none, or as `normalize` takes them
-    first: int  # matrices of the bucket in earlier chunks
+    chunk_index: int  # matrices of the bucket in earlier chunks
 
 
 class Plain(NamedTuple):
@@ -56,7 +56,7 @@ class Work(NamedTuple):
 
     Attributes:
         stages: what stands around the iteration.
-        number: of its first matrix among all of the group, which are counted as the parameters come.
+        group_index: of its first matrix among all of the group, which are counted as the parameters come.
         stage_floats: fp32 scratch that a matrix needs for the stages.
     """
 
@@ -66,7 +66,7 @@ class Work(NamedTuple):
     device: torch.device
     chunks: list[Chunk]
     stages: tuple[Stage, ...] = ()
-    number: int = 0
+    group_index: int = 0
     stage_floats: int = 0
 
 
@@ -108,11 +108,11 @@ class Scalars(NamedTuple):
         names = ("momentum", "nesterov", "dampened", "grad_scale", "eps")
         return {name: getattr(self, name) for name in names}
 
-    def of_update(self, number: int, first: int) -> dict[str, Any]:
+    def of_update(self, group_index: int, chunk_index: int) -> dict[str, Any]:
         """What `apply_update` takes for a chunk, from its place in its bucket, and the bucket's."""
         update = {"lr": as_scalar(self.lr), "weight_decay": as_scalar(self.weight_decay), "cautious": self.cautious}
         if self.seed is not None:
-            update |= {"stochastic_rounding": True, "seed": self.seed + number, "first": first}
+            update |= {"stochastic_rounding": True, "seed": self.seed + group_index, "first": chunk_index}
         return update
 
 

@@ -356,8 +356,8 @@ FAULTS = [
     *[
         Fault(name, file, old, new, f'tests/test_variants.py -k "{tests}"')
         for name, file, old, new, tests in [
-            ("random bits: buckets share them", WORK, "self.seed + number", "self.seed", "own_seed"),
-            ("random bits: chunks share them", WORK, '"first": first}', '"first": 0}', "buckets"),
+            ("random bits: buckets share them", WORK, "self.seed + group_index", "self.seed", "own_seed"),
+            ("random bits: chunks share them", WORK, '"first": chunk_index}', '"first": 0}', "buckets"),
             ("random bits: steps share them", OPTIMIZER, 'group.get("step", 0) + 1', "0", "own_bits"),
             ("random bits: groups share them", OPTIMIZER, " + (index << 24)", "", "buckets"),
             (

@@ -116,7 +116,7 @@ FAULTS = [
     Fault(
         "shares grow with ranks", "cap // (IN_FLIGHT * (1 + ranks))", "cap // (IN_FLIGHT * 2)", "held_memory", SLICES
     ),
-    Fault("model: rounds of all", "range(0, max(self.owned), most)]", "range(1)]", "counted and 700000", TRAFFIC),
+    Fault("model: rounds of all", "range(0, max(self.owned), size)]", "range(1)]", "counted and 700000", TRAFFIC),
     Fault(
         "model: own slices sent",
         "sent[rank] += (here - own) * record",

@@ -216,9 +216,9 @@ class GramRound(OwnerRound):
             product_bytes=bucket.count * bytes_,
         )
 
-    def __init__(self, lot: Lot, first: int, params: Sequence[Tensor], momenta: Momenta) -> None:
+    def __init__(self, lot: Lot, start: int, params: Sequence[Tensor], momenta: Momenta) -> None:
         """See `OwnerRound`."""
-        super().__init__(lot, first, params, momenta)
+        super().__init__(lot, start, params, momenta)
         bucket = lot.work.bucket
         self.count = len(self.entries[lot.key.team.replica])
         self.packed = (self.count, *packed_size(lot.key.shape[0]))

@@ -63,18 +63,18 @@ class OwnerRound:
         """The form of the iteration, the same on all ranks; "auto" if each may choose."""
         return name
 
-    def __init__(self, lot: Lot, first: int, params: Sequence[Tensor], momenta: Momenta) -> None:
+    def __init__(self, lot: Lot, start: int, params: Sequence[Tensor], momenta: Momenta) -> None:
         """Settle what goes where.
 
         Args:
             lot: the matrices.
-            first: of each owner's, the first in this round.
+            start: of each owner's, the first in this round.
             params, momenta: this rank's parts; None: the direction is the gradient.
         """
-        self.lot, self.first = lot, first
+        self.lot, self.start = lot, start
         team, key = lot.key.team, lot.key
         own = key.parts[team.shard]
-        taken = [entries[first : first + lot.most] for entries in lot.entries]
+        taken = [entries[start : start + lot.round_size] for entries in lot.entries]
         by_replica = [taken[r * team.shard_count : (r + 1) * team.shard_count] for r in range(team.replica_count)]
         here = by_replica[team.replica]
         # What this rank's part goes through: to the owners of this replica, and at last from all.
@@ -191,11 +191,11 @@ class OwnerRound:
             gathered = buffers.owned[: team.replica_count * size]  # what was in it has gone
             gather(gathered, buffers.slices[:size], team, str(self.lot)).wait()
             shares = list(torch.split(gathered, size)) if size else [gathered] * team.replica_count
-        first = self.first * team.ranks
+        index = self.start * team.ranks
         for params, entries, ratios, share in zip(self.params, self.entries, self.ratios, shares, strict=True):
             X = Slices(0, len(entries), self.sent[0].part).of(share, dtype)
             # Also where this rank has no part: others wait for its sums.
             own = normalized(self.lot, entries, X, scalars.beta2, ratios)
             if params:
-                ops.apply_update(params, X, **scalars.of_update(self.lot.number, first), ratios=own)
-            first += len(ratios)
+                ops.apply_update(params, X, **scalars.of_update(self.lot.group_index, index), ratios=own)
+            index += len(ratios)

@@ -40,8 +40,8 @@ class ReplicaRound:
         """
         self.team = lots[0][0].key.team
         self.lots = []
-        for lot, first in lots:
-            shares = [entries[first : first + lot.most] for entries in lot.entries]
+        for lot, start in lots:
+            shares = [entries[start : start + lot.round_size] for entries in lot.entries]
             # Of copies without an owner every rank keeps all momenta.
             kept = [
                 momenta is not None and all(momenta[entry.param] is not None for entry in entries) for entries in shares
@@ -51,7 +51,7 @@ class ReplicaRound:
                 for entries, keeps in zip(shares, kept, strict=True)
             ]
             copies = [bundle_of(params, entries, "param_at") for entries in shares]
-            self.lots.append(_Copies(lot, first, shares, own, copies))
+            self.lots.append(_Copies(lot, start, shares, own, copies))
         # Where in its share every rank has its results.
         self.places = [
             in_turn([(len(copies.shares[rank]), Rectangle(0, 0, *copies.lot.key.shape)) for copies in self.lots])
@@ -124,29 +124,29 @@ class ReplicaRound:
         assert self.pending is not None
         self.pending.wait()
         self.pending = None
-        for number, copies in enumerate(self.lots):
+        for i, copies in enumerate(self.lots):
             work, dtype = copies.lot.work, copies.lot.work.bucket.workspace_dtype
-            first = copies.first * self.team.replica_count
+            index = copies.start * self.team.replica_count
             for rank, (params, entries) in enumerate(zip(copies.params, copies.shares, strict=True)):
                 if entries:
                     results = buffers.owned[rank * self.share : (rank + 1) * self.share]
-                    place = self.places[rank][number]
+                    place = self.places[rank][i]
                     X, ratios = place.of(results, dtype), array("d", [entry.ratio for entry in entries])
                     if copies.lot.second_moment is not None and copies.lot.owner_keeps_state:
                         ratios = array("d", map(mul, ratios, place.norms(results).tolist()))
                     else:
                         ratios = normalized(copies.lot, entries, X, scalars.beta2, ratios)
                     backends.get(work.bucket.backend).apply_update(
-                        params, X, **scalars.of_update(copies.lot.number, first), ratios=ratios
+                        params, X, **scalars.of_update(copies.lot.group_index, index), ratios=ratios
                     )
-                first += len(entries)
+                index += len(entries)
 
 
 class _Copies(NamedTuple):
     """A lot's matrices in a round, for every rank."""
 
     lot: Lot
-    first: int
+    start: int
     shares: list[list[Entry]]
     momenta: list[Bundle | None]
     params: list[Bundle]
