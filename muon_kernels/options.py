@@ -353,7 +353,7 @@ OPTIONS: dict[str, Option] = {
     "block_period": Option(_period),
     "block_lr_ratio": Option(lambda name, value, group: check_number(name, value), prepared=True),
 }
-PREPARED = tuple(name for name, option in OPTIONS.items() if option.prepared)
+PREPARED_OPTIONS = tuple(name for name, option in OPTIONS.items() if option.prepared)
 
 
 def check_options(group: Mapping[str, Any]) -> None:

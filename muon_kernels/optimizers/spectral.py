@@ -194,7 +194,7 @@ class SpectralAdam(Optimizer):
             ]
             return divide(operands, placements, StepOptions.of(group, momentum=False), strategy="owner")
 
-        settled = {key: group[key] for key in options.PREPARED if key in group}
+        settled = {key: group[key] for key in options.PREPARED_OPTIONS if key in group}
         return self._tasks.get(id(group), own, updates, (), settled, make)
 
     def _check_gradients(self) -> None:
