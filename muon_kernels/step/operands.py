@@ -16,7 +16,7 @@ from ..stages.packed import check_mantissa, check_master, check_momentum_scale, 
 from ..stages.second_moment import check_second_moment, piece_of_rows
 from ..tensors import check_dense, check_device, check_disjoint, check_like, check_momentum
 from .options import StepOptions, check_rounding
-from .work import Part
+from .work import Span
 
 # A piece of a parameter, or None for all of it, and (number of matrices, rows, cols).
 PieceShape = tuple[Piece | None, tuple[int, int, int]]
@@ -78,16 +78,16 @@ class Source(NamedTuple):
     order: tuple[int, ...]
     piece: Piece | None
 
-    def layout(self, part: Part) -> Layout:
-        """Return where the matrices of a part lie."""
+    def layout(self, span: Span) -> Layout:
+        """Return where the matrices of a span lie."""
         t, flatten, order, piece = self
-        at = layout(t.shape, t.stride(), flatten, order, piece, part.start, part.stop)
+        at = layout(t.shape, t.stride(), flatten, order, piece, span.start, span.stop)
         assert at is not None
         return at
 
-    def untransposed(self, part: Part) -> Tensor:
+    def untransposed(self, span: Span) -> Tensor:
         """(matrices, rows, cols) as the parameter has them, sharing its memory."""
-        at = self.layout(part)
+        at = self.layout(span)
         seen = Matrices(self.tensor, at).view()
         return seen.mT if at.transposed else seen
 

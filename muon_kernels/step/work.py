@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .workspace import Workspace
 
 
-class Part(NamedTuple):
+class Span(NamedTuple):
     """Matrices start..stop of one parameter, or of one piece of it."""
 
     piece: int

@@ -379,8 +379,8 @@ FAULTS = [
             (
                 "second moment: rows of another matrix",
                 BUCKET,
-                "moment.layout(part)).view()",
-                "moment.layout(part._replace(start=0, stop=part.stop - part.start))).view()",
+                "moment.layout(span)).view()",
+                "moment.layout(span._replace(start=0, stop=span.stop - span.start))).view()",
                 "test_second",
             ),
             (
@@ -605,15 +605,15 @@ FAULTS = [
     Fault(
         "every chunk is the first",
         ORTHOGONALIZE,
-        "        at = source.layout(part)\n        result",
-        "        at = source.layout(part._replace(start=0, stop=part.stop - part.start))\n        result",
+        "        at = source.layout(span)\n        result",
+        "        at = source.layout(span._replace(start=0, stop=span.stop - span.start))\n        result",
         BATCH,
     ),
     Fault(
         "every chunk of a step is the first",
         OPERANDS,
-        "piece, part.start, part.stop)",
-        "piece, 0, part.stop - part.start)",
+        "piece, span.start, span.stop)",
+        "piece, 0, span.stop - span.start)",
         SPLIT,
     ),
     Fault(
@@ -626,8 +626,8 @@ FAULTS = [
     Fault(
         "learning rate of another matrix of the bucket",
         BUCKET,
-        "members[part.piece], options)",
-        "members[part.piece]._replace(ratio=members[0].ratio), options)",
+        "members[span.piece], options)",
+        "members[span.piece]._replace(ratio=members[0].ratio), options)",
         'tests/test_optimizer.py -k "do_not_mix and cpu-"',
     ),
     Fault("copies not written back", RUN, "        target.copy_(copy)\n", "        pass\n", SPLIT),

@@ -167,8 +167,8 @@ FAULTS = [
     ),
     Fault(
         "chunks begin with the first scale",
-        "cast(Tensor, seen.absmax)[part.start : part.stop]",
-        "cast(Tensor, seen.absmax)[: part.stop - part.start]",
+        "cast(Tensor, seen.absmax)[span.start : span.stop]",
+        "cast(Tensor, seen.absmax)[: span.stop - span.start]",
         EIGHT,
         BUCKET,
     ),
