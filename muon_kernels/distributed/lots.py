@@ -48,7 +48,7 @@ class LotKey(NamedTuple):
 
     team: Team
     shape: tuple[int, int]
-    parts: tuple[Rectangle, ...]
+    shards: tuple[Rectangle, ...]
     device: torch.device
     grad_dtype: torch.dtype
     param_dtype: torch.dtype
@@ -56,7 +56,7 @@ class LotKey(NamedTuple):
 
 def holders(key: LotKey) -> list[int]:
     """The ranks that have any of such a matrix."""
-    return [rank for rank, part in enumerate(key.parts) if part.elements]
+    return [rank for rank, shard in enumerate(key.shards) if shard.elements]
 
 
 @dataclass
@@ -113,25 +113,25 @@ def normalized(lot: Lot, entries: Sequence[Entry], X: Tensor, beta2: float, rati
     if form is None:
         return ratios
     own, (m, n) = array("d", ratios), lot.key.shape
-    top, left, height, width = lot.key.parts[team.shard]
+    top, left, height, width = lot.key.shards[team.shard]
     for tall in (False, True):  # rows of the parameters are columns of X, or rows
         chosen = [i for i, entry in enumerate(entries) if entry.tall == tall]
         if not chosen:
             continue
-        parts = X[chosen] if height * width else X.new_empty(len(chosen), 0, 0)
+        own_X = X[chosen] if height * width else X.new_empty(len(chosen), 0, 0)
         kept = second_moment.normalize(
             form,
-            parts.mT if tall else parts,
+            own_X.mT if tall else own_X,
             [entry.moment for entry in (entries[i] for i in chosen) if entry.moment is not None],
             beta2,
             rows=n if tall else m,
             at=(left, left + width) if tall else (top, top + height),
             width=m if tall else n,
-            whole_rows=all((part.rows if tall else part.cols) in (0, m if tall else n) for part in lot.key.parts),
+            whole_rows=all((shard.rows if tall else shard.cols) in (0, m if tall else n) for shard in lot.key.shards),
             group=team.shards,
         )
         if height * width:
-            X[chosen] = parts
+            X[chosen] = own_X
         for i, factor in zip(chosen, kept, strict=True):
             own[i] *= factor
     return own

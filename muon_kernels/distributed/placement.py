@@ -70,13 +70,13 @@ class Placement(NamedTuple):
     Attributes:
         team: who steps it.
         whole: size of what the team holds, of a stack that is cut along its batch this rank's share.
-        parts: for every rank of `team.shards`, what it holds: a range of each dimension.
+        shards: for every rank of `team.shards`, what it holds: a range of each dimension.
         owner: of a parameter that only one replica keeps the momentum of, and steps: which.
     """
 
     team: Team
     whole: tuple[int, ...]
-    parts: tuple[tuple[Range, ...], ...]
+    shards: tuple[tuple[Range, ...], ...]
     owner: int | None = None
 
 
@@ -146,7 +146,7 @@ def placement_of(t: DTensor, flatten: bool | None, teams: Teams) -> Placement | 
     """
     mesh, placements, shape = t.device_mesh, t.placements, tuple(t.shape)
     matrix = range(len(shape)) if flattens(shape, flatten) else range(len(shape) - 2, len(shape))
-    cut, repeated, dealt = [], [], []
+    sharded, repeated, batched = [], [], []
     for i, placement in enumerate(placements):
         if mesh.size(i) == 1:
             continue
@@ -155,30 +155,30 @@ def placement_of(t: DTensor, flatten: bool | None, teams: Teams) -> Placement | 
         if placement.is_replicate():
             repeated.append(i)
         elif dim_of(placement, shape) in matrix:
-            cut.append(i)
+            sharded.append(i)
         else:
-            dealt.append(i)
-        if i in cut and flattens(shape, flatten) and dim_of(placement, shape):
+            batched.append(i)
+        if i in sharded and flattens(shape, flatten) and dim_of(placement, shape):
             raise ValueError(
                 f"a parameter of {len(shape)} dimensions that is flattened to matrices should be sharded along "
                 f"dimension 0 but has placements: {placements}"
             )
-    if not cut and not repeated:
+    if not sharded and not repeated:
         return None
     sizes, coordinate = tuple(mesh.shape), mesh.get_coordinate()
     assert coordinate is not None
-    own = _ranges(shape, sizes, placements, dealt, [coordinate[i] for i in dealt])
+    own = _ranges(shape, sizes, placements, batched, [coordinate[i] for i in batched])
     whole = tuple(stop - start for start, stop in own)
-    team = teams.get(mesh, tuple(cut), tuple(repeated))
-    everywhere = product(*(range(sizes[i]) for i in cut))
-    parts = tuple(_ranges(whole, sizes, placements, cut, at) for at in everywhere)
-    held = tuple(stop - start for start, stop in parts[team.shard])
+    team = teams.get(mesh, tuple(sharded), tuple(repeated))
+    everywhere = product(*(range(sizes[i]) for i in sharded))
+    shards = tuple(_ranges(whole, sizes, placements, sharded, at) for at in everywhere)
+    held = tuple(stop - start for start, stop in shards[team.shard])
     if held != tuple(local(t).shape):
         raise ValueError(
             f"a DTensor of size {shape} with placements {placements} should hold {held} on this rank but holds: "
             f"{tuple(local(t).shape)}"
         )
-    return Placement(team, whole, parts)
+    return Placement(team, whole, shards)
 
 
 def replicated(team: Team, shape: Sequence[int], owner: int) -> Placement:

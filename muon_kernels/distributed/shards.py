@@ -24,8 +24,8 @@ def shards_of(
     """(piece of this rank's part, (batch, rows, cols) of the whole, every rank's rectangle of (rows, cols))."""
     whole, ndim = placement.whole, len(placement.whole)
     row, col = (0, 1) if flattens(whole, flatten) else (ndim - 2, ndim - 1)
-    is_cut = [any(part[dim] != (0, n) for part in placement.parts) for dim, n in enumerate(whole)]
-    own = placement.parts[placement.team.shard]
+    is_cut = [any(shard[dim] != (0, n) for shard in placement.shards) for dim, n in enumerate(whole)]
+    own = placement.shards[placement.team.shard]
     dims = {piece.dim for piece in pieces(whole, flatten, split) if piece is not None}
     separate = any(is_cut[dim] for dim in dims)
     for piece in pieces(whole, flatten, split, separate):
@@ -37,7 +37,7 @@ def shards_of(
                 f"{whole} is sharded, or to parts that are contiguous"
             )
         rectangles = []
-        for rank, part in enumerate(placement.parts):
+        for rank, shard in enumerate(placement.shards):
             # Of the rows and columns of this piece, those that a rank has.
             spans = {row: (0, rows), col: (0, cols)}
             for dim in (row, col):
@@ -45,12 +45,12 @@ def shards_of(
                     continue
                 if piece is not None and piece.dim == dim:
                     at = (piece.start, piece.start + piece.size)
-                    spans[dim] = _overlap(at, part[dim])
+                    spans[dim] = _overlap(at, shard[dim])
                     if rank == placement.team.shard:
                         start, stop = _overlap(own[dim], at)
                         here = Piece(dim, start, 1, stop - start, 1, stop - start)
                 elif dim == row or not flattens(whole, flatten):
-                    spans[dim] = part[dim]
+                    spans[dim] = shard[dim]
             (top, bottom), (left, right) = spans[row], spans[col]
             empty = top == bottom or left == right
             rectangles.append(Rectangle(0, 0, 0, 0) if empty else Rectangle(top, left, bottom - top, right - left))

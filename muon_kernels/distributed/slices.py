@@ -74,12 +74,12 @@ class Slices(NamedTuple):
 
     offset: int  # in bytes
     matrices: int
-    part: Rectangle
+    shard: Rectangle
 
     @property
     def record(self) -> int:
         """Bytes of a slice and what belongs to it."""
-        return record_bytes(self.part.elements)
+        return record_bytes(self.shard.elements)
 
     @property
     def bytes(self) -> int:
@@ -88,7 +88,7 @@ class Slices(NamedTuple):
 
     def of(self, buffer: Tensor, dtype: torch.dtype) -> Tensor:
         """(count, rows, cols)."""
-        _, _, rows, cols = self.part
+        _, _, rows, cols = self.shard
         flat = buffer[self.offset : self.offset + self.bytes].view(dtype)
         return flat.as_strided((self.matrices, rows, cols), (self.record // 2, cols, 1))
 
@@ -102,15 +102,15 @@ class Slices(NamedTuple):
 def in_turn(counts: Sequence[tuple[int, Rectangle]]) -> list[Slices]:
     """One after the other in a buffer."""
     found, offset = [], 0
-    for count, part in counts:
-        found.append(Slices(offset, count, part))
+    for count, shard in counts:
+        found.append(Slices(offset, count, shard))
         offset += found[-1].bytes
     return found
 
 
 def all_of(slices: Sequence[Slices]) -> Slices:
     """Those of several owners that follow one another, of the same part."""
-    return Slices(slices[0].offset, sum(s.matrices for s in slices), slices[0].part)
+    return Slices(slices[0].offset, sum(s.matrices for s in slices), slices[0].shard)
 
 
 def end_of(slices: Sequence[Slices]) -> int:
@@ -136,20 +136,22 @@ def scale_of(norms: Tensor, shift: Tensor, eps: float, margin: float) -> Tensor:
     return size.where(norms.isfinite(), torch.nan).where(norms != 0, 0.0).float()
 
 
-def gather_slices(parts: Sequence[tuple[Rectangle, Tensor, Tensor]], X: Tensor, scaled: bool) -> tuple[Tensor, Tensor]:
+def gather_slices(
+    received: Sequence[tuple[Rectangle, Tensor, Tensor]], X: Tensor, scaled: bool
+) -> tuple[Tensor, Tensor]:
     """Put the matrices together.
 
     Args:
-        parts: (where, slices, their norms) of every rank that has any.
+        received: (where, slices, their norms) of every rank that has any.
         X: (count, m, n), written.
         scaled: whether slices come times a factor that brings their norm to 1/margin.
 
     Returns:
         (count,) norms of the directions in double, and the exponents of the powers of two that X was multiplied by.
     """
-    norms = torch.stack([part[2] for part in parts]).square_().sum(0).sqrt_()
+    norms = torch.stack([norms for _, _, norms in received]).square_().sum(0).sqrt_()
     shift = shift_of(norms)
-    for (top, left, rows, cols), slices, of_slice in parts:
+    for (top, left, rows, cols), slices, of_slice in received:
         target = X[:, top : top + rows, left : left + cols]
         if scaled:
             target.copy_(slices.float().mul_((of_slice / norms).nan_to_num_(0.0).float()[:, None, None]))

@@ -47,7 +47,7 @@ class Mesh(NamedTuple):
         """How many there are."""
         return self.shards * self.replicas
 
-    def parts(self, rows: int, cols: int) -> list[Rectangle]:
+    def rectangles(self, rows: int, cols: int) -> list[Rectangle]:
         """What each of the shards holds of a matrix."""
         found = []
         for i, j in product(range(self.rows), range(self.cols)):
@@ -82,12 +82,12 @@ class _Lot(NamedTuple):
 
     Attributes:
         plan: of one.
-        parts: by shard.
+        shards: by shard.
         owned: by owner, how many.
     """
 
     plan: Bucket
-    parts: tuple[Rectangle, ...]
+    shards: tuple[Rectangle, ...]
     owned: list[int]
 
     @property
@@ -98,12 +98,12 @@ class _Lot(NamedTuple):
     @property
     def records(self) -> list[int]:
         """By shard, bytes of a slice."""
-        return [record_bytes(part.elements) for part in self.parts]
+        return [record_bytes(shard.elements) for shard in self.shards]
 
     @property
     def round_size(self) -> int:
         """Of an owner's, how many go through in a round."""
-        (m, n), replicas = self.plan.shape, len(self.owned) // len(self.parts)
+        (m, n), replicas = self.plan.shape, len(self.owned) // len(self.shards)
         return matrices_in_round(max(self.owned), bytes_in_flight(self.plan.workspace_bytes, m * n, replicas), self.cap)
 
     @property
@@ -133,11 +133,11 @@ def _assigned(shapes: Shapes, mesh: Mesh, schedule: Schedule, backend: str) -> l
     lots: dict[tuple[int, int, tuple[Rectangle, ...]], _Lot] = {}
     members: list[list[tuple[_Lot, int]]] = []  # of equal matrices, their lot and cost
     for rows, cols, count in shapes:
-        m, n, parts = min(rows, cols), max(rows, cols), mesh.parts(rows, cols)
+        m, n, shards = min(rows, cols), max(rows, cols), mesh.rectangles(rows, cols)
         if rows > cols:
-            parts = [Rectangle(left, top, c, r) for top, left, r, c in parts]
+            shards = [Rectangle(left, top, c, r) for top, left, r, c in shards]
         plan = _plan(m, n, schedule, backend)
-        lot = lots.setdefault((m, n, tuple(parts)), _Lot(plan, tuple(parts), [0] * mesh.ranks))
+        lot = lots.setdefault((m, n, tuple(shards)), _Lot(plan, tuple(shards), [0] * mesh.ranks))
         cost = plan.flops
         if mesh.shards == 1:
             cost = plan_for_shapes([(m, n, 1)], schedule=schedule, backend=backend, available=False).flops
@@ -148,7 +148,7 @@ def _assigned(shapes: Shapes, mesh: Mesh, schedule: Schedule, backend: str) -> l
     pieces = [piece for equal in members for piece in equal]
     among: list[list[int] | None] = []
     for equal in members:
-        holders = [shard for shard, part in enumerate(equal[0][0].parts) if part.elements] if equal else []
+        holders = [i for i, shard in enumerate(equal[0][0].shards) if shard.elements] if equal else []
         alone = mesh.shards > 1 and len(holders) == 1
         nearby = [r * mesh.shards + holders[0] for r in range(mesh.replicas)] if alone else None
         among += [nearby] * len(equal)
@@ -181,7 +181,7 @@ def _multiplied(lots: Sequence[_Lot], rank: int) -> tuple[int, int]:
 
 
 def _in_flight(rounds: int, slices: int, owned: int, lots: Sequence[_Lot]) -> int:
-    norms = NORM_BYTES * max(max(lot.owned) for lot in lots) * len(lots[0].parts)
+    norms = NORM_BYTES * max(max(lot.owned) for lot in lots) * len(lots[0].shards)
     return min(IN_FLIGHT, rounds) * (slices + owned + norms)
 
 
@@ -199,7 +199,7 @@ def _copied(lots: Sequence[_Lot], mesh: Mesh, state_bytes: int) -> list[Cost]:
     return [
         Cost(
             sent=sum(shares) * (mesh.ranks - 1),
-            state=state_bytes * sum(lot.owned[rank] * lot.parts[0].elements for lot in lots),
+            state=state_bytes * sum(lot.owned[rank] * lot.shards[0].elements for lot in lots),
             workspace=_multiplied(lots, rank)[0],
             buffers=_in_flight(len(shares), max(shares), max(shares) * mesh.ranks, lots),
             flops=_multiplied(lots, rank)[1],
@@ -227,7 +227,7 @@ def _cut(lots: Sequence[_Lot], mesh: Mesh, state_bytes: int) -> list[Cost]:
     return [
         Cost(
             sent=sent[rank],
-            state=state_bytes * sum(sum(lot.owned) * lot.parts[rank % mesh.shards].elements for lot in lots),
+            state=state_bytes * sum(sum(lot.owned) * lot.shards[rank % mesh.shards].elements for lot in lots),
             workspace=_multiplied(lots, rank)[0],
             buffers=_in_flight(rounds, slices[rank], owned[rank], lots),
             flops=_multiplied(lots, rank)[1],
@@ -306,8 +306,8 @@ def blockwise(
     schedule = schedule or resolve(DEFAULT)
     alone = [0.0] * mesh.ranks
     for rows, cols, count in shapes:
-        for rank, part in enumerate(mesh.parts(rows, cols) * mesh.replicas):
-            alone[rank] += count * _plan(*sorted((part.rows, part.cols)), schedule, backend).flops
+        for rank, shard in enumerate(mesh.rectangles(rows, cols) * mesh.replicas):
+            alone[rank] += count * _plan(*sorted((shard.rows, shard.cols)), schedule, backend).flops
     return [
         whole._replace(
             sent=whole.sent / period,

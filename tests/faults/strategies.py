@@ -94,16 +94,18 @@ FAULTS = [
         "gram_is_muon and cpu and 4",
     ),
     _gram("squares of empty parts are old", "_clear(out, self._rest)", "None", "gram_is_muon and cpu and 4"),
-    _gram("cut rows are summed", "all(key.parts[rank].rows == m for rank in holders(key))", "True", "cannot_be_summed"),
+    _gram(
+        "cut rows are summed", "all(key.shards[rank].rows == m for rank in holders(key))", "True", "cannot_be_summed"
+    ),
     _gram(
         "square matrices not turned",
-        "return all(part.left == 0 and part.cols == found[0].cols for part in found)",
+        "return all(shard.left == 0 and shard.cols == found[0].cols for shard in found)",
         "return False",
         "gram_is_muon and cpu and 3",
     ),
     _gram(
         "square matrices always turned",
-        "return all(part.left == 0 and part.cols == found[0].cols for part in found)",
+        "return all(shard.left == 0 and shard.cols == found[0].cols for shard in found)",
         "return True",
         "gram_is_muon and cpu and 3",
     ),
@@ -138,7 +140,7 @@ FAULTS = [
     _blocks("never whole", 'bool(group.get("step", 0) % group["block_period"])', "True", "blocks_between and 3"),
     _blocks(
         "shape of the whole",
-        "yield piece, (batch, part.rows, part.cols)",
+        "yield piece, (batch, shard.rows, shard.cols)",
         "yield piece, (batch, *placement.whole)",
         "blocks_between and 3",
     ),

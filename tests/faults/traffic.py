@@ -126,7 +126,7 @@ FAULTS = [
     ),
     Fault(
         "model: tall as wide",
-        "parts = [Rectangle(left, top, c, r) for top, left, r, c in parts]",
+        "shards = [Rectangle(left, top, c, r) for top, left, r, c in shards]",
         "pass",
         "counted and 3-None",
         TRAFFIC,

@@ -26,6 +26,6 @@ def shard_shapes(
 ) -> Iterator[tuple[Piece | None, tuple[int, int, int]]]:
     """(piece, (batch, rows, cols)) of what this rank has of every kind of matrix of a parameter."""
     for piece, (batch, _, _), rectangles in shards_of(placement, flatten, split):
-        part = rectangles[placement.team.shard]
-        if part.elements:
-            yield piece, (batch, part.rows, part.cols)
+        shard = rectangles[placement.team.shard]
+        if shard.elements:
+            yield piece, (batch, shard.rows, shard.cols)

@@ -168,18 +168,18 @@ class GramRound(OwnerRound):
     def refuses(cls, key: LotKey) -> str | None:
         """See `OwnerRound`: a rank that has any of a matrix should have whole columns, wide side up."""
         m, n = key.shape
-        if len(holders(key)) > 1 and all(key.parts[rank].rows == m for rank in holders(key)):
+        if len(holders(key)) > 1 and all(key.shards[rank].rows == m for rank in holders(key)):
             return None
         return (
             f"strategy='gram' is for matrices that are cut along their longer dimension: the parts of {m}x{n} ones, "
-            f"which are {' and '.join(sorted({f'{p.rows}x{p.cols}' for p in key.parts}))}, go to owners"
+            f"which are {' and '.join(sorted({f'{p.rows}x{p.cols}' for p in key.shards}))}, go to owners"
         )
 
     @classmethod
     def turns(cls, rectangles: Sequence[Rectangle]) -> bool:
         """See `OwnerRound`: so that columns are cut."""
-        found = [part for part in rectangles if part.elements]
-        return all(part.left == 0 and part.cols == found[0].cols for part in found)
+        found = [shard for shard in rectangles if shard.elements]
+        return all(shard.left == 0 and shard.cols == found[0].cols for shard in found)
 
     @classmethod
     def owners(cls, team: Team) -> list[int]:
@@ -194,8 +194,8 @@ class GramRound(OwnerRound):
     @classmethod
     def shapes(cls, key: LotKey) -> tuple[tuple[int, int], tuple[int, int]]:
         """See `OwnerRound`."""
-        m, own = key.shape[0], key.parts[key.team.shard].cols
-        return (m, own), (m, max(part.cols for part in key.parts))
+        m, own = key.shape[0], key.shards[key.team.shard].cols
+        return (m, own), (m, max(shard.cols for shard in key.shards))
 
     @classmethod
     def algorithm(cls, name: str, backend: str) -> str:

@@ -73,13 +73,13 @@ class OwnerRound:
         """
         self.lot, self.start = lot, start
         team, key = lot.key.team, lot.key
-        own = key.parts[team.shard]
+        own = key.shards[team.shard]
         taken = [entries[start : start + lot.round_size] for entries in lot.entries]
         by_replica = [taken[r * team.shard_count : (r + 1) * team.shard_count] for r in range(team.replica_count)]
         here = by_replica[team.replica]
         # What this rank's part goes through: to the owners of this replica, and at last from all.
         self.sent = in_turn([(len(entries), own) for entries in here])
-        self.received = in_turn([(len(here[team.shard]), part) for part in key.parts])
+        self.received = in_turn([(len(here[team.shard]), shard) for shard in key.shards])
         self.owned = len(here[team.shard])
         self.entries = [[entry for entries in replica for entry in entries] for replica in by_replica]
         there = bool(own.elements)
@@ -124,7 +124,7 @@ class OwnerRound:
             entries, momenta = self.entries[replica], self.momenta[replica]
             if not self.params[replica] or (momenta is None and replica != team.replica):
                 continue
-            at = Slices(0, len(entries), self.sent[0].part)
+            at = Slices(0, len(entries), self.sent[0].shard)
             directions = [Matrices(grads[e.param], e.grad_at) for e in entries if e.grad_at is not None]
             norms = buffers.norms[: len(entries)]
             # Every replica keeps all momenta; what others will send is written over.
@@ -161,9 +161,9 @@ class OwnerRound:
         work, dtype = self.lot.work, self.lot.work.bucket.workspace_dtype
         if self.owned:
             stacks = workspace.stacks(work, self.owned)
-            parts = [(s.part, s.of(buffers.owned, dtype), s.norms(buffers.owned)) for s in self.received if s.bytes]
+            received = [(s.shard, s.of(buffers.owned, dtype), s.norms(buffers.owned)) for s in self.received if s.bytes]
             scaled = backends.get(work.bucket.backend).normalizes()
-            norms, shift = gather_slices(parts, stacks.X, scaled)
+            norms, shift = gather_slices(received, stacks.X, scaled)
             if stacks.blend is not None:
                 stacks.blend.norms.copy_(norms)
             scale = None
@@ -174,7 +174,7 @@ class OwnerRound:
                 scale.copy_(scale_of(norms, shift, scalars.eps, work.schedule.margin))
             result = run_iteration(work, stacks, scale)
             for s in self.received:
-                top, left, rows, cols = s.part
+                top, left, rows, cols = s.shard
                 if s.bytes:
                     s.of(buffers.owned, dtype).copy_(result[:, top : top + rows, left : left + cols])
         self.pending = self._exchange(buffers.owned, self.received, buffers.slices, self.sent, "results")
@@ -193,7 +193,7 @@ class OwnerRound:
             shares = list(torch.split(gathered, size)) if size else [gathered] * team.replica_count
         index = self.start * team.ranks
         for params, entries, ratios, share in zip(self.params, self.entries, self.ratios, shares, strict=True):
-            X = Slices(0, len(entries), self.sent[0].part).of(share, dtype)
+            X = Slices(0, len(entries), self.sent[0].shard).of(share, dtype)
             # Also where this rank has no part: others wait for its sums.
             own = normalized(self.lot, entries, X, scalars.beta2, ratios)
             if params:
