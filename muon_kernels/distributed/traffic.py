@@ -171,7 +171,7 @@ def owners(
         state_bytes: of an element of the momentum.
     """
     lots = _assigned(shapes, mesh, schedule or resolve(DEFAULT), backend)
-    return (_copied if mesh.shards == 1 else _cut)(lots, mesh, state_bytes)
+    return (_copied if mesh.shards == 1 else _sharded)(lots, mesh, state_bytes)
 
 
 def _multiplied(lots: Sequence[_Lot], rank: int) -> tuple[int, int]:
@@ -209,7 +209,7 @@ def _copied(lots: Sequence[_Lot], mesh: Mesh, state_bytes: int) -> list[Cost]:
     ]
 
 
-def _cut(lots: Sequence[_Lot], mesh: Mesh, state_bytes: int) -> list[Cost]:
+def _sharded(lots: Sequence[_Lot], mesh: Mesh, state_bytes: int) -> list[Cost]:
     """Of what is cut, each rank sends its slices to their owners and gets slices of results back."""
     sent, slices, owned, rounds = [0] * mesh.ranks, [0] * mesh.ranks, [0] * mesh.ranks, 0
     for lot in lots:

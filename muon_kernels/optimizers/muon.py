@@ -242,9 +242,9 @@ class Muon(Optimizer):
                     check_rounding(p)
                 if group["master_weights"]:
                     check_master(p)
-                cut = [split_shape(p.shape, group["flatten"], x) for x in pieces(p.shape, group["flatten"], split)]
+                shapes = [split_shape(p.shape, group["flatten"], x) for x in pieces(p.shape, group["flatten"], split)]
                 plan = plan_for_shapes(
-                    [(rows, cols, count) for count, rows, cols in cut],
+                    [(rows, cols, count) for count, rows, cols in shapes],
                     schedule=schedule_for(group["ns_coefficients"], group["ns_steps"], group["power"]),
                     device=p.device,
                     dtype=p.dtype,

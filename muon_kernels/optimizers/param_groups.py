@@ -218,7 +218,7 @@ def param_groups(
     places = _places(model, flatten)
     find = _Finder(places, missing_ok)
     claims = {"Muon": find.claims("muon", muon), "AdamW": find.claims("adamw", adamw)}
-    cuts = find.cuts(split)
+    splits = find.splits(split)
     own = {
         "lr": find.first("lr", _mapping("lr", lr, "patterns to numbers")),
         "weight_decay": find.first("weight_decay", _mapping("weight_decay", weight_decay, "patterns to numbers")),
@@ -238,18 +238,18 @@ def param_groups(
             group["param_names"].append(name)
             words += [f"{key} {value:g}" for key, value in options.items()]
         if optimizer == "Muon":
-            transposed, cut = _stored(at, flatten, cuts.get(param))
+            transposed, cut_to = _stored(at, flatten, splits.get(param))
             if transposed and "transposed" not in halves["Muon"]:
                 group.setdefault("transposed", []).append(name)
                 words.append("transposed")
-            if cut is not None:
-                group.setdefault("split", {})[name] = cut
-                words.append(f"split: {cut}")
+            if cut_to is not None:
+                group.setdefault("split", {})[name] = cut_to
+                words.append(f"split: {cut_to}")
         if len(at) > 1:
             words.append("tied with " + ", ".join(place.full_name for place in at[1:]))
         assignments.append(Assignment(name, tuple(param.shape), optimizer, ", ".join(words)))
     if not missing_ok:
-        _check_cuts(cuts, places, assignments)
+        _check_splits(splits, places, assignments)
     _warn_of_unknown(assignments)
 
     made = []
@@ -409,7 +409,7 @@ class _Finder:
                 found.setdefault(param, (pattern, value))
         return found
 
-    def cuts(self, split: Mapping[str, str]) -> dict[nn.Parameter, tuple[str, str]]:
+    def splits(self, split: Mapping[str, str]) -> dict[nn.Parameter, tuple[str, str]]:
         """Map each parameter that a pattern matches to that pattern and its cut; "auto" is where no other does."""
         said = {pattern: cut for pattern, cut in split.items() if cut != "auto"}
         found = self.first("split", said)
@@ -506,13 +506,13 @@ def _stored(at: Sequence[Place], flatten: bool | None, cut: tuple[str, str] | No
     return turned, next((split for split, _ in known if split is not None), None)
 
 
-def _check_cuts(
-    cuts: Mapping[nn.Parameter, tuple[str, str]], places: _Places, assignments: Sequence[Assignment]
+def _check_splits(
+    splits: Mapping[nn.Parameter, tuple[str, str]], places: _Places, assignments: Sequence[Assignment]
 ) -> None:
     """Raise ValueError for a pattern of `split` that matches parameters of AdamW's only."""
     went = dict(zip(places, assignments, strict=True))
     matched: dict[str, list[Assignment]] = {}
-    for param, (pattern, cut) in cuts.items():
+    for param, (pattern, cut) in splits.items():
         if cut != "auto":
             matched.setdefault(pattern, []).append(went[param])
     for pattern, found in matched.items():

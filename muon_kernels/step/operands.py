@@ -112,8 +112,8 @@ def pieces_of(p: Tensor, flatten: bool | None, order: tuple[int, ...], split: st
         return (None,)
     together, separate = (pieces(p.shape, flatten, split, separate) for separate in (False, True))
 
-    def described(cut: Sequence[Piece | None]) -> bool:
-        return all(layout(p.shape, p.stride(), flatten, order, piece) is not None for piece in cut)
+    def described(found: Sequence[Piece | None]) -> bool:
+        return all(layout(p.shape, p.stride(), flatten, order, piece) is not None for piece in found)
 
     return separate if described(separate) and not described(together) else together
 
@@ -175,7 +175,7 @@ def check(operands: Sequence[Operand], options: StepOptions) -> None:
     check_disjoint([(name, t) for name, t in named if isinstance(t, Tensor)])
 
 
-def cut(operand: Operand, options: StepOptions) -> tuple[tuple[int, ...], Sequence[PieceShape]]:
+def piece_shapes(operand: Operand, options: StepOptions) -> tuple[tuple[int, ...], Sequence[PieceShape]]:
     """The order of the columns of an operand, see `layout`, and its pieces.
 
     Raises:
@@ -216,7 +216,7 @@ class Viewer:
 
     def seen(self, index: int, operand: Operand) -> Iterator[Seen]:
         """Every piece of an operand, whose gradient has this index."""
-        order, shapes = cut(operand, self._options)
+        order, shapes = piece_shapes(operand, self._options)
         p, g, momentum, flatten = operand.param, operand.grad, operand.momentum, self._options.flatten
         absmaxes: list[Tensor | None] = [None] * len(shapes)
         if momentum is not None and momentum.dtype == torch.int8:
@@ -243,10 +243,10 @@ class Viewer:
             )
 
     def _second_moments(
-        self, operand: Operand, order: tuple[int, ...], cut: Sequence[Piece | None]
+        self, operand: Operand, order: tuple[int, ...], split_into: Sequence[Piece | None]
     ) -> Iterator[Source | None]:
         V, before = operand.second_moment, 0
-        for piece in cut:
+        for piece in split_into:
             if V is None:
                 yield None
             elif self._options.second_moment == "element":

@@ -681,8 +681,8 @@ FAULTS = [
     Fault(
         "split by a tied name",
         PARAM_GROUPS,
-        'group.setdefault("split", {})[name] = cut',
-        'group.setdefault("split", {})[at[-1].full_name] = cut',
+        'group.setdefault("split", {})[name] = cut_to',
+        'group.setdefault("split", {})[at[-1].full_name] = cut_to',
         SPLIT,
     ),
     Fault("keller: a digit", COEFFICIENTS_PY, "_KELLER = (3.4445,", "_KELLER = (3.4435,", COEFFICIENTS),

@@ -93,8 +93,8 @@ FAULTS = [
     ),
     Fault(
         "equal parts together where they are apart",
-        "found += own.view(count // piece.parts, piece.parts, blocks).unbind(1)",
-        "found += own.view(piece.parts, count // piece.parts, blocks).unbind(0)",
+        "found += own.view(matrices // piece.parts, piece.parts, blocks).unbind(1)",
+        "found += own.view(piece.parts, matrices // piece.parts, blocks).unbind(0)",
         EIGHT,
         PACKED,
     ),
