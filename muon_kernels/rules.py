@@ -434,7 +434,7 @@ LAYERS: tuple[Layer, ...] = (
     Layer("torch", r"Conv(Transpose)?[23]d", "weight", lambda m: equal(m.groups) if m.groups > 1 else None),
     Layer("torch", r"ConvTranspose\dd", "weight", transposed=True),
     Layer("transformers", "Conv1D", "weight", transposed=True),
-    # GPT-2 and its relatives. Of cross-attention, c_attn holds keys and values.
+    # GPT-2 and models built like it. Of cross-attention, c_attn holds keys and values.
     Layer(
         "transformers",
         "(GPT2|DecisionTransformerGPT2|ImageGPT)Attention",

@@ -1,4 +1,4 @@
-"""Muon's relatives: what comes between the orthogonalized update and the parameter, against plain float64.
+"""Muon's variants: what comes between the orthogonalized update and the parameter, against plain float64.
 
 The updates themselves are taken from plain Muon, which test_optimizer.py judges: a second optimizer without options
 steps parameters of zeros by the same gradients.

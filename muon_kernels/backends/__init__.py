@@ -42,7 +42,7 @@ class Backend(Products, Protocol):
     """The verbs (DESIGN: one name per operation in every layer) and what the plan needs to know of them."""
 
     def unavailable(self) -> str | None:
-        """Why nothing can run here, and the mend; None if ready. Raises what only the user can mend."""
+        """Why nothing can run here, and how to fix it; None if ready. Raises what only the user can mend."""
 
     def refuses(self, device: torch.device, dtypes: Sequence[torch.dtype], workspace_dtype: torch.dtype) -> str | None:
         """Why tensors of this kind, or stacks of that dtype, cannot be taken, and what could be; None if they can."""
@@ -201,7 +201,7 @@ def get(name: str) -> Backend:
 
 
 def unavailable(name: str) -> str | None:
-    """Why the backend of that name cannot run on this machine, and the mend; None if it is ready.
+    """Why the backend of that name cannot run on this machine, and how to fix it; None if it is ready.
 
     Raises:
         ValueError: the environment sets the backend up in a way that there is not.
@@ -245,7 +245,7 @@ def choose(
         backend = get(candidate)
         reason = backend.unavailable()
         if reason is None and (reason := backend.refuses(device, dtypes, workspace_dtype)) is not None:
-            reason = reason.partition(";")[0]  # the mend there is backend="auto"
+            reason = reason.partition(";")[0]  # the fix there is backend="auto"
         if reason is None:
             able.append(candidate)
         else:

@@ -81,7 +81,7 @@ def _elementwise(name: str, old: str, new: str) -> Fault:
     return Fault(name, ELEMENTWISE_H, old, new, ELEMENTWISE)
 
 
-def _relatives(name: str, old: str, new: str) -> Fault:
+def _variants(name: str, old: str, new: str) -> Fault:
     return Fault(name, ELEMENTWISE_H, old, new, 'tests/test_variants.py -k "cpu- and (everybodys or cautious)"')
 
 
@@ -345,13 +345,11 @@ FAULTS = [
     ),
     _elementwise("decay applied twice", "value[i] * factor)", "value[i] * factor * factor)"),
     # Cautious decay and stochastic rounding.
-    _relatives("cautious: not where the update is zero", "change > 0x80000000u", "change >= 0x80000000u"),
-    _relatives("cautious: without the parameter's sign", "^ (bits & 0x80000000u);", "^ (bits & 0u);"),
-    _relatives("random bits: a column has its neighbour's", "32 * (row % 2) : 16 * (col % 2)", "32 * (row % 2) : 0"),
-    _relatives(
-        "random bits: rows walk on by columns", "along_rows ? 1 : blocks) * kStep", "true ? 1 : blocks) * kStep"
-    ),
-    _relatives("random bits: of the first matrix", "(options.first + matrix) *", "options.first *"),
+    _variants("cautious: not where the update is zero", "change > 0x80000000u", "change >= 0x80000000u"),
+    _variants("cautious: without the parameter's sign", "^ (bits & 0x80000000u);", "^ (bits & 0u);"),
+    _variants("random bits: a column has its neighbour's", "32 * (row % 2) : 16 * (col % 2)", "32 * (row % 2) : 0"),
+    _variants("random bits: rows walk on by columns", "along_rows ? 1 : blocks) * kStep", "true ? 1 : blocks) * kStep"),
+    _variants("random bits: of the first matrix", "(options.first + matrix) *", "options.first *"),
     Fault("random bits: of the first matrix, in a fused step", DISPATCH, "options.first += matrix;", "", ELEMENTWISE),
     *[
         Fault(name, file, old, new, f'tests/test_variants.py -k "{tests}"')

@@ -1,4 +1,4 @@
-"""Faults in Muon's relatives: signs, second moments, forms of decay, cuts, and what is refused; see plant.py.
+"""Faults in Muon's variants: signs, second moments, forms of decay, cuts, and what is refused; see plant.py.
 
 The copy that they are planted in has no compiled module: the tests judge the eager backend.
 """
