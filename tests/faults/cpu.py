@@ -672,7 +672,7 @@ FAULTS = [
     Fault(
         "a checkpoint's split not tried",
         OPTIMIZER,
-        '                    pieces(p.shape, loaded["flatten"], split)\n',
+        '                pieces(p.shape, loaded["flatten"], split)\n',
         "                    pass\n",
         SPLIT,
     ),

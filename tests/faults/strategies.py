@@ -148,8 +148,8 @@ FAULTS = [
     _divide("ratio of blocks forgotten", "pieces=own, lr_factor=shard_lr_factor", "pieces=own", "blocks_between and 3"),
     Fault(
         "either kind of step is the other",
-        "self._tasks.get((id(group), steps_shards),",
-        "self._tasks.get(id(group),",
+        "cache.get((id(group), steps_shards),",
+        "cache.get(id(group),",
         "blocks_between and 3",
         "muon_kernels/optimizers/muon.py",
     ),
