@@ -17,8 +17,8 @@ by the time that it sees them, and keeps whole momenta.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, overload
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, overload
 
 import torch
 import torch.distributed as dist
@@ -37,83 +37,12 @@ from ..step.plan import plan_for_shapes
 from ..tensors import check_dense, check_disjoint, check_like, check_matrices, is_dtensor, local
 from . import consensus
 from .collectives import Failed, Pending, gather
-from .placement import Range, replicated, team_of
+from .flat import Flat, Matrix, length, meet
+from .placement import replicated, team_of
 
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 _MASTER, _MOMENTUM = "master_param", "momentum_buffer"
-
-
-class Matrix(NamedTuple):
-    """One of a parameter.
-
-    Attributes:
-        param: index in its group.
-        shape: (rows, cols).
-        at: its elements in the flat buffer.
-    """
-
-    param: int
-    shape: tuple[int, int]
-    at: Range
-
-
-def _meet(a: Range, b: Range) -> Range:
-    start, stop = max(a[0], b[0]), min(a[1], b[1])
-    return (start, stop) if start < stop else (start, start)
-
-
-def _length(at: Range) -> int:
-    return at[1] - at[0]
-
-
-class Flat:
-    """The parameters of a group, one after the other.
-
-    Attributes:
-        elements: how many there are.
-        slices: of every rank.
-        matrices: in order.
-        needed: for every rank, from the beginning of the first to the end of the last matrix that its slice has any of.
-    """
-
-    def __init__(self, params: Sequence[Tensor], flatten: bool | None, ranks: int) -> None:
-        """Lay them out.
-
-        Args:
-            params: whole.
-            flatten: see `Muon`.
-            ranks: how many share them.
-        """
-        self.matrices: list[Matrix] = []
-        self.starts = [0]
-        for index, p in enumerate(params):
-            count, rows, cols = split_shape(tuple(p.shape), flatten)
-            size = rows * cols
-            first = self.starts[-1]
-            self.matrices += [
-                Matrix(index, (rows, cols), (first + i * size, first + (i + 1) * size))
-                for i in range(count * (size > 0))
-            ]
-            self.starts.append(first + p.numel())
-        self.elements = self.starts[-1]
-        # As torch.chunk cuts, and DTensor with it: the last may be shorter or empty.
-        self.share = -(-self.elements // ranks)
-        self.slices = [
-            (min(r * self.share, self.elements), min((r + 1) * self.share, self.elements)) for r in range(ranks)
-        ]
-        self.needed = []
-        for own in self.slices:
-            touched = [m.at for m in self.matrices if _length(_meet(m.at, own))]
-            self.needed.append((touched[0][0], touched[-1][1]) if touched else (own[0], own[0]))
-
-    def fill(self, flat: Tensor, values: Iterable[Tensor | None]) -> None:
-        """Write a value of each parameter's size to the buffer, zeros for None."""
-        for start, stop, value in zip(self.starts, self.starts[1:], values, strict=False):
-            if value is None:
-                flat[start:stop].zero_()
-            else:
-                flat[start:stop].view(value.shape).copy_(value)
 
 
 class ZeroMuon(Optimizer):
@@ -222,7 +151,7 @@ class ZeroMuon(Optimizer):
         if not params:
             return
         own = flat.slices[self._group.rank()]
-        zeros = torch.zeros(_length(own), dtype=torch.float32, device=params[0].device)
+        zeros = torch.zeros(length(own), dtype=torch.float32, device=params[0].device)
         self.state[params[0]][_MOMENTUM] = self._distributed(zeros, flat)
         if params[0].dtype != torch.float32:
             master = self._slice(params, flat)
@@ -240,9 +169,9 @@ class ZeroMuon(Optimizer):
     def _slice(self, params: Sequence[Tensor], flat: Flat) -> Tensor:
         """A copy, in fp32, of what this rank's slice has of the parameters."""
         own = flat.slices[self._group.rank()]
-        found = torch.empty(_length(own), dtype=torch.float32, device=params[0].device)
+        found = torch.empty(length(own), dtype=torch.float32, device=params[0].device)
         for p, start in zip(params, flat.starts, strict=False):
-            begin, end = _meet(own, (start, start + p.numel()))
+            begin, end = meet(own, (start, start + p.numel()))
             found[begin - own[0] : end - own[0]].copy_(p.reshape(-1)[begin - start : end - start])
         return found
 
@@ -253,7 +182,7 @@ class ZeroMuon(Optimizer):
         total = 0
         for flat, group in zip(self._flats, self.param_groups, strict=True):
             if group["params"]:
-                whole = sum(_length(_meet(flat.needed[r], flat.slices[rank])) for r in range(ranks) if r != rank)
+                whole = sum(length(meet(flat.needed[r], flat.slices[rank])) for r in range(ranks) if r != rank)
                 total += 2 * whole + (ranks - 1) * flat.share * (4 + group["params"][0].itemsize)
         return total
 
@@ -323,10 +252,10 @@ class ZeroMuon(Optimizer):
         rank, ranks, device = self._group.rank(), self._group.size(), params[0].device
         state = self.state[params[0]]
         own = flat.slices[rank]
-        mine = [m for m in flat.matrices if grads[m.param] is not None and _length(_meet(m.at, own))]
+        mine = [m for m in flat.matrices if grads[m.param] is not None and length(meet(m.at, own))]
 
         def of(slice_: Tensor, m: Matrix) -> Tensor:
-            begin, end = _meet(m.at, own)
+            begin, end = meet(m.at, own)
             return slice_[begin - own[0] : end - own[0]]
 
         gradient = self._averaged(flat, grads, device).mul_(grad_scale)
@@ -346,7 +275,7 @@ class ZeroMuon(Optimizer):
         updated = local(state[_MASTER]) if _MASTER in state else self._slice(params, flat)
         lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
         for m, result in zip(mine, results, strict=True):
-            begin, end = _meet(m.at, own)
+            begin, end = meet(m.at, own)
             update = result.reshape(-1)[begin - m.at[0] : end - m.at[0]]
             of(updated, m).mul_(1 - lr * weight_decay).add_(update, alpha=-lr * ratios[m.shape])
 
@@ -377,16 +306,16 @@ class ZeroMuon(Optimizer):
         """Whole matrices of which this rank's slice has some, put together from all slices of the directions."""
         rank = self._group.rank()
         own, needed = flat.slices[rank], flat.needed[rank]
-        to_send = [_meet(other, own) for other in flat.needed]
+        to_send = [meet(other, own) for other in flat.needed]
         sent = torch.cat([direction[begin - own[0] : end - own[0]] for begin, end in to_send])
-        whole = torch.empty(_length(needed), dtype=torch.bfloat16, device=direction.device)
+        whole = torch.empty(length(needed), dtype=torch.bfloat16, device=direction.device)
         Pending(
             "gathering matrices",
             lambda: dist.all_to_all_single(
                 whole,
                 sent,
-                [_length(_meet(needed, other)) for other in flat.slices],
-                [_length(at) for at in to_send],
+                [length(meet(needed, other)) for other in flat.slices],
+                [length(at) for at in to_send],
                 group=self._group,
                 async_op=True,
             ),
@@ -453,12 +382,12 @@ class ZeroMuon(Optimizer):
 def _own_slice(key: str, value: Any, flat: Flat, rank: int) -> Tensor:
     """Of what a checkpoint has."""
     own = flat.slices[rank]
-    expected = f"{key} should be of {flat.elements} elements, of which rank {rank} has {_length(own)}"
+    expected = f"{key} should be of {flat.elements} elements, of which rank {rank} has {length(own)}"
     if not isinstance(value, Tensor) or tuple(value.shape) != (flat.elements,):
         raise ValueError(f"{expected}, but is: {tuple(value.shape) if isinstance(value, Tensor) else value!r}")
     if not is_dtensor(value):
         return value[own[0] : own[1]]
-    if local(value).numel() != _length(own):
+    if local(value).numel() != length(own):
         raise ValueError(
             f"{expected}, but it has {local(value).numel()}: saved by another number of ranks; load it by "
             "torch.distributed.checkpoint, which cuts it anew"

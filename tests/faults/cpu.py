@@ -673,7 +673,7 @@ FAULTS = [
         "a checkpoint's split not tried",
         OPTIMIZER,
         '                pieces(p.shape, loaded["flatten"], split)\n',
-        "                    pass\n",
+        "                pass\n",
         SPLIT,
     ),
     Fault(

@@ -217,7 +217,7 @@ FAULTS = [
     Fault(
         "any precision",
         "            check_precision(own, group)\n",
-        "                pass\n",
+        "            pass\n",
         CHECKPOINT,
         OPTIMIZER,
     ),

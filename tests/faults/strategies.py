@@ -209,7 +209,7 @@ FAULTS = [
         "updated = self._slice(params, flat)",
         "mean_gradient and 2",
     ),
-    _zero("parameters without gradient decay", "if grads[m.param] is not None and _length", "if _length", "some_ranks"),
+    _zero("parameters without gradient decay", "if grads[m.param] is not None and length", "if length", "some_ranks"),
     _zero(
         "scale of the gradient forgotten",
         "self._averaged(flat, grads, device).mul_(grad_scale)",
@@ -240,7 +240,7 @@ FAULTS = [
     _zero(
         "slice of a whole checkpoint", "return value[own[0] : own[1]]", "return value[: own[1] - own[0]]", "refuse_what"
     ),
-    _zero("slices of others are taken", "if local(value).numel() != _length(own):", "if False:", "refuse_what"),
+    _zero("slices of others are taken", "if local(value).numel() != length(own):", "if False:", "refuse_what"),
     _zero("state forgotten when loaded", "        self.state.update(kept)\n", "", "any_number_of_ranks or refuse"),
     _zero(
         "master is the rounded parameter",
