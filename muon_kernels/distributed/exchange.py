@@ -1,16 +1,16 @@
-"""A step of matrices whose parts are on several ranks, or that several ranks have copies of.
+"""A step that several ranks take together: of matrices whose shards they hold, or of which they have copies.
 
-Muon needs whole matrices. Each is dealt to an owner: ranks send it their slices of the directions, in the dtype that is
-multiplied anyway, the owner orthogonalizes and sends slices back. Replicas take turns: each does its share and they
-gather one another's results. What a rank sends is 2 bytes an element there and 2 back, whatever the number of ranks;
-https://arxiv.org/abs/2502.16982 gathers every matrix on every rank instead.
+Muon needs whole matrices. Each is assigned to an owner. Ranks send it their slices of the direction, in the dtype that
+is multiplied anyway; the owner orthogonalizes the matrix and sends slices of the result back. Replicas take turns: each
+does its share and they gather one another's results. A rank sends 2 bytes an element to owners and 2 back, whatever the
+number of ranks; https://arxiv.org/abs/2502.16982 gathers every matrix on every rank instead.
 
-Equal matrices that are cut in the same way make a lot. A lot goes through in rounds that fit the workspace; the slices
-of the next round travel, and so do the results of the last, while one round is multiplied.
+Equal matrices that are sharded in the same way make a lot. A lot is stepped in rounds that fit the workspace. While one
+round is multiplied, slices of the next rounds travel, and so do results of the last ones.
 
-The norm of a matrix comes from its parts' in double, so that the result is that of one process: the same bits where
-momentum and products are the same, which is so for every backend but "eager", whose slices are normalised before they
-are rounded.
+The norm of a matrix is computed from the norms of its shards in double precision. So the result is that of one process,
+to the bit, where momentum and products are the same. This holds for every backend but "eager", which normalises slices
+before it rounds them.
 """
 
 from __future__ import annotations
@@ -57,50 +57,50 @@ from .strategies.replicas import ReplicaRound
 
 
 class Exchange:
-    """The step of all matrices of a team; a `Task`.
+    """Step of all matrices of a team: a `Task`.
 
     Attributes:
         team: the ranks.
-        rounds: in order.
+        rounds: in the order in which they begin.
     """
 
     together = True
 
     def __init__(self, team: Team, rounds: Sequence[OwnerRound | ReplicaRound]) -> None:
-        """Nothing is allocated yet."""
+        """Take the rounds of a team; allocate nothing yet."""
         self.team, self.rounds = team, list(rounds)
         self._buffers: list[Buffers] = []
 
     @property
     def works(self) -> list[Work]:
-        """How this rank iterates what it owns."""
+        """The iteration on this rank of every lot."""
         return [lot.work for lot in self.lots]
 
     @property
     def buckets(self) -> list[Bucket]:
-        """Those of them in which this rank owns any."""
+        """The buckets in which this rank owns a matrix."""
         return [work.bucket for work in self.works if work.bucket.slots]
 
     @property
     def bytes_sent(self) -> int:
-        """By this rank to others in a step."""
+        """Bytes that this rank sends to others in a step."""
         return sum(r.bytes_sent for r in self.rounds)
 
     @property
     def collectives(self) -> int:
-        """Calls in a step."""
+        """Number of collectives in a step."""
         return sum(r.collectives for r in self.rounds)
 
     @property
     def _sizes(self) -> tuple[int, int, int]:
-        """Elements of a set of buffers: bytes, bytes, norms."""
+        """Sizes of a set of buffers: bytes of slices, bytes of owned matrices, number of norms."""
         slices, owned = (max(column) for column in zip(*(r.buffer_bytes for r in self.rounds), strict=True))
         largest = max(max(map(len, lot.entries)) for lot in self.lots)
         return slices, owned, largest * self.team.shard_count
 
     @property
     def buffer_bytes(self) -> int:
-        """What is allocated beside the workspace."""
+        """Bytes that are allocated beside the workspace."""
         if not self.rounds:
             return 0
         slices, owned, norms = self._sizes
@@ -108,13 +108,13 @@ class Exchange:
 
     @property
     def state_bytes(self) -> int:
-        """Of the momenta that this rank keeps."""
+        """Bytes of the momenta that this rank keeps."""
         kept = [matrix for r in self.rounds for bundle in r.momenta for matrix in bundle or ()]
         return sum(at.batch * at.rows * at.cols * t.itemsize for t, at in kept)
 
     @property
     def exchanged(self) -> Shared:
-        """What a plan has of it."""
+        """The line of a plan about this exchange."""
         entries = [(lot, of_rank) for lot in self.lots for of_rank in lot.entries]
         return Shared(
             ranks=self.team.ranks,
@@ -128,7 +128,7 @@ class Exchange:
         )
 
     def reserve(self, workspace: Workspace) -> None:
-        """Allocate buffers, and room in the workspace for `works`."""
+        """Allocate the buffers, and room in the workspace for `works`."""
         self._allocate()
         for work in self.works:
             workspace.reserve(work.device, work.bucket.workspace_bytes)
@@ -139,7 +139,7 @@ class Exchange:
         device = self.works[0].device
         *sizes, count = self._sizes
         for _ in range(min(IN_FLIGHT, len(self.rounds))):
-            # doubles, for what is viewed as such
+            # Allocated as doubles, for alignment: norms are viewed as such.
             slices, owned = (
                 torch.empty(-(-size // NORM_BYTES), dtype=torch.float64, device=device).view(torch.uint8)
                 for size in sizes
@@ -148,19 +148,19 @@ class Exchange:
 
     @property
     def lots(self) -> list[Lot]:
-        """What goes through, each once."""
+        """The lots that the rounds step, each once."""
         lots = [lot for r in self.rounds for lot in ([r.lot] if isinstance(r, OwnerRound) else [c.lot for c in r.lots])]
         return list({id(lot): lot for lot in lots}.values())
 
     def warm_up(self, grads: Sequence[Tensor], scalars: Scalars, workspace: Workspace) -> None:
-        """See `Task`."""
+        """Raise RuntimeError where random bits would be captured in a CUDA graph; there is nothing to warm up."""
         check_uncaptured(self.works, scalars)
 
     def run(self, grads: Sequence[Tensor], scalars: Scalars, workspace: Workspace) -> None:
-        """See `Task`.
+        """Step all matrices of the team, several rounds at a time; see `Task.run`.
 
         Raises:
-            Failed: a collective did not end; some matrices may be stepped and others not.
+            Failed: a collective did not complete; some matrices may be stepped and others not.
         """
         rounds, buffers = self.rounds, self._buffers
         for i in range(-AHEAD, len(rounds) + LATE):
@@ -181,18 +181,18 @@ def divide(
     steps_shards: bool = False,
     shard_lr_factor: float = 1.0,
 ) -> list[Task]:
-    """Divide a step into what this rank does alone and what ranks do together; nothing is written.
+    """Divide a step into what this rank does alone and what ranks do together; write nothing.
 
     Args:
-        operands: of DTensors this rank's parts, without state that another rank keeps.
-        placements: where each is; None for those, or if all, that this rank steps alone.
+        operands: of DTensors, this rank's shards, without state that another rank keeps.
+        placements: where each operand is, None for one that this rank steps alone; or None if it steps all alone.
         options: the group's.
         strategy: see `Muon`.
-        steps_shards: whether parts of matrices that are cut are stepped as matrices, see strategies/blocks.py.
-        shard_lr_factor: of their learning rate.
+        steps_shards: whether this rank steps its shards as if they were whole matrices, see strategies/blocks.py.
+        shard_lr_factor: factor of the learning rate of such shards.
 
     Raises:
-        ValueError, TypeError, RuntimeError: what cannot be stepped.
+        ValueError, TypeError, RuntimeError: an operand or an option that cannot be used.
     """
     if placements is None or not any(placements):
         return [Local(prepare(operands, options))]
@@ -221,16 +221,16 @@ def exchanges_of(
     options: StepOptions,
     strategy: type[OwnerRound] = OwnerRound,
 ) -> list[Exchange]:
-    """How the operands that have a placement are stepped, a team at a time; nothing is written.
+    """Return the exchanges that step the operands which have a placement, one for each team; write nothing.
 
     Args:
-        operands: this rank's parts.
-        placements: where they are; None for those that are stepped alone.
+        operands: this rank's shards.
+        placements: where the operands are; None for one that is stepped alone.
         options: the group's.
-        strategy: of the rounds of what is cut, where it can.
+        strategy: the class of the rounds of sharded matrices, where it can step them.
 
     Raises:
-        ValueError, TypeError, RuntimeError: what cannot be stepped.
+        ValueError, TypeError, RuntimeError: an operand or an option that cannot be used.
     """
     by_key: dict[LotKey, list[tuple[int | None, Entry]]] = {}
     for index, (operand, placement) in enumerate(zip(operands, placements, strict=True)):
@@ -252,7 +252,7 @@ def exchanges_of(
 def _entries(
     index: int, operand: Operand, placement: Placement, options: StepOptions, strategy: type[OwnerRound]
 ) -> Iterator[tuple[LotKey, list[tuple[int | None, Entry]]]]:
-    """The matrices of an operand, kind by kind, each with the rank that keeps its momentum, if one does."""
+    """Yield the matrices of an operand by key, each with the rank that keeps its momentum; None if every rank does."""
     p, g, V, flatten = operand.param, operand.grad, operand.second_moment, options.flatten
     for piece, (batch, rows, cols), rectangles in shards_of(placement, flatten, operand.split):
         tall = rows > cols or (rows == cols and strategy.turns(rectangles))
@@ -277,7 +277,7 @@ def _entries(
 
 
 class _Choice(NamedTuple):
-    """How a kind of matrices goes through: the way of its rounds, its plan by their number, and notes."""
+    """Choice for all matrices of a key: the class of their rounds, their plan by their number, and notes."""
 
     strategy: type[OwnerRound]
     plan: Callable[[int], Bucket]
@@ -292,7 +292,7 @@ def _chosen(key: LotKey, options: StepOptions, strategy: type[OwnerRound]) -> _C
     strategy = OwnerRound if reason else strategy
     if reason and len(holders(key)) > 1:
         notes += (reason,)
-    # Second moments of parts are not in the stack, see lots.py.
+    # Second moments of shards are applied outside of the stack, see `lots.normalized`.
     stages = [stage for stage in stages_of(options) if not isinstance(stage, SecondMoment)]
     plan = partial(
         plan_bucket,
@@ -316,7 +316,7 @@ def _assigned(
     options: StepOptions,
     strategy: type[OwnerRound],
 ) -> list[Lot]:
-    """A lot of every kind, whose matrices are dealt to owners by their FLOPs."""
+    """Return a lot for every key, its matrices assigned to owners by their FLOPs."""
     chosen = {key: _chosen(key, options, strategy) for key in by_key}
     costs, among = [], []
     for key, entries in by_key.items():
@@ -325,7 +325,7 @@ def _assigned(
         anywhere = chosen[key].strategy.owners(team)
         for owner, _ in entries:
             costs.append(cost)
-            # What only one rank has a part of stays there.
+            # A matrix of which only one rank holds elements stays there.
             among.append([owner] if owner is not None else nearby if len(held) == 1 else anywhere)
     owners = iter(assign_owners(costs, team.ranks, among=among))
     lots: list[Lot] = []
@@ -365,7 +365,7 @@ def _lot(
     cap = _cap(bucket.backend, options.max_workspace_bytes)
     round_size = matrices_in_round(largest, bytes_in_flight(each(m, n), m * n, key.team.replica_count), cap)
     chunks = tuple(min(round_size, owned - start) for start in range(0, owned, round_size))
-    # Momenta of copies that no rank alone keeps are updated in the workspace, on every rank those of all.
+    # Where every rank keeps the momenta of all copies, it updates all of them, in the workspace.
     slots = round_size if key.team.shards is None and not owner_keeps_state else max(chunks, default=0)
     bucket = strategy.counted(
         replace(bucket, chunks=chunks, slots=slots, workspace_bytes=slots * each(*held)), schedule
@@ -376,13 +376,13 @@ def _lot(
 
 
 def _owner_rounds(lots: Sequence[Lot], params: Sequence[Tensor], momenta: Momenta) -> list[OwnerRound]:
-    """Those first in which most ranks have something to do."""
+    """Return the rounds of sharded lots; first those in which most ranks have a matrix to iterate."""
     rounds = [lot.strategy(lot, i * lot.round_size, params, momenta) for lot in lots for i in range(lot.rounds)]
     return sorted(rounds, key=lambda r: -sum(len(entries) > r.start for entries in r.lot.entries))
 
 
 def _replica_rounds(lots: Sequence[Lot], params: Sequence[Tensor], momenta: Momenta, share: int) -> list[ReplicaRound]:
-    """Lots together until a share of their results has so many bytes, which is worth a collective."""
+    """Return the rounds of replicated lots, joined until a share of results has `share` bytes, worth a collective."""
     rounds, waiting = [], []
     for lot in lots:
         for i in range(lot.rounds):

@@ -1,4 +1,4 @@
-"""The parameters of a group, one after the other in a flat buffer of which every rank has an equal slice."""
+"""Layout of a group's parameters in a flat buffer, one after the other, of which every rank has an equal slice."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .placement import Range
 
 
 class Matrix(NamedTuple):
-    """One of a parameter.
+    """One matrix of a parameter.
 
     Attributes:
-        param: index in its group.
+        param: index of the parameter in its group.
         shape: (rows, cols).
         at: its elements in the flat buffer.
     """
@@ -26,7 +26,7 @@ class Matrix(NamedTuple):
 
 
 def meet(a: Range, b: Range) -> Range:
-    """Return the range that `a` and `b` have in common; an empty one at its start where there is none."""
+    """Return the range that `a` and `b` have in common; an empty range if there is none."""
     start, stop = max(a[0], b[0]), min(a[1], b[1])
     return (start, stop) if start < stop else (start, start)
 
@@ -37,17 +37,21 @@ def length(at: Range) -> int:
 
 
 class Flat:
-    """The parameters of a group, one after the other.
+    """Layout of the parameters of a group, one after the other.
 
     Attributes:
-        elements: how many there are.
-        slices: of every rank.
+        elements: number of elements of all parameters.
+        starts: where each parameter begins, and where the last one ends.
+        share: elements of the longest slice.
+        slices: range of every rank.
         matrices: in order.
-        needed: for every rank, from the beginning of the first to the end of the last matrix that its slice has any of.
+        needed: for every rank, the range from the beginning of the first to the end of the last matrix of which its
+            slice
+            has any.
     """
 
     def __init__(self, params: Sequence[Tensor], flatten: bool | None, ranks: int) -> None:
-        """Lay them out.
+        """Lay the parameters out.
 
         Args:
             params: whole.
@@ -66,7 +70,7 @@ class Flat:
             ]
             self.starts.append(first + p.numel())
         self.elements = self.starts[-1]
-        # As torch.chunk cuts, and DTensor with it: the last may be shorter or empty.
+        # Divided as torch.chunk and DTensor do: the last slice may be shorter or empty.
         self.share = -(-self.elements // ranks)
         self.slices = [
             (min(r * self.share, self.elements), min((r + 1) * self.share, self.elements)) for r in range(ranks)
@@ -77,7 +81,7 @@ class Flat:
             self.needed.append((touched[0][0], touched[-1][1]) if touched else (own[0], own[0]))
 
     def fill(self, flat: Tensor, values: Iterable[Tensor | None]) -> None:
-        """Write a value of each parameter's size to the buffer, zeros for None."""
+        """Write a value of each parameter's size to the buffer; zeros for None."""
         for start, stop, value in zip(self.starts, self.starts[1:], values, strict=False):
             if value is None:
                 flat[start:stop].zero_()

@@ -1,4 +1,4 @@
-"""Equal matrices, equally cut, by owner."""
+"""Lots: equal matrices that are sharded in the same way, by owner."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
     from ..step.work import Work
     from .strategies.owner import OwnerRound
 
-# One a parameter, but where another rank keeps it; None where the direction is the gradient.
+# One for each parameter, None where another rank keeps it; None for all where the direction is the gradient.
 Momenta = Sequence[Tensor | None] | None
 
 
 class Entry(NamedTuple):
-    """One matrix; where this rank holds none of it, without layouts.
+    """One matrix of a lot. Where this rank holds nothing of it, the layouts are None.
 
     Attributes:
         param: index of the parameter.
-        ratio: of the learning rate.
-        tall: whether the parameter has it transposed.
-        moment: second moment of this rank's part, as the parameter has it, if one is kept here.
+        ratio: factor of its learning rate.
+        tall: whether the parameter holds it transposed.
+        moment: second moment of this rank's shard, in the orientation of the parameter, if it is kept here.
     """
 
     param: int
@@ -44,7 +44,13 @@ class Entry(NamedTuple):
 
 
 class LotKey(NamedTuple):
-    """What the matrices of a lot have in common."""
+    """Properties that all matrices of a lot share.
+
+    Attributes:
+        team: the ranks that step them.
+        shape: (rows, cols) of the whole matrix, rows <= cols.
+        shards: what each rank of `team.shards` holds of it.
+    """
 
     team: Team
     shape: tuple[int, int]
@@ -55,22 +61,22 @@ class LotKey(NamedTuple):
 
 
 def holders(key: LotKey) -> list[int]:
-    """The ranks that have any of such a matrix."""
+    """Return the ranks that hold elements of such a matrix."""
     return [rank for rank, shard in enumerate(key.shards) if shard.elements]
 
 
 @dataclass
 class Lot:
-    """Equal matrices, equally cut, by owner.
+    """Equal matrices that are sharded in the same way, by owner.
 
     Attributes:
         key: what they have in common.
         work: how an owner iterates.
-        group_index: of the first one among all of the group; for stochastic rounding.
-        entries: for every rank of the team, what it owns.
+        group_index: of the first matrix among all of the group; for the random bits of stochastic rounding.
+        entries: for every rank of the team, the matrices that it owns.
         round_size: matrices of one owner in a round.
-        strategy: of the rounds, where the matrices are cut.
-        owner_keeps_state: whether each owner alone keeps the state of its matrices.
+        strategy: class of the rounds, where the matrices are sharded.
+        owner_keeps_state: whether only the owner keeps the state of a matrix.
     """
 
     key: LotKey
@@ -83,16 +89,16 @@ class Lot:
 
     @property
     def second_moment(self) -> str | None:
-        """The form of the second moment that results are divided by."""
+        """The form of the second moment that results are divided by, or None."""
         return next((stage.form for stage in self.work.stages if isinstance(stage, SecondMoment)), None)
 
     @property
     def rounds(self) -> int:
-        """How many."""
+        """Number of rounds."""
         return -(-max(map(len, self.entries)) // self.round_size)
 
     def __str__(self) -> str:
-        """Name it in an error."""
+        """Return the lot's name in an error."""
         m, n = self.key.shape
         return f"the bucket of {sum(map(len, self.entries))} x {m}x{n}"
 
@@ -108,7 +114,7 @@ def bundle_of(tensors: Sequence[Tensor | None], entries: Sequence[Entry], which:
 
 
 def normalized(lot: Lot, entries: Sequence[Entry], X: Tensor, beta2: float, ratios: array[float]) -> array[float]:
-    """Divide X, this rank's parts of results, by second moments; return the ratios that are left."""
+    """Divide X, this rank's shards of results, by second moments; return the ratios to multiply them by."""
     form, team = lot.second_moment, lot.key.team
     if form is None:
         return ratios

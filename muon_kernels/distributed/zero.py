@@ -5,14 +5,14 @@ of an equal slice of it, wherever that begins and ends. In a step
 
     gradients are reduced and scattered in fp32        4 bytes an element to send
     the slices' momenta are updated
-    matrices are gathered in bf16                      2 bytes an element of those that a slice cuts
-    whole matrices go through Newton-Schulz, and all but the slice of the result is forgotten
+    matrices are gathered in bf16                      2 bytes an element of those that a slice boundary divides
+    whole matrices go through Newton-Schulz, and all but the slice of the result is dropped
     the slices of the parameters are updated
     parameters are gathered                            2 or 4 bytes an element
 
-each times (k-1)/k for k ranks. The paper gathers all matrices on every rank; here a rank gets only those of which its
-slice has a part, so that others are sent nowhere and orthogonalized once. `Muon` sends no gradients, which are averaged
-by the time that it sees them, and keeps whole momenta.
+each times (k-1)/k for k ranks. The paper gathers all matrices on every rank. Here a rank gathers only those of which
+its slice has elements, so that the others are sent nowhere and orthogonalized once. `Muon`, in contrast, sends no
+gradients, which have been averaged before it sees them, and keeps whole momenta.
 """
 
 from __future__ import annotations
@@ -46,30 +46,31 @@ _MASTER, _MOMENTUM = "master_param", "momentum_buffer"
 
 
 class ZeroMuon(Optimizer):
-    r"""`Muon` for replicated parameters, whose state is cut to equal slices: algorithm 1 of arXiv 2502.16982.
+    r"""`Muon` for replicated parameters with sharded state: algorithm 1 of arXiv 2502.16982, ZeRO-1.
 
     The formulas are `Muon`'s, but the direction is rounded to bf16 before its norm is taken. Gradients are each rank's
-    own: the step averages them, so DistributedDataParallel should not (its `no_sync`, or none at all). They are only
-    read. After a step all ranks have the same parameters.
+    own. The step averages them, so DistributedDataParallel should not: use its `no_sync`, or do without it. Gradients
+    are only read. After a step all ranks have the same parameters.
 
-    Parameters of another dtype than fp32 have fp32 master copies, made when the optimizer is, which are what steps
-    update: load a model's weights before. State is made at once, too: a DTensor with a dimension, `momentum_buffer` and
-    maybe `master_param`, of the first parameter of each group, which torch.distributed.checkpoint saves and loads for
-    any number of ranks.
+    Parameters of another dtype than fp32 have fp32 master copies, which are what steps update. These are made with the
+    optimizer, so load a model's weights before. All other state is made then, too. It consists of one-dimensional
+    DTensors in the state of each group's first parameter, `momentum_buffer` and maybe `master_param`, which
+    torch.distributed.checkpoint saves and loads for any number of ranks.
 
     Args:
-        params: parameters with at least two dimensions, or groups of them, the same on all ranks; those of a group are
-            of one dtype and on one device.
+        params: parameters with at least two dimensions, or groups of them, the same on all ranks. Those of a group are
+            of
+            one dtype and on one device.
         lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn, dampened, flatten,
             ns_algorithm, backend, max_workspace_bytes, maximize: see `Muon`; groups may differ in them.
-        process_group: of the ranks; None: all.
+        process_group: the ranks; None for all.
 
     Raises:
         ValueError, TypeError: an argument that cannot be used, with what was expected.
     """
 
-    # torch.amp.GradScaler then leaves unscaling and the skipped step to `step` (attributes grad_scale and found_inf):
-    # gradients are each rank's own, and all ranks have to leave the same steps out.
+    # Has torch.amp.GradScaler leave unscaling, and leaving out a step, to `step` (attributes grad_scale and found_inf):
+    # gradients are each rank's own, and all ranks have to leave out the same steps.
     _step_supports_amp_scaling = True
 
     def __init__(
@@ -123,7 +124,14 @@ class ZeroMuon(Optimizer):
 
     @torch.no_grad()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group after checking its options and parameters, and make its state."""
+        """Add a group and make its state; on error the optimizer is unchanged.
+
+        Args:
+            param_group: a dict with `params` and options that differ from the defaults. All ranks have to add it.
+
+        Raises:
+            ValueError, TypeError: an option or a parameter that cannot be used, or ranks that differ in them.
+        """
         before = len(self.param_groups)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -158,7 +166,7 @@ class ZeroMuon(Optimizer):
             self.state[params[0]][_MASTER] = self._distributed(master, flat)
 
     def _distributed(self, own: Tensor, flat: Flat) -> Tensor:
-        """A rank's slice as that of a DTensor."""
+        """Return a DTensor of which this rank's slice is `own`."""
         from torch.distributed.device_mesh import DeviceMesh
         from torch.distributed.tensor import DTensor, Shard
 
@@ -167,7 +175,7 @@ class ZeroMuon(Optimizer):
         return DTensor.from_local(own, mesh, [Shard(0)], run_check=False, shape=size, stride=(1,))
 
     def _slice(self, params: Sequence[Tensor], flat: Flat) -> Tensor:
-        """A copy, in fp32, of what this rank's slice has of the parameters."""
+        """Return a copy, in fp32, of what this rank's slice has of the parameters."""
         own = flat.slices[self._group.rank()]
         found = torch.empty(length(own), dtype=torch.float32, device=params[0].device)
         for p, start in zip(params, flat.starts, strict=False):
@@ -177,7 +185,7 @@ class ZeroMuon(Optimizer):
 
     @property
     def bytes_sent(self) -> int:
-        """By this rank to others in a step in which every parameter has a gradient, reductions as in a ring."""
+        """Bytes that this rank sends in a step if every parameter has a gradient, reductions counted as in a ring."""
         rank, ranks = self._group.rank(), self._group.size()
         total = 0
         for flat, group in zip(self._flats, self.param_groups, strict=True):
@@ -193,7 +201,7 @@ class ZeroMuon(Optimizer):
     @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Average gradients and update every parameter that has one on any rank.
+        """Average gradients over ranks and update every parameter that has one on any rank; all ranks call it.
 
         Args:
             closure: re-evaluates the model and returns the loss.
@@ -288,7 +296,7 @@ class ZeroMuon(Optimizer):
                 p.copy_(gathered[start : start + p.numel()].view(p.shape))
 
     def _averaged(self, flat: Flat, grads: Sequence[Tensor | None], device: torch.device) -> Tensor:
-        """This rank's slice of all ranks' gradients, fp32, with room for the longest slice."""
+        """Return this rank's slice of the mean gradients in fp32, with room for the longest slice."""
         ranks = self._group.size()
         everything = torch.empty(ranks * flat.share, dtype=torch.float32, device=device)
         flat.fill(everything, grads)
@@ -303,7 +311,10 @@ class ZeroMuon(Optimizer):
     def _orthogonalized(
         self, group: dict[str, Any], flat: Flat, mine: Sequence[Matrix], direction: Tensor
     ) -> list[Tensor]:
-        """Whole matrices of which this rank's slice has some, put together from all slices of the directions."""
+        """Return the results of `mine`, the matrices of which this rank's slice has elements.
+
+        The matrices are assembled from all ranks' slices of the directions.
+        """
         rank = self._group.rank()
         own, needed = flat.slices[rank], flat.needed[rank]
         to_send = [meet(other, own) for other in flat.needed]
@@ -340,7 +351,7 @@ class ZeroMuon(Optimizer):
         return results
 
     def state_dict(self) -> dict[str, Any]:
-        """A checkpoint, in plain values."""
+        """Return a checkpoint, in plain values: this rank's slices as DTensors."""
         for group in self.param_groups:
             settle(group, self.defaults)
         return super().state_dict()
@@ -349,8 +360,11 @@ class ZeroMuon(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned for the same groups and number of ranks.
 
-        For another number, load it into what `state_dict` returns here by torch.distributed.checkpoint first. Slices
-        may also be given as the whole flat buffers.
+        For another number of ranks, load the checkpoint into what `state_dict` returns here by
+        torch.distributed.checkpoint first. Slices may also be given as the whole flat buffers.
+
+        Args:
+            state_dict: a checkpoint of this class.
 
         Raises:
             ValueError, TypeError: groups, sizes or options do not fit; nothing has been changed then.
@@ -380,7 +394,7 @@ class ZeroMuon(Optimizer):
 
 
 def _own_slice(key: str, value: Any, flat: Flat, rank: int) -> Tensor:
-    """Of what a checkpoint has."""
+    """Return this rank's slice of a value of a checkpoint, which is a whole buffer or a DTensor."""
     own = flat.slices[rank]
     expected = f"{key} should be of {flat.elements} elements, of which rank {rank} has {length(own)}"
     if not isinstance(value, Tensor) or tuple(value.shape) != (flat.elements,):
@@ -396,7 +410,7 @@ def _own_slice(key: str, value: Any, flat: Flat, rank: int) -> Tensor:
 
 
 def _check_plan(params: Sequence[Tensor], group: dict[str, Any]) -> None:
-    """Raise what orthogonalizing such matrices would."""
+    """Raise what orthogonalizing such matrices would raise."""
     shapes = [split_shape(tuple(p.shape), group["flatten"]) for p in params]
     plan_for_shapes(
         [(rows, cols, count) for count, rows, cols in shapes],

@@ -1,4 +1,4 @@
-"""Whole matrices go to owners, and their updates back."""
+"""The strategy "owner": whole matrices go to owners, and their updates come back."""
 
 from __future__ import annotations
 
@@ -26,50 +26,50 @@ if TYPE_CHECKING:
 
 
 class OwnerRound:
-    """A round of matrices whose parts are on several ranks."""
+    """Round of matrices whose shards are on several ranks."""
 
     @classmethod
     def refuses(cls, key: LotKey) -> str | None:
-        """Why such matrices cannot go through in this way, so that they are sent to owners; None if they can."""
+        """Return why such matrices cannot be stepped by this strategy, so that they go to owners; None if they can."""
         return None
 
     @classmethod
     def turns(cls, rectangles: Sequence[Rectangle]) -> bool:
-        """Whether square matrices with such parts should be transposed."""
+        """Whether to transpose square matrices with such shards."""
         return False
 
     @classmethod
     def owners(cls, team: Team) -> list[int] | None:
-        """The ranks that matrices are dealt to; None for all."""
+        """Return the ranks that matrices are assigned to, or None for all."""
         return None
 
     @classmethod
     def owner_here(cls, team: Team) -> int:
-        """Of the ranks that matrices are dealt to, the one whose matrices this rank iterates."""
+        """Return the rank whose matrices this rank iterates, one of those that matrices are assigned to."""
         return team.rank
 
     @classmethod
     def shapes(cls, key: LotKey) -> tuple[tuple[int, int], tuple[int, int]]:
-        """(m, n) of what this rank iterates, and of the largest that any does."""
+        """Return (m, n) of the matrices that this rank iterates, and of the largest that any rank does."""
         return key.shape, key.shape
 
     @classmethod
     def counted(cls, bucket: Bucket, schedule: Schedule) -> Bucket:
-        """The bucket with what the iteration costs in this way."""
+        """Return the bucket with what the iteration costs by this strategy."""
         return bucket
 
     @classmethod
     def algorithm(cls, name: str, backend: str) -> str:
-        """The form of the iteration, the same on all ranks; "auto" if each may choose."""
+        """Return the form of the iteration, the same on all ranks; "auto" if each may choose."""
         return name
 
     def __init__(self, lot: Lot, start: int, params: Sequence[Tensor], momenta: Momenta) -> None:
-        """Settle what goes where.
+        """Decide what goes where in a round.
 
         Args:
             lot: the matrices.
-            start: of each owner's, the first in this round.
-            params, momenta: this rank's parts; None: the direction is the gradient.
+            start: index of each owner's first matrix in this round.
+            params, momenta: this rank's shards; momenta are None where the direction is the gradient.
         """
         self.lot, self.start = lot, start
         team, key = lot.key.team, lot.key
@@ -77,7 +77,7 @@ class OwnerRound:
         taken = [entries[start : start + lot.round_size] for entries in lot.entries]
         by_replica = [taken[r * team.shard_count : (r + 1) * team.shard_count] for r in range(team.replica_count)]
         here = by_replica[team.replica]
-        # What this rank's part goes through: to the owners of this replica, and at last from all.
+        # Slices of this rank's shard go to the owners of this replica; slices of what it owns come from all ranks.
         self.sent = in_turn([(len(entries), own) for entries in here])
         self.received = in_turn([(len(here[team.shard]), shard) for shard in key.shards])
         self.owned = len(here[team.shard])
@@ -94,13 +94,13 @@ class OwnerRound:
 
     @property
     def buffer_bytes(self) -> tuple[int, int]:
-        """Of `Buffers.slices` and `Buffers.owned`."""
+        """Bytes of `Buffers.slices` and of `Buffers.owned`."""
         share, replicas = self.share * self.sent[0].record, self.lot.key.team.replica_count
         return max(end_of(self.sent), share), max(end_of(self.received), share * replicas * (replicas > 1))
 
     @property
     def bytes_sent(self) -> int:
-        """By this rank to others."""
+        """Bytes that this rank sends to others."""
         team = self.lot.key.team
         out = end_of(self.sent) - self.sent[team.shard].bytes
         back = end_of(self.received) - self.received[team.shard].bytes
@@ -108,16 +108,16 @@ class OwnerRound:
 
     @property
     def collectives(self) -> int:
-        """Calls that it takes."""
+        """Number of collectives in a round."""
         return 2 + (self.lot.key.team.replicas is not None)
 
     def begin(self, grads: Sequence[Tensor], scalars: Scalars, buffers: Buffers) -> None:
-        """Update momenta and send slices of the directions off."""
+        """Update momenta and begin to send slices of the directions to their owners."""
         self.update_momenta(grads, scalars, buffers)
         self.pending = self._exchange(buffers.slices, self.sent, buffers.owned, self.received, "slices")
 
     def update_momenta(self, grads: Sequence[Tensor], scalars: Scalars, buffers: Buffers) -> None:
-        """And leave the directions of this replica's share, and their norms, in `buffers`."""
+        """Update momenta; write the directions of this replica's share, and their norms, to `buffers`."""
         team, work = self.lot.key.team, self.lot.work
         ops = backends.get(work.bucket.backend)
         for replica in [r for r in range(team.replica_count) if r != team.replica] + [team.replica]:
@@ -127,7 +127,7 @@ class OwnerRound:
             at = Slices(0, len(entries), self.sent[0].shard)
             directions = [Matrices(grads[e.param], e.grad_at) for e in entries if e.grad_at is not None]
             norms = buffers.norms[: len(entries)]
-            # Every replica keeps all momenta; what others will send is written over.
+            # Every replica keeps all momenta. Only its own share's directions are of use, so they come last.
             ops.momentum_update(
                 directions,
                 momenta,
@@ -155,7 +155,7 @@ class OwnerRound:
         )
 
     def iterate(self, scalars: Scalars, workspace: Workspace, buffers: Buffers) -> None:
-        """Put together what is owned here, orthogonalize it and send slices of it back."""
+        """Assemble and orthogonalize the matrices that are owned here; begin to send slices of the results back."""
         assert self.pending is not None
         self.pending.wait()
         work, dtype = self.lot.work, self.lot.work.bucket.workspace_dtype
@@ -180,7 +180,7 @@ class OwnerRound:
         self.pending = self._exchange(buffers.owned, self.received, buffers.slices, self.sent, "results")
 
     def end(self, scalars: Scalars, buffers: Buffers) -> None:
-        """Update parameters with the slices that come back."""
+        """Update parameters with the slices of results that have come back."""
         if self.pending is not None:
             self.pending.wait()
             self.pending = None
@@ -194,7 +194,7 @@ class OwnerRound:
         index = self.start * team.ranks
         for params, entries, ratios, share in zip(self.params, self.entries, self.ratios, shares, strict=True):
             X = Slices(0, len(entries), self.sent[0].shard).of(share, dtype)
-            # Also where this rank has no part: others wait for its sums.
+            # Called also where this rank has no shard: others wait for its sums.
             own = normalized(self.lot, entries, X, scalars.beta2, ratios)
             if params:
                 ops.apply_update(params, X, **scalars.of_update(self.lot.group_index, index), ratios=own)
