@@ -123,11 +123,11 @@ def check_half(half: str, options: Iterable[str], known: Mapping[str, Collection
     for key in options:
         if key in known[half]:
             continue
-        mends = [f"it is {other}'s: put it into {other.lower()}_options" for other in known if key in known[other]]
+        fixes = [f"it is {other}'s: put it into {other.lower()}_options" for other in known if key in known[other]]
         if near := _meant(str(key), known[half], 0.8):  # which betas and beta2 reach
-            mends.append(f"did you mean {near!r}?")
-        mend = ", or ".join(mends) or "put a key of your own into the groups that you get"
-        raise ValueError(f"{half.lower()}_options should hold options of {half} but have {key!r}; {mend}")
+            fixes.append(f"did you mean {near!r}?")
+        fix = ", or ".join(fixes) or "put a key of your own into the groups that you get"
+        raise ValueError(f"{half.lower()}_options should hold options of {half} but have {key!r}; {fix}")
 
 
 def _meant(key: str, known: Iterable[str], cutoff: float) -> str | None:
@@ -348,7 +348,7 @@ OPTIONS: dict[str, Option] = {
     "block_period": Option(_period),
     "block_lr_ratio": Option(lambda name, value, group: check_number(name, value), prepared=True),
 }
-PREPARED = tuple(name for name, option in OPTIONS.items() if option.prepared)
+PREPARED_OPTIONS = tuple(name for name, option in OPTIONS.items() if option.prepared)
 
 
 def check_options(group: Mapping[str, Any]) -> None:

@@ -434,7 +434,7 @@ LAYERS: tuple[Layer, ...] = (
     Layer("torch", r"Conv(Transpose)?[23]d", "weight", lambda m: equal(m.groups) if m.groups > 1 else None),
     Layer("torch", r"ConvTranspose\dd", "weight", transposed=True),
     Layer("transformers", "Conv1D", "weight", transposed=True),
-    # GPT-2 and its relatives. Of cross-attention, c_attn holds keys and values.
+    # GPT-2 and models built like it. Of cross-attention, c_attn holds keys and values.
     Layer(
         "transformers",
         "(GPT2|DecisionTransformerGPT2|ImageGPT)Attention",
@@ -535,7 +535,7 @@ def known_layers(place: Place) -> list[tuple[str | None, bool]]:
         weight = ".".join(parts[depth:])
         for layer in LAYERS:
             if re.fullmatch(layer.weight, weight) and any(layer.names(cls) for cls in class_of(module).__mro__):
-                found.append((_cut(layer, module, place), _lies_turned(layer, module)))
+                found.append((_split_of(layer, module, place), _lies_turned(layer, module)))
     return found
 
 
@@ -543,7 +543,7 @@ def _lies_turned(layer: Layer, module: nn.Module) -> bool:
     return layer.transposed(module) if callable(layer.transposed) else layer.transposed
 
 
-def _cut(layer: Layer, module: nn.Module, place: Place) -> str | None:
+def _split_of(layer: Layer, module: nn.Module, place: Place) -> str | None:
     """What the layer says, if the parameter is read as the layer means it and can be cut so."""
     try:
         split = layer.split(module) if callable(layer.split) else layer.split

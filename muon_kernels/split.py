@@ -117,7 +117,7 @@ _WANTED = "what muon_kernels.split's blocks, equal, heads and qkv return, such a
 _TEXT = re.compile(r"(\w+)\((\d+(?:, ?\d+)*)(, ?interleaved=True)?(?:, ?dim=(\d+))?\)")
 
 
-class _Cut(NamedTuple):
+class _Parsed(NamedTuple):
     """Consecutive (count, share) of a dimension, `runs` times over; None: as often as they fit. Shares may be sizes."""
 
     shares: tuple[tuple[int, int], ...]
@@ -132,11 +132,11 @@ def check_split(split: Any) -> None:
         return
     if not isinstance(split, str):
         raise TypeError(f"split should be {_WANTED}, but is: {split!r}")
-    _cut(split)
+    _parsed(split)
 
 
 @lru_cache
-def _cut(split: str) -> _Cut:
+def _parsed(split: str) -> _Parsed:
     found = _TEXT.fullmatch(split)
     if found is None or found[1] not in _FORMS:
         raise ValueError(f"split should be {_WANTED}, but is: {split!r}")
@@ -147,7 +147,7 @@ def _cut(split: str) -> _Cut:
     except TypeError as error:
         raise ValueError(f"split={split!r} is no call of muon_kernels.split.{name}: {error}") from None
     if name in ("equal", "heads"):
-        return _Cut(((numbers[0], 1),), 1, False, dim)
+        return _Parsed(((numbers[0], 1),), 1, False, dim)
     runs: int | None = 1
     if name == "qkv":
         q, kv = numbers[0], numbers[-1]
@@ -155,12 +155,12 @@ def _cut(split: str) -> _Cut:
     elif interleaved:
         runs = None
     shares = tuple((len(list(equals)), share) for share, equals in groupby(numbers))
-    return _Cut(shares, runs, name == "blocks", dim)
+    return _Parsed(shares, runs, name == "blocks", dim)
 
 
 @lru_cache(maxsize=65536)
 def pieces(
-    shape: tuple[int, ...], flatten: bool | None, split: str | None, apart: bool = False
+    shape: tuple[int, ...], flatten: bool | None, split: str | None, separate: bool = False
 ) -> tuple[Piece | None, ...]:
     """What a parameter of that size is cut to; (None,) for one that is left whole.
 
@@ -168,21 +168,21 @@ def pieces(
         shape: of at least two dimensions.
         flatten: see `Muon`.
         split: from a function of this module.
-        apart: every part by itself; else those that follow one another and are equally large are together.
+        separate: every part by itself; else those that follow one another and are equally large are together.
 
     Raises:
         ValueError: the split does not fit.
     """
     if split is None:
         return (None,)
-    shares, runs, sizes, dim = _cut(split)
+    shares, runs, sizes, dim = _parsed(split)
     if not flattens(shape, flatten):
         dim += len(shape) - 2
     n, total = shape[dim], sum(count * share for count, share in shares)
     if sizes:
         runs, rest = divmod(n, total) if runs is None else (1, n - total)
         if rest:
-            how = "repeat" if _cut(split).runs is None else "sum"
+            how = "repeat" if _parsed(split).runs is None else "sum"
             raise ValueError(
                 f"the sizes of split={split!r} should {how} to {n}, dimension {dim} of the parameter of size "
                 f"{tuple(shape)}, but sum to {total}"
@@ -199,8 +199,8 @@ def pieces(
     found, start = [], 0
     for count, share in shares:
         size = share * unit
-        for i in range(count) if apart else (0,):
-            found.append(Piece(dim, start + i * size, 1 if apart else count, size, runs, total * unit))
+        for i in range(count) if separate else (0,):
+            found.append(Piece(dim, start + i * size, 1 if separate else count, size, runs, total * unit))
         start += count * size
     return tuple(found)
 

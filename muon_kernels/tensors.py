@@ -102,7 +102,7 @@ def check_like(name: str, t: Tensor, p: Tensor) -> None:
         raise ValueError(f"{name} should have the parameter's size {tuple(p.shape)} but has: {tuple(t.shape)}")
 
 
-def check_apart(tensors: Sequence[tuple[str, Tensor]]) -> None:
+def check_disjoint(tensors: Sequence[tuple[str, Tensor]]) -> None:
     """Raise ValueError if two elements of the named tensors share memory: a step would write it twice."""
     tensors = [(name, local(t)) for name, t in tensors]
     for name, t in tensors:

@@ -1,4 +1,4 @@
-"""Muon's relatives: what comes between the orthogonalized update and the parameter, against plain float64.
+"""Muon's variants: what comes between the orthogonalized update and the parameter, against plain float64.
 
 The updates themselves are taken from plain Muon, which test_optimizer.py judges: a second optimizer without options
 steps parameters of zeros by the same gradients.
@@ -20,7 +20,7 @@ from muon_kernels import Muon, MuonAdamW, backends, memory, orthogonalize, refer
 from muon_kernels import options as options_of
 from muon_kernels.coefficients import DEFAULT, resolve
 from muon_kernels.layout import Matrices, layout
-from muon_kernels.optimizers import muon as optimizer_of
+from muon_kernels.optimizers.scalars import peak_lr
 from muon_kernels.scaling import WEIGHT_DECAY_FORMS, decayed
 from muon_kernels.split import equal
 from muon_kernels.stages import second_moment, signs, sums
@@ -494,7 +494,7 @@ def test_peak_lr_of_one_cycle_on_a_device(monkeypatch: pytest.MonkeyPatch) -> No
     """A number that the host may not ask for."""
     monkeypatch.setattr(options_of, "on_host", lambda value: not isinstance(value, Tensor))
     for given, peak in ((0.1, 0.4), (0.5, 0.5)):
-        found = optimizer_of._peak_lr({"peak_lr": torch.tensor(given), "max_lr": 0.4})
+        found = peak_lr({"peak_lr": torch.tensor(given), "max_lr": 0.4})
         assert isinstance(found, Tensor) and found.item() == pytest.approx(peak)
 
 

@@ -18,7 +18,7 @@ from ..coefficients import Schedule
 from ..newton_schulz import Products
 from ..verbs import ApplyOptions, ApplyUpdate, MomentumUpdate, Step
 
-# In the order in which "auto" prefers them, but see `Backend.outdone_by`.
+# In the order in which "auto" prefers them, but see `Backend.prefers_instead`.
 BACKENDS = {"cuda": ".cuda", "triton": ".triton", "cpu": ".cpu", "eager": ".eager"}
 
 
@@ -42,7 +42,7 @@ class Backend(Products, Protocol):
     """The verbs (DESIGN: one name per operation in every layer) and what the plan needs to know of them."""
 
     def unavailable(self) -> str | None:
-        """Why nothing can run here, and the mend; None if ready. Raises what only the user can mend."""
+        """Why nothing can run here, and how to fix it; None if ready. Raises what only the user can mend."""
 
     def refuses(self, device: torch.device, dtypes: Sequence[torch.dtype], workspace_dtype: torch.dtype) -> str | None:
         """Why tensors of this kind, or stacks of that dtype, cannot be taken, and what could be; None if they can."""
@@ -50,7 +50,7 @@ class Backend(Products, Protocol):
     def device_types(self) -> tuple[str, ...]:
         """Of the tensors that it is made for; none if for any."""
 
-    def outdone_by(self, device: torch.device, rows: int, cols: int) -> tuple[str, str] | None:
+    def prefers_instead(self, device: torch.device, rows: int, cols: int) -> tuple[str, str] | None:
         """A backend that is expected to step such matrices faster there, and why."""
 
     def describe(self) -> str:
@@ -123,7 +123,7 @@ def get(name: str) -> Backend:
 
 
 def unavailable(name: str) -> str | None:
-    """Why the backend of that name cannot run on this machine, and the mend; None if it is ready.
+    """Why the backend of that name cannot run on this machine, and how to fix it; None if it is ready.
 
     Raises:
         ValueError: the environment sets the backend up in a way that there is not.
@@ -140,7 +140,7 @@ def choose(
 ) -> tuple[str, tuple[str, ...]]:
     """The name of the backend that will run, and notes: why "auto" did not take others, what the backend remarks.
 
-    "auto" takes the first that can, unless that is outdone by another that can.
+    "auto" takes the first that can, unless it prefers another that can instead.
 
     Args:
         name: in BACKENDS, or "auto".
@@ -167,7 +167,7 @@ def choose(
         backend = get(candidate)
         reason = backend.unavailable()
         if reason is None and (reason := backend.refuses(device, dtypes, workspace_dtype)) is not None:
-            reason = reason.partition(";")[0]  # the mend there is backend="auto"
+            reason = reason.partition(";")[0]  # the fix there is backend="auto"
         if reason is None:
             able.append(candidate)
         else:
@@ -177,8 +177,8 @@ def choose(
     if not able:
         raise ValueError("no backend can take these tensors: " + "; ".join(f"{n}: {r}" for n, r in reasons.items()))
     first = able[0]
-    outdone = get(first).outdone_by(device, *shape)
-    if outdone is not None and outdone[0] in able:
-        notes.append(f"{first} was not chosen for {shape[0]}x{shape[1]}: {outdone[1]}")
-        first = outdone[0]
+    better = get(first).prefers_instead(device, *shape)
+    if better is not None and better[0] in able:
+        notes.append(f"{first} was not chosen for {shape[0]}x{shape[1]}: {better[1]}")
+        first = better[0]
     return first, (*notes, *get(first).remarks(device, shape, workspace_dtype))

@@ -82,7 +82,7 @@ def device_types() -> tuple[str, ...]:
     return ("cpu",)
 
 
-def outdone_by(device: torch.device, rows: int, cols: int) -> None:
+def prefers_instead(device: torch.device, rows: int, cols: int) -> None:
     """By none."""
 
 

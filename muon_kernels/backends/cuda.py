@@ -128,7 +128,7 @@ def device_types() -> tuple[str, ...]:
     return ("cuda",)
 
 
-def outdone_by(device: torch.device, rows: int, cols: int) -> tuple[str, str] | None:
+def prefers_instead(device: torch.device, rows: int, cols: int) -> tuple[str, str] | None:
     """By Triton where a GPU has tensor instructions that this backend does not use, and products take the time.
 
     On compute capability 9.0 mma.sync reaches 63 % of the tensor cores' rate, wgmma all of it ("Dissecting the NVIDIA

@@ -40,7 +40,7 @@ def device_types() -> tuple[str, ...]:
     return ()
 
 
-def outdone_by(device: torch.device, rows: int, cols: int) -> None:
+def prefers_instead(device: torch.device, rows: int, cols: int) -> None:
     """Never by one that "auto" would not have taken before."""
 
 

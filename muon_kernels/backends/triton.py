@@ -133,8 +133,8 @@ def device_types() -> tuple[str, ...]:
     return "cuda", "xpu"
 
 
-def outdone_by(device: torch.device, rows: int, cols: int) -> None:
-    """Where `Backend.outdone_by` matters to it, the other one says so."""
+def prefers_instead(device: torch.device, rows: int, cols: int) -> None:
+    """Where `Backend.prefers_instead` matters to it, the other one says so."""
 
 
 def remarks(device: torch.device, shape: tuple[int, int], workspace_dtype: torch.dtype) -> tuple[str, ...]:

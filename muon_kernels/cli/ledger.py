@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .. import backends
 from ..coefficients import COEFFICIENTS, DEFAULT, Schedule, resolve
-from ..distributed.traffic import flops, largest, ways
+from ..distributed.traffic import alternatives, flops, largest
 from ..newton_schulz import Square
 from ..step.plan import Counter, Plan, count_iteration, plan_for_shapes
 
@@ -264,7 +264,7 @@ def _ranks(text: str) -> int:
 def scaling(shapes: Shapes, ranks: int, gpu: Gpu, schedule: Schedule, network: Network) -> Iterator[str]:
     """A line of a table for every way to step matrices on so many ranks; see `muon_kernels.distributed.traffic`."""
     once = sum(flops(shapes, schedule=schedule))
-    for name, beside, costs in ways(shapes, ranks, schedule=schedule):
+    for name, beside, costs in alternatives(shapes, ranks, schedule=schedule):
         most = largest(costs)
         seconds = most.flops / gpu.flops / ATTAINED + most.sent / network.bytes + most.collectives * network.latency
         yield (

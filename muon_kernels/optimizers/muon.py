@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from numbers import Real
 from typing import Any, overload
 
 import torch
@@ -14,57 +13,40 @@ from torch.distributed import ProcessGroup
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from .. import interrupts
-from ..checkpoint import STATE, check_checkpoint, check_precision, check_state
+from ..checkpoint import STATE, check_checkpoint, check_state
 from ..coefficients import COEFFICIENTS, DEFAULT, NS_STEPS, resolve
 from ..distributed import consensus
 from ..distributed.collectives import Failed
-from ..distributed.exchange import divide
 from ..distributed.ranks import Ranks, check_shared
-from ..distributed.strategies import blocks
-from ..layout import split_shape
 from ..options import (
     OPTIONS,
     check_keys,
-    check_options,
-    check_together,
-    dtype_of,
     plain,
     settle,
-    settled_checkpoint,
 )
-from ..scaling import decayed
-from ..split import pieces
-from ..stages.packed import check_mantissa, check_master, check_momentum_scale
-from ..stages.second_moment import check_second_moment
 from ..step.cache import TaskCache
-from ..step.operands import Operand
 from ..step.options import (
     Coefficients,
-    StepOptions,
     alike,
-    as_scalar,
-    check_rounding,
-    schedule_for,
-    settled,
-    splits,
     transposes,
 )
-from ..step.plan import Plan, plan_for_shapes
+from ..step.plan import Plan
 from ..step.run import plan_of
 from ..step.work import Scalars, Task
 from ..step.workspace import Workspace
 from ..tensors import (
-    any_dtensor,
-    check_apart,
     check_dense,
+    check_disjoint,
     check_like,
-    check_matrices,
     local,
 )
-from .state import StateOfGroups, Writes
+from .loading import fitted
+from .muon_checks import check_muon_options, costs_of
+from .prepare import prepared
+from .scalars import scalars_of, set_peak_lr
+from .state import Writes
 
 _KELLER = COEFFICIENTS[DEFAULT].triples[0]
-_ADAMW_HINT = "; give vectors and scalars to AdamW (muon_kernels.MuonAdamW with muon_kernels.param_groups(model) does)"
 
 
 class Muon(Optimizer):
@@ -204,7 +186,7 @@ class Muon(Optimizer):
         if ns_steps is NS_STEPS:  # a checkpoint must hold a plain number
             defaults["ns_steps"] = len(resolve(plain(ns_coefficients), ns_steps).triples)
         settle(defaults, defaults)
-        _check_options(defaults)
+        check_muon_options(defaults)
         self._workspace = Workspace()
         self._tasks = TaskCache()
         self._ranks = Ranks(process_group)
@@ -215,7 +197,7 @@ class Muon(Optimizer):
                 "muon_kernels.MuonAdamW(muon_kernels.param_groups(model)) all parameters of a model"
             )
         super().__init__(params, defaults)
-        check_apart([("parameter", p) for group in self.param_groups for p in group["params"]])
+        check_disjoint([("parameter", p) for group in self.param_groups for p in group["params"]])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group after checking its options and parameters; on error the optimizer is unchanged."""
@@ -227,34 +209,15 @@ class Muon(Optimizer):
         try:
             check_keys(group, self.defaults)
             settle(group, self.defaults)
-            _set_peak_lr(group)
-            _check_options(group)
+            set_peak_lr(group)
+            check_muon_options(group)
             if len(set(group["params"])) < len(group["params"]):
                 raise ValueError("every parameter of a group should be there once but some are repeated")
             if self._ranks.shares(group["params"]):
                 check_shared(group)
             transposes(group)
-            costs = []
-            for i, (p, split) in enumerate(splits(group)):
-                name = group["param_names"][i] if "param_names" in group else "parameter"
-                check_matrices(name, local(p), _ADAMW_HINT)
-                if group["stochastic_rounding"]:
-                    check_rounding(p)
-                if group["master_weights"]:
-                    check_master(p)
-                cut = [split_shape(p.shape, group["flatten"], x) for x in pieces(p.shape, group["flatten"], split)]
-                plan = plan_for_shapes(
-                    [(rows, cols, count) for count, rows, cols in cut],
-                    schedule=schedule_for(group["ns_coefficients"], group["ns_steps"], group["power"]),
-                    device=p.device,
-                    dtype=p.dtype,
-                    backend=group["backend"],
-                    ns_algorithm=group["ns_algorithm"],
-                    max_workspace_bytes=group["max_workspace_bytes"],
-                    workspace_dtype=dtype_of(group["workspace_dtype"]),
-                )
-                costs.append(plan.flops)
-            check_apart([("parameter", p) for p in group["params"]])
+            costs = costs_of(group)
+            check_disjoint([("parameter", p) for p in group["params"]])
             self._ranks.add(group, costs)
         except Exception:
             del self.param_groups[before:]
@@ -275,7 +238,7 @@ class Muon(Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise for options that cannot be used."""
         settle(group, self.defaults)
-        _check_options(group)
+        check_muon_options(group)
         if self._ranks.shares(group["params"]):
             check_shared(group)
             self._ranks.check(group)
@@ -299,17 +262,7 @@ class Muon(Optimizer):
         by_numbers: dict[Scalars, list[list[dict[str, Any]]]] = {}
         for i, group in enumerate(self.param_groups):
             self._check_group(group)
-            scalars = Scalars(
-                *_lr_and_decay(group),
-                group["momentum"],
-                group["nesterov"],
-                group["dampened"],
-                group["eps"],
-                -1.0 if group["maximize"] else 1.0,
-                group["cautious"],
-                group["beta2"],
-                _seed(group, i) if group["stochastic_rounding"] else None,
-            )
+            scalars = scalars_of(group, i)
             shared = bool(self._ranks.teams) and self._ranks.shares(group["params"])
             alone = shared or scalars.seed is not None or group["strategy"] == "blocks"
             others = [] if alone else by_numbers.setdefault(scalars, [])
@@ -325,52 +278,7 @@ class Muon(Optimizer):
         self, groups: Sequence[dict[str, Any]], grad_of: Callable[[Tensor], Tensor | None]
     ) -> tuple[list[Task], list[Tensor], Writes]:
         """What a step of these groups does as one, its gradients, and what it would write into the state."""
-        group, wanted, nothing = groups[0], StateOfGroups(groups, self._ranks), dict[str, Any]()
-        candidates = [p for each in groups for p in each["params"]]
-        spread = bool(self._ranks.placements) or any_dtensor(candidates)  # most are not, and spared the questions
-        params, grads, states = [], [], []
-        for p in candidates:
-            if (grad := grad_of(p)) is None:
-                continue
-            state = self.state.get(p, nothing)
-            if spread or not wanted.complete(state):
-                state = wanted.completed(p, grad, state)
-            params.append(p)
-            grads.append(grad)
-            states.append(state)
-        placements = [self._ranks.placement(p) for p in params] if spread else None
-
-        def column(key: str, wanted: bool = True) -> list[Tensor | None]:
-            found = [state.get(key) for state in states] if wanted else []
-            return [t if t is None else local(t) for t in found] if spread else found
-
-        momenta, scales = column("momentum_buffer"), column("momentum_scale", wanted.int8)
-        mantissas = column("mantissa", group["master_weights"])
-        moments = column("second_momentum_buffer", group["second_moment"] is not None)
-        if spread:
-            params, grads = list(map(local, params)), list(map(local, grads))
-
-        def make() -> list[Task]:
-            named = [pair for each in groups for pair in zip(splits(each), transposes(each), strict=True)]
-            said = [(split, turned) for (p, split), turned in named if grad_of(p) is not None]
-            none = [None] * len(params)
-            kept = zip(params, grads, momenta, scales or none, mantissas or none, moments or none, strict=True)
-            return divide(
-                [
-                    Operand(p, g, momentum, scale, mantissa, moment, *words)
-                    for (p, g, momentum, scale, mantissa, moment), words in zip(kept, said, strict=True)
-                ],
-                placements,
-                StepOptions.of(group),
-                strategy=group["strategy"],
-                steps_shards=steps_shards,
-                shard_lr_factor=group["block_lr_ratio"],
-            )
-
-        steps_shards = blocks.apart(group)
-        own = momenta, moments, scales, mantissas
-        tasks = self._tasks.get((id(group), steps_shards), params, grads, own, settled(groups), make)
-        return tasks, grads, wanted.writes
+        return prepared(groups, grad_of, self.state, self._ranks, self._tasks)
 
     def _keep(self, writes: Writes) -> None:
         for p, key, tensor in writes:
@@ -476,7 +384,7 @@ class Muon(Optimizer):
                 if key != "differentiable":  # torch puts this one into the defaults
                     group.setdefault(key, value)
             settle(group, self.defaults)
-            _set_peak_lr(group)
+            set_peak_lr(group)
         if "_ranks" not in self.__dict__:  # a copy
             self._ranks = Ranks()
         self._ranks.refresh(self.param_groups)
@@ -529,40 +437,7 @@ class Muon(Optimizer):
         """
         states = check_checkpoint(state_dict, self.param_groups, "Muon", "ns_coefficients", check_state)
         self._settle()
-        groups = self.param_groups
-        saved = settled_checkpoint(state_dict["param_groups"], groups, self.defaults)
-        for group in saved:
-            _check_options({**self.defaults, **group})
-        state_of = dict(states)
-        if [len(group["params"]) for group in saved] == [len(own["params"]) for own in groups]:  # else torch raises
-            # What torch.optim.Muon saved lacks options, and the defaults would not be the group's own.
-            for own, group in zip(groups, saved, strict=True):
-                check_precision(own, group)
-            # But lr is the checkpoint's, and so is its peak.
-            options = self.defaults.keys() - {"peak_lr"}
-            kept = [{key: value for key, value in own.items() if key in options} for own in groups]
-            for own, group in zip(kept, saved, strict=True):
-                if group.get("ns_coefficients") != own["ns_coefficients"]:
-                    own.pop("ns_steps", None)
-            saved = [{**own, **group} for own, group in zip(kept, saved, strict=True)]
-            state_dict = {**state_dict, "param_groups": saved}
-            for own, group in zip(groups, saved, strict=True):
-                loaded = {**own, **self.defaults, **group, "params": own["params"]}
-                if self._ranks.shares(own["params"]):
-                    check_shared(loaded)
-                transposes(loaded)
-                for p, split in splits(loaded):
-                    pieces(p.shape, loaded["flatten"], split)
-                    state = state_of.get(p, {})
-                    # What is of another precision than the group's now was there when the option changed.
-                    if "momentum_buffer" in state and state["momentum_buffer"].dtype == torch.int8:
-                        scale = state.get("momentum_scale")
-                        check_momentum_scale("momentum_scale", scale, p, loaded["flatten"], split)
-                    if "mantissa" in state:
-                        check_mantissa("mantissa", state["mantissa"], p)
-                    V, form = state.get("second_momentum_buffer"), loaded["second_moment"]
-                    if V is not None and form is not None:
-                        check_second_moment("second_momentum_buffer", V, form, p, loaded["flatten"], split)
+        state_dict = fitted(state_dict, states, self.param_groups, self.defaults, self._ranks)
         # torch casts state to the parameter's dtype, which would round what is fp32 with bf16 parameters.
         copies = [
             (p, {key: state[key].detach().to(p.device, copy=True) for key in STATE if key in state})
@@ -574,44 +449,3 @@ class Muon(Optimizer):
         for p in self._ranks.owned:
             if self._ranks.elsewhere(p):
                 self.state.pop(p, None)
-
-
-def _one_cycle(group: Mapping[str, Any]) -> float | None:
-    """The largest lr of the schedule as OneCycleLR writes it into a group; it makes `initial_lr` small."""
-    largest = group.get("max_lr")
-    return float(largest) if isinstance(largest, Real) else None
-
-
-def _set_peak_lr(group: dict[str, Any]) -> None:
-    if group["peak_lr"] is None:
-        lr = group.get("initial_lr", group["lr"])  # a scheduler may have lowered lr to warm up
-        largest = _one_cycle(group)
-        group["peak_lr"] = largest if largest is not None else lr.clone() if isinstance(lr, Tensor) else lr
-
-
-def _peak_lr(group: Mapping[str, Any]) -> float | Tensor:
-    """The largest lr of the schedule, also where OneCycleLR came when the group had its `peak_lr`."""
-    peak, largest = as_scalar(group["peak_lr"]), _one_cycle(group)
-    if largest is None:
-        return peak
-    return peak.clamp(min=largest) if isinstance(peak, Tensor) else max(peak, largest)
-
-
-def _lr_and_decay(group: dict[str, Any]) -> tuple[float | Tensor, float | Tensor]:
-    lr, weight_decay, form = group["lr"], group["weight_decay"], group["weight_decay_form"]
-    if form == "decoupled":
-        return lr, weight_decay
-    return decayed(form, as_scalar(lr), as_scalar(weight_decay), _peak_lr(group))
-
-
-def _seed(group: dict[str, Any], index: int) -> int:
-    """Of a step's stochastic rounding; 2^24 matrices of a group and 2^32 steps have their own."""
-    return (int(group.get("step", 0)) << 32) + (index << 24)
-
-
-def _check_options(group: Mapping[str, Any]) -> None:
-    check_options(group)
-    check_together(group)
-    step = group.get("step", 0)
-    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 1 << 31:
-        raise ValueError(f"step of a group, which counts its steps, should be an int from 0 to 2^31 but is: {step!r}")

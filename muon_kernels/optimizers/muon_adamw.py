@@ -16,7 +16,7 @@ from torch.optim import AdamW, Optimizer
 from ..checkpoint import check_checkpoint
 from ..options import check_keys, plain, settle
 from ..step.plan import Plan
-from ..tensors import check_apart
+from ..tensors import check_disjoint
 from .adamw_checks import (
     ADAMW_STATE,
     check_adamw_state,
@@ -94,7 +94,7 @@ class MuonAdamW(Optimizer):
                 "is the whole model frozen?"
             )
         (_, groups), _ = self._inner()
-        check_apart([("parameter", p) for group in groups for p in group["params"]])
+        check_disjoint([("parameter", p) for group in groups for p in group["params"]])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group for Muon (`use_muon=True`) or AdamW (`use_muon=False`).

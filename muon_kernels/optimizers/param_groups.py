@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
-import textwrap
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -17,117 +15,10 @@ from ..options import check_half, check_number
 from ..rules import CONVOLUTIONS, EMBEDDING, HEADS, NORM, RULES, Place, Rule, class_of, is_unknown, known_layers
 from ..split import check_split, close, matching, pieces
 from ..tensors import FLATTENED, check_whole
+from .assignments import Assignment, ParamGroups
 from .muon_adamw import OPTIONS
 
 __all__ = ["Assignment", "ParamGroups", "param_groups"]
-
-
-class Assignment(NamedTuple):
-    """Where one parameter went: the optimizer is "Muon", "AdamW" or "none" (frozen)."""
-
-    name: str
-    shape: tuple[int, ...]
-    optimizer: str
-    reason: str
-
-
-class ParamGroups(list[dict[str, Any]]):
-    """Groups of Muon, then groups of AdamW; print it to see what went where.
-
-    `assignments` holds one entry per parameter of the model, frozen ones included.
-    """
-
-    def __init__(self, groups: Iterable[dict[str, Any]], assignments: Iterable[Assignment]) -> None:
-        """Hold `groups` and what `summary` tells of them."""
-        super().__init__(groups)
-        self.assignments = tuple(assignments)
-
-    @property
-    def muon(self) -> list[dict[str, Any]]:
-        """The groups of Muon: one, unless learning rates or weight decays go by name."""
-        return [group for group in self if group["use_muon"]]
-
-    @property
-    def adamw(self) -> list[dict[str, Any]]:
-        """The groups of AdamW, likewise."""
-        return [group for group in self if not group["use_muon"]]
-
-    def summary(self) -> str:
-        """Return a table: name, shape, optimizer and reason, then the totals.
-
-        Parameters that differ in nothing but numbers in their names, as those of equal layers do, are one line, with
-        how many they are before the shape. `assignments` has all.
-        """
-        rows = [("parameter", "shape", "optimizer", "reason")]
-        totals: dict[str, list[int]] = {}
-        for at in self.assignments:
-            totals.setdefault(at.optimizer, []).append(math.prod(at.shape))
-        for at, count in _folded(self.assignments):
-            shape = "x".join(map(str, at.shape))
-            rows.append(
-                (
-                    _SCATTERED.sub(r"\1...,\2", at.name),
-                    f"{count} x {shape}" if count > 1 else shape,
-                    at.optimizer,
-                    at.reason,
-                )
-            )
-        lines = list(_lines(rows))
-        for optimizer in ("Muon", "AdamW", "none"):
-            if sizes := totals.get(optimizer):
-                lines.append(f"{optimizer}: {len(sizes)} parameters, {sum(sizes):,} elements")
-        return "\n".join(lines)
-
-    __str__ = summary
-
-
-def _folded(assignments: Iterable[Assignment]) -> list[tuple[Assignment, int]]:
-    """Those alike but for numbers in the name as one, called `layers.0..11.weight`, and how many each stands for."""
-    rows = [(at, 1) for at in assignments]
-    # The last number first: experts of a layer, then layers that have the same experts.
-    for depth in reversed(range(max((at.name.count(".") for at, _ in rows), default=-1) + 1)):
-        alike: dict[tuple[Any, ...], list[tuple[Assignment, int]]] = {}
-        for at, count in rows:
-            parts = at.name.split(".")
-            numbered = depth < len(parts) and parts[depth].isdecimal()
-            name = (*parts[:depth], "", *parts[depth + 1 :]) if numbered else at.name
-            alike.setdefault((name, at[1:]), []).append((at, count))
-        rows = [(_joined([at for at, _ in same], depth), sum(count for _, count in same)) for same in alike.values()]
-    return rows
-
-
-def _joined(same: Sequence[Assignment], depth: int) -> Assignment:
-    """One whose name has, at that depth, the numbers of all: `0..11`, or `0..3,8`."""
-    if len(same) == 1:
-        return same[0]
-    parts = same[0].name.split(".")
-    runs: list[list[int]] = []
-    for number in sorted(int(at.name.split(".")[depth]) for at in same):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    parts[depth] = ",".join(f"{run[0]}..{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-    return same[0]._replace(name=".".join(parts))
-
-
-_SCATTERED = re.compile(r"((?:\d[\d.]*,){2})(?:\d[\d.]*,){2,}(\d)")  # more than four numbers or runs of them
-_WIDTH, _REASON = 100, 24
-
-
-def _lines(rows: Sequence[tuple[str, str, str, str]]) -> Iterator[str]:
-    """A table of four columns; a long name has a line of its own, and a long reason several."""
-    names, shapes, optimizers, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
-    names = min(names, _WIDTH - shapes - optimizers - _REASON - 6)
-    margin = names + shapes + optimizers + 6
-    for name, shape, optimizer, reason in rows:
-        if len(name) > names:
-            yield name
-            name = ""
-        texts = textwrap.wrap(reason, _WIDTH - margin, break_long_words=False, break_on_hyphens=False)
-        first, *more = texts or [""]
-        yield f"{name.ljust(names)}  {shape.ljust(shapes)}  {optimizer.ljust(optimizers)}  {first}".rstrip()
-        yield from (" " * margin + text for text in more)
 
 
 _Places = dict[nn.Parameter, list[Place]]
@@ -218,7 +109,7 @@ def param_groups(
     places = _places(model, flatten)
     find = _Finder(places, missing_ok)
     claims = {"Muon": find.claims("muon", muon), "AdamW": find.claims("adamw", adamw)}
-    cuts = find.cuts(split)
+    splits = find.splits(split)
     own = {
         "lr": find.first("lr", _mapping("lr", lr, "patterns to numbers")),
         "weight_decay": find.first("weight_decay", _mapping("weight_decay", weight_decay, "patterns to numbers")),
@@ -238,18 +129,18 @@ def param_groups(
             group["param_names"].append(name)
             words += [f"{key} {value:g}" for key, value in options.items()]
         if optimizer == "Muon":
-            transposed, cut = _stored(at, flatten, cuts.get(param))
+            transposed, cut_to = _stored(at, flatten, splits.get(param))
             if transposed and "transposed" not in halves["Muon"]:
                 group.setdefault("transposed", []).append(name)
                 words.append("transposed")
-            if cut is not None:
-                group.setdefault("split", {})[name] = cut
-                words.append(f"split: {cut}")
+            if cut_to is not None:
+                group.setdefault("split", {})[name] = cut_to
+                words.append(f"split: {cut_to}")
         if len(at) > 1:
             words.append("tied with " + ", ".join(place.full_name for place in at[1:]))
         assignments.append(Assignment(name, tuple(param.shape), optimizer, ", ".join(words)))
     if not missing_ok:
-        _check_cuts(cuts, places, assignments)
+        _check_splits(splits, places, assignments)
     _warn_of_unknown(assignments)
 
     made = []
@@ -409,7 +300,7 @@ class _Finder:
                 found.setdefault(param, (pattern, value))
         return found
 
-    def cuts(self, split: Mapping[str, str]) -> dict[nn.Parameter, tuple[str, str]]:
+    def splits(self, split: Mapping[str, str]) -> dict[nn.Parameter, tuple[str, str]]:
         """Map each parameter that a pattern matches to that pattern and its cut; "auto" is where no other does."""
         said = {pattern: cut for pattern, cut in split.items() if cut != "auto"}
         found = self.first("split", said)
@@ -506,13 +397,13 @@ def _stored(at: Sequence[Place], flatten: bool | None, cut: tuple[str, str] | No
     return turned, next((split for split, _ in known if split is not None), None)
 
 
-def _check_cuts(
-    cuts: Mapping[nn.Parameter, tuple[str, str]], places: _Places, assignments: Sequence[Assignment]
+def _check_splits(
+    splits: Mapping[nn.Parameter, tuple[str, str]], places: _Places, assignments: Sequence[Assignment]
 ) -> None:
     """Raise ValueError for a pattern of `split` that matches parameters of AdamW's only."""
     went = dict(zip(places, assignments, strict=True))
     matched: dict[str, list[Assignment]] = {}
-    for param, (pattern, cut) in cuts.items():
+    for param, (pattern, cut) in splits.items():
         if cut != "auto":
             matched.setdefault(pattern, []).append(went[param])
     for pattern, found in matched.items():

@@ -186,15 +186,15 @@ class SpectralAdam(Optimizer):
         own = list(map(local, params))
 
         def make() -> list[Task]:
-            cuts = dict(splits(group))
+            split_of = dict(splits(group))
             turned = dict(zip(group["params"], transposes(group), strict=True))
             operands = [
-                Operand(here, update, split=cuts[p], transposed=turned[p])
+                Operand(here, update, split=split_of[p], transposed=turned[p])
                 for p, here, update in zip(params, own, updates, strict=True)
             ]
             return divide(operands, placements, StepOptions.of(group, momentum=False), strategy="owner")
 
-        settled = {key: group[key] for key in options.PREPARED if key in group}
+        settled = {key: group[key] for key in options.PREPARED_OPTIONS if key in group}
         return self._tasks.get(id(group), own, updates, (), settled, make)
 
     def _check_gradients(self) -> None:

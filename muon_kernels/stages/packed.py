@@ -101,24 +101,24 @@ def decode_(x: Tensor, absmax: Tensor) -> None:
 
 def scale_size(shape: Sequence[int], flatten: bool | None, split: str | None) -> int:
     """How many blocks a parameter has that is cut so."""
-    cut = [split_shape(shape, flatten, piece) for piece in pieces(tuple(shape), flatten, split)]
-    return sum(count * blocks_in(rows * cols) for count, rows, cols in cut)
+    shapes = [split_shape(shape, flatten, piece) for piece in pieces(tuple(shape), flatten, split)]
+    return sum(count * blocks_in(rows * cols) for count, rows, cols in shapes)
 
 
-def scales_of(scale: Tensor, shape: Sequence[int], flatten: bool | None, split: str | None, cut: int) -> list[Tensor]:
-    """The absmax of each of the `cut` pieces that a parameter is stepped in, (matrices, blocks); `scale` is of all.
+def scales_of(scale: Tensor, shape: Sequence[int], flatten: bool | None, split: str | None, count: int) -> list[Tensor]:
+    """The absmax of each of the `count` pieces that a parameter is stepped in, (matrices, blocks); `scale` is of all.
 
     Equal parts may be together or apart, as strides want it, but keep their places here.
     """
     together, start = pieces(tuple(shape), flatten, split), 0
     found: list[Tensor] = []
     for piece in together:
-        count, rows, cols = split_shape(shape, flatten, piece)
+        matrices, rows, cols = split_shape(shape, flatten, piece)
         blocks = blocks_in(rows * cols)
-        stop = start + count * blocks
-        own = scale[start:stop].view(count, blocks)
-        if piece is not None and cut > len(together):
-            found += own.view(count // piece.parts, piece.parts, blocks).unbind(1)
+        stop = start + matrices * blocks
+        own = scale[start:stop].view(matrices, blocks)
+        if piece is not None and count > len(together):
+            found += own.view(matrices // piece.parts, piece.parts, blocks).unbind(1)
         else:
             found.append(own)
         start = stop

@@ -62,7 +62,7 @@ class Form(NamedTuple):
 FORMS = {"neuron": Form(1e-10, 2, 3, 0), "element": Form(1e-8, 2, 4, 8)}
 
 
-def _cuts_columns(shape: Sequence[int], flatten: bool | None, piece: Piece | None) -> bool:
+def _splits_columns(shape: Sequence[int], flatten: bool | None, piece: Piece | None) -> bool:
     return piece is not None and piece.dim != (0 if flattens(shape, flatten) else len(shape) - 2)
 
 
@@ -70,8 +70,10 @@ def shape_of(form: str, shape: Sequence[int], flatten: bool | None, split: str |
     """The size of V for a parameter of such a shape: its own, or (..., rows, number of parts that rows are cut to)."""
     if form == "element":
         return tuple(shape)
-    cut = [piece for piece in pieces(tuple(shape), flatten, split) if piece and _cuts_columns(shape, flatten, piece)]
-    parts = sum(piece.parts for piece in cut) if cut else 1
+    split_rows = [
+        piece for piece in pieces(tuple(shape), flatten, split) if piece and _splits_columns(shape, flatten, piece)
+    ]
+    parts = sum(piece.parts for piece in split_rows) if split_rows else 1
     return (shape[0], parts) if flattens(shape, flatten) else (*shape[:-1], parts)
 
 
@@ -93,19 +95,19 @@ def create(form: str, p: Tensor, flatten: bool | None, split: str | None) -> Ten
     return V.permute([order.index(d) for d in range(p.ndim)])
 
 
-def piece_of_rows(V: Tensor, shape: Sequence[int], flatten: bool | None, piece: Piece | None, first: int) -> Piece:
+def piece_of_rows(V: Tensor, shape: Sequence[int], flatten: bool | None, piece: Piece | None, before: int) -> Piece:
     """Where V of "neuron" has what belongs to a piece of the parameter: matrices of one column.
 
     Args:
         V: of the size `shape_of`.
         shape, flatten: of the parameter.
         piece: of the parameter; None for all of it.
-        first: number of parts in the pieces before.
+        before: number of parts in the pieces before.
     """
     if piece is None:
         return Piece(V.ndim - 1, 0, 1, 1, 1, 1)
-    if _cuts_columns(shape, flatten, piece):
-        return Piece(V.ndim - 1, first, piece.parts, 1, 1, 1)
+    if _splits_columns(shape, flatten, piece):
+        return Piece(V.ndim - 1, before, piece.parts, 1, 1, 1)
     return piece._replace(dim=V.ndim - 2)
 
 
@@ -160,12 +162,12 @@ def _by_row(X: Tensor, moments: Sequence[Tensor], beta2: float, eps: float, scra
 def _by_element(X: Tensor, moments: Sequence[Tensor], beta2: float, eps: float, scratch: Tensor) -> Tensor:
     """Return what X is still to be multiplied by, (batch, 1, 1)."""
     block, *own = torch.split(scratch, [scratch.numel() - 3 * len(X)] + [len(X)] * 3)
-    before, after, part = (x.view(-1, 1, 1) for x in own)
+    before, after, partial = (x.view(-1, 1, 1) for x in own)
     before.zero_(), after.zero_()
     numbers, start = block.numel() // 32 * 16, 0
     for V in moments:
         stop = start + len(V)
-        x, sums = X[start:stop], [t[start:stop] for t in (before, after, part)]
+        x, sums = X[start:stop], [t[start:stop] for t in (before, after, partial)]
         for matrices, rows in in_blocks(x, numbers):
             U, v = in_fp32(x[matrices, rows], block), V[matrices, rows]
             square = block[numbers : numbers + U.numel()].view(U.shape)

@@ -44,12 +44,12 @@ def take_signs(X: Tensor, scale: Tensor | None, margin: float, norms: Tensor | N
         (batch,) fp32: what brings the norms to 1/margin, NaN where the matrix was not finite.
     """
     block, *own = torch.split(scratch, [scratch.numel() - 3 * len(X)] + [len(X)] * 3)
-    sums, part, found = (x.view(-1, 1, 1) for x in own)
+    sums, partial, found = (x.view(-1, 1, 1) for x in own)
     if scale is None:
-        sums_of_squares(X, (-2, -1), found, part, block)
+        sums_of_squares(X, (-2, -1), found, partial, block)
         scale = found.view(-1)
     X.sign_()
-    sums_of_squares(X, (-2, -1), sums, part, block)
+    sums_of_squares(X, (-2, -1), sums, partial, block)
     norm = sums.view(-1).sqrt_().clamp_(min=1.0)
     if norms is not None:
         norms.copy_(norm)

@@ -46,8 +46,8 @@ def in_fp32(X: Tensor, scratch: Tensor) -> Tensor:
     return scratch[: X.numel()].view(X.shape).copy_(X)
 
 
-def sums_of_squares(X: Tensor, dim: int | tuple[int, int], out: Tensor, part: Tensor, scratch: Tensor) -> None:
-    """Over -1, -2 or (-2, -1), which stay with size 1; `part` is overwritten and of the size of `out`."""
+def sums_of_squares(X: Tensor, dim: int | tuple[int, int], out: Tensor, partial: Tensor, scratch: Tensor) -> None:
+    """Over -1, -2 or (-2, -1), which stay with size 1; `partial` is overwritten and of the size of `out`."""
     if not in_cache(X.device):
         torch.linalg.vector_norm(X, dim=dim, keepdim=True, dtype=torch.float32, out=out)
         out.square_()
@@ -55,13 +55,13 @@ def sums_of_squares(X: Tensor, dim: int | tuple[int, int], out: Tensor, part: Te
     out.zero_()
     for matrices, rows in in_blocks(X, scratch.numel()):
         own = matrices, rows if dim == -1 else slice(None)
-        add_sum(in_fp32(X[matrices, rows], scratch).square_(), dim, out[own], part[own])
+        add_sum(in_fp32(X[matrices, rows], scratch).square_(), dim, out[own], partial[own])
 
 
-def add_sum(x: Tensor, dim: int | tuple[int, int], out: Tensor, part: Tensor) -> None:
-    """Add the sums of `x` along `dim` to `out`; `part` is memory for them."""
-    torch.sum(x, dim, keepdim=True, out=part)
-    out.add_(part)
+def add_sum(x: Tensor, dim: int | tuple[int, int], out: Tensor, partial: Tensor) -> None:
+    """Add the sums of `x` along `dim` to `out`; `partial` is memory for them."""
+    torch.sum(x, dim, keepdim=True, out=partial)
+    out.add_(partial)
 
 
 def multiply(X: Tensor, factor: Tensor, scratch: Tensor) -> None:

@@ -14,9 +14,9 @@ from ..scaling import lr_ratio
 from ..split import pieces
 from ..stages.packed import check_mantissa, check_master, check_momentum_scale, scales_of
 from ..stages.second_moment import check_second_moment, piece_of_rows
-from ..tensors import check_apart, check_dense, check_device, check_like, check_momentum
+from ..tensors import check_dense, check_device, check_disjoint, check_like, check_momentum
 from .options import StepOptions, check_rounding
-from .work import Part
+from .work import Span
 
 # A piece of a parameter, or None for all of it, and (number of matrices, rows, cols).
 PieceShape = tuple[Piece | None, tuple[int, int, int]]
@@ -78,16 +78,16 @@ class Source(NamedTuple):
     order: tuple[int, ...]
     piece: Piece | None
 
-    def layout(self, part: Part) -> Layout:
-        """Return where the matrices of a part lie."""
+    def layout(self, span: Span) -> Layout:
+        """Return where the matrices of a span lie."""
         t, flatten, order, piece = self
-        at = layout(t.shape, t.stride(), flatten, order, piece, part.start, part.stop)
+        at = layout(t.shape, t.stride(), flatten, order, piece, span.start, span.stop)
         assert at is not None
         return at
 
-    def untransposed(self, part: Part) -> Tensor:
+    def untransposed(self, span: Span) -> Tensor:
         """(matrices, rows, cols) as the parameter has them, sharing its memory."""
-        at = self.layout(part)
+        at = self.layout(span)
         seen = Matrices(self.tensor, at).view()
         return seen.mT if at.transposed else seen
 
@@ -107,15 +107,15 @@ def source_of(
 
 
 def pieces_of(p: Tensor, flatten: bool | None, order: tuple[int, ...], split: str | None) -> tuple[Piece | None, ...]:
-    """What to cut a parameter to; equal parts together, unless apart saves copies."""
+    """What to cut a parameter to; equal parts together, unless separate ones save copies."""
     if split is None:
         return (None,)
-    together, apart = (pieces(p.shape, flatten, split, apart) for apart in (False, True))
+    together, separate = (pieces(p.shape, flatten, split, separate) for separate in (False, True))
 
-    def described(cut: Sequence[Piece | None]) -> bool:
-        return all(layout(p.shape, p.stride(), flatten, order, piece) is not None for piece in cut)
+    def described(found: Sequence[Piece | None]) -> bool:
+        return all(layout(p.shape, p.stride(), flatten, order, piece) is not None for piece in found)
 
-    return apart if described(apart) and not described(together) else together
+    return separate if described(separate) and not described(together) else together
 
 
 class Seen(NamedTuple):
@@ -172,10 +172,10 @@ def check(operands: Sequence[Operand], options: StepOptions) -> None:
         "mantissa": "mantissa",
     }
     named = [(name, getattr(operand, field)) for name, field in fields.items() for operand in operands]
-    check_apart([(name, t) for name, t in named if isinstance(t, Tensor)])
+    check_disjoint([(name, t) for name, t in named if isinstance(t, Tensor)])
 
 
-def cut(operand: Operand, options: StepOptions) -> tuple[tuple[int, ...], Sequence[PieceShape]]:
+def piece_shapes(operand: Operand, options: StepOptions) -> tuple[tuple[int, ...], Sequence[PieceShape]]:
     """The order of the columns of an operand, see `layout`, and its pieces.
 
     Raises:
@@ -216,7 +216,7 @@ class Viewer:
 
     def seen(self, index: int, operand: Operand) -> Iterator[Seen]:
         """Every piece of an operand, whose gradient has this index."""
-        order, shapes = cut(operand, self._options)
+        order, shapes = piece_shapes(operand, self._options)
         p, g, momentum, flatten = operand.param, operand.grad, operand.momentum, self._options.flatten
         absmaxes: list[Tensor | None] = [None] * len(shapes)
         if momentum is not None and momentum.dtype == torch.int8:
@@ -243,10 +243,10 @@ class Viewer:
             )
 
     def _second_moments(
-        self, operand: Operand, order: tuple[int, ...], cut: Sequence[Piece | None]
+        self, operand: Operand, order: tuple[int, ...], split_into: Sequence[Piece | None]
     ) -> Iterator[Source | None]:
         V, before = operand.second_moment, 0
-        for piece in cut:
+        for piece in split_into:
             if V is None:
                 yield None
             elif self._options.second_moment == "element":

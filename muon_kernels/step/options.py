@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import options
 from ..coefficients import Schedule, resolve
-from ..options import PREPARED
+from ..options import PREPARED_OPTIONS
 from ..powers import schedule_of
 from ..split import by_name, close, matching
 from ..stages import MasterWeights, SecondMoment, Stage, stages_of
@@ -68,7 +68,7 @@ class StepOptions:
 _OF_PARAMETERS = ("split", "transposed")
 
 
-_OF_GROUPS = (*(key for key in PREPARED if key not in _OF_PARAMETERS), "momentum_dtype")
+_OF_GROUPS = (*(key for key in PREPARED_OPTIONS if key not in _OF_PARAMETERS), "momentum_dtype")
 
 
 def alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -77,9 +77,9 @@ def alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def settled(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The options in PREPARED of groups that are stepped as one, as `TaskCache` takes them."""
+    """The options in PREPARED_OPTIONS of groups that are stepped as one, as `TaskCache` takes them."""
     return {
-        **{key: groups[0][key] for key in PREPARED},
+        **{key: groups[0][key] for key in PREPARED_OPTIONS},
         **{key: [_of_parameters(group, key) for group in groups] for key in _OF_PARAMETERS},
         "workspace_dtype": options.dtype_of(groups[0]["workspace_dtype"]),
     }

@@ -131,10 +131,10 @@ def _iterated(
     workspace.reserve(G.device, bucket.workspace_bytes)
     scalars = Scalars(0.0, 0.0, 0.0, False, True, eps, 1.0)
     out = torch.empty(count, rows, cols, dtype=G.dtype, device=G.device)
-    for (part,) in into_chunks([count], bucket.chunks):
-        at = source.layout(part)
+    for (span,) in into_chunks([count], bucket.chunks):
+        at = source.layout(span)
         result = iterate(work, [Matrices(source.tensor, at)], None, workspace, scalars)
-        out[part.start : part.stop].copy_(result.mT if at.transposed else result)
+        out[span.start : span.stop].copy_(result.mT if at.transposed else result)
     return out.reshape(G.shape)
 
 

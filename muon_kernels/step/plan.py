@@ -111,7 +111,7 @@ class Plan:
 
     Attributes:
         buckets: equal matrices; of those that several ranks step together, this one's.
-        notes: what "auto" could not use here, and the mend.
+        notes: what "auto" could not use here, and how to fix it.
         shared: what other ranks have a part in.
     """
 

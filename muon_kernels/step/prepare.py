@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 from ..layout import view
 from .bucket import plain_work, planned
-from .operands import BucketKey, Operand, Viewer, check, cut
+from .operands import BucketKey, Operand, Viewer, check, piece_shapes
 from .options import StepOptions
 from .work import Plain, Prepared
 
@@ -43,7 +43,7 @@ def _plain(operands: Sequence[Operand], options: StepOptions) -> Prepared:
     found: list[Plain] = []
     counts: Counter[BucketKey] = Counter()
     for index, operand in enumerate(operands):
-        order, shapes = cut(operand, options)
+        order, shapes = piece_shapes(operand, options)
         for piece, (count, rows, cols) in shapes:
             p, buffer, g, at = operand.param, operand.momentum, operand.grad, None
             assert buffer is not None

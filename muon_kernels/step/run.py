@@ -70,7 +70,7 @@ def _fused_step(work: Work, chunk: Chunk, grads: Sequence[Matrices], workspace: 
             iterate,
             schedule.triples,
             scalars.apply_update(chunk.params, X, chunk.ratios),
-            scalars.apply_options(work.number, chunk.first),
+            scalars.apply_options(work.group_index, chunk.chunk_index),
         )
     )
 
@@ -90,7 +90,7 @@ def _step(
                 ratios = stage.after(result, chunk.second_moments, scalars, ratios, stacks.stage_scratch)
             with unpacked(chunk.params, stacks.unpacked, rehearsing) as params:
                 update = scalars.apply_update(params, result, ratios)
-                ops.apply_update(update, scalars.apply_options(work.number, chunk.first))
+                ops.apply_update(update, scalars.apply_options(work.group_index, chunk.chunk_index))
 
 
 def _plain_step(plain: Plain, grad: Tensor, scalars: Scalars) -> None:

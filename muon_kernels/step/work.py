@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .workspace import Workspace
 
 
-class Part(NamedTuple):
+class Span(NamedTuple):
     """Matrices start..stop of one parameter, or of one piece of it."""
 
     piece: int
@@ -39,7 +39,7 @@ class Chunk(NamedTuple):
     grads: list[tuple[int, Layout]]
     ratios: array[float]  # one a matrix
     second_moments: list[Tensor]  # none, or as `normalize` takes them
-    first: int  # matrices of the bucket in earlier chunks
+    chunk_index: int  # matrices of the bucket in earlier chunks
 
 
 class Plain(NamedTuple):
@@ -57,7 +57,7 @@ class Work(NamedTuple):
 
     Attributes:
         stages: what stands around the iteration.
-        number: of its first matrix among all of the group, which are counted as the parameters come.
+        group_index: of its first matrix among all of the group, which are counted as the parameters come.
         stage_floats: fp32 scratch that a matrix needs for the stages.
     """
 
@@ -67,7 +67,7 @@ class Work(NamedTuple):
     device: torch.device
     chunks: list[Chunk]
     stages: tuple[Stage, ...] = ()
-    number: int = 0
+    group_index: int = 0
     stage_floats: int = 0
 
 
@@ -121,11 +121,11 @@ class Scalars(NamedTuple):
         """The arguments of `Backend.apply_update` in this step."""
         return ApplyUpdate(param, x, as_scalar(self.lr), as_scalar(self.weight_decay), ratio)
 
-    def apply_options(self, number: int, first: int) -> ApplyOptions:
+    def apply_options(self, group_index: int, chunk_index: int) -> ApplyOptions:
         """The options of `Backend.apply_update` for a chunk, from its place in its bucket, and the bucket's."""
         if self.seed is None:
             return ApplyOptions(self.cautious)
-        return ApplyOptions(self.cautious, True, self.seed + number, first)
+        return ApplyOptions(self.cautious, True, self.seed + group_index, chunk_index)
 
 
 class Task(Protocol):

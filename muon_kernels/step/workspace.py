@@ -52,10 +52,10 @@ class Workspace:
         key = work.bucket, work.schedule, batch, work.device, work.stage_floats
         if key not in self._stacks:
             with torch.inference_mode(False):  # what is kept must be of use outside inference mode too
-                self._stacks[key] = self._cut(*key)
+                self._stacks[key] = self._carve(*key)
         return self._stacks[key]
 
-    def _cut(self, bucket: Bucket, schedule: Schedule, batch: int, device: torch.device, stage_floats: int) -> Stacks:
+    def _carve(self, bucket: Bucket, schedule: Schedule, batch: int, device: torch.device, stage_floats: int) -> Stacks:
         m, n = bucket.shape
         ops = backends.get(bucket.backend)
         block = self._blocks[device]

@@ -142,7 +142,7 @@ def rehearsing() -> bool:
 
 
 def _reason(name: str, error: Exception) -> str:
-    """What went wrong, in a sentence, and the mend."""
+    """What went wrong, in a sentence, and how to fix it."""
     what = f"{type(error).__name__}: {error}".strip().splitlines()[0]
     if isinstance(error, OSError):
         mend = "set TRITON_CACHE_DIR to a directory that can be written, with room in it"

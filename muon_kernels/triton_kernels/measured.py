@@ -34,7 +34,7 @@ _MEND = "set MUON_KERNELS_CACHE_DIR to a directory that can be written"
 
 
 def writable(file: Path) -> None:
-    """Raise RuntimeError, with the mend, unless `file` can be written."""
+    """Raise RuntimeError, with how to fix it, unless `file` can be written."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with NamedTemporaryFile(dir=file.parent):
@@ -44,7 +44,7 @@ def writable(file: Path) -> None:
 
 
 def save(file: Path, table: Table) -> None:
-    """Keep a table for later processes; RuntimeError, with the mend, if that fails."""
+    """Keep a table for later processes; RuntimeError, with how to fix it, if that fails."""
     content = {"configs": [c._asdict() for c in table.configs], "vendor_from": table.vendor_from}
     part = file.with_suffix(f".{os.getpid()}")
     try:

@@ -81,7 +81,7 @@ def _elementwise(name: str, old: str, new: str) -> Fault:
     return Fault(name, ELEMENTWISE_H, old, new, ELEMENTWISE)
 
 
-def _relatives(name: str, old: str, new: str) -> Fault:
+def _variants(name: str, old: str, new: str) -> Fault:
     return Fault(name, ELEMENTWISE_H, old, new, 'tests/test_variants.py -k "cpu- and (everybodys or cautious)"')
 
 
@@ -345,19 +345,17 @@ FAULTS = [
     ),
     _elementwise("decay applied twice", "value[i] * factor)", "value[i] * factor * factor)"),
     # Cautious decay and stochastic rounding.
-    _relatives("cautious: not where the update is zero", "change > 0x80000000u", "change >= 0x80000000u"),
-    _relatives("cautious: without the parameter's sign", "^ (bits & 0x80000000u);", "^ (bits & 0u);"),
-    _relatives("random bits: a column has its neighbour's", "32 * (row % 2) : 16 * (col % 2)", "32 * (row % 2) : 0"),
-    _relatives(
-        "random bits: rows walk on by columns", "along_rows ? 1 : blocks) * kStep", "true ? 1 : blocks) * kStep"
-    ),
-    _relatives("random bits: of the first matrix", "(options.first + matrix) *", "options.first *"),
+    _variants("cautious: not where the update is zero", "change > 0x80000000u", "change >= 0x80000000u"),
+    _variants("cautious: without the parameter's sign", "^ (bits & 0x80000000u);", "^ (bits & 0u);"),
+    _variants("random bits: a column has its neighbour's", "32 * (row % 2) : 16 * (col % 2)", "32 * (row % 2) : 0"),
+    _variants("random bits: rows walk on by columns", "along_rows ? 1 : blocks) * kStep", "true ? 1 : blocks) * kStep"),
+    _variants("random bits: of the first matrix", "(options.first + matrix) *", "options.first *"),
     Fault("random bits: of the first matrix, in a fused step", DISPATCH, "options.first += matrix;", "", ELEMENTWISE),
     *[
         Fault(name, file, old, new, f'tests/test_variants.py -k "{tests}"')
         for name, file, old, new, tests in [
-            ("random bits: buckets share them", WORK, "self.seed + number", "self.seed", "own_seed"),
-            ("random bits: chunks share them", WORK, '"first": first}', '"first": 0}', "buckets"),
+            ("random bits: buckets share them", WORK, "self.seed + group_index", "self.seed", "own_seed"),
+            ("random bits: chunks share them", WORK, '"first": chunk_index}', '"first": 0}', "buckets"),
             ("random bits: steps share them", OPTIMIZER, 'group.get("step", 0) + 1', "0", "own_bits"),
             ("random bits: groups share them", OPTIMIZER, " + (index << 24)", "", "buckets"),
             (
@@ -379,8 +377,8 @@ FAULTS = [
             (
                 "second moment: rows of another matrix",
                 BUCKET,
-                "moment.layout(part)).view()",
-                "moment.layout(part._replace(start=0, stop=part.stop - part.start))).view()",
+                "moment.layout(span)).view()",
+                "moment.layout(span._replace(start=0, stop=span.stop - span.start))).view()",
                 "test_second",
             ),
             (
@@ -605,15 +603,15 @@ FAULTS = [
     Fault(
         "every chunk is the first",
         ORTHOGONALIZE,
-        "        at = source.layout(part)\n        result",
-        "        at = source.layout(part._replace(start=0, stop=part.stop - part.start))\n        result",
+        "        at = source.layout(span)\n        result",
+        "        at = source.layout(span._replace(start=0, stop=span.stop - span.start))\n        result",
         BATCH,
     ),
     Fault(
         "every chunk of a step is the first",
         OPERANDS,
-        "piece, part.start, part.stop)",
-        "piece, 0, part.stop - part.start)",
+        "piece, span.start, span.stop)",
+        "piece, 0, span.stop - span.start)",
         SPLIT,
     ),
     Fault(
@@ -626,8 +624,8 @@ FAULTS = [
     Fault(
         "learning rate of another matrix of the bucket",
         BUCKET,
-        "members[part.piece], options)",
-        "members[part.piece]._replace(ratio=members[0].ratio), options)",
+        "members[span.piece], options)",
+        "members[span.piece]._replace(ratio=members[0].ratio), options)",
         'tests/test_optimizer.py -k "do_not_mix and cpu-"',
     ),
     Fault("copies not written back", RUN, "        target.copy_(copy)\n", "        pass\n", SPLIT),
@@ -636,7 +634,7 @@ FAULTS = [
     Fault(
         "equal parts copied rather than apart",
         OPERANDS,
-        "return apart if described(apart) and not described(together) else together",
+        "return separate if described(separate) and not described(together) else together",
         "return together",
         SPLIT,
     ),
@@ -674,15 +672,15 @@ FAULTS = [
     Fault(
         "a checkpoint's split not tried",
         OPTIMIZER,
-        '                    pieces(p.shape, loaded["flatten"], split)\n',
-        "                    pass\n",
+        '                pieces(p.shape, loaded["flatten"], split)\n',
+        "                pass\n",
         SPLIT,
     ),
     Fault(
         "split by a tied name",
         PARAM_GROUPS,
-        'group.setdefault("split", {})[name] = cut',
-        'group.setdefault("split", {})[at[-1].full_name] = cut',
+        'group.setdefault("split", {})[name] = cut_to',
+        'group.setdefault("split", {})[at[-1].full_name] = cut_to',
         SPLIT,
     ),
     Fault("keller: a digit", COEFFICIENTS_PY, "_KELLER = (3.4445,", "_KELLER = (3.4435,", COEFFICIENTS),
