@@ -110,7 +110,7 @@ _ALIASES = {"learning_rate": "lr", "wd": "weight_decay", "mu": "momentum"}
 def check_keys(group: Mapping[str, Any], known: Collection[str]) -> None:
     """Raise ValueError where a key of a group is a misspelt option; others are kept, as by torch's optimizers."""
     for key in group.keys() - set(known) - _STRUCTURE:
-        near = _meant(str(key), known, _CLOSE)
+        near = meant(str(key), known, _CLOSE)
         if near and f"_{near}_" not in f"_{key}_":
             raise ValueError(
                 f"a group has {key!r}, which is no option but close to one: did you mean {near!r}? "
@@ -124,13 +124,13 @@ def check_half(half: str, options: Iterable[str], known: Mapping[str, Collection
         if key in known[half]:
             continue
         fixes = [f"it is {other}'s: put it into {other.lower()}_options" for other in known if key in known[other]]
-        if near := _meant(str(key), known[half], 0.8):  # which betas and beta2 reach
+        if near := meant(str(key), known[half], 0.8):  # which betas and beta2 reach
             fixes.append(f"did you mean {near!r}?")
         fix = ", or ".join(fixes) or "put a key of your own into the groups that you get"
         raise ValueError(f"{half.lower()}_options should hold options of {half} but have {key!r}; {fix}")
 
 
-def _meant(key: str, known: Iterable[str], cutoff: float) -> str | None:
+def meant(key: str, known: Iterable[str], cutoff: float) -> str | None:
     """The option that a key may be another spelling of."""
     from difflib import get_close_matches
 

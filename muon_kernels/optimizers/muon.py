@@ -44,11 +44,13 @@ from .loading import fitted
 from .muon_checks import check_muon_options, costs_of
 from .prepare import prepared
 from .scalars import scalars_of, set_peak_lr
+from .stage_options import given_options, with_stage_options
 from .state import Writes
 
 _KELLER = COEFFICIENTS[DEFAULT].triples[0]
 
 
+@with_stage_options
 class Muon(Optimizer):
     r"""Momentum orthogonalized by Newton-Schulz: a drop-in for `torch.optim.Muon`, fused and batched.
 
@@ -179,9 +181,10 @@ class Muon(Optimizer):
         strategy: str = "owner",
         block_period: int = 5,
         block_lr_ratio: float = 1.0,
+        **others: Any,
     ) -> None:
         """Check everything and set nothing aside yet: momentum buffers come with the first gradients."""
-        given = locals()
+        given = given_options(others) | locals()
         defaults: dict[str, Any] = {name: given[name] for name in OPTIONS}
         if ns_steps is NS_STEPS:  # a checkpoint must hold a plain number
             defaults["ns_steps"] = len(resolve(plain(ns_coefficients), ns_steps).triples)
