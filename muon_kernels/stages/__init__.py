@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .exact_rms import ExactRms
 from .packed import EightBitMomentum, MasterWeights
 from .second_moment import SecondMoment
 from .signs import Signs
 from .stage import Stage
 
-__all__ = ["STAGES", "EightBitMomentum", "MasterWeights", "SecondMoment", "Signs", "Stage", "stages_of"]
+__all__ = ["STAGES", "EightBitMomentum", "ExactRms", "MasterWeights", "SecondMoment", "Signs", "Stage", "stages_of"]
 
 # In the order in which plans name them. Options, their checks and what a step does follow from this table.
-STAGES: tuple[type[Stage], ...] = (Signs, MasterWeights, SecondMoment)
+STAGES: tuple[type[Stage], ...] = (Signs, MasterWeights, SecondMoment, ExactRms)
 
 
 def stages_of(group: Mapping[str, Any]) -> tuple[Stage, ...]:
