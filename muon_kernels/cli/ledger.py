@@ -21,7 +21,8 @@ from .. import backends
 from ..coefficients import COEFFICIENTS, DEFAULT, Schedule, resolve
 from ..distributed.traffic import alternatives, flops, largest
 from ..newton_schulz import Square
-from ..step.plan import Counter, Plan, count_iteration, plan_for_shapes
+from ..step.counting import Counter, count_iteration
+from ..step.plan import Plan, plan_for_shapes
 
 Shapes = Sequence[tuple[int, int, int]]
 

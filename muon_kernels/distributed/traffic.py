@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from .. import backends
 from ..coefficients import DEFAULT, Schedule, resolve
-from ..newton_schulz import segments
+from ..segments import segments
 from ..step.plan import Bucket, plan_bucket, plan_for_shapes
 from .balance import assign_owners
 from .placement import chunk

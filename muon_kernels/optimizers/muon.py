@@ -18,28 +18,14 @@ from ..coefficients import COEFFICIENTS, DEFAULT, NS_STEPS, resolve
 from ..distributed import consensus
 from ..distributed.collectives import Failed
 from ..distributed.ranks import Ranks, check_shared
-from ..options import (
-    OPTIONS,
-    check_keys,
-    plain,
-    settle,
-)
+from ..options import OPTIONS, check_keys, plain, settle
 from ..step.cache import TaskCache
-from ..step.options import (
-    Coefficients,
-    alike,
-    transposes,
-)
+from ..step.options import Coefficients, alike, transposes
 from ..step.plan import Plan
 from ..step.run import plan_of
 from ..step.work import Scalars, Task
 from ..step.workspace import Workspace
-from ..tensors import (
-    check_dense,
-    check_disjoint,
-    check_like,
-    local,
-)
+from ..tensors import check_dense, check_disjoint, check_like, local
 from .loading import fitted
 from .muon_checks import check_muon_options, costs_of
 from .prepare import prepared

@@ -30,17 +30,7 @@ from ..layout import Piece, column_order, flattens, split_shape
 from ..split import pieces
 from ..tensors import check_dense, local
 from .stage import Stage
-from .sums import (
-    add_sum,
-    floats_of_block,
-    in_blocks,
-    in_cache,
-    in_fp32,
-    multiply,
-    norm_kept,
-    padded,
-    sums_of_squares,
-)
+from .sums import add_sum, floats_of_block, in_blocks, in_cache, in_fp32, multiply, norm_kept, padded, sums_of_squares
 
 
 class Form(NamedTuple):

@@ -14,10 +14,7 @@ from torch import Tensor
 
 from .. import backends, options
 from ..coefficients import DEFAULT, NS_STEPS, Schedule, resolve
-from ..layout import (
-    Matrices,
-    split_shape,
-)
+from ..layout import Matrices, split_shape
 from ..powers import EXACT, check_power, schedule_of
 from ..tensors import check_matrices
 from .bucket import into_chunks

@@ -30,7 +30,8 @@ from torch import Tensor
 from ... import backends
 from ...coefficients import Schedule
 from ...newton_schulz import ALGORITHMS, Products, Square
-from ...step.plan import Bucket, Counter, count_iteration
+from ...step.counting import Counter, count_iteration
+from ...step.plan import Bucket
 from ..collectives import Pending
 from ..lots import Lot, LotKey, Momenta, holders
 from ..placement import Team
