@@ -33,7 +33,7 @@ DEFAULT_STEPS = 5
 
 
 class _NotGiven(int):
-    """torch.optim.Muon's default number of steps, which gives way to a set that has its own number."""
+    """The type of torch.optim.Muon's default number of steps, which gives way to a set that has its own number."""
 
 
 NS_STEPS = _NotGiven(DEFAULT_STEPS)
@@ -43,15 +43,14 @@ _LARGEST = 1e38
 
 @dataclass(frozen=True)
 class CoefficientSet:
-    """One published list of (a, b, c).
+    """A published list of (a, b, c).
 
     Attributes:
         triples: one (a, b, c) for each step.
-        margin: what to divide the normalised matrix by, so that rounding cannot push a singular
-            value past the point where the polynomials blow up or change sign.
+        margin: divisor of the normalised matrix, so that rounding cannot push a singular value past the point where the
+            polynomials blow up or change sign.
         source: where the numbers are from.
-        repeats: whether the list may be cut or its last triple repeated. If not, a schedule has
-            exactly these steps.
+        repeats: whether the list may be cut or its last triple repeated. If not, a schedule has exactly these steps.
     """
 
     triples: tuple[Triple, ...]
@@ -61,14 +60,14 @@ class CoefficientSet:
 
 
 class Schedule(NamedTuple):
-    """What to run.
+    """The steps of an iteration.
 
     Attributes:
         triples: one (a, b, c) for each step.
         margin: see `CoefficientSet`.
-        name: the set's, or "custom".
+        name: the set's name, or "custom".
         weights: of the iterates, from the normalised matrix to the last one; empty if the last one is the result.
-        power: which power of the singular values their sum stands for.
+        power: the power of the singular values that the weighted sum stands for.
     """
 
     triples: tuple[Triple, ...]
@@ -79,7 +78,7 @@ class Schedule(NamedTuple):
 
 
 def _widen(triples: Sequence[Triple], factor: float) -> tuple[Triple, ...]:
-    """p(x / factor) for each p: room for x above the end of the interval that p was made for."""
+    """Return p(x / factor) for each p: room for x above the end of the interval that p was made for."""
     return tuple((a / factor, b / factor**3, c / factor**5) for a, b, c in triples)
 
 
@@ -197,17 +196,18 @@ def resolve(
     ns_coefficients: str | Sequence[float] | Sequence[Sequence[float]],
     ns_steps: int | None = None,
 ) -> Schedule:
-    """The schedule that a user's choice means; cheap to ask again at every step.
+    """Return the schedule that a user's choice means. Cheap enough to be asked at every step.
 
     Args:
-        ns_coefficients: a name in COEFFICIENTS; one (a, b, c), used in every step with margin 1; or
-            one (a, b, c) for each step, with margin 1.
+        ns_coefficients: a name in COEFFICIENTS; one (a, b, c), used in every step with margin 1; or one (a, b, c) for
+            each
+            step, with margin 1.
         ns_steps: the number of steps. None, or NS_STEPS for "not given", means the length of the list or of the named
             set, and 5 for one (a, b, c) or a set that may be of any length.
 
     Raises:
-        ValueError: an unknown name, a list of another length than ns_steps, not three numbers, a
-            number that is not finite, or ns_steps outside 1 .. 99.
+        ValueError: an unknown name, a list of another length than ns_steps, not three numbers, a number that is not
+            finite, or ns_steps outside 1 .. 99.
         TypeError: coefficients that are not numbers, or ns_steps that is not an int.
     """
     if isinstance(ns_steps, _NotGiven):

@@ -69,7 +69,7 @@ def muon_step(
     lr_ratio: float,
     dampened: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    r"""One Muon update of param W by grad g with momentum_buffer M, where μ = momentum::
+    r"""Return one Muon update of param W by grad g with momentum_buffer M, where μ = momentum::
 
         dampened:      M ← M + (1 - μ)(g - M)     D = g + μ (M - g)  if nesterov else  M
         not dampened:  M ← μ M + g                D = g + μ M        if nesterov else  M

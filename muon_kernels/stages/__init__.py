@@ -1,4 +1,4 @@
-"""What may stand around the iteration: a class for each option, and the table of them."""
+"""Stages: what options do around the iteration, a class for each, and the table of them."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ __all__ = ["Stage", "stages_of"]
 
 
 class StageOptions(Protocol):
-    """The options that stages are of; see `Muon`."""
+    """The options that have a stage; see `Muon`."""
 
     @property
     def sign_momentum(self) -> bool:
-        """See `Muon`."""
+        """Whether the signs of directions are orthogonalized."""
         ...
 
     @property
     def second_moment(self) -> str | None:
-        """See `Muon`."""
+        """The form of the second moment that results are divided by, or None."""
         ...
 
     @property
     def master_weights(self) -> bool:
-        """See `Muon`."""
+        """Whether parameters are the upper halves of fp32 ones."""
         ...
 
 
 def stages_of(options: StageOptions, int8_momentum: bool = False) -> tuple[Stage, ...]:
-    """The stages that a group's options ask for, whatever the order in which a step comes to them."""
+    """Return the stages that a group's options ask for. Their order here is not the order in which they act."""
     wanted = [
         Signs() if options.sign_momentum else None,
         EightBitMomentum() if int8_momentum else None,
