@@ -22,7 +22,7 @@ LEFT_OUT = (
 # First words of clauses without a verb of their own, and of phrases whose noun is left to the reader to guess.
 FRAGMENTS = frozenset(
     "all also and as at because both but by even for from how if in into it its likewise neither no none nor not "
-    "nothing of on one only or other others our over same see so some such that them then there these those through "
+    "nothing of on only or other others our over same see so such that them then there these those through "
     "to under until what when where which while who whom whose why with within without".split()
 )
 

@@ -117,7 +117,7 @@ def piece_of_rows(V: Tensor, shape: Sequence[int], flatten: bool | None, piece: 
 
 
 class SecondMoment(Stage):
-    """Stage of `second_moment`: results are divided by the root of a running mean of their squares, and keep their norms."""
+    """Stage of `second_moment`: results are divided by the root of a running mean of their squares."""
 
     def __init__(self, form: str) -> None:
         """Take the form, a name in FORMS."""
