@@ -51,7 +51,7 @@ def reference_step(params: list[nn.Parameter]) -> Callable[[], object]:
 
 
 def batched_step(params: list[nn.Parameter]) -> Callable[[], object]:
-    """Return a step as users write it for a processor without bf16 products: equal shapes stacked and batched, in fp32."""
+    """Return a step as users write it for a processor without bf16 products: equal shapes batched, in fp32."""
     by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
     for p in params:
         by_shape[p.shape].append(p)
@@ -121,7 +121,7 @@ def copied(params: list[nn.Parameter], device: str) -> list[nn.Parameter]:
 
 
 def facts(workload: str, implementation: str, device: str) -> dict[str, float]:
-    """Return the median time, the ratios to torch's two, and for ours the FLOPs and their share of torch.matmul's rate."""
+    """Return the median time, the ratios to torch's two, and for ours the FLOPs and their share of the peak."""
     taken = {name: statistics.median(seconds) for name, seconds in times(workload, device).items()}
     median = taken[implementation]
     found = {"median_ms": median * 1e3, "faster": taken[TORCH] / median, "faster_than_fp32": taken[BATCHED] / median}
@@ -147,7 +147,7 @@ def test_step(benchmark, workload: str, device: str, implementation: str) -> Non
 
 
 def table(device: str) -> str:
-    """Return a table: every workload's medians in milliseconds, and how much faster the best of ours is than torch's two."""
+    """Return a table: every workload's medians in milliseconds, and how much faster the best of ours is."""
     names, best = list(implementations(device)), measure.own(device)[0]
     lines = [
         f"| workload | {', ms | '.join(names)}, ms | {best}: times faster than {TORCH} | than {BATCHED} | % of rate |",

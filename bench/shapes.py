@@ -15,7 +15,7 @@ def gpt2(layers: int) -> Shapes:
 
 
 def llama(layers: int) -> Shapes:
-    """Return the shapes of Llama-style layers of width 2048: 32 query heads, 8 key and value heads, gated MLP of 5632."""
+    """Return shapes of Llama-style layers of width 2048: 32 query heads, 8 of keys and values, gated MLP of 5632."""
     return [(2048, 2048, 2 * layers), (512, 2048, 2 * layers), (5632, 2048, 2 * layers), (2048, 5632, layers)]
 
 

@@ -265,7 +265,7 @@ def _ranks(text: str) -> int:
 
 
 def scaling(shapes: Shapes, ranks: int, gpu: Gpu, schedule: Schedule, network: Network) -> Iterator[str]:
-    """Yield a line of a table for every way to step matrices on `ranks` ranks; see `muon_kernels.distributed.traffic`."""
+    """Yield a line of a table for every way to step matrices on `ranks` ranks; see distributed/traffic.py."""
     once = sum(flops(shapes, schedule=schedule))
     for name, beside, costs in alternatives(shapes, ranks, schedule=schedule):
         most = largest(costs)

@@ -27,7 +27,7 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from ..checkpoint import check_checkpoint
-from ..coefficients import COEFFICIENTS, DEFAULT, NS_STEPS, resolve
+from ..coefficients import NS_STEPS, resolve
 from ..layout import split_shape
 from ..options import check_keys, check_options, plain, settle, settled_checkpoint
 from ..scaling import lr_ratio
@@ -80,7 +80,7 @@ class ZeroMuon(Optimizer):
         weight_decay: float = 0.1,
         momentum: float = 0.95,
         nesterov: bool = True,
-        ns_coefficients: Coefficients = COEFFICIENTS[DEFAULT].triples[0],
+        ns_coefficients: Coefficients = (3.4445, -4.7750, 2.0315),
         eps: float = 1e-7,
         ns_steps: int | None = NS_STEPS,
         adjust_lr_fn: str | Callable[[int, int], float] | None = None,

@@ -136,16 +136,7 @@ class MuonAdamW(Optimizer):
     @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Step every parameter that has a gradient, writing it and its state.
-
-        A gradient that either optimizer refuses raises before anything is written.
-
-        Args:
-            closure: reevaluates the model, with gradients enabled, and returns the loss.
-
-        Returns:
-            What the closure returned.
-        """
+        """Update every parameter that has a gradient, and its state."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
