@@ -1,9 +1,9 @@
 """Named Newton-Schulz coefficients with their sources, and the schedule that a user's choice means.
 
-A step maps every singular value s of the normalised matrix to p(s) = a s + b s^3 + c s^5. The sets
-differ in how fast a small s rises (the product of all a), in how flat the result is, and in whether
-they forgive an s above 1. That last is what a margin is for: the Frobenius norm keeps s at 1 or
-below, but the entries are then rounded to bfloat16, which can scale a matrix by up to 1 + 2^-8.
+A step maps every singular value s of the normalised matrix to p(s) = a s + b s^3 + c s^5. The sets differ in how fast a
+small s rises (the product of all a), in how flat the result is, and in whether they forgive an s above 1. That last is
+what a margin is for: the Frobenius norm keeps s at 1 or below, but the entries are then rounded to bfloat16, which can
+scale a matrix by up to 1 + 2^-8.
 
 What 5 steps, or the set's own number, make of s in [0.01, 1 + 2^-8] / margin:
 
@@ -82,8 +82,6 @@ def _widen(triples: Sequence[Triple], factor: float) -> tuple[Triple, ...]:
     return tuple((a / factor, b / factor**3, c / factor**5) for a, b, c in triples)
 
 
-_KELLER = (3.4445, -4.7750, 2.0315)
-
 # Each step is made for exactly the interval that the one before yields, the first for s <= 1.
 _POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
@@ -105,7 +103,9 @@ _CANS = (
 
 COEFFICIENTS: dict[str, CoefficientSet] = {
     # Stays in (0, 1.5) for s up to 1.26, for any number of steps.
-    "keller": CoefficientSet((_KELLER,), 1.0, "https://kellerjordan.github.io/posts/muon/", repeats=True),
+    "keller": CoefficientSet(
+        ((3.4445, -4.7750, 2.0315),), 1.0, "https://kellerjordan.github.io/posts/muon/", repeats=True
+    ),
     # Stays in (0, 1.5) for s up to 1.32.
     "you5": CoefficientSet(
         (
@@ -171,7 +171,7 @@ COEFFICIENTS: dict[str, CoefficientSet] = {
     ),
     # Stays in (0, 1.5) for s up to 1.26.
     "deepseek_v4": CoefficientSet(
-        (_KELLER,) * 8 + ((2.0, -1.5, 0.5),) * 2,
+        ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2,
         1.0,
         "DeepSeek-V4 report, section 2.4, as in https://github.com/NVIDIA-NeMo/Emerging-Optimizers",
         repeats=False,
@@ -200,8 +200,7 @@ def resolve(
 
     Args:
         ns_coefficients: a name in COEFFICIENTS; one (a, b, c), used in every step with margin 1; or one (a, b, c) for
-            each
-            step, with margin 1.
+            each step, with margin 1.
         ns_steps: the number of steps. None, or NS_STEPS for "not given", means the length of the list or of the named
             set, and 5 for one (a, b, c) or a set that may be of any length.
 

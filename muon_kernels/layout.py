@@ -128,8 +128,7 @@ def column_order(shape: Size, stride: tuple[int, ...]) -> tuple[int, ...]:
     """Return the order in memory of dimensions 1.. of a flattened parameter, outermost first.
 
     NS(XP) = NS(X)P for every permutation P, so the order of the columns is free as long as gradient, momentum and
-    parameter
-    share it: a channels-last convolution needs no copy.
+    parameter share it: a channels-last convolution needs no copy.
     """
     return tuple(sorted(range(1, len(shape)), key=lambda d: (-stride[d], d)))
 

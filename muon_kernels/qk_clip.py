@@ -184,8 +184,7 @@ def max_logits(
         causal: whether query i sees keys 0..i alone, as with is_causal=True.
         scale: > 0; None for 1/√head_dim.
         max_workspace_bytes: cap on the memory of logits at a time, which are those of some queries of all heads and of
-            the
-            whole batch; at least one query's.
+            the whole batch; at least one query's.
 
     Returns:
         (heads,), float32, or float64 if q is. -inf where there are no logits, NaN where one is. It is detached, and

@@ -26,12 +26,12 @@ def newton_schulz(
     The result is not exactly U Vᵀ but U S' Vᵀ, with S' as near 1 as the coefficients make it.
 
     Args:
-        G: (..., m, n), any floating dtype; not written. Taller than wide is worked on transposed,
-            which gives the same result for fewer products.
+        G: (..., m, n), any floating dtype; not written. Taller than wide is worked on transposed, which gives the same
+            result for fewer products.
         coefficients: one (a, b, c) for each step.
         margin: keeps the largest singular value of X at 1 / margin or below.
-        eps: stands in for the norm of a zero matrix, which so gives zero. It touches nothing else:
-            the result does not depend on the scale of G.
+        eps: stands in for the norm of a zero matrix, which so gives zero. It touches nothing else: the result does not
+            depend on the scale of G.
 
     Returns:
         (..., m, n) in the dtype of G. NaN or Inf spoils the matrix that has it and no other.

@@ -116,9 +116,8 @@ def decayed(form: str, lr: Number, weight_decay: Number, peak_lr: Number) -> tup
     Args:
         form: in WEIGHT_DECAY_FORMS.
         lr: of this step. At 0 nothing moves, whatever the form: torch.distributed.checkpoint makes state by such a
-            step.
-            For "independent" any lr above 0 counts as at least 1e-30, so that the quotient is finite; no update shows
-            it.
+            step. For "independent" any lr above 0 counts as at least 1e-30, so that the quotient is finite; no update
+            shows it.
         weight_decay: as the user gave it.
         peak_lr: the largest lr of the schedule.
     """

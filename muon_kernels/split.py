@@ -44,8 +44,7 @@ def equal(n: int, dim: int = 0) -> str:
     Args:
         n: number of parts.
         dim: the dimension of every matrix that is divided: 0 for rows, 1 for columns. Of a parameter that is flattened
-            to
-            a matrix, such as a convolution, the first or the second dimension.
+            to a matrix, such as a convolution, the first or the second dimension.
 
     Returns:
         The split, a line of text for the option `split`.
@@ -78,8 +77,7 @@ def blocks(*sizes: int, interleaved: bool = False, dim: int = 0) -> str:
     Args:
         sizes: of the parts.
         interleaved: whether the sizes repeat until the dimension is full, a part being all its occurrences. Unless a
-            part
-            is 1 wide, no strides describe that: such parts are stepped in copies.
+            part is 1 wide, no strides describe that: such parts are stepped in copies.
         dim: see `equal`.
 
     Returns:

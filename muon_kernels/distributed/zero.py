@@ -59,8 +59,7 @@ class ZeroMuon(Optimizer):
 
     Args:
         params: parameters with at least two dimensions, or groups of them, the same on all ranks. Those of a group are
-            of
-            one dtype and on one device.
+            of one dtype and on one device.
         lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn, dampened, flatten,
             ns_algorithm, backend, max_workspace_bytes, maximize: see `Muon`; groups may differ in them.
         process_group: the ranks; None for all.

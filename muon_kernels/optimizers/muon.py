@@ -67,9 +67,8 @@ class Muon(Optimizer):
 
     Args:
         params: parameters with at least two dimensions, or groups of them. Three dimensions are a batch of matrices,
-            four
-            or more are a convolution, flattened to (first, all others); `flatten` decides otherwise. Parameters may be
-            slices of one tensor but must not share an element.
+            four or more are a convolution, flattened to (first, all others); `flatten` decides otherwise. Parameters
+            may be slices of one tensor but must not share an element.
         lr: learning rate, a number or a one-element tensor.
         weight_decay: multiplied by `lr` itself, not by the adjusted learning rate; see `weight_decay_form`.
         momentum: μ.
@@ -80,10 +79,9 @@ class Muon(Optimizer):
             only.
         ns_steps: number of steps; if not given, 5 or a named set's own number.
         adjust_lr_fn: ratio(A, B). None or "original": √max(1, A/B). "match_rms_adamw": 0.2·√max(A, B). "spectral":
-            √(A/B),
-            which groups hold by torch's name "spectral_unclamped". "none": 1. Or a pure function of (A, B) at the top
-            level of a module, whose answers are kept from step to step; groups and checkpoints hold its name, and a
-            checkpoint is loaded only where the group has the same function.
+            √(A/B), which groups hold by torch's name "spectral_unclamped". "none": 1. Or a pure function of (A, B) at
+            the top level of a module, whose answers are kept from step to step; groups and checkpoints hold its name,
+            and a checkpoint is loaded only where the group has the same function.
         use_addmm: accepted because torch.optim.Muon has it, to fuse products; here they always are.
         dampened: False updates the momentum as Moonlight does, without the factor 1 - μ.
         flatten: True flattens parameters of three dimensions, too; False flattens none.
@@ -99,12 +97,10 @@ class Muon(Optimizer):
         ns_algorithm: "standard", "gram", or "auto" for the one with fewer FLOPs.
         backend: "cuda", "triton", "cpu", "eager", or "auto" for the first of these that can step the parameters.
         max_workspace_bytes: cap on the memory beside parameters and state. Larger buckets are stepped in several
-            passes.
-            None: 64 MiB for "cpu", 1 GiB for the others, or one matrix's need if that is more.
+            passes. None: 64 MiB for "cpu", 1 GiB for the others, or one matrix's need if that is more.
         workspace_dtype: dtype of the matrices that are multiplied, or its name, which is what groups hold.
-            torch.float16 is
-            several times more accurate than torch.bfloat16 and as fast on a GPU; the "cpu" backend does not support it,
-            so "auto" falls back to "eager", which is slower.
+            torch.float16 is several times more accurate than torch.bfloat16 and as fast on a GPU; the "cpu" backend
+            does not support it, so "auto" falls back to "eager", which is slower.
         momentum_dtype: dtype of new momentum buffers; None for the gradient's. torch.int8 takes 1.002 bytes an element:
             codes in `momentum_buffer`, and in `momentum_scale` the largest magnitude of every 2048 elements of a
             matrix, see stages/packed.py. Steps compute in fp32. While there is such a momentum, `flatten` and `split`
@@ -112,45 +108,39 @@ class Muon(Optimizer):
             uses.
         maximize: whether to ascend.
         power: p in [0, 1]: the direction's singular values σ become σ^p instead of 1; see
-            `muon_kernels.spectral_power`.
-            Above 0, `ns_coefficients`, `ns_steps` and `eps` are not used, and the update scales with the direction^p.
+            `muon_kernels.spectral_power`. Above 0, `ns_coefficients`, `ns_steps` and `eps` are not used, and the update
+            scales with the direction^p.
         weight_decay_form: share of W that decays in a step. "decoupled": lr·weight_decay. "independent": weight_decay,
             whatever lr above 0 is. "scheduled": lr·weight_decay·lr/peak_lr, as in AdamC and MuonC (arXiv 2506.02285).
         peak_lr: largest `lr` of the schedule, for "scheduled"; None for the one that the group begins with. The
-            `max_lr`
-            that OneCycleLR writes into a group counts instead where it is larger.
-        cautious: whether to decay only elements that the update moves towards zero or not at all (arXiv 2510.12402).
+            `max_lr` that OneCycleLR writes into a group counts instead where it is larger.
+        cautious: whether to decay only what the update moves towards zero or leaves as it is (arXiv 2510.12402).
         stochastic_rounding: whether to round parameters, which must be bf16 then, up or down with the probabilities
-            that
-            make the mean exact. The same steps, from a checkpoint or not, have the same random bits, on every backend.
-        sign_momentum: whether to use NS(sign(D)) instead of NS(D), as AdaMuon (arXiv 2507.11005) does. Its own settings
-            are
+            that make the mean exact. The same steps, from a checkpoint or not, have the same random bits, on every
+            backend.
+        sign_momentum: whether to use NS(sign(D)) instead of NS(D), as AdaMuon (arXiv 2507.11005) does. In fp16 workspaces
+            an element below 1e-7 of the matrix's norm counts as zero. AdaMuon itself is
             `Muon(params, sign_momentum=True, second_moment="element", dampened=False, adjust_lr_fn="match_rms_adamw")`.
-            In fp16 workspaces an element below 1e-7 of the matrix's norm counts as zero.
         master_weights: whether to take bf16 parameters for fp32 ones rounded to nearest, whose other 16 bits are
-            `mantissa`
-            in the state. Steps are then those of fp32 parameters, to the bit, in 4 bytes an element. A parameter that
-            is written between steps keeps its `mantissa`, at most half a unit in its last place; delete that from the
-            state to begin at the parameter.
-        second_moment: whether to divide NS(D) by the root of a running mean of its squares, keeping its norm. "neuron":
-            the
-            mean of each row, as in NorMuon (arXiv 2510.05491). "element": of each element, as in AdaMuon. Both papers
-            scale as adjust_lr_fn="match_rms_adamw" does. A part of a `split` has rows of its own. With a power above 0,
-            updates should be within 1e-18 and 1e18, where their squares are in the range of fp32.
+            `mantissa` in the state. Steps are then those of fp32 parameters, to the bit, in 4 bytes an element. A
+            parameter that is written between steps keeps its `mantissa`, at most half a unit in its last place; delete
+            that from the state to begin at the parameter.
+        second_moment: running mean of squares by whose root NS(D) is divided, keeping its norm; None for none. "neuron"
+            has a mean of each row, as in NorMuon (arXiv 2510.05491), "element" one of each element, as in AdaMuon. Both
+            papers scale as adjust_lr_fn="match_rms_adamw" does. A part of a `split` has rows of its own. With a power
+            above 0, updates should be within 1e-18 and 1e18, where their squares are in the range of fp32.
         beta2: β₂ of that mean.
         process_group: the ranks that have the same plain tensors for parameters, and the same gradients, as under
             DistributedDataParallel, so that GradScaler leaves out the same steps on all. Each rank steps a share, and
             only its owner keeps the momentum of a parameter. None: plain tensors are this process's own. DTensors know
             their own ranks.
         strategy: how to orthogonalize matrices of which several ranks hold shards. "owner": one rank gets the others'
-            shards.
-            "gram": matrices that are sharded along their longer dimension stay where they are, and Gram matrices are
-            summed. "blocks": each rank takes its own shard, and owners the whole matrix every `block_period` steps, as
-            in MuonBP (arXiv 2510.16981). See distributed/strategies/.
+            shards. "gram": matrices that are sharded along their longer dimension stay where they are, and Gram
+            matrices are summed. "blocks": each rank takes its own shard, and owners the whole matrix every
+            `block_period` steps, as in MuonBP (arXiv 2510.16981). See distributed/strategies/.
         block_period: for "blocks"; 1 is "owner".
         block_lr_ratio: for "blocks", factor of `lr` in steps of shards. `adjust_lr_fn` is then applied to the shapes of
-            the
-            shards; the paper's update is that of "match_rms_adamw".
+            the shards; the paper's update is that of "match_rms_adamw".
 
     Raises:
         ValueError, TypeError: an argument that cannot be used, with what was expected.
@@ -292,8 +282,7 @@ class Muon(Optimizer):
         Raises:
             ValueError, TypeError: an option, a gradient or state that cannot be used; nothing has been written then.
             RuntimeError: a backend or memory that is missing, in which case nothing has been written; or a rank that
-                does not
-                answer, in which case the message says whether anything has been written.
+                does not answer, in which case the message says whether anything has been written.
         """
         loss = None
         if closure is not None:
@@ -397,7 +386,7 @@ class Muon(Optimizer):
 
     @contextmanager
     def whole_state(self) -> Iterator[None]:
-        """Have the state that other ranks keep in ours while the context lasts. All ranks have to enter it."""
+        """Hold the state of other ranks, too, while this context lasts. All ranks have to enter it."""
         whole = consensus.gathered(self._ranks.owned, self.state)
         own = {p: self.state.get(p) for p in whole}
         try:
@@ -428,8 +417,7 @@ class Muon(Optimizer):
 
         Raises:
             ValueError, TypeError: it is another optimizer's, or groups, sizes or options do not fit; nothing has been
-                changed
-                then.
+                changed then.
         """
         states = check_checkpoint(state_dict, self.param_groups, "Muon", "ns_coefficients", check_state)
         self._settle()

@@ -56,12 +56,10 @@ class MuonAdamW(Optimizer):
 
     Args:
         params: dicts with `params` and a boolean `use_muon`, as `muon_kernels.param_groups` makes them. An option in a
-            dict
-            wins over the same option below.
+            dict wins over the same option below.
         muon_options: options of the Muon groups, any keyword of `Muon`.
         adamw_options: options of the AdamW groups, any keyword of `torch.optim.AdamW`. With none of `fused`, `foreach`
-            and
-            `differentiable` given, a group is `fused` if it can be: floating point, on CPU or CUDA, contiguous.
+            and `differentiable` given, a group is `fused` if it can be: floating point, on CPU or CUDA, contiguous.
 
     Raises:
         ValueError: a group does not say `use_muon`, or no group has a parameter, or what `Muon` and `AdamW` raise.
@@ -100,8 +98,8 @@ class MuonAdamW(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group for Muon (`use_muon=True`) or AdamW (`use_muon=False`).
 
-        That optimizer's defaults are written into the dict. Either the parameters of all groups have names or none has.
-        Those of `muon_kernels.param_groups` have, so give pairs (name, parameter) beside them.
+        That optimizer's defaults are written into the dict. Either all groups have names of their parameters, as those
+        of `muon_kernels.param_groups` have, or none has: give pairs (name, parameter) beside groups with names.
 
         Args:
             param_group: a dict with `params`, `use_muon` and options that differ from the defaults.
@@ -153,8 +151,7 @@ class MuonAdamW(Optimizer):
 
         Raises:
             ValueError, TypeError, RuntimeError: what `Muon` raises, or a gradient, state or option that AdamW could not
-                step;
-                nothing has been written then.
+                step; nothing has been written then.
         """
         loss = None
         if closure is not None:
@@ -224,8 +221,7 @@ class MuonAdamW(Optimizer):
 
         Raises:
             ValueError, TypeError: it is another optimizer's, or groups, sizes or options do not fit; nothing has been
-                changed
-                then.
+                changed then.
         """
         check_checkpoint(state_dict, self.param_groups, "MuonAdamW", "use_muon")
         state_dict = state_dict.copy()
@@ -270,8 +266,8 @@ class MuonAdamW(Optimizer):
     def _hand_over(self) -> None:
         """Give the inner optimizers our groups and our state.
 
-        They keep nothing of their own between steps, so nothing can disagree, whoever replaces
-        `param_groups` or `state`.
+        They keep nothing of their own between steps, so nothing can disagree, whoever replaces `param_groups` or
+        `state`.
         """
         for inner, groups in self._inner():
             inner.param_groups = groups

@@ -48,9 +48,8 @@ def param_groups(
 
     Where no name tells the output head, it is the last matrix `weight` of the model if that has as many rows as the
     largest embedding, positions aside. Routers go to Muon, see `muon_kernels.rules.ROUTER`. Names and shapes do not
-    tell
-    everything, so look at the table: a bare parameter of three dimensions that an einsum reads as one matrix looks like
-    a stack of matrices. Scripts and traces of torch.jit are judged as what they were made of.
+    tell everything, so look at the table: a bare parameter of three dimensions that an einsum reads as one matrix looks
+    like a stack of matrices. Scripts and traces of torch.jit are judged as what they were made of.
 
     Frozen parameters (`requires_grad=False`) are in no group. Weights that the rules know to be stored as (inputs,
     outputs), such as those of transformers' Conv1D, are listed in the Muon group's option `transposed`.
@@ -73,8 +72,7 @@ def param_groups(
         missing_ok: whether a pattern may match nothing here, as on a stage of a pipeline.
         muon_options: options of the Muon groups, such as `{"lr": 0.02}`. Keys of your own go into the groups returned.
         adamw_options: options of the AdamW groups, such as `{"lr": 3e-4, "betas": (0.9, 0.95)}`. Keys of your own go
-            into
-            the groups returned.
+            into the groups returned.
 
     Returns:
         Param groups, `{"params", "param_names", "use_muon", **options}`, as `MuonAdamW` takes them: one of Muon and one
@@ -87,16 +85,14 @@ def param_groups(
 
     Raises:
         ValueError: a pattern matches no parameter; or a scalar or 1-D parameter is to go to Muon; or a parameter is
-            claimed
-            for both; or options are of the other optimizer; or a split does not fit, matches what another one does, or
-            matches only what does not go to Muon; or a parameter is flattened, emptied or not made yet, so that its
-            shape tells nothing.
+            claimed for both; or options are of the other optimizer; or a split does not fit, matches what another one
+            does, or matches only what does not go to Muon; or a parameter is flattened, emptied or not made yet, so
+            that its shape tells nothing.
         TypeError: `model` is no `nn.Module`, or options or splits are no mapping, or a rule is no `Rule`.
 
     Warns:
         UserWarning: a parameter has no elements, and nothing tells whether it has been emptied; or parameters go to
-            Muon
-            whose layers have lost their classes, as in a model that torch.export returns.
+            Muon whose layers have lost their classes, as in a model that torch.export returns.
 
     Sources: [1] https://kellerjordan.github.io/posts/muon, [2] https://arxiv.org/abs/2502.16982
     """

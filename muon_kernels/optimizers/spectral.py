@@ -236,8 +236,7 @@ class SpectralAdam(Optimizer):
 
         Raises:
             ValueError, TypeError, RuntimeError: an option, a gradient or state that cannot be used; nothing has been
-                written
-                then.
+                written then.
         """
         loss = None
         if closure is not None:
@@ -353,8 +352,7 @@ class SpectralAdam(Optimizer):
 
         Raises:
             ValueError, TypeError: it is another optimizer's, or groups, sizes or options do not fit; nothing has been
-                changed
-                then.
+                changed then.
         """
         check_checkpoint(state_dict, self.param_groups, "SpectralAdam", "betas", _check_saved)
         saved = options.settled_checkpoint(state_dict["param_groups"], self.param_groups, self.defaults)

@@ -25,8 +25,7 @@ def quantize(x: Tensor, block: int = BLOCK, *, out: tuple[Tensor, Tensor] | None
     Args:
         x: any size and strides, of a floating dtype; only read. Rounded to float32 first if it is float64.
         block: number of elements, in row-major order and whatever the dimensions, that share an absmax; the last block
-            may
-            be shorter.
+            may be shorter.
         out: (codes, absmax) to write to, of the sizes below.
 
     Returns:

@@ -186,15 +186,13 @@ def normalize(form: str, X: Tensor, moments: Sequence[Tensor], beta2: float, scr
         form: in FORMS.
         X: (batch, m, n), a stack of orthogonalized updates; written.
         moments: fp32, in the order of X's batch; written. (matrices, m, n) for "element". For "neuron" one number for
-            each
-            row of the parameter: (matrices, m, 1), or (matrices, 1, n) where X holds the matrix transposed.
+            each row of the parameter: (matrices, m, 1), or (matrices, 1, n) where X holds the matrix transposed.
         beta2: β₂.
         scratch: batch times `SecondMoment.floats` of fp32, contiguous; overwritten.
 
     Returns:
         A factor for each matrix, by which X is still to be multiplied: on a processor that is cheaper where X is used.
-            None
-            where X is the result.
+            None where X is the result.
     """
     eps = FORMS[form].eps
     if form == "element":

@@ -33,8 +33,7 @@ def take_signs(X: Tensor, scale: Tensor | None, margin: float, norms: Tensor | N
     Args:
         X: (batch, m, n), the directions; written.
         scale: (batch,) fp32, as `Backend.momentum_update` returned it: NaN for a matrix that is not finite. Written.
-            None
-            for a backend that returned none, where such a matrix is itself not finite.
+            None for a backend that returned none, where such a matrix is itself not finite.
         margin: of the coefficient set.
         norms: (batch,) fp32, written: the Frobenius norms of the signs, at least 1; None if nobody asks.
         scratch: see `normalize`.
