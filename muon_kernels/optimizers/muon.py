@@ -118,8 +118,8 @@ class Muon(Optimizer):
         stochastic_rounding: whether to round parameters, which must be bf16 then, up or down with the probabilities
             that make the mean exact. The same steps, from a checkpoint or not, have the same random bits, on every
             backend.
-        sign_momentum: whether to use NS(sign(D)) instead of NS(D), as AdaMuon (arXiv 2507.11005) does. In fp16 workspaces
-            an element below 1e-7 of the matrix's norm counts as zero. AdaMuon itself is
+        sign_momentum: whether to use NS(sign(D)) instead of NS(D), as AdaMuon (arXiv 2507.11005) does. In fp16
+            workspaces an element below 1e-7 of the matrix's norm counts as zero. AdaMuon itself is
             `Muon(params, sign_momentum=True, second_moment="element", dampened=False, adjust_lr_fn="match_rms_adamw")`.
         master_weights: whether to take bf16 parameters for fp32 ones rounded to nearest, whose other 16 bits are
             `mantissa` in the state. Steps are then those of fp32 parameters, to the bit, in 4 bytes an element. A
