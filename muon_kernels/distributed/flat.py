@@ -46,8 +46,7 @@ class Flat:
         slices: range of every rank.
         matrices: in order.
         needed: for every rank, the range from the beginning of the first to the end of the last matrix of which its
-            slice
-            has any.
+            slice has any.
     """
 
     def __init__(self, params: Sequence[Tensor], flatten: bool | None, ranks: int) -> None:

@@ -65,7 +65,7 @@ def team_of(process_group: Any) -> Team:
 
 
 class Placement(NamedTuple):
-    """Where a parameter is.
+    """Place of a parameter on the ranks.
 
     Attributes:
         team: the ranks that step it.

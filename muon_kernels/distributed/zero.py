@@ -27,7 +27,7 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from ..checkpoint import check_checkpoint
-from ..coefficients import COEFFICIENTS, DEFAULT, NS_STEPS, resolve
+from ..coefficients import NS_STEPS, resolve
 from ..layout import split_shape
 from ..options import check_keys, check_options, plain, settle, settled_checkpoint
 from ..scaling import lr_ratio
@@ -59,8 +59,7 @@ class ZeroMuon(Optimizer):
 
     Args:
         params: parameters with at least two dimensions, or groups of them, the same on all ranks. Those of a group are
-            of
-            one dtype and on one device.
+            of one dtype and on one device.
         lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn, dampened, flatten,
             ns_algorithm, backend, max_workspace_bytes, maximize: see `Muon`; groups may differ in them.
         process_group: the ranks; None for all.
@@ -80,7 +79,7 @@ class ZeroMuon(Optimizer):
         weight_decay: float = 0.1,
         momentum: float = 0.95,
         nesterov: bool = True,
-        ns_coefficients: Coefficients = COEFFICIENTS[DEFAULT].triples[0],
+        ns_coefficients: Coefficients = (3.4445, -4.7750, 2.0315),
         eps: float = 1e-7,
         ns_steps: int | None = NS_STEPS,
         adjust_lr_fn: str | Callable[[int, int], float] | None = None,

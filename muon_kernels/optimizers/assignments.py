@@ -10,7 +10,14 @@ from typing import Any, NamedTuple
 
 
 class Assignment(NamedTuple):
-    """Where one parameter went: the optimizer is "Muon", "AdamW" or "none" (frozen)."""
+    """The optimizer that a parameter was assigned to, with the reason.
+
+    Attributes:
+        name: full name of the parameter.
+        shape: its size.
+        optimizer: "Muon", "AdamW" or "none" for a frozen parameter.
+        reason: in words.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -19,24 +26,21 @@ class Assignment(NamedTuple):
 
 
 class ParamGroups(list[dict[str, Any]]):
-    """Groups of Muon, then groups of AdamW; print it to see what went where.
-
-    `assignments` holds one entry per parameter of the model, frozen ones included.
-    """
+    """List of param groups, those of Muon first, then those of AdamW. Print it to see what went where."""
 
     def __init__(self, groups: Iterable[dict[str, Any]], assignments: Iterable[Assignment]) -> None:
-        """Hold `groups` and what `summary` tells of them."""
+        """Hold `groups`, and the assignments that `summary` shows."""
         super().__init__(groups)
         self.assignments = tuple(assignments)
 
     @property
     def muon(self) -> list[dict[str, Any]]:
-        """The groups of Muon: one, unless learning rates or weight decays go by name."""
+        """The groups of Muon: one, unless learning rates or weight decays are given by name."""
         return [group for group in self if group["use_muon"]]
 
     @property
     def adamw(self) -> list[dict[str, Any]]:
-        """The groups of AdamW, likewise."""
+        """The groups of AdamW: one, unless learning rates or weight decays are given by name."""
         return [group for group in self if not group["use_muon"]]
 
     def summary(self) -> str:
@@ -69,7 +73,10 @@ class ParamGroups(list[dict[str, Any]]):
 
 
 def _folded(assignments: Iterable[Assignment]) -> list[tuple[Assignment, int]]:
-    """Those alike but for numbers in the name as one, called `layers.0..11.weight`, and how many each stands for."""
+    """Join rows that are alike but for numbers in the name; return each with the number of parameters it stands for.
+
+    The joint name is, for example, `layers.0..11.weight`.
+    """
     rows = [(at, 1) for at in assignments]
     # The last number first: experts of a layer, then layers that have the same experts.
     for depth in reversed(range(max((at.name.count(".") for at, _ in rows), default=-1) + 1)):
@@ -84,7 +91,7 @@ def _folded(assignments: Iterable[Assignment]) -> list[tuple[Assignment, int]]:
 
 
 def _joined(same: Sequence[Assignment], depth: int) -> Assignment:
-    """One whose name has, at that depth, the numbers of all: `0..11`, or `0..3,8`."""
+    """Return one assignment for all of `same`, its name with all their numbers at that depth: `0..11`, or `0..3,8`."""
     if len(same) == 1:
         return same[0]
     parts = same[0].name.split(".")
@@ -103,7 +110,7 @@ _WIDTH, _REASON = 100, 24
 
 
 def _lines(rows: Sequence[tuple[str, str, str, str]]) -> Iterator[str]:
-    """A table of four columns; a long name has a line of its own, and a long reason several."""
+    """Yield the lines of a table of four columns. A long name has a line of its own, a long reason several."""
     names, shapes, optimizers, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
     names = min(names, _WIDTH - shapes - optimizers - _REASON - 6)
     margin = names + shapes + optimizers + 6

@@ -1,4 +1,4 @@
-"""Checkpoints of `Muon`: what fits, and what is loaded where they lack options."""
+"""Checkpoints of `Muon`: whether one fits, and the options that it lacks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,18 @@ def fitted(
     defaults: dict[str, Any],
     ranks: Ranks,
 ) -> dict[str, Any]:
-    """Return a checkpoint with the options that it lacks; raise ValueError or TypeError where it does not fit."""
+    """Return a checkpoint with the options that it lacks taken from `groups`.
+
+    Args:
+        state_dict: the checkpoint.
+        states: every parameter that has state in it, with this state.
+        groups: the param groups that are to load it.
+        defaults: of the optimizer.
+        ranks: of the optimizer.
+
+    Raises:
+        ValueError, TypeError: options or state do not fit the groups.
+    """
     saved = settled_checkpoint(state_dict["param_groups"], groups, defaults)
     for group in saved:
         check_muon_options({**defaults, **group})

@@ -1,9 +1,10 @@
-"""Muon as a torch optimizer: validation, state, groups. No arithmetic."""
+"""Muon as a torch optimizer: groups, steps, checkpoints. It does no arithmetic."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -14,118 +15,124 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from .. import interrupts
 from ..checkpoint import STATE, check_checkpoint, check_state
-from ..coefficients import COEFFICIENTS, DEFAULT, NS_STEPS, resolve
+from ..coefficients import NS_STEPS, resolve
 from ..distributed import consensus
 from ..distributed.collectives import Failed
 from ..distributed.ranks import Ranks, check_shared
 from ..options import OPTIONS, check_keys, plain, settle
 from ..step.cache import TaskCache
-from ..step.options import Coefficients, alike, transposes
+from ..step.options import Coefficients, transposes
 from ..step.plan import Plan
 from ..step.run import plan_of
 from ..step.work import Scalars, Task
 from ..step.workspace import Workspace
-from ..tensors import check_dense, check_disjoint, check_like, local
+from ..tensors import check_disjoint
 from .loading import fitted
-from .muon_checks import check_muon_options, costs_of
-from .prepare import prepared
-from .scalars import scalars_of, set_peak_lr
+from .muon_checks import check_group, check_groups, check_muon_options, costs_of
+from .prepare import batches_of, prepared
+from .scalars import set_peak_lr
 from .stage_options import given_options, with_stage_options
 from .state import Writes
-
-_KELLER = COEFFICIENTS[DEFAULT].triples[0]
 
 
 @with_stage_options
 class Muon(Optimizer):
     r"""Momentum orthogonalized by Newton-Schulz: a drop-in for `torch.optim.Muon`, fused and batched.
 
-    For every matrix W of shape (A, B) with gradient G, momentum buffer M and its Newton-Schulz iterate NS(·):
+    For every matrix W of shape (A, B), with gradient G, momentum buffer M and NS(·) the Newton-Schulz iteration:
 
         M ← M + (1 - μ)(G - M)                       or, un-dampened, M ← μ M + G
         D = M + (1 - μ)(G - M) if nesterov else M    or, un-dampened, G + μ M
         W ← (1 - lr·weight_decay) W - lr·ratio(A, B)·NS(D)
 
     Sources: Keller Jordan et al., "Muon" (2024); Liu et al., "Muon is Scalable for LLM Training" (arXiv 2502.16982)
-        for the weight decay and "match_rms_adamw". Matrices of equal shape are stepped together; `plan()` shows how.
-        Gradients are only read. If a step raises, parameters and state are as they were, also where memory runs out;
-        Ctrl-C waits until the matrices of this process are written. After `os.fork` a step in the new process waits
-        forever for threads that the old one has, unless `torch.set_num_threads(1)` was there before the first step.
+        for the weight decay and "match_rms_adamw".
 
-    Differs from `torch.optim.Muon` where that is at fault: the momentum buffer is never overwritten by the iteration,
-    the norm is taken before rounding to bf16, and the update does not depend on the gradient's scale, from 1e-30 to
-    1e30 (see `eps`).
+    Matrices of equal shape are stepped together; `plan()` shows how. Gradients are only read. If a step raises, also
+    where memory runs out, parameters and state are as they were before. Ctrl-C waits until the matrices of this process
+    are written. After `os.fork` a step in the new process waits forever for threads that only the old one has, unless
+    `torch.set_num_threads(1)` was called before the first step.
+
+    It differs from `torch.optim.Muon` where that is at fault: the iteration never overwrites the momentum buffer, the
+    norm is taken before rounding to bf16, and the update does not depend on the gradient's scale, from 1e-30 to 1e30
+    (see `eps`).
 
     Args:
         params: parameters with at least two dimensions, or groups of them. Three dimensions are a batch of matrices,
-            four or more a convolution, flattened to (first, all others); `flatten` decides otherwise. They may be
-            slices of one tensor but not share an element.
+            four or more are a convolution, flattened to (first, all others); `flatten` decides otherwise. Parameters
+            may be slices of one tensor but must not share an element.
         lr: learning rate, a number or a one-element tensor.
-        weight_decay: multiplied by `lr` as it is, not by the adjusted one; but see `weight_decay_form`.
+        weight_decay: multiplied by `lr` itself, not by the adjusted learning rate; see `weight_decay_form`.
         momentum: μ.
-        nesterov: look one step ahead.
-        ns_coefficients: one (a, b, c), a name of `muon_kernels.COEFFICIENTS`, or a list with one (a, b, c) a step.
-        eps: smallest divisor of the normalisation, after an exact scaling of the norm to [1, 2); so it matters for
-            zero only.
+        nesterov: whether to look one step ahead.
+        ns_coefficients: one (a, b, c), a name in `muon_kernels.COEFFICIENTS`, or a list with one (a, b, c) for each
+            step.
+        eps: smallest divisor in the normalisation, after an exact scaling of the norm to [1, 2); so it matters for zero
+            only.
         ns_steps: number of steps; if not given, 5 or a named set's own number.
-        adjust_lr_fn: ratio(A, B): None or "original" √max(1, A/B); "match_rms_adamw" 0.2·√max(A, B); "spectral" √(A/B),
-            which groups hold by torch's name "spectral_unclamped"; "none" 1; or a pure function of (A, B) at the top
-            level of a module. Its answers are kept from step to step. Groups and checkpoints hold its name, and a
-            checkpoint is taken up only where the group has the same function.
-        use_addmm: for torch.optim.Muon, which has it to fuse products; here they are.
-        dampened: False writes the momentum as Moonlight does, without the factor 1 - μ.
-        flatten: True flattens parameters of three dimensions too, False flattens none.
-        split: how to cut parameters that hold several matrices, in the words of `muon_kernels.split`: one cut for all
-            parameters of a group, as in `{"params": [...], "split": heads(12)}`, or a dict of cuts by name or `fnmatch`
-            pattern, for parameters given with names; each pattern has to match in every group that takes the dict.
-            Parts are stepped, and shown by `plan()`, like parameters of their own; momentum is the parameter's.
+        adjust_lr_fn: ratio(A, B). None or "original": √max(1, A/B). "match_rms_adamw": 0.2·√max(A, B). "spectral":
+            √(A/B), which groups hold by torch's name "spectral_unclamped". "none": 1. Or a pure function of (A, B) at
+            the top level of a module, whose answers are kept from step to step; groups and checkpoints hold its name,
+            and a checkpoint is loaded only where the group has the same function.
+        use_addmm: accepted because torch.optim.Muon has it, to fuse products; here they always are.
+        dampened: False updates the momentum as Moonlight does, without the factor 1 - μ.
+        flatten: True flattens parameters of three dimensions, too; False flattens none.
+        split: how to split parameters that hold several matrices, as text from `muon_kernels.split`: one split for all
+            parameters of a group, as in `{"params": [...], "split": heads(12)}`, or a dict of splits by name or
+            `fnmatch` pattern, for parameters given with names. Each pattern has to match in every group that takes the
+            dict. Parts are stepped, and shown by `plan()`, like parameters of their own; the momentum is the whole
+            parameter's.
         transposed: whether parameters are stored as (inputs, outputs), as by transformers' Conv1D, in stacks of experts
-            (E, in, out) and by ConvTranspose: their `adjust_lr_fn` is then applied to (B, A). True for all parameters
-            of a group, or a list of names and `fnmatch` patterns, as for `split`. Nothing else asks for it: rows of
+            (E, in, out) and by ConvTranspose; `adjust_lr_fn` is then applied to (B, A). True for all parameters of a
+            group, or a list of names and `fnmatch` patterns, as for `split`. Nothing else depends on it: rows of
             `second_moment="neuron"` and of a `split` are rows as stored.
         ns_algorithm: "standard", "gram", or "auto" for the one with fewer FLOPs.
-        backend: "cuda", "triton", "cpu", "eager", or "auto" for the first that can.
-        max_workspace_bytes: cap on the memory beside parameters and state; larger buckets are stepped in several
+        backend: "cuda", "triton", "cpu", "eager", or "auto" for the first of these that can step the parameters.
+        max_workspace_bytes: cap on the memory beside parameters and state. Larger buckets are stepped in several
             passes. None: 64 MiB for "cpu", 1 GiB for the others, or one matrix's need if that is more.
-        workspace_dtype: of what is multiplied, a dtype or its name, which is what groups hold. torch.float16 is several
-            times more accurate than torch.bfloat16 and as fast on a GPU; the "cpu" backend has it not, and "auto" then
-            takes "eager", which is slower.
-        momentum_dtype: of new momentum buffers; None: the gradient's. torch.int8 is 1.002 bytes an element: codes in
-            `momentum_buffer`, and in `momentum_scale` the largest magnitude of every 2048 elements of a matrix, see
-            packed.py. Steps compute in fp32. While there is such a momentum, `flatten` and `split` should not change.
-            A group may change to torch.int8 or from it: its next step converts the momenta that it uses.
-        maximize: ascend.
-        power: p in [0, 1]: the direction's singular values become σ^p and not 1; see `muon_kernels.spectral_power`.
-            Above 0, `ns_coefficients`, `ns_steps` and `eps` are not used, and the update scales with the direction^p.
-        weight_decay_form: what of W decays in a step: "decoupled" lr·weight_decay; "independent" weight_decay, whatever
-            lr above 0 is; "scheduled" lr·weight_decay·lr/peak_lr, AdamC's and MuonC's (arXiv 2506.02285).
-        peak_lr: the largest `lr` of the schedule, for "scheduled"; None: the one that the group begins with. The
-            `max_lr` that OneCycleLR writes into a group counts in its place where it is larger.
-        cautious: decay only elements that the update moves towards zero, or not at all (arXiv 2510.12402).
-        stochastic_rounding: round parameters, which must be bf16 then, up or down with the probabilities that make the
-            mean exact. The same steps, from a checkpoint or not, have the same random bits, on every backend.
-        sign_momentum: NS(sign(D)) and not NS(D), AdaMuon's (arXiv 2507.11005): its own settings are
+        workspace_dtype: dtype of the matrices that are multiplied, or its name, which is what groups hold.
+            torch.float16 is several times more accurate than torch.bfloat16 and as fast on a GPU; the "cpu" backend
+            does not support it, so "auto" falls back to "eager", which is slower.
+        momentum_dtype: dtype of new momentum buffers; None for the gradient's. torch.int8 takes 1.002 bytes an element:
+            codes in `momentum_buffer`, and in `momentum_scale` the largest magnitude of every 2048 elements of a
+            matrix, see stages/packed.py. Steps compute in fp32. While there is such a momentum, `flatten` and `split`
+            should not change. A group may change to torch.int8 or from it: its next step converts the momenta that it
+            uses.
+        maximize: whether to ascend.
+        power: p in [0, 1]: the direction's singular values σ become σ^p instead of 1; see
+            `muon_kernels.spectral_power`. Above 0, `ns_coefficients`, `ns_steps` and `eps` are not used, and the update
+            scales with the direction^p.
+        weight_decay_form: share of W that decays in a step. "decoupled": lr·weight_decay. "independent": weight_decay,
+            whatever lr above 0 is. "scheduled": lr·weight_decay·lr/peak_lr, as in AdamC and MuonC (arXiv 2506.02285).
+        peak_lr: largest `lr` of the schedule, for "scheduled"; None for the one that the group begins with. The
+            `max_lr` that OneCycleLR writes into a group counts instead where it is larger.
+        cautious: whether to decay only what the update moves towards zero or leaves as it is (arXiv 2510.12402).
+        stochastic_rounding: whether to round parameters, which must be bf16 then, up or down with the probabilities
+            that make the mean exact. The same steps, from a checkpoint or not, have the same random bits, on every
+            backend.
+        sign_momentum: whether to use NS(sign(D)) instead of NS(D), as AdaMuon (arXiv 2507.11005) does. In fp16
+            workspaces an element below 1e-7 of the matrix's norm counts as zero. AdaMuon itself is
             `Muon(params, sign_momentum=True, second_moment="element", dampened=False, adjust_lr_fn="match_rms_adamw")`.
-            In fp16 workspaces an element below 1e-7 of the matrix's norm counts as zero.
-        master_weights: take bf16 parameters for fp32 ones rounded to nearest, whose other 16 bits are `mantissa` in the
-            state: steps are those of fp32 parameters, to the bit, in 4 bytes. Written between steps, a parameter keeps
-            its `mantissa`, at most half a unit in its last place; delete that from the state to begin at the parameter.
-        second_moment: divide NS(D) by the root of a running mean of its squares and keep its norm: "neuron" of each
-            row, NorMuon's (arXiv 2510.05491), or "element" of each element, AdaMuon's; both papers scale as
-            adjust_lr_fn="match_rms_adamw" does. A part of a `split` has rows of its own. With a power above 0, updates
-            should be within 1e-18 and 1e18, where their squares are fp32.
+        master_weights: whether to take bf16 parameters for fp32 ones rounded to nearest, whose other 16 bits are
+            `mantissa` in the state. Steps are then those of fp32 parameters, to the bit, in 4 bytes an element. A
+            parameter that is written between steps keeps its `mantissa`, at most half a unit in its last place; delete
+            that from the state to begin at the parameter.
+        second_moment: running mean of squares by whose root NS(D) is divided, keeping its norm; None for none. "neuron"
+            has a mean of each row, as in NorMuon (arXiv 2510.05491), "element" one of each element, as in AdaMuon. Both
+            papers scale as adjust_lr_fn="match_rms_adamw" does. A part of a `split` has rows of its own. With a power
+            above 0, updates should be within 1e-18 and 1e18, where their squares are in the range of fp32.
         beta2: β₂ of that mean.
-        process_group: of ranks that have the same plain tensors for parameters, and the same gradients, as under
-            DistributedDataParallel, so that GradScaler leaves out the same steps on all: each steps a share, and only
-            its owner keeps the momentum of a parameter. None: plain tensors are this process's own. DTensors say
-            themselves where they are.
-        strategy: who orthogonalizes matrices that several ranks have parts of: "owner", to whom the others send theirs;
-            "gram", nobody: those cut along their longer dimension stay where they are, and Gram matrices are summed;
-            "blocks", MuonBP's (arXiv 2510.16981), each rank its own part, and owners the whole every `block_period`
-            steps. distributed/ has a file on each.
+        process_group: the ranks that have the same plain tensors for parameters, and the same gradients, as under
+            DistributedDataParallel, so that GradScaler leaves out the same steps on all. Each rank steps a share, and
+            only its owner keeps the momentum of a parameter. None: plain tensors are this process's own. DTensors know
+            their own ranks.
+        strategy: how to orthogonalize matrices of which several ranks hold shards. "owner": one rank gets the others'
+            shards. "gram": matrices that are sharded along their longer dimension stay where they are, and Gram
+            matrices are summed. "blocks": each rank takes its own shard, and owners the whole matrix every
+            `block_period` steps, as in MuonBP (arXiv 2510.16981). See distributed/strategies/.
         block_period: for "blocks"; 1 is "owner".
-        block_lr_ratio: for "blocks", what multiplies `lr` where parts are orthogonalized. `adjust_lr_fn` is then
-            applied to their shapes; the paper's update is that of "match_rms_adamw".
+        block_lr_ratio: for "blocks", factor of `lr` in steps of shards. `adjust_lr_fn` is then applied to the shapes of
+            the shards; the paper's update is that of "match_rms_adamw".
 
     Raises:
         ValueError, TypeError: an argument that cannot be used, with what was expected.
@@ -138,7 +145,7 @@ class Muon(Optimizer):
         weight_decay: float | Tensor = 0.1,
         momentum: float = 0.95,
         nesterov: bool = True,
-        ns_coefficients: Coefficients = _KELLER,
+        ns_coefficients: Coefficients = (3.4445, -4.7750, 2.0315),
         eps: float = 1e-7,
         ns_steps: int | None = NS_STEPS,
         adjust_lr_fn: str | Callable[[int, int], float] | None = None,
@@ -169,7 +176,7 @@ class Muon(Optimizer):
         block_lr_ratio: float = 1.0,
         **others: Any,
     ) -> None:
-        """Check everything and set nothing aside yet: momentum buffers come with the first gradients."""
+        """Check everything. Allocate nothing yet: momentum buffers come with the first gradients."""
         given = given_options(others) | locals()
         defaults: dict[str, Any] = {name: given[name] for name in OPTIONS}
         if ns_steps is NS_STEPS:  # a checkpoint must hold a plain number
@@ -189,7 +196,14 @@ class Muon(Optimizer):
         check_disjoint([("parameter", p) for group in self.param_groups for p in group["params"]])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group after checking its options and parameters; on error the optimizer is unchanged."""
+        """Add a group after checking its options and parameters; on error the optimizer is unchanged.
+
+        Args:
+            param_group: a dict with `params` and options that differ from the defaults.
+
+        Raises:
+            ValueError, TypeError: an option or a parameter that cannot be used.
+        """
         before = len(self.param_groups)
         if "ns_coefficients" in param_group:
             param_group.setdefault("ns_steps", self._steps_of(plain(param_group["ns_coefficients"])))
@@ -213,60 +227,27 @@ class Muon(Optimizer):
             raise
 
     def _steps_of(self, ns_coefficients: Coefficients) -> int:
-        """The number of steps of a group that gives its own coefficients but no number."""
+        """Return the number of steps of a group that gives its own coefficients but no number."""
         try:
             return len(resolve(ns_coefficients, self.defaults["ns_steps"]).triples)
         except ValueError:  # a set or a list of another length
             return len(resolve(ns_coefficients, None).triples)
 
     def _settle(self) -> None:
-        """Write plain values where groups have been edited."""
+        """Replace options by plain values where groups have been edited."""
         for group in self.param_groups:
             settle(group, self.defaults)
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        """Raise for options that cannot be used."""
-        settle(group, self.defaults)
-        check_muon_options(group)
-        if self._ranks.shares(group["params"]):
-            check_shared(group)
-            self._ranks.check(group)
-
-    def _check_gradients(self) -> None:
-        """Raise for what other ranks should not wait for."""
-        for group in self.param_groups:
-            self._check_group(group)
-            for p in group["params"]:
-                if p.grad is not None:
-                    check_dense("gradient", local(p.grad))
-                    check_like("gradient", p.grad, p)
-
     def _batches(self) -> list[tuple[list[dict[str, Any]], Scalars]]:
-        """Groups that a step does as one, for nothing that matters to it differs between them, and their numbers.
-
-        Apart stay those whose steps are counted, and, as ranks have not agreed on their numbers, those of parameters
-        that other ranks have parts or copies of.
-        """
-        batches: list[tuple[list[dict[str, Any]], Scalars]] = []
-        by_numbers: dict[Scalars, list[list[dict[str, Any]]]] = {}
-        for i, group in enumerate(self.param_groups):
-            self._check_group(group)
-            scalars = scalars_of(group, i)
-            shared = bool(self._ranks.teams) and self._ranks.shares(group["params"])
-            alone = shared or scalars.seed is not None or group["strategy"] == "blocks"
-            others = [] if alone else by_numbers.setdefault(scalars, [])
-            batch = next((groups for groups in others if alike(groups[0], group)), None)
-            if batch is not None:
-                batch.append(group)
-                continue
-            batches.append(([group], scalars))
-            others.append(batches[-1][0])
-        return batches
+        """Return the groups that a step does as one, with the numbers that it takes; see `batches_of`."""
+        for group in self.param_groups:
+            check_group(group, self.defaults, self._ranks)
+        return batches_of(self.param_groups, self._ranks)
 
     def _prepare(
         self, groups: Sequence[dict[str, Any]], grad_of: Callable[[Tensor], Tensor | None]
     ) -> tuple[list[Task], list[Tensor], Writes]:
-        """What a step of these groups does as one, its gradients, and what it would write into the state."""
+        """Return the tasks of a step of `groups`, its gradients, and what it would write into the state."""
         return prepared(groups, grad_of, self.state, self._ranks, self._tasks)
 
     def _keep(self, writes: Writes) -> None:
@@ -292,7 +273,9 @@ class Muon(Optimizer):
             The closure's loss, or None.
 
         Raises:
-            ValueError, TypeError, RuntimeError: see `muon_kernels.step.prepare`; nothing has been written then.
+            ValueError, TypeError: an option, a gradient or state that cannot be used; nothing has been written then.
+            RuntimeError: a backend or memory that is missing, in which case nothing has been written; or a rank that
+                does not answer, in which case the message says whether anything has been written.
         """
         loss = None
         if closure is not None:
@@ -301,7 +284,9 @@ class Muon(Optimizer):
         self._steps += 1
         self._ranks.refresh(self.param_groups)
         try:
-            agreed = consensus.agree(self._ranks.teams, self._check_gradients)
+            agreed = consensus.agree(
+                self._ranks.teams, partial(check_groups, self.param_groups, self.defaults, self._ranks)
+            )
         except Failed as error:
             raise RuntimeError(
                 f"step {self._steps} of Muon did not begin: {error}; every rank has to call step, which GradScaler "
@@ -336,7 +321,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def init_state(self) -> None:
-        """Make all state that there will be, before a first step or after some; parameters are not moved.
+        """Make all state that there will be, before a first step or after some. Parameters are not changed.
 
         torch.distributed.checkpoint loads into what a `state_dict` has, so it needs this first where a model resumes:
 
@@ -345,8 +330,8 @@ class Muon(Optimizer):
             torch.distributed.checkpoint.load(parts, checkpoint_id=folder)
             set_optimizer_state_dict(model, optimizer, parts["optimizer"])
 
-        Called before a training as well, it puts all parameters into the checkpoint, also those whose gradients have
-        not come yet. Momentum has the dtype of `momentum_dtype` or, in place of the gradient's, the parameter's.
+        Called before a training as well, it puts all parameters into the checkpoint, also those that have had no
+        gradient yet. Momentum has the dtype `momentum_dtype` or, in place of the gradient's, the parameter's.
         """
         self._ranks.refresh(self.param_groups)
         with torch.inference_mode(False), torch.no_grad():
@@ -357,13 +342,13 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def plan(self) -> Plan:
-        """What a step does if every parameter has a gradient of its own dtype; `print` it."""
+        """Return what a step does if every parameter has a gradient of its own dtype. `print` it for a table."""
         tasks = [task for groups, _ in self._batches() for task in self._prepare(groups, lambda p: p)[0]]
         self._tasks.clear()  # it would keep the momentum buffers that a first step has not made yet
         return plan_of(tasks)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take up a pickle or a checkpoint, torch.optim.Muon's too: what it lacks is as in the constructor."""
+        """Restore a pickle or a checkpoint, torch.optim.Muon's too. Options that it lacks are as in the constructor."""
         super().__setstate__(state)
         self._workspace = Workspace()
         self._tasks = TaskCache()
@@ -379,10 +364,10 @@ class Muon(Optimizer):
         self._ranks.refresh(self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What pickling and copying keep.
+        """Return what pickling and copying keep.
 
         Raises:
-            TypeError: with a process_group, which is of this process and has the state on several.
+            TypeError: with a process_group, which belongs to this process and shares the state with others.
         """
         if self._ranks.owned:
             raise TypeError(
@@ -394,7 +379,7 @@ class Muon(Optimizer):
 
     @contextmanager
     def whole_state(self) -> Iterator[None]:
-        """Have what other ranks keep of the state in ours, for as long as the context lasts; on all ranks at once."""
+        """Hold the state of other ranks, too, while this context lasts. All ranks have to enter it."""
         whole = consensus.gathered(self._ranks.owned, self.state)
         own = {p: self.state.get(p) for p in whole}
         try:
@@ -408,17 +393,20 @@ class Muon(Optimizer):
                     self.state[p] = state
 
     def state_dict(self) -> dict[str, Any]:
-        """A checkpoint, whole also where ranks share the state of plain tensors: then all have to ask for it."""
+        """Return a checkpoint. It has the whole state also where ranks share it; then all ranks have to call this."""
         self._settle()
         with self.whole_state():
             return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint of this class or of torch.optim.Muon, momentum in the precision in which it was saved.
+        """Load a checkpoint of this class or of torch.optim.Muon. Momentum keeps the precision in which it was saved.
 
-        Between eight bits and a floating-point momentum, and with `master_weights` and without, loading converts
-        nothing: such a checkpoint raises. To change over, load it as it was saved and change the option in
-        `param_groups`: the next step converts the momentum; masters begin at the parameters.
+        Loading converts nothing between eight-bit and floating-point momentum, nor between `master_weights` and none:
+        such a checkpoint raises. To change over, load it as it was saved and change the option in `param_groups`. The
+        next step converts the momentum; masters begin at the parameters.
+
+        Args:
+            state_dict: the checkpoint.
 
         Raises:
             ValueError, TypeError: it is another optimizer's, or groups, sizes or options do not fit; nothing has been

@@ -1,17 +1,18 @@
-"""Checks of what `Muon` is given: the options of a group, and its parameters with them."""
+"""Checks of the options of a group of `Muon`, and of its parameters with them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..distributed.ranks import Ranks, check_shared
 from ..layout import split_shape
-from ..options import check_options, check_together, dtype_of
+from ..options import check_options, check_together, dtype_of, settle
 from ..split import pieces
 from ..stages.packed import check_master
 from ..step.options import check_rounding, schedule_for, splits
 from ..step.plan import plan_for_shapes
-from ..tensors import check_matrices, local
+from ..tensors import check_dense, check_like, check_matrices, local
 
 _ADAMW_HINT = "; give vectors and scalars to AdamW (muon_kernels.MuonAdamW with muon_kernels.param_groups(model) does)"
 
@@ -26,7 +27,11 @@ def check_muon_options(group: Mapping[str, Any]) -> None:
 
 
 def costs_of(group: Mapping[str, Any]) -> list[int]:
-    """Return the FLOPs of every parameter of a group; raise ValueError or TypeError for one that cannot be stepped."""
+    """Return the FLOPs of a step of each parameter of a group.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: a parameter cannot be stepped with the group's options.
+    """
     costs = []
     for i, (p, split) in enumerate(splits(group)):
         name = group["param_names"][i] if "param_names" in group else "parameter"
@@ -48,3 +53,22 @@ def costs_of(group: Mapping[str, Any]) -> list[int]:
         )
         costs.append(plan.flops)
     return costs
+
+
+def check_group(group: dict[str, Any], defaults: Mapping[str, Any], ranks: Ranks) -> None:
+    """Raise ValueError or TypeError unless the options of a group, which users may have edited, can be used."""
+    settle(group, defaults)
+    check_muon_options(group)
+    if ranks.shares(group["params"]):
+        check_shared(group)
+        ranks.check(group)
+
+
+def check_groups(groups: Sequence[dict[str, Any]], defaults: Mapping[str, Any], ranks: Ranks) -> None:
+    """Raise ValueError or TypeError unless options and gradients can be stepped, before other ranks wait for this."""
+    for group in groups:
+        check_group(group, defaults, ranks)
+        for p in group["params"]:
+            if p.grad is not None:
+                check_dense("gradient", local(p.grad))
+                check_like("gradient", p.grad, p)

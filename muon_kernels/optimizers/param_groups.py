@@ -1,4 +1,4 @@
-"""Sort a model's parameters between Muon and AdamW, and say what went where."""
+"""Sorting of a model's parameters between Muon and AdamW."""
 
 from __future__ import annotations
 
@@ -42,53 +42,57 @@ def param_groups(
 
     Muon is for the matrices between the first and the last layer [1, 2]: for matrices, stacks of matrices (3-D:
     experts) and convolutions. To AdamW go embeddings, stems and patch embeddings, output heads, norms, biases, vectors,
-    positions and learned tokens, and whatever else is no matrix. `muon_kernels.rules` is the book of rules: the first
-    one decides that holds in any place where a parameter is registered, so a tied weight counts once. A parametrized
-    weight is judged as the weight that it stands for.
+    positions and learned tokens, and whatever else is no matrix. `muon_kernels.rules` has the rules. The first rule
+    decides that holds at any place where a parameter is registered, so a tied weight counts once. A parametrized weight
+    is judged as the weight that it stands for.
 
     Where no name tells the output head, it is the last matrix `weight` of the model if that has as many rows as the
     largest embedding, positions aside. Routers go to Muon, see `muon_kernels.rules.ROUTER`. Names and shapes do not
-    tell everything: a bare parameter of three dimensions that an einsum reads as one matrix looks like a stack of them;
-    so look at the table. Scripts and traces of torch.jit are judged as what they were made of.
+    tell everything, so look at the table: a bare parameter of three dimensions that an einsum reads as one matrix looks
+    like a stack of matrices. Scripts and traces of torch.jit are judged as what they were made of.
 
-    Frozen parameters (`requires_grad=False`) are in no group. Weights that the book knows to be stored as (inputs,
+    Frozen parameters (`requires_grad=False`) are in no group. Weights that the rules know to be stored as (inputs,
     outputs), such as those of transformers' Conv1D, are listed in the Muon group's option `transposed`.
 
-    Patterns are `fnmatch` patterns of names, or names.
+    Patterns are names, or `fnmatch` patterns of names.
 
     Args:
         model: the model; nothing in it is written.
-        muon: patterns of what goes to Muon whatever the rules say, for example `muon=["*.patch_embed.proj.weight"]`.
-        adamw: the same for AdamW.
-        split: what parameters that hold several matrices are cut to for Muon, by pattern, see `muon_kernels.split`:
-            `split={"*.qkv.weight": qkv(12, 4), "*.gate_up.weight": equal(2)}`. "auto" cuts what
-            `muon_kernels.rules.LAYERS` knows, queries, keys, values and gates to a matrix each, of all heads; as a cut,
-            it does so where no other pattern matches: `split={"*.Wqkv.weight": qkv(12, 4), "*": "auto"}`.
-        lr: learning rates of their own, by pattern; the first that matches decides. A number, or "0.5x" for a multiple
-            of the `lr` in the options of its half: `lr={"*.lora_B.*": "16x"}`.
-        weight_decay: the same for weight decays, numbers only: `weight_decay={"*.bias": 0.0, "*norm*": 0.0}`.
+        muon: patterns of parameters that go to Muon whatever the rules say, such as
+            `muon=["*.patch_embed.proj.weight"]`.
+        adamw: patterns of parameters that go to AdamW whatever the rules say.
+        split: how parameters that hold several matrices are split for Muon, by pattern, see `muon_kernels.split`:
+            `split={"*.qkv.weight": qkv(12, 4), "*.gate_up.weight": equal(2)}`. "auto" splits what
+            `muon_kernels.rules.LAYERS` knows: queries, keys, values and gates, each a matrix for all heads. Given for a
+            pattern, it applies where no other pattern matches: `split={"*.Wqkv.weight": qkv(12, 4), "*": "auto"}`.
+        lr: learning rates by pattern; the first pattern that matches decides. A number, or "0.5x" for a multiple of the
+            `lr` in the options of the parameter's optimizer: `lr={"*.lora_B.*": "16x"}`.
+        weight_decay: weight decays by pattern, numbers only: `weight_decay={"*.bias": 0.0, "*norm*": 0.0}`.
         rules: None for `muon_kernels.rules.RULES`, or your own in front of them: `rules=[Rule(...), *RULES]`.
-        missing_ok: allows patterns that match nothing here, as on a stage of a pipeline.
+        missing_ok: whether a pattern may match nothing here, as on a stage of a pipeline.
         muon_options: options of the Muon groups, such as `{"lr": 0.02}`. Keys of your own go into the groups returned.
-        adamw_options: options of the AdamW groups, such as `{"lr": 3e-4, "betas": (0.9, 0.95)}`, likewise.
+        adamw_options: options of the AdamW groups, such as `{"lr": 3e-4, "betas": (0.9, 0.95)}`. Keys of your own go
+            into the groups returned.
 
     Returns:
         Param groups, `{"params", "param_names", "use_muon", **options}`, as `MuonAdamW` takes them: one of Muon and one
-        of AdamW, either of them possibly without parameters, so that `muon, adamw = param_groups(model)` gives each to
-        an optimizer of its own. Where `lr` or `weight_decay` go by pattern, as many as they ask for, those of Muon
-        first and of either at least one: `groups.muon` and `groups.adamw` are lists of them. Printed, a table of what
-        went where and why.
+        of
+            AdamW, either of them possibly without parameters, so that `muon, adamw = param_groups(model)` gives each to
+            an optimizer of its own. Where `lr` or `weight_decay` are given by pattern there are as many groups as they
+            ask
+            for, those of Muon first, and at least one of each: `groups.muon` and `groups.adamw` are lists of them.
+                Printed, they are a table of what went where and why.
 
     Raises:
-        ValueError: a pattern matches no parameter or a scalar or 1-D one is to go to Muon, or a
-            parameter is claimed for both, or options hold what is not theirs, or a split does not
-            fit, matches what another one does, or only what does not go to Muon; or a parameter is flattened, emptied
-            or not made yet, so that nothing can be read from its shape.
+        ValueError: a pattern matches no parameter; or a scalar or 1-D parameter is to go to Muon; or a parameter is
+            claimed for both; or options are of the other optimizer; or a split does not fit, matches what another one
+            does, or matches only what does not go to Muon; or a parameter is flattened, emptied or not made yet, so
+            that its shape tells nothing.
         TypeError: `model` is no `nn.Module`, or options or splits are no mapping, or a rule is no `Rule`.
 
     Warns:
         UserWarning: a parameter has no elements, and nothing tells whether it has been emptied; or parameters go to
-            Muon whose layers have lost their classes, as those that torch.export makes have.
+            Muon whose layers have lost their classes, as in a model that torch.export returns.
 
     Sources: [1] https://kellerjordan.github.io/posts/muon, [2] https://arxiv.org/abs/2502.16982
     """
@@ -152,14 +156,14 @@ def param_groups(
 
 
 def _mapping(name: str, value: Any, of: str) -> Mapping[str, Any]:
-    """The value, empty for None."""
+    """Return the value, empty for None; raise TypeError unless it is a mapping."""
     if value is not None and not isinstance(value, Mapping):
         raise TypeError(f"{name} should be a mapping of {of} but is: {value!r}")
     return value or {}
 
 
 def _check_halves(halves: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise ValueError where options of a half are the other's, or not for a group to say."""
+    """Raise ValueError if options of a half are the other's, or cannot be set for a group."""
     for half, options in halves.items():
         if taken := sorted({"params", "param_names", "use_muon"} & options.keys()):
             raise ValueError(f"{half.lower()}_options should hold options, but {taken[0]!r} is for param_groups to say")
@@ -172,7 +176,7 @@ def _check_halves(halves: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _warn_of_unknown(assignments: Sequence[Assignment]) -> None:
-    """Warn where parameters go to Muon whose layers have lost their classes."""
+    """Warn of parameters that go to Muon although their layers have lost their classes."""
     if unknown := [at.name for at in assignments if at.optimizer == "Muon" and _UNKNOWN in at.reason]:
         warnings.warn(
             f"parameters go to Muon whose layers have lost the classes by which embeddings, heads and convolutions are "
@@ -184,7 +188,7 @@ def _warn_of_unknown(assignments: Sequence[Assignment]) -> None:
 
 
 def _checked(rules: Iterable[Rule]) -> tuple[Rule, ...]:
-    """Rules that can be asked; raise ValueError or TypeError if one cannot."""
+    """Return `rules` as a tuple; raise ValueError or TypeError if one of them cannot be applied."""
     if isinstance(rules, Rule):
         raise TypeError(f"rules should be a list of them, [rule, *RULES], but is one rule: {rules.reason!r}")
     book = tuple(rules)
@@ -209,7 +213,7 @@ _NORMED = re.compile(r"(\w+)_(?:orig|g|v)")  # by torch.nn.utils' older weight_n
 
 
 def _places(model: nn.Module, flatten: bool | None) -> _Places:
-    """Map every parameter to all the places it is registered at, in `named_parameters` order."""
+    """Map every parameter to all places where it is registered, in the order of `named_parameters`."""
     modules = dict(model.named_modules(remove_duplicate=False))
     found = []
     for path, module in modules.items():
@@ -251,7 +255,7 @@ def _output_heads(places: Sequence[Place]) -> set[nn.Parameter]:
 
 
 def _head_of(place: Place) -> tuple[str, bool]:
-    """The path of the output head that holds the weight, empty without, and whether the name leaves no doubt."""
+    """Return the path of the output head that holds the weight, empty without, and whether its name leaves no doubt."""
     parts, end, inner = place.name.split(".")[:-1], "", False
     for depth, part in enumerate(parts, start=1):
         if part.isdigit():
@@ -271,7 +275,7 @@ def _head_of(place: Place) -> tuple[str, bool]:
 
 
 class _Finder:
-    """Finds the parameters that patterns match under any of their names."""
+    """Finder of the parameters that patterns match under any of their names."""
 
     def __init__(self, places: _Places, missing_ok: bool) -> None:
         self._names = {place.full_name: param for param, at in places.items() for place in at}
@@ -301,7 +305,7 @@ class _Finder:
         return found
 
     def splits(self, split: Mapping[str, str]) -> dict[nn.Parameter, tuple[str, str]]:
-        """Map each parameter that a pattern matches to that pattern and its cut; "auto" is where no other does."""
+        """Map each parameter that a pattern matches to that pattern and its split; "auto" gives way to others."""
         said = {pattern: cut for pattern, cut in split.items() if cut != "auto"}
         found = self.first("split", said)
         for pattern, cut in said.items():
@@ -319,7 +323,7 @@ _UNKNOWN = " of unknown class"
 def _judge(
     param: nn.Parameter, at: Sequence[Place], claims: Mapping[str, Mapping[nn.Parameter, str]], rules: Sequence[Rule]
 ) -> tuple[str, str]:
-    """The optimizer of a parameter, and the reason."""
+    """Return the optimizer of a parameter, and the reason."""
     name = at[0].full_name
     said = [(optimizer, by[param]) for optimizer, by in claims.items() if param in by]
     if len(said) > 1:
@@ -340,7 +344,7 @@ def _judge(
 
 
 def _check_whole(place: Place) -> None:
-    """Raise or warn where a trainer has flattened or emptied a parameter, so that its shape tells nothing."""
+    """Raise ValueError or warn if a trainer has flattened or emptied a parameter, so that its shape tells nothing."""
     param, name = place.param, place.full_name
     if is_lazy(param):
         raise ValueError(f"{name} should have a size but is not made yet; run the model once before")
@@ -359,7 +363,7 @@ def _check_whole(place: Place) -> None:
 
 
 def _kind(param: nn.Parameter, flatten: bool | None) -> str:
-    """Return what Muon sees in a parameter."""
+    """Return, in words, what Muon sees in a parameter."""
     if param.ndim == 2:
         return "matrix"
     return "flattened to a matrix" if flattens(param.shape, flatten) else "stack of matrices"
@@ -368,7 +372,7 @@ def _kind(param: nn.Parameter, flatten: bool | None) -> str:
 def _number(
     key: str, pattern: str, value: float | str, optimizer: str, halves: Mapping[str, Mapping[str, Any]]
 ) -> float:
-    """The number that a pattern stands for."""
+    """Return the number that the value of a pattern stands for."""
     name = f"{key}[{pattern!r}]"
     if key == "lr" and isinstance(value, str):
         match = re.fullmatch(r"(\d+|\d*\.\d+)x", value)
@@ -382,7 +386,7 @@ def _number(
 
 
 def _stored(at: Sequence[Place], flatten: bool | None, cut: tuple[str, str] | None) -> tuple[bool, str | None]:
-    """Whether a parameter is stored as (inputs, outputs), and what it is cut to."""
+    """Return whether a parameter is stored as (inputs, outputs), and its split or None."""
     param = at[0].param
     known = [layer for place in at for layer in known_layers(place)]
     turned = any(transposed for _, transposed in known)
@@ -400,7 +404,7 @@ def _stored(at: Sequence[Place], flatten: bool | None, cut: tuple[str, str] | No
 def _check_splits(
     splits: Mapping[nn.Parameter, tuple[str, str]], places: _Places, assignments: Sequence[Assignment]
 ) -> None:
-    """Raise ValueError for a pattern of `split` that matches parameters of AdamW's only."""
+    """Raise ValueError for a pattern of `split` that matches only parameters of AdamW."""
     went = dict(zip(places, assignments, strict=True))
     matched: dict[str, list[Assignment]] = {}
     for param, (pattern, cut) in splits.items():

@@ -1,4 +1,4 @@
-"""The step of groups that are stepped as one: their state, their operands, and the tasks of both."""
+"""Preparation of a step: groups that are stepped as one, their state, operands and tasks."""
 
 from __future__ import annotations
 
@@ -12,10 +12,36 @@ from ..distributed.ranks import Ranks
 from ..distributed.strategies import blocks
 from ..step.cache import TaskCache
 from ..step.operands import Operand
-from ..step.options import StepOptions, settled, splits, transposes
-from ..step.work import Task
+from ..step.options import StepOptions, alike, settled, splits, transposes
+from ..step.work import Scalars, Task
 from ..tensors import any_dtensor, local
+from .scalars import scalars_of
 from .state import StateOfGroups, Writes
+
+
+def batches_of(groups: Sequence[dict[str, Any]], ranks: Ranks) -> list[tuple[list[dict[str, Any]], Scalars]]:
+    """Return the groups that a step does as one, because nothing that matters to it differs between them.
+
+    Groups stay by themselves whose steps are counted, and those of parameters that other ranks have shards or copies
+    of: ranks have not agreed on the numbers of these.
+
+    Returns:
+        Lists of groups, each with the numbers that their step takes.
+    """
+    batches: list[tuple[list[dict[str, Any]], Scalars]] = []
+    by_numbers: dict[Scalars, list[list[dict[str, Any]]]] = {}
+    for i, group in enumerate(groups):
+        scalars = scalars_of(group, i)
+        shared = bool(ranks.teams) and ranks.shares(group["params"])
+        alone = shared or scalars.seed is not None or group["strategy"] == "blocks"
+        others = [] if alone else by_numbers.setdefault(scalars, [])
+        batch = next((same for same in others if alike(same[0], group)), None)
+        if batch is not None:
+            batch.append(group)
+            continue
+        batches.append(([group], scalars))
+        others.append(batches[-1][0])
+    return batches
 
 
 def prepared(
@@ -25,7 +51,18 @@ def prepared(
     ranks: Ranks,
     cache: TaskCache,
 ) -> tuple[list[Task], list[Tensor], Writes]:
-    """Return the tasks of a step of `groups`, its gradients, and what it would write into the state."""
+    """Return the tasks of a step of `groups`, its gradients, and what it would write into the state.
+
+    Args:
+        groups: groups that are stepped as one.
+        grad_of: returns the gradient of a parameter, or None.
+        state_of: the optimizer's state.
+        ranks: the ranks that step parameters together.
+        cache: tasks of earlier steps, which are taken again where nothing has changed.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: a parameter, its gradient or its state that cannot be stepped.
+    """
     group, wanted, nothing = groups[0], StateOfGroups(groups, ranks), dict[str, Any]()
     candidates = [p for each in groups for p in each["params"]]
     spread = bool(ranks.placements) or any_dtensor(candidates)  # most are not, and spared the questions

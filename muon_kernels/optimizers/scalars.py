@@ -1,4 +1,4 @@
-"""The numbers that a step takes from a group: learning rate, weight decay, seed and what may change with them."""
+"""Numbers that a step takes from a group: learning rate, weight decay, seed, and all else that steps may change."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..step.work import Scalars
 
 
 def scalars_of(group: dict[str, Any], index: int) -> Scalars:
-    """Return what a step takes from a group, the one of this index among all."""
+    """Return the numbers that a step takes from `group`, which has this index among all groups."""
     return Scalars(
         *_lr_and_decay(group),
         group["momentum"],
@@ -29,7 +29,10 @@ def scalars_of(group: dict[str, Any], index: int) -> Scalars:
 
 
 def _one_cycle(group: Mapping[str, Any]) -> float | None:
-    """The largest lr of the schedule as OneCycleLR writes it into a group; it makes `initial_lr` small."""
+    """Return the largest lr of the schedule as OneCycleLR writes it into a group, or None.
+
+    `initial_lr` is then small.
+    """
     largest = group.get("max_lr")
     return float(largest) if isinstance(largest, Real) else None
 
@@ -43,7 +46,7 @@ def set_peak_lr(group: dict[str, Any]) -> None:
 
 
 def peak_lr(group: Mapping[str, Any]) -> float | Tensor:
-    """The largest lr of the schedule, also where OneCycleLR came when the group had its `peak_lr`."""
+    """Return the largest lr of the schedule, also where OneCycleLR came after the group had its `peak_lr`."""
     peak, largest = as_scalar(group["peak_lr"]), _one_cycle(group)
     if largest is None:
         return peak
@@ -58,5 +61,5 @@ def _lr_and_decay(group: dict[str, Any]) -> tuple[float | Tensor, float | Tensor
 
 
 def _seed(group: dict[str, Any], index: int) -> int:
-    """Of a step's stochastic rounding; 2^24 matrices of a group and 2^32 steps have their own."""
+    """Return the seed for one step's stochastic rounding, unique for 2^24 matrices a group and 2^32 steps."""
     return (int(group.get("step", 0)) << 32) + (index << 24)

@@ -1,4 +1,4 @@
-"""The stages that may stand around the iteration: a class for each option, and the table of them."""
+"""Stages: what options do around the iteration, a class for each, and the table of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A stage: what an option does around the iteration, beside what every step does."""
+"""The base class of stages: what an option does around the iteration, beside what every step does."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ class Stage:
         return cls() if value else None
 
     def floats(self, m: int, n: int, device: torch.device) -> int:
-        """fp32 numbers of scratch for every m x n matrix, a multiple of 16."""
+        """Return the fp32 numbers of scratch for every m x n matrix, a multiple of 16."""
         return 0
 
     def before(
         self, X: Tensor, scale: Tensor | None, margin: float, norms: Tensor | None, scratch: Tensor
     ) -> Tensor | None:
-        """Change the directions in X before the iteration, and return their scale; see `momentum_update`."""
+        """Change the directions in X before the iteration and return their scale; see `momentum_update`."""
         return scale
 
     def orthogonalized(self, X: Tensor, scratch: Tensor) -> None:
@@ -63,5 +63,5 @@ class Stage:
 
 
 def floats_for(stages: Sequence[Stage], m: int, n: int, device: torch.device) -> int:
-    """fp32 numbers that stages need for every m x n matrix; they share them, one after the other."""
+    """Return the fp32 numbers of scratch that `stages` need for every m x n matrix. They use it one after the other."""
     return max((stage.floats(m, n, device) for stage in stages), default=0)

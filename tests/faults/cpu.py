@@ -683,7 +683,13 @@ FAULTS = [
         'group.setdefault("split", {})[at[-1].full_name] = cut_to',
         SPLIT,
     ),
-    Fault("keller: a digit", COEFFICIENTS_PY, "_KELLER = (3.4445,", "_KELLER = (3.4435,", COEFFICIENTS),
+    Fault(
+        "keller: a digit",
+        COEFFICIENTS_PY,
+        "((3.4445, -4.7750, 2.0315),), 1.0",
+        "((3.4435, -4.7750, 2.0315),), 1.0",
+        COEFFICIENTS,
+    ),
     Fault(
         "first triple repeated",
         COEFFICIENTS_PY,
