@@ -74,7 +74,7 @@ def main() -> None:
         + "|---" * 5
         + "|"
     )
-    for step, text in enumerate(demo._batches(train, arguments.steps), start=1):
+    for step, text in enumerate(demo.batches(train, arguments.steps), start=1):
         for name, run in runs.items():
             if name == "fp32":
                 run.model(text).backward()
@@ -96,7 +96,7 @@ def main() -> None:
                 print(
                     "|", " | ".join(map(str, (*row, f"{median(cosines):.4f}", f"{min(cosines):.4f}"))), "|", flush=True
                 )
-    batches = list(demo._even_batches(held_out))
+    batches = list(demo.even_batches(held_out))
     print("\n| momentum | bytes an element | training loss, last tenth | held-out loss |\n|---|---|---|---|")
     for name, run in runs.items():
         run.evaluate(batches)

@@ -14,6 +14,7 @@ import torch
 from muon_kernels import backends
 from muon_kernels.backends import BACKENDS
 from muon_kernels.cli import COMMANDS, demo, main
+from muon_kernels.cli.demo import training
 from muon_kernels.cli.ledger import MODELS, ledger
 
 
@@ -179,7 +180,7 @@ class Seconds:
             run.held_out_loss = 2.0
             self.now += len(batches) * step / 3
 
-        monkeypatch.setattr(demo, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(training, "perf_counter", lambda: self.now)
         monkeypatch.setattr(demo.Run, "step", take)
         monkeypatch.setattr(demo.Run, "evaluate", look)
 
@@ -191,7 +192,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     pytest.importorskip("matplotlib")
     found: dict[str, int] = {}
     monkeypatch.setattr(demo, "source_code", list)
-    monkeypatch.setattr(demo, "_plot", lambda runs, path: found.update({run.name: len(run.losses) for run in runs}))
+    monkeypatch.setattr(demo, "plot", lambda runs, path: found.update({run.name: len(run.losses) for run in runs}))
     return found
 
 
@@ -299,7 +300,7 @@ def test_a_demo_that_is_stopped_shows_what_it_has(
         started.append(self)
         if len(started) == 5:
             for seconds in presses:
-                monkeypatch.setattr(demo, "perf_counter", lambda seconds=seconds: now + seconds)
+                monkeypatch.setattr(training, "perf_counter", lambda seconds=seconds: now + seconds)
                 ctrl_c()
         real(self, text)
 

@@ -151,8 +151,8 @@ def test_nothing_else_is_called_python() -> None:
     """A block under another name would not be run."""
     fences = {line for page in PAGES for line in re.findall(r"^```(\w+)$", page.read_text(), re.MULTILINE)}
     assert fences <= {"python", "text", "py"}
-    sketches = {"adding-an-option.md", "ptx-executor.md"}
-    assert {page.name for page in PAGES if "```py\n" in page.read_text()} == sketches
+    assert [page.name for page in PAGES if "```py
+" in page.read_text()] == ["adding-an-option.md"]  # a sketch
 
 
 def templates() -> Iterator[str]:
@@ -178,10 +178,11 @@ def test_error_sentences_are_the_sources() -> None:
     assert missing == []
 
 
-def test_links_of_the_readme_lead_somewhere() -> None:
-    targets = re.findall(r"\]\(([^)#]+)", (ROOT / "README.md").read_text())
-    assert len(targets) > 15
-    assert [t for t in targets if not t.startswith("http") and not (ROOT / t).exists()] == []
+@pytest.mark.parametrize(("page", "least"), [("README.md", 16), ("examples/README.md", 2), ("tools/ptx/README.md", 6)])
+def test_links_of_a_readme_lead_somewhere(page: str, least: int) -> None:
+    targets = re.findall(r"\]\(([^)#]+)", (ROOT / page).read_text())
+    assert len(targets) >= least
+    assert [t for t in targets if not t.startswith("http") and not (ROOT / page).parent.joinpath(t).exists()] == []
 
 
 def test_the_readme_says_how_to_test() -> None:

@@ -55,7 +55,7 @@ def test_the_same_config_has_the_same_numbers_and_another_has_others() -> None:
 
 
 def test_every_optimizer_is_another() -> None:
-    """From the same start, in the same batches; a second step tells powers of a zero momentum apart from each other."""
+    """Models and batches are the same at first; a second step tells powers of a zero momentum apart."""
     names = ["adamw", "muon", *experiments.PAPER_LR]
     results = [harness.train(replace(TINY, optimizer=name, lr=1e-2)) for name in names]
     assert len({result["curve"][0][1] for result in results}) == 1
@@ -69,7 +69,7 @@ def test_no_such_optimizer(name: str) -> None:
 
 
 def _plain(config: Config, make: Callable[[nn.Module], torch.optim.Optimizer]) -> tuple[list[float], float]:
-    """The losses of a training and the held-out one, written out."""
+    """Train in plain torch; return the training losses and the held-out one."""
     of = harness.model(config)
     optimizer = make(of)
     train, held_out = harness.text(config.text)
@@ -118,7 +118,7 @@ def test_training_is_what_one_would_write(
 
 
 def test_logits_are_seen_and_held() -> None:
-    """As attention has them, with the heads of a fused projection told apart."""
+    """Logits are those of the attention, and the heads of a fused projection are told apart."""
     config = replace(TINY, width=64, optimizer="muon", lr=0.5, steps=12)
     of = harness.model(config)
     logits = harness.Logits(of)
@@ -170,7 +170,7 @@ def test_a_mixture_gives_every_byte_its_two_experts() -> None:
 
 
 def test_active_parameters() -> None:
-    """Attention, norms with biases, and an MLP; or a router, a shared expert of half its size, and two of a quarter."""
+    """A layer has attention, norms and an MLP; or a router, a shared expert half as large, and two of a quarter."""
     w, both = 16, 4 * 16**2 + 4 * 16
     assert harness.active(harness.model(TINY)) == both + 8 * w**2
     assert harness.active(harness.model(replace(TINY, experts=6))) == both + 6 * w + 4 * w**2 + 2 * 2 * w**2

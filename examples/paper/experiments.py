@@ -1,7 +1,7 @@
-"""The papers' comparisons: which trainings each consists of.
+"""Comparisons of the papers, as the trainings that each consists of.
 
-Every function takes `run`, which gives the result of a config, and returns results by what the report's tables and
-figures are made of; so the same lines say what is to be trained and what is to be shown.
+Every function takes `run`, which returns the result of a config, and returns results by what the tables and figures of
+the report show. So the same lines say what is trained and what is shown.
 
 [1] "Muon is Scalable for LLM Training", arXiv 2502.16982; [2] "Delving into Muon and Beyond", arXiv 2602.04669;
 [3] "Kimi K2", arXiv 2507.20534.
@@ -16,7 +16,7 @@ from harness import Config, Result, Run, active, best, model
 DECAY = 0.1  # of [1]
 ADAMW_LR = (2e-3, 4e-3, 8e-3, 16e-3, 32e-3)
 
-# Where to look first: the best of [2] for GPT-2 and 100 billion tokens.
+# Learning rates to try first: the best of [2] for GPT-2 and 100 billion tokens.
 PAPER_LR = {
     "msgd": 5.0,
     "msgd_s": 0.2,
@@ -28,7 +28,7 @@ PAPER_LR = {
     "adam_z": 7e-3,
 }
 
-# Of QK-Clip's: from a rate that needs none. [3] has 100 for heads of 128, and these are 32 wide.
+# Learning rates for QK-Clip, from one that needs none. TAU is 100 in [3] for heads of 128, and these are 32 wide.
 CLIP_LR = (16e-3, 64e-3, 256e-3)
 TAU = 30.0
 
@@ -38,15 +38,16 @@ VARIANTS = {"AdamW": ("adamw", DECAY), "Muon": ("muon", DECAY), "Muon without de
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is trained.
+    """Amount of training.
 
     Args:
-        powers: steps of a training of [2]'s comparison.
-        steps: of a model of `width` elsewhere; other sizes have as many tokens a parameter.
-        width: of all models but those of the scaling law.
-        sizes: width and layers of the scaling law's.
-        over: how many times as many steps as its share the smallest of them does in the over-trained comparison.
-        seeds: of fine-tuning.
+        powers: steps of a training in the comparison of [2].
+        steps: steps of a model of `width` in the others; other sizes have as many tokens a parameter.
+        width: width of all models but those of the scaling law.
+        sizes: widths and numbers of layers of the scaling law's models.
+        experts: routed experts of a layer of the mixture.
+        over: factor by which the over-trained comparison lengthens the training of the smallest model.
+        seeds: seeds of fine-tuning.
     """
 
     powers: int = 240
@@ -62,7 +63,11 @@ QUICK = Scale(powers=4, steps=8, width=32, sizes=((16, 1), (32, 1)), experts=4, 
 
 
 def powers(run: Run, scale: Scale) -> dict[str, dict[float, Result]]:
-    """By optimizer of [2] and learning rate, which doubles from one to the next, around the best of a coarse scan."""
+    """Train with the optimizers of [2], at five learning rates around the best of a coarse scan.
+
+    Returns:
+        Results by optimizer and by learning rate, which doubles from one to the next.
+    """
     results = {}
     for name, first in PAPER_LR.items():
         short = Config(name, first, max(2, scale.powers // 4), width=scale.width)
@@ -84,14 +89,14 @@ def _place(scan: dict[int, Result]) -> int:
 
 
 def adamw(run: Run, config: Config) -> Config:
-    """AdamW with the best of these learning rates, each tried for a quarter of the steps."""
+    """Choose the learning rate of AdamW that is best after a quarter of the steps; return the config with it."""
     config = replace(config, optimizer="adamw", weight_decay=DECAY)
     tried = [replace(config, lr=lr, steps=max(2, config.steps // 4), record_every=0) for lr in ADAMW_LR]
     return replace(config, lr=best([run(each) for each in tried])["config"]["lr"])
 
 
 def _variants(run: Run, of_adamw: Config) -> dict[str, Result]:
-    """Muon takes over AdamW's learning rate, as in [1]."""
+    """Train by AdamW, and by Muon with and without decay at AdamW's learning rate, as in [1]."""
     return {
         name: run(replace(of_adamw, optimizer=optimizer, weight_decay=decay))
         for name, (optimizer, decay) in VARIANTS.items()
@@ -111,19 +116,23 @@ def _mixture(scale: Scale) -> Config:
 
 
 def scaling(run: Run, scale: Scale) -> list[dict[str, Result]]:
-    """By size and variant: dense models, then a mixture of experts."""
+    """Train dense models and a mixture of experts; return results by size and variant, the mixture last."""
     configs = [*_dense(scale), _mixture(scale)]
     return [_variants(run, adamw(run, config)) for config in configs]
 
 
 def over_trained(run: Run, scale: Scale) -> dict[str, Result]:
-    """By variant, the smallest model for many more tokens than its share, where [1] found decay to pay."""
+    """Train the smallest model on many more tokens than its share, where [1] found decay to pay; by variant."""
     config = adamw(run, _dense(scale)[0])
     return _variants(run, replace(config, steps=config.steps * scale.over))
 
 
 def finetune(run: Run, scale: Scale) -> dict[tuple[str, str], list[dict[float, Result]]]:
-    """By optimizers of pretraining, on source code, and fine-tuning, on prose: for every seed, by learning rate."""
+    """Pretrain on source code and fine-tune on prose, by the same optimizer and by the other.
+
+    Returns:
+        For each pair of optimizers a list by seed, of results by learning rate.
+    """
     lr = adamw(run, Config("adamw", 0.0, scale.steps, width=scale.width)).lr
     results: dict[tuple[str, str], list[dict[float, Result]]] = {}
     for seed in scale.seeds:
@@ -139,11 +148,15 @@ def finetune(run: Run, scale: Scale) -> dict[tuple[str, str], list[dict[float, R
 
 
 def entropy(run: Run, scale: Scale) -> dict[str, Result]:
-    """By variant, the scaling comparison's mixture of experts, of which spectra were recorded."""
+    """Return the mixture of experts of the scaling comparison, whose spectra are recorded, by variant."""
     return _variants(run, adamw(run, _mixture(scale)))
 
 
 def clip(run: Run, scale: Scale) -> dict[float, dict[float, Result]]:
-    """By learning rate and by tau, 0 for no clipping: Muon without weight decay, which would hold logits too."""
+    """Train by Muon with and without QK-Clip, and without weight decay, which would hold logits too.
+
+    Returns:
+        Results by learning rate and by tau, which is 0 for no clipping.
+    """
     configs = {lr: Config("muon", lr, scale.steps, width=scale.width) for lr in CLIP_LR}
     return {lr: {tau: run(replace(config, tau=tau)) for tau in (0.0, TAU)} for lr, config in configs.items()}

@@ -1,7 +1,8 @@
-"""One training of a small byte-level GPT from a `Config`, and a file of those that were done.
+"""Training of a small byte-level GPT from a `Config`, and a file of the trainings that are done.
 
-The model and the text are the demo's (`muon_kernels.cli.demo`), with a mixture of experts besides. A config has all
-that a training depends on but the machine and the Python whose library is the text: the same one has the same numbers.
+The model and the text are those of `python -m muon_kernels demo`, with a mixture of experts besides. A config is all
+that a training depends on, but for the machine and the Python whose library is the text: equal configs have equal
+results.
 """
 
 from __future__ import annotations
@@ -34,29 +35,29 @@ BATCH = 16
 TOKENS = CONTEXT * BATCH  # of a step
 BETAS = (0.9, 0.95)
 CURVE = 24  # points of a loss curve
-HELD_OUT = 32  # batches that the final loss is of
+HELD_OUT = 32  # batches of the final loss
 SPECTRA = ("step", "name", "index", "group", "tensor", "svd_entropy")
-# Of all that is no matrix, in the second paper's comparison. Its 3e-4 is for runs of a thousand times more steps.
+# Learning rate of all that is no matrix, in the second paper's comparison. Its 3e-4 is for a thousand times more steps.
 VECTOR_LR = 3e-3
 
 
 @dataclass(frozen=True)
 class Config:
-    """All that a training depends on.
+    """Description of a training.
 
     Args:
         optimizer: "adamw", "muon" or a name of `muon_kernels.paper_optimizer`.
-        lr: the largest learning rate; it rises over the first twentieth of the steps and falls to 0 along a cosine.
-        steps: of BATCH x CONTEXT bytes.
-        weight_decay: of everything, as the first paper has it; decoupled.
-        width: of the model; heads are 32 wide.
-        layers: of the model.
-        experts: routed ones of every layer, of which each byte goes to two; 0 for a plain MLP.
+        lr: largest learning rate; it rises over the first twentieth of the steps and falls to 0 along a cosine.
+        steps: number of steps, each on BATCH x CONTEXT bytes.
+        weight_decay: decoupled decay of all parameters, as the first paper has it.
+        width: width of the model; heads are 32 wide.
+        layers: number of layers.
+        experts: number of routed experts in each layer, of which each byte goes to two; 0 for a plain MLP.
         text: "prose", "code", or "both".
-        seed: of the model and of the batches.
-        start: whose trained model goes on here, with a fresh optimizer, instead of a new one.
-        record_every: spectra of the layers' weights are recorded every so many steps; 0: never.
-        tau: the largest attention logits are recorded, and if it is above 0, QK-Clip holds them at tau; None: neither.
+        seed: seed of the model and of the batches.
+        start: training whose model is trained on here, with a fresh optimizer; None starts with a new model.
+        record_every: record spectra of the layers' weights every so many steps; 0 records none.
+        tau: record the largest attention logits, and if tau is above 0, hold them at tau by QK-Clip; None does neither.
     """
 
     optimizer: str
@@ -78,10 +79,10 @@ Run = Callable[[Config], Result]
 
 
 class Mixture(nn.Module):
-    """A shared expert, and of the routed ones for every byte the two that its router likes best.
+    """Mixture of experts: a shared one, and for each byte the two routed ones that the router scores highest.
 
-    As much is computed for a byte as in the demo's MLP of the same width if a router and what is thrown away do not
-    count: every routed expert sees every byte, which at this size is the faster way.
+    For a byte it computes as much as the demo's MLP of the same width, not counting the router and unused results:
+    every routed expert sees every byte, which is faster at this size.
     """
 
     def __init__(self, width: int, experts: int) -> None:
@@ -102,14 +103,14 @@ class Mixture(nn.Module):
 
 
 def model(config: Config) -> demo.GPT:
-    """A new model."""
+    """Make a new model."""
     torch.manual_seed(config.seed)
     mlp = (lambda width: Mixture(width, config.experts)) if config.experts else demo.MLP
     return demo.GPT(config.width, config.layers, max(1, config.width // 32), CONTEXT, mlp)
 
 
 def active(of: nn.Module) -> int:
-    """N of the scaling law: parameters of the layers that a byte meets, so two of the routed experts."""
+    """Count the parameters of the layers that a byte meets, with two routed experts: N of the scaling law."""
     layers = of.get_submodule("layers")
     idle = sum(p.numel() // len(p) * (len(p) - 2) for p in layers.parameters() if p.ndim == 3)
     return sum(p.numel() for p in layers.parameters()) - idle
@@ -117,26 +118,26 @@ def active(of: nn.Module) -> int:
 
 @cache
 def text(name: str) -> tuple[Tensor, Tensor]:
-    """Bytes to train on and bytes held out."""
+    """Return the bytes to train on and those held out."""
     documents = {"prose": demo.prose, "code": demo.source_code, "both": lambda: demo.prose() + demo.source_code()}
     return demo.parted(documents[name]())
 
 
 def windows(of: Tensor, starts: Tensor) -> Tensor:
-    """The CONTEXT + 1 bytes from each start on."""
+    """Return the CONTEXT + 1 bytes from each start on."""
     return of[starts[:, None] + torch.arange(CONTEXT + 1)]
 
 
 @torch.no_grad()
 def held_out_loss(of: nn.Module, name: str) -> float:
-    """Nats per byte, over windows that are spread evenly."""
+    """Measure the held-out loss in nats per byte, over windows that are spread evenly."""
     held_out = text(name)[1]
     starts = torch.linspace(0, len(held_out) - CONTEXT - 1, HELD_OUT * BATCH).long().view(HELD_OUT, BATCH)
     return torch.stack([of(windows(held_out, row)) for row in starts]).mean().item()
 
 
 def optimizers(config: Config, of: nn.Module) -> list[Optimizer]:
-    """What trains the model."""
+    """Make the optimizers that train the model."""
     lr, decay = config.lr, config.weight_decay
     if config.optimizer == "adamw":
         return [AdamW(of.parameters(), lr=lr, betas=BETAS, weight_decay=decay, fused=True)]
@@ -152,7 +153,7 @@ def optimizers(config: Config, of: nn.Module) -> list[Optimizer]:
         ]
     if config.optimizer not in PAPER:
         raise ValueError(f"optimizer should be adamw, muon or one of {', '.join(PAPER)} but is: {config.optimizer!r}")
-    # As the paper: embeddings and the head are matrices too, fused projections are three.
+    # As in the paper, embeddings and the head are matrices too, and a fused projection is three.
     named = dict(of.named_parameters())
     matrices: list[dict[str, Any]] = [
         {"params": [p for name, p in named.items() if p.ndim >= 2 and "qkv" not in name]},
@@ -166,7 +167,7 @@ def optimizers(config: Config, of: nn.Module) -> list[Optimizer]:
 
 
 class Logits:
-    """The largest attention logit of every head in the last forward pass, by layer, and QK-Clip by them."""
+    """Recorder of the largest attention logit of each head in the last forward pass, and QK-Clip by them."""
 
     def __init__(self, of: demo.GPT) -> None:
         self._seen: dict[demo.Block, Tensor] = {}
@@ -179,36 +180,36 @@ class Logits:
         self._seen[block] = muon_kernels.max_logits(q, k, causal=True)
 
     def largest(self) -> float:
-        """Of all."""
+        """Return the largest logit of all heads and layers."""
         return max(logits.max().item() for logits in self._seen.values())
 
     def clip(self, tau: float) -> None:
-        """To be called after the step that the pass was for."""
+        """Clip the weights of queries and keys. Call it after the step that the forward pass was for."""
         for block, logits in self._seen.items():
             weight, width = block.qkv.weight, block.qkv.in_features
             muon_kernels.qk_clip_(weight[:width], weight[width : 2 * width], logits, tau)
 
 
 def machine() -> str:
-    """What the seconds are of, and whose library is the text."""
+    """Describe the machine that seconds are of, and the Python whose library is the text."""
     python, threads = platform.python_version(), torch.get_num_threads()
     kind = f"{platform.machine()} with {os.cpu_count()} cores ({backends.get('cpu').describe()}), {threads} used"
     return f"{kind}; torch {torch.__version__}, Python {python}"
 
 
 def train(config: Config) -> Result:
-    """Train, and return what there is to know of it, as JSON has it.
+    """Train a model.
 
     Returns:
-        config; active_parameters; curve: pairs of a step and the mean training loss since the last one; loss: held out,
-        None if it is not finite, that is if the training went astray; weight_rms: of the layers' matrices, the mean, or
-        None likewise; seconds; machine; spectra: SPECTRA of the rows of `spectra.Recorder`; logits: with a tau, pairs
-        of a step and the largest attention logit since the last one.
+        A dictionary that JSON can hold: config; active_parameters; curve, pairs of a step and the mean training loss
+        since the last pair; loss, held out, None if it is not finite; weight_rms, mean over the layers' matrices, None
+        likewise; seconds; machine; spectra, the SPECTRA of the rows of `spectra.Recorder`; logits, with a tau pairs of
+        a step and the largest attention logit since the last pair.
     """
     return _trained(config)[1]
 
 
-@cache  # for those that go on from it
+@cache  # since several trainings may start from one
 def _trained(config: Config) -> tuple[demo.GPT, Result]:
     began = time.perf_counter()
     of = model(config)
@@ -230,7 +231,7 @@ def _trained(config: Config) -> tuple[demo.GPT, Result]:
 
     logits = None if config.tau is None else Logits(of)
     train_text = text(config.text)[0]
-    # Its own, so that batches are the same however many numbers the model took.
+    # A generator of its own, so that batches are the same however many numbers the model took.
     generator = torch.Generator().manual_seed(config.seed + 1)
     points = {round((n + 1) * config.steps / CURVE) for n in range(CURVE)}
     curve: list[tuple[int, float]] = []
@@ -279,12 +280,12 @@ def _finite(x: float) -> float | None:
 
 
 class Results:
-    """The trainings that a file of JSON lines has, one a line; what it lacks is trained and appended.
+    """Results in a file of JSON lines, a training a line. One that is missing is trained and appended.
 
     Args:
-        path: of the file; it need not be there yet.
-        learn: whether to train what is missing rather than to raise.
-        say: is told of every training that is done.
+        path: path of the file, which need not exist yet.
+        learn: train what is missing; else raise LookupError.
+        say: called with a line of text for each training that is done.
     """
 
     def __init__(self, path: Path, learn: bool = True, say: Callable[[str], object] = print) -> None:
@@ -292,7 +293,7 @@ class Results:
         self.learn = learn
         self.say = say
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        # Whoever is interrupted in the midst of a line leaves half of it.
+        # An interruption in the midst of a line leaves half of it.
         if lines and not lines[-1].endswith("\n"):
             path.write_text("".join(lines[:-1]))
             del lines[-1]
@@ -303,7 +304,7 @@ class Results:
         return json.dumps(config, sort_keys=True)
 
     def __call__(self, config: Config) -> Result:
-        """What the training of a config came to."""
+        """Return the result of a config."""
         key = self._key(asdict(config))
         if key not in self._done:
             if not self.learn:
@@ -320,10 +321,10 @@ class Results:
 
 
 def loss(result: Result) -> float:
-    """Its held-out loss, infinite if the training went astray."""
+    """Return the held-out loss of a result, infinite if the training diverged."""
     return math.inf if result["loss"] is None else float(result["loss"])
 
 
 def best(results: Sequence[Result]) -> Result:
-    """The one with the smallest held-out loss."""
+    """Return the result with the smallest held-out loss."""
     return min(results, key=loss)

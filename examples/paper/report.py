@@ -1,4 +1,4 @@
-"""REPORT.md and its figures, from results.jsonl alone: no number in it is typed by hand but those of the papers.
+"""Writer of REPORT.md and its figures, from results.jsonl alone. Only the papers' numbers are typed by hand.
 
 python examples/paper/report.py
 """
@@ -20,7 +20,7 @@ from muon_kernels import spectra
 
 HERE = Path(__file__).parent
 
-# Best final losses of [2], GPT-2 124M and 100 billion tokens of OpenWebText (github.com/Ocram7/BeyondMuon).
+# Best final losses in [2], of GPT-2 124M and 100 billion tokens of OpenWebText (github.com/Ocram7/BeyondMuon).
 PAPER_LOSS = {
     "msgd": 3.092,
     "msgd_s": 2.895,
@@ -32,7 +32,7 @@ PAPER_LOSS = {
     "adam_z": 2.879,
 }
 
-# Table 6 of [1], after pretraining and fine-tuning by either: MMLU, HumanEval, MBPP, GSM8K.
+# Table 6 of [1], by the optimizers of pretraining and of fine-tuning: MMLU, HumanEval, MBPP, GSM8K.
 PAPER_SFT = {
     ("muon", "muon"): (55.7, 57.3, 55.6, 68.0),
     ("adamw", "muon"): (55.3, 53.7, 55.5, 62.1),
@@ -87,7 +87,7 @@ helps methods that average and normalise.
 
 
 def table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Markdown; the first column is of words, the others of numbers."""
+    """Format a table as Markdown, whose first column is of words and whose others are of numbers."""
     lines = [heading, ["---", *["--:"] * (len(heading) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
@@ -97,7 +97,7 @@ def number(x: float | None) -> str:
 
 
 def figure(path: Path, titles: Sequence[str], draw: Callable[[Sequence[Any]], object], sharey: bool = False) -> None:
-    """A row of panels that `draw` fills."""
+    """Save a row of panels, which `draw` fills."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
@@ -128,7 +128,7 @@ def powers(results: dict[str, dict[float, Result]], figures: Path) -> Iterator[s
                 axes.plot(list(results[name]), losses[name], label=f"{name}, p = {power}", **POWER_STYLES[suffix])
             axes.set(xscale="log", xlabel="learning rate of the matrices")
         finite = [x for each in losses.values() for x in each if math.isfinite(x)]
-        # Without what explodes, which would leave a line of all others.
+        # Losses that explode are cut off: they would flatten all others to a line.
         panels[0].set(
             ylabel="held-out loss, nats per byte", ylim=(min(finite) - 0.03, min(max(finite), min(finite) + 1) + 0.03)
         )
@@ -166,12 +166,12 @@ def powers(results: dict[str, dict[float, Result]], figures: Path) -> Iterator[s
 
 
 def compute(result: Result) -> float:
-    """FLOP of the layers, 6·N·tokens, as scaling laws count."""
+    """Compute of the layers in FLOP, 6·N·tokens, as scaling laws count it."""
     return 6.0 * result["active_parameters"] * result["config"]["steps"] * TOKENS
 
 
 def law(results: Sequence[Result]) -> tuple[float, float]:
-    """a and b of loss = a·C^b, by least squares of logarithms."""
+    """Fit a and b of loss = a·C^b, by least squares of logarithms."""
     x = torch.tensor([[1.0, math.log(compute(result))] for result in results], dtype=torch.float64)
     y = torch.tensor([math.log(loss(result)) for result in results], dtype=torch.float64)
     log_a, b = torch.linalg.lstsq(x, y[:, None]).solution[:, 0].tolist()
@@ -425,7 +425,7 @@ SECTIONS: list[Section] = [
 
 
 def write(out: Path, scale: experiments.Scale) -> None:
-    """Write REPORT.md and figures/ of all experiments of which `out`/results.jsonl has every training."""
+    """Write REPORT.md and figures/ to `out`, of the experiments whose trainings `out`/results.jsonl has all."""
     results = Results(out / "results.jsonl", learn=False)
     figures = out / "figures"
     figures.mkdir(exist_ok=True)

@@ -1,10 +1,12 @@
-"""Train what the papers compare, at a size for a laptop's processor; see REPORT.md.
+"""Train what three papers compare, at a size for a laptop's processor; REPORT.md has the results.
 
     python examples/paper/run.py all
+    python examples/paper/run.py all --quick --out /tmp/quick
     python examples/paper/run.py powers --steps 500 --out /tmp/longer
 
-Trainings are appended to results.jsonl as they are done, and those that it has are not done again: start it once more
-after an interruption. Then REPORT.md and its figures are written of all experiments that are complete.
+A training is appended to results.jsonl when it is done, and is not done again if it is there already. After an
+interruption, start the same command once more. At the end, REPORT.md and its figures are written of the experiments
+that are complete.
 """
 
 from __future__ import annotations
@@ -33,10 +35,12 @@ EXPERIMENTS: dict[str, Sequence[Callable[..., Any]]] = {
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", choices=[*EXPERIMENTS, "all"])
-    parser.add_argument("--steps", type=int, help="of a training of the middle size")
-    parser.add_argument("--quick", action="store_true", help="see whether it runs: a few steps of tiny models")
+    parser.add_argument(
+        "--steps", type=int, help="steps of a training of the middle size (default: 240 for powers, else 480)"
+    )
+    parser.add_argument("--quick", action="store_true", help="do a few steps of tiny models, to see whether it runs")
     parser.add_argument("--out", type=Path, help=f"folder for results, report and figures (default: {HERE})")
-    parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
     args = parser.parse_args(arguments)
     scale = experiments.QUICK if args.quick else experiments.Scale()
     if args.steps is not None:

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from muon_kernels import Muon, SpectralAdam
-from muon_kernels.cli import demo
+from muon_kernels.cli.demo import training
 from muon_kernels.distributed import consensus
 from muon_kernels.distributed.strategies.owner import OwnerRound
 from muon_kernels.distributed.strategies.replicas import ReplicaRound
@@ -325,7 +325,7 @@ class Turns:
 
 def taken(seconds: list[float]) -> list[int]:
     runs: list[Any] = [Turns(1e-3), Turns(1e-3 if dist.get_rank() else 1.0)]
-    demo._train(runs, [torch.empty(0)] * 8, demo.Clock(seconds[dist.get_rank()]), lambda run: None)
+    training.train(runs, [torch.empty(0)] * 8, training.Clock(seconds[dist.get_rank()]), lambda run: None)
     return [len(run.losses) for run in runs]
 
 

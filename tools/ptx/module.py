@@ -1,4 +1,4 @@
-"""Builds a translated module with g++ and launches its kernels."""
+"""Modules built with g++ from translated PTX, and launches of their kernels."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import os
 import re
+import shutil
 import struct
 import subprocess
 import tempfile
@@ -33,13 +34,13 @@ FLAGS = (
 
 
 class Range(ctypes.Structure):
-    """Addresses that a kernel may touch."""
+    """Range of addresses that a kernel may touch."""
 
     _fields_ = [("begin", ctypes.c_uint64), ("end", ctypes.c_uint64)]
 
 
 class LineProfile(ctypes.Structure):
-    """Counters of one PTX line, as simt.h has them."""
+    """Counters of one PTX line; LineProfile of launch.h."""
 
     _fields_ = [
         (name, ctypes.c_uint64)
@@ -57,7 +58,7 @@ class LineProfile(ctypes.Structure):
 
 
 class Launch(ctypes.Structure):
-    """Launch of simt.h."""
+    """Arguments and report of a launch; Launch of launch.h."""
 
     _fields_ = [
         ("grid", ctypes.c_uint32 * 3),
@@ -88,7 +89,7 @@ class Launch(ctypes.Structure):
 
 
 class LaunchError(PtxError):
-    """A kernel did what a kernel must not do."""
+    """Fault of a kernel while it ran, with the block, the thread, the PTX line and its place in the source."""
 
     def __init__(
         self,
@@ -106,15 +107,18 @@ class LaunchError(PtxError):
 
 
 def cache_directory() -> Path:
-    """Where builds are kept: $MUON_PTX_CACHE, or a directory of this user in the temporary one."""
+    """Directory of finished builds: $MUON_PTX_CACHE, or one of this user inside the temporary directory."""
     path = Path(os.environ.get("MUON_PTX_CACHE") or Path(tempfile.gettempdir()) / f"muon-ptx-{os.getuid()}")
     path.mkdir(parents=True, exist_ok=True)
     return path
 
 
 def cached(suffix: str, contents: Sequence[str], make: Callable[[Path], None]) -> Path:
-    """The file that `make` writes from `contents`. Its name has a hash of all that went into it: a rebuilt file is
-    never dlopened under an old path, which would return the old module."""
+    """Return the file that `make` writes from `contents`, which is made only if it is not there yet.
+
+    Its name has a hash of `contents`, so that a rebuilt file is never dlopened under an old path: that would return the
+    old module.
+    """
     key = hashlib.sha256("\0".join(contents).encode()).hexdigest()[:24]
     target = cache_directory() / f"{key}{suffix}"
     if target.exists():
@@ -131,7 +135,9 @@ def cached(suffix: str, contents: Sequence[str], make: Callable[[Path], None]) -
 
 
 def run(command: Sequence[str | os.PathLike[str]], stderr: bool = False) -> str:
-    """Output of a compiler (or what it says on the side); its complaint as an exception."""
+    """Run a compiler; return its stdout, or its stderr. Raises PtxError with its message if it fails."""
+    if shutil.which(command[0]) is None:
+        raise PtxError(f"expected {command[0]} on PATH, got none; install it, or put its folder on PATH")
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
     if done.returncode:
         raise PtxError(f"{command[0]} failed:\n{done.stderr[:4000] or done.stdout[:4000]}")
@@ -139,8 +145,10 @@ def run(command: Sequence[str | os.PathLike[str]], stderr: bool = False) -> str:
 
 
 def compile_module(source: str, flags: Sequence[str]) -> Path:
-    """A shared object of a translated module. What does not depend on it is compiled once: the headers, which cost more
-    than most kernels, and the runtime."""
+    """Compile a translated module to a shared object.
+
+    The headers, which take longer than most kernels, and the runtime are compiled once for all modules.
+    """
     headers = [p.read_text() for p in sorted(DEVICE.glob("*.h"))]
     pch = cached(
         ".h.gch",
@@ -164,7 +172,7 @@ def compile_module(source: str, flags: Sequence[str]) -> Path:
 
 @dataclass(frozen=True)
 class Result:
-    """What a launch left behind."""
+    """Warnings of a launch, the text of the first, and its profile if one was asked for."""
 
     kernel: str
     warnings: int
@@ -173,7 +181,7 @@ class Result:
 
 
 class CompiledModule:
-    """A PTX module; what is asked for is translated and built when it is: kernels, and their variants with checks."""
+    """PTX module. A kernel, with or without checks, is translated and built when it is first asked for."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -190,8 +198,10 @@ class CompiledModule:
         self._libraries: dict[tuple[tuple[str, ...], bool, bool], ctypes.CDLL] = {}
 
     def _group(self, name: str) -> tuple[str, ...]:
-        """The kernels that are built with this one: all of a small module; of a large one, those that share variables
-        with it."""
+        """Kernels that are built together with this one.
+
+        Those are all kernels of a small module. Of a large one they are those that share variables with it.
+        """
         functions = self.ptx.functions
         if sum(len(f.body) for f in functions.values()) <= 4000:
             return tuple(self.kernels)
@@ -214,7 +224,7 @@ class CompiledModule:
         return self._libraries[key]
 
     def variable(self, name: str, races: bool = False, profile: bool = False) -> int:
-        """The address of a .global or .const variable; every variant of a build has its own."""
+        """Address of a .global or .const variable. Builds with other checks have variables of their own."""
         users = [n for n in self.kernels if any(name in o for s in self.ptx.functions[n].body for o in s.operands)]
         symbol = "v_" + re.sub(r"\W", "_S", name)
         library = self.library((users or self.kernels)[0], races, profile)
@@ -222,7 +232,7 @@ class CompiledModule:
 
     def kernel(self, name: str) -> LaunchableKernel:
         if name not in self.kernels:
-            raise PtxError(f"no kernel {name!r}; there are {', '.join(self.kernels)}")
+            raise PtxError(f"expected a kernel of the module, got {name!r}; it has: {', '.join(self.kernels)}")
         kernels = self.translated(name)[1]
         index = [k.name for k in kernels].index(name)
         return LaunchableKernel(self, index, kernels[index])
@@ -240,7 +250,7 @@ class CompiledModule:
 
 
 def merged(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The same addresses in disjoint ranges; tensors may share storage."""
+    """Merge ranges that overlap, since tensors may share storage."""
     result: list[tuple[int, int]] = []
     for begin, end in sorted(ranges):
         if result and begin < result[-1][1]:
@@ -251,7 +261,7 @@ def merged(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def tensor_range(tensor: Any, guard: bool) -> tuple[int, int]:
-    """The addresses of a tensor's storage, or with `guard` from its first element to its last."""
+    """Addresses of a tensor's storage, or with `guard` those from its first element to its last."""
     if not guard:
         storage = tensor.untyped_storage()
         return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
@@ -262,7 +272,7 @@ def tensor_range(tensor: Any, guard: bool) -> tuple[int, int]:
 
 
 def u32s(values: Sequence[int] | None) -> Any:
-    """As C has them; None is a null pointer."""
+    """Convert to a C array of uint32_t; None becomes a null pointer."""
     return None if values is None else (ctypes.c_uint32 * len(values))(*values)
 
 
@@ -272,37 +282,47 @@ def triple(n: int | Sequence[int]) -> tuple[int, int, int]:
 
 
 class LaunchableKernel:
-    """A kernel of a module."""
+    """Kernel of a module."""
 
     def __init__(self, module: CompiledModule, index: int, info: Kernel) -> None:
         self.module, self.index, self.info = module, index, info
 
     def entry(self, races: bool, profile: bool) -> Any:
-        """The function of the built module that runs a Launch; builds it, if need be."""
+        """C function that runs a Launch; builds the module if that has not been done."""
         return getattr(self.module.library(self.info.name, races, profile), f"launch_{self.index}")
 
+    @property
+    def threads(self) -> str:
+        """Number of threads that a block may have, in words."""
+        required = self.info.required_threads
+        return f"exactly {required}" if required else f"at most {self.info.max_threads or 1024}"
+
     def pack(self, args: Sequence[Any], guard: bool) -> tuple[bytes, list[tuple[int, int]]]:
-        """The parameter buffer, and the memory that the tensors among the arguments own."""
+        """Pack arguments into the parameter buffer; return it with the memory of the tensors among them."""
         if len(args) != len(self.info.params):
-            raise PtxError(f"{self.info.name} takes {len(self.info.params)} arguments, {len(args)} given")
+            kinds = ", ".join(p.type for _, p in self.info.params)
+            raise PtxError(f"{self.info.name}: expected {len(self.info.params)} arguments ({kinds}), got {len(args)}")
         buffer, ranges = bytearray(self.info.param_bytes), []
         for arg, (offset, param) in zip(args, self.info.params, strict=True):
             if hasattr(arg, "data_ptr"):
                 ranges.append(tensor_range(arg, guard))
                 arg = arg.data_ptr()
-            size = param.bytes
+            size, is_float = param.bytes, param.type in ("f32", "f64")
             if isinstance(arg, (bytes, bytearray)):
                 data = bytes(arg)
-            elif isinstance(arg, float):
+            elif isinstance(arg, float) and param.type[0] in "us":
+                raise PtxError(f"{self.info.name}, {param.name}: expected an integer ({param.type}), got {arg}")
+            elif isinstance(arg, float) or (isinstance(arg, int) and is_float):
                 data = bytes({4: ctypes.c_float, 8: ctypes.c_double}[size](arg))
             elif isinstance(arg, (bool, int)):
                 data = (int(arg) & (1 << 8 * size) - 1).to_bytes(size, "little")
             elif isinstance(arg, ctypes.Structure):
                 data = bytes(arg)
             else:
-                raise PtxError(f"{self.info.name}, {param.name}: cannot pass a {type(arg).__name__}")
+                fits = "a tensor, an int, a float, bytes or a ctypes.Structure"
+                raise PtxError(f"{self.info.name}, {param.name}: expected {fits}, got {type(arg).__name__}")
             if len(data) != size:
-                raise PtxError(f"{self.info.name}, {param.name}: has {size} bytes, {len(data)} given")
+                raise PtxError(f"{self.info.name}, {param.name}: expected {size} bytes, got {len(data)}")
             buffer[offset : offset + size] = data
         return bytes(buffer), ranges
 
@@ -324,15 +344,29 @@ class LaunchableKernel:
         spin_limit: int = 1000,
         blocks: Sequence[int] | None = None,
     ) -> Result:
-        """Runs the grid.
+        """Run the kernel on a grid of blocks. Raises LaunchError if it does what a kernel must not do.
 
-        memory: tensors, or (begin, end), that the kernel reaches by other ways than its arguments; None: all there is.
-        guard: a tensor is what its view covers and not its storage.
-        resident: how many blocks run at a time.
-        blocks: those that run, by their place in the grid; None: all.
+        Args:
+            grid: number of blocks, in one to three dimensions.
+            block: number of threads of a block, in one to three dimensions.
+            args: an argument for each parameter. A tensor is passed by its address; a struct as bytes.
+            shared_bytes: dynamic shared memory of a block.
+            order: which thread, and which block, runs first.
+            asynchrony: when asynchronous copies land. "late" is the last moment that the program allows; until then the
+                target holds NaN.
+            seed: seed of random orders.
+            races: report accesses of the same memory that nothing orders.
+            profile: count memory traffic, bank conflicts and instructions.
+            guard: let a tensor own what its view covers, rather than its whole storage.
+            memory: tensors, or (begin, end), that the kernel reaches by other ways than its arguments; None lifts the
+                check of bounds.
+            resident: how many blocks run at a time.
+            spin_limit: rounds of waiting in vain after which a loop counts as endless.
+            blocks: indices in the grid of the blocks that run; None runs all.
         """
-        if any(n > most for n, most in zip(triple(grid), (2**31 - 1, 65_535, 65_535), strict=True)):
-            raise PtxError(f"{self.info.name}: no device has a grid of {triple(grid)}")
+        limits = (2**31 - 1, 65_535, 65_535)
+        if any(n > most for n, most in zip(triple(grid), limits, strict=True)):
+            raise PtxError(f"{self.info.name}: expected a grid of at most {limits} blocks, got {triple(grid)}")
         buffer, ranges = self.pack(args, guard)
         ranges += [m if isinstance(m, tuple) else tensor_range(m, guard) for m in memory or ()]
         table = [Range(*r) for r in merged(ranges)]
@@ -360,8 +394,8 @@ class LaunchableKernel:
             profile=counters,
         )
         threads = launch.block[0] * launch.block[1] * launch.block[2]
-        if not 0 < threads <= (self.info.max_threads or 1024):
-            raise PtxError(f"{self.info.name}: blocks of {threads} threads, at most {self.info.max_threads or 1024}")
+        if not 0 < threads <= (self.info.max_threads or 1024) or threads != (self.info.required_threads or threads):
+            raise PtxError(f"{self.info.name}: expected blocks of {self.threads} threads, got {threads}")
         self.entry(races, profile)(ctypes.byref(launch))
         if launch.failed:
             raise self.module.error(launch, self.info.name)
@@ -379,16 +413,25 @@ def _load(text: str) -> CompiledModule:
 
 
 def load(source: str | os.PathLike[str]) -> CompiledModule:
-    """A module from PTX text or a path to it."""
+    """Load a module from PTX text, or from the path of a .ptx file."""
     return _load(source if isinstance(source, str) and "\n" in source else Path(source).read_text())
 
 
 def tensor_map(tensor: Any, box: Sequence[int], swizzle: int = 128) -> bytes:
-    """A CUtensorMap of a strided tensor (innermost stride 1), as the stand-in of cuTensorMapEncodeTiled makes it.
-    `box` in the tensor's order of dimensions; `swizzle` in bytes, 0 for none."""
+    """Encode a CUtensorMap as cuTensorMapEncodeTiled of the stand-in does.
+
+    Args:
+        tensor: strided, with an innermost stride of 1.
+        box: sizes of the box that is copied, in the tensor's order of dimensions.
+        swizzle: 32, 64 or 128 bytes, or 0 for none.
+    """
     rank, size = tensor.dim(), tensor.element_size()
     if tensor.stride(-1) != 1 or tensor.data_ptr() % 16 or any(s * size % 16 for s in tensor.stride()[:-1]):
-        raise PtxError("a tensor map needs rows without gaps, and addresses and strides that are multiples of 16 bytes")
+        strides = tuple(s * size for s in tensor.stride())
+        raise PtxError(
+            "expected an innermost stride of 1, and an address and outer strides that are multiples of 16 bytes, as a "
+            f"tensor map needs; got address {tensor.data_ptr():#x}, strides of {strides} bytes; copy the tensor"
+        )
     pad = [0] * (5 - rank)
     header = struct.pack("<I4B", 0x70616D54, rank, size, {0: 0, 32: 1, 64: 2, 128: 3}[swizzle], 0)
     dims = struct.pack("<6Q", tensor.data_ptr(), *reversed(tensor.shape), *pad)

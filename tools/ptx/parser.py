@@ -1,7 +1,8 @@
-"""Reads a PTX module: variables, functions, statements. Knows the grammar, not what any opcode means."""
+"""Parser of PTX: reads variables, functions and statements. It knows the grammar, not what an opcode means."""
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 
@@ -10,24 +11,25 @@ BYTES |= {f"{sign}{8 * size}": size for sign in "us" for size in (1, 2, 4, 8)} |
 
 
 class PtxError(Exception):
-    """A module that cannot be read, translated or run."""
+    """Failure to compile, read, translate or run a module."""
 
 
 @dataclass(frozen=True)
 class Location:
-    """Where in the CUDA source an instruction comes from; `inlined_at` is the call that brought it there."""
+    """Place in the source that an instruction comes from; `inlined_at` is the call that brought it there."""
 
     file: str
     line: int
     inlined_at: Location | None = None
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}" + (f", inlined at {self.inlined_at}" if self.inlined_at else "")
+        file = self.file.removeprefix(f"{os.getcwd()}/")
+        return f"{file}:{self.line}" + (f", inlined at {self.inlined_at}" if self.inlined_at else "")
 
 
 @dataclass(frozen=True)
 class Variable:
-    """A variable of a state space. `count` is None for an array without a size: dynamic shared memory."""
+    """Variable of a state space. `count` is None for an array without a size, which is dynamic shared memory."""
 
     name: str
     space: str
@@ -43,7 +45,7 @@ class Variable:
 
 @dataclass(frozen=True)
 class Statement:
-    """An instruction (`op` with operands), or a label (op is "")."""
+    """Instruction (`op` with operands), or a label, whose `op` is empty."""
 
     line: int
     op: str
@@ -54,7 +56,7 @@ class Statement:
 
 @dataclass
 class Function:
-    """An .entry or a .func; names of registers, labels and variables in it are unique: scopes are resolved."""
+    """Kernel (.entry) or function (.func). Scopes are resolved: each register, label and variable has its own name."""
 
     name: str
     entry: bool
@@ -71,7 +73,7 @@ class Function:
 
 @dataclass
 class Module:
-    """All of a .ptx file that matters."""
+    """Contents of a .ptx file."""
 
     text: str
     target: str = ""
@@ -93,7 +95,7 @@ _VARIABLE = re.compile(
 
 
 def split(text: str) -> tuple[str, ...]:
-    """The operands of an instruction: commas inside brackets do not separate."""
+    """Split the operands of an instruction at the commas outside brackets."""
     parts, depth, start = [], 0, 0
     for i, c in enumerate(text):
         depth += (c in "[{(") - (c in "]})")
@@ -167,7 +169,7 @@ class _Reader:
         return self.module
 
     def step(self, at: int, line: int) -> int:
-        """Consumes one statement, directive, label or brace; returns where the next begins."""
+        """Consume one statement, directive, label or brace; return where the next begins."""
         if found := _LINE_DIRECTIVE.match(self.text, at):
             self.directive(found[1], found[0], line)
             return found.end()
@@ -237,7 +239,7 @@ class _Reader:
             self.pending_threads = text
 
     def declare(self, name: str, kind: str) -> str:
-        """A name of this scope; unique in its function."""
+        """Add a name to this scope; return the one that is unique in its function."""
         unique = name if len(self.scopes) == 1 else f"{name}$s{self.scope_count}"
         self.scopes[-1][name] = unique
         if kind != "label":
@@ -284,7 +286,7 @@ class _Reader:
 
     @staticmethod
     def _resolve_labels(function: Function) -> None:
-        """A branch may come before its label, when the label's scope was not known: find the label's unique name."""
+        """Give branches the unique names of their labels. A label that comes later had no unique name yet."""
         labels = [s.operands[0] for s in function.body if not s.op]
         known = set(labels)
         for i, s in enumerate(function.body):
@@ -300,5 +302,5 @@ class _Reader:
 
 
 def parse(text: str) -> Module:
-    """The module in `text`."""
+    """Parse the text of a .ptx file. Raises PtxError with the line that cannot be read."""
     return _Reader(text).read()

@@ -1,4 +1,4 @@
-"""Counters of a launch by PTX line, kernel or source line: facts that decide a kernel's speed before any clock does."""
+"""Profile of a launch: traffic, conflicts and instructions by PTX line, which decide speed before any clock does."""
 
 from __future__ import annotations
 
@@ -14,8 +14,16 @@ _TENSOR = ("mma", "wgmma", "dmma")
 
 @dataclass(frozen=True)
 class Row:
-    """One PTX instruction. `threads`: how often threads ran it. `requests`: of whole warps. `bytes` and `sectors` (of
-    32 bytes) of global memory and `wavefronts` of shared memory: their cost. Ideal: what the bytes need."""
+    """Counts of one PTX instruction.
+
+    Attributes:
+        threads: how often a thread ran it.
+        requests: how often a warp accessed memory by it.
+        bytes: bytes of global memory that it accessed.
+        sectors: sectors of 32 bytes that these lie in, a request at a time; `ideal_sectors` if they lay side by side.
+        wavefronts: cycles of shared memory; `ideal_wavefronts` if no two lanes of a request met in a bank.
+        shared_bytes: bytes of shared memory that it accessed.
+    """
 
     line: int
     op: str
@@ -31,7 +39,7 @@ class Row:
 
     @property
     def conflicts(self) -> int:
-        """Wavefronts that a conflict-free access would not have."""
+        """Wavefronts beyond those of an access without bank conflicts."""
         return self.wavefronts - self.ideal_wavefronts
 
     @property
@@ -40,7 +48,7 @@ class Row:
 
 
 class Profile:
-    """What a kernel did, instruction by instruction."""
+    """Profile of a kernel: a row for every instruction that a thread ran."""
 
     def __init__(self, statements: Sequence[Statement], counters: Sequence[object]) -> None:
         self.rows = [
@@ -54,7 +62,7 @@ class Profile:
 
     @property
     def sector_efficiency(self) -> float:
-        """Ideal over real sectors of global memory; 1.0 is perfectly coalesced."""
+        """Ratio of ideal to real sectors of global memory; 1.0 is perfectly coalesced."""
         return self.total("ideal_sectors") / max(1, self.total("sectors"))
 
     @property
@@ -62,19 +70,24 @@ class Profile:
         return self.total("wavefronts") - self.total("ideal_wavefronts")
 
     @property
+    def instructions(self) -> float:
+        """Number of instructions, a warp at a time."""
+        return self.total("threads") / 32
+
+    @property
     def tensor_instructions(self) -> float:
-        """Warp instructions: every lane runs one."""
+        """Number of tensor-core instructions, a warp at a time."""
         return self.total("threads", lambda row: row.tensor) / 32
 
     @property
     def other_per_tensor(self) -> float:
-        """Other instructions for each tensor instruction."""
-        others = self.total("threads", lambda row: not row.tensor) / 32
+        """Number of other instructions for each tensor-core instruction; infinite if there is none."""
+        others = self.instructions - self.tensor_instructions
         return others / self.tensor_instructions if self.tensor_instructions else float("inf")
 
     @property
     def barriers(self) -> int:
-        """Barriers that threads came to."""
+        """Number of barriers, a thread at a time."""
         return self.total("threads", lambda row: row.op.startswith(("bar.sync", "barrier.", "bar.red")))
 
     @property
@@ -82,7 +95,7 @@ class Profile:
         return self.total("bytes")
 
     def by_source(self) -> dict[str, list[Row]]:
-        """Rows that touch memory, by the outermost source line that they come from."""
+        """Group rows by the outermost source line that they come from."""
         grouped: dict[str, list[Row]] = defaultdict(list)
         for row in self.rows:
             place = row.location
@@ -92,13 +105,18 @@ class Profile:
         return dict(grouped)
 
     def table(self) -> str:
-        """For people: the totals, then every access of memory."""
+        """Format the totals, and a line for every instruction that accesses memory, for people to read."""
+        tensor = "none of tensor cores"
+        if self.tensor_instructions:
+            tensor = f"{self.tensor_instructions:.0f} of tensor cores, {self.other_per_tensor:.1f} others for each"
         lines = [
-            f"tensor instructions {self.tensor_instructions:.0f}, others for each {self.other_per_tensor:.1f}; "
-            f"barriers (threads) {self.barriers}; global bytes {self.global_bytes}, "
-            f"sectors {self.total('sectors')} of {self.total('ideal_sectors')} ideal; "
-            f"bank conflicts {self.bank_conflicts} in {self.total('wavefronts')} wavefronts",
-            "   PTX  requests       bytes   sectors     ideal     waves     ideal  instruction",
+            f"{self.instructions:.0f} instructions of warps, {tensor}",
+            f"{self.barriers} barriers of threads",
+            f"global memory: {self.global_bytes} bytes in {self.total('sectors')} sectors, "
+            f"ideal are {self.total('ideal_sectors')}",
+            f"shared memory: {self.total('shared_bytes')} bytes in {self.total('wavefronts')} wavefronts, "
+            f"{self.bank_conflicts} by bank conflicts",
+            "   PTX  requests       bytes   sectors     ideal     waves     ideal  instruction (<: more than ideal)",
         ]
         for r in self.rows:
             if r.requests:

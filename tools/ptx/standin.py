@@ -1,4 +1,4 @@
-"""Builds CUDA sources, launch code and bindings included, against the stand-in runtime, and talks to that runtime."""
+"""Extensions built from CUDA sources, launch code and bindings included, on a stand-in for the CUDA runtime."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from .profile import Profile
 
 
 class Device(ctypes.Structure):
-    """What the device that is not there can do; Device of cudart.cpp."""
+    """Limits of the device that the stand-in pretends to be; Device of cudart.cpp."""
 
     _fields_ = [
         (name, ctypes.c_uint32)
@@ -95,7 +95,8 @@ class _LogEntry(ctypes.Structure):
 _Resolve = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(_KernelInfo))
 _VariableAddress = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_char_p)
 
-# Compute capability: (multiprocessors, shared memory a block may opt in to, of a multiprocessor, threads of one).
+# By compute capability: multiprocessors, the shared memory that a block may opt in to, and the shared memory and the
+# threads of a multiprocessor.
 DEVICES = {
     (8, 0): (108, 163 << 10, 164 << 10, 2048),
     (8, 6): (84, 99 << 10, 100 << 10, 1536),
@@ -108,7 +109,7 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Launched:
-    """One launch of the log. `error` is the cudaError_t that it returned."""
+    """Launch in the log. `error` is the cudaError_t that it returned."""
 
     kernel: str
     grid: tuple[int, ...]
@@ -121,7 +122,7 @@ class Launched:
 
 
 class Runtime:
-    """The stand-in runtime inside an extension built by `build`."""
+    """Stand-in for the CUDA runtime, inside an extension built by `build`."""
 
     def __init__(self, library: Path, sources: Sequence[Path]) -> None:
         self._library = ctypes.CDLL(str(library))
@@ -151,14 +152,14 @@ class Runtime:
         return self._library.standin_device().contents  # type: ignore[no-any-return]
 
     def pretend(self, major: int, minor: int = 0) -> None:
-        """Has the limits of this compute capability."""
+        """Take the limits of this compute capability."""
         d = self.device
         d.major, d.minor = major, minor
         d.multiprocessors, d.shared_optin, d.shared_multiprocessor, d.threads_multiprocessor = DEVICES[major, minor]
 
     @property
     def kernels(self) -> list[str]:
-        """The device names of all kernels that the host code registered."""
+        """Device names of all kernels that the host code registered."""
         names: list[str] = []
         while (name := self._library.standin_kernel_name(ctypes.c_uint64(len(names)))) is not None:
             names.append(name.decode())
@@ -215,9 +216,9 @@ class Runtime:
         any_memory: bool = False,
         blocks: Sequence[int] | None = None,
     ) -> Iterator[Runtime]:
-        """How kernels run inside this context; the log, the failures and the profiles begin empty.
+        """Set how kernels run inside this context. The log, the failures and the profiles begin empty.
 
-        blocks: those that run, by their place in the grid; None: all.
+        The options are those of `LaunchableKernel.launch`. With `any_memory`, bounds are not checked.
         """
         chosen = self._library.standin_options().contents
         chosen.order, chosen.asynchrony, chosen.seed = ORDERS[order], ASYNCHRONY[asynchrony], seed
@@ -238,7 +239,7 @@ class Runtime:
             self._library.standin_forget()
 
     def register(self, *tensors: Any, guard: bool = False) -> None:
-        """Makes tensors' memory device memory."""
+        """Let kernels access the memory of these tensors."""
         for t in tensors:
             begin, end = tensor_range(t, guard)
             self._library.standin_add_range(ctypes.c_uint64(begin), ctypes.c_uint64(end))
@@ -248,7 +249,7 @@ class Runtime:
 
     @contextmanager
     def capture(self) -> Iterator[None]:
-        """Launches inside are kept for `replay`, as in a CUDA graph; whatever waits for the device fails."""
+        """Keep launches inside for `replay`, as in a CUDA graph. Calls that wait for the device fail."""
         self._library.standin_begin_capture()
         try:
             yield
@@ -256,16 +257,20 @@ class Runtime:
             self._library.standin_end_capture()
 
     def fail_next(self, error: int, function: str = "cudaLaunchKernel") -> None:
-        """The next call of this function of the runtime does nothing and returns this cudaError_t."""
+        """Let the next call of this function of the runtime do nothing and return this cudaError_t."""
         self._library.standin_fail_next(ctypes.c_int32(error), function.encode())
 
     @property
     def last_error(self) -> int:
-        """The cudaError_t that cudaGetLastError would return."""
+        """Error (cudaError_t) that cudaGetLastError would return."""
         return int(self._library.standin_last_error())
 
     def replay(self) -> int:
-        """Runs what was captured, with the parameters of then; a cudaError_t, not 0 if nothing was captured."""
+        """Run what was captured with the parameters it was captured with.
+
+        Returns:
+            A cudaError_t, which is not 0 if nothing was captured.
+        """
         return int(self._library.standin_replay())
 
     @property
@@ -289,7 +294,7 @@ class Runtime:
 
     @property
     def failures(self) -> list[LaunchError]:
-        """The full reports of launches that failed."""
+        """Reports of the launches that failed."""
         result = []
         for i in range(self._library.standin_failure_count()):
             name = self._library.standin_failed_kernel(ctypes.c_uint64(i)).decode()
@@ -298,7 +303,7 @@ class Runtime:
 
     @property
     def profiles(self) -> dict[str, Profile]:
-        """By kernel, over all its launches inside `options(profile=True)`."""
+        """Profile of each kernel, over all its launches inside `options(profile=True)`."""
         return {n: Profile(self._module(n).ptx.functions[n].body, c) for n, c in self._counters.items()}
 
 
@@ -307,27 +312,30 @@ def nvcc() -> str | None:
 
 
 def compile_ptx(source: str | os.PathLike[str], arch: str = "sm_80", flags: Sequence[str] = ()) -> str:
-    """The PTX of a .cu file, with line information."""
-    contents = [arch, *flags, _with_includes(Path(source), flags)]
+    """Compile a .cu file to PTX with line information."""
+    # PTX names its source: of two equal files each must find its own.
+    contents = [arch, *flags, str(Path(source).resolve()), _with_includes(Path(source), flags)]
     command = ["nvcc", "-ptx", f"-arch={arch}", "-std=c++17", "-lineinfo", *flags, source, "-o"]
     return cached(".ptx", contents, lambda out: run([*map(str, command), str(out)]) and None).read_text()
 
 
 @cache
 def _dependencies(source: Path, flags: tuple[str, ...], modified: int) -> list[Path]:
-    """The project's own files that a source includes; `modified`, its time, has nvcc asked again after an edit."""
+    """Files of the project that a source includes. `modified` is its time: nvcc is asked again after an edit."""
     names = run(["nvcc", "-M", "-std=c++17", *flags, source]).replace("\\\n", " ").split(":", 1)[1].split()
     return [Path(n) for n in names if not n.startswith(("/usr", "/opt")) and Path(n).exists()]
 
 
 def _with_includes(source: Path, flags: Sequence[str]) -> str:
-    """What a file depends on, as text: a changed header must lead to a new build."""
+    """Text of all files that a source depends on, since a changed header must lead to a new build."""
     return "\0".join(p.read_text() for p in _dependencies(source, tuple(flags), source.stat().st_mtime_ns))
 
 
 def _object(source: Path, arch: str, flags: Sequence[str]) -> tuple[Path, Path]:
-    """The host object of a .cu and the PTX of the very same compilation: between two of them the names of kernels
-    without linkage differ."""
+    """Compile a .cu file to a host object and PTX, by one run of nvcc.
+
+    From one run to the next the names of kernels without linkage differ.
+    """
     contents = ["object", arch, *flags, _with_includes(source, flags)]
 
     def make(out: Path) -> None:
@@ -374,9 +382,20 @@ def build(
     flags: Sequence[str] = (),
     extra: Sequence[str | os.PathLike[str] | tuple[str | os.PathLike[str], Sequence[str]]] = (),
 ) -> tuple[ModuleType | None, Runtime]:
-    """Compiles .cu files, more host sources (`extra`, and pybind11 `bindings` of the module `name`) and the stand-in
-    runtime into one shared object; returns the imported module, if there are bindings, and the runtime in it. An entry
-    of `extra` may be a source, a source with its own flags, or an object or archive."""
+    """Build an extension from CUDA sources, with the stand-in in the place of the CUDA runtime.
+
+    Args:
+        name: name of the Python module that `bindings` define.
+        sources: .cu files, with kernels and the host code that launches them.
+        bindings: pybind11 source; None for an extension without a Python module.
+        arch: architecture, or a function that returns the architecture of a source.
+        include: folders of headers.
+        flags: more flags for nvcc and g++.
+        extra: more host sources, each alone or with flags of its own; or objects and archives.
+
+    Returns:
+        The imported module, None without `bindings`, and the runtime inside it.
+    """
     flags = [*flags, *(f"-I{path}" for path in include)]
     which = arch if callable(arch) else lambda path: arch
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -1,4 +1,7 @@
-"""PTX to C++: one function per .entry or .func, registers as locals. The table of opcodes is the second half."""
+"""Translator from PTX to C++: one function for each .entry or .func, with registers as locals.
+
+The second half is the table of opcodes: a function that writes the C++ of an instruction for each.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ def ctype(kind: str) -> str:
 
 
 def identifier(name: str) -> str:
-    """A C++ name for a PTX name."""
+    """Make a C++ name from a PTX name."""
     return "v_" + re.sub(r"\W", lambda m: {"%": "", "$": "_S"}[m[0]], name)
 
 
@@ -59,7 +62,7 @@ def align_up(n: int, align: int) -> int:
 
 @dataclass(frozen=True)
 class Kernel:
-    """What a launch of an entry needs to know."""
+    """Facts that a launch of a kernel needs."""
 
     name: str
     line: int
@@ -72,7 +75,7 @@ class Kernel:
 
 @dataclass
 class Instruction:
-    """One statement on its way to C++; what the opcode table works on."""
+    """Statement on its way to C++, as the functions of the opcode table see it."""
 
     statement: Statement
     body: _Body
@@ -116,20 +119,20 @@ class Instruction:
         return self.body.address(self, self.ops[i])
 
     def dst(self, i: int = 0) -> str:
-        """The register to write, or a sink."""
+        """Register that operand `i` names, or a sink for `_`."""
         return self.body.target(self, self.ops[i])
 
     def set(self, expression: str, i: int = 0) -> str:
         return f"set({self.dst(i)}, {expression});"
 
     def vector(self, i: int) -> list[str]:
-        """The elements of {a, b} or of a lone operand."""
+        """Elements of an operand {a, b}; a scalar operand is its only element."""
         text = self.ops[i]
         return [e.strip() for e in text.strip("{}").split(",")] if text.startswith("{") else [text]
 
 
 class _Body:
-    """Translates the statements of one function."""
+    """Translator of the statements of one function."""
 
     def __init__(self, module: Module, function: Function, shared: dict[str, int]) -> None:
         self.module, self.function, self.shared = module, function, shared
@@ -154,7 +157,7 @@ class _Body:
         return name in self.function.registers
 
     def register_type(self, name: str) -> str:
-        """Registers hold bits, whatever they are declared as."""
+        """C++ type of a register: unsigned bits of its width, whatever type it is declared with."""
         kind = self.function.registers[name]
         return "bool" if kind == "pred" else ctype(f"b{8 * BYTES[kind]}")
 
@@ -170,7 +173,7 @@ class _Body:
         return self.register(text)
 
     def symbol(self, name: str) -> str | None:
-        """The address of a variable, in its own space."""
+        """Address of a variable in its own state space; None if there is no such variable."""
         if name in self.shared:
             return f"u64({self.shared[name]})"
         if name in self.params:
@@ -185,7 +188,7 @@ class _Body:
         return None
 
     def value(self, ins: Instruction, text: str, kind: str) -> str:
-        """An operand read as a value of `kind`, a C++ type."""
+        """C++ expression that reads an operand as a value of the C++ type `kind`."""
         kind = ctype(kind)
         if text.startswith("!"):
             return f"!{self.value(ins, text[1:].strip(), kind)}"
@@ -224,7 +227,7 @@ class _Body:
         return _SPECIAL_SCALAR.get(name)
 
     def address(self, ins: Instruction, text: str) -> str:
-        """[register + immediate] or [symbol + immediate] as a u64."""
+        """C++ expression, a u64, of [register + immediate] or [symbol + immediate]."""
         inner = text.strip().lstrip("[").rstrip("]").strip()
         found = re.fullmatch(rf"({NAME})\s*(?:([+-])\s*(-?(?:0x[0-9a-fA-F]+|\d+)))?", inner)
         if not found:
@@ -246,7 +249,7 @@ class _Body:
         return f"{symbol} + {offset}" if offset else symbol
 
     def param_pointer(self, ins: Instruction, text: str) -> str:
-        """Where ld.param or st.param goes, as a C++ pointer."""
+        """C++ pointer to the memory of ld.param or st.param."""
         name = re.split(r"[+\s]", text.strip("[] "))[0]
         # Those of an entry are addressed by offset (32-bit registers must hold their addresses), a call's are arrays.
         base = "reinterpret_cast<u64>(t.block->grid->launch.params) + "
@@ -315,7 +318,11 @@ def _initial(variable: Variable) -> bytes:
 
 
 def _shared_layout(module: Module, function: Function) -> tuple[dict[str, int], int]:
-    """Offsets of the static shared variables, and their total size, up to where dynamic shared memory may begin."""
+    """Lay out the static shared variables.
+
+    Returns:
+        Their offsets, and the size of all, which is where dynamic shared memory may begin.
+    """
     offsets, end, align = {}, 1024, 16
     for v in (*module.variables.values(), *function.variables.values()):
         if v.space != "shared":
@@ -330,7 +337,11 @@ def _shared_layout(module: Module, function: Function) -> tuple[dict[str, int], 
 
 
 def translate(module: Module, entries: Collection[str]) -> tuple[str, list[Kernel]]:
-    """The C++ of some entries of a module, with all its .funcs, and what it takes to launch them."""
+    """Translate some kernels of a module, with all its functions.
+
+    Returns:
+        The C++, and the facts that launches of the kernels need, in the order of `launch_0`, `launch_1`, … in it.
+    """
     kernels, bodies, declarations = [], [], []
     for function in module.functions.values():
         if function.entry and function.name not in entries:
@@ -392,7 +403,7 @@ def opcode(*names: str) -> Callable[[Callable[[Instruction], str]], Callable[[In
 
 
 def _finish(ins: Instruction, expression: str) -> str:
-    """A real result with the modifiers that come after the operation."""
+    """Write a real result after the modifiers .ftz, .sat and .relu."""
     if ins.has("ftz"):
         expression = f"ftz({expression})"
     if ins.has("sat") and not ins.type.startswith(("s", "u")):

@@ -1,4 +1,4 @@
-"""Every family of opcodes against numpy and torch: all cases in one module, so one build."""
+"""Every family of opcodes is compared with numpy and torch. All cases are in one module, which is built once."""
 
 # ruff: noqa: E501 (a row of the table is a line)
 
@@ -27,7 +27,7 @@ NUMPY |= {
 
 
 class Case(NamedTuple):
-    """`text` computes %d from %a, %b, %c, which have the types `sources`."""
+    """Instruction under test: `text` computes %d from %a, %b, %c, which have the types `sources`."""
 
     text: str
     sources: str
@@ -37,7 +37,7 @@ class Case(NamedTuple):
 
 
 def bf16(x: np.ndarray) -> np.ndarray:
-    """float32 to the bits of bf16, rounded to nearest even; by torch."""
+    """Round float32 to nearest even; return the bits of bf16."""
     return torch.from_numpy(np.ascontiguousarray(x, np.float32)).bfloat16().view(torch.int16).numpy().view(np.uint16)
 
 
@@ -56,7 +56,7 @@ def wrap(values: Any, kind: str) -> np.ndarray:
 
 
 def exact(f: Callable[..., Any], kind: str) -> Callable[..., np.ndarray]:
-    """The reference in Python's integers, wrapped to the result's width."""
+    """Make a reference of a function of Python's integers, wrapped to the width of the result."""
     return lambda *arrays: wrap([f(*(int(x) for x in row)) for row in zip(*arrays, strict=True)], kind)
 
 
@@ -78,7 +78,7 @@ def prmt(a: int, b: int, s: int) -> int:
 
 
 def lanes2(f: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
-    """A function of f32 arrays on both halves of bf16x2."""
+    """Apply a function of f32 arrays to both halves of bf16x2."""
 
     def both(*arrays: np.ndarray) -> np.ndarray:
         halves = [bf16(f(*(f32(a.view(np.uint16)[i::2]) for a in arrays))) for i in (0, 1)]
@@ -221,7 +221,7 @@ def register(kind: str) -> str:
 
 
 def kernel(index: int, case: Case) -> str:
-    """A kernel that runs the case for every thread."""
+    """PTX of a kernel that runs the case in every thread."""
     sources = case.sources.split()
     lines = [".param .u64 pd", *(f".param .u64 p{x}" for x in "abc")]
     body = [".reg .b64 %addr, %off; .reg .pred %p; .reg .b32 %i, %t;", "mov.u32 %i, %tid.x;"]
@@ -245,7 +245,7 @@ def module() -> CompiledModule:
 
 
 def values(kind: str, seed: int, wide: bool) -> np.ndarray:
-    """Random numbers of a type, its special ones among them."""
+    """Draw random numbers of a type, and include its special ones."""
     random = np.random.default_rng(seed)
     if kind[0] in "us":
         info = np.iinfo(NUMPY[kind])

@@ -1,4 +1,4 @@
-"""Real host code on the stand-in runtime: launches, limits, queries, errors, through pybind11 bindings."""
+"""Real host code runs on the stand-in runtime: launches, limits, queries and errors, through pybind11 bindings."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_some_blocks_of_a_grid(toy: tuple[ModuleType, Runtime]) -> None:
 
 
 def test_an_error_is_kept_until_somebody_asks(toy: tuple[ModuleType, Runtime]) -> None:
-    """As by CUDA: of a call whose result nobody looked at, a good launch is blamed."""
+    """As with CUDA, the error of a call whose result is ignored is returned by a later launch that succeeded."""
     module, runtime = toy
     x, y = torch.randn(300), torch.zeros(300)
     runtime.register(x, y)
@@ -131,7 +131,7 @@ def test_profiles(toy: tuple[ModuleType, Runtime]) -> None:
 
 
 def test_capture(toy: tuple[ModuleType, Runtime]) -> None:
-    """Nothing runs until it is replayed, with the parameters of then; what would wait spoils the capture."""
+    """Captured launches run when replayed, with their first parameters; a call that waits spoils the capture."""
     module, runtime = toy
     x, y = torch.randn(300), torch.zeros(300)
     runtime.forget_memory()

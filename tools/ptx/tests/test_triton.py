@@ -1,4 +1,4 @@
-"""Calibration: PTX by another compiler must give right numbers, and a fault planted in it must be found."""
+"""PTX by Triton gives the right numbers, and faults planted in it are found."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MODES: list[dict[str, Any]] = [
 
 
 def error(arch: int, tma: bool, edit: tuple[str, str, int] | None = None, **mode: Any) -> float:
-    """How far the product is from float64, in units of bf16's last place; `edit` replaces one occurrence in the PTX."""
+    """Largest error against float64, in units of bf16's last place. `edit` replaces one occurrence in the PTX."""
     block_m, block_n, block_k = BLOCKS[arch]
     text, name, shared = compiled(tma, arch, block_m, block_n, block_k)
     if edit:

@@ -1,4 +1,4 @@
-"""The matmul of Triton's tutorials (pointers, and tensor descriptors), compiled without a GPU: somebody else's PTX."""
+"""Matmul of Triton's tutorials, by pointers and by tensor descriptors, compiled without a GPU."""
 
 from functools import cache
 
@@ -51,7 +51,7 @@ def matmul_tma(a, b, c, M, N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, B
 
 @cache
 def compiled(tma: bool, arch: int, block_m: int, block_n: int, block_k: int) -> tuple[str, str, int]:
-    """PTX, name and shared bytes."""
+    """Compile a matmul; return its PTX, its name and its shared memory in bytes."""
     kernel = matmul_tma if tma else matmul
     blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k} | ({} if tma else {"GROUP_M": 8})
     if tma:
