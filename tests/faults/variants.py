@@ -1,7 +1,4 @@
-"""Faults in Muon's relatives: signs, second moments, forms of decay, cuts, and what is refused; see plant.py.
-
-The copy that they are planted in has no compiled module: the tests judge the eager backend.
-"""
+"""Faults in Muon's relatives: signs, second moments, forms of decay, cuts, and what is refused; see plant.py."""
 
 from __future__ import annotations
 
@@ -183,7 +180,7 @@ FAULTS = [
         '("cautious", "stochastic_rounding", "master',
     ),
     _options("no check at all", "    if power != 1:\n", "    if True:\n"),
-    # QK-Clip and spectra, beside those of mutants_beside.py.
+    # QK-Clip and spectra, beside those of beside.py.
     Fault(
         "tau of the logit's root",
         "gamma = tau / largest.clamp(min=tau)",
