@@ -303,6 +303,8 @@ class Copy:
             os.dup2(file, stream)
             os.close(file)
         os.dup2(1, 2)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.chdir(self.root)
         os.environ.update(self.environment)
         sys.argv[:] = ["pytest", *arguments]
@@ -538,6 +540,9 @@ def main() -> int:
     if arguments.stale:
         note_stale(ROOT, lists, chosen, scores)
         return 0
+    if not any(chosen.values()) or time.monotonic() > deadline:
+        return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # children are ended, and the copy goes
     preload()
     with tempfile.TemporaryDirectory() as temporary:
         run = Run(Copy(ROOT, Path(temporary).resolve()), scores, deadline)
