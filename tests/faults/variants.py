@@ -1,7 +1,4 @@
-"""Faults in Muon's variants: signs, second moments, forms of decay, cuts, and what is refused; see plant.py.
-
-The copy that they are planted in has no compiled module: the tests judge the eager backend.
-"""
+"""Faults in Muon's relatives: signs, second moments, forms of decay, cuts, and what is refused; see plant.py."""
 
 from __future__ import annotations
 
@@ -85,7 +82,7 @@ FAULTS = [
         "for row in range(0, max(m - rows, 1), rows):",
         "blocks",
     ),
-    _sums("sums of blocks forgotten", "    out.add_(partial)", "    out.copy_(partial)", "blocks"),
+    _sums("sums of blocks forgotten", "    out.add_(part)", "    out.copy_(part)", "blocks"),
     _moment("scratch used before it is written", "    before.zero_(), after.zero_()\n", "", "blocks"),
     _moment(
         "scratch too small", "2 * n + 2 + in_cache(device) * block", "in_cache(device) * block", "test_second or blocks"
@@ -102,7 +99,7 @@ FAULTS = [
     # Parts.
     _moment(
         "parts of columns share",
-        "Piece(V.ndim - 1, before, piece.parts, 1, 1, 1)",
+        "Piece(V.ndim - 1, first, piece.parts, 1, 1, 1)",
         "Piece(V.ndim - 1, 0, piece.parts, 1, 1, 1)",
         "follow_the_parts",
     ),
@@ -114,7 +111,7 @@ FAULTS = [
     ),
     _moment(
         "one statistic for all parts",
-        "parts = sum(piece.parts for piece in split_rows) if split_rows else 1",
+        "parts = sum(piece.parts for piece in cut) if cut else 1",
         "parts = 1",
         "follow_the_parts or another_cut",
     ),
@@ -156,9 +153,7 @@ FAULTS = [
     # Cuts.
     _split("interleaved groups", "((q // kv, 1, 1), kv) if interleaved", "((q, 1, 1), kv) if interleaved"),
     _split(
-        "shares for sizes",
-        'return _Parsed(shares, runs, name == "blocks", dim)',
-        "return _Parsed(shares, runs, False, dim)",
+        "shares for sizes", 'return _Cut(shares, runs, name == "blocks", dim)', "return _Cut(shares, runs, False, dim)"
     ),
     _split("rest ignored", "        if rest:", "        if False:"),
     _split("not a multiple", "        if n % (total * runs):", "        if n % total:"),
@@ -166,7 +161,7 @@ FAULTS = [
     _split("columns of a stack", "        dim += len(shape) - 2\n", "        dim += len(shape) - 3\n"),
     _split(
         "equal ones apart",
-        "for i in range(count) if separate else (0,)",
+        "for i in range(count) if apart else (0,)",
         "for i in range(count)",
         "copies or test_a_step_is_that or plan",
     ),
@@ -185,7 +180,7 @@ FAULTS = [
         '("cautious", "stochastic_rounding", "master',
     ),
     _options("no check at all", "    if power != 1:\n", "    if True:\n"),
-    # QK-Clip and spectra, beside those of mutants_beside.py.
+    # QK-Clip and spectra, beside those of beside.py.
     Fault(
         "tau of the logit's root",
         "gamma = tau / largest.clamp(min=tau)",
