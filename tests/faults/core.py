@@ -24,8 +24,14 @@ FAULTS = [
     *[
         Fault(name, old, new, f'tests/test_variants.py -k "{tests}"', file)
         for name, file, old, new, tests in [
-            ("random bits: buckets share them", WORK, "self.seed + number", "self.seed", "own_seed"),
-            ("random bits: chunks share them", WORK, '"first": first}', '"first": 0}', "buckets"),
+            ("random bits: buckets share them", WORK, "self.seed + group_index", "self.seed", "own_seed"),
+            (
+                "random bits: chunks share them",
+                WORK,
+                "self.seed + group_index, chunk_index)",
+                "self.seed + group_index, 0)",
+                "buckets",
+            ),
             ("random bits: steps share them", OPTIMIZER, 'group.get("step", 0) + 1', "0", "own_bits"),
             ("random bits: groups share them", OPTIMIZER, " + (index << 24)", "", "buckets"),
             (
@@ -47,8 +53,8 @@ FAULTS = [
             (
                 "second moment: rows of another matrix",
                 BUCKET,
-                "moment.layout(part)).view()",
-                "moment.layout(part._replace(start=0, stop=part.stop - part.start))).view()",
+                "moment.layout(span)).view()",
+                "moment.layout(span._replace(start=0, stop=span.stop - span.start))).view()",
                 "test_second",
             ),
             (
@@ -139,15 +145,15 @@ FAULTS = [
     ),
     Fault(
         "every chunk is the first",
-        "        at = source.layout(part)\n        result",
-        "        at = source.layout(part._replace(start=0, stop=part.stop - part.start))\n        result",
+        "        at = source.layout(span)\n        result",
+        "        at = source.layout(span._replace(start=0, stop=span.stop - span.start))\n        result",
         BATCH,
         ORTHOGONALIZE,
     ),
     Fault(
         "every chunk of a step is the first",
-        "piece, part.start, part.stop)",
-        "piece, 0, part.stop - part.start)",
+        "piece, span.start, span.stop)",
+        "piece, 0, span.stop - span.start)",
         SPLIT,
         OPERANDS,
     ),
@@ -160,8 +166,8 @@ FAULTS = [
     ),
     Fault(
         "learning rate of another matrix of the bucket",
-        "members[part.piece], options)",
-        "members[part.piece]._replace(ratio=members[0].ratio), options)",
+        "members[span.piece], options)",
+        "members[span.piece]._replace(ratio=members[0].ratio), options)",
         'tests/test_optimizer.py -k "do_not_mix and cpu-"',
         BUCKET,
     ),
@@ -170,7 +176,7 @@ FAULTS = [
     Fault("a negation forgotten", " and not t.is_neg():", ":", SPLIT, OPERANDS),
     Fault(
         "equal parts copied rather than apart",
-        "return apart if described(apart) and not described(together) else together",
+        "return separate if described(separate) and not described(together) else together",
         "return together",
         SPLIT,
         OPERANDS,
@@ -208,8 +214,8 @@ FAULTS = [
     ),
     Fault(
         "a checkpoint's split not tried",
-        '                    pieces(p.shape, loaded["flatten"], split)\n',
-        "                    pass\n",
+        '                pieces(p.shape, loaded["flatten"], split)\n',
+        "                pass\n",
         SPLIT,
         OPTIMIZER,
     ),
@@ -220,7 +226,13 @@ FAULTS = [
         SPLIT,
         PARAM_GROUPS,
     ),
-    Fault("keller: a digit", "_KELLER = (3.4445,", "_KELLER = (3.4435,", COEFFICIENTS, COEFFICIENTS_PY),
+    Fault(
+        "keller: a digit",
+        "((3.4445, -4.7750, 2.0315),), 1.0",
+        "((3.4435, -4.7750, 2.0315),), 1.0",
+        COEFFICIENTS,
+        COEFFICIENTS_PY,
+    ),
     Fault(
         "first triple repeated",
         "triples + triples[-1:] * steps",
