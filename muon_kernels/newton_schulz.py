@@ -8,7 +8,7 @@ once at the end. In bf16 the rounding error of the Gram matrix makes small eigen
 then amplifies, so it must start afresh from X now and then: see `segments`.
 
 The iterates of one X are U f(Σ) Vᵀ with odd f that saturate at ever smaller singular values; a fixed sum of them is as
-near to U Σ^p Vᵀ as its weights are good (spectral.py), and costs little beside the last iterate. In Gram form it is
+near to U Σ^p Vᵀ as its weights are good (powers.py), and costs little beside the last iterate. In Gram form it is
 a sum of m x m matrices, but for its first term.
 """
 
@@ -40,7 +40,7 @@ class Square(NamedTuple):
 
 
 def square(A: Tensor | Square) -> Square:
-    """A, of which rounding took nothing that is known if it is a tensor."""
+    """Wrap a plain tensor as a `Square` without a diagonal correction."""
     return A if isinstance(A, Square) else Square(A)
 
 
@@ -114,7 +114,7 @@ def _standard_step(
 
 
 class Blend(NamedTuple):
-    """What a weighted sum of iterates needs beside them.
+    """Memory and numbers that a weighted sum of iterates needs beside them.
 
     Attributes:
         total: (batch, m, n) like X, overwritten.
@@ -206,7 +206,7 @@ def _standard_sum(
     schedule: Schedule,
     blend: Blend,
 ) -> Tensor:
-    """Σ wᵢ Xᵢ, an iterate at a time; only Gram matrices and the sum are scaled."""
+    """Compute Σ wᵢ Xᵢ, an iterate at a time; only Gram matrices and the sum are scaled."""
     triples, weights = schedule.triples, schedule.weights
     A, B = squares[:2]
     _measure(ops, X, squares, scale, schedule.power, blend)
@@ -281,7 +281,7 @@ def _gram_sum(
     schedule: Schedule,
     blend: Blend,
 ) -> Tensor:
-    """Σ wᵢ Xᵢ = w₀ X₀ + (w₂ I + w₃ S₂ + T Q) X₂, where Q = S₂ S₃ and T = w₄ I + S₄ (w₅ I + S₅ (…)).
+    """Compute Σ wᵢ Xᵢ = w₀ X₀ + (w₂ I + w₃ S₂ + T Q) X₂, where Q = S₂ S₃ and T = w₄ I + S₄ (w₅ I + S₅ (…)).
 
     Segments are of two steps, two, and the rest: with more at first, an eigenvalue that rounding left below zero
     explodes wherever one singular value is a few times as large as the others, as in momenta of trained layers; the
@@ -346,5 +346,5 @@ ALGORITHMS = {
 
 
 def squares_of(algorithm: str, schedule: Schedule) -> int:
-    """How many squares a form of the iteration needs for a schedule."""
+    """Return the number of squares that a form of the iteration needs for a schedule."""
     return ALGORITHMS[algorithm].squares_of_sum if schedule.weights else ALGORITHMS[algorithm].squares

@@ -1,4 +1,4 @@
-"""Where the Gram form goes back to X, from a simulation of what rounding does to eigenvalues."""
+"""Segments of the Gram form, which goes back to X between them: a simulation of what rounding does to eigenvalues."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ROUNDOFF = 2.0**-9  # of bf16; fp16 is stepped in the same segments and keeps i
 
 
 # By how much rounding may change an eigenvalue of Q, in the worst case that is simulated. Real errors are random and
-# smaller; segments within these bounds stay within the accuracy rule on every spectrum of tests/matrices.py, longer
+# smaller; segments within these bounds stay within the accuracy rule on every spectrum of tests/checks/matrices.py, longer
 # ones do not. The bound of three steps is for 256 rows: their errors average out as 1/√rows.
 _ALLOWED = {2: 0.22, 3: 0.26}
 
@@ -30,7 +30,7 @@ _ROWS_OF_BOUND = 256
 
 
 def _change_of_q(triples: Sequence[Triple], eigenvalues: Sequence[float], loss: float) -> float:
-    """Worst relative change of Q's eigenvalues if R starts `loss` too small and loses more with every product."""
+    """Return the worst relative change of Q's eigenvalues if R starts `loss` too small and every product adds to it."""
     exact = [(r, 1.0) for r in eigenvalues]
     rounded = [(r - loss, 1.0) for r in eigenvalues]
     for a, b, c in triples:
@@ -44,7 +44,7 @@ def _change_of_q(triples: Sequence[Triple], eigenvalues: Sequence[float], loss: 
 
 
 def _largest_image(triples: Sequence[Triple], eigenvalues: Sequence[float], loss: float) -> float:
-    """Of the square roots of `eigenvalues`, if R starts `loss` too small or too large."""
+    """Return the largest image of the square roots of `eigenvalues` if R starts `loss` too small or too large."""
     largest = 0.0
     for eigenvalue in eigenvalues:
         for r in (eigenvalue - loss, eigenvalue + loss):
@@ -57,7 +57,7 @@ def _largest_image(triples: Sequence[Triple], eigenvalues: Sequence[float], loss
 
 
 def segments(schedule: Schedule, size: int, precise: bool) -> tuple[Segment, ...]:
-    """Where the Gram form goes back to X, from a simulation.
+    """Return the segments of a Gram iteration. Between two of them it goes back to X.
 
     Args:
         schedule: what to iterate.
@@ -68,7 +68,7 @@ def segments(schedule: Schedule, size: int, precise: bool) -> tuple[Segment, ...
 
 
 def _tolerated(triples: Sequence[Triple]) -> float:
-    """How far above 1 a singular value may be that these steps do not let explode."""
+    """Return the largest singular value, from 1 on, that these steps do not let explode."""
     x = 1.0
     while x < 1.5:
         image = x
@@ -82,7 +82,7 @@ def _tolerated(triples: Sequence[Triple]) -> float:
 
 @lru_cache(maxsize=256)
 def _simulated(triples: tuple[Triple, ...], margin: float, size: int, precise: bool) -> tuple[Segment, ...]:
-    """From the scalar map on the eigenvalues of R.
+    """Find `segments` by the scalar map on the eigenvalues of R.
 
     As few segments as the bounds allow, and of those the choice with the smallest change. A segment of one step is the
     standard form's step and always allowed.
@@ -100,7 +100,7 @@ def _simulated(triples: tuple[Triple, ...], margin: float, size: int, precise: b
     tolerated = [_tolerated(triples[stop:]) for stop in range(len(triples) + 1)]
 
     def change(start: int, stop: int) -> float:
-        """Of this segment, relative to its bound."""
+        """Return the change that this segment makes, relative to its bound."""
         length = stop - start
         if length == 1:
             return 0.0

@@ -1,4 +1,4 @@
-"""The arguments of the verbs: csrc/muon_kernels.h's structs, with tensors in place of addresses.
+"""Arguments of the verbs: csrc/muon_kernels.h's structs, with tensors in place of addresses.
 
 A field has the name that it has in csrc, whose comments give the formulas; `backends.Backend` says what a verb writes.
 """
@@ -61,7 +61,7 @@ class ApplyUpdate(NamedTuple):
 
 
 class ApplyOptions(NamedTuple):
-    """What goes beyond the formula of `apply_update`.
+    """Options of `apply_update` beyond its formula.
 
     Attributes:
         cautious: decay only where update and parameter have the same sign.

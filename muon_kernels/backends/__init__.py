@@ -1,4 +1,4 @@
-"""Who can do the verbs, and who should.
+"""Backends: which can do the verbs here, and which one should.
 
 A backend is a module with the functions of `Backend`. It is imported when somebody asks for it, so that
 `import muon_kernels` needs neither the compiled module nor triton nor a GPU.
@@ -23,7 +23,7 @@ BACKENDS = {"cuda": ".cuda", "triton": ".triton", "cpu": ".cpu", "eager": ".eage
 
 
 class Fused(NamedTuple):
-    """What `fused_step` costs a bucket.
+    """Cost of stepping a bucket by `fused_step`.
 
     Attributes:
         slots: how many matrices the workspace holds.
@@ -39,44 +39,44 @@ class Fused(NamedTuple):
 
 
 class Backend(Products, Protocol):
-    """The verbs (DESIGN: one name per operation in every layer) and what the plan needs to know of them."""
+    """The verbs, under the same names in every layer, and the facts that a plan needs of them."""
 
     def unavailable(self) -> str | None:
-        """Why nothing can run here, and how to fix it; None if ready. Raises what only the user can mend."""
+        """Return why nothing can run here, and how to fix it; None if ready. Raise what only the user can mend."""
 
     def refuses(self, device: torch.device, dtypes: Sequence[torch.dtype], workspace_dtype: torch.dtype) -> str | None:
-        """Why tensors of this kind, or stacks of that dtype, cannot be taken, and what could be; None if they can."""
+        """Return why tensors of this kind, or stacks of that dtype, cannot be taken, and what can; None if they can."""
 
     def device_types(self) -> tuple[str, ...]:
-        """Of the tensors that it is made for; none if for any."""
+        """Return the device types that it is made for; none if it takes any."""
 
     def prefers_instead(self, device: torch.device, rows: int, cols: int) -> tuple[str, str] | None:
-        """A backend that is expected to step such matrices faster there, and why."""
+        """Return a backend that is expected to step such matrices faster there, and why; None if there is none."""
 
     def describe(self) -> str:
-        """What will run, in a few words."""
+        """Describe in a few words what will run."""
 
     def symmetric_products(self) -> bool:
         """Whether syrk and syrkx compute one triangle only."""
 
     def default_workspace_bytes(self) -> int:
-        """The cap on a step's workspace unless the user sets one."""
+        """Return the cap on a step's workspace, in bytes, unless the user sets one."""
 
     def leading_dimension(self, cols: int) -> int:
-        """Row stride, in elements, at which stacks of `cols` columns are multiplied fastest."""
+        """Return the row stride, in elements, at which stacks of `cols` columns are multiplied fastest."""
 
     def program(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """What does what `run` does, but sooner, whenever it is called: its products are the same every time.
+        """Return a function that does what `run` does, sooner: its products are the same every time, so they are kept.
 
         Args:
             run: asks for products, which need not be done when it returns; the operands stay where they are.
         """
 
     def remarks(self, device: torch.device, shape: tuple[int, int], workspace_dtype: torch.dtype) -> tuple[str, ...]:
-        """What a plan should say of how such matrices, in stacks of that dtype, are stepped there."""
+        """Return sentences for a plan on how such matrices, in stacks of that dtype, are stepped there."""
 
     def rehearsal(self) -> AbstractContextManager[None] | None:
-        """Verbs inside make all ready that they need, and do nothing; None if there is nothing to make ready.
+        """Return a context in which verbs get ready what they need, and do nothing else; None if nothing needs that.
 
         So that what can go wrong with it goes wrong before a step begins.
         """
@@ -98,32 +98,32 @@ class Backend(Products, Protocol):
         """Whether `momentum_update` writes X normalised, and returns no scale."""
 
     def scratch_bytes(self, rows: int, cols: int) -> int:
-        """Of `momentum_update`, for every matrix a multiple of 8."""
+        """Return the bytes of scratch that `momentum_update` needs for a matrix, a multiple of 8."""
 
     def update_launches(self, count: int) -> int:
-        """Launches of `momentum_update` and `apply_update` together for `count` matrices, at most."""
+        """Return the launches, at most, of `momentum_update` and `apply_update` together for `count` matrices."""
 
     def product_tiles(self) -> tuple[int, int] | None:
-        """Smallest and largest side of the tiles in which memory is asked for operands; None if that is not known."""
+        """Return the smallest and largest side of the tiles in which operands are read; None if that is not known."""
 
     def fused_plan(
         self, rows: int, cols: int, count: int, schedule: Schedule, stochastic_rounding: bool = False
     ) -> Fused | None:
-        """What `fused_step` costs a bucket; None if the bucket is not stepped that way."""
+        """Return the cost of stepping a bucket by `fused_step`; None if it is not stepped that way."""
 
     def fused_step(self, args: Step) -> None:
         """Do `momentum_update`, the iteration and `apply_update` in one call. Optional: see `fused_plan`."""
 
 
 def get(name: str) -> Backend:
-    """The backend of that name; ValueError if there is none."""
+    """Return the backend of that name; raise ValueError if there is none."""
     if not isinstance(name, str) or name not in BACKENDS:
         raise ValueError(f"backend should be 'auto' or one of {', '.join(map(repr, BACKENDS))} but is: {name!r}")
     return cast(Backend, importlib.import_module(BACKENDS[name], __name__))
 
 
 def unavailable(name: str) -> str | None:
-    """Why the backend of that name cannot run on this machine, and how to fix it; None if it is ready.
+    """Return why the backend of that name cannot run on this machine, and how to fix it; None if it is ready.
 
     Raises:
         ValueError: the environment sets the backend up in a way that there is not.
@@ -138,7 +138,7 @@ def choose(
     workspace_dtype: torch.dtype,
     shape: tuple[int, int],
 ) -> tuple[str, tuple[str, ...]]:
-    """The name of the backend that will run, and notes: why "auto" did not take others, what the backend remarks.
+    """Choose a backend. Return its name, and notes: why "auto" did not take others, what the backend remarks.
 
     "auto" takes the first that can, unless it prefers another that can instead.
 

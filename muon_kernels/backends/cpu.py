@@ -48,7 +48,7 @@ def forced(isa: str) -> Iterator[None]:
 
 
 def unavailable() -> str | None:
-    """See `Backend.unavailable`."""
+    """Implement `Backend.unavailable`."""
     if native.module() is None:
         return (
             "the compiled module is missing; install muon_kernels with a C++17 compiler (g++ or clang++) on PATH, "
@@ -68,7 +68,7 @@ def unavailable() -> str | None:
 
 
 def refuses(device: torch.device, dtypes: Sequence[torch.dtype], workspace_dtype: torch.dtype) -> str | None:
-    """See `Backend.refuses`."""
+    """Implement `Backend.refuses`."""
     if device.type != "cpu":
         return f"expected tensors on the CPU, got {device}; use backend='auto'"
     if workspace_dtype != torch.bfloat16:
@@ -78,41 +78,41 @@ def refuses(device: torch.device, dtypes: Sequence[torch.dtype], workspace_dtype
 
 
 def device_types() -> tuple[str, ...]:
-    """The processor."""
+    """Return the processor's."""
     return ("cpu",)
 
 
 def prefers_instead(device: torch.device, rows: int, cols: int) -> None:
-    """By none."""
+    """Return None: no other backend is faster on a processor."""
 
 
 def remarks(device: torch.device, shape: tuple[int, int], workspace_dtype: torch.dtype) -> tuple[str, ...]:
-    """Nothing."""
+    """Return none: there is nothing to remark."""
     return ()
 
 
 def rehearsal() -> AbstractContextManager[None]:
-    """All is compiled, but memory is not there; see memory.py."""
+    """Return a context that takes memory: all is compiled already. See memory.py."""
     return memory.rehearsal()
 
 
 def describe() -> str:
-    """See `Backend.describe`."""
+    """Implement `Backend.describe`."""
     return f"{_isa()}, threads {native.required().cpu.thread_runtime()}"
 
 
 def symmetric_products() -> bool:
-    """See `Backend.symmetric_products`."""
+    """Implement `Backend.symmetric_products`."""
     return True
 
 
 def precise_squares() -> bool:
-    """See `Products.precise_squares`."""
+    """Implement `Products.precise_squares`."""
     return True
 
 
 def default_workspace_bytes() -> int:
-    """64 MiB: a few large matrices at a time stay in the last-level cache."""
+    """Return 64 MiB: a few large matrices at a time stay in the last-level cache."""
     return 64 << 20
 
 
@@ -130,7 +130,7 @@ def _isa_and_threads() -> tuple[object, int]:
 
 
 def momentum_update(args: MomentumUpdate) -> Tensor:
-    """See `Backend.momentum_update`."""
+    """Implement `Backend.momentum_update`."""
     _C, batch = native.required(), args.x.shape[0]
     if args.scratch is None:
         scale = torch.empty(batch, dtype=torch.float32, device="cpu")
@@ -151,7 +151,7 @@ _queue = native.Queue(_run)
 
 
 def program(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """See `Backend.program`."""
+    """Implement `Backend.program`."""
     return _queue.program(run)
 
 
@@ -172,13 +172,13 @@ def syrk(
     gamma: float = 0.0,
     scale: Tensor | None = None,
 ) -> None:
-    """See `Products.syrk`."""
+    """Implement `Products.syrk`."""
     A = square(A)
     _product(A, A, out, transposed=True, symmetric=True, C=C, alpha=alpha, beta=beta, gamma=gamma, scale=scale)
 
 
 def syrkx(A: Square, B: Square, *, out: Square, gamma: float = 0.0) -> None:
-    """See `Products.syrkx`."""
+    """Implement `Products.syrkx`."""
     _product(A, B, out, symmetric=True, gamma=gamma)
 
 
@@ -190,12 +190,12 @@ def gemm(
     C: Tensor | Square | None = None,
     **options: Any,
 ) -> None:
-    """See `Products.gemm`."""
+    """Implement `Products.gemm`."""
     _product(A, square(X), square(out), C=None if C is None else square(C), **options)
 
 
 def add(A: Square, *, out: Square, C: Square | None = None, **options: Any) -> None:
-    """See `Products.add`."""
+    """Implement `Products.add`."""
     _product(A, None, out, C=C, **options)
 
 
@@ -206,7 +206,7 @@ def _apply_options(options: ApplyOptions) -> object:
 
 
 def apply_update(args: ApplyUpdate, options: ApplyOptions = ApplyOptions()) -> None:
-    """See `Backend.apply_update`."""
+    """Implement `Backend.apply_update`."""
     if memory.rehearsing():
         return
     _C = native.required()
@@ -216,32 +216,32 @@ def apply_update(args: ApplyUpdate, options: ApplyOptions = ApplyOptions()) -> N
 
 
 def normalizes() -> bool:
-    """See `Backend.normalizes`."""
+    """Implement `Backend.normalizes`."""
     return False
 
 
 def scratch_bytes(rows: int, cols: int) -> int:
-    """The scale."""
+    """Return the size of the scale."""
     return 8
 
 
 def update_launches(count: int) -> int:
-    """One each."""
+    """Count one each."""
     return 2
 
 
 def product_tiles() -> None:
-    """Its panels suit caches of a processor."""
+    """Return None: panels suit the caches of a processor."""
 
 
 def fused_plan(rows: int, cols: int, count: int, schedule: Schedule, stochastic_rounding: bool = False) -> Fused | None:
-    """A slot for each thread, where there are enough matrices to keep all busy to the end."""
+    """Give each thread a slot, where there are enough matrices to keep all threads busy to the end."""
     threads = torch.get_num_threads()
     return Fused(threads) if count >= 4 * threads else None
 
 
 class _Program(NamedTuple):
-    """The products of a fused step, which are the same in every step, and what they read and write."""
+    """Products of a fused step, which are the same in every step, with what they read and write."""
 
     X: Tensor
     scale: Tensor
@@ -251,7 +251,7 @@ class _Program(NamedTuple):
 
 
 def fused_step(args: Step) -> None:
-    """See `Backend.fused_step`."""
+    """Implement `Backend.fused_step`."""
     _C, momentum, apply = native.required(), args.momentum, args.apply
     derived = apply.param.derived if isinstance(apply.param, Bundle) else {}
     program = derived.get("program")

@@ -30,16 +30,16 @@ _OWN_INSTRUCTIONS = {9: "wgmma", 10: "tcgen05"}
 
 
 class _Device:
-    """Where tensors and launches go. Tests put another one in its place, whose launches an emulator executes."""
+    """The device of tensors and launches. Tests put another in its place, whose launches an emulator executes."""
 
     type = "cuda"
 
     def module(self) -> ModuleType:
-        """The compiled module."""
+        """Return the compiled module."""
         return native.required()
 
     def unavailable(self) -> str | None:
-        """See `Backend.unavailable`: all that is missing, the device first."""
+        """Implement `Backend.unavailable`: name all that is missing, the device first."""
         missing = []
         if torch.version.cuda is None:
             missing.append(f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch")
@@ -58,15 +58,15 @@ class _Device:
         return ", and ".join(missing) or None
 
     def capability(self, device: torch.device) -> tuple[int, int]:
-        """(major, minor)."""
+        """Return (major, minor) of the compute capability."""
         return torch.cuda.get_device_capability(device)
 
     def stream(self, device: torch.device) -> int:
-        """The address of the current stream."""
+        """Return the address of the current stream."""
         return torch.cuda.current_stream(device).cuda_stream
 
     def guard(self, device: torch.device) -> AbstractContextManager[Any]:
-        """Make it the current device."""
+        """Make `device` the current one."""
         return torch.cuda.device(device)
 
 
@@ -93,7 +93,7 @@ _MENDS = {
 
 @contextmanager
 def _launching(shape: Sequence[int], device: torch.device) -> Iterator[int]:
-    """The address of the stream to launch on; errors inside say what was tried on what, and what helps."""
+    """Yield the address of the stream to launch on; errors inside then say what was tried on what, and what helps."""
     try:
         with _device.guard(device):
             yield _device.stream(device)
@@ -108,12 +108,12 @@ def _launching(shape: Sequence[int], device: torch.device) -> Iterator[int]:
 
 
 def unavailable() -> str | None:
-    """See `Backend.unavailable`."""
+    """Implement `Backend.unavailable`."""
     return _device.unavailable()
 
 
 def refuses(device: torch.device, dtypes: Sequence[torch.dtype], workspace_dtype: torch.dtype) -> str | None:
-    """See `Backend.refuses`."""
+    """Implement `Backend.refuses`."""
     if device.type != _device.type:
         return f"expected CUDA tensors, got {device}; use backend='auto'"
     if bad := [d for d in dtypes if d not in native.DTYPES]:
@@ -124,12 +124,12 @@ def refuses(device: torch.device, dtypes: Sequence[torch.dtype], workspace_dtype
 
 
 def device_types() -> tuple[str, ...]:
-    """NVIDIA GPUs."""
+    """Return that of NVIDIA GPUs."""
     return ("cuda",)
 
 
 def prefers_instead(device: torch.device, rows: int, cols: int) -> tuple[str, str] | None:
-    """By Triton where a GPU has tensor instructions that this backend does not use, and products take the time.
+    """Prefer Triton where a GPU has tensor instructions that this backend does not use, and products take the time.
 
     On compute capability 9.0 mma.sync reaches 63 % of the tensor cores' rate, wgmma all of it ("Dissecting the NVIDIA
     Hopper Architecture", arXiv 2501.12084); on 10.x it is further from tcgen05. 12.x has neither. Up to 128 rows a step
@@ -143,21 +143,21 @@ def prefers_instead(device: torch.device, rows: int, cols: int) -> tuple[str, st
 
 
 def remarks(device: torch.device, shape: tuple[int, int], workspace_dtype: torch.dtype) -> tuple[str, ...]:
-    """Nothing."""
+    """Return none: there is nothing to remark."""
     return ()
 
 
 def rehearsal() -> None:
-    """All is compiled."""
+    """Return None: all is compiled."""
 
 
 def describe() -> str:
-    """See `Backend.describe`."""
+    """Implement `Backend.describe`."""
     return "CUDA C++ for compute capability 8.0 and up"
 
 
 def momentum_update(args: MomentumUpdate) -> Tensor:
-    """See `Backend.momentum_update`. In scratch: the sums of squares of all tiles, and the scales."""
+    """Implement `Backend.momentum_update`. In scratch: the sums of squares of all tiles, and the scales."""
     _C, x, scratch = _device.module(), args.x, args.scratch
     batch = x.shape[0]
     if scratch is None:
@@ -184,7 +184,7 @@ _queue = native.Queue(_run)
 
 
 def program(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """See `Backend.program`."""
+    """Implement `Backend.program`."""
     return _queue.program(run)
 
 
@@ -192,30 +192,30 @@ then = _queue.then
 
 
 def syrk(A: Tensor | Square, *, out: Square, **options: Any) -> None:
-    """See `Products.syrk`."""
+    """Implement `Products.syrk`."""
     A = square(A)
     _queue.product(_device.module(), A, A, out, transposed=True, symmetric=True, **options)
 
 
 def syrkx(A: Square, B: Square, *, out: Square, gamma: float = 0.0) -> None:
-    """See `Products.syrkx`."""
+    """Implement `Products.syrkx`."""
     _queue.product(_device.module(), A, B, out, symmetric=True, gamma=gamma)
 
 
 def gemm(
     A: Square, X: Tensor | Square, *, out: Tensor | Square, C: Tensor | Square | None = None, **options: Any
 ) -> None:
-    """See `Products.gemm`."""
+    """Implement `Products.gemm`."""
     _queue.product(_device.module(), A, square(X), square(out), C=None if C is None else square(C), **options)
 
 
 def add(A: Square, *, out: Square, C: Square | None = None, **options: Any) -> None:
-    """See `Products.add`. torch's."""
+    """Implement `Products.add`, by torch's operations."""
     then(partial(eager.add, A, out=out, C=C, **options), [out.high, A.high])
 
 
 def _on_device(x: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:
-    """A number for the host, and the tensor of it if only the device knows."""
+    """Return a number for the host, and its tensor if only the device knows it."""
     if isinstance(x, Tensor):
         return 0.0, x.to(device, torch.float32)
     return x, None
@@ -224,7 +224,7 @@ def _on_device(x: float | Tensor, device: torch.device) -> tuple[float, Tensor |
 def _apply_arguments(
     args: ApplyUpdate, options: ApplyOptions, x: Tensor | None, device: torch.device
 ) -> tuple[object, object, object]:
-    """csrc's ApplyUpdate and ApplyOptions, and what must live as long."""
+    """Return csrc's ApplyUpdate and ApplyOptions, and what must live as long."""
     _C = _device.module()
     lr, lr_tensor = _on_device(args.lr, device)
     weight_decay, decay_tensor = _on_device(args.weight_decay, device)
@@ -234,7 +234,7 @@ def _apply_arguments(
 
 
 def apply_update(args: ApplyUpdate, options: ApplyOptions = ApplyOptions()) -> None:
-    """See `Backend.apply_update`."""
+    """Implement `Backend.apply_update`."""
     _C, x = _device.module(), args.x
     update, chosen, _alive = _apply_arguments(args, options, x, x.device)
     with _launching(x.shape, x.device) as stream:
@@ -243,27 +243,27 @@ def apply_update(args: ApplyUpdate, options: ApplyOptions = ApplyOptions()) -> N
 
 
 def normalizes() -> bool:
-    """See `Backend.normalizes`."""
+    """Implement `Backend.normalizes`."""
     return False
 
 
 def scratch_bytes(rows: int, cols: int) -> int:
-    """A double for each tile of 64x64 and as much for the scale, in whole sectors: the diagonals come behind it."""
+    """Count a double for each tile of 64x64 and for the scale, in whole sectors: diagonals come behind it."""
     return -(-8 * (-(-rows // 64) * -(-cols // 64) + 1) // 32) * 32
 
 
 def update_launches(count: int) -> int:
-    """Momentum, its norms, update: as if no matrix lay next to another."""
+    """Count those of momentum, norms and update, as if no matrix lay next to another."""
     return -(-count // MOMENTUM_CAPACITY) + 1 + -(-count // APPLY_CAPACITY)
 
 
 def product_tiles() -> tuple[int, int]:
-    """Of product_sm80.cu."""
+    """Return those of product_sm80.cu."""
     return 64, 128
 
 
 def fused_plan(rows: int, cols: int, count: int, schedule: Schedule, stochastic_rounding: bool = False) -> Fused | None:
-    """Where the smaller side fits on the chip, which needs no workspace but two visits to the longer one.
+    """Fuse where the smaller side fits on the chip, which needs no workspace but two visits to the longer one.
 
     It rounds to nearest. A product is three or six of bf16, of whole squares, and sizes are rounded up to tiles.
     """
@@ -281,7 +281,7 @@ def fused_plan(rows: int, cols: int, count: int, schedule: Schedule, stochastic_
 
 
 def fused_step(args: Step) -> None:
-    """See `Backend.fused_step`."""
+    """Implement `Backend.fused_step`."""
     _C, momentum, param = _device.module(), args.momentum, args.apply.param
     assert momentum.momentum is not None
     device = param[0].tensor.device

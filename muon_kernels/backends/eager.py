@@ -30,7 +30,7 @@ from .eager_products import then as then
 
 
 def unavailable() -> str | None:
-    """Never: torch is there."""
+    """Return None: torch is there."""
     return None
 
 
@@ -41,16 +41,16 @@ def refuses(device: torch.device, dtypes: Sequence[torch.dtype], workspace_dtype
 
 
 def device_types() -> tuple[str, ...]:
-    """Any."""
+    """Return none: it takes any."""
     return ()
 
 
 def prefers_instead(device: torch.device, rows: int, cols: int) -> None:
-    """Never by one that "auto" would not have taken before."""
+    """Return None: "auto" has asked the faster ones before."""
 
 
 def remarks(device: torch.device, shape: tuple[int, int], workspace_dtype: torch.dtype) -> tuple[str, ...]:
-    """See `Backend.remarks`."""
+    """Implement `Backend.remarks`."""
     if not eager_products.emulates(device.type, workspace_dtype):
         return ()
     name = str(workspace_dtype).removeprefix("torch.")
@@ -58,67 +58,67 @@ def remarks(device: torch.device, shape: tuple[int, int], workspace_dtype: torch
 
 
 def rehearsal() -> AbstractContextManager[None]:
-    """See memory.py."""
+    """Return a context that takes memory; see memory.py."""
     return memory.rehearsal()
 
 
 def describe() -> str:
-    """See `Backend.describe`."""
+    """Implement `Backend.describe`."""
     emulated = [name for name in ("bfloat16", "float16") if eager_products.emulates("cpu", getattr(torch, name))]
     how = f"; {' and '.join(emulated)} products in float32 on this processor" if emulated else ""
     return f"torch {torch.__version__} operations, batched{how}"
 
 
 def symmetric_products() -> bool:
-    """No: torch has no symmetric product."""
+    """Return False: torch has no symmetric product."""
     return False
 
 
 def precise_squares() -> bool:
-    """No: torch's 16-bit products round their result as a whole."""
+    """Return False: torch's 16-bit products round their result as a whole."""
     return False
 
 
 def default_workspace_bytes() -> int:
-    """1 GiB."""
+    """Return 1 GiB."""
     return 1 << 30
 
 
 def leading_dimension(cols: int) -> int:
-    """Contiguous."""
+    """Return `cols`: stacks are contiguous."""
     return cols
 
 
 def normalizes() -> bool:
-    """See `Backend.normalizes`."""
+    """Implement `Backend.normalizes`."""
     return True
 
 
 def scratch_bytes(rows: int, cols: int) -> int:
-    """None: see memory.py."""
+    """Return 0: memory.py has it."""
     return 0
 
 
 def update_launches(count: int) -> int:
-    """Counted as one each, however many operations they are."""
+    """Count one each, however many operations they are."""
     return 2
 
 
 def product_tiles() -> None:
-    """torch chooses."""
+    """Return None: torch chooses."""
 
 
 def fused_plan(rows: int, cols: int, count: int, schedule: Schedule, stochastic_rounding: bool = False) -> None:
-    """No: torch has nothing that runs a whole step."""
+    """Return None: torch has nothing that runs a whole step."""
 
 
 def program(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """The same."""
+    """Return `run` itself."""
     return run
 
 
 def momentum_update(args: MomentumUpdate) -> None:
-    """See `Backend.momentum_update`. Arithmetic in fp32, or in the gradient's dtype if that is wider."""
+    """Implement `Backend.momentum_update`. Arithmetic in fp32, or in the gradient's dtype if that is wider."""
     start = 0
     for i, matrices in enumerate(args.grad):
         all_of, buffers = matrices.view(), None if args.momentum is None else args.momentum[i].view()
@@ -188,7 +188,7 @@ def _power_of_two(exponents: Tensor) -> Tensor:
 
 
 def apply_update(args: ApplyUpdate, options: ApplyOptions = ApplyOptions()) -> None:
-    """See `Backend.apply_update`. Arithmetic in the parameter's dtype; before stochastic rounding in fp32, fused."""
+    """Implement `Backend.apply_update`. Arithmetic in the parameter's dtype; fp32 before stochastic rounding."""
     start, decay = 0, 1 - args.lr * args.weight_decay
     for param in args.param:
         for at in groups(param.view()):
@@ -204,7 +204,7 @@ def apply_update(args: ApplyUpdate, options: ApplyOptions = ApplyOptions()) -> N
 
 
 class _StepSizes(NamedTuple):
-    """lr·ratio of matrices; second moments make ratios differ within a parameter."""
+    """Step sizes lr·ratio of matrices; second moments make ratios differ within a parameter."""
 
     lr: float | Tensor
     ratios: Sequence[float]
@@ -290,7 +290,7 @@ def _update_stochastically(
 
 
 def _towards_zero(p: Tensor, update: Tensor, spare: Sequence[Tensor]) -> Tensor:
-    """Where the update has the parameter's sign, or is zero. By the signs: a product may underflow to a zero."""
+    """Return where the update has the parameter's sign or is zero. It compares signs: a product may underflow."""
     negative, up, down = spare
     torch.signbit(p, out=negative)
     torch.le(update, 0, out=down).logical_and_(negative)
@@ -309,7 +309,7 @@ def _mixed(z: int) -> int:
 
 
 def _signed(z: int) -> int:
-    """int64 for 64 bits without a sign."""
+    """Return the int64 that has the bits of an unsigned number."""
     return (z + 2**63) % 2**64 - 2**63
 
 

@@ -30,7 +30,7 @@ def emulates(device_type: str, dtype: torch.dtype) -> bool:
 
 
 def groups(matrices: Tensor) -> list[slice]:
-    """Of a stack, so many matrices at a time that what is computed between stays small; at least one."""
+    """Cut a stack into groups of so many matrices that intermediate results stay small, at least one."""
     count = max(1, memory.piece(matrices.device) // max(1, matrices.shape[1] * matrices.shape[2]))
     return [slice(i, i + count) for i in range(0, len(matrices), count)]
 
@@ -109,7 +109,7 @@ def _product_in_fp32(
 
 
 def then(run: Callable[[], object], operands: Sequence[Tensor]) -> None:
-    """See `Products.then`."""
+    """Implement `Products.then`."""
     run()
 
 
@@ -123,13 +123,13 @@ def syrk(
     gamma: float = 0.0,
     scale: Tensor | None = None,
 ) -> None:
-    """See `Products.syrk`."""
+    """Implement `Products.syrk`."""
     A = square(A).high
     _product(A, A.mT, out.high, None if C is None else C.high, alpha, beta, gamma, scale, squared=True)
 
 
 def syrkx(A: Square, B: Square, *, out: Square, gamma: float = 0.0) -> None:
-    """See `Products.syrkx`."""
+    """Implement `Products.syrkx`."""
     _product(A.high, B.high, out.high, None, 1.0, 0.0, gamma, None)
 
 
@@ -144,7 +144,7 @@ def gemm(
     gamma: float = 0.0,
     scale: Tensor | None = None,
 ) -> None:
-    """See `Products.gemm`."""
+    """Implement `Products.gemm`."""
     addend = None if C is None else square(C).high
     _product(A.high, square(X).high, square(out).high, addend, alpha, beta, gamma, scale)
 
@@ -159,7 +159,7 @@ def add(
     gamma: float = 0.0,
     scale: Tensor | None = None,
 ) -> None:
-    """See `Products.add`; for the GPU backends too."""
+    """Implement `Products.add`, for the GPU backends too."""
     if gamma or out.diagonal is not None:
         _add_precisely(A, out, C, alpha, beta, gamma, scale)
         return

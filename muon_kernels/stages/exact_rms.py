@@ -28,11 +28,11 @@ class ExactRms(Stage):
     visits = 3
 
     def floats(self, m: int, n: int, device: torch.device) -> int:
-        """See `Stage`."""
+        """Implement `Stage.floats`."""
         return padded(2 + in_cache(device) * floats_of_block(m, n, device))
 
     def orthogonalized(self, X: Tensor, scratch: Tensor) -> None:
-        """See `Stage`. Zeros stay zeros, and NaN stays NaN."""
+        """Implement `Stage.orthogonalized`. Zeros stay zeros, and NaN stays NaN."""
         block, *own = torch.split(scratch, [scratch.numel() - 2 * len(X)] + [len(X)] * 2)
         sums, part = (x.view(-1, 1, 1) for x in own)
         sums_of_squares(X, (-2, -1), sums, part, block)

@@ -114,7 +114,7 @@ class SecondMoment(Stage):
 
     @classmethod
     def of(cls, value: Any) -> SecondMoment | None:
-        """See `Stage`."""
+        """Implement `Stage.of`."""
         return None if value is None else cls(value)
 
     def __init__(self, form: str) -> None:

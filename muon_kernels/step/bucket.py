@@ -1,4 +1,4 @@
-"""Equal matrices together, in chunks that fit the workspace."""
+"""Buckets: equal matrices together, in chunks that fit the workspace."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .work import Chunk, Span, Work
 
 
 def plain_work(key: BucketKey, count: int, options: StepOptions) -> Work:
-    """What a plan has of `count` matrices that go through no iteration."""
+    """Return the work of `count` matrices that go through no iteration: all of it is a plan's."""
     return Work(plain_bucket((key.rows, key.cols), count, bytes_per_element(key)), (), options.schedule, key.device, [])
 
 
 def planned(key: BucketKey, members: Sequence[Seen], group_index: int, options: StepOptions) -> Work:
-    """How the matrices of a bucket are stepped.
+    """Decide how the matrices of a bucket are stepped.
 
     Args:
         key: what they have in common.
@@ -74,7 +74,7 @@ def planned(key: BucketKey, members: Sequence[Seen], group_index: int, options: 
 
 
 def chunks_of(members: Sequence[Seen], bucket: Bucket, quantized: bool, options: StepOptions) -> list[Chunk]:
-    """The operands of every pass through the workspace."""
+    """Return the operands of every pass through the workspace."""
     chunks: list[Chunk] = []
     for spans in into_chunks([seen.matrices for seen in members], bucket.chunks):
         params: Bundle | Packed = Packed() if options.master_weights else Bundle()
@@ -128,5 +128,5 @@ def into_chunks(counts: Sequence[int], chunks: Sequence[int]) -> list[list[Span]
 
 
 def bytes_per_element(key: BucketKey, momentum: bool = True) -> int:
-    """Bytes that a step moves for an element: of the gradient once, of momentum and parameter twice."""
+    """Return the bytes that a step moves for an element: of the gradient once, of momentum and parameter twice."""
     return key.grad_dtype.itemsize + 2 * (momentum * key.momentum_dtype.itemsize + key.param_dtype.itemsize)

@@ -1,4 +1,4 @@
-"""The iteration's launches, FLOPs and bytes, counted by running it over a backend that does nothing."""
+"""Counts of the iteration's launches, FLOPs and bytes, made by running it over a backend that does nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Counter:
         return self._precise
 
     def traffic(self, A: Square, B: Square, C: Tensor | None, out: Tensor, triangle: bool) -> int:
-        """Bytes of a product of A, (batch, m, k), and B plus C: each operand read and the result written once."""
+        """Return the bytes of a product of A, (batch, m, k), and B plus C: operands read and result written once."""
         operands = {id(t): t for t in (A.high, B.high, C, out) if t is not None}
         return sum(t.numel() * t.itemsize for t in operands.values())
 
@@ -101,7 +101,7 @@ def count(
     symmetric: bool,
     precise: bool,
 ) -> tuple[int, int, int]:
-    """(launches, FLOPs, bytes) of the iteration on one m x n matrix."""
+    """Return (launches, FLOPs, bytes) of the iteration on one m x n matrix."""
     counter = Counter(symmetric, precise)
     count_iteration(counter, algorithm, m, n, schedule)
     return counter.launches, counter.flops, counter.bytes

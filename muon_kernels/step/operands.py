@@ -23,7 +23,7 @@ PieceShape = tuple[Piece | None, tuple[int, int, int]]
 
 
 class BucketKey(NamedTuple):
-    """What the matrices of a bucket have in common."""
+    """Properties that the matrices of a bucket have in common."""
 
     rows: int
     cols: int
@@ -86,7 +86,7 @@ class Source(NamedTuple):
         return at
 
     def untransposed(self, span: Span) -> Tensor:
-        """(matrices, rows, cols) as the parameter has them, sharing its memory."""
+        """Return (matrices, rows, cols) as the parameter has them, sharing its memory."""
         at = self.layout(span)
         seen = Matrices(self.tensor, at).view()
         return seen.mT if at.transposed else seen
@@ -95,7 +95,7 @@ class Source(NamedTuple):
 def source_of(
     t: Tensor, flatten: bool | None, order: tuple[int, ...], piece: Piece | None = None
 ) -> tuple[Source, View | None]:
-    """How to see `t` as matrices; where no strides do, an empty copy, and the view of `t` to fill it from.
+    """View `t` as matrices. Where no strides can, return an empty copy, and the view of `t` to fill it from.
 
     Strides do not tell of a negation that torch has put off, as in `z.conj().imag`.
     """
@@ -107,7 +107,7 @@ def source_of(
 
 
 def pieces_of(p: Tensor, flatten: bool | None, order: tuple[int, ...], split: str | None) -> tuple[Piece | None, ...]:
-    """What to cut a parameter to; equal parts together, unless separate ones save copies."""
+    """Return the pieces to cut a parameter to. Equal parts are one piece, unless separate ones save copies."""
     if split is None:
         return (None,)
     together, separate = (pieces(p.shape, flatten, split, separate) for separate in (False, True))
@@ -119,7 +119,7 @@ def pieces_of(p: Tensor, flatten: bool | None, order: tuple[int, ...], split: st
 
 
 class Seen(NamedTuple):
-    """A piece of an operand, seen as equal matrices.
+    """Piece of an operand, seen as equal matrices.
 
     Attributes:
         key: of the bucket that they go to.
@@ -176,7 +176,7 @@ def check(operands: Sequence[Operand], options: StepOptions) -> None:
 
 
 def piece_shapes(operand: Operand, options: StepOptions) -> tuple[tuple[int, ...], Sequence[PieceShape]]:
-    """The order of the columns of an operand, see `layout`, and its pieces.
+    """Return the order of the columns of an operand, see `layout`, and its pieces.
 
     Raises:
         ValueError, TypeError: its momentum is of int8 and cannot be.
@@ -215,7 +215,7 @@ class Viewer:
         self.grad_copies: list[tuple[int, View, Tensor]] = []
 
     def seen(self, index: int, operand: Operand) -> Iterator[Seen]:
-        """Every piece of an operand, whose gradient has this index."""
+        """Yield every piece of an operand, whose gradient has this index."""
         order, shapes = piece_shapes(operand, self._options)
         p, g, momentum, flatten = operand.param, operand.grad, operand.momentum, self._options.flatten
         absmaxes: list[Tensor | None] = [None] * len(shapes)
@@ -257,7 +257,7 @@ class Viewer:
                 before += 1 if piece is None else piece.parts
 
     def _written(self, t: Tensor, flatten: bool | None, order: tuple[int, ...], piece: Piece | None) -> Source:
-        """`source_of` of what a step writes; a copy is filled before it and read after it."""
+        """Return `source_of` a tensor that a step writes; a copy is filled before the step and read after it."""
         source, at = source_of(t, flatten, order, piece)
         if at is not None:
             self.copies.append((at.of(t), source.tensor.view_as(at.of(t))))

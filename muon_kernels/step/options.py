@@ -1,4 +1,4 @@
-"""What `prepare` is told of a group, and what options say of each of its parameters."""
+"""Options of a group as `prepare` takes them, and as they apply to each of its parameters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Coefficients = str | Sequence[float] | Sequence[Sequence[float]]
 
 @dataclass(frozen=True)
 class StepOptions:
-    """What `prepare` is told of a group, the same for all its parameters; see `Muon` for each.
+    """Options of a group that `prepare` looks at, the same for all its parameters; see `Muon` for each.
 
     Attributes:
         schedule: what to iterate.
@@ -53,7 +53,7 @@ class StepOptions:
 
     @classmethod
     def of(cls, group: Mapping[str, Any], momentum: bool = True) -> StepOptions:
-        """Those of a group, whose other options may lack."""
+        """Make them of a group, which may lack those with a default here."""
         names = {field.name for field in fields(cls)} - {"schedule", "stages", "momentum", "workspace_dtype"}
         return cls(
             schedule=schedule_for(group["ns_coefficients"], group["ns_steps"], group["power"]),
@@ -77,7 +77,7 @@ def alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def settled(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The options in PREPARED_OPTIONS of groups that are stepped as one, as `TaskCache` takes them."""
+    """Return the options in PREPARED_OPTIONS of groups that are stepped as one, as `TaskCache` takes them."""
     return {
         **{key: groups[0][key] for key in PREPARED_OPTIONS},
         **{key: [_of_parameters(group, key) for group in groups] for key in _OF_PARAMETERS},
@@ -93,7 +93,7 @@ def _of_parameters(group: Mapping[str, Any], key: str) -> Any:
 
 
 def splits(group: Mapping[str, Any]) -> list[tuple[Tensor, str | None]]:
-    """Every parameter of a group and what it is cut to."""
+    """Return every parameter of a group with what it is cut to."""
     params, split = group["params"], group["split"]
     if not isinstance(split, Mapping) or not split:
         return [(p, split or None) for p in params]
@@ -108,7 +108,7 @@ def splits(group: Mapping[str, Any]) -> list[tuple[Tensor, str | None]]:
 
 
 def transposes(group: Mapping[str, Any]) -> list[bool]:
-    """Whether each parameter of a group is (inputs, outputs)."""
+    """Return for each parameter of a group whether it is stored as (inputs, outputs)."""
     params, transposed = group["params"], group["transposed"]
     if isinstance(transposed, bool) or not params:
         return [transposed is True] * len(params)
@@ -136,10 +136,10 @@ def check_rounding(p: Tensor) -> None:
 
 
 def schedule_for(ns_coefficients: Coefficients, ns_steps: int | None, power: float) -> Schedule:
-    """What to iterate for a power: for 0 the coefficients say; for 1 nothing is."""
+    """Return the schedule of a power: for 0 that of the coefficients. For 1 it is not used."""
     return resolve(ns_coefficients, ns_steps) if power in (0, 1) else schedule_of(power)
 
 
 def as_scalar(x: float | Tensor) -> float | Tensor:
-    """A float, or a tensor without dimensions if only a device knows the number."""
+    """Return a float, or a tensor without dimensions if only a device knows the number."""
     return float(x) if options.on_host(x) else cast(Tensor, x).reshape(())

@@ -1,4 +1,4 @@
-"""The step: sort parameters into buckets, choose for each, run.
+"""`orthogonalize` and `spectral_power`: the iteration alone, as functions and as custom operations of torch.
 
 `prepare` looks at everything and raises whatever there is to raise; `execute` then only computes. So a step either
 happens or leaves parameters and state as they were.
@@ -101,7 +101,7 @@ def _iterated(
     max_workspace_bytes: int | None,
     workspace_dtype: torch.dtype,
 ) -> Tensor:
-    """What a schedule makes of G, without momentum."""
+    """Apply a schedule to G, without momentum."""
     check_matrices("G", G)
     options.check_eps(eps)
     count, rows, cols = split_shape(G.shape, False)
@@ -158,7 +158,7 @@ def spectral_power(
     backend: str = "auto",
     max_workspace_bytes: int | None = None,
 ) -> Tensor:
-    """U Σ^p Vᵀ of every matrix G = U Σ Vᵀ, at up to 1.6 times the price of `orthogonalize`; see spectral.py.
+    """Approximate U Σ^p Vᵀ of every matrix G = U Σ Vᵀ, at up to 1.6 times the price of `orthogonalize`; see powers.py.
 
     Within 4.2 % of σ^p (2 % rms) for p ≥ 1/8 and singular values down to 1e-3 of the largest, in bf16 products with
     fp32 accumulation, whose rounding adds to that. Smaller ones fall below σ^p in proportion to σ. The power of c·G is

@@ -1,4 +1,4 @@
-"""What a step will do, decided once and shown on demand.
+"""Plans: what a step will do, decided once and shown on demand.
 
 Matrices of equal shape, dtype and device form a bucket; a bucket is cut into chunks that fit the workspace; the form
 of the iteration with the fewest FLOPs runs. FLOPs, launches and bytes are not formulas that could drift from the
@@ -91,11 +91,11 @@ class Shared:
 
     @property
     def adamw_state_bytes(self) -> int:
-        """What AdamW under ZeRO-1 would keep on a rank: its part of two moments in fp32."""
+        """Bytes that AdamW under ZeRO-1 would keep on a rank: its part of two moments in fp32."""
         return 8 * self.elements // self.ranks
 
     def __str__(self) -> str:
-        """Two lines."""
+        """Write two lines."""
         return (
             f"{self.ranks} ranks step {self.matrices} matrices together. This one multiplies {self.owned}, sends "
             f"{_scaled(self.bytes_sent, 'B')} in {self.collectives} collectives,\nkeeps "
@@ -106,7 +106,7 @@ class Shared:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a step does, bucket by bucket; `print` it.
+    """Plan of a step, bucket by bucket; `print` it.
 
     Attributes:
         buckets: equal matrices; of those that several ranks step together, this one's.
@@ -140,7 +140,7 @@ class Plan:
 
     @property
     def least_bytes(self) -> int:
-        """What `bytes` would be if everything were read once."""
+        """Bytes that a step would move if everything were read once."""
         return sum(b.least_bytes for b in self.buckets)
 
     @property
@@ -188,7 +188,7 @@ def _figures(of: Bucket | Plan) -> tuple[str, str, str, str]:
 
 
 def _scaled(value: float, unit: str) -> str:
-    """Three digits and a decimal prefix."""
+    """Write a number with three digits and a decimal prefix."""
     for prefix in ("", "k", "M", "G"):
         if value < 999.5:
             return f"{value:.3g} {prefix}{unit}".rstrip()
@@ -197,7 +197,7 @@ def _scaled(value: float, unit: str) -> str:
 
 
 def choose_algorithm(name: str, backend: str, m: int, n: int, schedule: Schedule) -> str:
-    """The form that runs: `name`, or for "auto" the one of fewest FLOPs among those as accurate as torch's loop."""
+    """Return the form that runs: `name`, or for "auto" that of fewest FLOPs among those as exact as torch's loop."""
     if name != "auto":
         return name
     if not backends.get(backend).precise_squares():
@@ -211,7 +211,7 @@ def _count_on(backend: str, algorithm: str, m: int, n: int, schedule: Schedule) 
 
 
 def workspace_bytes(backend: str, algorithm: str, m: int, n: int, schedule: Schedule, packed: int = 0) -> int:
-    """Workspace of one m x n matrix; momentum and parameter are in it one after the other."""
+    """Return the workspace of one m x n matrix, in bytes; momentum and parameter are in it one after the other."""
     ops, squares = backends.get(backend), squares_of(algorithm, schedule)
     # An fp64 and four fp32 numbers, and what they may need to be aligned.
     wide, numbers = (3, 32) if schedule.weights else (2, 0)
@@ -222,7 +222,7 @@ def workspace_bytes(backend: str, algorithm: str, m: int, n: int, schedule: Sche
 
 
 def chunk_counts(total: int, each: int, cap: int | None, backend: str) -> tuple[int, ...]:
-    """How many matrices go through the workspace at a time, as evenly as the cap allows.
+    """Divide `total` matrices into passes through the workspace, as evenly as the cap allows.
 
     Raises:
         ValueError: the cap that the user set does not even hold one matrix.
@@ -324,7 +324,7 @@ def plan_bucket(
 
 
 def plain_bucket(shape: tuple[int, int], count_: int, bytes_per_element: int) -> Bucket:
-    """The plan of matrices that go through no iteration."""
+    """Plan matrices that go through no iteration."""
     bytes_ = count_ * shape[0] * shape[1] * bytes_per_element
     fp32 = torch.float32
     return Bucket(shape, count_, "none", 1.0, "eager", fp32, False, (), 0, count_, 0, 0, bytes_, bytes_, 0)
@@ -342,7 +342,7 @@ def plan_for_shapes(
     workspace_dtype: torch.dtype = torch.bfloat16,
     available: bool = True,
 ) -> Plan:
-    """The plan of a step for (rows, cols, count) of every kind of matrix, without any tensor.
+    """Plan a step for (rows, cols, count) of every kind of matrix, without any tensor.
 
     Args:
         shapes: (rows, cols, count).

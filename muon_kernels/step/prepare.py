@@ -39,7 +39,7 @@ def prepare(operands: Sequence[Operand], options: StepOptions) -> Prepared:
 
 
 def _plain(operands: Sequence[Operand], options: StepOptions) -> Prepared:
-    """What goes through no iteration, in torch's operations."""
+    """Prepare what goes through no iteration, in torch's operations."""
     found: list[Plain] = []
     counts: Counter[BucketKey] = Counter()
     for index, operand in enumerate(operands):

@@ -28,7 +28,7 @@ def iterate(
     scalars: Scalars,
     rehearsing: bool = False,
 ) -> Tensor:
-    """Prologue and iteration of a chunk; the result lies in the workspace."""
+    """Run prologue and iteration of a chunk; the result lies in the workspace."""
     stacks = workspace.stacks(work, sum(g.layout.batch for g in grads))
     norms = None if stacks.blend is None else stacks.blend.norms
     with unpacked(momenta, stacks.unpacked, rehearsing) as seen:
@@ -94,7 +94,7 @@ def _step(
 
 
 def _plain_step(plain: Plain, grad: Tensor, scalars: Scalars) -> None:
-    """In the operations of torch.optim.SGD, in their order: un-dampened, the same bits."""
+    """Step in the operations of torch.optim.SGD, in their order: un-dampened, with the same bits."""
     p, buffer = plain.param, plain.momentum
     if p.ndim == 0 or not p.numel():
         return
@@ -138,7 +138,7 @@ def _plain_piece(p: Tensor, buffer: Tensor, grad: Tensor, ratio: float, scalars:
 
 
 def _as(t: Tensor, spare: Tensor) -> Tensor:
-    """`t` in the dtype of `spare`, in which a copy may lie."""
+    """Return `t` in the dtype of `spare`, in which a copy may lie."""
     return t if t.dtype == spare.dtype else spare.copy_(t)
 
 
@@ -168,7 +168,7 @@ def check_uncaptured(works: Sequence[Work], scalars: Scalars) -> None:
 
 
 def plan_of(tasks: Iterable[Task]) -> Plan:
-    """What steps of these tasks do, as far as it is this rank that does it."""
+    """Return the plan of a step of these tasks, as far as this rank does it."""
     ordered = sorted(tasks, key=lambda task: task.together)
     notes = dict.fromkeys(note for task in ordered for work in task.works for note in work.notes)
     buckets = [bucket for task in ordered for bucket in task.buckets]
@@ -177,7 +177,7 @@ def plan_of(tasks: Iterable[Task]) -> Plan:
 
 
 class Local:
-    """The `Task` of operands that this rank steps alone."""
+    """Task of operands that this rank steps alone."""
 
     together = False
     exchanged = None
@@ -188,21 +188,21 @@ class Local:
 
     @property
     def works(self) -> list[Work]:
-        """See `Task`."""
+        """Implement `Task`."""
         return self.prepared.works
 
     @property
     def buckets(self) -> list[Bucket]:
-        """See `Task`."""
+        """Implement `Task`."""
         return [work.bucket for work in self.works]
 
     def reserve(self, workspace: Workspace) -> None:
-        """See `Task`."""
+        """Implement `Task`."""
         for work in self.works:
             workspace.reserve(work.device, work.bucket.workspace_bytes)
 
     def warm_up(self, grads: Sequence[Tensor], scalars: Scalars, workspace: Workspace) -> None:
-        """See `Task`."""
+        """Implement `Task`."""
         prepared = self.prepared
         check_uncaptured(self.works, scalars)
         for work in self.works:
@@ -223,7 +223,7 @@ class Local:
         prepared.rehearsed.setdefault(memory.mark(), set()).add(kind)
 
     def run(self, grads: Sequence[Tensor], scalars: Scalars, workspace: Workspace) -> None:
-        """See `Task`."""
+        """Implement `Task`."""
         prepared, own = self.prepared, self._own(grads)
         with interrupts.held():
             own = [*own, *(copy.copy_(at.of(own[index])) for index, at, copy in prepared.grad_copies)]

@@ -1,4 +1,4 @@
-"""What `prepare` decides and `execute` does."""
+"""Nouns of a step: what `prepare` decides and tasks do."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Span(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """The operands of one pass through the workspace."""
+    """Operands of one pass through the workspace."""
 
     params: Bundle | Packed
     momenta: Bundle | Packed | None
@@ -72,7 +72,7 @@ class Work(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What `prepare` decided for a group; good for every step in which `signature` and options are the same.
+    """Decisions of `prepare` for a group, good for every step in which `signature` and options are the same.
 
     `plain` has what goes through no iteration. Tensors, or pieces of them, that no strides describe as matrices are
     stepped in copies: `copies` has (that of a parameter or momentum, its copy), and `grad_copies` (index of a gradient,
@@ -88,7 +88,7 @@ class Prepared(NamedTuple):
 
 
 class Scalars(NamedTuple):
-    """What may change from step to step; see `Muon`. A negative grad_scale ascends.
+    """Numbers that may change from step to step; see `Muon`. A negative grad_scale ascends.
 
     `seed` is None without stochastic rounding; the matrices of a group take those from it on, as `Work` numbers them.
     """
@@ -113,16 +113,21 @@ class Scalars(NamedTuple):
         scratch: Tensor | None = None,
         norm: Tensor | None = None,
     ) -> MomentumUpdate:
-        """The arguments of `Backend.momentum_update` in this step."""
+        """Return the arguments of `Backend.momentum_update` in this step."""
         rule = self.momentum, self.nesterov, self.dampened, self.grad_scale, self.eps
         return MomentumUpdate(grad, momentum, x, *rule, margin, scratch, norm)
 
     def apply_update(self, param: Sequence[Matrices], x: Tensor, ratio: Sequence[float]) -> ApplyUpdate:
-        """The arguments of `Backend.apply_update` in this step."""
+        """Return the arguments of `Backend.apply_update` in this step."""
         return ApplyUpdate(param, x, as_scalar(self.lr), as_scalar(self.weight_decay), ratio)
 
     def apply_options(self, group_index: int, chunk_index: int) -> ApplyOptions:
-        """The options of `Backend.apply_update` for a chunk, from its place in its bucket, and the bucket's."""
+        """Return the options of `Backend.apply_update` for a chunk.
+
+        Args:
+            group_index: index of the bucket's first matrix in the group.
+            chunk_index: index of the chunk's first matrix in the bucket.
+        """
         if self.seed is None:
             return ApplyOptions(self.cautious)
         return ApplyOptions(self.cautious, True, self.seed + group_index, chunk_index)
@@ -141,17 +146,17 @@ class Task(Protocol):
 
     @property
     def works(self) -> list[Work]:
-        """What this rank iterates."""
+        """Work that this rank does itself."""
         ...
 
     @property
     def buckets(self) -> list[Bucket]:
-        """What of it a plan has."""
+        """Buckets of it that a plan lists."""
         ...
 
     @property
     def exchanged(self) -> Shared | None:
-        """What a plan has of the messages between ranks."""
+        """Messages between ranks that a plan lists; None if there are none."""
         ...
 
     def reserve(self, workspace: Workspace) -> None:

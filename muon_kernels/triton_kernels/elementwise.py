@@ -43,7 +43,7 @@ def matrix_at(refs, matrix, DTYPE: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def walks_columns(row_stride, col_stride):
-    """Whether a matrix is walked along its columns; tables.py says the same of it."""
+    """Return whether a matrix is walked along its columns; tables.py says the same of it."""
     return (row_stride == 1) & (col_stride != 1)
 
 
@@ -64,7 +64,7 @@ def walk(at, row_stride, col_stride, tall, line, along, WIDTH: tl.constexpr):
 
 @triton.jit
 def tile_of(pid, M, N, tall, BLOCK: tl.constexpr):
-    """(row, column) of a tile, counted in tiles: neighbouring programs are neighbours along the walk."""
+    """Return (row, column) of a tile, counted in tiles: neighbouring programs are neighbours along the walk."""
     down, across = tl.cdiv(M, BLOCK), tl.cdiv(N, BLOCK)
     return tl.where(tall, pid % down, pid // across), tl.where(tall, pid // down, pid % across)
 
@@ -248,7 +248,7 @@ def norm_kernel(
 
 
 def momentum_update(args: MomentumUpdate) -> Tensor:
-    """See `Backend.momentum_update`, on the current device; x may also be f16. Two launches.
+    """Implement `Backend.momentum_update`, on the current device; x may also be f16. Two launches.
 
     `scratch` is uint8, batch times `scratch_bytes`, at a multiple of 8: the sums of squares of all tiles, and behind
     them the scales, which are returned.
@@ -316,7 +316,7 @@ def rounded_by(value, random):
 
 @triton.jit
 def step_factors(lr, weight_decay, lr_at, weight_decay_at, ratio):
-    """What multiplies a parameter, and its update: from numbers of the host, or where only the device knows them."""
+    """Return the factors of a parameter and of its update, from numbers of the host or of the device."""
     if lr_at is not None:
         lr = tl.load(lr_at).to(tl.float64)
     if weight_decay_at is not None:
@@ -379,13 +379,13 @@ def on_device(x: float | Tensor, device: torch.device) -> tuple[float, Tensor | 
 
 
 def ratios_on(device: torch.device, ratios: Sequence[float]) -> Tensor:
-    """(batch,) float64."""
+    """Return them as (batch,) float64 on the device."""
     ratios = ratios if isinstance(ratios, array) else array("d", ratios)
     return tables.on_device(ratios.tobytes(), torch.float64, device)
 
 
 def apply_update(args: ApplyUpdate, options: ApplyOptions = ApplyOptions()) -> None:
-    """See `Backend.apply_update`, on the current device; x may also be f16. One launch.
+    """Implement `Backend.apply_update`, on the current device; x may also be f16. One launch.
 
     Raises:
         ValueError: stochastic rounding of fp16.

@@ -77,7 +77,7 @@ def product(a, b, TERMS: tl.constexpr):
 
 @triton.jit
 def exchanged(exchange, a, b):
-    """(a, b) or (b, a)."""
+    """Return (a, b) or (b, a)."""
     if exchange:
         a, b = b, a
     return a, b
@@ -92,7 +92,7 @@ def turned(x, tall, WIDTH: tl.constexpr):
 
 @triton.jit
 def direction_of(grad, momentum, mu, HAS_MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, DAMPENED: tl.constexpr):
-    """From a gradient times its scale and the new momentum."""
+    """Return the direction from a gradient times its scale and the new momentum."""
     if not HAS_MOMENTUM:
         return grad
     return look_ahead(grad, momentum, mu, DAMPENED) if NESTEROV else momentum
@@ -100,7 +100,7 @@ def direction_of(grad, momentum, mu, HAS_MOMENTUM: tl.constexpr, NESTEROV: tl.co
 
 @triton.constexpr_function
 def columns_of(width, block):
-    """Of a tile. Addresses of single elements take many registers: half the tile, and none is transposed."""
+    """Return the columns of a tile, half where single elements are moved: their addresses take many registers."""
     return block if width > 1 else 32
 
 
@@ -115,7 +115,7 @@ def tile_at(origin, begin, M, N, tall, WIDTH: tl.constexpr, BLOCK: tl.constexpr)
 
 @triton.jit
 def is_tall(param_refs, matrix, WIDTH: tl.constexpr):
-    """Whether a matrix is walked along its columns; no matter where elements are moved one by one."""
+    """Return whether a matrix is walked along its columns; it does not matter where elements are moved one by one."""
     return WIDTH > 1 and walks_columns(tl.load(param_refs + 3 * matrix + 1), tl.load(param_refs + 3 * matrix + 2))
 
 
@@ -155,7 +155,7 @@ def first_pass(
 
 @triton.jit
 def newton_schulz(R, coefficients, steps, zero, eps, margin, TERMS: tl.constexpr, BLOCK: tl.constexpr):
-    """From R to Q, which has the scale of X in it; `coefficients`, (steps, 3), on the device."""
+    """Iterate from R to Q, which has the scale of X in it; `coefficients` is (steps, 3), on the device."""
     diagonal = tl.arange(0, BLOCK)[:, None] == tl.arange(0, BLOCK)[None, :]
     trace = tl.sum(tl.where(diagonal, R, 0.0))
     norm = tl.sqrt_rn(trace)
@@ -246,7 +246,7 @@ def _registers() -> dict[str, int]:
 
 
 def fused_step(args: Step, terms: int) -> None:
-    """See `Backend.fused_step`, on the current device, in one launch.
+    """Implement `Backend.fused_step`, on the current device, in one launch.
 
     Args:
         args: its momentum's x gives the sizes, wide side up; momenta may be None.

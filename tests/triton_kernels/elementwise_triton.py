@@ -17,7 +17,7 @@ from muon_kernels.verbs import ApplyOptions, ApplyUpdate, MomentumUpdate
 
 
 def matrices(tensors: Sequence[Tensor]) -> list[Matrices]:
-    """As functional.py describes parameters."""
+    """Describe tensors as step/operands.py does."""
     found = []
     for t in tensors:
         at = layout(t.shape, t.stride(), None, ())
