@@ -1,7 +1,7 @@
 """Relative Frobenius error of orthogonalize and of torch's bf16 loop against float64, for every set and spectrum.
 
-The spectra are those of tests/matrices.py; "gaussian" is that of a square Gaussian matrix, which is harder than a wide
-one's. Ours is the backend that "auto" takes.
+The spectra are those of tests/checks/matrices.py; "gaussian" is that of a square Gaussian matrix, which is harder than
+a wide one's. Ours is the backend that "auto" takes.
 
     python bench/bench_accuracy.py [name of a coefficient set ...]
 """
@@ -25,7 +25,7 @@ M, N = 256, 1024
 
 
 def table(name: str) -> str:
-    """Percent, torch's loop and ours, a column for every spectrum."""
+    """Return a table of errors in percent, torch's loop and ours, with a column for every spectrum."""
     schedule = resolve(name, None)
     spectra = [s for s in SPECTRA if s != "zero"]
     torchs, ours, halves = [], [], []

@@ -1,9 +1,9 @@
-"""What two ranks that share a step gain: beside a step of one, a thread each, over gloo.
+"""Gain of two ranks that share a step over one that steps alone, a thread each, over gloo.
 
-Rounds take turns in one run: rank 0 steps alone while rank 1 sleeps, then both step together. By the clock, from the
-barrier before to the last rank's end; and in processor time of the slower rank's process, which neighbours on the
-machine disturb less, and which has gloo's copies but not the waiting. The model has twelve layers in proportion; with
---layers others.
+Rounds take turns in one run: rank 0 steps alone while rank 1 sleeps, then both step together. Steps are timed by the
+clock, from the barrier before to the last rank's end, and in processor time of the slower rank's process. Neighbours on
+the machine disturb the latter less; it includes gloo's copies but not the waiting. The model has twelve layers in
+proportion; with --layers others.
 
     python bench/bench_distributed.py            a Markdown table, for RESULTS.md
 """
@@ -31,7 +31,7 @@ RANKS = 2
 
 
 class Taken(NamedTuple):
-    """Seconds of a step: by the clock, of the process, and of that the system's part, which copies to sockets."""
+    """Seconds of a step: by the clock; of the process; and the system's part of these, which copies to sockets."""
 
     clock: float
     processor: float
@@ -39,7 +39,7 @@ class Taken(NamedTuple):
 
 
 def parameters(shapes: Shapes, place: Callable[[torch.Tensor], torch.Tensor]) -> list[nn.Parameter]:
-    """With gradients; the same on every rank."""
+    """Return parameters with gradients, the same on every rank."""
     torch.manual_seed(0)
     params = []
     for rows, cols, count in shapes:
@@ -50,7 +50,7 @@ def parameters(shapes: Shapes, place: Callable[[torch.Tensor], torch.Tensor]) ->
 
 
 def timed(step: Callable[[], object]) -> Taken:
-    """One, with all ranks that take part."""
+    """Time one step of this rank, which all ranks take part in."""
     import resource
 
     before, clock = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
@@ -84,14 +84,14 @@ def _rank(rank: int, store: str, shapes: Shapes, rounds: int, results: str) -> N
 
 
 def measured(shapes: Shapes, rounds: int) -> list[tuple[dict[str, list[Taken]], dict[str, int]]]:
-    """(steps, bytes that a step sends) of every rank, by name."""
+    """Return (times of its steps, bytes that a step sends) of every rank, each by name of the layout."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_rank, (f"{folder}/store", shapes, rounds, folder), nprocs=RANKS)
         return [torch.load(f"{folder}/{rank}", weights_only=False) for rank in range(RANKS)]
 
 
 def table(workloads: dict[str, Shapes], rounds: int) -> str:
-    """Medians of the slower rank, their share of the step alone, and its quartiles over the rounds."""
+    """Return a table: medians of the slower rank, their share of the step alone, and its quartiles over the rounds."""
     lines = ["| workload | layout | clock, ms | of alone | quartiles | processor, ms | of alone | system | MB sent |"]
     lines.append("|---" * 9 + "|")
     for workload, shapes in workloads.items():

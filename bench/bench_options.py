@@ -1,7 +1,7 @@
-"""What Muon's options cost: a step with one of them beside a step without, on the workloads of large layers.
+"""Costs of Muon's options: a step with one of them beside a step without, on the workloads of large layers.
 
-Pairs take turns in one process. Stochastic rounding and master weights are of bf16 parameters, and compared with a step
-of those.
+Pairs take turns in one process. Stochastic rounding and master weights need bf16 parameters, and are compared with a
+step of those.
 
     pytest bench/bench_options.py --benchmark-columns=median,iqr,rounds
     python bench/bench_options.py            a Markdown table, for RESULTS.md
@@ -37,7 +37,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def optimizer(workload: str, dtype: torch.dtype, **options: Any) -> muon_kernels.Muon:
-    """One with parameters, gradients and state of its own, that has stepped."""
+    """Return an optimizer with parameters, gradients and state of its own that has stepped once."""
     params = []
     for p in measure.parameters(WORKLOADS[workload]):
         assert p.grad is not None
@@ -50,7 +50,7 @@ def optimizer(workload: str, dtype: torch.dtype, **options: Any) -> muon_kernels
 
 @cache
 def times(workload: str, option: str) -> tuple[list[float], list[float]]:
-    """Seconds of steps without and with the option, taken in turn."""
+    """Time steps without and with the option, taken in turn; return seconds."""
     dtype = torch.bfloat16 if {"stochastic_rounding", "master_weights"} & set(OPTIONS[option]) else torch.float32
     pair = optimizer(workload, dtype), optimizer(workload, dtype, **OPTIONS[option])
     taken: tuple[list[float], list[float]] = ([], [])
@@ -62,7 +62,7 @@ def times(workload: str, option: str) -> tuple[list[float], list[float]]:
 
 
 def cost(workload: str, option: str) -> float:
-    """The median of what a step with the option takes longer than the one before it, in percent."""
+    """Return by how many percent a step with the option takes longer than the one before it without: the median."""
     return 100 * statistics.median(b / a - 1 for a, b in zip(*times(workload, option), strict=True))
 
 
@@ -75,7 +75,7 @@ def test_option(benchmark, workload: str, option: str) -> None:
 
 
 def table() -> str:
-    """Milliseconds without and with every option, and the difference in percent."""
+    """Return a table: milliseconds without and with every option, and the difference in percent."""
     lines = ["| workload | option | without, ms | with, ms | longer by |", "|---|---|---|---|---|"]
     for workload in LARGE:
         for option in OPTIONS:

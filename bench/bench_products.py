@@ -1,6 +1,7 @@
-"""The products alone beside torch's, all counted on the FLOPs of a symmetric result's triangle, in percent of
-torch.matmul in what our kernels multiply in; on a GPU too, where there is one. MUON_KERNELS_CPU_ISA picks a processor's
-instruction set.
+"""Rates of the products alone, ours beside torch's.
+
+All are counted on the FLOPs of a symmetric result's triangle, in percent of torch.matmul in the dtype that our kernels
+multiply in; on a GPU too, where there is one. MUON_KERNELS_CPU_ISA picks a processor's instruction set.
 
     pytest bench/bench_products.py --benchmark-columns=median,iqr,rounds
     python bench/bench_products.py
@@ -29,14 +30,14 @@ ROUNDS = 7
 
 
 class Call(NamedTuple):
-    """A product, and where its result is."""
+    """A product and the tensor that it writes."""
 
     run: Callable[[], object]
     out: Tensor
 
 
 def calls(implementation: str, batch: int, m: int, n: int, device: str) -> dict[str, Call]:
-    """X Xᵀ, b A + c A² and a X + B X of memory of their own; our squares with their fp32 diagonals."""
+    """Return X Xᵀ, b A + c A² and a X + B X, each of memory of its own; our squares with their fp32 diagonals."""
     pad = backends.get(implementation).leading_dimension if implementation != TORCH else lambda cols: cols
 
     def stack(cols: int) -> Tensor:
@@ -73,7 +74,7 @@ def flops(product: str, batch: int, m: int, n: int) -> int:
 
 @cache
 def times(implementation: str, shape: tuple[int, int, int], device: str) -> dict[str, list[float]]:
-    """Seconds of each product, a mean over operands that no cache holds, in every round."""
+    """Time each product in every round; return seconds, each a mean over operands that no cache holds."""
     batch, m, n = shape
     fewest = 2 * 2 * batch * m * min(m, n)  # bytes of what the smallest product reads and writes
     ring = measure.ring(lambda: calls(implementation, *shape, device), fewest, measure.cache_bytes(device))
@@ -85,7 +86,7 @@ def times(implementation: str, shape: tuple[int, int, int], device: str) -> dict
 
 
 def percent(implementation: str, shape: tuple[int, int, int], product: str, device: str) -> float:
-    """Of torch.matmul's rate."""
+    """Return a product's rate in percent of torch.matmul's."""
     median = statistics.median(times(implementation, shape, device)[product])
     return 100 * flops(product, *shape) / median / measure.measured_peak(device)
 
@@ -105,7 +106,7 @@ def test_product(benchmark, device: str, implementation: str, product: str, shap
 
 
 def table(device: str) -> str:
-    """A line for every shape: ours, and in parentheses torch's."""
+    """Return a table with a line for every shape: ours, and in parentheses torch's."""
     own = measure.own(device)[0]
     lines = [f"{measure.describe(device)}\n{measure.peak_line(device)}; {own} (torch) in percent of it\n"]
     for shape in SHAPES:

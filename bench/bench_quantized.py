@@ -1,8 +1,8 @@
-"""What 8-bit momentum does to a training: the demo's GPT with momentum in fp32, bf16 and int8, same model and batches.
+"""Effect of 8-bit momentum on a training: the demo's GPT with momentum in fp32, bf16 and int8, same model and batches.
 
-Beside the training with fp32 momentum, each other precision follows its gradients: how far its momentum is off, and
-the cosine of what Muon makes of both, median and worst over the hidden matrices. Then the losses of trainings of their
-own.
+Beside the training with fp32 momentum, each other precision follows the same gradients. Printed are how far its
+momentum is off, and the cosine between what Muon makes of both: median and worst over the hidden matrices. Then follow
+the losses of a training with each precision.
 
     python bench/bench_quantized.py [--steps 160] [--width 128]
 """
@@ -46,7 +46,7 @@ class Shadow:
 
 
 def state_bytes(run: demo.Run) -> float:
-    """Bytes of momentum an element of the hidden matrices."""
+    """Return the bytes of momentum for an element of the hidden matrices."""
     (optimizer,) = run.optimizers
     matrices = optimizer.param_groups[0]["params"]
     kept = sum(t.nbytes for p in matrices for t in optimizer.state[p].values())

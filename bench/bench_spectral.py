@@ -1,4 +1,4 @@
-"""Powers of the spectrum: what they cost beside `orthogonalize` and the paper's iteration, and how exact they are.
+"""Powers of the spectrum: their costs beside `orthogonalize` and the paper's iteration, and how exact they are.
 
 pytest bench/bench_spectral.py --benchmark-columns=median,iqr,rounds
 python bench/bench_spectral.py
@@ -25,7 +25,10 @@ ROUNDS = 5
 
 
 def papers_power(G: Tensor, p: float) -> Tensor:
-    """arXiv 2602.04669, batched: 15 coupled fp32 steps for (G Gᵀ)^-½ and 15 for its root; twice that for p = 1/4."""
+    """Return the power of G by arXiv 2602.04669, batched.
+
+    15 coupled fp32 steps give (G Gᵀ)^-½ and 15 more its root; p = 1/4 takes twice that.
+    """
     if p == 0.25:
         return papers_power(papers_power(G, 0.5), 0.5)
 
@@ -58,7 +61,7 @@ RUNS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @cache
 def times(shape: tuple[int, int, int]) -> dict[str, list[float]]:
-    """Seconds of each way, in turns, so that what else the machine does meets all of them."""
+    """Time all implementations in turns, so that what else the machine does meets all of them; return seconds."""
     G = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     taken: dict[str, list[float]] = {name: [] for name in RUNS}
     for _ in range(ROUNDS + 1):
@@ -70,13 +73,13 @@ def times(shape: tuple[int, int, int]) -> dict[str, list[float]]:
 
 
 def ratio(shape: tuple[int, int, int], name: str, to: str) -> float:
-    """Median over the rounds."""
+    """Return how many times as long `name` takes as `to`, the median over the rounds."""
     taken = times(shape)
     return statistics.median(a / b for a, b in zip(taken[name], taken[to], strict=True))
 
 
 def error(p: float, run: Callable[[Tensor], Tensor], shape: tuple[int, int] = (256, 1024)) -> tuple[float, float]:
-    """Worst and rms relative error of singular values on a logarithmic scale from 1 to 1e-3."""
+    """Return the worst and the rms relative error of singular values on a logarithmic scale from 1 to 1e-3."""
     generator = torch.Generator().manual_seed(0)
     m, n = shape
     U = torch.linalg.qr(torch.randn(m, m, generator=generator, dtype=torch.float64)).Q
@@ -96,7 +99,7 @@ def test_power(benchmark, name: str, shape: tuple[int, int, int]) -> None:
 
 
 def table() -> str:
-    """A line for every shape, and one for every way's errors."""
+    """Return a table with a line for every shape, and one for every implementation's errors."""
     lines = [f"{measure.describe('cpu')}\n"]
     heads = [f"{kind} {p:g}" for p in POWERS for kind in ("power/orthogonalize", "paper/power")]
     lines.append(f"{'':16}" + "".join(f"{head:>27}" for head in heads))

@@ -1,8 +1,8 @@
 """A whole optimizer step: torch.optim.Muon, torch's batched fp32 products, the reference in bf16, and ours by backend.
 
-On a GPU too, where there is one: with everything in its memory, and so many copies of it that its cache does not help.
+On a GPU, too, where there is one: with everything in its memory, and so many copies of it that its cache does not help.
 
-The implementations take turns, so that whatever else the machine does meets all of them; each benchmark then reports
+The implementations take turns, so that whatever else the machine does meets all of them. Each benchmark then reports
 its own times, with the ratios to torch's two and the share of the device's rate in `extra_info`. On a processor
 MUON_KERNELS_CPU_ISA picks the instruction set.
 
@@ -34,7 +34,7 @@ TORCH, BATCHED = "torch.optim.Muon", "torch, fp32"
 
 
 def reference_step(params: list[nn.Parameter]) -> Callable[[], object]:
-    """The oracle's lines in bf16, a matrix at a time: what a reader would write."""
+    """Return a step that runs the reference's lines in bf16, a matrix at a time: what a reader would write."""
     buffers = [torch.zeros_like(p) for p in params]
     triples = resolve("keller", 5).triples
 
@@ -51,7 +51,7 @@ def reference_step(params: list[nn.Parameter]) -> Callable[[], object]:
 
 
 def batched_step(params: list[nn.Parameter]) -> Callable[[], object]:
-    """What a user writes for a processor without bf16 products: equal shapes stacked, and batched products in fp32."""
+    """Return a step as users write it for a processor without bf16 products: equal shapes batched, in fp32."""
     by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
     for p in params:
         by_shape[p.shape].append(p)
@@ -79,7 +79,7 @@ def batched_step(params: list[nn.Parameter]) -> Callable[[], object]:
 
 
 def implementations(device: str) -> dict[str, Callable[[list[nn.Parameter]], Callable[[], object]]]:
-    """Name -> a function from parameters to the step that is timed. A backend of ours appears by itself."""
+    """Return, by name, functions from parameters to the step that is timed. A backend of ours appears by itself."""
     return {
         TORCH: lambda params: torch.optim.Muon(params).step,
         BATCHED: batched_step,
@@ -92,7 +92,7 @@ def implementations(device: str) -> dict[str, Callable[[list[nn.Parameter]], Cal
 
 @cache
 def times(workload: str, device: str) -> dict[str, list[float]]:
-    """Seconds of every implementation's steps, taken in turn; parameters are in no cache that must not help."""
+    """Time every implementation's steps, in turns, with parameters in no cache that must not help; return seconds."""
     params = measure.parameters(WORKLOADS[workload])
     bytes_ = 3 * sum(p.numel() * p.itemsize for p in params)  # with gradients and momenta
     steps = {
@@ -111,7 +111,7 @@ def times(workload: str, device: str) -> dict[str, list[float]]:
 
 
 def copied(params: list[nn.Parameter], device: str) -> list[nn.Parameter]:
-    """With their gradients, in memory of their own."""
+    """Return copies of parameters and their gradients, in memory of their own."""
     copies = []
     for p in params:
         assert p.grad is not None
@@ -121,7 +121,7 @@ def copied(params: list[nn.Parameter], device: str) -> list[nn.Parameter]:
 
 
 def facts(workload: str, implementation: str, device: str) -> dict[str, float]:
-    """Median seconds, the ratios to torch's two, and for ours the FLOPs and their share of torch.matmul's rate."""
+    """Return the median time, the ratios to torch's two, and for ours the FLOPs and their share of the peak."""
     taken = {name: statistics.median(seconds) for name, seconds in times(workload, device).items()}
     median = taken[implementation]
     found = {"median_ms": median * 1e3, "faster": taken[TORCH] / median, "faster_than_fp32": taken[BATCHED] / median}
@@ -147,7 +147,7 @@ def test_step(benchmark, workload: str, device: str, implementation: str) -> Non
 
 
 def table(device: str) -> str:
-    """Every workload's medians in milliseconds, and how much faster than torch's two the best of ours is."""
+    """Return a table: every workload's medians in milliseconds, and how much faster the best of ours is."""
     names, best = list(implementations(device)), measure.own(device)[0]
     lines = [
         f"| workload | {', ms | '.join(names)}, ms | {best}: times faster than {TORCH} | than {BATCHED} | % of rate |",

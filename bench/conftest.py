@@ -1,4 +1,4 @@
-"""The workloads as an axis, and what the plugin should note of the machine."""
+"""The workloads as a fixture, and facts about the machine for the plugin's reports."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from shapes import WORKLOADS
 
 @pytest.fixture(params=WORKLOADS)
 def workload(request: pytest.FixtureRequest) -> str:
-    """The name of a workload."""
+    """Return the name of a workload."""
     return str(request.param)
 
 

@@ -1,4 +1,4 @@
-"""Parameters with gradients, and how time is taken, and how fast a device multiplies, on a processor or a GPU."""
+"""Parameters with gradients, timing, and the rate at which a device multiplies; for a processor or a GPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DEVICES = ("cpu", "cuda")
 
 
 def parameters(shapes: Shapes) -> list[nn.Parameter]:
-    """Parameters of these shapes with gradients, in fp32."""
+    """Return parameters of these shapes with gradients, in fp32."""
     params = []
     for rows, cols, count in shapes:
         for _ in range(count):
@@ -30,7 +30,7 @@ def parameters(shapes: Shapes) -> list[nn.Parameter]:
 
 
 def missing(device: str) -> str | None:
-    """Why nothing is measured on this device; None if it is."""
+    """Return why nothing can be measured on this device; None if it can."""
     if device == "cpu":
         return None
     reasons = {name: backends.unavailable(name) for name in _for_gpus()}
@@ -42,7 +42,7 @@ def _for_gpus() -> list[str]:
 
 
 def own(device: str) -> list[str]:
-    """Our backends that run there, the one that "auto" takes first; on a GPU that is not there, what would."""
+    """Return our backends that run on this device, first the one that "auto" takes; without a GPU, those for GPUs."""
     if missing(device):
         return _for_gpus()
     names = [name for name in backends.BACKENDS if backends.unavailable(name) is None]
@@ -54,30 +54,33 @@ def own(device: str) -> list[str]:
 
 
 def describe(device: str) -> str:
-    """What the figures are of."""
+    """Return a line on the software and the device that figures are of."""
     if device == "cuda":
         return f"torch {torch.__version__}, {torch.cuda.get_device_name()}"
     return f"torch {torch.__version__}, {torch.get_num_threads()} threads, {backends.get('cpu').describe()}"
 
 
 def cache_bytes(device: str) -> int:
-    """Of the cache that must not help. On a processor none: between its benchmarks of one product it stays as it is."""
+    """Return the size of the cache that must not help.
+
+    0 on a processor, whose cache stays as it is between benchmarks of one product.
+    """
     return int(torch.cuda.get_device_properties(device).L2_cache_size) if device == "cuda" else 0
 
 
 def ring(make: Callable[[], T], bytes_: int, cache: int) -> list[T]:
-    """So many of them that each has left the cache when its turn comes again.
+    """Return so many results of `make` that each has left the cache when its turn comes again.
 
     Args:
-        make: what uses memory of its own.
-        bytes_: of that, at least.
+        make: returns an object with memory of its own.
+        bytes_: of that memory, at least.
         cache: its bytes; the ring takes more than twice as many.
     """
     return [make() for _ in range(2 * cache // max(1, bytes_) + 1)]
 
 
 def one_after_another(calls: Sequence[Callable[[], object]], device: str) -> Callable[[], object]:
-    """All of them; on a GPU a recorded graph, in which no kernel waits for the host."""
+    """Return a function that makes all calls; on a GPU a recorded graph, in which no kernel waits for the host."""
 
     def run() -> None:
         for call in calls:
@@ -97,7 +100,7 @@ def one_after_another(calls: Sequence[Callable[[], object]], device: str) -> Cal
 
 
 def seconds(run: Callable[[], object], device: str) -> float:
-    """Of one run: by the clock, or between two events on the GPU."""
+    """Time one run: by the clock, or between two events on the GPU."""
     if device == "cpu":
         start = time.perf_counter()
         run()
@@ -113,19 +116,19 @@ def seconds(run: Callable[[], object], device: str) -> float:
 
 @cache
 def measured_peak(device: str = "cpu") -> float:
-    """FLOP/s of torch.matmul in `peak_dtype` at `peak_size`³, the median of seven."""
+    """Return FLOP/s of torch.matmul in `peak_dtype` at `peak_size`³, the median of seven."""
     size = peak_size(device)
     A = torch.randn(size, size, device=device).to(peak_dtype(device))
     return 2 * size**3 / statistics.median([seconds(lambda: torch.matmul(A, A), device) for _ in range(8)][1:])
 
 
 def peak_size(device: str) -> int:
-    """At which torch.matmul is at its best: a GPU takes 2048³ in the time of a few launches."""
+    """Return the size at which torch.matmul is at its best: a GPU takes 2048³ in the time of a few launches."""
     return 2048 if device == "cpu" else 8192
 
 
 def peak_dtype(device: str) -> torch.dtype:
-    """What our kernels multiply in: fp32 where the instruction set has no products of bf16."""
+    """Return the dtype that our kernels multiply in: fp32 where the instruction set has no products of bf16."""
     native = device != "cpu" or "cpu" not in own(device) or _isa() in ("amx", "avx512bf16")
     return torch.bfloat16 if native else torch.float32
 
@@ -135,7 +138,7 @@ def _isa() -> str:
 
 
 def peak_line(device: str) -> str:
-    """What percents are of."""
+    """Return a line on the rate that percentages are of."""
     dtype = str(peak_dtype(device)).removeprefix("torch.")
     return f"torch.matmul, {dtype}, {peak_size(device)}³: {measured_peak(device) / 1e9:.0f} GFLOP/s"
 

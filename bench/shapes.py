@@ -10,12 +10,12 @@ Shapes = list[tuple[int, int, int]]
 
 
 def gpt2(layers: int) -> Shapes:
-    """GPT-2 124M: fused QKV, attention output, MLP up and down, width 768."""
+    """Return GPT-2 124M's shapes: fused QKV, attention output, MLP up and down, width 768."""
     return [(2304, 768, layers), (768, 768, layers), (3072, 768, layers), (768, 3072, layers)]
 
 
 def llama(layers: int) -> Shapes:
-    """A Llama-style layer of width 2048: 32 query heads, 8 key and value heads of 64 (GQA), gated MLP of 5632."""
+    """Return shapes of Llama-style layers of width 2048: 32 query heads, 8 of keys and values, gated MLP of 5632."""
     return [(2048, 2048, 2 * layers), (512, 2048, 2 * layers), (5632, 2048, 2 * layers), (2048, 5632, layers)]
 
 

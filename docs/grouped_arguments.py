@@ -1,4 +1,8 @@
-"""For mkdocs: mends what griffe misreads in docstrings, such as one line for several arguments, `lr, momentum: ...`."""
+"""Extension of griffe, for mkdocs, that rewrites what it would misread or show as a private name.
+
+Docstrings may have one line for several arguments, `lr, momentum: ...`. Defaults of signatures may be constants, of
+which readers want the value.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +11,19 @@ from typing import Any
 
 import griffe
 
-# Names, of which the last line may hold the end only, and what is said of them.
+# Constants that are defaults, and the values that signatures show.
+_SHOWN = {"NS_STEPS": "5"}
+
+# Names, which may go on in further lines, and their description.
 _GROUP = re.compile(r"^(?P<indent> +)(?P<names>\w+(?:,\s+\w+)+): (?P<text>.+(?:\n(?P=indent) +\S.*)*)", re.MULTILINE)
-# A paragraph whose further lines are indented, which griffe takes for a box with a title.
+# A paragraph whose further lines are indented: griffe would take it for a box with a title.
 _SOURCES = re.compile(r"^(?P<first>Sources?: .+)(?P<rest>(?:\n +\S.*)+)", re.MULTILINE)
 
 
-def apart(docstring: str) -> str:
-    """The docstring with an entry for every name.
+def one_entry_each(docstring: str) -> str:
+    """Return the docstring with an entry for every name.
 
-    >>> apart("Args:\\n    a, b: numbers.\\n    c: text")
+    >>> one_entry_each("Args:\\n    a, b: numbers.\\n    c: text")
     'Args:\\n    a: numbers.\\n    b: numbers.\\n    c: text'
     """
     return _GROUP.sub(
@@ -28,7 +35,13 @@ def apart(docstring: str) -> str:
 
 
 class GroupedArguments(griffe.Extension):
-    """What mkdocs.yml names."""
+    """The extension that mkdocs.yml names."""
+
+    def on_function(self, *, func: griffe.Function, **_: Any) -> None:
+        """Put values for constants into a signature."""
+        for parameter in func.parameters:
+            if (shown := _SHOWN.get(str(parameter.default))) is not None:
+                parameter.default = shown
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Rewrite a docstring before it is parsed."""
@@ -38,4 +51,4 @@ class GroupedArguments(griffe.Extension):
             lambda found: found["first"] + re.sub(r"\n +", "\n", found["rest"]), obj.docstring.value
         )
         if re.search(r"^ *(Args|Attributes|Raises):$", obj.docstring.value, re.MULTILINE):
-            obj.docstring.value = apart(obj.docstring.value)
+            obj.docstring.value = one_entry_each(obj.docstring.value)

@@ -1,4 +1,4 @@
-"""`python -m muon_kernels`; see `muon_kernels.cli`."""
+"""Entry point of `python -m muon_kernels`; see `muon_kernels.cli`."""
 
 import signal
 

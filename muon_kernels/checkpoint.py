@@ -1,4 +1,4 @@
-"""Whether a checkpoint is of an optimizer, and fits."""
+"""Checks of checkpoints: whether one is of an optimizer, and fits."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ def check_checkpoint(
     option: str,
     check: Callable[[str, Tensor, Mapping[str, Any]], None] = lambda of, p, state: None,
 ) -> list[tuple[Tensor, dict[str, Any]]]:
-    """Raise ValueError or TypeError unless `state_dict` is of a kind of optimizer; options are not looked at.
+    """Raise ValueError or TypeError unless `state_dict` is a checkpoint of an optimizer; do not look at options.
 
     Args:
         state_dict: the checkpoint.
-        groups: those that are to take it up.
-        optimizer: its name.
-        option: every param group of its checkpoints has.
+        groups: the param groups that are to load it.
+        optimizer: name of the optimizer, for errors.
+        option: an option that every param group of its checkpoints has.
         check: raises unless a parameter can have such a state; its first argument names the parameter in the error.
 
     Returns:
-        Every parameter that has state in the checkpoint, and that.
+        Every parameter that has state in the checkpoint, with this state.
     """
     if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= set(state_dict):
         has = sorted(map(str, state_dict)) if isinstance(state_dict, dict) else type(state_dict).__name__
@@ -70,7 +70,7 @@ def _is_index(index: Any) -> bool:
 
 
 def _check_loadable(name: str, value: Any, p: Tensor) -> None:
-    """Raise ValueError or TypeError for a tensor, also one that we know nothing of, that torch could not copy."""
+    """Raise ValueError or TypeError for a tensor that torch could not copy, whatever its key is."""
     if not isinstance(value, Tensor):
         return
     if value.is_quantized:
@@ -82,7 +82,7 @@ def _check_loadable(name: str, value: Any, p: Tensor) -> None:
 
 
 def check_state(of: str, p: Tensor, state: Mapping[str, Any]) -> None:
-    """Raise ValueError or TypeError unless `p` can have this state as far as its options do not matter."""
+    """Raise ValueError or TypeError unless `p` can have this state, as far as that does not depend on options."""
     if "momentum_buffer" not in state:
         raise ValueError(f"state{of} should have momentum_buffer but has: {', '.join(map(str, state))}")
     for key in STATE:
@@ -93,7 +93,7 @@ def check_state(of: str, p: Tensor, state: Mapping[str, Any]) -> None:
 
 
 def check_precision(own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Raise ValueError if state of a checkpoint's group is packed, and that of our group is not, or the other way."""
+    """Raise ValueError if either the checkpoint's group or ours keeps its state packed, and the other does not."""
     for key, packed, without in (("momentum_dtype", "int8", None), ("master_weights", True, False)):
         wanted, found = own[key], saved.get(key, without)  # torch.optim.Muon has neither
         if (wanted == packed) != (found == packed):

@@ -1,9 +1,9 @@
 """Named Newton-Schulz coefficients with their sources, and the schedule that a user's choice means.
 
-A step maps every singular value s of the normalised matrix to p(s) = a s + b s^3 + c s^5. The sets
-differ in how fast a small s rises (the product of all a), in how flat the result is, and in whether
-they forgive an s above 1. That last is what a margin is for: the Frobenius norm keeps s at 1 or
-below, but the entries are then rounded to bfloat16, which can scale a matrix by up to 1 + 2^-8.
+A step maps every singular value s of the normalised matrix to p(s) = a s + b s^3 + c s^5. The sets differ in how fast a
+small s rises (the product of all a), in how flat the result is, and in whether they forgive an s above 1. That last is
+what a margin is for: the Frobenius norm keeps s at 1 or below, but the entries are then rounded to bfloat16, which can
+scale a matrix by up to 1 + 2^-8.
 
 What 5 steps, or the set's own number, make of s in [0.01, 1 + 2^-8] / margin:
 
@@ -33,7 +33,7 @@ DEFAULT_STEPS = 5
 
 
 class _NotGiven(int):
-    """torch.optim.Muon's default number of steps, which gives way to a set that has its own number."""
+    """The type of torch.optim.Muon's default number of steps, which gives way to a set that has its own number."""
 
 
 NS_STEPS = _NotGiven(DEFAULT_STEPS)
@@ -43,15 +43,14 @@ _LARGEST = 1e38
 
 @dataclass(frozen=True)
 class CoefficientSet:
-    """One published list of (a, b, c).
+    """A published list of (a, b, c).
 
     Attributes:
         triples: one (a, b, c) for each step.
-        margin: what to divide the normalised matrix by, so that rounding cannot push a singular
-            value past the point where the polynomials blow up or change sign.
+        margin: divisor of the normalised matrix, so that rounding cannot push a singular value past the point where the
+            polynomials blow up or change sign.
         source: where the numbers are from.
-        repeats: whether the list may be cut or its last triple repeated. If not, a schedule has
-            exactly these steps.
+        repeats: whether the list may be cut or its last triple repeated. If not, a schedule has exactly these steps.
     """
 
     triples: tuple[Triple, ...]
@@ -61,14 +60,14 @@ class CoefficientSet:
 
 
 class Schedule(NamedTuple):
-    """What to run.
+    """The steps of an iteration.
 
     Attributes:
         triples: one (a, b, c) for each step.
         margin: see `CoefficientSet`.
-        name: the set's, or "custom".
+        name: the set's name, or "custom".
         weights: of the iterates, from the normalised matrix to the last one; empty if the last one is the result.
-        power: which power of the singular values their sum stands for.
+        power: the power of the singular values that the weighted sum stands for.
     """
 
     triples: tuple[Triple, ...]
@@ -79,11 +78,9 @@ class Schedule(NamedTuple):
 
 
 def _widen(triples: Sequence[Triple], factor: float) -> tuple[Triple, ...]:
-    """p(x / factor) for each p: room for x above the end of the interval that p was made for."""
+    """Return p(x / factor) for each p: room for x above the end of the interval that p was made for."""
     return tuple((a / factor, b / factor**3, c / factor**5) for a, b, c in triples)
 
-
-_KELLER = (3.4445, -4.7750, 2.0315)
 
 # Each step is made for exactly the interval that the one before yields, the first for s <= 1.
 _POLAR_EXPRESS = (
@@ -106,7 +103,9 @@ _CANS = (
 
 COEFFICIENTS: dict[str, CoefficientSet] = {
     # Stays in (0, 1.5) for s up to 1.26, for any number of steps.
-    "keller": CoefficientSet((_KELLER,), 1.0, "https://kellerjordan.github.io/posts/muon/", repeats=True),
+    "keller": CoefficientSet(
+        ((3.4445, -4.7750, 2.0315),), 1.0, "https://kellerjordan.github.io/posts/muon/", repeats=True
+    ),
     # Stays in (0, 1.5) for s up to 1.32.
     "you5": CoefficientSet(
         (
@@ -172,7 +171,7 @@ COEFFICIENTS: dict[str, CoefficientSet] = {
     ),
     # Stays in (0, 1.5) for s up to 1.26.
     "deepseek_v4": CoefficientSet(
-        (_KELLER,) * 8 + ((2.0, -1.5, 0.5),) * 2,
+        ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2,
         1.0,
         "DeepSeek-V4 report, section 2.4, as in https://github.com/NVIDIA-NeMo/Emerging-Optimizers",
         repeats=False,
@@ -197,17 +196,17 @@ def resolve(
     ns_coefficients: str | Sequence[float] | Sequence[Sequence[float]],
     ns_steps: int | None = None,
 ) -> Schedule:
-    """The schedule that a user's choice means; cheap to ask again at every step.
+    """Return the schedule that a user's choice means. Cheap enough to be asked at every step.
 
     Args:
-        ns_coefficients: a name in COEFFICIENTS; one (a, b, c), used in every step with margin 1; or
-            one (a, b, c) for each step, with margin 1.
+        ns_coefficients: a name in COEFFICIENTS; one (a, b, c), used in every step with margin 1; or one (a, b, c) for
+            each step, with margin 1.
         ns_steps: the number of steps. None, or NS_STEPS for "not given", means the length of the list or of the named
             set, and 5 for one (a, b, c) or a set that may be of any length.
 
     Raises:
-        ValueError: an unknown name, a list of another length than ns_steps, not three numbers, a
-            number that is not finite, or ns_steps outside 1 .. 99.
+        ValueError: an unknown name, a list of another length than ns_steps, not three numbers, a number that is not
+            finite, or ns_steps outside 1 .. 99.
         TypeError: coefficients that are not numbers, or ns_steps that is not an int.
     """
     if isinstance(ns_steps, _NotGiven):

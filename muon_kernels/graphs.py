@@ -1,4 +1,4 @@
-"""CUDA graphs."""
+"""Detection of CUDA graph capture."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether what is launched on `device` is captured in a graph, whichever device is the current one.
+    """Whether launches on `device` are being captured in a graph, whichever device is the current one.
 
-    AMD's devices are called cuda, too; of others, torch knows no graphs.
+    AMD's devices are called cuda, too; on other devices torch knows no graphs.
     """
     if device.type != "cuda":
         return False

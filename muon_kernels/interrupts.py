@@ -1,4 +1,4 @@
-"""Ctrl-C waits until what has begun to write is written."""
+"""Deferral of Ctrl-C until everything that a step has begun to write is written."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from types import FrameType
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Let an interrupt from the keyboard come at the end. Other threads get none, and a handler in C is left alone."""
+    """Defer an interrupt from the keyboard to the end of this context.
+
+    Threads other than the main one get no interrupts, and a handler that is written in C is left alone.
+    """
     handler = None
     if threading.current_thread() is threading.main_thread():
         handler = signal.getsignal(signal.SIGINT)

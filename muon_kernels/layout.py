@@ -1,4 +1,4 @@
-"""How a parameter lies in memory as a batch of wide matrices, without making a single view of it."""
+"""Layout of parameters in memory as batches of wide matrices, described without making a single view."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Size, Tensor
 
 
 class Layout(NamedTuple):
-    """`batch` matrices of `rows` x `cols` (rows <= cols), in elements relative to a tensor's first one.
+    """Layout of `batch` matrices of `rows` x `cols` (rows <= cols), in elements relative to a tensor's first one.
 
     A matrix that is taller than wide is described transposed: NS(Xᵀ) = NS(X)ᵀ, so its orientation is only a pair of
     strides.
@@ -36,7 +36,7 @@ class Matrices(NamedTuple):
     layout: Layout
 
     def view(self) -> Tensor:
-        """(batch, rows, cols), sharing the tensor's memory."""
+        """Return the matrices as (batch, rows, cols), sharing the tensor's memory."""
         t, at = self
         return t.as_strided(
             (at.batch, at.rows, at.cols),
@@ -46,7 +46,7 @@ class Matrices(NamedTuple):
 
 
 class Bundle(list[Matrices]):
-    """Matrices that stay where they are from step to step: a backend may keep in `derived` what it makes of them."""
+    """Matrices that stay where they are from step to step. A backend may keep in `derived` what it makes of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,8 +54,9 @@ class Bundle(list[Matrices]):
 
 
 class Piece(NamedTuple):
-    """Equal parts of a tensor: part i has the indices start + i·size + run·period + (0 ... size - 1) of a dimension,
-    for each of `runs`.
+    """Equal parts of a dimension of a tensor.
+
+    Part i has the indices start + i·size + run·period + (0 ... size - 1) of dimension `dim`, for each of `runs` runs.
     """
 
     dim: int
@@ -67,7 +68,7 @@ class Piece(NamedTuple):
 
 
 def refs(matrices: Sequence[Matrices]) -> array[int]:
-    """The addresses and strides of all matrices as kernels read them: csrc's MatrixRef[]."""
+    """Return the addresses and strides of all matrices as kernels read them: csrc's MatrixRef[]."""
     if isinstance(matrices, Bundle) and "refs" in matrices.derived:
         return cast("array[int]", matrices.derived["refs"])
     numbers: list[int] = []
@@ -86,15 +87,18 @@ def refs(matrices: Sequence[Matrices]) -> array[int]:
 
 
 def flattens(shape: Sequence[int], flatten: bool | None) -> bool:
-    """Whether a parameter is one matrix of (first dimension, all others), as convolutions want it.
+    """Whether a parameter of this shape is one matrix of (first dimension, all others), as convolutions are.
 
-    `flatten` is the user's word; None flattens from four dimensions on and leaves three to be a batch of matrices.
+    `flatten` is the user's option. None flattens from four dimensions on and takes three as a batch of matrices.
     """
     return len(shape) > 2 and (len(shape) > 3 if flatten is None else flatten)
 
 
 def split_shape(shape: Sequence[int], flatten: bool | None, piece: Piece | None = None) -> tuple[int, int, int]:
-    """(batch, rows, cols) of a parameter or a piece of it: leading dimensions count matrices, unless it flattens."""
+    """Return (batch, rows, cols) of a parameter or of a piece of it.
+
+    Leading dimensions count matrices, unless the parameter is flattened.
+    """
     if piece is not None:
         before, after = shape[: piece.dim], shape[piece.dim + 1 :]
         batch, rows, cols = split_shape((*before, piece.size * piece.runs, *after), flatten)
@@ -105,7 +109,7 @@ def split_shape(shape: Sequence[int], flatten: bool | None, piece: Piece | None 
 
 
 def _merged(dims: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
-    """One (size, stride) that walks `dims` in order, or None if no single stride does."""
+    """Return the one (size, stride) that walks `dims` in order, or None if no single stride does."""
     if len(dims) == 1:
         return dims[0]
     size, stride = 1, 1
@@ -121,7 +125,7 @@ def _merged(dims: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
 
 @lru_cache(maxsize=65536)
 def column_order(shape: Size, stride: tuple[int, ...]) -> tuple[int, ...]:
-    """The order of dimensions 1.. of a flattened parameter in which its memory runs.
+    """Return the order in memory of dimensions 1.. of a flattened parameter, outermost first.
 
     NS(XP) = NS(X)P for every permutation P, so the order of the columns is free as long as gradient, momentum and
     parameter share it: a channels-last convolution needs no copy.
@@ -133,7 +137,7 @@ Dims = list[tuple[int, int]]  # (size, stride), outermost first
 
 
 class View(NamedTuple):
-    """A tensor or a piece of it by the dimensions that count matrices, rows and columns; `offset` in elements."""
+    """View of a tensor, or of a piece of it: its dimensions of matrices, of rows and of columns; offset in elements."""
 
     batch: Dims
     rows: Dims
@@ -141,7 +145,7 @@ class View(NamedTuple):
     offset: int
 
     def of(self, t: Tensor) -> Tensor:
-        """Every dimension by itself, sharing the memory of `t`."""
+        """Return `t` with every dimension by itself, sharing its memory."""
         sizes, strides = zip(*self.batch, *self.rows, *self.cols, strict=True)
         return t.as_strided(sizes, strides, t.storage_offset() + self.offset)
 
@@ -153,7 +157,7 @@ def view(
     order: Sequence[int],
     piece: Piece | None = None,
 ) -> View:
-    """A parameter, or a piece of it, as matrices; always possible, unlike `layout`."""
+    """Return a view of a parameter, or of a piece of it, as matrices. Always possible, unlike `layout`."""
     dims = [[dim] for dim in zip(shape, stride, strict=True)]
     parts: Dims = []
     offset = 0
@@ -179,8 +183,9 @@ def layout(
     start: int = 0,
     stop: int | None = None,
 ) -> Layout | None:
-    """Layout of matrices start..stop of a tensor or of a piece of it, or None if no strides describe it and it must be
-    copied.
+    """Return the layout of matrices start..stop of a tensor or of a piece of it.
+
+    Returns None if no strides describe it, so that it has to be copied.
     """
     at = view(shape, stride, flatten, order, piece)
     merged = _merged(at.batch), _merged(at.rows), _merged(at.cols)
@@ -198,7 +203,7 @@ def layout(
 
 @lru_cache(maxsize=65536)
 def overlaps_itself(shape: Size, stride: tuple[int, ...]) -> bool:
-    """Whether two elements of such a tensor share memory."""
+    """Whether two elements of a tensor of this shape and these strides share memory."""
     dims = sorted((s, n) for n, s in zip(shape, stride, strict=True) if n > 1)
     if 0 in shape or not dims:
         return False
@@ -217,14 +222,14 @@ def overlaps_itself(shape: Size, stride: tuple[int, ...]) -> bool:
 
 
 def _end(t: Tensor) -> int:
-    """Address of the first byte after the last element."""
+    """Return the address of the first byte after the last element."""
     return t.data_ptr() + t.itemsize * (1 + sum(s * (n - 1) for n, s in zip(t.shape, t.stride(), strict=True)))
 
 
 def overlapping(tensors: Iterable[Tensor]) -> Tensor | None:
-    """One of `tensors`, none of which overlaps itself, that shares an element's memory with another; None without.
+    """Return one of `tensors` that shares an element's memory with another, or None. None of them may overlap itself.
 
-    Slices that interleave, as blocks of columns of one matrix do, share none.
+    Slices that interleave, as blocks of columns of one matrix do, share no element.
     """
     clusters: list[list[Tensor]] = []  # of tensors that may overlap, because from first to last element they do
     stop = 0

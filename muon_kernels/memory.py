@@ -1,9 +1,9 @@
-"""Memory for what operations have in between, had before a step writes anything.
+"""Scratch memory of operations, reserved before a step writes anything.
 
-A step that finds no memory half-way would leave some matrices stepped and others not. So what runs within a step takes
-what it needs from here, and is rehearsed before: then it takes as much, so that it is there, and does nothing. For the
-processor a thread keeps a block as large as the most that was taken at a time; for a GPU torch's own allocator keeps
-what was freed, apart for every stream and graph.
+A step that runs out of memory half-way would leave some matrices stepped and others not. So what runs within a step
+takes its memory from here, and is rehearsed before the step: a rehearsal takes as much memory, so that it is there,
+and computes nothing. On the processor each thread keeps a block as large as the most that was taken at a time. On a
+GPU torch's own allocator keeps what was freed, separately for every stream and graph.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _PIECE, _PIECE_ON_CPU = 1 << 22, 1 << 18
 
 
 class Mark:
-    """Of a thread and the block that it keeps: what was rehearsed with it finds its memory.
+    """Token of a thread and of the block that it keeps: what was rehearsed under it finds its memory.
 
-    A thread's number would not do, which is given again when it has ended.
+    A thread's id would not do, as it is given again when the thread has ended.
     """
 
 
@@ -38,13 +38,13 @@ _kept = _Kept()
 
 
 def piece(device: torch.device) -> int:
-    """How many elements to work at at a time."""
+    """Return the number of elements to compute at a time."""
     return _PIECE_ON_CPU if device.type == "cpu" else _PIECE
 
 
 @contextmanager
 def rehearsal() -> Iterator[None]:
-    """Verbs inside take their memory and do nothing."""
+    """Have verbs inside this context take their memory and compute nothing."""
     before, _kept.rehearsing = _kept.rehearsing, True
     try:
         yield
@@ -53,17 +53,17 @@ def rehearsal() -> Iterator[None]:
 
 
 def rehearsing() -> bool:
-    """Whether inside a `rehearsal`."""
+    """Whether a `rehearsal` is under way in this thread."""
     return _kept.rehearsing
 
 
 def mark() -> Mark:
-    """That of this thread."""
+    """Return the mark of this thread."""
     return _kept.mark
 
 
 def take(device: torch.device, *wanted: tuple[Sequence[int], torch.dtype]) -> list[Tensor]:
-    """Contiguous tensors of these sizes and dtypes, of any content, which are the caller's until the next call."""
+    """Return contiguous tensors of the wanted sizes and dtypes, of any content; the caller's until the next call."""
     sizes = [-(-math.prod(shape) * dtype.itemsize // 64) * 64 for shape, dtype in wanted]
     block = _kept.block
     if device.type != "cpu":

@@ -8,15 +8,13 @@ once at the end. In bf16 the rounding error of the Gram matrix makes small eigen
 then amplifies, so it must start afresh from X now and then: see `segments`.
 
 The iterates of one X are U f(Σ) Vᵀ with odd f that saturate at ever smaller singular values; a fixed sum of them is as
-near to U Σ^p Vᵀ as its weights are good (spectral.py), and costs little beside the last iterate. In Gram form it is
+near to U Σ^p Vᵀ as its weights are good (powers.py), and costs little beside the last iterate. In Gram form it is
 a sum of m x m matrices, but for its first term.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -24,6 +22,7 @@ from torch import Tensor
 
 from . import memory
 from .coefficients import Schedule, Triple
+from .segments import segments
 
 
 class Square(NamedTuple):
@@ -41,7 +40,7 @@ class Square(NamedTuple):
 
 
 def square(A: Tensor | Square) -> Square:
-    """A, of which rounding took nothing that is known if it is a tensor."""
+    """Wrap a plain tensor as a `Square` without a diagonal correction."""
     return A if isinstance(A, Square) else Square(A)
 
 
@@ -102,117 +101,6 @@ class Products(Protocol):
         """Write scale·(alpha·A·X + beta·C + gamma·I), of any shape if gamma is 0."""
 
 
-class Segment(NamedTuple):
-    """Steps start..stop of a Gram iteration between two visits to X."""
-
-    start: int
-    stop: int
-
-
-_ROUNDOFF = 2.0**-9  # of bf16; fp16 is stepped in the same segments and keeps its advantage
-# By how much rounding may change an eigenvalue of Q, in the worst case that is simulated. Real errors are random and
-# smaller; segments within these bounds stay within the accuracy rule on every spectrum of tests/matrices.py, longer
-# ones do not. The bound of three steps is for 256 rows: their errors average out as 1/√rows.
-_ALLOWED = {2: 0.22, 3: 0.26}
-_ROWS_OF_BOUND = 256
-
-
-def _change_of_q(triples: Sequence[Triple], eigenvalues: Sequence[float], loss: float) -> float:
-    """Worst relative change of Q's eigenvalues if R starts `loss` too small and loses more with every product."""
-    exact = [(r, 1.0) for r in eigenvalues]
-    rounded = [(r - loss, 1.0) for r in eigenvalues]
-    for a, b, c in triples:
-        largest_w = max(abs(r * (a + b * r + c * r * r)) for r, _ in exact)
-        exact = [(r * s * s, q * s) for r, q in exact for s in (a + b * r + c * r * r,)]
-        loss = _ROUNDOFF * (max(r for r, _ in exact) + abs(a) * largest_w)
-        rounded = [(r * s * s - loss, q * s) for r, q in rounded for s in (a + b * r + c * r * r,)]
-    changes = [abs(near / q - 1) for (_, q), (_, near) in zip(exact, rounded, strict=True) if q]
-    # Coefficients that vanish or explode: nothing to judge by, so no segment longer than one step
-    return max(changes) if changes and all(map(math.isfinite, changes)) else math.inf
-
-
-def _largest_image(triples: Sequence[Triple], eigenvalues: Sequence[float], loss: float) -> float:
-    """Of the square roots of `eigenvalues`, if R starts `loss` too small or too large."""
-    largest = 0.0
-    for eigenvalue in eigenvalues:
-        for r in (eigenvalue - loss, eigenvalue + loss):
-            image = math.sqrt(eigenvalue)
-            for a, b, c in triples:
-                s = a + b * r + c * r * r
-                r, image = r * s * s, image * s
-            largest = max(largest, abs(image))
-    return largest
-
-
-def segments(schedule: Schedule, size: int, precise: bool) -> tuple[Segment, ...]:
-    """Where the Gram form goes back to X, from a simulation.
-
-    Args:
-        schedule: what to iterate.
-        size: m.
-        precise: whether the backend has precise squares.
-    """
-    return _simulated(schedule.triples, schedule.margin, size, precise)
-
-
-def _tolerated(triples: Sequence[Triple]) -> float:
-    """How far above 1 a singular value may be that these steps do not let explode."""
-    x = 1.0
-    while x < 1.5:
-        image = x
-        for a, b, c in triples:
-            image = abs(image * (a + b * image**2 + c * image**4))
-            if image > 1.5:
-                return x
-        x += 0.001
-    return x
-
-
-@lru_cache(maxsize=256)
-def _simulated(triples: tuple[Triple, ...], margin: float, size: int, precise: bool) -> tuple[Segment, ...]:
-    """From the scalar map on the eigenvalues of R.
-
-    As few segments as the bounds allow, and of those the choice with the smallest change. A segment of one step is the
-    standard form's step and always allowed.
-
-    Args:
-        triples: (a, b, c) of every step.
-        margin: of the coefficient set.
-        size: m, of which the power of two below counts.
-        precise: whether the backend has precise squares.
-    """
-    at_step = [[0.0] + [10 ** (-8 + i / 50) / margin**2 for i in range(401)]]
-    for a, b, c in triples:
-        at_step.append([r * s * s for r in at_step[-1] for s in (a + b * r + c * r * r,)])
-
-    tolerated = [_tolerated(triples[stop:]) for stop in range(len(triples) + 1)]
-
-    def change(start: int, stop: int) -> float:
-        """Of this segment, relative to its bound."""
-        length = stop - start
-        if length == 1:
-            return 0.0
-        # The first R has trace 1 and so few large eigenvalues to take rounding errors from; later ones have many.
-        weight = 1 / 3 if start == 0 else 1.0
-        loss = weight * _ROUNDOFF * max(at_step[start])
-        averaged = 1.0 if length == 2 else math.sqrt(_ROWS_OF_BOUND / (1 << max(size, 1).bit_length() - 1))
-        # Where the next steps explode a little above 1, a Q that came out too large must not take X there.
-        if tolerated[stop] < 1.1 and _largest_image(triples[start:stop], at_step[start], loss) > tolerated[stop]:
-            return math.inf
-        return _change_of_q(triples[start:stop], at_step[start], loss) * averaged / _ALLOWED[length]
-
-    best: list[tuple[int, float, tuple[Segment, ...]]] = [(0, 0.0, ())]
-    for stop in range(1, len(triples) + 1):
-        options = []
-        for length in range(1, min(stop, 3 if precise else 2) + 1):
-            count, worst, before = best[stop - length]
-            if (here := change(stop - length, stop)) <= 1.0:
-                segment = Segment(stop - length, stop)
-                options.append((count + 1, max(worst, here), (*before, segment)))
-        best.append(min(options))
-    return best[-1][2]
-
-
 def _standard_step(
     ops: Products, X: Tensor, out: Tensor, A: Square, B: Square, scale: Tensor | None, triple: Triple
 ) -> None:
@@ -226,7 +114,7 @@ def _standard_step(
 
 
 class Blend(NamedTuple):
-    """What a weighted sum of iterates needs beside them.
+    """Memory and numbers that a weighted sum of iterates needs beside them.
 
     Attributes:
         total: (batch, m, n) like X, overwritten.
@@ -318,7 +206,7 @@ def _standard_sum(
     schedule: Schedule,
     blend: Blend,
 ) -> Tensor:
-    """Σ wᵢ Xᵢ, an iterate at a time; only Gram matrices and the sum are scaled."""
+    """Compute Σ wᵢ Xᵢ, an iterate at a time; only Gram matrices and the sum are scaled."""
     triples, weights = schedule.triples, schedule.weights
     A, B = squares[:2]
     _measure(ops, X, squares, scale, schedule.power, blend)
@@ -393,7 +281,7 @@ def _gram_sum(
     schedule: Schedule,
     blend: Blend,
 ) -> Tensor:
-    """Σ wᵢ Xᵢ = w₀ X₀ + (w₂ I + w₃ S₂ + T Q) X₂, where Q = S₂ S₃ and T = w₄ I + S₄ (w₅ I + S₅ (…)).
+    """Compute Σ wᵢ Xᵢ = w₀ X₀ + (w₂ I + w₃ S₂ + T Q) X₂, where Q = S₂ S₃ and T = w₄ I + S₄ (w₅ I + S₅ (…)).
 
     Segments are of two steps, two, and the rest: with more at first, an eigenvalue that rounding left below zero
     explodes wherever one singular value is a few times as large as the others, as in momenta of trained layers; the
@@ -458,5 +346,5 @@ ALGORITHMS = {
 
 
 def squares_of(algorithm: str, schedule: Schedule) -> int:
-    """How many squares a form of the iteration needs for a schedule."""
+    """Return the number of squares that a form of the iteration needs for a schedule."""
     return ALGORITHMS[algorithm].squares_of_sum if schedule.weights else ALGORITHMS[algorithm].squares

@@ -1,4 +1,4 @@
-"""Every option of a group once: how it is checked, and whether a step has to be prepared anew when it changes."""
+"""Every option of a group, defined once: how it is checked, and whether a change prepares a step anew."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .newton_schulz import ALGORITHMS
 from .powers import check_power
 from .scaling import WEIGHT_DECAY_FORMS, rule_name, rule_of
 from .split import check_split
-from .stages.second_moment import FORMS
+from .stages import STAGES
 
 _PLAIN = frozenset((float, int, bool, str, type(None)))
 
 
 def is_plain(value: Any) -> bool:
-    """Whether `plain` would return it as it is."""
+    """Whether `plain` would return `value` as it is."""
     kind = type(value)
     if kind in _PLAIN or isinstance(value, Tensor) or value is NS_STEPS:
         return True
@@ -32,8 +32,8 @@ def is_plain(value: Any) -> bool:
 def plain(value: Any) -> Any:
     """Return an option as any checkpoint can hold it: numbers, text, bool and None, or tuples, lists and dicts of them.
 
-    A dtype becomes its name, and what numpy has for numbers (which is not imported) becomes Python's. Tensors, and what
-    no option can be, stay: checks come later.
+    A dtype becomes its name. Numbers of numpy, which is not imported, become Python's. Tensors, and values that no
+    option can have, stay as they are; checks come later.
     """
     if is_plain(value):
         return value
@@ -54,7 +54,7 @@ def plain(value: Any) -> Any:
 
 
 def settle(group: dict[str, Any], keys: Iterable[str]) -> None:
-    """Write the options `keys` of a group, as far as it has them, in plain values; a function becomes its name.
+    """Replace the options `keys` that a group has by plain values; a function becomes its name.
 
     Raises:
         ValueError: a function that cannot be found by its name.
@@ -70,15 +70,15 @@ def settle(group: dict[str, Any], keys: Iterable[str]) -> None:
 def settled_checkpoint(
     saved: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]], keys: Iterable[str]
 ) -> list[dict[str, Any]]:
-    """Param groups of a checkpoint, in plain values.
+    """Return the param groups of a checkpoint in plain values.
 
     Args:
-        saved: in the checkpoint.
-        groups: those that are to take it up.
+        saved: the groups of the checkpoint.
+        groups: the groups that are to load it.
         keys: the options.
 
     Raises:
-        ValueError: `adjust_lr_fn` names a function that the group has not got: no checkpoint should choose what runs.
+        ValueError: `adjust_lr_fn` names a function that the group does not have: no checkpoint should choose what runs.
     """
     found: list[dict[str, Any]] = []
     for i, group in enumerate(saved):
@@ -108,9 +108,9 @@ _ALIASES = {"learning_rate": "lr", "wd": "weight_decay", "mu": "momentum"}
 
 
 def check_keys(group: Mapping[str, Any], known: Collection[str]) -> None:
-    """Raise ValueError where a key of a group is a misspelt option; others are kept, as by torch's optimizers."""
+    """Raise ValueError if a key of a group is a misspelt option. Other keys are kept, as by torch's optimizers."""
     for key in group.keys() - set(known) - _STRUCTURE:
-        near = _meant(str(key), known, _CLOSE)
+        near = meant(str(key), known, _CLOSE)
         if near and f"_{near}_" not in f"_{key}_":
             raise ValueError(
                 f"a group has {key!r}, which is no option but close to one: did you mean {near!r}? "
@@ -119,19 +119,19 @@ def check_keys(group: Mapping[str, Any], known: Collection[str]) -> None:
 
 
 def check_half(half: str, options: Iterable[str], known: Mapping[str, Collection[str]]) -> None:
-    """Raise ValueError where one of `options` is no option of that half of a model; `known` has those of both."""
+    """Raise ValueError unless all of `options` are options of `half`, "Muon" or "AdamW"; `known` has those of both."""
     for key in options:
         if key in known[half]:
             continue
-        mends = [f"it is {other}'s: put it into {other.lower()}_options" for other in known if key in known[other]]
-        if near := _meant(str(key), known[half], 0.8):  # which betas and beta2 reach
-            mends.append(f"did you mean {near!r}?")
-        mend = ", or ".join(mends) or "put a key of your own into the groups that you get"
-        raise ValueError(f"{half.lower()}_options should hold options of {half} but have {key!r}; {mend}")
+        fixes = [f"it is {other}'s: put it into {other.lower()}_options" for other in known if key in known[other]]
+        if near := meant(str(key), known[half], 0.8):  # which betas and beta2 reach
+            fixes.append(f"did you mean {near!r}?")
+        fix = ", or ".join(fixes) or "put a key of your own into the groups that you get"
+        raise ValueError(f"{half.lower()}_options should hold options of {half} but have {key!r}; {fix}")
 
 
-def _meant(key: str, known: Iterable[str], cutoff: float) -> str | None:
-    """The option that a key may be another spelling of."""
+def meant(key: str, known: Iterable[str], cutoff: float) -> str | None:
+    """Return the option that a key may be another spelling of, or None."""
     from difflib import get_close_matches
 
     word = key.lower()
@@ -141,17 +141,20 @@ def _meant(key: str, known: Iterable[str], cutoff: float) -> str | None:
 
 
 def dtype_of(dtype: torch.dtype | str) -> torch.dtype:
-    """The dtype that an option is, or names."""
+    """Return the dtype that an option is, or names."""
     return dtype if isinstance(dtype, torch.dtype) else _DTYPES[dtype]
 
 
 def on_host(value: Any) -> bool:
-    """Whether it costs no synchronisation to look at the number."""
+    """Whether `value` can be read without a synchronisation with a device."""
     return not isinstance(value, Tensor) or value.device.type == "cpu"
 
 
 def check_number(name: str, value: Any) -> None:
-    """Raise unless `value` is a finite number >= 0, or a tensor of one; on a device only its size is looked at."""
+    """Raise ValueError or TypeError unless `value` is a finite number >= 0, or a tensor of one.
+
+    Of a tensor on a device only the size is looked at.
+    """
     if type(value) is float and 0.0 <= value < math.inf:  # which it nearly always is, in every step
         return
     if isinstance(value, bool) or not isinstance(value, (Real, Tensor)):
@@ -172,27 +175,30 @@ def check_number(name: str, value: Any) -> None:
 
 
 def check_eps(eps: Any) -> None:
-    """Raise unless `eps` is in [0, 1)."""
+    """Raise ValueError or TypeError unless `eps` is in [0, 1)."""
     check_number("eps", eps)
     if eps >= 1:
         raise ValueError(f"eps should be < 1, the smallest norm that it is compared with, but is: {eps}")
 
 
 def check_fraction(name: str, value: Any) -> None:
-    """Raise unless `value` is in [0, 1)."""
+    """Raise ValueError or TypeError unless `value` is in [0, 1)."""
     check_number(name, value)
     if value >= 1:
         raise ValueError(f"{name} should be < 1 but is: {value}")
 
 
 def check_choice(name: str, value: Any, among: Collection[Any]) -> None:
-    """Raise ValueError unless `value` is one of those that there are."""
+    """Raise ValueError unless `value` is one of `among`."""
     if not isinstance(value, (str, type(None))) or value not in among:
         raise ValueError(f"{name} should be one of {', '.join(map(repr, among))} but is: {value!r}")
 
 
 def check_weight_decay_form(form: Any, peak_lr: Any) -> None:
-    """Raise unless there is such a form, and it has the `peak_lr` that it needs; None is one to come."""
+    """Raise ValueError or TypeError unless `form` exists and has the `peak_lr` that it needs.
+
+    A `peak_lr` of None is one that is still to be set.
+    """
     check_choice("weight_decay_form", form, WEIGHT_DECAY_FORMS)
     if peak_lr is not None:
         check_number("peak_lr", peak_lr)
@@ -202,16 +208,8 @@ def check_weight_decay_form(form: Any, peak_lr: Any) -> None:
         )
 
 
-SECOND_MOMENTS = (None, *FORMS)
-
-
-def check_second_moment_form(form: Any) -> None:
-    """Raise ValueError unless there is such a second moment, or it is None."""
-    check_choice("second_moment", form, SECOND_MOMENTS)
-
-
 def check_transposed(transposed: Any) -> None:
-    """Raise TypeError unless it is True or False, or names and patterns."""
+    """Raise TypeError unless `transposed` is True, False, or a list of names and patterns."""
     if isinstance(transposed, bool):
         return
     if not isinstance(transposed, (list, tuple)) or not all(isinstance(name, str) for name in transposed):
@@ -219,13 +217,13 @@ def check_transposed(transposed: Any) -> None:
 
 
 def check_algorithm(name: Any) -> None:
-    """Raise ValueError unless there is such a form of the iteration, or it is "auto"."""
+    """Raise ValueError unless `name` is a form of the iteration, or "auto"."""
     if not isinstance(name, str) or name not in ("auto", *ALGORITHMS):
         raise ValueError(f"ns_algorithm should be 'auto' or one of {', '.join(map(repr, ALGORITHMS))} but is: {name!r}")
 
 
 def check_workspace(cap: Any) -> None:
-    """Raise unless `cap` is a positive int or None."""
+    """Raise ValueError or TypeError unless `cap` is a positive int or None."""
     if cap is None:
         return
     if isinstance(cap, bool) or not isinstance(cap, int):
@@ -241,7 +239,7 @@ _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in MOMENT
 
 
 def check_workspace_dtype(dtype: Any) -> None:
-    """Raise ValueError unless stacks can be of that dtype, or of one of that name."""
+    """Raise ValueError unless `dtype` is one that stacks can be of, or its name."""
     if plain(dtype) not in WORKSPACE_DTYPES:
         raise ValueError(
             f"workspace_dtype should be torch.bfloat16 or torch.float16, or a name of these, but is: {dtype!r}"
@@ -249,7 +247,7 @@ def check_workspace_dtype(dtype: Any) -> None:
 
 
 def check_momentum_dtype(dtype: Any) -> None:
-    """Raise ValueError unless momentum can be kept in that dtype, or in one of that name; None is the gradient's."""
+    """Raise ValueError unless `dtype` is one that momentum can be kept in, or its name, or None for the gradient's."""
     if dtype is not None and plain(dtype) not in MOMENTUM_DTYPES:
         raise ValueError(
             f"momentum_dtype should be a floating-point dtype, torch.int8, a name of these, or None but is: {dtype!r}"
@@ -257,7 +255,7 @@ def check_momentum_dtype(dtype: Any) -> None:
 
 
 def _of(check: Callable[[Any], object]) -> Callable[[str, Any, Mapping[str, Any]], None]:
-    """A check that asks for the value only."""
+    """Return a check of (name, value, group) that calls `check` with the value."""
 
     def checked(name: str, value: Any, group: Mapping[str, Any]) -> None:
         check(value)
@@ -266,7 +264,7 @@ def _of(check: Callable[[Any], object]) -> Callable[[str, Any, Mapping[str, Any]
 
 
 def _called(word: str) -> Callable[[str, Any, Mapping[str, Any]], None]:
-    """A check for a number >= 0, with torch's word for the option."""
+    """Return a check for a number >= 0 that calls the option by torch's word for it."""
     return lambda name, value, group: check_number(word, value)
 
 
@@ -279,6 +277,11 @@ def _lr(name: str, value: Any, group: Mapping[str, Any]) -> None:
 def _boolean(name: str, value: Any, group: Mapping[str, Any]) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} should be True or False but is: {value!r}")
+
+
+def _choice_of(choices: tuple[Any, ...]) -> Callable[[str, Any, Mapping[str, Any]], None]:
+    """Return a check that a value is True or False, or one of the choices."""
+    return _boolean if choices == (False, True) else lambda name, value, group: check_choice(name, value, choices)
 
 
 def _flatten(name: str, value: Any, group: Mapping[str, Any]) -> None:
@@ -345,31 +348,34 @@ OPTIONS: dict[str, Option] = {
     "peak_lr": Option(lambda name, value, group: None),  # its form's check looks at it
     "cautious": Option(_boolean),
     "stochastic_rounding": Option(_boolean, prepared=True),
-    "sign_momentum": Option(_boolean, prepared=True),
-    "master_weights": Option(_boolean, prepared=True),
-    "second_moment": Option(_of(check_second_moment_form), prepared=True),
+    **{stage.option: Option(_choice_of(stage.choices), prepared=True) for stage in STAGES},
     "beta2": Option(lambda name, value, group: check_fraction(name, value)),
     "strategy": Option(lambda name, value, group: check_choice(name, value, STRATEGIES), prepared=True),
     "block_period": Option(_period),
     "block_lr_ratio": Option(lambda name, value, group: check_number(name, value), prepared=True),
 }
-PREPARED = tuple(name for name, option in OPTIONS.items() if option.prepared)
+PREPARED_OPTIONS = tuple(name for name, option in OPTIONS.items() if option.prepared)
 
 
 def check_options(group: Mapping[str, Any]) -> None:
-    """Raise ValueError or TypeError unless the options that a group has can be used, each by itself."""
+    """Raise ValueError or TypeError unless each option that a group has can be used by itself."""
     for name, option in OPTIONS.items():
         if name in group:
             option.check(name, group[name], group)
 
 
 def check_together(group: Mapping[str, Any]) -> None:
-    """Raise ValueError where options of a group, each of which could be used, do not go together."""
-    power, form = group["power"], group["second_moment"]
+    """Raise ValueError if options of a group, each of which can be used by itself, cannot be used together."""
+    power = group["power"]
+    asked = [stage for stage in STAGES if group[stage.option] != stage.choices[0]]
     if group["master_weights"] and group["stochastic_rounding"]:
         raise ValueError("stochastic_rounding should be False where master_weights is True, which rounds nothing away")
-    if group["strategy"] == "gram" and group["sign_momentum"]:
-        raise ValueError("sign_momentum should be False for strategy='gram', in which no rank has a whole direction")
+    for stage in asked:
+        wanted = f"{stage.option} should be {stage.choices[0]}"
+        if stage.whole and group["strategy"] == "gram":
+            raise ValueError(f"{wanted} for strategy='gram', in which no rank has a whole direction")
+        if stage.normalizes and power:
+            raise ValueError(f"{wanted} where power is above 0, as updates have any scale then")
     if power and group["workspace_dtype"] != "bfloat16":
         raise ValueError(
             "workspace_dtype should be bfloat16 where power is above 0, as updates have any scale then, but is: "
@@ -377,9 +383,11 @@ def check_together(group: Mapping[str, Any]) -> None:
         )
     if power != 1:
         return
-    if form is not None:
-        raise ValueError(f"second_moment should be None where power is 1, which is SGD in torch, but is: {form!r}")
-    for name in ("cautious", "sign_momentum", "stochastic_rounding", "master_weights"):
+    for stage in asked:
+        default, value = stage.choices[0], group[stage.option]
+        but = "" if value is True else f", but is: {value!r}"
+        raise ValueError(f"{stage.option} should be {default} where power is 1, which is SGD in torch{but}")
+    for name in ("cautious", "stochastic_rounding"):
         if group[name]:
             raise ValueError(f"{name} should be False where power is 1, which is SGD in torch")
     if group["momentum_dtype"] == "int8":

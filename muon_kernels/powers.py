@@ -1,12 +1,12 @@
 """Powers of the spectrum: U Σ^p Vᵀ of a matrix G = U Σ Vᵀ, for any p in [0, 1].
 
-p = 0 is Muon's polar factor, p = 1 the matrix itself; p = 1/2 and 1/4 are the partial powers of "Delving into Muon and
-Beyond" (arXiv 2602.04669), which computes them with coupled fp32 iterations of 92 and 184 small products.
+p = 0 is Muon's polar factor, p = 1 the matrix itself. p = 1/2 and 1/4 are the partial powers of "Delving into Muon and
+Beyond" (arXiv 2602.04669), which computes them by coupled fp32 iterations of 92 and 184 small products.
 
-Here they are a fixed sum of Newton-Schulz iterates. Each iterate X_i = U f_i(Σ) Vᵀ is near 1 above some singular value
-and falls with slope 1 below it, an octave or two lower with every step. So on a logarithmic scale the f_i are like the
-steps of a staircase, and Σ w_i f_i(σ) can follow any σ^p as far down as the last one reaches. One list of triples
-serves every p: `fit` made it for p = 1/4 and 1/2 together, and weights follow from it by least squares.
+Here a power is a fixed sum of Newton-Schulz iterates. Each iterate X_i = U f_i(Σ) Vᵀ is near 1 above some singular
+value and falls with slope 1 below it, an octave or two lower with every step. So on a logarithmic scale the f_i are
+like the steps of a staircase, and Σ w_i f_i(σ) can follow any σ^p as far down as the last one reaches. One list of
+triples serves every p: `fit` made it for p = 1/4 and 1/2 together, and `fit_weights` finds the weights for a p.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ WEIGHTS: dict[float, tuple[float, ...]] = {}
 
 
 def check_power(power: Any, name: str = "power") -> float:
-    """`power` as a float; raise unless it is a number in [0, 1]."""
+    """Return `power` as a float; raise ValueError or TypeError unless it is a number in [0, 1]."""
     if isinstance(power, bool) or not isinstance(power, (int, float)):
         raise TypeError(f"{name} should be a number from 0 (orthogonal) to 1 (as it is) but is: {power!r}")
     if not 0 <= power <= 1:
@@ -58,13 +58,13 @@ def check_power(power: Any, name: str = "power") -> float:
 
 
 def schedule_of(power: float) -> Schedule:
-    """What to iterate for a power strictly between 0 and 1."""
+    """Return the schedule for a power strictly between 0 and 1."""
     weights = WEIGHTS.get(power) or fit_weights(power)
     return Schedule(TRIPLES, 1.0, "spectral", weights, power)
 
 
 def _iterates(triples: Tensor, sigma: Tensor) -> Tensor:
-    """f_0 … f_k, columns, at every sigma, rows."""
+    """Return f_0 … f_k, columns, at every sigma, rows."""
     columns = [sigma]
     for a, b, c in triples:
         x = columns[-1]
@@ -77,9 +77,9 @@ def _grid(lowest: float, points: int = 400) -> Tensor:
 
 
 def _smallest_error(basis: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
-    """Weights with the smallest largest |basis @ weights - 1|, and those differences.
+    """Return the weights that minimise the largest |basis @ weights - 1|, and basis @ weights - 1.
 
-    Lawson's algorithm: least squares, again and again, with more regard for where the difference is large.
+    Lawson's algorithm: least squares, repeated, each time with more regard for where the difference is large.
     """
     regard = torch.full_like(basis[:, 0], 1 / len(basis))
     best = worst = None
@@ -103,14 +103,14 @@ def fit_weights(
     lowest: float = LOWEST,
     rounds: int = 200,
 ) -> tuple[float, ...]:
-    """Weights of the iterates with the smallest largest relative error of Σ w_i f_i(σ) against σ^power.
+    """Return the weights of the iterates that minimise the largest relative error of Σ w_i f_i(σ) against σ^power.
 
     Args:
         power: in [0, 1].
         triples: of the steps.
-        iterates: those that may have a weight.
+        iterates: indices of the iterates that may have a weight.
         lowest: the smallest σ; the largest is 1.
-        rounds: of least squares.
+        rounds: number of least-squares fits.
 
     Returns:
         One weight for the normalised matrix and one for each step.
@@ -123,14 +123,14 @@ def fit_weights(
 
 
 class Error(NamedTuple):
-    """Relative errors on a logarithmic scale of singular values."""
+    """Relative errors of singular values, on a logarithmic scale."""
 
     worst: float
     rms: float
 
 
 def error(of: Schedule, lowest: float = 1e-3, largest: float = 1.0, points: int = 4000) -> Error:
-    """What a schedule's sum makes of σ in [lowest, 1]·largest, against σ^p, in exact arithmetic."""
+    """Return the errors of a schedule's sum against σ^p for σ in [lowest, 1]·largest, in exact arithmetic."""
     sigma = _grid(lowest, points) * largest
     values = _iterates(torch.tensor(of.triples, **_ON_HOST), sigma)
     off = values @ torch.tensor(of.weights, **_ON_HOST) / sigma**of.power - 1
@@ -166,10 +166,10 @@ def _coupled_power(G: Tensor, power: float) -> Tensor:
 
 
 def _coupled(A: Tensor, inverse: bool, steps: int = 40) -> Tensor:
-    """A^½, or A^-½, of symmetric positive definite matrices of norm at most 1, by coupled Newton-Schulz.
+    """Return A^½, or A^-½, of symmetric positive definite matrices of norm at most 1, by coupled Newton-Schulz.
 
-    T = (3 I - Z Y) / 2, Y ← Y T, Z ← T Z from Y = A and Z = I, where Y → A^½ and Z → A^-½; without the first Z Y and
-    T Z, and the last product of the half that nobody asked for.
+    T = (3 I - Z Y) / 2, Y ← Y T, Z ← T Z from Y = A and Z = I, where Y → A^½ and Z → A^-½. Left out are the first Z Y
+    and T Z, which are trivial, and the last product of the half that is not returned.
     """
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     # What is no more than rounding must not become an eigenvalue of its own.
@@ -201,18 +201,18 @@ def fit(
     starts: int = 100,
     seed: int = 1,
 ) -> tuple[tuple[Triple, ...], float]:
-    """Triples whose iterates, with the best weights for each, come nearest to all of `powers`; takes minutes.
+    """Return triples whose iterates, with the best weights for each power, come nearest to all of `powers`.
 
-    Levenberg-Marquardt on triples and weights together, with more and more regard for where the error is large, from
-    several starts. Each step takes all up to 1.08 to 1 or less, so that the next forgives what rounding made larger.
+    Levenberg-Marquardt on triples and weights together, from several starts, with growing regard for where the error is
+    large. Each step maps everything up to 1.08 to 1 or less, so that it forgives what rounding has made larger.
 
     Args:
         powers: in (0, 1).
-        steps: how many triples.
-        iterates: those that are summed, from 0 to `steps`.
+        steps: number of triples.
+        iterates: indices of the iterates that are summed, from 0 to `steps`.
         lowest: the smallest σ.
-        starts: how many.
-        seed: of the starts.
+        starts: number of starts.
+        seed: of the starts' noise.
 
     Returns:
         The triples, and the largest relative error of any power.
@@ -237,7 +237,7 @@ _FIRST, _NEXT, _LAST = (3.6, -7.7, 4.4), (3.5, -7.2, 4.1), (2.6, -3.4, 1.7)
 
 
 def _excess(triples: Tensor, x: Tensor) -> Tensor:
-    """By how much images of x are above 1, for every step."""
+    """Return by how much the image of each x exceeds 1, for every step."""
     a, b, c = triples.mT[:, :, None]
     return torch.relu((x * (a + b * x**2 + c * x**4)).abs() - 1).flatten()
 
@@ -245,7 +245,7 @@ def _excess(triples: Tensor, x: Tensor) -> Tensor:
 def _improved(
     triples: Tensor, powers: Sequence[float], iterates: list[int], lowest: float, rounds: int = 150
 ) -> tuple[Tensor, float]:
-    """Triples after `rounds` of Levenberg-Marquardt, and their largest error."""
+    """Return the triples after `rounds` of Levenberg-Marquardt, and their largest error."""
     steps = len(triples)
     sigma, beyond = _grid(lowest, 240), torch.linspace(0.02, 1.08, 70, **_ON_HOST)
     wanted = torch.stack([sigma**p for p in powers], 1)

@@ -145,7 +145,7 @@ def _check_weights(weights: dict[str, list[Tensor]], heads: dict[str, int], devi
                 raise ValueError(f"{name} should have memory for every element but its strides are: {t.stride()}")
     every = [t for tensors in weights.values() for t in tensors]
     places = tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in every)
-    if places in _APART:
+    if places in _DISJOINT:
         return
     if (shared := overlapping(every)) is not None:
         name = next(name for name, tensors in weights.items() if any(t is shared for t in tensors))
@@ -154,13 +154,13 @@ def _check_weights(weights: dict[str, list[Tensor]], heads: dict[str, int], devi
             "weight, which would be scaled twice; of a fused projection give the slices, qkv.weight[:d] and "
             "qkv.weight[d : 2 * d]"
         )
-    if len(_APART) == 4096:
-        _APART.clear()
-    _APART.add(places)
+    if len(_DISJOINT) == 4096:
+        _DISJOINT.clear()
+    _DISJOINT.add(places)
 
 
 # Where weights lie that share no element: of slices that interleave that takes a while to find out.
-_APART: set[tuple[object, ...]] = set()
+_DISJOINT: set[tuple[object, ...]] = set()
 
 
 @torch.no_grad()
@@ -172,26 +172,26 @@ def max_logits(
     scale: float | None = None,
     max_workspace_bytes: int = 64 << 20,
 ) -> Tensor:
-    """The largest attention logit scale · q·k of every head, over batch and positions: what `qk_clip_` wants to know.
+    """Return the largest attention logit scale · q·k of every head over batch and positions, as `qk_clip_` takes it.
+
+    This multiplies once more what attention multiplies, in fp32. On a long sequence call it in some steps only, or for
+    a part of the batch.
 
     Args:
         q: (..., heads, length, head_dim), of any floating dtype; only read.
         k: (..., kv_heads, keys, head_dim), of q's dtype and device; only read. Consecutive query heads share a key
             head, as in scaled_dot_product_attention with enable_gqa=True.
-        causal: query i sees keys 0..i alone, as with is_causal=True.
-        scale: > 0; None: 1/√head_dim.
-        max_workspace_bytes: logits that are there at a time, some queries of all heads and of the whole batch; at least
-            one query.
+        causal: whether query i sees keys 0..i alone, as with is_causal=True.
+        scale: > 0; None for 1/√head_dim.
+        max_workspace_bytes: cap on the memory of logits at a time, which are those of some queries of all heads and of
+            the whole batch; at least one query's.
 
     Returns:
-        (heads,), float32, or float64 if q is; -inf where there are no logits, NaN where one is. Detached, and nothing
-        waits for the host.
+        (heads,), float32, or float64 if q is. -inf where there are no logits, NaN where one is. It is detached, and
+            nothing waits for the host.
 
     Raises:
         ValueError, TypeError: sizes, dtypes or options that do not fit.
-
-    It multiplies once more what attention multiplies, in fp32: on a long sequence call it at some steps only, or for a
-    part of the batch.
     """
     for name, t in (("q", q), ("k", k)):
         # Not `check_dense`, which looks for memory: torch.compile traces this.

@@ -26,12 +26,12 @@ def newton_schulz(
     The result is not exactly U Vᵀ but U S' Vᵀ, with S' as near 1 as the coefficients make it.
 
     Args:
-        G: (..., m, n), any floating dtype; not written. Taller than wide is worked on transposed,
-            which gives the same result for fewer products.
+        G: (..., m, n), any floating dtype; not written. Taller than wide is worked on transposed, which gives the same
+            result for fewer products.
         coefficients: one (a, b, c) for each step.
         margin: keeps the largest singular value of X at 1 / margin or below.
-        eps: stands in for the norm of a zero matrix, which so gives zero. It touches nothing else:
-            the result does not depend on the scale of G.
+        eps: stands in for the norm of a zero matrix, which so gives zero. It touches nothing else: the result does not
+            depend on the scale of G.
 
     Returns:
         (..., m, n) in the dtype of G. NaN or Inf spoils the matrix that has it and no other.
@@ -69,7 +69,7 @@ def muon_step(
     lr_ratio: float,
     dampened: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    r"""One Muon update of param W by grad g with momentum_buffer M, where μ = momentum::
+    r"""Return one Muon update of param W by grad g with momentum_buffer M, where μ = momentum::
 
         dampened:      M ← M + (1 - μ)(g - M)     D = g + μ (M - g)  if nesterov else  M
         not dampened:  M ← μ M + g                D = g + μ M        if nesterov else  M

@@ -1,6 +1,6 @@
-r"""The rule book of `param_groups`: which parameters go to which optimizer, and how known layers hold their weights.
+r"""The rules of `param_groups`: which parameters go to which optimizer, and how known layers hold their weights.
 
-It is data, to be read from top to bottom and to be extended:
+They are data, to be read from top to bottom and to be extended:
 
 - RULES, one `Rule` a line. A parameter goes where the first rule that holds sends it; without one, to Muon. Rules of
   your own come first:
@@ -11,9 +11,9 @@ It is data, to be read from top to bottom and to be extended:
       param_groups(model, rules=[spline, *RULES])
       param_groups(model, rules=[ROUTER._replace(optimizer="AdamW"), *RULES])  # routers to AdamW
 
-- HEADS, which names tell an output head.
-- LAYERS, one `Layer` a line: weights that hold several matrices, and how `split="auto"` cuts them; weights that are
-  stored as (inputs, outputs), and which Muon is told to be `transposed`.
+- HEADS, the names that tell an output head.
+- LAYERS, one `Layer` a line: weights that hold several matrices, with the split that `split="auto"` takes, and weights
+  that are stored as (inputs, outputs), so that Muon is told that they are `transposed`.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ __all__ = [
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:
-    """The class of a module; of a script or a trace, which has another, the class of what it was made of.
+    """Return the class of a module; of a script or a trace, the class that it was made of.
 
-    Where nothing that has been imported is that class, one of its name alone, which inherits from none but nn.Module.
+    If no module that has been imported has that class, returns one of its name that inherits from nn.Module alone.
     """
     if not isinstance(module, torch.jit.ScriptModule):
         return type(module)
@@ -57,7 +57,10 @@ def class_of(module: nn.Module) -> type[nn.Module]:
 
 
 def _path(script: Any) -> list[str]:
-    """Module and name of the class that a script was made of, as in `__torch__.torch.nn.modules.sparse.Embedding`."""
+    """Return module and name of the class that a script was made of.
+
+    torch calls it, for example, `__torch__.torch.nn.modules.sparse.Embedding`.
+    """
     parts = script._c._type().qualified_name().split(".")[1:]
     return [part for part in parts if not part.startswith("___torch_mangle_")]
 
@@ -68,7 +71,7 @@ def _imported(path: list[str]) -> type[nn.Module] | None:
 
 
 def is_unknown(place: Place) -> bool:
-    """Whether a tool has taken from the layer of a parameter its class, or from a convolution what it does."""
+    """Whether a tool has taken from a parameter's layer its class, or from a convolution its settings."""
     module = place.module
     if isinstance(module, torch.jit.ScriptModule):
         return _imported(_path(module)) is None or (_convolves(place) and not hasattr(module, "groups"))
@@ -77,10 +80,10 @@ def is_unknown(place: Place) -> bool:
 
 
 class Place(NamedTuple):
-    """A parameter in one place where it is registered: what rules judge.
+    """A parameter at one place where it is registered: the subject of rules.
 
     Attributes:
-        name: full name, of what it is: that of a parametrized weight is the weight's, `fc.weight` and not
+        name: full name. That of a parametrized weight is the weight's: `fc.weight` and not
             `fc.parametrizations.weight.original1`.
         param: the parameter.
         layers: the modules that it is in, from the model to the layer that it belongs to.
@@ -98,7 +101,7 @@ class Place(NamedTuple):
 
     @property
     def module(self) -> nn.Module:
-        """The layer that it belongs to."""
+        """The layer that the parameter belongs to."""
         return self.layers[-1]
 
     @property
@@ -108,15 +111,15 @@ class Place(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """Sends parameters to an optimizer. Of its conditions, all that are given have to hold.
+    """A rule that sends parameters to an optimizer. All conditions that it gives have to hold.
 
     Attributes:
-        reason: what the table says of such a parameter.
+        reason: the words in the table for such a parameter.
         optimizer: "AdamW" or "Muon".
         name: regular expression to be found in `Place.name`.
         layer: regular expression to be found in the name of the layer's class or of a class that it inherits from.
         when: function of a `Place`, for what names do not tell.
-        why: the reason at length, for readers of the book.
+        why: the reason at length, for readers of the rules.
     """
 
     reason: str
@@ -127,7 +130,7 @@ class Rule(NamedTuple):
     why: str = ""
 
     def holds(self, place: Place) -> bool:
-        """Whether the rule is about this parameter."""
+        """Whether the rule applies to this parameter."""
         return (
             (self.name is None or re.search(self.name, place.name) is not None)
             and (
@@ -145,12 +148,12 @@ _MULTIPLIES = re.compile(r"(?i)linear|conv|dense|proj")
 
 
 def is_vector(place: Place) -> bool:
-    """Whether all elements are along one dimension, as those of (1, 1, 768) are."""
+    """Whether all elements of a parameter are along one dimension, as those of (1, 1, 768) are."""
     return place.param.numel() == max(place.param.shape, default=1)
 
 
 def is_table(place: Place) -> bool:
-    """Whether the parameter stands for itself: it is not the weight of a linear layer or a convolution."""
+    """Whether a parameter is not the weight of a linear layer or a convolution."""
     return place.leaf != "weight" or not any(_MULTIPLIES.search(cls.__name__) for cls in class_of(place.module).__mro__)
 
 
@@ -213,7 +216,7 @@ def _is_wide(place: Place) -> bool:
 
 
 def _word(*words: str) -> str:
-    """Find a word in the last part of a name, or in the one before where that is `weight`."""
+    """Return a pattern for a word in the last part of a name, or in the part before where the last is `weight`."""
     return rf"(?i)(?<![a-z])(?:{'|'.join(words)})(?![a-z])[^.]*(?:\.weight)?$"
 
 
@@ -340,12 +343,13 @@ RULES: tuple[Rule, ...] = (
 
 
 class Heads(NamedTuple):
-    """Which names tell an output head: regular expressions for whole parts of a path, outside of numbered layers.
+    """Names that tell an output head: regular expressions for whole parts of a path, outside of numbered layers.
 
     Attributes:
-        ends: modules that end in an output head: one called so within another, or else their last matrix, unless a norm
-            follows it.
-        heads: modules whose last matrix is an output head; within one of `ends`, these and not that one's last.
+        ends: modules that end in an output head: a module of such a name inside another one, or else their last matrix,
+            unless a norm follows it.
+        heads: modules whose last matrix is an output head. Inside a module of `ends` they count, and its last matrix
+            not.
         never: modules that have none of `ends` below them.
         beside: parts of a head that are not its last matrix, whatever their order.
         positions: to be found in the names of embeddings whose number of rows is no number of classes.
@@ -376,14 +380,14 @@ HEADS = Heads(
 
 
 class Layer(NamedTuple):
-    """What is known of how a layer of a library holds one of its weights.
+    """A library's layer and how it holds one of its weights.
 
     Attributes:
         package: package or module of the class.
         layer: regular expression for the whole name of the class or of one that it inherits from.
         weight: regular expression for the whole name of the parameter below that layer.
-        split: what `split="auto"` cuts it to, or a function of the layer that says so, None for whole.
-        transposed: whether it is stored as (inputs, outputs), or a function of the layer that says so.
+        split: the split that `split="auto"` takes, None for none; or a function of the layer that returns it.
+        transposed: whether it is stored as (inputs, outputs), or a function of the layer that returns this.
     """
 
     package: str
@@ -393,19 +397,22 @@ class Layer(NamedTuple):
     transposed: bool | Callable[[Any], bool] = False
 
     def names(self, cls: type) -> bool:
-        """Whether the entry is about that class."""
+        """Whether the entry is about this class."""
         inside = f"{cls.__module__}.".startswith(f"{self.package}.")
         return inside and re.fullmatch(self.layer, cls.__name__) is not None
 
 
 def _experts_lie_turned(experts: Any) -> bool:
-    """Whether gate_up_proj is (experts, width, 2 · inner): down_proj is (experts, inner, width) then."""
+    """Whether gate_up_proj is (experts, width, 2 · inner), so that down_proj is (experts, inner, width)."""
     (_, rows, cols), (_, down_rows, down_cols) = experts.gate_up_proj.shape, experts.down_proj.shape
     return bool(cols == 2 * down_rows and rows == down_cols)
 
 
 def _gate_and_up(experts: Any) -> str:
-    """GPT-OSS's columns alternate; all others' halves follow one another."""
+    """Return the split of fused gate and up projections.
+
+    GPT-OSS's columns alternate; all others' halves follow one another.
+    """
     dim = int(_experts_lie_turned(experts))
     if getattr(experts, "is_concatenated", not type(experts).__name__.startswith("GptOss")):
         return equal(2, dim=dim)
@@ -434,7 +441,7 @@ LAYERS: tuple[Layer, ...] = (
     Layer("torch", r"Conv(Transpose)?[23]d", "weight", lambda m: equal(m.groups) if m.groups > 1 else None),
     Layer("torch", r"ConvTranspose\dd", "weight", transposed=True),
     Layer("transformers", "Conv1D", "weight", transposed=True),
-    # GPT-2 and its relatives. Of cross-attention, c_attn holds keys and values.
+    # GPT-2 and models built like it. Of cross-attention, c_attn holds keys and values.
     Layer(
         "transformers",
         "(GPT2|DecisionTransformerGPT2|ImageGPT)Attention",
@@ -528,14 +535,14 @@ LAYERS: tuple[Layer, ...] = (
 
 
 def known_layers(place: Place) -> list[tuple[str | None, bool]]:
-    """For each entry of LAYERS that is about a parameter: what it is cut to, and whether it is transposed."""
+    """Return (split, transposed) of each entry of LAYERS that applies to a parameter."""
     parts = place.name.split(".")
     found = []
     for depth, module in enumerate(place.layers):
         weight = ".".join(parts[depth:])
         for layer in LAYERS:
             if re.fullmatch(layer.weight, weight) and any(layer.names(cls) for cls in class_of(module).__mro__):
-                found.append((_cut(layer, module, place), _lies_turned(layer, module)))
+                found.append((_split_of(layer, module, place), _lies_turned(layer, module)))
     return found
 
 
@@ -543,8 +550,11 @@ def _lies_turned(layer: Layer, module: nn.Module) -> bool:
     return layer.transposed(module) if callable(layer.transposed) else layer.transposed
 
 
-def _cut(layer: Layer, module: nn.Module, place: Place) -> str | None:
-    """What the layer says, if the parameter is read as the layer means it and can be cut so."""
+def _split_of(layer: Layer, module: nn.Module, place: Place) -> str | None:
+    """Return the split of a layer's weight.
+
+    Returns None if the parameter does not fit it, or is not read as the layer means it.
+    """
     try:
         split = layer.split(module) if callable(layer.split) else layer.split
         pieces(place.param.shape, None, split)

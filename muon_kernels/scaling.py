@@ -1,4 +1,4 @@
-"""How the learning rate of a matrix follows from its shape, and weight decay from the learning rate."""
+"""Factors of the learning rate by a matrix's shape, and of weight decay by the learning rate."""
 
 import math
 import sys
@@ -42,7 +42,10 @@ def rule_name(rule: AdjustLr) -> str:
 
 
 def _found(name: str) -> Any:
-    """What "package.module:qualname" is, None if nothing. Modules are not imported: the name may be a checkpoint's."""
+    """Return what "package.module:qualname" names, or None.
+
+    Modules are not imported: the name may come from a checkpoint.
+    """
     module, _, qualname = name.partition(":")
     found: Any = sys.modules.get(module)
     for attribute in qualname.split("."):
@@ -51,10 +54,11 @@ def _found(name: str) -> Any:
 
 
 def rule_of(adjust_lr_fn: str | AdjustLr | None) -> AdjustLr:
-    """The function that an option means.
+    """Return the function that an option means.
 
     Args:
-        adjust_lr_fn: a name in ADJUST_LR, None for "original", a function of (rows, cols), or what `rule_name` said.
+        adjust_lr_fn: a name in ADJUST_LR, None for "original", a function of (rows, cols), or what `rule_name`
+            returned.
 
     Raises:
         ValueError: an unknown name.
@@ -75,12 +79,12 @@ def rule_of(adjust_lr_fn: str | AdjustLr | None) -> AdjustLr:
 
 
 def lr_ratio(adjust_lr_fn: str | AdjustLr | None, rows: int, cols: int) -> float:
-    """The factor on the learning rate of a rows x cols matrix; weight decay goes without it.
+    """Return the factor of the learning rate for a rows x cols matrix. It does not apply to weight decay.
 
     Args:
         adjust_lr_fn: see `rule_of`.
-        rows: of the matrix as the parameter has it, that is outputs. May be 0.
-        cols: likewise, that is inputs. May be 0.
+        rows: of the matrix as the parameter holds it: outputs. May be 0.
+        cols: of the matrix as the parameter holds it: inputs. May be 0.
 
     Raises:
         ValueError: an unknown name, or a function that returned a negative, infinite or NaN number.
@@ -105,14 +109,15 @@ WEIGHT_DECAY_FORMS = (
 
 
 def decayed(form: str, lr: Number, weight_decay: Number, peak_lr: Number) -> tuple[Number, Number]:
-    """The (lr, weight_decay) whose product is what decays in a form; backends know no other.
+    """Return the (lr, weight_decay) whose product decays parameters as `form` says; backends know no other form.
 
     Tensors stay on their device, and nothing waits for them.
 
     Args:
         form: in WEIGHT_DECAY_FORMS.
-        lr: of this step. At 0 nothing moves, in any form: torch.distributed.checkpoint makes state by such a step.
-            Above, it is at least 1e-30 for "independent", which no update shows.
+        lr: of this step. At 0 nothing moves, whatever the form: torch.distributed.checkpoint makes state by such a
+            step. For "independent" any lr above 0 counts as at least 1e-30, so that the quotient is finite; no update
+            shows it.
         weight_decay: as the user gave it.
         peak_lr: the largest lr of the schedule.
     """

@@ -1,14 +1,14 @@
-"""What a parameter is cut to, where it holds several matrices in one: fused projections, heads, halves, experts.
+"""Splits of parameters that hold several matrices in one: fused projections, heads, halves, experts.
 
-A cut is a line of text, which these functions write; so it can stand in a configuration file and is saved in a
-checkpoint as it is. The parts are views: nothing is copied but where `qkv` and `blocks` say so.
+A split is a line of text, which these functions return. So it can stand in a configuration file, and checkpoints hold
+it as it is. The parts are views: nothing is copied but where `qkv` and `blocks` say so.
 
 >>> from muon_kernels.split import blocks, equal, heads, qkv
 >>> qkv(12, 4)
 'qkv(12, 4)'
 
-`param_groups(model, split="auto")` cuts what `muon_kernels.rules.LAYERS` knows. By hand: where the model is torch's
-nn.Linear, outputs are rows (`dim=0`); where it is (inputs, outputs), columns (`dim=1`):
+`param_groups(model, split="auto")` splits what `muon_kernels.rules.LAYERS` knows. By hand: where the layer is torch's
+nn.Linear, outputs are rows (`dim=0`); where its weight is (inputs, outputs), they are columns (`dim=1`):
 
     GPT-2's c_attn, a Conv1D of (in, out)              equal(3, dim=1), each head by itself equal(36, dim=1)
     nn.MultiheadAttention's in_proj_weight             equal(3)
@@ -39,12 +39,15 @@ __all__ = ["blocks", "equal", "heads", "qkv"]
 
 
 def equal(n: int, dim: int = 0) -> str:
-    """Cut to `n` consecutive parts of equal size.
+    """Split into `n` consecutive parts of equal size.
 
     Args:
         n: number of parts.
-        dim: 0 cuts the rows of every matrix, 1 the columns; of a parameter that is flattened to a matrix, such as a
-            convolution, the first or the second dimension.
+        dim: the dimension of every matrix that is divided: 0 for rows, 1 for columns. Of a parameter that is flattened
+            to a matrix, such as a convolution, the first or the second dimension.
+
+    Returns:
+        The split, a line of text for the option `split`.
 
     Raises:
         ValueError, TypeError: `n` is no positive int or `dim` neither 0 nor 1.
@@ -53,37 +56,52 @@ def equal(n: int, dim: int = 0) -> str:
 
 
 def heads(n: int, dim: int = 0) -> str:
-    """Cut to `n` heads, each a matrix of its own: `equal(n)` by its purpose.
+    """Split into `n` heads, each a matrix of its own: `equal(n)` by its purpose.
 
     Args:
         n: number of heads, those of keys and values included where they are fused.
         dim: see `equal`; 1 for output projections.
+
+    Returns:
+        The split, a line of text for the option `split`.
+
+    Raises:
+        ValueError, TypeError: see `equal`.
     """
     return _written("heads", n, dim=dim)
 
 
 def blocks(*sizes: int, interleaved: bool = False, dim: int = 0) -> str:
-    """Cut to consecutive parts of the given sizes.
+    """Split into consecutive parts of the given sizes.
 
     Args:
         sizes: of the parts.
-        interleaved: the sizes occur again and again until the dimension is full, and a part is all its occurrences.
-            Unless it is 1 wide, no strides describe that: such parts are stepped in copies of themselves.
+        interleaved: whether the sizes repeat until the dimension is full, a part being all its occurrences. Unless a
+            part is 1 wide, no strides describe that: such parts are stepped in copies.
         dim: see `equal`.
+
+    Returns:
+        The split, a line of text for the option `split`.
+
+    Raises:
+        ValueError, TypeError: a size is no positive int, `interleaved` no bool or `dim` neither 0 nor 1.
     """
     return _written("blocks", *sizes, interleaved=interleaved, dim=dim)
 
 
 def qkv(q_heads: int, kv_heads: int | None = None, *, interleaved: bool = False, dim: int = 0) -> str:
-    """Cut a fused projection to three matrices: that of all queries, of all keys, of all values.
+    """Split a fused projection into three matrices: that of all queries, of all keys, and of all values.
 
     Args:
-        q_heads: number of heads of queries.
-        kv_heads: of keys, and of values; None for as many as of queries.
-        interleaved: the heads are ordered by groups, each of q_heads / kv_heads queries, a key and a value, as in
-            Megatron; else all queries come first, then all keys, then all values. Of more than one group, no strides
-            describe the three: they are stepped in copies. `heads(q_heads + 2 * kv_heads)` needs none.
+        q_heads: number of query heads.
+        kv_heads: number of key heads, and of value heads; None for as many as query heads.
+        interleaved: whether heads are ordered by groups, each of q_heads / kv_heads queries, a key and a value, as in
+            Megatron. Else all queries come first, then all keys, then all values. With more than one group no strides
+            describe the three, which are then stepped in copies; `heads(q_heads + 2 * kv_heads)` needs none.
         dim: see `equal`.
+
+    Returns:
+        The split, a line of text for the option `split`.
 
     Raises:
         ValueError, TypeError: q_heads is no multiple of kv_heads, or see `equal`.
@@ -117,8 +135,15 @@ _WANTED = "what muon_kernels.split's blocks, equal, heads and qkv return, such a
 _TEXT = re.compile(r"(\w+)\((\d+(?:, ?\d+)*)(, ?interleaved=True)?(?:, ?dim=(\d+))?\)")
 
 
-class _Cut(NamedTuple):
-    """Consecutive (count, share) of a dimension, `runs` times over; None: as often as they fit. Shares may be sizes."""
+class _Parsed(NamedTuple):
+    """A split as numbers.
+
+    Attributes:
+        shares: consecutive (count, share) of a dimension: so many parts with the same share of it.
+        runs: how often the shares repeat; None for as often as they fit.
+        sizes: whether shares are sizes, not proportions.
+        dim: see `equal`.
+    """
 
     shares: tuple[tuple[int, int], ...]
     runs: int | None
@@ -132,11 +157,11 @@ def check_split(split: Any) -> None:
         return
     if not isinstance(split, str):
         raise TypeError(f"split should be {_WANTED}, but is: {split!r}")
-    _cut(split)
+    _parsed(split)
 
 
 @lru_cache
-def _cut(split: str) -> _Cut:
+def _parsed(split: str) -> _Parsed:
     found = _TEXT.fullmatch(split)
     if found is None or found[1] not in _FORMS:
         raise ValueError(f"split should be {_WANTED}, but is: {split!r}")
@@ -147,7 +172,7 @@ def _cut(split: str) -> _Cut:
     except TypeError as error:
         raise ValueError(f"split={split!r} is no call of muon_kernels.split.{name}: {error}") from None
     if name in ("equal", "heads"):
-        return _Cut(((numbers[0], 1),), 1, False, dim)
+        return _Parsed(((numbers[0], 1),), 1, False, dim)
     runs: int | None = 1
     if name == "qkv":
         q, kv = numbers[0], numbers[-1]
@@ -155,34 +180,34 @@ def _cut(split: str) -> _Cut:
     elif interleaved:
         runs = None
     shares = tuple((len(list(equals)), share) for share, equals in groupby(numbers))
-    return _Cut(shares, runs, name == "blocks", dim)
+    return _Parsed(shares, runs, name == "blocks", dim)
 
 
 @lru_cache(maxsize=65536)
 def pieces(
-    shape: tuple[int, ...], flatten: bool | None, split: str | None, apart: bool = False
+    shape: tuple[int, ...], flatten: bool | None, split: str | None, separate: bool = False
 ) -> tuple[Piece | None, ...]:
-    """What a parameter of that size is cut to; (None,) for one that is left whole.
+    """Return the pieces that a parameter of this size is split into; (None,) for one that is left whole.
 
     Args:
         shape: of at least two dimensions.
         flatten: see `Muon`.
         split: from a function of this module.
-        apart: every part by itself; else those that follow one another and are equally large are together.
+        separate: whether every part is a piece of its own; else consecutive parts of equal size are one piece.
 
     Raises:
         ValueError: the split does not fit.
     """
     if split is None:
         return (None,)
-    shares, runs, sizes, dim = _cut(split)
+    shares, runs, sizes, dim = _parsed(split)
     if not flattens(shape, flatten):
         dim += len(shape) - 2
     n, total = shape[dim], sum(count * share for count, share in shares)
     if sizes:
         runs, rest = divmod(n, total) if runs is None else (1, n - total)
         if rest:
-            how = "repeat" if _cut(split).runs is None else "sum"
+            how = "repeat" if _parsed(split).runs is None else "sum"
             raise ValueError(
                 f"the sizes of split={split!r} should {how} to {n}, dimension {dim} of the parameter of size "
                 f"{tuple(shape)}, but sum to {total}"
@@ -199,21 +224,21 @@ def pieces(
     found, start = [], 0
     for count, share in shares:
         size = share * unit
-        for i in range(count) if apart else (0,):
-            found.append(Piece(dim, start + i * size, 1 if apart else count, size, runs, total * unit))
+        for i in range(count) if separate else (0,):
+            found.append(Piece(dim, start + i * size, 1 if separate else count, size, runs, total * unit))
         start += count * size
     return tuple(found)
 
 
 def by_name(split: Mapping[str, str], names: Sequence[str]) -> list[str | None]:
-    """The split of each of the named parameters, None for those to be left whole.
+    """Return the split of each of the named parameters, None for those that are left whole.
 
     Args:
         split: by name or `fnmatch` pattern.
         names: of the parameters.
 
     Raises:
-        ValueError: a pattern that matches none, or two that match the same.
+        ValueError: a pattern matches no name, or two patterns match the same.
     """
     chosen: dict[str, str] = {}
     for pattern in split:
@@ -228,12 +253,12 @@ def by_name(split: Mapping[str, str], names: Sequence[str]) -> list[str | None]:
 
 
 def matching(pattern: str, names: Iterable[str]) -> list[str]:
-    """Those that are `pattern` or that it matches."""
+    """Return the names that are `pattern` or that it matches."""
     return [name for name in names if name == pattern or fnmatchcase(name, pattern)]
 
 
 def close(pattern: str, names: Iterable[str]) -> str:
-    """Names like the pattern, as the end of a sentence; empty if there are none."""
+    """Return names like the pattern, as the end of a sentence; empty if there are none."""
     from difflib import get_close_matches
 
     likely = get_close_matches(pattern, list(names), n=3, cutoff=0.4)

@@ -1,4 +1,4 @@
-"""What a tensor must be: dense, of a size, apart from others; the part of a DTensor that this rank has."""
+"""Checks of tensors: dense, of a size, disjoint from others; and the shard of a DTensor that this rank holds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ _PLAIN = {Tensor, nn.Parameter}
 
 
 def is_dtensor(t: Any) -> TypeGuard[DTensor]:
-    """Whether it is a DTensor; without importing what costs a second and who has none never needs."""
+    """Whether `t` is a DTensor.
+
+    Does not import torch.distributed.tensor, which takes a second: without that module there are no DTensors.
+    """
     if type(t) in _PLAIN:  # asked some times of every tensor of every step
         return False
     module = sys.modules.get("torch.distributed.tensor")
@@ -26,12 +29,12 @@ def is_dtensor(t: Any) -> TypeGuard[DTensor]:
 
 
 def any_dtensor(tensors: Iterable[Tensor]) -> bool:
-    """Whether any of them is a DTensor, in little time where all are plain."""
+    """Whether any of `tensors` is a DTensor. Takes little time where all are plain."""
     return not _PLAIN.issuperset(map(type, tensors)) and any(map(is_dtensor, tensors))
 
 
 def local(t: Tensor) -> Tensor:
-    """The part of a DTensor that this rank holds; any other tensor itself."""
+    """Return the shard of a DTensor that this rank holds; any other tensor as it is."""
     return t._local_tensor if is_dtensor(t) else t
 
 
@@ -42,7 +45,7 @@ FLATTENED = (
 
 
 def check_whole(name: str, p: Tensor) -> None:
-    """Raise ValueError if FSDP1 has made a flat vector, or ZeRO-3 nothing, of what may have been a matrix."""
+    """Raise ValueError if FSDP1 has flattened a parameter to a vector, or ZeRO-3 has emptied it."""
     whole = getattr(p, "ds_shape", None)
     if whole is not None and tuple(whole) != tuple(p.shape):
         raise ValueError(f"{name} should be of size {tuple(whole)} but ZeRO-3 leaves {tuple(p.shape)}: {FLATTENED}")
@@ -59,7 +62,7 @@ MOMENTUM_DTYPES = (*DTYPES, torch.int8)
 
 
 def has_memory(t: Tensor) -> bool:
-    """Whether the elements can be reached by address: not those of torch's wrappers."""
+    """Whether the elements of `t` can be reached by address. Those of torch's wrappers cannot."""
     try:
         return t.data_ptr() != 0
     except RuntimeError:
@@ -102,8 +105,8 @@ def check_like(name: str, t: Tensor, p: Tensor) -> None:
         raise ValueError(f"{name} should have the parameter's size {tuple(p.shape)} but has: {tuple(t.shape)}")
 
 
-def check_apart(tensors: Sequence[tuple[str, Tensor]]) -> None:
-    """Raise ValueError if two elements of the named tensors share memory: a step would write it twice."""
+def check_disjoint(tensors: Sequence[tuple[str, Tensor]]) -> None:
+    """Raise ValueError if two elements of the named tensors share memory, which a step would write twice."""
     tensors = [(name, local(t)) for name, t in tensors]
     for name, t in tensors:
         if overlaps_itself(t.shape, t.stride()):
@@ -120,13 +123,13 @@ def check_apart(tensors: Sequence[tuple[str, Tensor]]) -> None:
 
 
 def check_momentum(buffer: Tensor, p: Tensor) -> None:
-    """Raise ValueError or TypeError unless it can be a momentum of `p`."""
+    """Raise ValueError or TypeError unless `buffer` can be a momentum of `p`."""
     check_dense("momentum_buffer", buffer, MOMENTUM_DTYPES)
     check_like("momentum_buffer", buffer, p)
     check_device("momentum_buffer", buffer, p)
 
 
 def check_device(name: str, t: Tensor, p: Tensor) -> None:
-    """Raise ValueError unless `t` is where the parameter is."""
+    """Raise ValueError unless `t` is on the parameter's device."""
     if t.device != p.device:
         raise ValueError(f"{name} should be on the parameter's device {p.device} but is on: {t.device}")

@@ -20,7 +20,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from muon_kernels import Muon, MuonAdamW, SpectralMomentum, backends, memory, split
-from muon_kernels.backends import eager
+from muon_kernels.backends import eager_products
 
 BF16 = torch.bfloat16
 SHAPES = [(24, 16), (16, 24), (2, 16, 20), (8, 4, 3, 3), (24, 16)]
@@ -142,7 +142,7 @@ def main(path: str) -> int:
     library.failing_memory_begin.argtypes = [ctypes.c_long]
     library.failing_memory_end.restype = ctypes.c_long
     # oneDNN's 16-bit product asks for memory of its own every time.
-    eager.emulates = lambda device_type, dtype: True
+    eager_products.emulates = lambda device_type, dtype: True
     tried, failed = 0, 0
     for backend, name, (when, history) in product(("cpu", "eager"), OPTIMIZERS, HISTORIES.items()):
         if backends.unavailable(backend):

@@ -1,12 +1,15 @@
 """The coefficient sets: their digits, their ranges, and what a user's choice resolves to."""
 
+import inspect
 import math
 
 import pytest
 import torch
 from checks.matrices import polynomial
 
+from muon_kernels import Muon
 from muon_kernels.coefficients import COEFFICIENTS, DEFAULT, resolve
+from muon_kernels.distributed import ZeroMuon
 
 KELLER = (3.4445, -4.7750, 2.0315)
 ROUNDED_UP = 1 + 2**-8  # the largest singular value after normalising and rounding to bfloat16
@@ -236,3 +239,9 @@ def test_resolve_remembers(ns_coefficients):
 def test_numbers_beyond_fp32_are_refused() -> None:
     with pytest.raises(ValueError, match="fit fp32"):
         resolve((1e300, 1.0, 1.0))
+
+
+def test_signatures_show_the_default() -> None:
+    """As numbers, which a reader of `help(Muon)` knows from torch.optim.Muon."""
+    for optimizer in (Muon, ZeroMuon):
+        assert inspect.signature(optimizer).parameters["ns_coefficients"].default == COEFFICIENTS[DEFAULT].triples[0]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from muon_kernels import Muon, orthogonalize
-from muon_kernels.backends import eager
+from muon_kernels.backends import eager, eager_products
 from muon_kernels.newton_schulz import Square
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -19,7 +19,7 @@ DTYPES = [torch.bfloat16, torch.float16]
 @pytest.fixture(params=[True, False], ids=["emulated", "native"])
 def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether torch emulates 16-bit products, whatever it does on this machine."""
-    monkeypatch.setattr(eager, "emulates", lambda device_type, dtype: request.param)
+    monkeypatch.setattr(eager_products, "emulates", lambda device_type, dtype: request.param)
     return request.param
 
 
@@ -92,7 +92,7 @@ def test_the_same_result_either_way(monkeypatch: pytest.MonkeyPatch, dtype: torc
     G = torch.randn(2, 24, 40)
     results = []
     for answer in (True, False):
-        monkeypatch.setattr(eager, "emulates", lambda device_type, dtype, answer=answer: answer)
+        monkeypatch.setattr(eager_products, "emulates", lambda device_type, dtype, answer=answer: answer)
         results.append(orthogonalize(G, backend="eager", workspace_dtype=dtype))
     difference = (results[0] - results[1]).norm() / results[1].norm()
     assert difference <= 4 * torch.finfo(dtype).eps, "sums of another order, rounded through five steps"
@@ -111,6 +111,6 @@ def test_the_same_result_either_way(monkeypatch: pytest.MonkeyPatch, dtype: torc
 def test_who_emulates_bf16(monkeypatch: pytest.MonkeyPatch, takes: bool, capabilities: Any, expected: bool) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: takes, raising=False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    asked = eager.emulates.__wrapped__
+    asked = eager_products.emulates.__wrapped__
     assert asked("cpu", torch.bfloat16) == expected
     assert not asked("cuda", torch.bfloat16) and not asked("cpu", torch.float32)

@@ -20,6 +20,7 @@ from muon_kernels.backends import cpu
 from muon_kernels.coefficients import resolve
 from muon_kernels.layout import Matrices, layout
 from muon_kernels.newton_schulz import Square
+from muon_kernels.verbs import ApplyOptions, ApplyUpdate, MomentumUpdate, Step
 
 # How a parameter of (rows, cols) may lie in memory.
 LAYOUTS: dict[str, Callable[[int, int], Tensor]] = {
@@ -59,6 +60,11 @@ def wide(t: Tensor) -> Tensor:
     return t.mT if t.shape[0] > t.shape[1] else t
 
 
+def plain_direction(grads: list[Matrices], X: Tensor, margin: float = 1.0) -> MomentumUpdate:
+    """The gradient itself."""
+    return MomentumUpdate(grads, None, X, 0.0, False, True, 1.0, 1e-7, margin)
+
+
 @pytest.mark.parametrize("dampened", [True, False])
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -72,15 +78,9 @@ def test_momentum_update(backend: str, kind: str, dtype: torch.dtype, nesterov: 
         kept, before = [g.clone() for g in grads], [b.double() for b in buffers]
         X, block = workspace(3, m, n)
         scale = ops.momentum_update(
-            [matrices(g) for g in grads],
-            [matrices(b) for b in buffers],
-            X,
-            momentum=mu,
-            nesterov=nesterov,
-            dampened=dampened,
-            grad_scale=-0.5,
-            eps=1e-7,
-            margin=1.0,
+            MomentumUpdate(
+                [matrices(g) for g in grads], [matrices(b) for b in buffers], X, mu, nesterov, dampened, -0.5, 1e-7, 1.0
+            )
         )
         assert_untouched(block)
         for i, (g, b, old) in enumerate(zip(grads, buffers, before, strict=True)):
@@ -106,7 +106,7 @@ def test_apply_update(backend: str, kind: str, dtype: torch.dtype) -> None:
         before = [p.double() for p in params]
         X = workspace(3, m, n)[0].copy_(torch.randn(3, m, n))
         versions = [p._version for p in params]
-        ops.apply_update([matrices(p) for p in params], X, lr=0.5, weight_decay=0.5, ratios=[1.0, 2.0, 4.0])
+        ops.apply_update(ApplyUpdate([matrices(p) for p in params], X, 0.5, 0.5, [1.0, 2.0, 4.0]))
         for i, p in enumerate(params):
             update = (X[i].mT if shape[0] > shape[1] else X[i]).double()
             exact = 0.75 * before[i] - [0.5, 1.0, 2.0][i] * update
@@ -121,22 +121,12 @@ def test_a_parameter_may_hold_several_matrices(backend: str) -> None:
     before = [p.clone() for p in params]
     grads = [torch.randn(p.shape) for p in params]
     X = torch.empty(5, 5, 7, dtype=torch.bfloat16)
-    scale = ops.momentum_update(
-        [matrices(g) for g in grads],
-        None,
-        X,
-        momentum=0.0,
-        nesterov=False,
-        dampened=True,
-        grad_scale=1.0,
-        eps=1e-7,
-        margin=1.0,
-    )
+    scale = ops.momentum_update(plain_direction([matrices(g) for g in grads], X))
     directions = torch.cat(grads).double()
     exact = directions / directions.norm(dim=(1, 2), keepdim=True)
     x = X.double() if scale is None else X.double() * scale[:, None, None]
     torch.testing.assert_close(x, exact, rtol=2**-8, atol=0)
-    ops.apply_update([matrices(p) for p in params], X, lr=0.5, weight_decay=1.0, ratios=[2.0, 2.0, 4.0, 4.0, 4.0])
+    ops.apply_update(ApplyUpdate([matrices(p) for p in params], X, 0.5, 1.0, [2.0, 2.0, 4.0, 4.0, 4.0]))
     for p, old, x, step_size in zip(params, before, X.split([2, 3]), [1.0, 2.0], strict=True):
         torch.testing.assert_close(p, 0.5 * old - step_size * x.float(), rtol=1e-6, atol=1e-6)
 
@@ -149,17 +139,7 @@ def test_the_direction_is_rounded_to_nearest_even(backend: str) -> None:
     X = torch.empty(2, 24, 40, dtype=torch.bfloat16)
     nan = torch.full_like(G, torch.nan)
     nan.view(torch.int32)[::2] = 0x7FFFFFFF  # whose upper half plus one would be a zero
-    backends.get(backend).momentum_update(
-        [matrices(G), matrices(nan)],
-        None,
-        X,
-        momentum=0.0,
-        nesterov=False,
-        dampened=True,
-        grad_scale=1.0,
-        eps=1e-7,
-        margin=1.0,
-    )
+    backends.get(backend).momentum_update(plain_direction([matrices(G), matrices(nan)], X))
     assert torch.equal(X[0], G.bfloat16())
     assert X[1].isnan().all()
 
@@ -170,7 +150,7 @@ def test_memory_around_a_slice_is_untouched(backend: str) -> None:
         block = make()
         p = block[3:33, 5:25]
         X = torch.randn(1, 20, 30).bfloat16()
-        ops.apply_update([matrices(p)], X, lr=1.0, weight_decay=0.0, ratios=[1.0])
+        ops.apply_update(ApplyUpdate([matrices(p)], X, 1.0, 0.0, [1.0]))
         inside = torch.zeros_like(block, dtype=torch.bool)
         inside[3:33, 5:25] = True
         assert (block[~inside] == 77).all()
@@ -184,9 +164,7 @@ def test_direction_keeps_its_digits_at_any_scale(backend: str, factor: float) ->
     results = []
     for g in (G, G * factor):
         X = torch.empty(1, 20, 30, dtype=torch.bfloat16)
-        scale = ops.momentum_update(
-            [matrices(g)], None, X, momentum=0.0, nesterov=False, dampened=True, grad_scale=1.0, eps=1e-7, margin=1.0
-        )
+        scale = ops.momentum_update(plain_direction([matrices(g)], X))
         scale = torch.ones(1) if scale is None else scale
         assert 2.0**-30 <= float(scale) <= 2.0**30
         results.append(X.double() * scale)
@@ -200,19 +178,7 @@ def test_scale_does_not_depend_on_threads(backend: str) -> None:
     scales = []
     for threads in (2, 1):
         torch.set_num_threads(threads)
-        scales.append(
-            ops.momentum_update(
-                [matrices(G)],
-                None,
-                X,
-                momentum=0.0,
-                nesterov=False,
-                dampened=True,
-                grad_scale=1.0,
-                eps=1e-7,
-                margin=1.0,
-            )
-        )
+        scales.append(ops.momentum_update(plain_direction([matrices(G)], X)))
     if scales[0] is not None:
         assert torch.equal(*scales)
         torch.testing.assert_close(scales[0].double(), 1 / G.double().norm()[None], rtol=2**-24, atol=0)
@@ -225,9 +191,7 @@ def test_scale_of_what_has_no_norm(backend: str) -> None:
     G[1, 2, 3] = torch.inf
     G[2, 5, 8] = torch.nan
     X = torch.empty(4, 6, 9, dtype=torch.bfloat16)
-    scale = backends.get(backend).momentum_update(
-        [matrices(G)], None, X, momentum=0.0, nesterov=False, dampened=True, grad_scale=1.0, eps=1e-7, margin=1.25
-    )
+    scale = backends.get(backend).momentum_update(plain_direction([matrices(G)], X, margin=1.25))
     if scale is not None:  # so that a whole matrix is spoilt, not an element
         assert scale[0] == 0 and scale[1:3].isnan().all()
     x = X.float() if scale is None else X * scale[:, None, None]
@@ -271,8 +235,7 @@ def test_fused_step_is_its_parts(
         ((random(shape, kind, torch.float32) * s).to(momentum_dtype), random(shape, "contiguous", torch.bfloat16))
         for s in scales
     ]
-    scalars = dict(momentum=0.9, nesterov=nesterov, dampened=dampened, grad_scale=2.0, eps=1e-7, margin=1.0)
-    update = dict(lr=0.5, weight_decay=0.5, ratios=[1.0 + i for i in range(count)], **options)
+    ratio = [1.0 + i for i in range(count)]
 
     def iteration(batch: int) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
         X, block = workspace(batch, m, n)
@@ -291,12 +254,14 @@ def test_fused_step_is_its_parts(
         versions = [p._version for p in params]
         g, b, p = ([matrices(t) for t in ts] for ts in (grads, momenta, params))
         X, block, iterate = iteration(slots if fused else count)
+        momentum = MomentumUpdate(g, b, X, 0.9, nesterov, dampened, 2.0, 1e-7, 1.0)
+        apply = ApplyUpdate(p, X, 0.5, 0.5, ratio)
         if fused:
-            ops.fused_step(p, g, b, X, iterate, triples=(), **scalars, **update)
+            ops.fused_step(Step(momentum, iterate, (), apply, ApplyOptions(**options)))
         else:
-            scale = ops.momentum_update(g, b, X, **scalars)
+            scale = ops.momentum_update(momentum)
             assert scale is not None
-            ops.apply_update(p, iterate(scale), **update)
+            ops.apply_update(apply._replace(x=iterate(scale)), ApplyOptions(**options))
         assert_untouched(block)
         assert all(t._version > was for t, was in zip(params, versions, strict=True))
         results.append(momenta + params)
@@ -345,21 +310,9 @@ def miss_memory(isa: str) -> None:
         return X
 
     def step(iterate: Callable[[Tensor], Tensor]) -> None:
-        cpu.fused_step(
-            *([matrices(t) for t in ts] for ts in (params, grads, momenta)),
-            X,
-            iterate,
-            triples=(),
-            momentum=0.9,
-            nesterov=True,
-            dampened=True,
-            grad_scale=1.0,
-            eps=1e-7,
-            margin=1.0,
-            lr=0.5,
-            weight_decay=0.5,
-            ratios=[1.0] * count,
-        )
+        p, g, b = ([matrices(t) for t in ts] for ts in (params, grads, momenta))
+        momentum = MomentumUpdate(g, b, X, 0.9, True, True, 1.0, 1e-7, 1.0)
+        cpu.fused_step(Step(momentum, iterate, (), ApplyUpdate(p, X, 0.5, 0.5, [1.0] * count), ApplyOptions()))
 
     with cpu.forced(isa):
         for call in (lambda: cpu.gemm(Square(A), B, out=out), lambda: step(iterate)):

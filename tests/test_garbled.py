@@ -15,7 +15,7 @@ import torch
 from garbling import snapshot
 from torch import Tensor, nn
 
-from muon_kernels import Muon, MuonAdamW, backends, interrupts
+from muon_kernels import Muon, MuonAdamW, SpectralAdam, SpectralMomentum, backends, interrupts
 
 GARBLING = Path(__file__).with_name("garbling.py")
 CASES = 70
@@ -205,6 +205,45 @@ def test_ctrl_c_waits_for_the_end_of_a_step(backend: str, monkeypatch: pytest.Mo
                 optimizer.step()
         else:
             optimizer.step()
+        return snapshot(optimizer)
+
+    assert run(interrupted=False) == run(interrupted=True)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("_interruptible")
+@pytest.mark.parametrize("after", [0, 1, 2])
+@pytest.mark.parametrize("kind", [Muon, SpectralMomentum, SpectralAdam])
+def test_ctrl_c_between_groups_waits_for_all(kind: type[Muon | SpectralAdam], after: int) -> None:
+    """Also where no task runs: between two groups, or moments and the matrix that they are for."""
+
+    def run(interrupted: bool) -> Any:
+        shapes = [(4, 4), (5, 3), (3, 7)]
+        params = [nn.Parameter(torch.ones(shape)) for shape in shapes]
+        optimizer = kind([{"params": [p], "lr": 0.1 * (i + 1)} for i, p in enumerate(params)])
+        for p in params:
+            p.grad = torch.eye(*p.shape)
+        optimizer.step()
+        before = [p.detach().clone() for p in params]
+        # Both are called within the step of a group, before its matrices are: of the first, the second, the third.
+        name = "_adamw" if kind is SpectralAdam else "_keep"
+        own, calls = getattr(optimizer, name), []
+
+        def called(*args: Any) -> None:
+            own(*args)
+            calls.append(args)
+            # SpectralAdam's has a call for vectors, of which there are none, and one for matrices.
+            if interrupted and len(calls) == (2 * after + 2 if kind is SpectralAdam else after + 1):
+                os.kill(os.getpid(), signal.SIGINT)
+
+        setattr(optimizer, name, called)
+        if interrupted:
+            with pytest.raises(KeyboardInterrupt):
+                optimizer.step()
+        else:
+            optimizer.step()
+        delattr(optimizer, name)
+        assert not any(torch.equal(p, old) for p, old in zip(params, before, strict=True))
         return snapshot(optimizer)
 
     assert run(interrupted=False) == run(interrupted=True)

@@ -43,7 +43,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From below. A room is a folder or a file of the package, and imports from lower floors only.
 FLOORS = (
     ("coefficients", "graphs", "interrupts", "layout", "memory", "reference", "scaling", "_version"),
-    ("newton_schulz", "powers", "split", "tensors"),
+    ("segments",),
+    ("newton_schulz", "powers", "split", "tensors", "verbs"),
     ("rules", "spectra", "stages", "triton_kernels"),
     ("backends", "checkpoint"),
     ("options",),

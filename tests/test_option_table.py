@@ -5,8 +5,9 @@ from dataclasses import fields
 
 from muon_kernels import Muon
 from muon_kernels.distributed.strategies import STRATEGIES
-from muon_kernels.options import OPTIONS, PREPARED
+from muon_kernels.options import OPTIONS, PREPARED_OPTIONS
 from muon_kernels.options import STRATEGIES as NAMES
+from muon_kernels.stages import STAGES
 from muon_kernels.step.options import StepOptions
 
 
@@ -22,5 +23,6 @@ def test_every_strategy_has_a_name() -> None:
 
 def test_what_prepare_is_told_makes_it_prepare_anew() -> None:
     """`schedule` comes of three options, and `momentum` of the optimizer."""
-    told = {field.name for field in fields(StepOptions)} - {"schedule", "momentum"}
-    assert told | {"ns_coefficients", "ns_steps"} <= set(PREPARED)
+    told = {field.name for field in fields(StepOptions)} - {"schedule", "stages", "momentum"}
+    told |= {stage.option for stage in STAGES}
+    assert told | {"ns_coefficients", "ns_steps"} <= set(PREPARED_OPTIONS)

@@ -351,7 +351,7 @@ def test_halves_of_every_upper_half() -> None:
 
 MASTERS: dict[str, dict[str, Any]] = {
     "default": {},
-    "relatives": {"cautious": True, "second_moment": "element", "weight_decay_form": "independent"},
+    "variants": {"cautious": True, "second_moment": "element", "weight_decay_form": "independent"},
     "neuron": {"second_moment": "neuron", "lr": torch.tensor(0.05), "momentum_dtype": torch.int8},
     "power": {"power": 0.5, "nesterov": False},
 }

@@ -17,7 +17,8 @@ from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 
 from muon_kernels import Muon, MuonAdamW
 from muon_kernels import rules as book
-from muon_kernels.optimizers.param_groups import ParamGroups, param_groups
+from muon_kernels.optimizers.assignments import ParamGroups
+from muon_kernels.optimizers.param_groups import param_groups
 from muon_kernels.rules import ROUTER, RULES, Place, Rule
 from muon_kernels.split import blocks, check_split, equal, heads
 

@@ -12,7 +12,7 @@ from torch import nn
 from muon_kernels import COEFFICIENTS, Muon, MuonAdamW, Plan, backends, memory
 from muon_kernels.coefficients import resolve
 from muon_kernels.distributed import exchange
-from muon_kernels.newton_schulz import segments
+from muon_kernels.segments import segments
 from muon_kernels.step.plan import Bucket, plan_for_shapes
 
 SHAPES = [(16, 16), (24, 100), (48, 64), (33, 130), (64, 700), (1, 9)]

@@ -19,7 +19,8 @@ from muon_kernels.newton_schulz import ALGORITHMS
 from muon_kernels.optimizers.spectral import PAPER
 from muon_kernels.powers import TRIPLES, error, fit, fit_weights, schedule_of
 from muon_kernels.split import equal
-from muon_kernels.step.plan import count, plan_bucket
+from muon_kernels.step.counting import count
+from muon_kernels.step.plan import plan_bucket
 
 BACKENDS = [
     pytest.param(name, marks=pytest.mark.skipif(unavailable(name) is not None, reason=f"{name} cannot run here"))

@@ -1,4 +1,4 @@
-"""Muon's relatives: what comes between the orthogonalized update and the parameter, against plain float64.
+"""Muon's variants: what comes between the orthogonalized update and the parameter, against plain float64.
 
 The updates themselves are taken from plain Muon, which test_optimizer.py judges: a second optimizer without options
 steps parameters of zeros by the same gradients.
@@ -20,13 +20,14 @@ from muon_kernels import Muon, MuonAdamW, backends, memory, orthogonalize, refer
 from muon_kernels import options as options_of
 from muon_kernels.coefficients import DEFAULT, resolve
 from muon_kernels.layout import Matrices, layout
-from muon_kernels.optimizers import muon as optimizer_of
+from muon_kernels.optimizers.scalars import peak_lr
 from muon_kernels.scaling import WEIGHT_DECAY_FORMS, decayed
 from muon_kernels.split import equal
 from muon_kernels.stages import second_moment, signs, sums
 from muon_kernels.stages.second_moment import FORMS, SecondMoment
 from muon_kernels.stages.signs import Signs, take_signs
 from muon_kernels.stages.stage import floats_for
+from muon_kernels.verbs import ApplyOptions, ApplyUpdate
 
 MAKERS: dict[str, Callable[[], Tensor]] = {
     "wide": lambda: torch.randn(24, 40),
@@ -493,7 +494,7 @@ def test_peak_lr_of_one_cycle_on_a_device(monkeypatch: pytest.MonkeyPatch) -> No
     """A number that the host may not ask for."""
     monkeypatch.setattr(options_of, "on_host", lambda value: not isinstance(value, Tensor))
     for given, peak in ((0.1, 0.4), (0.5, 0.5)):
-        found = optimizer_of._peak_lr({"peak_lr": torch.tensor(given), "max_lr": 0.4})
+        found = peak_lr({"peak_lr": torch.tensor(given), "max_lr": 0.4})
         assert isinstance(found, Tensor) and found.item() == pytest.approx(peak)
 
 
@@ -541,10 +542,7 @@ def test_random_bits_are_everybodys(backend: str, shape: tuple[int, int], cautio
     params.append(kept[3].clone())
     seed, ratios = 2**63 + 12345, [1.0, 0.7, 2.0, 1.0]
     at = [Matrices(p, layout(p.shape, p.stride(), None, ())) for p in params]  # type: ignore[arg-type]
-    ops.apply_update(
-        at, X, lr=0.5, weight_decay=0.3, ratios=ratios, cautious=cautious,
-        stochastic_rounding=True, seed=seed, first=3,
-    )  # fmt: skip
+    ops.apply_update(ApplyUpdate(at, X, 0.5, 0.3, ratios), ApplyOptions(cautious, True, seed, first=3))
     decay = torch.tensor(1 - 0.5 * 0.3, dtype=torch.float32)
     for i, p in enumerate(params):
         W = kept[i].float()
@@ -564,9 +562,8 @@ def test_other_parameters_are_rounded_as_ever(backend: str) -> None:
     X = torch.randn(1, 8, 16).bfloat16()
     for t, rounding in ((p, False), (q, True)):
         at = [Matrices(t, layout(t.shape, t.stride(), None, ()))]  # type: ignore[arg-type]
-        backends.get(backend).apply_update(
-            at, X, lr=0.5, weight_decay=0.3, ratios=[1.0], stochastic_rounding=rounding, seed=1
-        )
+        options = ApplyOptions(stochastic_rounding=rounding, seed=1)
+        backends.get(backend).apply_update(ApplyUpdate(at, X, 0.5, 0.3, [1.0]), options)
     assert torch.equal(p, q)
 
 
@@ -620,9 +617,8 @@ def test_steps_and_matrices_have_their_own_bits(backend: str) -> None:
 def test_buckets_have_their_own_seeds(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ops, seeds = backends.get(backend), []
     real = ops.apply_update
-    monkeypatch.setattr(
-        ops, "apply_update", lambda *a, **k: (memory.rehearsing() or seeds.append(k["seed"]), real(*a, **k))
-    )
+    seen = lambda args, options: (memory.rehearsing() or seeds.append(options.seed), real(args, options))
+    monkeypatch.setattr(ops, "apply_update", seen)
     params = parameters(torch.bfloat16)
     muon = Muon([{"params": params[::2]}, {"params": params[1::2]}], stochastic_rounding=True, backend=backend)
     train(muon, params, 0, 2)

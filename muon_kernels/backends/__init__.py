@@ -1,4 +1,4 @@
-"""Who can do the verbs, and who should.
+"""Backends: which can do the verbs here, and which one should.
 
 A backend is a module with the functions of `Backend`. It is imported when somebody asks for it, so that
 `import muon_kernels` needs neither the compiled module nor triton nor a GPU.
@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from ..coefficients import Schedule
-from ..layout import Matrices
 from ..newton_schulz import Products
+from ..verbs import ApplyOptions, ApplyUpdate, MomentumUpdate, Step
 
-# In the order in which "auto" prefers them, but see `Backend.outdone_by`.
+# In the order in which "auto" prefers them, but see `Backend.prefers_instead`.
 BACKENDS = {"cuda": ".cuda", "triton": ".triton", "cpu": ".cpu", "eager": ".eager"}
 
 
 class Fused(NamedTuple):
-    """What `fused_step` costs a bucket.
+    """Cost of stepping a bucket by `fused_step`.
 
     Attributes:
         slots: how many matrices the workspace holds.
@@ -39,169 +39,91 @@ class Fused(NamedTuple):
 
 
 class Backend(Products, Protocol):
-    """The verbs (DESIGN: one name per operation in every layer) and what the plan needs to know of them."""
+    """The verbs, under the same names in every layer, and the facts that a plan needs of them."""
 
     def unavailable(self) -> str | None:
-        """Why nothing can run here, and the mend; None if ready. Raises what only the user can mend."""
+        """Return why nothing can run here, and how to fix it; None if ready. Raise what only the user can mend."""
 
     def refuses(self, device: torch.device, dtypes: Sequence[torch.dtype], workspace_dtype: torch.dtype) -> str | None:
-        """Why tensors of this kind, or stacks of that dtype, cannot be taken, and what could be; None if they can."""
+        """Return why tensors of this kind, or stacks of that dtype, cannot be taken, and what can; None if they can."""
 
     def device_types(self) -> tuple[str, ...]:
-        """Of the tensors that it is made for; none if for any."""
+        """Return the device types that it is made for; none if it takes any."""
 
-    def outdone_by(self, device: torch.device, rows: int, cols: int) -> tuple[str, str] | None:
-        """A backend that is expected to step such matrices faster there, and why."""
+    def prefers_instead(self, device: torch.device, rows: int, cols: int) -> tuple[str, str] | None:
+        """Return a backend that is expected to step such matrices faster there, and why; None if there is none."""
 
     def describe(self) -> str:
-        """What will run, in a few words."""
+        """Describe in a few words what will run."""
 
     def symmetric_products(self) -> bool:
         """Whether syrk and syrkx compute one triangle only."""
 
     def default_workspace_bytes(self) -> int:
-        """The cap on a step's workspace unless the user sets one."""
+        """Return the cap on a step's workspace, in bytes, unless the user sets one."""
 
     def leading_dimension(self, cols: int) -> int:
-        """Row stride, in elements, at which stacks of `cols` columns are multiplied fastest."""
+        """Return the row stride, in elements, at which stacks of `cols` columns are multiplied fastest."""
 
     def program(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """What does what `run` does, but sooner, whenever it is called: its products are the same every time.
+        """Return a function that does what `run` does, sooner: its products are the same every time, so they are kept.
 
         Args:
             run: asks for products, which need not be done when it returns; the operands stay where they are.
         """
 
     def remarks(self, device: torch.device, shape: tuple[int, int], workspace_dtype: torch.dtype) -> tuple[str, ...]:
-        """What a plan should say of how such matrices, in stacks of that dtype, are stepped there."""
+        """Return sentences for a plan on how such matrices, in stacks of that dtype, are stepped there."""
 
     def rehearsal(self) -> AbstractContextManager[None] | None:
-        """Verbs inside make all ready that they need, and do nothing; None if there is nothing to make ready.
+        """Return a context in which verbs get ready what they need, and do nothing else; None if nothing needs that.
 
         So that what can go wrong with it goes wrong before a step begins.
         """
 
-    def momentum_update(
-        self,
-        grads: Sequence[Matrices],
-        momenta: Sequence[Matrices] | None,
-        X: Tensor,
-        *,
-        momentum: float,
-        nesterov: bool,
-        dampened: bool,
-        grad_scale: float,
-        eps: float,
-        margin: float,
-        scratch: Tensor | None = None,
-        norms: Tensor | None = None,
-    ) -> Tensor | None:
-        """Update momenta, write the directions to X; see csrc/muon_kernels.h for the formulas.
+    def momentum_update(self, args: MomentumUpdate) -> Tensor | None:
+        """Update momenta, write the directions to x; see csrc/muon_kernels.h for the formulas.
 
-        Args:
-            grads: matrices in the order of X's batch; only read.
-            momenta: the same of the momentum buffers, updated in place; None: the direction is the gradient.
-            X: (batch, m, n), a stack, written. A matrix may be written times a factor that brings its norm nearer to
-                1/margin.
-            momentum: the factor mu.
-            nesterov: whether the direction looks one step ahead.
-            dampened: whether the gradient enters with 1 - mu (torch) or whole (Moonlight).
-            grad_scale: multiplies every gradient.
-            eps: the smallest norm, relative to the power of two below the norm, that is divided by.
-            margin: of the coefficient set.
-            scratch: `scratch_bytes` of memory, and what is returned may lie in it; None to allocate.
-            norms: (batch,) fp64, written: the Frobenius norms of the directions before rounding; None if nobody asks.
+        A matrix may be written to x times a factor that brings its norm nearer to 1/margin.
 
         Returns:
-            (batch,) fp32 on X's device: what brings the Frobenius norms of X to 1/margin; 0 for a zero matrix, NaN for
+            (batch,) fp32 on x's device: what brings the Frobenius norms of x to 1/margin; 0 for a zero matrix, NaN for
             one that is not finite. None if that is where they are.
         """
 
-    def apply_update(
-        self,
-        params: Sequence[Matrices],
-        X: Tensor,
-        *,
-        lr: float | Tensor,
-        weight_decay: float | Tensor,
-        ratios: Sequence[float],
-        cautious: bool = False,
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-        first: int = 0,
-    ) -> None:
-        """Write (1 - lr·weight_decay)·param - lr·ratios[i]·X[i] to every matrix i of params.
-
-        Args:
-            params: in the order of X's batch.
-            X: (batch, m, n), a stack.
-            lr, weight_decay: numbers, or one-element tensors.
-            ratios: one a matrix.
-            cautious: decay only where update and parameter have the same sign.
-            stochastic_rounding: of bf16 parameters; others are rounded as ever. The random bits depend on the seed, the
-                matrix and the place in it alone, and are the same on every backend; see csrc/cpu/elementwise.h.
-            seed: of these, 64 bits.
-            first: how many matrices of the seed's come before the first one here.
-        """
+    def apply_update(self, args: ApplyUpdate, options: ApplyOptions = ApplyOptions()) -> None:
+        """Write (1 - lr·weight_decay)·param - lr·ratio[i]·x[i] to every matrix i of param."""
 
     def normalizes(self) -> bool:
         """Whether `momentum_update` writes X normalised, and returns no scale."""
 
     def scratch_bytes(self, rows: int, cols: int) -> int:
-        """Of `momentum_update`, for every matrix a multiple of 8."""
+        """Return the bytes of scratch that `momentum_update` needs for a matrix, a multiple of 8."""
 
     def update_launches(self, count: int) -> int:
-        """Launches of `momentum_update` and `apply_update` together for `count` matrices, at most."""
+        """Return the launches, at most, of `momentum_update` and `apply_update` together for `count` matrices."""
 
     def product_tiles(self) -> tuple[int, int] | None:
-        """Smallest and largest side of the tiles in which memory is asked for operands; None if that is not known."""
+        """Return the smallest and largest side of the tiles in which operands are read; None if that is not known."""
 
     def fused_plan(
         self, rows: int, cols: int, count: int, schedule: Schedule, stochastic_rounding: bool = False
     ) -> Fused | None:
-        """What `fused_step` costs a bucket; None if the bucket is not stepped that way."""
+        """Return the cost of stepping a bucket by `fused_step`; None if it is not stepped that way."""
 
-    def fused_step(
-        self,
-        params: Sequence[Matrices],
-        grads: Sequence[Matrices],
-        momenta: Sequence[Matrices],
-        X: Tensor,
-        iterate: Callable[[Tensor], Tensor],
-        *,
-        triples: Sequence[tuple[float, float, float]],
-        momentum: float,
-        nesterov: bool,
-        dampened: bool,
-        grad_scale: float,
-        eps: float,
-        margin: float,
-        lr: float | Tensor,
-        weight_decay: float | Tensor,
-        ratios: Sequence[float],
-        cautious: bool = False,
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-        first: int = 0,
-    ) -> None:
-        """Do `momentum_update`, the iteration and `apply_update` in one call. Optional: see `fused_plan`.
-
-        Args:
-            X: (slots, m, n), the workspace's, and with it all that `iterate` uses.
-            iterate: from the scale to the result, for the matrices in the slots.
-            triples: the coefficients that `iterate` uses, for a backend that iterates by itself.
-        """
+    def fused_step(self, args: Step) -> None:
+        """Do `momentum_update`, the iteration and `apply_update` in one call. Optional: see `fused_plan`."""
 
 
 def get(name: str) -> Backend:
-    """The backend of that name; ValueError if there is none."""
+    """Return the backend of that name; raise ValueError if there is none."""
     if not isinstance(name, str) or name not in BACKENDS:
         raise ValueError(f"backend should be 'auto' or one of {', '.join(map(repr, BACKENDS))} but is: {name!r}")
     return cast(Backend, importlib.import_module(BACKENDS[name], __name__))
 
 
 def unavailable(name: str) -> str | None:
-    """Why the backend of that name cannot run on this machine, and the mend; None if it is ready.
+    """Return why the backend of that name cannot run on this machine, and how to fix it; None if it is ready.
 
     Raises:
         ValueError: the environment sets the backend up in a way that there is not.
@@ -216,9 +138,9 @@ def choose(
     workspace_dtype: torch.dtype,
     shape: tuple[int, int],
 ) -> tuple[str, tuple[str, ...]]:
-    """The name of the backend that will run, and notes: why "auto" did not take others, what the backend remarks.
+    """Choose a backend. Return its name, and notes: why "auto" did not take others, what the backend remarks.
 
-    "auto" takes the first that can, unless that is outdone by another that can.
+    "auto" takes the first that can, unless it prefers another that can instead.
 
     Args:
         name: in BACKENDS, or "auto".
@@ -245,7 +167,7 @@ def choose(
         backend = get(candidate)
         reason = backend.unavailable()
         if reason is None and (reason := backend.refuses(device, dtypes, workspace_dtype)) is not None:
-            reason = reason.partition(";")[0]  # the mend there is backend="auto"
+            reason = reason.partition(";")[0]  # the fix there is backend="auto"
         if reason is None:
             able.append(candidate)
         else:
@@ -255,8 +177,8 @@ def choose(
     if not able:
         raise ValueError("no backend can take these tensors: " + "; ".join(f"{n}: {r}" for n, r in reasons.items()))
     first = able[0]
-    outdone = get(first).outdone_by(device, *shape)
-    if outdone is not None and outdone[0] in able:
-        notes.append(f"{first} was not chosen for {shape[0]}x{shape[1]}: {outdone[1]}")
-        first = outdone[0]
+    better = get(first).prefers_instead(device, *shape)
+    if better is not None and better[0] in able:
+        notes.append(f"{first} was not chosen for {shape[0]}x{shape[1]}: {better[1]}")
+        first = better[0]
     return first, (*notes, *get(first).remarks(device, shape, workspace_dtype))

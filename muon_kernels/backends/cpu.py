@@ -13,8 +13,9 @@ from torch import Tensor
 
 from .. import memory
 from ..coefficients import Schedule
-from ..layout import Bundle, Matrices
+from ..layout import Bundle
 from ..newton_schulz import Square, square
+from ..verbs import ApplyOptions, ApplyUpdate, MomentumUpdate, Step
 from . import Fused, native
 
 _forced: str | None = None
@@ -47,7 +48,7 @@ def forced(isa: str) -> Iterator[None]:
 
 
 def unavailable() -> str | None:
-    """See `Backend.unavailable`."""
+    """Implement `Backend.unavailable`."""
     if native.module() is None:
         return (
             "the compiled module is missing; install muon_kernels with a C++17 compiler (g++ or clang++) on PATH, "
@@ -67,7 +68,7 @@ def unavailable() -> str | None:
 
 
 def refuses(device: torch.device, dtypes: Sequence[torch.dtype], workspace_dtype: torch.dtype) -> str | None:
-    """See `Backend.refuses`."""
+    """Implement `Backend.refuses`."""
     if device.type != "cpu":
         return f"expected tensors on the CPU, got {device}; use backend='auto'"
     if workspace_dtype != torch.bfloat16:
@@ -77,41 +78,41 @@ def refuses(device: torch.device, dtypes: Sequence[torch.dtype], workspace_dtype
 
 
 def device_types() -> tuple[str, ...]:
-    """The processor."""
+    """Return the processor's."""
     return ("cpu",)
 
 
-def outdone_by(device: torch.device, rows: int, cols: int) -> None:
-    """By none."""
+def prefers_instead(device: torch.device, rows: int, cols: int) -> None:
+    """Return None: no other backend is faster on a processor."""
 
 
 def remarks(device: torch.device, shape: tuple[int, int], workspace_dtype: torch.dtype) -> tuple[str, ...]:
-    """Nothing."""
+    """Return none: there is nothing to remark."""
     return ()
 
 
 def rehearsal() -> AbstractContextManager[None]:
-    """All is compiled, but memory is not there; see memory.py."""
+    """Return a context that takes memory: all is compiled already. See memory.py."""
     return memory.rehearsal()
 
 
 def describe() -> str:
-    """See `Backend.describe`."""
+    """Implement `Backend.describe`."""
     return f"{_isa()}, threads {native.required().cpu.thread_runtime()}"
 
 
 def symmetric_products() -> bool:
-    """See `Backend.symmetric_products`."""
+    """Implement `Backend.symmetric_products`."""
     return True
 
 
 def precise_squares() -> bool:
-    """See `Products.precise_squares`."""
+    """Implement `Products.precise_squares`."""
     return True
 
 
 def default_workspace_bytes() -> int:
-    """64 MiB: a few large matrices at a time stay in the last-level cache."""
+    """Return 64 MiB: a few large matrices at a time stay in the last-level cache."""
     return 64 << 20
 
 
@@ -128,30 +129,14 @@ def _isa_and_threads() -> tuple[object, int]:
     return getattr(_C.cpu.Isa, _isa()), torch.get_num_threads()
 
 
-def momentum_update(
-    grads: Sequence[Matrices],
-    momenta: Sequence[Matrices] | None,
-    X: Tensor,
-    *,
-    momentum: float,
-    nesterov: bool,
-    dampened: bool,
-    grad_scale: float,
-    eps: float,
-    margin: float,
-    scratch: Tensor | None = None,
-    norms: Tensor | None = None,
-) -> Tensor:
-    """See `Backend.momentum_update`."""
-    _C, batch = native.required(), X.shape[0]
-    scale = (
-        torch.empty(batch, dtype=torch.float32, device="cpu")
-        if scratch is None
-        else scratch.view(torch.float32)[:batch]
-    )
-    update, _alive = native.momentum_update(
-        _C, grads, momenta, X, scale, norms, momentum, nesterov, dampened, grad_scale, eps, margin
-    )
+def momentum_update(args: MomentumUpdate) -> Tensor:
+    """Implement `Backend.momentum_update`."""
+    _C, batch = native.required(), args.x.shape[0]
+    if args.scratch is None:
+        scale = torch.empty(batch, dtype=torch.float32, device="cpu")
+    else:
+        scale = args.scratch.view(torch.float32)[:batch]
+    update, _alive = native.momentum_update(_C, args, scale)
     if not memory.rehearsing():
         _C.cpu.momentum_update(*_isa_and_threads(), update)
     return scale
@@ -166,7 +151,7 @@ _queue = native.Queue(_run)
 
 
 def program(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """See `Backend.program`."""
+    """Implement `Backend.program`."""
     return _queue.program(run)
 
 
@@ -187,13 +172,13 @@ def syrk(
     gamma: float = 0.0,
     scale: Tensor | None = None,
 ) -> None:
-    """See `Products.syrk`."""
+    """Implement `Products.syrk`."""
     A = square(A)
     _product(A, A, out, transposed=True, symmetric=True, C=C, alpha=alpha, beta=beta, gamma=gamma, scale=scale)
 
 
 def syrkx(A: Square, B: Square, *, out: Square, gamma: float = 0.0) -> None:
-    """See `Products.syrkx`."""
+    """Implement `Products.syrkx`."""
     _product(A, B, out, symmetric=True, gamma=gamma)
 
 
@@ -205,70 +190,58 @@ def gemm(
     C: Tensor | Square | None = None,
     **options: Any,
 ) -> None:
-    """See `Products.gemm`."""
+    """Implement `Products.gemm`."""
     _product(A, square(X), square(out), C=None if C is None else square(C), **options)
 
 
-@lru_cache(maxsize=1)
-def _apply_options(cautious: bool, stochastic_rounding: bool, seed: int, first: int) -> object:
-    """csrc's ApplyOptions. Without stochastic rounding it is that of the call before."""
-    return native.required().ApplyOptions(0, 0, cautious, stochastic_rounding, seed, first)
-
-
 def add(A: Square, *, out: Square, C: Square | None = None, **options: Any) -> None:
-    """See `Products.add`."""
+    """Implement `Products.add`."""
     _product(A, None, out, C=C, **options)
 
 
-def apply_update(
-    params: Sequence[Matrices],
-    X: Tensor,
-    *,
-    lr: float | Tensor,
-    weight_decay: float | Tensor,
-    ratios: Sequence[float],
-    cautious: bool = False,
-    stochastic_rounding: bool = False,
-    seed: int = 0,
-    first: int = 0,
-) -> None:
-    """See `Backend.apply_update`."""
+@lru_cache(maxsize=1)
+def _apply_options(options: ApplyOptions) -> object:
+    """csrc's ApplyOptions. Without stochastic rounding it is that of the call before."""
+    return native.required().ApplyOptions(0, 0, *options)
+
+
+def apply_update(args: ApplyUpdate, options: ApplyOptions = ApplyOptions()) -> None:
+    """Implement `Backend.apply_update`."""
     if memory.rehearsing():
         return
     _C = native.required()
-    update, _alive = native.apply_update(_C, params, X, float(lr), float(weight_decay), ratios)
-    options = _apply_options(cautious, stochastic_rounding, seed, first)
-    _C.cpu.apply_update(*_isa_and_threads(), update, options)
-    torch.autograd.graph.increment_version([p.tensor for p in params])
+    update, _alive = native.apply_update(_C, args, args.x, float(args.lr), float(args.weight_decay))
+    _C.cpu.apply_update(*_isa_and_threads(), update, _apply_options(options))
+    torch.autograd.graph.increment_version([p.tensor for p in args.param])
 
 
 def normalizes() -> bool:
-    """See `Backend.normalizes`."""
+    """Implement `Backend.normalizes`."""
     return False
 
 
 def scratch_bytes(rows: int, cols: int) -> int:
-    """The scale."""
+    """Return the size of the scale."""
     return 8
 
 
 def update_launches(count: int) -> int:
-    """One each."""
+    """Count one each."""
     return 2
 
 
 def product_tiles() -> None:
-    """Its panels suit caches of a processor."""
+    """Return None: panels suit the caches of a processor."""
 
 
 def fused_plan(rows: int, cols: int, count: int, schedule: Schedule, stochastic_rounding: bool = False) -> Fused | None:
-    """A slot for each thread, where there are enough matrices to keep all busy to the end."""
+    """Give each thread a slot, where there are enough matrices to keep all threads busy to the end."""
     threads = torch.get_num_threads()
     return Fused(threads) if count >= 4 * threads else None
 
 
 class _Program(NamedTuple):
-    """The products of a fused step, which are the same in every step, and what they read and write."""
+    """Products of a fused step, which are the same in every step, with what they read and write."""
 
     X: Tensor
     scale: Tensor
@@ -277,43 +250,20 @@ class _Program(NamedTuple):
     operands: list[object]
 
 
-def fused_step(
-    params: Sequence[Matrices],
-    grads: Sequence[Matrices],
-    momenta: Sequence[Matrices],
-    X: Tensor,
-    iterate: Callable[[Tensor], Tensor],
-    *,
-    triples: Sequence[tuple[float, float, float]],
-    momentum: float,
-    nesterov: bool,
-    dampened: bool,
-    grad_scale: float,
-    eps: float,
-    margin: float,
-    lr: float | Tensor,
-    weight_decay: float | Tensor,
-    ratios: Sequence[float],
-    cautious: bool = False,
-    stochastic_rounding: bool = False,
-    seed: int = 0,
-    first: int = 0,
-) -> None:
-    """See `Backend.fused_step`."""
-    _C = native.required()
-    program = params.derived.get("program") if isinstance(params, Bundle) else None
-    if program is None or program.X is not X:
-        scale = torch.empty(X.shape[0], dtype=torch.float32, device="cpu")
+def fused_step(args: Step) -> None:
+    """Implement `Backend.fused_step`."""
+    _C, momentum, apply = native.required(), args.momentum, args.apply
+    derived = apply.param.derived if isinstance(apply.param, Bundle) else {}
+    program = derived.get("program")
+    if program is None or program.X is not momentum.x:
+        scale = torch.empty(momentum.x.shape[0], dtype=torch.float32, device="cpu")
         with _queue.collect() as (products, operands):
-            program = _Program(X, scale, products, iterate(scale), operands)
-        if isinstance(params, Bundle):
-            params.derived["program"] = program
+            program = _Program(momentum.x, scale, products, args.iterate(scale), operands)
+        derived["program"] = program
     if memory.rehearsing():
         return
-    before, _alive = native.momentum_update(
-        _C, grads, momenta, X, program.scale, None, momentum, nesterov, dampened, grad_scale, eps, margin
-    )
-    after, _also_alive = native.apply_update(_C, params, program.result, float(lr), float(weight_decay), ratios)
-    options = _apply_options(cautious, stochastic_rounding, seed, first)
-    _C.cpu.fused_step(*_isa_and_threads(), len(ratios), before, program.products, after, options)
-    torch.autograd.graph.increment_version([p.tensor for p in params])
+    before, _alive = native.momentum_update(_C, momentum, program.scale)
+    after, _also_alive = native.apply_update(_C, apply, program.result, float(apply.lr), float(apply.weight_decay))
+    options = _apply_options(args.options)
+    _C.cpu.fused_step(*_isa_and_threads(), len(apply.ratio), before, program.products, after, options)
+    torch.autograd.graph.increment_version([p.tensor for p in apply.param])

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..coefficients import Schedule
-from ..layout import Matrices
 from ..newton_schulz import Square, square
+from ..verbs import ApplyOptions, ApplyUpdate, MomentumUpdate, Step
 from . import Fused, eager, native
 from .gpu import default_workspace_bytes as default_workspace_bytes
 from .gpu import leading_dimension as leading_dimension
@@ -30,16 +30,16 @@ _OWN_INSTRUCTIONS = {9: "wgmma", 10: "tcgen05"}
 
 
 class _Device:
-    """Where tensors and launches go. Tests put another one in its place, whose launches an emulator executes."""
+    """The device of tensors and launches. Tests put another in its place, whose launches an emulator executes."""
 
     type = "cuda"
 
     def module(self) -> ModuleType:
-        """The compiled module."""
+        """Return the compiled module."""
         return native.required()
 
     def unavailable(self) -> str | None:
-        """See `Backend.unavailable`: all that is missing, the device first."""
+        """Implement `Backend.unavailable`: name all that is missing, the device first."""
         missing = []
         if torch.version.cuda is None:
             missing.append(f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch")
@@ -58,15 +58,15 @@ class _Device:
         return ", and ".join(missing) or None
 
     def capability(self, device: torch.device) -> tuple[int, int]:
-        """(major, minor)."""
+        """Return (major, minor) of the compute capability."""
         return torch.cuda.get_device_capability(device)
 
     def stream(self, device: torch.device) -> int:
-        """The address of the current stream."""
+        """Return the address of the current stream."""
         return torch.cuda.current_stream(device).cuda_stream
 
     def guard(self, device: torch.device) -> AbstractContextManager[Any]:
-        """Make it the current device."""
+        """Make `device` the current one."""
         return torch.cuda.device(device)
 
 
@@ -93,7 +93,7 @@ _MENDS = {
 
 @contextmanager
 def _launching(shape: Sequence[int], device: torch.device) -> Iterator[int]:
-    """The address of the stream to launch on; errors inside say what was tried on what, and what helps."""
+    """Yield the address of the stream to launch on; errors inside then say what was tried on what, and what helps."""
     try:
         with _device.guard(device):
             yield _device.stream(device)
@@ -108,12 +108,12 @@ def _launching(shape: Sequence[int], device: torch.device) -> Iterator[int]:
 
 
 def unavailable() -> str | None:
-    """See `Backend.unavailable`."""
+    """Implement `Backend.unavailable`."""
     return _device.unavailable()
 
 
 def refuses(device: torch.device, dtypes: Sequence[torch.dtype], workspace_dtype: torch.dtype) -> str | None:
-    """See `Backend.refuses`."""
+    """Implement `Backend.refuses`."""
     if device.type != _device.type:
         return f"expected CUDA tensors, got {device}; use backend='auto'"
     if bad := [d for d in dtypes if d not in native.DTYPES]:
@@ -124,12 +124,12 @@ def refuses(device: torch.device, dtypes: Sequence[torch.dtype], workspace_dtype
 
 
 def device_types() -> tuple[str, ...]:
-    """NVIDIA GPUs."""
+    """Return that of NVIDIA GPUs."""
     return ("cuda",)
 
 
-def outdone_by(device: torch.device, rows: int, cols: int) -> tuple[str, str] | None:
-    """By Triton where a GPU has tensor instructions that this backend does not use, and products take the time.
+def prefers_instead(device: torch.device, rows: int, cols: int) -> tuple[str, str] | None:
+    """Prefer Triton where a GPU has tensor instructions that this backend does not use, and products take the time.
 
     On compute capability 9.0 mma.sync reaches 63 % of the tensor cores' rate, wgmma all of it ("Dissecting the NVIDIA
     Hopper Architecture", arXiv 2501.12084); on 10.x it is further from tcgen05. 12.x has neither. Up to 128 rows a step
@@ -143,46 +143,32 @@ def outdone_by(device: torch.device, rows: int, cols: int) -> tuple[str, str] | 
 
 
 def remarks(device: torch.device, shape: tuple[int, int], workspace_dtype: torch.dtype) -> tuple[str, ...]:
-    """Nothing."""
+    """Return none: there is nothing to remark."""
     return ()
 
 
 def rehearsal() -> None:
-    """All is compiled."""
+    """Return None: all is compiled."""
 
 
 def describe() -> str:
-    """See `Backend.describe`."""
+    """Implement `Backend.describe`."""
     return "CUDA C++ for compute capability 8.0 and up"
 
 
-def momentum_update(
-    grads: Sequence[Matrices],
-    momenta: Sequence[Matrices] | None,
-    X: Tensor,
-    *,
-    momentum: float,
-    nesterov: bool,
-    dampened: bool,
-    grad_scale: float,
-    eps: float,
-    margin: float,
-    scratch: Tensor | None = None,
-    norms: Tensor | None = None,
-) -> Tensor:
-    """See `Backend.momentum_update`. In scratch: the sums of squares of all tiles, and the scales."""
-    _C, batch = _device.module(), X.shape[0]
+def momentum_update(args: MomentumUpdate) -> Tensor:
+    """Implement `Backend.momentum_update`. In scratch: the sums of squares of all tiles, and the scales."""
+    _C, x, scratch = _device.module(), args.x, args.scratch
+    batch = x.shape[0]
     if scratch is None:
-        scratch = torch.empty(batch * scratch_bytes(*X.shape[1:]), dtype=torch.uint8, device=X.device)
+        scratch = torch.empty(batch * scratch_bytes(*x.shape[1:]), dtype=torch.uint8, device=x.device)
     scale = scratch[scratch.numel() - 8 * batch :].view(torch.float32)[:batch]
-    update, _alive = native.momentum_update(
-        _C, grads, momenta, X, scale, norms, momentum, nesterov, dampened, grad_scale, eps, margin
-    )
+    update, _alive = native.momentum_update(_C, args, scale)
     assert 8 * _C.cuda.momentum_partials(update) + 8 * batch <= scratch.numel()
-    with _launching(X.shape, X.device) as stream:
-        _C.cuda.momentum_update(update, native.dtype(_C, X.dtype), scratch.data_ptr(), stream)
-    if momenta is not None:
-        torch.autograd.graph.increment_version([b.tensor for b in momenta])
+    with _launching(x.shape, x.device) as stream:
+        _C.cuda.momentum_update(update, native.dtype(_C, x.dtype), scratch.data_ptr(), stream)
+    if args.momentum is not None:
+        torch.autograd.graph.increment_version([b.tensor for b in args.momentum])
     return scale
 
 
@@ -198,7 +184,7 @@ _queue = native.Queue(_run)
 
 
 def program(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """See `Backend.program`."""
+    """Implement `Backend.program`."""
     return _queue.program(run)
 
 
@@ -206,90 +192,78 @@ then = _queue.then
 
 
 def syrk(A: Tensor | Square, *, out: Square, **options: Any) -> None:
-    """See `Products.syrk`."""
+    """Implement `Products.syrk`."""
     A = square(A)
     _queue.product(_device.module(), A, A, out, transposed=True, symmetric=True, **options)
 
 
 def syrkx(A: Square, B: Square, *, out: Square, gamma: float = 0.0) -> None:
-    """See `Products.syrkx`."""
+    """Implement `Products.syrkx`."""
     _queue.product(_device.module(), A, B, out, symmetric=True, gamma=gamma)
 
 
 def gemm(
     A: Square, X: Tensor | Square, *, out: Tensor | Square, C: Tensor | Square | None = None, **options: Any
 ) -> None:
-    """See `Products.gemm`."""
+    """Implement `Products.gemm`."""
     _queue.product(_device.module(), A, square(X), square(out), C=None if C is None else square(C), **options)
 
 
 def add(A: Square, *, out: Square, C: Square | None = None, **options: Any) -> None:
-    """See `Products.add`. torch's."""
+    """Implement `Products.add`, by torch's operations."""
     then(partial(eager.add, A, out=out, C=C, **options), [out.high, A.high])
 
 
 def _on_device(x: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:
-    """A number for the host, and the tensor of it if only the device knows."""
+    """Return a number for the host, and its tensor if only the device knows it."""
     if isinstance(x, Tensor):
         return 0.0, x.to(device, torch.float32)
     return x, None
 
 
-def _apply_options(
-    device: torch.device, lr: float | Tensor, weight_decay: float | Tensor, *others: object
-) -> tuple[object, float, float, object]:
-    """csrc's ApplyOptions, the two numbers for the host, and what must live as long."""
-    lr, lr_tensor = _on_device(lr, device)
-    weight_decay, decay_tensor = _on_device(weight_decay, device)
-    pointers = native.pointer(lr_tensor), native.pointer(decay_tensor)
-    options = _device.module().ApplyOptions(*pointers, *others)
-    return options, lr, weight_decay, (lr_tensor, decay_tensor)
-
-
-def apply_update(
-    params: Sequence[Matrices],
-    X: Tensor,
-    *,
-    lr: float | Tensor,
-    weight_decay: float | Tensor,
-    ratios: Sequence[float],
-    cautious: bool = False,
-    stochastic_rounding: bool = False,
-    seed: int = 0,
-    first: int = 0,
-) -> None:
-    """See `Backend.apply_update`."""
+def _apply_arguments(
+    args: ApplyUpdate, options: ApplyOptions, x: Tensor | None, device: torch.device
+) -> tuple[object, object, object]:
+    """Return csrc's ApplyUpdate and ApplyOptions, and what must live as long."""
     _C = _device.module()
-    others = cautious, stochastic_rounding, seed, first
-    options, lr, weight_decay, _tensors = _apply_options(X.device, lr, weight_decay, *others)
-    update, _alive = native.apply_update(_C, params, X, lr, weight_decay, ratios)
-    with _launching(X.shape, X.device) as stream:
-        _C.cuda.apply_update(update, options, native.dtype(_C, X.dtype), stream)
-    torch.autograd.graph.increment_version([p.tensor for p in params])
+    lr, lr_tensor = _on_device(args.lr, device)
+    weight_decay, decay_tensor = _on_device(args.weight_decay, device)
+    update, alive = native.apply_update(_C, args, x, lr, weight_decay)
+    chosen = _C.ApplyOptions(native.pointer(lr_tensor), native.pointer(decay_tensor), *options)
+    return update, chosen, (alive, lr_tensor, decay_tensor)
+
+
+def apply_update(args: ApplyUpdate, options: ApplyOptions = ApplyOptions()) -> None:
+    """Implement `Backend.apply_update`."""
+    _C, x = _device.module(), args.x
+    update, chosen, _alive = _apply_arguments(args, options, x, x.device)
+    with _launching(x.shape, x.device) as stream:
+        _C.cuda.apply_update(update, chosen, native.dtype(_C, x.dtype), stream)
+    torch.autograd.graph.increment_version([p.tensor for p in args.param])
 
 
 def normalizes() -> bool:
-    """See `Backend.normalizes`."""
+    """Implement `Backend.normalizes`."""
     return False
 
 
 def scratch_bytes(rows: int, cols: int) -> int:
-    """A double for each tile of 64x64 and as much for the scale, in whole sectors: the diagonals come behind it."""
+    """Count a double for each tile of 64x64 and for the scale, in whole sectors: diagonals come behind it."""
     return -(-8 * (-(-rows // 64) * -(-cols // 64) + 1) // 32) * 32
 
 
 def update_launches(count: int) -> int:
-    """Momentum, its norms, update: as if no matrix lay next to another."""
+    """Count those of momentum, norms and update, as if no matrix lay next to another."""
     return -(-count // MOMENTUM_CAPACITY) + 1 + -(-count // APPLY_CAPACITY)
 
 
 def product_tiles() -> tuple[int, int]:
-    """Of product_sm80.cu."""
+    """Return those of product_sm80.cu."""
     return 64, 128
 
 
 def fused_plan(rows: int, cols: int, count: int, schedule: Schedule, stochastic_rounding: bool = False) -> Fused | None:
-    """Where the smaller side fits on the chip, which needs no workspace but two visits to the longer one.
+    """Fuse where the smaller side fits on the chip, which needs no workspace but two visits to the longer one.
 
     It rounds to nearest. A product is three or six of bf16, of whole squares, and sizes are rounded up to tiles.
     """
@@ -306,38 +280,16 @@ def fused_plan(rows: int, cols: int, count: int, schedule: Schedule, stochastic_
     )
 
 
-def fused_step(
-    params: Sequence[Matrices],
-    grads: Sequence[Matrices],
-    momenta: Sequence[Matrices],
-    X: Tensor,
-    iterate: Callable[[Tensor], Tensor],
-    *,
-    triples: Sequence[tuple[float, float, float]],
-    momentum: float,
-    nesterov: bool,
-    dampened: bool,
-    grad_scale: float,
-    eps: float,
-    margin: float,
-    lr: float | Tensor,
-    weight_decay: float | Tensor,
-    ratios: Sequence[float],
-    cautious: bool = False,
-    stochastic_rounding: bool = False,
-    seed: int = 0,
-    first: int = 0,
-) -> None:
-    """See `Backend.fused_step`."""
-    _C, device = _device.module(), params[0].tensor.device
-    before, _alive = native.momentum_update(
-        _C, grads, momenta, None, None, None, momentum, nesterov, dampened, grad_scale, eps, margin
-    )
-    others = cautious, stochastic_rounding, seed, first
-    options, lr, weight_decay, _tensors = _apply_options(device, lr, weight_decay, *others)
-    after, _also_alive = native.apply_update(_C, params, None, lr, weight_decay, ratios)
-    _, m, n = X.shape
-    coefficients, terms = [c for triple in triples for c in triple], terms_needed(tuple(triples), margin)
-    with _launching((len(ratios), m, n), device) as stream:
-        _C.cuda.fused_step(len(ratios), m, n, before, after, coefficients, terms, options, stream)
-    torch.autograd.graph.increment_version([t.tensor for t in (*params, *momenta)])
+def fused_step(args: Step) -> None:
+    """Implement `Backend.fused_step`."""
+    _C, momentum, param = _device.module(), args.momentum, args.apply.param
+    assert momentum.momentum is not None
+    device = param[0].tensor.device
+    before, _alive = native.momentum_update(_C, momentum, None)
+    after, options, _also_alive = _apply_arguments(args.apply, args.options, None, device)
+    count, (_, m, n) = len(args.apply.ratio), momentum.x.shape
+    coefficients = [c for triple in args.triples for c in triple]
+    terms = terms_needed(tuple(args.triples), momentum.margin)
+    with _launching((count, m, n), device) as stream:
+        _C.cuda.fused_step(count, m, n, before, after, coefficients, terms, options, stream)
+    torch.autograd.graph.increment_version([t.tensor for t in (*param, *momentum.momentum)])

@@ -12,20 +12,25 @@ import math
 from array import array
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import memory
 from ..coefficients import Schedule
-from ..layout import Matrices
-from ..newton_schulz import Square, square
+from ..verbs import ApplyOptions, ApplyUpdate, MomentumUpdate
+from . import eager_products
+from .eager_products import add as add
+from .eager_products import gemm as gemm
+from .eager_products import groups
+from .eager_products import syrk as syrk
+from .eager_products import syrkx as syrkx
+from .eager_products import then as then
 
 
 def unavailable() -> str | None:
-    """Never: torch is there."""
+    """Return None: torch is there."""
     return None
 
 
@@ -36,123 +41,88 @@ def refuses(device: torch.device, dtypes: Sequence[torch.dtype], workspace_dtype
 
 
 def device_types() -> tuple[str, ...]:
-    """Any."""
+    """Return none: it takes any."""
     return ()
 
 
-def outdone_by(device: torch.device, rows: int, cols: int) -> None:
-    """Never by one that "auto" would not have taken before."""
-
-
-@cache
-def emulates(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether torch multiplies matrices of a 16-bit dtype on such a device without instructions for it.
-
-    Only processors are asked. torch hands 16-bit products to oneDNN where the answer of its operator is yes; that one
-    still emulates bf16 on AVX-512 without AVX-512-BF16, which `get_capabilities` tells from torch 2.8 on.
-    """
-    if device_type != "cpu" or dtype.itemsize != 2:
-        return False
-    operator = f"_is_mkldnn_{'bf16' if dtype == torch.bfloat16 else 'fp16'}_supported"
-    takes: bool = getattr(torch.ops.mkldnn, operator, bool)()
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    has = any(capabilities.get(name, True) for name in ("avx512_bf16", "amx_bf16"))
-    return not takes or (dtype == torch.bfloat16 and not has)
+def prefers_instead(device: torch.device, rows: int, cols: int) -> None:
+    """Return None: "auto" has asked the faster ones before."""
 
 
 def remarks(device: torch.device, shape: tuple[int, int], workspace_dtype: torch.dtype) -> tuple[str, ...]:
-    """See `Backend.remarks`."""
-    if not emulates(device.type, workspace_dtype):
+    """Implement `Backend.remarks`."""
+    if not eager_products.emulates(device.type, workspace_dtype):
         return ()
     name = str(workspace_dtype).removeprefix("torch.")
     return (f"eager multiplies {name} operands in float32: this processor has no products of {name}",)
 
 
 def rehearsal() -> AbstractContextManager[None]:
-    """See memory.py."""
+    """Return a context that takes memory; see memory.py."""
     return memory.rehearsal()
 
 
 def describe() -> str:
-    """See `Backend.describe`."""
-    emulated = [name for name in ("bfloat16", "float16") if emulates("cpu", getattr(torch, name))]
+    """Implement `Backend.describe`."""
+    emulated = [name for name in ("bfloat16", "float16") if eager_products.emulates("cpu", getattr(torch, name))]
     how = f"; {' and '.join(emulated)} products in float32 on this processor" if emulated else ""
     return f"torch {torch.__version__} operations, batched{how}"
 
 
 def symmetric_products() -> bool:
-    """No: torch has no symmetric product."""
+    """Return False: torch has no symmetric product."""
     return False
 
 
 def precise_squares() -> bool:
-    """No: torch's 16-bit products round their result as a whole."""
+    """Return False: torch's 16-bit products round their result as a whole."""
     return False
 
 
 def default_workspace_bytes() -> int:
-    """1 GiB."""
+    """Return 1 GiB."""
     return 1 << 30
 
 
 def leading_dimension(cols: int) -> int:
-    """Contiguous."""
+    """Return `cols`: stacks are contiguous."""
     return cols
 
 
 def normalizes() -> bool:
-    """See `Backend.normalizes`."""
+    """Implement `Backend.normalizes`."""
     return True
 
 
 def scratch_bytes(rows: int, cols: int) -> int:
-    """None: see memory.py."""
+    """Return 0: memory.py has it."""
     return 0
 
 
 def update_launches(count: int) -> int:
-    """Counted as one each, however many operations they are."""
+    """Count one each, however many operations they are."""
     return 2
 
 
 def product_tiles() -> None:
-    """torch chooses."""
+    """Return None: torch chooses."""
 
 
 def fused_plan(rows: int, cols: int, count: int, schedule: Schedule, stochastic_rounding: bool = False) -> None:
-    """No: torch has nothing that runs a whole step."""
+    """Return None: torch has nothing that runs a whole step."""
 
 
 def program(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """The same."""
+    """Return `run` itself."""
     return run
 
 
-def _groups(matrices: Tensor) -> list[slice]:
-    """Of a stack, so many matrices at a time that what is computed between stays small; at least one."""
-    count = max(1, memory.piece(matrices.device) // max(1, matrices.shape[1] * matrices.shape[2]))
-    return [slice(i, i + count) for i in range(0, len(matrices), count)]
-
-
-def momentum_update(
-    grads: Sequence[Matrices],
-    momenta: Sequence[Matrices] | None,
-    X: Tensor,
-    *,
-    momentum: float,
-    nesterov: bool,
-    dampened: bool,
-    grad_scale: float,
-    eps: float,
-    margin: float,
-    scratch: Tensor | None = None,
-    norms: Tensor | None = None,
-) -> None:
-    """See `Backend.momentum_update`. Arithmetic in fp32, or in the gradient's dtype if that is wider."""
+def momentum_update(args: MomentumUpdate) -> None:
+    """Implement `Backend.momentum_update`. Arithmetic in fp32, or in the gradient's dtype if that is wider."""
     start = 0
-    for i, matrices in enumerate(grads):
-        all_of, buffers = matrices.view(), None if momenta is None else momenta[i].view()
-        for at in _groups(all_of):
+    for i, matrices in enumerate(args.grad):
+        all_of, buffers = matrices.view(), None if args.momentum is None else args.momentum[i].view()
+        for at in groups(all_of):
             grad, buffer = all_of[at], None if buffers is None else buffers[at]
             here = slice(start, start + len(grad))
             start = here.stop
@@ -165,40 +135,31 @@ def momentum_update(
             )
             if memory.rehearsing():
                 continue
-            g = _direction(grad, buffer, momentum, nesterov, dampened, grad_scale, value, moved)
+            g = _direction(args, grad, buffer, value, moved)
             g64 = g if g.dtype == torch.float64 else precise.copy_(g)
             torch.linalg.vector_norm(g64, dim=(-2, -1), keepdim=True, out=norm)
-            if norms is not None:
-                norms[here].copy_(norm[:, 0, 0])
-            X[here].copy_(_normalized(g, norm, margin, value, beside))
+            if args.norm is not None:
+                args.norm[here].copy_(norm[:, 0, 0])
+            args.x[here].copy_(_normalized(g, norm, args.margin, value, beside))
 
 
-def _direction(
-    grad: Tensor,
-    buffer: Tensor | None,
-    momentum: float,
-    nesterov: bool,
-    dampened: bool,
-    grad_scale: float,
-    value: Tensor,
-    moved: Tensor,
-) -> Tensor:
+def _direction(args: MomentumUpdate, grad: Tensor, buffer: Tensor | None, value: Tensor, moved: Tensor) -> Tensor:
     """Update the momentum; the direction may be the gradient, the momentum, `value` or `moved`, memory for both."""
     g = grad if grad.dtype == value.dtype else value.copy_(grad)
-    if grad_scale != 1.0:
-        g = torch.mul(g, grad_scale, out=value)
+    if args.grad_scale != 1.0:
+        g = torch.mul(g, args.grad_scale, out=value)
     if buffer is None:
         return g
     b = buffer if buffer.dtype == g.dtype else moved.copy_(buffer)
-    if dampened:
-        b.lerp_(g, 1 - momentum)
+    if args.dampened:
+        b.lerp_(g, 1 - args.mu)
     else:
-        b.mul_(momentum).add_(g)
+        b.mul_(args.mu).add_(g)
     if b is moved:
         buffer.copy_(b)
-    if not nesterov:
+    if not args.nesterov:
         return b
-    return torch.lerp(g, b, momentum, out=value) if dampened else torch.add(g, b, alpha=momentum, out=value)
+    return torch.lerp(g, b, args.mu, out=value) if args.dampened else torch.add(g, b, alpha=args.mu, out=value)
 
 
 # What `_normalized` needs of each matrix beside its norm.
@@ -226,200 +187,24 @@ def _power_of_two(exponents: Tensor) -> Tensor:
     return exponents.add_(1023).bitwise_left_shift_(52).view(torch.float64)
 
 
-def _product(
-    A: Tensor,
-    B: Tensor,
-    out: Tensor,
-    C: Tensor | None,
-    alpha: float,
-    beta: float,
-    gamma: float,
-    scale: Tensor | None,
-    squared: bool = False,
-) -> None:
-    """scale·(alpha·A·B + beta·C + gamma·I), with the square of scale if `squared`."""
-    # On the CPU, torch 2.13 takes beta for 0 where alpha is 0, or writes nothing.
-    native = not emulates(out.device.type, out.dtype) and alpha != 0
-    if native and not gamma:
-        if not memory.rehearsing():
-            torch.baddbmm(out if C is None else C, A, B, beta=0 if C is None else beta, alpha=alpha, out=out)
-        if scale is None:
-            return
-    for at in _groups(max(A, B, out, key=Tensor.numel)):
-        C_at, scale_at = (None if t is None else t[at] for t in (C, scale))
-        _product_in_fp32(A[at], B[at], out[at], C_at, alpha, beta, gamma, scale_at, squared, native)
-
-
-def _product_in_fp32(
-    A: Tensor,
-    B: Tensor,
-    out: Tensor,
-    C: Tensor | None,
-    alpha: float,
-    beta: float,
-    gamma: float,
-    scale: Tensor | None,
-    squared: bool,
-    native: bool,
-) -> None:
-    """`_product` as far as torch's 16-bit one, if it is `native`, has not done it."""
-    fp32, none = torch.float32, torch.Size([0])
-    total, addend, rounded, left, right, factor = memory.take(
-        out.device,
-        (out.shape, fp32),
-        (none if C is None else out.shape, fp32),
-        (out.shape, out.dtype),
-        (none if native else A.shape, fp32),
-        (none if native else B.shape, fp32),
-        (out.shape[:1], fp32),
-    )
-    if memory.rehearsing():
-        return
-    if native and not gamma:
-        total.copy_(out)
-    else:
-        if alpha == 0:
-            total.zero_()
-        elif native:
-            torch.bmm(A, B, out=rounded)
-            total.copy_(rounded).mul_(alpha)
-        else:
-            torch.bmm(left.copy_(A), right.copy_(B), out=total)
-            if gamma:
-                total.copy_(rounded.copy_(total))
-            total.mul_(alpha)
-        if C is not None and beta:
-            total.add_(addend.copy_(C), alpha=beta)
-        if gamma:  # the identity must not be added to a rounded sum: in fp32, which torch's product cannot return
-            total.diagonal(dim1=-2, dim2=-1).add_(gamma)
-        elif scale is not None and alpha != 0:  # as the native product rounds
-            total.copy_(rounded.copy_(total))
-    if scale is not None:
-        total.mul_((torch.mul(scale, scale, out=factor) if squared else scale)[:, None, None])
-    out.copy_(total)
-
-
-def then(run: Callable[[], object], operands: Sequence[Tensor]) -> None:
-    """See `Products.then`."""
-    run()
-
-
-def syrk(
-    A: Tensor | Square,
-    *,
-    out: Square,
-    C: Square | None = None,
-    alpha: float = 1.0,
-    beta: float = 0.0,
-    gamma: float = 0.0,
-    scale: Tensor | None = None,
-) -> None:
-    """See `Products.syrk`."""
-    A = square(A).high
-    _product(A, A.mT, out.high, None if C is None else C.high, alpha, beta, gamma, scale, squared=True)
-
-
-def syrkx(A: Square, B: Square, *, out: Square, gamma: float = 0.0) -> None:
-    """See `Products.syrkx`."""
-    _product(A.high, B.high, out.high, None, 1.0, 0.0, gamma, None)
-
-
-def gemm(
-    A: Square,
-    X: Tensor | Square,
-    *,
-    out: Tensor | Square,
-    C: Tensor | Square | None = None,
-    alpha: float = 1.0,
-    beta: float = 0.0,
-    gamma: float = 0.0,
-    scale: Tensor | None = None,
-) -> None:
-    """See `Products.gemm`."""
-    addend = None if C is None else square(C).high
-    _product(A.high, square(X).high, square(out).high, addend, alpha, beta, gamma, scale)
-
-
-def add(
-    A: Square,
-    *,
-    out: Square,
-    C: Square | None = None,
-    alpha: float = 1.0,
-    beta: float = 0.0,
-    gamma: float = 0.0,
-    scale: Tensor | None = None,
-) -> None:
-    """See `Products.add`; for the GPU backends too."""
-    if gamma or out.diagonal is not None:
-        _add_precisely(A, out, C, alpha, beta, gamma, scale)
-        return
-    if scale is None and (C is None or (C.high is out.high and beta == 1)):
-        if not memory.rehearsing():
-            torch.mul(A.high, alpha, out=out.high) if C is None else out.high.add_(A.high, alpha=alpha)
-        return
-    for at in _groups(out.high):
-        total, addend = memory.take(out.high.device, *[(out.high[at].shape, torch.float32)] * 2)
-        if memory.rehearsing():
-            return
-        if C is None:
-            total.copy_(A.high[at]).mul_(alpha)
-        else:
-            total.copy_(C.high[at]).mul_(beta).add_(addend.copy_(A.high[at]), alpha=alpha)
-        out.high[at].copy_(total if scale is None else total.mul_(scale[at, None, None]))
-
-
-def _add_precisely(
-    A: Square, out: Square, C: Square | None, alpha: float, beta: float, gamma: float, scale: Tensor | None
-) -> None:
-    """`add` where the diagonal is kept in fp32."""
-    on_diagonal = alpha * _diagonal(A) + (gamma if C is None else gamma + beta * _diagonal(C))
-    total = A.high.float().mul_(alpha)
-    if C is not None:
-        total.add_(C.high, alpha=beta)
-    if scale is not None:
-        on_diagonal *= scale[:, None]
-        total *= scale[:, None, None]
-    out.high.copy_(total)
-    rounded = out.high.diagonal(dim1=1, dim2=2)
-    rounded.copy_(on_diagonal)
-    if out.diagonal is not None:
-        torch.sub(on_diagonal, rounded.float(), out=out.diagonal)
-
-
-def _diagonal(S: Square) -> Tensor:
-    on_diagonal = S.high.diagonal(dim1=1, dim2=2).float()
-    return on_diagonal if S.diagonal is None else on_diagonal + S.diagonal
-
-
-def apply_update(
-    params: Sequence[Matrices],
-    X: Tensor,
-    *,
-    lr: float | Tensor,
-    weight_decay: float | Tensor,
-    ratios: Sequence[float],
-    cautious: bool = False,
-    stochastic_rounding: bool = False,
-    seed: int = 0,
-    first: int = 0,
-) -> None:
-    """See `Backend.apply_update`. Arithmetic in the parameter's dtype; before stochastic rounding in fp32, fused."""
-    start, decay = 0, 1 - lr * weight_decay
-    for param in params:
-        for at in _groups(param.view()):
+def apply_update(args: ApplyUpdate, options: ApplyOptions = ApplyOptions()) -> None:
+    """Implement `Backend.apply_update`. Arithmetic in the parameter's dtype; fp32 before stochastic rounding."""
+    start, decay = 0, 1 - args.lr * args.weight_decay
+    for param in args.param:
+        for at in groups(param.view()):
             p = param.view()[at]
             here = slice(start, start + len(p))
             start = here.stop
-            step_sizes = _StepSizes(lr, ratios[here])
-            if stochastic_rounding and p.dtype == torch.bfloat16:
-                _update_stochastically(p, X[here], step_sizes, decay, cautious, seed, first + here.start)
+            x, step_sizes = args.x[here], _StepSizes(args.lr, args.ratio[here])
+            if options.stochastic_rounding and p.dtype == torch.bfloat16:
+                seed, first = options.seed, options.first + here.start
+                _update_stochastically(p, x, step_sizes, decay, options.cautious, seed, first)
             else:
-                _update(p, X[here], step_sizes, decay, cautious)
+                _update(p, x, step_sizes, decay, options.cautious)
 
 
 class _StepSizes(NamedTuple):
-    """lr·ratio of matrices; second moments make ratios differ within a parameter."""
+    """Step sizes lr·ratio of matrices; second moments make ratios differ within a parameter."""
 
     lr: float | Tensor
     ratios: Sequence[float]
@@ -505,7 +290,7 @@ def _update_stochastically(
 
 
 def _towards_zero(p: Tensor, update: Tensor, spare: Sequence[Tensor]) -> Tensor:
-    """Where the update has the parameter's sign, or is zero. By the signs: a product may underflow to a zero."""
+    """Return where the update has the parameter's sign or is zero. It compares signs: a product may underflow."""
     negative, up, down = spare
     torch.signbit(p, out=negative)
     torch.le(update, 0, out=down).logical_and_(negative)
@@ -524,7 +309,7 @@ def _mixed(z: int) -> int:
 
 
 def _signed(z: int) -> int:
-    """int64 for 64 bits without a sign."""
+    """Return the int64 that has the bits of an unsigned number."""
     return (z + 2**63) % 2**64 - 2**63
 
 

@@ -1,4 +1,4 @@
-"""What the backends in compiled code share: the module, and torch's operands as csrc takes them."""
+"""Shared parts of the backends in compiled code: the module, and torch's operands as csrc takes them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..layout import Matrices, refs
+from ..layout import refs
 from ..newton_schulz import Square
+from ..verbs import ApplyUpdate, MomentumUpdate
 
 
 @cache
 def module() -> ModuleType | None:
-    """muon_kernels._C, or None if it was not built."""
+    """Return muon_kernels._C, or None if it was not built."""
     try:
         from muon_kernels import _C
     except ImportError:
@@ -27,14 +28,14 @@ def module() -> ModuleType | None:
 
 
 def required() -> ModuleType:
-    """muon_kernels._C."""
+    """Return muon_kernels._C, which must be there."""
     _C = module()
     assert _C is not None
     return _C
 
 
 def built_with() -> str:
-    """What the compiled module has, in words."""
+    """Describe the compiled module."""
     _C = module()
     if _C is None:
         return "nothing: the compiled module is missing"
@@ -48,80 +49,66 @@ DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 def dtype(_C: ModuleType, of: torch.dtype) -> object:
-    """csrc's DType."""
+    """Return csrc's DType."""
     return getattr(_C.DType, DTYPES[of])
 
 
+_NO_STACK = (0,) * 6
+
+
 def stack(t: Tensor | None) -> tuple[int, int, int, int, int, int] | None:
-    """csrc's Stack."""
+    """Return the fields of csrc's Stack."""
     if t is None:
         return None
     return (t.data_ptr(), *t.shape, t.stride(0), t.stride(1))
 
 
 def pointer(t: Tensor | None) -> int:
-    """An address, 0 for None."""
+    """Return an address, 0 for None."""
     return 0 if t is None else t.data_ptr()
 
 
 def address(numbers: array[int] | array[float]) -> int:
-    """Where an array lies, as long as it lives."""
+    """Return the address of an array, good as long as the array lives."""
     return numbers.buffer_info()[0]
 
 
-def momentum_update(
-    _C: ModuleType,
-    grads: Sequence[Matrices],
-    momenta: Sequence[Matrices] | None,
-    X: Tensor | None,
-    scale: Tensor | None,
-    norms: Tensor | None,
-    momentum: float,
-    nesterov: bool,
-    dampened: bool,
-    grad_scale: float,
-    eps: float,
-    margin: float,
-) -> tuple[object, object]:
-    """csrc's MomentumUpdate, and what must live as long."""
-    at_grads, at_momenta = refs(grads), refs(momenta) if momenta is not None else array("q")
+def momentum_update(_C: ModuleType, args: MomentumUpdate, scale: Tensor | None) -> tuple[object, object]:
+    """Return csrc's MomentumUpdate, without x if there is no scale, and what must live as long."""
+    momentum = args.momentum
+    at_grads, at_momenta = refs(args.grad), array("q") if momentum is None else refs(momentum)
     update = _C.MomentumUpdate(
         address(at_grads),
-        dtype(_C, grads[0].tensor.dtype),
-        address(at_momenta) if momenta is not None else 0,
-        dtype(_C, (momenta if momenta is not None else grads)[0].tensor.dtype),
-        stack(X) or (0,) * 6,
+        dtype(_C, args.grad[0].tensor.dtype),
+        0 if momentum is None else address(at_momenta),
+        dtype(_C, (args.grad if momentum is None else momentum)[0].tensor.dtype),
+        _NO_STACK if scale is None else stack(args.x),
         pointer(scale),
-        pointer(norms),
-        eps,
-        margin,
-        grad_scale,
-        momentum,
-        nesterov,
-        dampened,
+        pointer(args.norm),
+        args.eps,
+        args.margin,
+        args.grad_scale,
+        args.mu,
+        args.nesterov,
+        args.dampened,
     )
     return update, (at_grads, at_momenta)
 
 
 def apply_update(
-    _C: ModuleType,
-    params: Sequence[Matrices],
-    X: Tensor | None,
-    lr: float,
-    weight_decay: float,
-    ratios: Sequence[float],
+    _C: ModuleType, args: ApplyUpdate, x: Tensor | None, lr: float, weight_decay: float
 ) -> tuple[object, object]:
-    """csrc's ApplyUpdate, and what must live as long."""
-    at_params, factors = refs(params), ratios if isinstance(ratios, array) else array("d", ratios)
+    """Return csrc's ApplyUpdate of another x and of numbers, and what must live as long."""
+    at_params, ratio = refs(args.param), args.ratio if isinstance(args.ratio, array) else array("d", args.ratio)
     update = _C.ApplyUpdate(
         address(at_params),
-        dtype(_C, params[0].tensor.dtype),
-        stack(X) or (0,) * 6,
+        dtype(_C, args.param[0].tensor.dtype),
+        stack(x) or _NO_STACK,
         lr,
         weight_decay,
-        address(factors),
+        address(ratio),
     )
-    return update, (at_params, factors)
+    return update, (at_params, ratio)
 
 
 class Queue(threading.local):
@@ -138,7 +125,7 @@ class Queue(threading.local):
 
     @contextmanager
     def collect(self) -> Iterator[tuple[list[object], list[object]]]:
-        """Products inside are only put on a list, which comes with what must live as long."""
+        """Put the products inside on a list instead of running them; yield it with what must live as long."""
         waiting: list[object] = []
         operands: list[object] = []
         self._waiting, self._operands = waiting, operands
@@ -148,7 +135,7 @@ class Queue(threading.local):
             self._waiting, self._operands = None, []
 
     def program(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """See `Backend.program`."""
+        """Implement `Backend.program`."""
         parts: list[Callable[[], object]] = []
         self._parts = parts
         with self.collect():
@@ -163,13 +150,13 @@ class Queue(threading.local):
         return again
 
     def _cut(self) -> None:
-        """What is on the list is a part of the program, and a new list begins."""
+        """Make the products on the list a part of the program and begin a new list."""
         if self._waiting:
             self._parts.append(partial(self._run, self._waiting, self._operands))
             self._waiting, self._operands = [], []
 
     def then(self, run: Callable[[], object], operands: Sequence[Tensor]) -> None:
-        """See `Products.then`; not inside `collect`, whose products follow one another."""
+        """Implement `Products.then`; not inside `collect`, whose products follow one another."""
         if self._waiting is None:
             run()
         else:
@@ -191,7 +178,7 @@ class Queue(threading.local):
         gamma: float = 0.0,
         scale: Tensor | None = None,
     ) -> None:
-        """One of csrc's Products."""
+        """Run one of csrc's Products, or put it on the list."""
         product = _C.Product(
             stack(A.high),
             pointer(A.diagonal),

@@ -1,4 +1,4 @@
-"""How many bf16 numbers, which is what tensor cores multiply, a number of a fused step's iteration is the sum of."""
+"""Number of bf16 terms, which tensor cores multiply, that each number in a fused step's iteration is the sum of."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from functools import lru_cache
 # tensor cores, which truncate, take from sums of 128 rows; for three, with that of one tile.
 _UNIT_ROUNDOFF = {2: 1.2 * 2.0**-17, 3: 2.0**-22}
 # The sum over the steps of S's relative error where S should be a: up to twice as much the accuracy rule holds on every
-# spectrum of tests/matrices.py.
+# spectrum of tests/checks/matrices.py.
 _ALLOWED_CHANGE = 4.0
 
 
 @lru_cache(maxsize=256)
 def terms_needed(triples: tuple[tuple[float, float, float], ...], margin: float) -> int | None:
-    """Two, three, or None if three are not enough.
+    """Return two, three, or None if three are not enough.
 
     An eigenvalue of R that should be 0 is `loss` too small, negative, and so S is too large there: that multiplies the
     loss by S² in every step, while the step's own rounding adds to it. Small errors of Q do not matter, for they meet

@@ -19,6 +19,7 @@ from ..coefficients import Schedule
 from ..layout import Matrices
 from ..newton_schulz import Square, square
 from ..triton_kernels import configs
+from ..verbs import ApplyOptions, ApplyUpdate, MomentumUpdate, Step
 from . import Fused, eager
 from .gpu import default_workspace_bytes as default_workspace_bytes
 from .gpu import leading_dimension as leading_dimension
@@ -32,17 +33,17 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @cache
 def _kernels(name: str) -> ModuleType:
-    """A module of triton_kernels, which imports triton."""
+    """Import a module of triton_kernels, and triton with it."""
     return import_module(f"..triton_kernels.{name}", __package__)
 
 
 class _Device:
-    """Where tensors and launches go. Tests put another one in its place, whose launches an emulator executes."""
+    """The device of tensors and launches. Tests put another in its place, whose launches an emulator executes."""
 
     types: tuple[str, ...] = ("cuda", "xpu")  # AMD's are "cuda" too, in torch
 
     def unavailable(self) -> str | None:
-        """See `Backend.unavailable`."""
+        """Implement `Backend.unavailable`."""
         missing = []
         if not any(getattr(torch, type_).is_available() for type_ in self.types):
             missing.append(
@@ -53,19 +54,19 @@ class _Device:
         return ", and ".join(missing) or _triton_unfit()
 
     def target(self) -> int | str:
-        """Of the current device: 10 times the compute capability, or an architecture's name."""
+        """Return 10 times the compute capability of the current device, or its architecture's name."""
         from triton.runtime import driver
 
         return cast("int | str", driver.active.get_current_target().arch)
 
     def capability(self, device: torch.device) -> tuple[int, int] | None:
-        """(major, minor) of an NVIDIA GPU."""
+        """Return (major, minor) of an NVIDIA GPU, None for others."""
         if device.type != "cuda" or torch.version.hip is not None:
             return None
         return torch.cuda.get_device_capability(device)
 
     def guard(self, device: torch.device) -> AbstractContextManager[Any]:
-        """Make it the current device."""
+        """Make `device` the current one."""
         return cast(AbstractContextManager[Any], getattr(torch, device.type).device(device))
 
 
@@ -74,7 +75,7 @@ _device = _Device()
 
 @cache
 def _triton_unfit() -> str | None:
-    """Why triton, which is there, cannot work."""
+    """Return why triton, which is installed, cannot work here; None if it can."""
     import triton
 
     if tuple(int(n) for n in triton.__version__.split(".")[:2]) < _OLDEST:
@@ -100,7 +101,7 @@ def _triton_unfit() -> str | None:
 
 @contextmanager
 def _launching(shape: Sequence[int], device: torch.device) -> Iterator[None]:
-    """Errors inside say what was stepped."""
+    """Let errors inside say what was stepped."""
     try:
         with _device.guard(device):
             yield
@@ -112,12 +113,12 @@ def _launching(shape: Sequence[int], device: torch.device) -> Iterator[None]:
 
 
 def unavailable() -> str | None:
-    """See `Backend.unavailable`."""
+    """Implement `Backend.unavailable`."""
     return _device.unavailable()
 
 
 def refuses(device: torch.device, dtypes: Sequence[torch.dtype], workspace_dtype: torch.dtype) -> str | None:
-    """See `Backend.refuses`."""
+    """Implement `Backend.refuses`."""
     if device.type not in _device.types:
         return f"expected tensors on a GPU, got {device}; use backend='auto'"
     if bad := [d for d in dtypes if d not in _DTYPES]:
@@ -128,16 +129,16 @@ def refuses(device: torch.device, dtypes: Sequence[torch.dtype], workspace_dtype
 
 
 def device_types() -> tuple[str, ...]:
-    """GPUs."""
+    """Return those of GPUs."""
     return "cuda", "xpu"
 
 
-def outdone_by(device: torch.device, rows: int, cols: int) -> None:
-    """Where `Backend.outdone_by` matters to it, the other one says so."""
+def prefers_instead(device: torch.device, rows: int, cols: int) -> None:
+    """Return None: the backend that Triton is preferred to says so itself."""
 
 
 def remarks(device: torch.device, shape: tuple[int, int], workspace_dtype: torch.dtype) -> tuple[str, ...]:
-    """Where products are not ours, and whether tiles were measured."""
+    """Say where products are not ours, and whether tiles were measured."""
     with _device.guard(device):
         table, shipped = _kernels("measured").table(), _kernels("measured").shipped()
     notes = []
@@ -150,14 +151,14 @@ def remarks(device: torch.device, shape: tuple[int, int], workspace_dtype: torch
 
 
 def describe() -> str:
-    """See `Backend.describe`."""
+    """Implement `Backend.describe`."""
     import triton
 
     return f"Triton {triton.__version__}, compiled for the GPU at hand"
 
 
 def program(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """See `Backend.program`. The launches, without the way to them."""
+    """Implement `Backend.program`: repeat the launches without the way to them."""
     recorded: tuple[list[Callable[[], None]], Tensor] = _kernels("launch").recorded(run)
     launches, result = recorded
 
@@ -171,7 +172,7 @@ def program(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 
 def rehearsal() -> AbstractContextManager[None]:
-    """See `Backend.rehearsal`."""
+    """Implement `Backend.rehearsal`."""
     return cast(AbstractContextManager[None], _kernels("launch").rehearsal())
 
 
@@ -196,72 +197,72 @@ def _product(A: Square, B: Square, out: Square, C: Square | None = None, **optio
 
 
 def then(run: Callable[[], object], operands: Sequence[Tensor]) -> None:
-    """See `Products.then`."""
+    """Implement `Products.then`."""
     _kernels("launch").do(run, rehearse=lambda: None)
 
 
 def syrk(A: Tensor | Square, *, out: Square, **options: Any) -> None:
-    """See `Products.syrk`."""
+    """Implement `Products.syrk`."""
     A = square(A)
     _product(A, A, out, b_transposed=True, symmetric=True, **options)
 
 
 def syrkx(A: Square, B: Square, *, out: Square, gamma: float = 0.0) -> None:
-    """See `Products.syrkx`."""
+    """Implement `Products.syrkx`."""
     _product(A, B, out, symmetric=True, gamma=gamma)
 
 
 def gemm(
     A: Square, X: Tensor | Square, *, out: Tensor | Square, C: Tensor | Square | None = None, **options: Any
 ) -> None:
-    """See `Products.gemm`."""
+    """Implement `Products.gemm`."""
     _product(A, square(X), square(out), None if C is None else square(C), **options)
 
 
 def add(A: Square, *, out: Square, C: Square | None = None, **options: Any) -> None:
-    """See `Products.add`. torch's."""
+    """Implement `Products.add`, by torch's operations."""
     then(partial(eager.add, A, out=out, C=C, **options), [out.high, A.high])
 
 
-def momentum_update(grads: Sequence[Matrices], momenta: Sequence[Matrices] | None, X: Tensor, **options: Any) -> Tensor:
-    """See `Backend.momentum_update`. In scratch: the sums of squares of all tiles, and the scales."""
-    with _launching(X.shape, X.device):
-        scale: Tensor = _kernels("elementwise").momentum_update(grads, momenta, X, **options)
-    if momenta is not None:
-        _written(momenta)
+def momentum_update(args: MomentumUpdate) -> Tensor:
+    """Implement `Backend.momentum_update`. In scratch: the sums of squares of all tiles, and the scales."""
+    with _launching(args.x.shape, args.x.device):
+        scale: Tensor = _kernels("elementwise").momentum_update(args)
+    if args.momentum is not None:
+        _written(args.momentum)
     return scale
 
 
-def apply_update(params: Sequence[Matrices], X: Tensor, **options: Any) -> None:
-    """See `Backend.apply_update`."""
-    with _launching(X.shape, X.device):
-        _kernels("elementwise").apply_update(params, X, **options)
-    _written(params)
+def apply_update(args: ApplyUpdate, options: ApplyOptions = ApplyOptions()) -> None:
+    """Implement `Backend.apply_update`."""
+    with _launching(args.x.shape, args.x.device):
+        _kernels("elementwise").apply_update(args, options)
+    _written(args.param)
 
 
 def normalizes() -> bool:
-    """See `Backend.normalizes`."""
+    """Implement `Backend.normalizes`."""
     return False
 
 
 def scratch_bytes(rows: int, cols: int) -> int:
-    """See `triton_kernels.configs`."""
+    """Return that of `triton_kernels.configs`."""
     return configs.scratch_bytes(rows, cols)
 
 
 def update_launches(count: int) -> int:
-    """Momentum, its norms, update."""
+    """Count momentum, norms and update."""
     return 3
 
 
 def product_tiles() -> tuple[int, int]:
-    """The smallest and the largest of all tables."""
+    """Return the smallest and the largest of all tables."""
     sides = [side for table in configs.TABLES.values() for c in table.configs for side in (c.block_m, c.block_n)]
     return min(sides), max(sides)
 
 
 def fused_plan(rows: int, cols: int, count: int, schedule: Schedule, stochastic_rounding: bool = False) -> Fused | None:
-    """Where the smaller side fits on the chip, which needs no workspace but two visits to the longer one.
+    """Fuse where the smaller side fits on the chip, which needs no workspace but two visits to the longer one.
 
     It rounds to nearest.
     """
@@ -271,22 +272,11 @@ def fused_plan(rows: int, cols: int, count: int, schedule: Schedule, stochastic_
     return Fused(slots=0, flops=configs.executed_flops(rows, cols, len(schedule.triples), terms), reads=2)
 
 
-def fused_step(
-    params: Sequence[Matrices],
-    grads: Sequence[Matrices],
-    momenta: Sequence[Matrices],
-    X: Tensor,
-    iterate: Callable[[Tensor], Tensor],
-    *,
-    triples: Sequence[tuple[float, float, float]],
-    margin: float,
-    **options: Any,
-) -> None:
-    """See `Backend.fused_step`. Of X, only the sizes are used, and the iteration is the kernel's own."""
-    _, m, n = X.shape
-    terms = terms_needed(tuple(triples), margin)
-    with _launching((len(options["ratios"]), m, n), params[0].tensor.device):
-        _kernels("fused_step").fused_step(
-            params, grads, momenta, (m, n), triples=triples, margin=margin, terms=terms, **options
-        )
-    _written([*params, *momenta])
+def fused_step(args: Step) -> None:
+    """Implement `Backend.fused_step`. The iteration is the kernel's own."""
+    momentum, param = args.momentum, args.apply.param
+    assert momentum.momentum is not None
+    terms = terms_needed(tuple(args.triples), momentum.margin)
+    with _launching((len(args.apply.ratio), *momentum.x.shape[1:]), param[0].tensor.device):
+        _kernels("fused_step").fused_step(args, terms)
+    _written([*param, *momentum.momentum])

@@ -1,7 +1,7 @@
 """The command line: `python -m muon_kernels COMMAND`.
 
-A command is a module of this package with `add_arguments(parser)` and `run(args) -> exit status`;
-its docstring is its help, the first line in short.
+A command is a module of this package with `add_arguments(parser)` and `run(args) -> exit status`. Its docstring is its
+help, the first line the help in short.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ COMMANDS = ("demo", "doctor", "ledger", "tune")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command that `argv` (by default the process's arguments) names.
+    """Run the command that `argv` names; by default the process's arguments.
 
     Returns:
         The exit status: 0 for success.

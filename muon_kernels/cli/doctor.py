@@ -29,7 +29,7 @@ _SHAPES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add nothing: there is nothing to choose."""
+    """Add nothing: the command has no options."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,7 +57,7 @@ def _verdict(name: str) -> str:
 
 
 def _facts() -> Iterator[tuple[str, str]]:
-    """Yield (name, value) of what this machine and this installation are."""
+    """Yield (name, value) of the facts about this machine and this installation."""
     yield "muon_kernels", __version__
     yield "built with", native.built_with()
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"

@@ -1,7 +1,7 @@
 """Count what an optimizer step costs on a GPU, without one: launches, FLOPs, bytes, and the least time they take.
 
-torch.optim.Muon and the batched loop are run on tensors without memory and their operations counted; ours are counted
-by the plan that a step follows. Nothing here is a measured time: the bound is the largest of three quotients, and no
+torch.optim.Muon and the batched loop are run on tensors without memory, and their operations counted. Ours are counted
+by the plan that a step follows. Nothing here is a measured time: the bound is the largest of three quotients. No
 implementation reaches it, except where a cache keeps what is needed again: nobody is credited with that.
 """
 
@@ -19,9 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .. import backends
 from ..coefficients import COEFFICIENTS, DEFAULT, Schedule, resolve
-from ..distributed.traffic import flops, largest, ways
+from ..distributed.traffic import alternatives, flops, largest
 from ..newton_schulz import Square
-from ..step.plan import Counter, Plan, count_iteration, plan_for_shapes
+from ..step.counting import Counter, count_iteration
+from ..step.plan import Plan, plan_for_shapes
 
 Shapes = Sequence[tuple[int, int, int]]
 
@@ -64,7 +65,7 @@ GPUS = {
 
 
 class Network(NamedTuple):
-    """Assumed of each rank's connection: bytes/s that it sends, and seconds that a collective takes beside."""
+    """Assumptions about each rank's connection: bytes/s that it sends, and seconds that a collective takes besides."""
 
     bytes: float = 50e9  # 400 Gbit/s
     latency: float = 20e-6
@@ -75,7 +76,10 @@ ATTAINED = 0.5
 
 
 class Cost(NamedTuple):
-    """Of one step; bytes with each operand of a launch read once unless a plan knows more, and each result written."""
+    """Costs of one step.
+
+    Bytes count each operand of a launch once, unless a plan knows more, and each result.
+    """
 
     launches: int
     flops: float
@@ -83,7 +87,7 @@ class Cost(NamedTuple):
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts operations that compute: views and allocations launch nothing."""
+    """Counter of operations that compute. Views and allocations launch nothing."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -109,7 +113,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def parameters(shapes: Shapes) -> list[nn.Parameter]:
-    """fp32 parameters with gradients, without memory."""
+    """Return fp32 parameters with gradients, without memory."""
     made = [nn.Parameter(torch.empty(m, n, device="meta")) for m, n, count in shapes for _ in range(count)]
     for p in made:
         p.grad = torch.empty_like(p)
@@ -117,7 +121,7 @@ def parameters(shapes: Shapes) -> list[nn.Parameter]:
 
 
 def counted(step: Callable[[], Any]) -> Cost:
-    """What a step on such parameters does; the first one, which allocates the state, is not counted."""
+    """Return the cost of a step on such parameters. A first step, which allocates the state, is not counted."""
     step()
     with _Counter() as counter, FlopCounterMode(display=False) as flops:
         step()
@@ -125,7 +129,7 @@ def counted(step: Callable[[], Any]) -> Cost:
 
 
 def batched_loop(params: Sequence[nn.Parameter]) -> Callable[[], None]:
-    """The bf16 loop that everybody writes, once for all matrices of a shape."""
+    """Return a step of the bf16 loop that everybody writes, run once for all matrices of a shape."""
     buffers = [torch.zeros_like(p) for p in params]
     groups: dict[tuple[int, ...], list[int]] = {}
     for i, p in enumerate(params):
@@ -153,7 +157,7 @@ def batched_loop(params: Sequence[nn.Parameter]) -> Callable[[], None]:
 
 
 class Requests(Counter):
-    """Counts as traffic what tile x tile elements at a time ask memory for: caches answer most of it.
+    """Counter of the bytes that products ask memory for, in tiles of tile x tile elements. Caches answer most of it.
 
     A tile needs its rows of A, its columns of B and its own elements of every addend.
     """
@@ -163,7 +167,7 @@ class Requests(Counter):
         self._tile = tile
 
     def traffic(self, A: Square, B: Square, C: Tensor | None, out: Tensor, triangle: bool) -> int:
-        """Bytes that a product asks for; tiles at an edge count as whole ones."""
+        """Return the bytes that a product asks for. Tiles at an edge count as whole ones."""
         batch, m, n = out.shape
         rows, cols = -(-m // self._tile), -(-n // self._tile)
         tiles = rows * (rows + 1) // 2 if triangle else rows * cols
@@ -175,7 +179,7 @@ class Requests(Counter):
 
 
 def requested(plan: Plan, tile: int, schedule: Schedule) -> int:
-    """Bytes that the products of a step ask for in tiles of this size."""
+    """Return the bytes that the products of a step ask for in tiles of this size."""
     total = 0
     for b in plan.buckets:
         if not b.fused:
@@ -187,7 +191,7 @@ def requested(plan: Plan, tile: int, schedule: Schedule) -> int:
 
 
 def traffic(plan: Plan, backend: str, schedule: Schedule) -> str:
-    """What the bytes of a plan are made of, in words."""
+    """Return, in words, the bytes of a plan by what moves them."""
     ops = backends.get(backend)
     text = f"prologue and epilogue move {plan.bytes / 1e6:.0f} MB,"
     text += f" {plan.bytes / max(1, plan.least_bytes):.2f} of the least"
@@ -202,13 +206,13 @@ def traffic(plan: Plan, backend: str, schedule: Schedule) -> str:
 
 
 def own_plans(shapes: Shapes, schedule: Schedule) -> dict[str, Plan]:
-    """The plan of every backend of ours for GPUs."""
+    """Return the plan of each of our backends for GPUs."""
     names = (n for n in backends.BACKENDS if "cuda" in backends.get(n).device_types())
     return {n: plan_for_shapes(shapes, schedule=schedule, device="cuda", backend=n, available=False) for n in names}
 
 
 def ledger(shapes: Shapes, schedule: Schedule | None = None) -> dict[str, Cost]:
-    """The cost of a step of every implementation, ours by a schedule or the default one."""
+    """Return the cost of a step of every implementation; ours with `schedule`, or the default one."""
     costs = {
         "torch.optim.Muon": counted(torch.optim.Muon(parameters(shapes)).step),
         "batched bf16 loop": counted(batched_loop(parameters(shapes))),
@@ -219,7 +223,7 @@ def ledger(shapes: Shapes, schedule: Schedule | None = None) -> dict[str, Cost]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to count, and for which GPU."""
+    """Add arguments for what to count, and for which GPU."""
     what = parser.add_mutually_exclusive_group()
     what.add_argument("model", nargs="?", default="gpt2", choices=MODELS, help="default: gpt2")
     what.add_argument(
@@ -262,9 +266,9 @@ def _ranks(text: str) -> int:
 
 
 def scaling(shapes: Shapes, ranks: int, gpu: Gpu, schedule: Schedule, network: Network) -> Iterator[str]:
-    """A line of a table for every way to step matrices on so many ranks; see `muon_kernels.distributed.traffic`."""
+    """Yield a line of a table for every way to step matrices on `ranks` ranks; see distributed/traffic.py."""
     once = sum(flops(shapes, schedule=schedule))
-    for name, beside, costs in ways(shapes, ranks, schedule=schedule):
+    for name, beside, costs in alternatives(shapes, ranks, schedule=schedule):
         most = largest(costs)
         seconds = most.flops / gpu.flops / ATTAINED + most.sent / network.bytes + most.collectives * network.latency
         yield (

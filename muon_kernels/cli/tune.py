@@ -1,7 +1,7 @@
 """Measure which tiles products are fastest in on this machine's GPU, for the Triton kernels.
 
 The table is kept in MUON_KERNELS_CACHE_DIR, or else in muon_kernels below XDG_CACHE_HOME or ~/.cache, and later
-processes read it. Without it a table is used that was counted, not measured, by architecture; a step measures nothing.
+processes read it. Without it, a table by architecture is used that was counted, not measured. A step measures nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .. import backends
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add nothing: there is nothing to choose."""
+    """Add nothing: the command has no options."""
 
 
 def run(args: argparse.Namespace) -> int:

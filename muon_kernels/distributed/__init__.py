@@ -8,7 +8,7 @@ __all__ = ["ZeroMuon"]
 
 
 def __getattr__(name: str) -> Any:
-    """ZeroMuon, when somebody asks for it: `Muon` imports this package, and not what is built on it."""
+    """Import ZeroMuon when it is asked for: `Muon` imports this package, and should not load what is built on it."""
     if name in __all__:
         from .zero import ZeroMuon
 

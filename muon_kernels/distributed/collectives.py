@@ -1,4 +1,4 @@
-"""Messages between ranks, and what is raised where one stays away."""
+"""Messages between ranks, and the error for a rank that does not answer."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from .placement import Team
 
 
 class Failed(RuntimeError):
-    """A collective that did not end."""
+    """A collective that did not complete."""
 
 
 class Pending:
-    """A collective under way; `what` it does is said if it fails."""
+    """A collective under way. If it fails, `what` tells in the error what it was doing."""
 
     def __init__(self, what: str, begin: Callable[[], Any]) -> None:
         self._what = what
         self._work = self._do(begin)
 
     def wait(self) -> None:
-        """Until it has ended."""
+        """Wait until the collective has completed; raise Failed if it does not."""
         self._do(self._work.wait)
 
     def _do(self, run: Callable[[], Any]) -> Any:
@@ -33,12 +33,12 @@ class Pending:
             raise Failed(f"{self._what}: {error}") from error
 
 
-# By its name since torch 2.13, and the one that it has there no more without a warning.
+# The name since torch 2.13, which warns of the older name; earlier versions have the older name only.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def gather(into: Tensor, share: Tensor, team: Team, of: str) -> Pending:
-    """Begin to write what every replica has to all of them; `of` names it in an error."""
+    """Begin to gather the `share` of every replica in `into`, on all of them; `of` names the matrices in an error."""
     return Pending(
         f"gathering the results of {of}",
         lambda: _all_gather(into, share, group=team.replicas, async_op=True),

@@ -1,4 +1,4 @@
-"""What ranks have to agree on before and while they step together."""
+"""Agreement of ranks, before and while they step together."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .placement import Placement, Team
 
 
 class Agreed(NamedTuple):
-    """What all ranks know of a step.
+    """Facts about a step that all ranks share.
 
     Attributes:
-        found_inf: whether to leave it out.
-        grad: the gradient of a parameter, zeros where only other ranks have one; None where no rank has.
+        found_inf: whether to leave the step out.
+        grad: returns the gradient of a parameter: zeros where only other ranks have one, None where no rank has.
     """
 
     found_inf: bool
@@ -28,7 +28,7 @@ class Agreed(NamedTuple):
 
 
 def teams_of(placements: Mapping[Tensor, Placement]) -> dict[Team, list[Tensor]]:
-    """Every team and the parameters that it steps together, in their order."""
+    """Return every team with the parameters that it steps together, in their order."""
     teams: dict[Team, list[Tensor]] = {}
     for p, placement in placements.items():
         teams.setdefault(placement.team, []).append(p)
@@ -36,7 +36,7 @@ def teams_of(placements: Mapping[Tensor, Placement]) -> dict[Team, list[Tensor]]
 
 
 def _reduced(values: list[int], team: Team, device: torch.device) -> list[int]:
-    """The maximum of all ranks, number by number."""
+    """Return the maximum over all ranks of a team, value by value."""
     numbers = torch.tensor(values, dtype=torch.int32, device=device)
     try:
         for group in team.groups:
@@ -57,7 +57,7 @@ def _grad(p: Tensor) -> Tensor | None:
     return grad
 
 
-_FOUND_INF, _REFUSED = 1, 2  # what is more comes through a maximum
+_FOUND_INF, _REFUSED = 1, 2  # ordered by severity: the all-reduce takes the maximum
 
 
 def agree(
@@ -66,13 +66,13 @@ def agree(
     """Have all ranks of every team decide alike.
 
     Args:
-        teams: and the parameters that each steps together.
+        teams: each with the parameters that it steps together.
         check: raises where this rank cannot step.
-        found_inf: what torch.amp.GradScaler found in this rank's gradients, if the step is to look at it.
+        found_inf: what torch.amp.GradScaler found in this rank's gradients, if the step has to look at it.
 
     Raises:
         Failed: a rank did not answer.
-        RuntimeError: another rank cannot step. On that one, what `check` raises.
+        RuntimeError: another rank cannot step. The rank that cannot raises what `check` raised.
     """
     if is_dtensor(found_inf):
         found_inf = found_inf.full_tensor()
@@ -99,21 +99,21 @@ def agree(
     return Agreed(verdict == _FOUND_INF, grad if teams else _grad)
 
 
-# A rank that asks for a checkpoint by itself, as one does where all have everything, is told so after this time.
+# Where ranks share state, all have to ask for a checkpoint. One that asks alone gets an error after this time.
 _PATIENCE = timedelta(seconds=60)
 
 
 def gathered(
     owned: Mapping[Tensor, Placement], state: Mapping[Tensor, Mapping[str, Any]]
 ) -> dict[Tensor, dict[str, Any]]:
-    """The state of all parameters with an owner, tensors; every rank of the teams has to ask.
+    """Gather the state of all parameters that have an owner. Every rank of the teams has to call this.
 
     Args:
-        owned: parameters with an owner.
-        state: of this rank.
+        owned: the parameters that have an owner.
+        state: this rank's state.
 
     Raises:
-        RuntimeError: some rank does not ask.
+        RuntimeError: some rank does not call it.
     """
     found: dict[Tensor, dict[str, Any]] = {}
     teams = teams_of(owned)

@@ -1,4 +1,4 @@
-"""Equal matrices, equally cut, by owner."""
+"""Lots: equal matrices that are sharded in the same way, by owner."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from .slices import Rectangle
 
 if TYPE_CHECKING:
     from ..step.work import Work
-    from .strategies.owner import CutRound
+    from .strategies.owner import OwnerRound
 
-# One a parameter, but where another rank keeps it; None where the direction is the gradient.
+# One for each parameter, None where another rank keeps it; None for all where the direction is the gradient.
 Momenta = Sequence[Tensor | None] | None
 
 
 class Entry(NamedTuple):
-    """One matrix; where this rank holds none of it, without layouts.
+    """One matrix of a lot. Where this rank holds nothing of it, the layouts are None.
 
     Attributes:
         param: index of the parameter.
-        ratio: of the learning rate.
-        tall: whether the parameter has it transposed.
-        moment: second moment of this rank's part, as the parameter has it, if one is kept here.
+        ratio: factor of its learning rate.
+        tall: whether the parameter holds it transposed.
+        moment: second moment of this rank's shard, in the orientation of the parameter, if it is kept here.
     """
 
     param: int
@@ -43,57 +43,63 @@ class Entry(NamedTuple):
     moment: Tensor | None
 
 
-class Kind(NamedTuple):
-    """What the matrices of a lot have in common."""
+class LotKey(NamedTuple):
+    """Properties that all matrices of a lot share.
+
+    Attributes:
+        team: the ranks that step them.
+        shape: (rows, cols) of the whole matrix, rows <= cols.
+        shards: what each rank of `team.shards` holds of it.
+    """
 
     team: Team
     shape: tuple[int, int]
-    parts: tuple[Rectangle, ...]
+    shards: tuple[Rectangle, ...]
     device: torch.device
     grad_dtype: torch.dtype
     param_dtype: torch.dtype
 
 
-def holders(kind: Kind) -> list[int]:
-    """The ranks that have any of such a matrix."""
-    return [rank for rank, part in enumerate(kind.parts) if part.elements]
+def holders(key: LotKey) -> list[int]:
+    """Return the ranks that hold elements of such a matrix."""
+    return [rank for rank, shard in enumerate(key.shards) if shard.elements]
 
 
 @dataclass
 class Lot:
-    """Equal matrices, equally cut, by owner.
+    """Equal matrices that are sharded in the same way, by owner.
 
     Attributes:
-        kind: what they have in common.
+        key: what they have in common.
         work: how an owner iterates.
-        number: of the first one among all of the group; for stochastic rounding.
-        entries: for every rank of the team, what it owns.
-        most: matrices of one owner in a round.
-        way: of the rounds, where the matrices are cut.
-        kept_apart: whether each owner alone keeps the state of its matrices.
+        group_index: of the first matrix among all of the group; for the random bits of stochastic rounding.
+        entries: for every rank of the team, the matrices that it owns.
+        round_size: matrices of one owner in a round.
+        strategy: class of the rounds, where the matrices are sharded.
+        owner_keeps_state: whether only the owner keeps the state of a matrix.
     """
 
-    kind: Kind
+    key: LotKey
     work: Work
-    number: int
+    group_index: int
     entries: list[list[Entry]]
-    most: int
-    way: type[CutRound]
-    kept_apart: bool
+    round_size: int
+    strategy: type[OwnerRound]
+    owner_keeps_state: bool
 
     @property
     def second_moment(self) -> str | None:
-        """The form of the second moment that results are divided by."""
+        """The form of the second moment that results are divided by, or None."""
         return next((stage.form for stage in self.work.stages if isinstance(stage, SecondMoment)), None)
 
     @property
     def rounds(self) -> int:
-        """How many."""
-        return -(-max(map(len, self.entries)) // self.most)
+        """Number of rounds."""
+        return -(-max(map(len, self.entries)) // self.round_size)
 
     def __str__(self) -> str:
-        """Name it in an error."""
-        m, n = self.kind.shape
+        """Return the lot's name in an error."""
+        m, n = self.key.shape
         return f"the bucket of {sum(map(len, self.entries))} x {m}x{n}"
 
 
@@ -108,30 +114,30 @@ def bundle_of(tensors: Sequence[Tensor | None], entries: Sequence[Entry], which:
 
 
 def normalized(lot: Lot, entries: Sequence[Entry], X: Tensor, beta2: float, ratios: array[float]) -> array[float]:
-    """Divide X, this rank's parts of results, by second moments; return the ratios that are left."""
-    form, team = lot.second_moment, lot.kind.team
+    """Divide X, this rank's shards of results, by second moments; return the ratios to multiply them by."""
+    form, team = lot.second_moment, lot.key.team
     if form is None:
         return ratios
-    own, (m, n) = array("d", ratios), lot.kind.shape
-    top, left, height, width = lot.kind.parts[team.shard]
+    own, (m, n) = array("d", ratios), lot.key.shape
+    top, left, height, width = lot.key.shards[team.shard]
     for tall in (False, True):  # rows of the parameters are columns of X, or rows
         chosen = [i for i, entry in enumerate(entries) if entry.tall == tall]
         if not chosen:
             continue
-        parts = X[chosen] if height * width else X.new_empty(len(chosen), 0, 0)
+        own_X = X[chosen] if height * width else X.new_empty(len(chosen), 0, 0)
         kept = second_moment.normalize(
             form,
-            parts.mT if tall else parts,
+            own_X.mT if tall else own_X,
             [entry.moment for entry in (entries[i] for i in chosen) if entry.moment is not None],
             beta2,
             rows=n if tall else m,
             at=(left, left + width) if tall else (top, top + height),
             width=m if tall else n,
-            whole_rows=all((part.rows if tall else part.cols) in (0, m if tall else n) for part in lot.kind.parts),
+            whole_rows=all((shard.rows if tall else shard.cols) in (0, m if tall else n) for shard in lot.key.shards),
             group=team.shards,
         )
         if height * width:
-            X[chosen] = parts
+            X[chosen] = own_X
         for i, factor in zip(chosen, kept, strict=True):
             own[i] *= factor
     return own

@@ -1,4 +1,4 @@
-"""Where the parts of a parameter are: what a DTensor says, as ranges of every dimension."""
+"""Placement of parameters on ranks: what a DTensor says, as ranges of every dimension."""
 
 from __future__ import annotations
 
@@ -23,35 +23,35 @@ class Team:
     """The ranks that step a parameter together.
 
     Attributes:
-        shards: ranks that hold different parts of every matrix; None if each holds all.
-        replicas: ranks that hold the same part; None if no other does.
-        shard, shard_count, replica, replica_count: this rank's place in them and their sizes.
+        shards: the ranks that hold different shards of every matrix; None if each holds all.
+        replicas: the ranks that hold the same shard; None if no other does.
+        shard, shard_count, replica, replica_count: this rank's index in each of the two, and their sizes.
     """
 
     def __init__(self, shards: dist.ProcessGroup | None, replicas: dist.ProcessGroup | None) -> None:
-        """See the class."""
+        """Take the process groups of the shards and of the replicas, None for one that is this rank alone."""
         self.shards, self.replicas = shards, replicas
         self.shard, self.shard_count = (0, 1) if shards is None else (shards.rank(), shards.size())
         self.replica, self.replica_count = (0, 1) if replicas is None else (replicas.rank(), replicas.size())
 
     @property
     def groups(self) -> list[dist.ProcessGroup]:
-        """Those that there are; what is reduced over each in turn is reduced over all ranks."""
+        """The process groups that there are. Reducing over each in turn reduces over all ranks."""
         return [group for group in (self.shards, self.replicas) if group is not None]
 
     @property
     def ranks(self) -> int:
-        """How many there are."""
+        """Number of ranks."""
         return self.shard_count * self.replica_count
 
     @property
     def rank(self) -> int:
-        """This one's number among them."""
+        """Index of this rank among all of the team."""
         return self.replica * self.shard_count + self.shard
 
 
 def team_of(process_group: Any) -> Team:
-    """The team of ranks that have the same plain tensors.
+    """Return the team of ranks that have the same plain tensors.
 
     Raises:
         TypeError: it is no process group, or one that this rank is not in.
@@ -65,18 +65,18 @@ def team_of(process_group: Any) -> Team:
 
 
 class Placement(NamedTuple):
-    """Where a parameter is.
+    """Place of a parameter on the ranks.
 
     Attributes:
-        team: who steps it.
-        whole: size of what the team holds, of a stack that is cut along its batch this rank's share.
-        parts: for every rank of `team.shards`, what it holds: a range of each dimension.
-        owner: of a parameter that only one replica keeps the momentum of, and steps: which.
+        team: the ranks that step it.
+        whole: size of what the team holds; of a stack that is sharded along its batch, this team's share.
+        shards: for every rank of `team.shards`, what it holds: a range of each dimension.
+        owner: rank that keeps the momentum and steps the parameter; None if every rank does.
     """
 
     team: Team
     whole: tuple[int, ...]
-    parts: tuple[tuple[Range, ...], ...]
+    shards: tuple[tuple[Range, ...], ...]
     owner: int | None = None
 
 
@@ -92,14 +92,14 @@ def _group(mesh: DeviceMesh, dims: tuple[int, ...]) -> dist.ProcessGroup | None:
 
 
 class Teams:
-    """Those of an optimizer, each once."""
+    """The teams of an optimizer, each made once."""
 
     def __init__(self) -> None:
-        """None yet."""
+        """Begin without any."""
         self._found: dict[tuple[DeviceMesh, tuple[int, ...], tuple[int, ...]], Team] = {}
 
     def get(self, mesh: DeviceMesh, shards: tuple[int, ...], replicas: tuple[int, ...]) -> Team:
-        """That of a DTensor which is cut along `shards` and repeated along `replicas` of the mesh's dimensions."""
+        """Return the team of a DTensor that is sharded along mesh dimensions `shards`, repeated along `replicas`."""
         key = mesh, shards, replicas
         if key not in self._found:
             self._found[key] = Team(_group(mesh, shards), _group(mesh, replicas))
@@ -107,13 +107,16 @@ class Teams:
 
 
 def dim_of(shard: Any, shape: Sequence[int]) -> int:
-    """The dimension that a placement cuts, from 0 on."""
+    """Return the dimension that a placement shards, counted from 0."""
     dim: int = shard.dim
     return dim % len(shape)
 
 
 def chunk(at: Range, count: int, index: int) -> Range:
-    """As torch.chunk cuts, and DTensor with it: all but the last are equal, and some may be empty."""
+    """Return chunk `index` of `count` of a range, as torch.chunk and DTensor divide it.
+
+    All chunks but the last are equal, and some may be empty.
+    """
     start, stop = at
     size = -(-(stop - start) // count)
     return min(start + index * size, stop), min(start + (index + 1) * size, stop)
@@ -122,9 +125,9 @@ def chunk(at: Range, count: int, index: int) -> Range:
 def _ranges(
     shape: Sequence[int], mesh: Sequence[int], placements: Sequence[Any], dims: Sequence[int], at: Sequence[int]
 ) -> tuple[Range, ...]:
-    """What a rank holds that is at the coordinates `at` along dimensions `dims` of the mesh."""
+    """Return what the rank holds that is at the coordinates `at` along dimensions `dims` of the mesh."""
     ranges = [(0, n) for n in shape]
-    # FSDP cuts what tensor parallelism has cut before it, although its dimension of the mesh comes first.
+    # FSDP shards what tensor parallelism has sharded before it, although its mesh dimension comes first.
     later = [(i, c) for i, c in zip(dims, at, strict=True) if type(placements[i]).__name__ == "_StridedShard"]
     first = [(i, c) for i, c in zip(dims, at, strict=True) if (i, c) not in later]
     for i, coordinate in (*first, *reversed(later)):
@@ -134,19 +137,19 @@ def _ranges(
 
 
 def placement_of(t: DTensor, flatten: bool | None, teams: Teams) -> Placement | None:
-    """Where a DTensor is; None if this rank has whole matrices of its own.
+    """Return where a DTensor is, or None if this rank has whole matrices of its own.
 
     Args:
         t: a parameter.
         flatten: see `Muon`.
-        teams: of the optimizer.
+        teams: the teams of the optimizer.
 
     Raises:
         ValueError: it is placed in a way that cannot be stepped.
     """
     mesh, placements, shape = t.device_mesh, t.placements, tuple(t.shape)
     matrix = range(len(shape)) if flattens(shape, flatten) else range(len(shape) - 2, len(shape))
-    cut, repeated, dealt = [], [], []
+    sharded, repeated, batched = [], [], []
     for i, placement in enumerate(placements):
         if mesh.size(i) == 1:
             continue
@@ -155,37 +158,37 @@ def placement_of(t: DTensor, flatten: bool | None, teams: Teams) -> Placement | 
         if placement.is_replicate():
             repeated.append(i)
         elif dim_of(placement, shape) in matrix:
-            cut.append(i)
+            sharded.append(i)
         else:
-            dealt.append(i)
-        if i in cut and flattens(shape, flatten) and dim_of(placement, shape):
+            batched.append(i)
+        if i in sharded and flattens(shape, flatten) and dim_of(placement, shape):
             raise ValueError(
                 f"a parameter of {len(shape)} dimensions that is flattened to matrices should be sharded along "
                 f"dimension 0 but has placements: {placements}"
             )
-    if not cut and not repeated:
+    if not sharded and not repeated:
         return None
     sizes, coordinate = tuple(mesh.shape), mesh.get_coordinate()
     assert coordinate is not None
-    own = _ranges(shape, sizes, placements, dealt, [coordinate[i] for i in dealt])
+    own = _ranges(shape, sizes, placements, batched, [coordinate[i] for i in batched])
     whole = tuple(stop - start for start, stop in own)
-    team = teams.get(mesh, tuple(cut), tuple(repeated))
-    everywhere = product(*(range(sizes[i]) for i in cut))
-    parts = tuple(_ranges(whole, sizes, placements, cut, at) for at in everywhere)
-    held = tuple(stop - start for start, stop in parts[team.shard])
+    team = teams.get(mesh, tuple(sharded), tuple(repeated))
+    everywhere = product(*(range(sizes[i]) for i in sharded))
+    shards = tuple(_ranges(whole, sizes, placements, sharded, at) for at in everywhere)
+    held = tuple(stop - start for start, stop in shards[team.shard])
     if held != tuple(local(t).shape):
         raise ValueError(
             f"a DTensor of size {shape} with placements {placements} should hold {held} on this rank but holds: "
             f"{tuple(local(t).shape)}"
         )
-    return Placement(team, whole, parts)
+    return Placement(team, whole, shards)
 
 
 def replicated(team: Team, shape: Sequence[int], owner: int) -> Placement:
-    """Where a plain tensor is that every rank has a copy of, and `owner` the momentum."""
+    """Return the placement of a plain tensor that every rank has a copy of, and `owner` the momentum."""
     return Placement(team, tuple(shape), (tuple((0, n) for n in shape),), owner)
 
 
 def elements(placement: Placement) -> int:
-    """Of what the team holds."""
+    """Return the number of elements that the team holds."""
     return math.prod(placement.whole)

@@ -1,4 +1,4 @@
-"""Where an optimizer's parameters are and who steps them."""
+"""Placement of all parameters of an optimizer, and the ranks that step them."""
 
 from __future__ import annotations
 
@@ -10,20 +10,24 @@ from torch.distributed import ProcessGroup
 
 from ..tensors import any_dtensor, is_dtensor
 from . import consensus
-from .deal import deal
+from .balance import assign_owners
 from .placement import Placement, Team, Teams, placement_of, replicated, team_of
 
 
 class Ranks:
-    """Of all parameters of an optimizer.
+    """Placements and teams of all parameters of an optimizer.
 
     Attributes:
-        placements: those that several ranks step together have one.
-        teams: and the parameters that each steps, in their order.
+        placements: of the parameters that several ranks step together.
+        teams: each with the parameters that it steps, in their order.
     """
 
     def __init__(self, process_group: ProcessGroup | None = None) -> None:
-        """`process_group`: of ranks that have the same plain tensors; see `Muon`."""
+        """Begin without parameters.
+
+        Args:
+            process_group: the ranks that have the same plain tensors; see `Muon`.
+        """
         self.placements: dict[Tensor, Placement] = {}
         self.teams: dict[Team, list[Tensor]] = {}
         self._copies = None if process_group is None else team_of(process_group)
@@ -33,31 +37,31 @@ class Ranks:
 
     @property
     def owned(self) -> dict[Tensor, Placement]:
-        """The plain parameters that one rank each keeps the momentum of."""
+        """The plain parameters whose momentum one rank keeps, with their placements."""
         return {p: at for p, at in self.placements.items() if at.owner is not None}
 
     def placement(self, p: Tensor) -> Placement | None:
-        """Where a parameter's parts or copies are, if other ranks have some."""
+        """Return where a parameter's shards or copies are, or None if no other rank has one."""
         return self.placements.get(p) if self.placements else None  # a Tensor's hash is worth being spared
 
     def elsewhere(self, p: Tensor) -> bool:
-        """Whether another rank keeps its momentum."""
+        """Whether another rank keeps the momentum of `p`."""
         at = self.placement(p)
         return at is not None and at.owner is not None and at.owner != at.team.rank
 
     def shares(self, params: Sequence[Tensor]) -> bool:
-        """Whether any of them may be on other ranks too."""
+        """Whether any of `params` may be on other ranks too."""
         return self._copies is not None or any_dtensor(params)
 
     def add(self, group: Mapping[str, Any], costs: Sequence[int]) -> None:
-        """Find out where a group's parameters are; all ranks have to, at the same time.
+        """Find out where a group's parameters are; all ranks have to call this at the same time.
 
         Args:
             group: with `params`.
-            costs: of each, in FLOPs; plain tensors that every rank has are dealt out by them.
+            costs: FLOPs of each parameter; plain tensors that every rank has are assigned to owners by them.
 
         Raises:
-            ValueError: one is placed in a way that cannot be stepped, or ranks differ in what they give.
+            ValueError: a parameter is placed in a way that cannot be stepped, or ranks differ in what they give.
         """
         params: Sequence[Tensor] = group["params"]
         placements = self._placed(group)
@@ -65,7 +69,7 @@ class Ranks:
         if self._copies is not None and group["power"] != 1:
             plain = [(p, cost) for p, cost in zip(params, costs, strict=True) if not is_dtensor(p)]
             loads = list(loads)
-            owners = deal([cost for _, cost in plain], len(loads), loads=loads)
+            owners = assign_owners([cost for _, cost in plain], len(loads), loads=loads)
             for (p, cost), owner in zip(plain, owners, strict=True):
                 placements[p] = replicated(self._copies, p.shape, owner)
                 loads[owner] += cost
@@ -74,10 +78,10 @@ class Ranks:
         self._loads = loads
 
     def refresh(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """See DTensors again whose group has another `flatten` now, or which have not been seen.
+        """Look again at DTensors that are new, or whose group has another `flatten` now.
 
         Raises:
-            ValueError: one is placed in a way that cannot be stepped, or an option is not for several ranks.
+            ValueError: a parameter is placed in a way that cannot be stepped, or an option is not for several ranks.
         """
         for group in groups:
             if not any_dtensor(group["params"]):
@@ -88,12 +92,12 @@ class Ranks:
                     break
 
     def check(self, group: Mapping[str, Any]) -> None:
-        """Raise ValueError where `power` is one that owned parameters were not dealt for."""
+        """Raise ValueError if a group's `power` has become 1, where no owner would keep a share of the momenta."""
         if group["power"] == 1 and any(at.owner is not None for at in map(self.placements.get, group["params"]) if at):
             raise ValueError("power should not become 1 with a process_group, where ranks keep the momentum of a share")
 
     def _placed(self, group: Mapping[str, Any]) -> dict[Tensor, Placement]:
-        """Of the DTensors that other ranks have parts or copies of."""
+        """Return the placements of the DTensors that other ranks have shards or copies of."""
         placements: dict[Tensor, Placement] = {}
         for p in group["params"]:
             if is_dtensor(p) and (at := placement_of(p, group["flatten"], self._teams)) is not None:
@@ -110,7 +114,7 @@ class Ranks:
 
 
 def check_shared(group: Mapping[str, Any]) -> None:
-    """Raise ValueError where an option of a group is not for what several ranks have parts or copies of."""
+    """Raise ValueError where a group of parameters that several ranks share has an option that is not for these."""
     wanted = {"master_weights": False, "workspace_dtype": "bfloat16"}
     for name, value in wanted.items():
         if group[name] != value:

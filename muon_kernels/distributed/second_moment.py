@@ -1,8 +1,8 @@
-"""The second moments of NorMuon and AdaMuon where ranks have parts of a matrix; see muon_kernels/second_moment.py.
+"""The second moments of NorMuon and AdaMuon where ranks hold shards of a matrix; see stages/second_moment.py.
 
-Every rank keeps those of its own part. Beside it, they need sums over the whole matrix: of squares before and after,
-two numbers a matrix, and of squares of rows where columns are cut, a number a row. These are added in another order
-than in one process, so results are the same to fp32's rounding.
+Every rank keeps those of its own shard. Beside it, they need sums over the whole matrix: of squares before and after
+the division, two numbers a matrix; and, where columns are sharded, of the squares of each row, a number a row. These
+are added in another order than in one process, so results are the same to fp32's rounding.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def create(form: str, p: DTensor, flatten: bool | None) -> DTensor:
-    """V of a DTensor that has not been stepped: zeros in fp32, cut along rows as the parameter is."""
+    """Return V of a DTensor that has not been stepped: zeros in fp32, sharded along rows as the parameter is."""
     if form == "element":
         return cast("DTensor", torch.zeros_like(p, dtype=torch.float32))
     module = sys.modules["torch.distributed.tensor"]  # p is from it
@@ -40,7 +40,7 @@ def create(form: str, p: DTensor, flatten: bool | None) -> DTensor:
 
 
 def views(form: str, V: Tensor, flatten: bool | None) -> list[Tensor | None]:
-    """Of every matrix of this rank's part, (rows, cols) or (rows, 1)."""
+    """Return V of every matrix of this rank's shard, (rows, cols) for "element" or (rows, 1) for "neuron"."""
     if form == "element" and flattens(V.shape, flatten):
         V = V.view(1, V.shape[0], -1)
     return list(V.view(-1, *V.shape[-2:]).unbind())

@@ -1,4 +1,4 @@
-"""What of a matrix each rank holds."""
+"""Shards of a matrix by rank."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .slices import Rectangle
 
 
 def _overlap(a: Range, b: Range) -> Range:
-    """What both have, counted from the start of `a`; empty ranges begin at 0."""
+    """Return the range that `a` and `b` have in common, counted from the start of `a`; (0, 0) if there is none."""
     start, stop = max(a[0], b[0]), min(a[1], b[1])
     return (start - a[0], stop - a[0]) if start < stop else (0, 0)
 
@@ -21,14 +21,23 @@ def _overlap(a: Range, b: Range) -> Range:
 def shards_of(
     placement: Placement, flatten: bool | None, split: str | None
 ) -> Iterator[tuple[Piece | None, tuple[int, int, int], tuple[Rectangle, ...]]]:
-    """(piece of this rank's part, (batch, rows, cols) of the whole, every rank's rectangle of (rows, cols))."""
+    """Yield, for every piece of a parameter that is stepped as equal matrices, what each rank holds of them.
+
+    Yields:
+        The piece of this rank's shard; (batch, rows, cols) of the whole matrices; every rank's rectangle of (rows,
+        cols).
+
+    Raises:
+        ValueError: `split` divides the dimension along which the parameter is sharded into pieces that are not
+            contiguous.
+    """
     whole, ndim = placement.whole, len(placement.whole)
     row, col = (0, 1) if flattens(whole, flatten) else (ndim - 2, ndim - 1)
-    is_cut = [any(part[dim] != (0, n) for part in placement.parts) for dim, n in enumerate(whole)]
-    own = placement.parts[placement.team.shard]
+    is_cut = [any(shard[dim] != (0, n) for shard in placement.shards) for dim, n in enumerate(whole)]
+    own = placement.shards[placement.team.shard]
     dims = {piece.dim for piece in pieces(whole, flatten, split) if piece is not None}
-    apart = any(is_cut[dim] for dim in dims)
-    for piece in pieces(whole, flatten, split, apart):
+    separate = any(is_cut[dim] for dim in dims)
+    for piece in pieces(whole, flatten, split, separate):
         batch, rows, cols = split_shape(whole, flatten, piece)
         here = piece
         if piece is not None and is_cut[piece.dim] and piece.runs != 1:
@@ -37,20 +46,20 @@ def shards_of(
                 f"{whole} is sharded, or to parts that are contiguous"
             )
         rectangles = []
-        for rank, part in enumerate(placement.parts):
-            # Of the rows and columns of this piece, those that a rank has.
+        for rank, shard in enumerate(placement.shards):
+            # The rows and columns of this piece that the rank holds.
             spans = {row: (0, rows), col: (0, cols)}
             for dim in (row, col):
                 if not is_cut[dim]:
                     continue
                 if piece is not None and piece.dim == dim:
                     at = (piece.start, piece.start + piece.size)
-                    spans[dim] = _overlap(at, part[dim])
+                    spans[dim] = _overlap(at, shard[dim])
                     if rank == placement.team.shard:
                         start, stop = _overlap(own[dim], at)
                         here = Piece(dim, start, 1, stop - start, 1, stop - start)
                 elif dim == row or not flattens(whole, flatten):
-                    spans[dim] = part[dim]
+                    spans[dim] = shard[dim]
             (top, bottom), (left, right) = spans[row], spans[col]
             empty = top == bottom or left == right
             rectangles.append(Rectangle(0, 0, 0, 0) if empty else Rectangle(top, left, bottom - top, right - left))
@@ -58,7 +67,11 @@ def shards_of(
 
 
 def layouts(t: Tensor, flatten: bool | None, piece: Piece | None, batch: int, tall: bool) -> list[Layout]:
-    """Of every matrix of this rank's part `t`, lying as the whole does."""
+    """Return the layout of every matrix of `t`, this rank's shard; transposed where the whole matrix is `tall`.
+
+    Raises:
+        ValueError: `t` is not contiguous, so that no strides describe it.
+    """
     order = tuple(range(1, t.ndim)) if flattens(t.shape, flatten) else ()
     found = []
     for i in range(batch):

@@ -1,8 +1,8 @@
-"""What a step of several ranks sends, keeps and multiplies: by formula, for any number of ranks, without any of them.
+"""Costs of a step of several ranks, bytes and FLOPs, by formula: for any number of ranks, without any of them.
 
-`owners` counts what exchange.py does, to the byte; the others are what the field does instead. Bytes sent are those of
-a ring: where B bytes are gathered or scattered over N ranks, each sends B (N - 1) / N; where they are summed, twice
-that. Gradients and parameters travel besides, whatever the optimizer: see `BESIDE`.
+`owners` counts what exchange.py does, to the byte; the other functions count what other implementations do. Bytes sent
+are those of a ring: where B bytes are gathered or scattered over N ranks, each sends B (N - 1) / N; where they are
+summed, twice that. Gradients and parameters travel besides, whatever the optimizer: see `BESIDE`.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from typing import NamedTuple
 
 from .. import backends
 from ..coefficients import DEFAULT, Schedule, resolve
-from ..newton_schulz import segments
+from ..segments import segments
 from ..step.plan import Bucket, plan_bucket, plan_for_shapes
-from .deal import deal
+from .balance import assign_owners
 from .placement import chunk
-from .slices import IN_FLIGHT, NORM_BYTES, Rectangle, bytes_in_flight, in_round, record_bytes, share_bytes
+from .slices import IN_FLIGHT, NORM_BYTES, Rectangle, bytes_in_flight, matrices_in_round, record_bytes, share_bytes
 
 Shapes = Sequence[tuple[int, int, int]]  # (rows, columns, how many)
 
-# Bytes of an element that every rank sends in a step but for the factor (N - 1) / N, all in fp32: gradients are summed,
-# and, sharded, scattered only; sharded parameters are gathered once, or, by FSDP2, before each of the two passes.
+# Bytes an element that every rank sends in a step, without the factor (N - 1) / N; all in fp32. Gradients are reduced
+# and, unless they are sharded, gathered. Sharded parameters are gathered once, or by FSDP2 before each of two passes.
 BESIDE = {"ZeRO-1": 4 + 4, "DDP": 4 + 4, "FSDP2": 4 + 2 * 4}
 
 
 class Mesh(NamedTuple):
-    """Ranks that cut the rows of every matrix, times those that cut its columns, times those that hold the same parts.
+    """Ranks that shard the rows of every matrix, times those that shard its columns, times replicas.
 
     FSDP2 is rows=N, hybrid sharding rows=N and replicas=R, tensor parallelism rows=T or cols=T, DDP replicas=N.
     """
@@ -39,16 +39,16 @@ class Mesh(NamedTuple):
 
     @property
     def shards(self) -> int:
-        """Ranks that together hold every matrix once."""
+        """Number of ranks that together hold every matrix once."""
         return self.rows * self.cols
 
     @property
     def ranks(self) -> int:
-        """How many there are."""
+        """Number of ranks."""
         return self.shards * self.replicas
 
-    def parts(self, rows: int, cols: int) -> list[Rectangle]:
-        """What each of the shards holds of a matrix."""
+    def rectangles(self, rows: int, cols: int) -> list[Rectangle]:
+        """Return the rectangle of a matrix that each of the shards holds."""
         found = []
         for i, j in product(range(self.rows), range(self.cols)):
             (top, bottom), (left, right) = chunk((0, rows), self.rows, i), chunk((0, cols), self.cols, j)
@@ -58,13 +58,13 @@ class Mesh(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Of one rank and step.
+    """Costs of one step on one rank.
 
     Attributes:
-        sent: bytes, by the optimizer to other ranks.
+        sent: bytes that the optimizer sends to other ranks.
         state: bytes that are kept between steps.
-        workspace: bytes of what is multiplied.
-        buffers: bytes of what is on its way.
+        workspace: bytes of the memory in which matrices are multiplied.
+        buffers: bytes of messages under way.
         flops: FLOPs that are executed.
         collectives: calls.
     """
@@ -78,16 +78,16 @@ class Cost(NamedTuple):
 
 
 class _Lot(NamedTuple):
-    """Equal matrices, equally cut.
+    """Equal matrices that are sharded in the same way.
 
     Attributes:
-        plan: of one.
-        parts: by shard.
-        owned: by owner, how many.
+        plan: of one matrix.
+        shards: what each shard holds.
+        owned: number of matrices that each owner has.
     """
 
     plan: Bucket
-    parts: tuple[Rectangle, ...]
+    shards: tuple[Rectangle, ...]
     owned: list[int]
 
     @property
@@ -97,25 +97,25 @@ class _Lot(NamedTuple):
 
     @property
     def records(self) -> list[int]:
-        """By shard, bytes of a slice."""
-        return [record_bytes(part.elements) for part in self.parts]
+        """Bytes of a slice, by shard."""
+        return [record_bytes(shard.elements) for shard in self.shards]
 
     @property
-    def most(self) -> int:
-        """Of an owner's, how many go through in a round."""
-        (m, n), replicas = self.plan.shape, len(self.owned) // len(self.parts)
-        return in_round(max(self.owned), bytes_in_flight(self.plan.workspace_bytes, m * n, replicas), self.cap)
+    def round_size(self) -> int:
+        """Number of one owner's matrices in a round."""
+        (m, n), replicas = self.plan.shape, len(self.owned) // len(self.shards)
+        return matrices_in_round(max(self.owned), bytes_in_flight(self.plan.workspace_bytes, m * n, replicas), self.cap)
 
     @property
     def rounds(self) -> list[list[int]]:
-        """How many there are of every owner's."""
-        most = self.most
-        return [[max(0, min(most, n - first)) for n in self.owned] for first in range(0, max(self.owned), most)]
+        """Number of matrices in each round, by owner."""
+        size = self.round_size
+        return [[max(0, min(size, n - start)) for n in self.owned] for start in range(0, max(self.owned), size)]
 
 
 @lru_cache(maxsize=1024)
 def _plan(m: int, n: int, schedule: Schedule, backend: str) -> Bucket:
-    """Of one matrix."""
+    """Return the plan of one matrix."""
     return plan_bucket(
         (m, n),
         1,
@@ -128,16 +128,16 @@ def _plan(m: int, n: int, schedule: Schedule, backend: str) -> Bucket:
     )
 
 
-def _dealt(shapes: Shapes, mesh: Mesh, schedule: Schedule, backend: str) -> list[_Lot]:
-    """As ranks.py deals copies, parameter by parameter, and exchange.py what is cut, lot by lot."""
+def _assigned(shapes: Shapes, mesh: Mesh, schedule: Schedule, backend: str) -> list[_Lot]:
+    """Return lots with their owners, assigned as ranks.py does for copies and exchange.py for sharded matrices."""
     lots: dict[tuple[int, int, tuple[Rectangle, ...]], _Lot] = {}
     members: list[list[tuple[_Lot, int]]] = []  # of equal matrices, their lot and cost
     for rows, cols, count in shapes:
-        m, n, parts = min(rows, cols), max(rows, cols), mesh.parts(rows, cols)
+        m, n, shards = min(rows, cols), max(rows, cols), mesh.rectangles(rows, cols)
         if rows > cols:
-            parts = [Rectangle(left, top, c, r) for top, left, r, c in parts]
+            shards = [Rectangle(left, top, c, r) for top, left, r, c in shards]
         plan = _plan(m, n, schedule, backend)
-        lot = lots.setdefault((m, n, tuple(parts)), _Lot(plan, tuple(parts), [0] * mesh.ranks))
+        lot = lots.setdefault((m, n, tuple(shards)), _Lot(plan, tuple(shards), [0] * mesh.ranks))
         cost = plan.flops
         if mesh.shards == 1:
             cost = plan_for_shapes([(m, n, 1)], schedule=schedule, backend=backend, available=False).flops
@@ -148,11 +148,13 @@ def _dealt(shapes: Shapes, mesh: Mesh, schedule: Schedule, backend: str) -> list
     pieces = [piece for equal in members for piece in equal]
     among: list[list[int] | None] = []
     for equal in members:
-        holders = [shard for shard, part in enumerate(equal[0][0].parts) if part.elements] if equal else []
+        holders = [i for i, shard in enumerate(equal[0][0].shards) if shard.elements] if equal else []
         alone = mesh.shards > 1 and len(holders) == 1
         nearby = [r * mesh.shards + holders[0] for r in range(mesh.replicas)] if alone else None
         among += [nearby] * len(equal)
-    for (lot, _), owner in zip(pieces, deal([cost for _, cost in pieces], mesh.ranks, among=among), strict=True):
+    for (lot, _), owner in zip(
+        pieces, assign_owners([cost for _, cost in pieces], mesh.ranks, among=among), strict=True
+    ):
         lot.owned[owner] += 1
     return list(lots.values())
 
@@ -160,31 +162,34 @@ def _dealt(shapes: Shapes, mesh: Mesh, schedule: Schedule, backend: str) -> list
 def owners(
     shapes: Shapes, mesh: Mesh, *, schedule: Schedule | None = None, backend: str = "cuda", state_bytes: int = 4
 ) -> list[Cost]:
-    """What every rank does if each matrix has an owner who orthogonalizes it: this package's way.
+    """Return the costs of every rank if each matrix has an owner who orthogonalizes it, as in this package.
 
     Args:
         shapes: of the parameters.
         mesh: where they are.
         schedule, backend: as in a step.
-        state_bytes: of an element of the momentum.
+        state_bytes: bytes of an element of the momentum.
     """
-    lots = _dealt(shapes, mesh, schedule or resolve(DEFAULT), backend)
-    return (_copied if mesh.shards == 1 else _cut)(lots, mesh, state_bytes)
+    lots = _assigned(shapes, mesh, schedule or resolve(DEFAULT), backend)
+    return (_copied if mesh.shards == 1 else _sharded)(lots, mesh, state_bytes)
 
 
 def _multiplied(lots: Sequence[_Lot], rank: int) -> tuple[int, int]:
-    """Bytes of workspace, and FLOPs."""
-    workspace = max((min(lot.most, lot.owned[rank]) * lot.plan.workspace_bytes for lot in lots), default=0)
+    """Return the bytes of workspace and the FLOPs of a rank."""
+    workspace = max((min(lot.round_size, lot.owned[rank]) * lot.plan.workspace_bytes for lot in lots), default=0)
     return workspace, sum(lot.owned[rank] * lot.plan.flops for lot in lots)
 
 
 def _in_flight(rounds: int, slices: int, owned: int, lots: Sequence[_Lot]) -> int:
-    norms = NORM_BYTES * max(max(lot.owned) for lot in lots) * len(lots[0].parts)
+    norms = NORM_BYTES * max(max(lot.owned) for lot in lots) * len(lots[0].shards)
     return min(IN_FLIGHT, rounds) * (slices + owned + norms)
 
 
 def _copied(lots: Sequence[_Lot], mesh: Mesh, state_bytes: int) -> list[Cost]:
-    """Of copies, each rank does its share and all gather them: rounds are joined until a share is worth it."""
+    """Return the costs where every rank has copies: each does its share and all gather the results.
+
+    Rounds are joined until a share is worth a collective.
+    """
     shares, waiting, enough = [], [0] * mesh.ranks, share_bytes(max(lot.cap for lot in lots), mesh.ranks)
     for lot in lots:
         for taken in lot.rounds:
@@ -197,7 +202,7 @@ def _copied(lots: Sequence[_Lot], mesh: Mesh, state_bytes: int) -> list[Cost]:
     return [
         Cost(
             sent=sum(shares) * (mesh.ranks - 1),
-            state=state_bytes * sum(lot.owned[rank] * lot.parts[0].elements for lot in lots),
+            state=state_bytes * sum(lot.owned[rank] * lot.shards[0].elements for lot in lots),
             workspace=_multiplied(lots, rank)[0],
             buffers=_in_flight(len(shares), max(shares), max(shares) * mesh.ranks, lots),
             flops=_multiplied(lots, rank)[1],
@@ -207,8 +212,8 @@ def _copied(lots: Sequence[_Lot], mesh: Mesh, state_bytes: int) -> list[Cost]:
     ]
 
 
-def _cut(lots: Sequence[_Lot], mesh: Mesh, state_bytes: int) -> list[Cost]:
-    """Of what is cut, each rank sends its slices to their owners and gets slices of results back."""
+def _sharded(lots: Sequence[_Lot], mesh: Mesh, state_bytes: int) -> list[Cost]:
+    """Return the costs where each rank sends its slices to owners and gets slices of the results back."""
     sent, slices, owned, rounds = [0] * mesh.ranks, [0] * mesh.ranks, [0] * mesh.ranks, 0
     for lot in lots:
         records, whole = lot.records, sum(lot.records)
@@ -225,7 +230,7 @@ def _cut(lots: Sequence[_Lot], mesh: Mesh, state_bytes: int) -> list[Cost]:
     return [
         Cost(
             sent=sent[rank],
-            state=state_bytes * sum(sum(lot.owned) * lot.parts[rank % mesh.shards].elements for lot in lots),
+            state=state_bytes * sum(sum(lot.owned) * lot.shards[rank % mesh.shards].elements for lot in lots),
             workspace=_multiplied(lots, rank)[0],
             buffers=_in_flight(rounds, slices[rank], owned[rank], lots),
             flops=_multiplied(lots, rank)[1],
@@ -236,28 +241,31 @@ def _cut(lots: Sequence[_Lot], mesh: Mesh, state_bytes: int) -> list[Cost]:
 
 
 def flops(shapes: Shapes, *, schedule: Schedule | None = None, backend: str = "cuda") -> list[int]:
-    """Of every matrix."""
+    """Return the FLOPs of every matrix."""
     plans = [(_plan(*sorted((m, n)), schedule or resolve(DEFAULT), backend), count) for m, n, count in shapes]
     return [plan.flops for plan, count in plans for _ in range(count)]
 
 
 def elements(shapes: Shapes) -> int:
-    """How many all parameters have."""
+    """Return the number of elements of all parameters."""
     return sum(rows * cols * count for rows, cols, count in shapes)
 
 
 def _ring(bytes_: float, ranks: int) -> float:
-    """What a rank sends where so much is gathered or scattered."""
+    """Return the bytes that a rank sends where so many are gathered or scattered."""
     return bytes_ * (ranks - 1) / ranks
 
 
 def adamw(shapes: Shapes, ranks: int) -> Cost:
-    """AdamW under ZeRO-1: two moments in fp32 of a slice of all parameters; it sends nothing but what is `BESIDE`."""
+    """Return the cost of AdamW under ZeRO-1, whose state is two moments in fp32 of a slice of all parameters.
+
+    It sends nothing but what is `BESIDE`.
+    """
     return Cost(0, 8 * elements(shapes) / ranks, 0, 0, 0, 0)
 
 
 def gathered(shapes: Shapes, ranks: int, *, schedule: Schedule | None = None, backend: str = "cuda") -> Cost:
-    """Muon under ZeRO-1 as Algorithm 1 of https://arxiv.org/abs/2502.16982 has it.
+    """Return the cost of Muon under ZeRO-1 by Algorithm 1 of https://arxiv.org/abs/2502.16982.
 
     Every rank gathers every matrix's direction in bf16, orthogonalizes it, and keeps its slice of the result.
     """
@@ -274,11 +282,11 @@ def gathered(shapes: Shapes, ranks: int, *, schedule: Schedule | None = None, ba
 
 
 def gram(shapes: Shapes, ranks: int, *, schedule: Schedule | None = None, backend: str = "cuda") -> Cost:
-    """Of matrices whose longer side is cut, each rank multiplies its part: A = Σ Xᵢ Xᵢᵀ is summed in fp32.
+    """Return the cost where each rank multiplies its shard of the longer side and A = Σ Xᵢ Xᵢᵀ is summed in fp32.
 
-    That takes 4 m² bytes each time that A is made of X, for every step in the standard form and every segment in the
-    Gram form; polynomials of A are every rank's own. https://github.com/NVIDIA-NeMo/Emerging-Optimizers
-    ("distributed") does so.
+    That takes 4 m² bytes each time that A is made of X: for every step in the standard form, for every segment in the
+    Gram form. Polynomials of A are every rank's own. https://github.com/NVIDIA-NeMo/Emerging-Optimizers ("distributed")
+    does so.
     """
     schedule = schedule or resolve(DEFAULT)
     sent = state = flops = collectives = 0.0
@@ -300,12 +308,15 @@ def gram(shapes: Shapes, ranks: int, *, schedule: Schedule | None = None, backen
 def blockwise(
     shapes: Shapes, mesh: Mesh, period: int, *, schedule: Schedule | None = None, backend: str = "cuda"
 ) -> list[Cost]:
-    """MuonBP (https://arxiv.org/abs/2510.16981): the mean of a step with owners and period - 1 of each rank's parts."""
+    """Return the costs of MuonBP (https://arxiv.org/abs/2510.16981), the mean over a period of steps.
+
+    One step of `period` has owners; in the others each rank orthogonalizes its own shards.
+    """
     schedule = schedule or resolve(DEFAULT)
     alone = [0.0] * mesh.ranks
     for rows, cols, count in shapes:
-        for rank, part in enumerate(mesh.parts(rows, cols) * mesh.replicas):
-            alone[rank] += count * _plan(*sorted((part.rows, part.cols)), schedule, backend).flops
+        for rank, shard in enumerate(mesh.rectangles(rows, cols) * mesh.replicas):
+            alone[rank] += count * _plan(*sorted((shard.rows, shard.cols)), schedule, backend).flops
     return [
         whole._replace(
             sent=whole.sent / period,
@@ -317,14 +328,17 @@ def blockwise(
 
 
 def largest(costs: Sequence[Cost]) -> Cost:
-    """The most that any rank has, number by number."""
+    """Return the most that any rank has, field by field."""
     return Cost(*map(max, zip(*costs, strict=True)))
 
 
-def ways(
+def alternatives(
     shapes: Shapes, ranks: int, *, schedule: Schedule | None = None, backend: str = "cuda"
 ) -> Iterator[tuple[str, float, list[Cost]]]:
-    """(name, bytes that a rank sends beside, costs of every rank or of any) of each way; nodes have 8 ranks."""
+    """Yield (name, bytes that a rank sends beside, costs of every rank or of any) of each implementation.
+
+    Nodes have 8 ranks.
+    """
     of = partial(owners, shapes, schedule=schedule, backend=backend)
     zero, ddp, fsdp = (_ring(each * elements(shapes), ranks) for each in BESIDE.values())
     hybrid = _ring(BESIDE["FSDP2"] * elements(shapes), 8) + 2 * _ring(4 * elements(shapes) / 8, ranks // 8)

@@ -5,20 +5,20 @@ of an equal slice of it, wherever that begins and ends. In a step
 
     gradients are reduced and scattered in fp32        4 bytes an element to send
     the slices' momenta are updated
-    matrices are gathered in bf16                      2 bytes an element of those that a slice cuts
-    whole matrices go through Newton-Schulz, and all but the slice of the result is forgotten
+    matrices are gathered in bf16                      2 bytes an element of those that a slice boundary divides
+    whole matrices go through Newton-Schulz, and all but the slice of the result is dropped
     the slices of the parameters are updated
     parameters are gathered                            2 or 4 bytes an element
 
-each times (k-1)/k for k ranks. The paper gathers all matrices on every rank; here a rank gets only those of which its
-slice has a part, so that others are sent nowhere and orthogonalized once. `Muon` sends no gradients, which are averaged
-by the time that it sees them, and keeps whole momenta.
+each times (k-1)/k for k ranks. The paper gathers all matrices on every rank. Here a rank gathers only those of which
+its slice has elements, so that the others are sent nowhere and orthogonalized once. `Muon`, in contrast, sends no
+gradients, which have been averaged before it sees them, and keeps whole momenta.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, overload
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, overload
 
 import torch
 import torch.distributed as dist
@@ -27,120 +27,49 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from ..checkpoint import check_checkpoint
-from ..coefficients import COEFFICIENTS, DEFAULT, NS_STEPS, resolve
+from ..coefficients import NS_STEPS, resolve
 from ..layout import split_shape
 from ..options import check_keys, check_options, plain, settle, settled_checkpoint
 from ..scaling import lr_ratio
 from ..step.options import Coefficients
 from ..step.orthogonalize import orthogonalize
 from ..step.plan import plan_for_shapes
-from ..tensors import check_apart, check_dense, check_like, check_matrices, is_dtensor, local
+from ..tensors import check_dense, check_disjoint, check_like, check_matrices, is_dtensor, local
 from . import consensus
 from .collectives import Failed, Pending, gather
-from .placement import Range, replicated, team_of
+from .flat import Flat, Matrix, length, meet
+from .placement import replicated, team_of
 
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 _MASTER, _MOMENTUM = "master_param", "momentum_buffer"
 
 
-class Matrix(NamedTuple):
-    """One of a parameter.
-
-    Attributes:
-        param: index in its group.
-        shape: (rows, cols).
-        at: its elements in the flat buffer.
-    """
-
-    param: int
-    shape: tuple[int, int]
-    at: Range
-
-
-def _meet(a: Range, b: Range) -> Range:
-    start, stop = max(a[0], b[0]), min(a[1], b[1])
-    return (start, stop) if start < stop else (start, start)
-
-
-def _length(at: Range) -> int:
-    return at[1] - at[0]
-
-
-class Flat:
-    """The parameters of a group, one after the other.
-
-    Attributes:
-        elements: how many there are.
-        slices: of every rank.
-        matrices: in order.
-        needed: for every rank, from the beginning of the first to the end of the last matrix that its slice has any of.
-    """
-
-    def __init__(self, params: Sequence[Tensor], flatten: bool | None, ranks: int) -> None:
-        """Lay them out.
-
-        Args:
-            params: whole.
-            flatten: see `Muon`.
-            ranks: how many share them.
-        """
-        self.matrices: list[Matrix] = []
-        self.starts = [0]
-        for index, p in enumerate(params):
-            count, rows, cols = split_shape(tuple(p.shape), flatten)
-            size = rows * cols
-            first = self.starts[-1]
-            self.matrices += [
-                Matrix(index, (rows, cols), (first + i * size, first + (i + 1) * size))
-                for i in range(count * (size > 0))
-            ]
-            self.starts.append(first + p.numel())
-        self.elements = self.starts[-1]
-        # As torch.chunk cuts, and DTensor with it: the last may be shorter or empty.
-        self.share = -(-self.elements // ranks)
-        self.slices = [
-            (min(r * self.share, self.elements), min((r + 1) * self.share, self.elements)) for r in range(ranks)
-        ]
-        self.needed = []
-        for own in self.slices:
-            touched = [m.at for m in self.matrices if _length(_meet(m.at, own))]
-            self.needed.append((touched[0][0], touched[-1][1]) if touched else (own[0], own[0]))
-
-    def fill(self, flat: Tensor, values: Iterable[Tensor | None]) -> None:
-        """Write a value of each parameter's size to the buffer, zeros for None."""
-        for start, stop, value in zip(self.starts, self.starts[1:], values, strict=False):
-            if value is None:
-                flat[start:stop].zero_()
-            else:
-                flat[start:stop].view(value.shape).copy_(value)
-
-
 class ZeroMuon(Optimizer):
-    r"""`Muon` for replicated parameters, whose state is cut to equal slices: algorithm 1 of arXiv 2502.16982.
+    r"""`Muon` for replicated parameters with sharded state: algorithm 1 of arXiv 2502.16982, ZeRO-1.
 
     The formulas are `Muon`'s, but the direction is rounded to bf16 before its norm is taken. Gradients are each rank's
-    own: the step averages them, so DistributedDataParallel should not (its `no_sync`, or none at all). They are only
-    read. After a step all ranks have the same parameters.
+    own. The step averages them, so DistributedDataParallel should not: use its `no_sync`, or do without it. Gradients
+    are only read. After a step all ranks have the same parameters.
 
-    Parameters of another dtype than fp32 have fp32 master copies, made when the optimizer is, which are what steps
-    update: load a model's weights before. State is made at once, too: a DTensor with a dimension, `momentum_buffer` and
-    maybe `master_param`, of the first parameter of each group, which torch.distributed.checkpoint saves and loads for
-    any number of ranks.
+    Parameters of another dtype than fp32 have fp32 master copies, which are what steps update. These are made with the
+    optimizer, so load a model's weights before. All other state is made then, too. It consists of one-dimensional
+    DTensors in the state of each group's first parameter, `momentum_buffer` and maybe `master_param`, which
+    torch.distributed.checkpoint saves and loads for any number of ranks.
 
     Args:
-        params: parameters with at least two dimensions, or groups of them, the same on all ranks; those of a group are
+        params: parameters with at least two dimensions, or groups of them, the same on all ranks. Those of a group are
             of one dtype and on one device.
         lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn, dampened, flatten,
             ns_algorithm, backend, max_workspace_bytes, maximize: see `Muon`; groups may differ in them.
-        process_group: of the ranks; None: all.
+        process_group: the ranks; None for all.
 
     Raises:
         ValueError, TypeError: an argument that cannot be used, with what was expected.
     """
 
-    # torch.amp.GradScaler then leaves unscaling and the skipped step to `step` (attributes grad_scale and found_inf):
-    # gradients are each rank's own, and all ranks have to leave the same steps out.
+    # Has torch.amp.GradScaler leave unscaling, and leaving out a step, to `step` (attributes grad_scale and found_inf):
+    # gradients are each rank's own, and all ranks have to leave out the same steps.
     _step_supports_amp_scaling = True
 
     def __init__(
@@ -150,7 +79,7 @@ class ZeroMuon(Optimizer):
         weight_decay: float = 0.1,
         momentum: float = 0.95,
         nesterov: bool = True,
-        ns_coefficients: Coefficients = COEFFICIENTS[DEFAULT].triples[0],
+        ns_coefficients: Coefficients = (3.4445, -4.7750, 2.0315),
         eps: float = 1e-7,
         ns_steps: int | None = NS_STEPS,
         adjust_lr_fn: str | Callable[[int, int], float] | None = None,
@@ -194,7 +123,14 @@ class ZeroMuon(Optimizer):
 
     @torch.no_grad()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group after checking its options and parameters, and make its state."""
+        """Add a group and make its state; on error the optimizer is unchanged.
+
+        Args:
+            param_group: a dict with `params` and options that differ from the defaults. All ranks have to add it.
+
+        Raises:
+            ValueError, TypeError: an option or a parameter that cannot be used, or ranks that differ in them.
+        """
         before = len(self.param_groups)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -210,7 +146,7 @@ class ZeroMuon(Optimizer):
                         f"parameters of a group should be of one dtype and on one device but are {params[0].dtype} on "
                         f"{params[0].device} and {p.dtype} on {p.device}; make groups of them"
                     )
-            check_apart([("parameter", p) for other in self.param_groups for p in other["params"]])
+            check_disjoint([("parameter", p) for other in self.param_groups for p in other["params"]])
             if params:
                 _check_plan(params, group)
             consensus.check_alike({p: replicated(self._team, p.shape, 0) for p in params}, group)
@@ -222,14 +158,14 @@ class ZeroMuon(Optimizer):
         if not params:
             return
         own = flat.slices[self._group.rank()]
-        zeros = torch.zeros(_length(own), dtype=torch.float32, device=params[0].device)
+        zeros = torch.zeros(length(own), dtype=torch.float32, device=params[0].device)
         self.state[params[0]][_MOMENTUM] = self._distributed(zeros, flat)
         if params[0].dtype != torch.float32:
             master = self._slice(params, flat)
             self.state[params[0]][_MASTER] = self._distributed(master, flat)
 
     def _distributed(self, own: Tensor, flat: Flat) -> Tensor:
-        """A rank's slice as that of a DTensor."""
+        """Return a DTensor of which this rank's slice is `own`."""
         from torch.distributed.device_mesh import DeviceMesh
         from torch.distributed.tensor import DTensor, Shard
 
@@ -238,22 +174,22 @@ class ZeroMuon(Optimizer):
         return DTensor.from_local(own, mesh, [Shard(0)], run_check=False, shape=size, stride=(1,))
 
     def _slice(self, params: Sequence[Tensor], flat: Flat) -> Tensor:
-        """A copy, in fp32, of what this rank's slice has of the parameters."""
+        """Return a copy, in fp32, of what this rank's slice has of the parameters."""
         own = flat.slices[self._group.rank()]
-        found = torch.empty(_length(own), dtype=torch.float32, device=params[0].device)
+        found = torch.empty(length(own), dtype=torch.float32, device=params[0].device)
         for p, start in zip(params, flat.starts, strict=False):
-            begin, end = _meet(own, (start, start + p.numel()))
+            begin, end = meet(own, (start, start + p.numel()))
             found[begin - own[0] : end - own[0]].copy_(p.reshape(-1)[begin - start : end - start])
         return found
 
     @property
     def bytes_sent(self) -> int:
-        """By this rank to others in a step in which every parameter has a gradient, reductions as in a ring."""
+        """Bytes that this rank sends in a step if every parameter has a gradient, reductions counted as in a ring."""
         rank, ranks = self._group.rank(), self._group.size()
         total = 0
         for flat, group in zip(self._flats, self.param_groups, strict=True):
             if group["params"]:
-                whole = sum(_length(_meet(flat.needed[r], flat.slices[rank])) for r in range(ranks) if r != rank)
+                whole = sum(length(meet(flat.needed[r], flat.slices[rank])) for r in range(ranks) if r != rank)
                 total += 2 * whole + (ranks - 1) * flat.share * (4 + group["params"][0].itemsize)
         return total
 
@@ -264,7 +200,7 @@ class ZeroMuon(Optimizer):
     @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Average gradients and update every parameter that has one on any rank.
+        """Average gradients over ranks and update every parameter that has one on any rank; all ranks call it.
 
         Args:
             closure: re-evaluates the model and returns the loss.
@@ -323,10 +259,10 @@ class ZeroMuon(Optimizer):
         rank, ranks, device = self._group.rank(), self._group.size(), params[0].device
         state = self.state[params[0]]
         own = flat.slices[rank]
-        mine = [m for m in flat.matrices if grads[m.param] is not None and _length(_meet(m.at, own))]
+        mine = [m for m in flat.matrices if grads[m.param] is not None and length(meet(m.at, own))]
 
         def of(slice_: Tensor, m: Matrix) -> Tensor:
-            begin, end = _meet(m.at, own)
+            begin, end = meet(m.at, own)
             return slice_[begin - own[0] : end - own[0]]
 
         gradient = self._averaged(flat, grads, device).mul_(grad_scale)
@@ -346,7 +282,7 @@ class ZeroMuon(Optimizer):
         updated = local(state[_MASTER]) if _MASTER in state else self._slice(params, flat)
         lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
         for m, result in zip(mine, results, strict=True):
-            begin, end = _meet(m.at, own)
+            begin, end = meet(m.at, own)
             update = result.reshape(-1)[begin - m.at[0] : end - m.at[0]]
             of(updated, m).mul_(1 - lr * weight_decay).add_(update, alpha=-lr * ratios[m.shape])
 
@@ -359,7 +295,7 @@ class ZeroMuon(Optimizer):
                 p.copy_(gathered[start : start + p.numel()].view(p.shape))
 
     def _averaged(self, flat: Flat, grads: Sequence[Tensor | None], device: torch.device) -> Tensor:
-        """This rank's slice of all ranks' gradients, fp32, with room for the longest slice."""
+        """Return this rank's slice of the mean gradients in fp32, with room for the longest slice."""
         ranks = self._group.size()
         everything = torch.empty(ranks * flat.share, dtype=torch.float32, device=device)
         flat.fill(everything, grads)
@@ -374,19 +310,22 @@ class ZeroMuon(Optimizer):
     def _orthogonalized(
         self, group: dict[str, Any], flat: Flat, mine: Sequence[Matrix], direction: Tensor
     ) -> list[Tensor]:
-        """Whole matrices of which this rank's slice has some, put together from all slices of the directions."""
+        """Return the results of `mine`, the matrices of which this rank's slice has elements.
+
+        The matrices are assembled from all ranks' slices of the directions.
+        """
         rank = self._group.rank()
         own, needed = flat.slices[rank], flat.needed[rank]
-        to_send = [_meet(other, own) for other in flat.needed]
+        to_send = [meet(other, own) for other in flat.needed]
         sent = torch.cat([direction[begin - own[0] : end - own[0]] for begin, end in to_send])
-        whole = torch.empty(_length(needed), dtype=torch.bfloat16, device=direction.device)
+        whole = torch.empty(length(needed), dtype=torch.bfloat16, device=direction.device)
         Pending(
             "gathering matrices",
             lambda: dist.all_to_all_single(
                 whole,
                 sent,
-                [_length(_meet(needed, other)) for other in flat.slices],
-                [_length(at) for at in to_send],
+                [length(meet(needed, other)) for other in flat.slices],
+                [length(at) for at in to_send],
                 group=self._group,
                 async_op=True,
             ),
@@ -411,7 +350,7 @@ class ZeroMuon(Optimizer):
         return results
 
     def state_dict(self) -> dict[str, Any]:
-        """A checkpoint, in plain values."""
+        """Return a checkpoint, in plain values: this rank's slices as DTensors."""
         for group in self.param_groups:
             settle(group, self.defaults)
         return super().state_dict()
@@ -420,8 +359,11 @@ class ZeroMuon(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned for the same groups and number of ranks.
 
-        For another number, load it into what `state_dict` returns here by torch.distributed.checkpoint first. Slices
-        may also be given as the whole flat buffers.
+        For another number of ranks, load the checkpoint into what `state_dict` returns here by
+        torch.distributed.checkpoint first. Slices may also be given as the whole flat buffers.
+
+        Args:
+            state_dict: a checkpoint of this class.
 
         Raises:
             ValueError, TypeError: groups, sizes or options do not fit; nothing has been changed then.
@@ -451,14 +393,14 @@ class ZeroMuon(Optimizer):
 
 
 def _own_slice(key: str, value: Any, flat: Flat, rank: int) -> Tensor:
-    """Of what a checkpoint has."""
+    """Return this rank's slice of a value of a checkpoint, which is a whole buffer or a DTensor."""
     own = flat.slices[rank]
-    expected = f"{key} should be of {flat.elements} elements, of which rank {rank} has {_length(own)}"
+    expected = f"{key} should be of {flat.elements} elements, of which rank {rank} has {length(own)}"
     if not isinstance(value, Tensor) or tuple(value.shape) != (flat.elements,):
         raise ValueError(f"{expected}, but is: {tuple(value.shape) if isinstance(value, Tensor) else value!r}")
     if not is_dtensor(value):
         return value[own[0] : own[1]]
-    if local(value).numel() != _length(own):
+    if local(value).numel() != length(own):
         raise ValueError(
             f"{expected}, but it has {local(value).numel()}: saved by another number of ranks; load it by "
             "torch.distributed.checkpoint, which cuts it anew"
@@ -467,7 +409,7 @@ def _own_slice(key: str, value: Any, flat: Flat, rank: int) -> Tensor:
 
 
 def _check_plan(params: Sequence[Tensor], group: dict[str, Any]) -> None:
-    """Raise what orthogonalizing such matrices would."""
+    """Raise what orthogonalizing such matrices would raise."""
     shapes = [split_shape(tuple(p.shape), group["flatten"]) for p in params]
     plan_for_shapes(
         [(rows, cols, count) for count, rows, cols in shapes],

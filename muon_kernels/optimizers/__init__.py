@@ -1,1 +1,1 @@
-"""What a user steps; no arithmetic."""
+"""The optimizers that a user steps. They do no arithmetic."""

@@ -1,7 +1,7 @@
-"""What a step of torch's AdamW needs of a group, its gradients and its state.
+"""Checks of what torch's AdamW steps: a group, its gradients and its state.
 
-torch finds out while it steps, when some parameters have been stepped already, or not at all: the fused step reads and
-writes whatever lies at a moment's address. So all is looked at here, before anything is written.
+torch finds faults while it steps, when some parameters have been stepped already, or never: the fused step reads and
+writes whatever lies at a moment's address. So everything is checked here, before anything is written.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _COUNTS = (torch.float32, torch.float64)
 
 
 def check_numbers(group: Mapping[str, Any], of: str = "") -> None:
-    """Raise ValueError or TypeError where a number of a group would fail a step, or make it NaN; `of` begins names."""
+    """Raise ValueError or TypeError if a number of a group would fail a step, or make it NaN; `of` begins its name."""
     check_number(f"{of}lr", group["lr"])
     for key in ("weight_decay", "eps"):
         check_number(of + key, group[key])
@@ -73,7 +73,7 @@ def check_gradient(p: Tensor, grad: Tensor) -> None:
 
 
 def check_step_size(p: Tensor, group: Mapping[str, Any]) -> None:
-    """Raise ValueError where the first step's size is more than the parameter's dtype has."""
+    """Raise ValueError if the first step's size is beyond the range of the parameter's dtype."""
     lr, beta1 = group["lr"], group["betas"][0]
     if isinstance(lr, Tensor) or isinstance(beta1, Tensor) or lr <= 1:
         return
@@ -82,7 +82,7 @@ def check_step_size(p: Tensor, group: Mapping[str, Any]) -> None:
 
 
 def check_count(name: str, step: Any) -> None:
-    """Raise ValueError or TypeError unless `step` can be AdamW's number of steps: one of float32, not below zero."""
+    """Raise ValueError or TypeError unless `step` can be AdamW's count of steps: one float, not below zero."""
     if isinstance(step, Tensor) and (step.dtype not in _COUNTS or step.layout != torch.strided):
         raise TypeError(f"{name} should be of float32, which counts each step, but is of: {step.dtype}")
     check_number(name, step)
@@ -141,12 +141,12 @@ def _is_count(step: Any) -> bool:
 
 
 def new_adamw_state(p: Tensor, amsgrad: bool = False, with_parameter: bool = False) -> dict[str, Tensor]:
-    """What torch's AdamW begins with, which it makes piece by piece while it steps.
+    """Return the state that torch's AdamW begins with. AdamW itself makes it piece by piece while it steps.
 
     Args:
         p: the parameter.
         amsgrad: the option.
-        with_parameter: whether the number of steps is on the parameter's device, as with `fused` and `capturable`.
+        with_parameter: whether the count of steps is on the parameter's device, as with `fused` and `capturable`.
     """
     step = torch.zeros((), dtype=torch.float32, device=p.device if with_parameter else "cpu")
     moments = (*MOMENTS, "max_exp_avg_sq") if amsgrad else MOMENTS

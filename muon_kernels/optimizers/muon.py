@@ -1,10 +1,10 @@
-"""Muon as a torch optimizer: validation, state, groups. No arithmetic."""
+"""Muon as a torch optimizer: groups, steps, checkpoints. It does no arithmetic."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from numbers import Real
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -14,148 +14,125 @@ from torch.distributed import ProcessGroup
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from .. import interrupts
-from ..checkpoint import STATE, check_checkpoint, check_precision, check_state
-from ..coefficients import COEFFICIENTS, DEFAULT, NS_STEPS, resolve
+from ..checkpoint import STATE, check_checkpoint, check_state
+from ..coefficients import NS_STEPS, resolve
 from ..distributed import consensus
 from ..distributed.collectives import Failed
-from ..distributed.exchange import divide
 from ..distributed.ranks import Ranks, check_shared
-from ..distributed.strategies import blocks
-from ..layout import split_shape
-from ..options import (
-    OPTIONS,
-    check_keys,
-    check_options,
-    check_together,
-    dtype_of,
-    plain,
-    settle,
-    settled_checkpoint,
-)
-from ..scaling import decayed
-from ..split import pieces
-from ..stages.packed import check_mantissa, check_master, check_momentum_scale
-from ..stages.second_moment import check_second_moment
+from ..options import OPTIONS, check_keys, plain, settle
 from ..step.cache import TaskCache
-from ..step.operands import Operand
-from ..step.options import (
-    Coefficients,
-    StepOptions,
-    alike,
-    as_scalar,
-    check_rounding,
-    schedule_for,
-    settled,
-    splits,
-    transposes,
-)
-from ..step.plan import Plan, plan_for_shapes
+from ..step.options import Coefficients, transposes
+from ..step.plan import Plan
 from ..step.run import plan_of
 from ..step.work import Scalars, Task
 from ..step.workspace import Workspace
-from ..tensors import (
-    any_dtensor,
-    check_apart,
-    check_dense,
-    check_like,
-    check_matrices,
-    local,
-)
-from .state import StateOfGroups, Writes
-
-_KELLER = COEFFICIENTS[DEFAULT].triples[0]
-_ADAMW_HINT = "; give vectors and scalars to AdamW (muon_kernels.MuonAdamW with muon_kernels.param_groups(model) does)"
+from ..tensors import check_disjoint
+from .loading import fitted
+from .muon_checks import check_group, check_groups, check_muon_options, costs_of
+from .prepare import batches_of, prepared
+from .scalars import set_peak_lr
+from .stage_options import given_options, with_stage_options
+from .state import Writes
 
 
+@with_stage_options
 class Muon(Optimizer):
     r"""Momentum orthogonalized by Newton-Schulz: a drop-in for `torch.optim.Muon`, fused and batched.
 
-    For every matrix W of shape (A, B) with gradient G, momentum buffer M and its Newton-Schulz iterate NS(·):
+    For every matrix W of shape (A, B), with gradient G, momentum buffer M and NS(·) the Newton-Schulz iteration:
 
         M ← M + (1 - μ)(G - M)                       or, un-dampened, M ← μ M + G
         D = M + (1 - μ)(G - M) if nesterov else M    or, un-dampened, G + μ M
         W ← (1 - lr·weight_decay) W - lr·ratio(A, B)·NS(D)
 
     Sources: Keller Jordan et al., "Muon" (2024); Liu et al., "Muon is Scalable for LLM Training" (arXiv 2502.16982)
-        for the weight decay and "match_rms_adamw". Matrices of equal shape are stepped together; `plan()` shows how.
-        Gradients are only read. If a step raises, parameters and state are as they were, also where memory runs out;
-        Ctrl-C waits until the matrices of this process are written. After `os.fork` a step in the new process waits
-        forever for threads that the old one has, unless `torch.set_num_threads(1)` was there before the first step.
+        for the weight decay and "match_rms_adamw".
 
-    Differs from `torch.optim.Muon` where that is at fault: the momentum buffer is never overwritten by the iteration,
-    the norm is taken before rounding to bf16, and the update does not depend on the gradient's scale, from 1e-30 to
-    1e30 (see `eps`).
+    Matrices of equal shape are stepped together; `plan()` shows how. Gradients are only read. If a step raises, also
+    where memory runs out, parameters and state are as they were before. Ctrl-C waits until the matrices of this process
+    are written. After `os.fork` a step in the new process waits forever for threads that only the old one has, unless
+    `torch.set_num_threads(1)` was called before the first step.
+
+    It differs from `torch.optim.Muon` where that is at fault: the iteration never overwrites the momentum buffer, the
+    norm is taken before rounding to bf16, and the update does not depend on the gradient's scale, from 1e-30 to 1e30
+    (see `eps`).
 
     Args:
         params: parameters with at least two dimensions, or groups of them. Three dimensions are a batch of matrices,
-            four or more a convolution, flattened to (first, all others); `flatten` decides otherwise. They may be
-            slices of one tensor but not share an element.
+            four or more are a convolution, flattened to (first, all others); `flatten` decides otherwise. Parameters
+            may be slices of one tensor but must not share an element.
         lr: learning rate, a number or a one-element tensor.
-        weight_decay: multiplied by `lr` as it is, not by the adjusted one; but see `weight_decay_form`.
+        weight_decay: multiplied by `lr` itself, not by the adjusted learning rate; see `weight_decay_form`.
         momentum: μ.
-        nesterov: look one step ahead.
-        ns_coefficients: one (a, b, c), a name of `muon_kernels.COEFFICIENTS`, or a list with one (a, b, c) a step.
-        eps: smallest divisor of the normalisation, after an exact scaling of the norm to [1, 2); so it matters for
-            zero only.
+        nesterov: whether to look one step ahead.
+        ns_coefficients: one (a, b, c), a name in `muon_kernels.COEFFICIENTS`, or a list with one (a, b, c) for each
+            step.
+        eps: smallest divisor in the normalisation, after an exact scaling of the norm to [1, 2); so it matters for zero
+            only.
         ns_steps: number of steps; if not given, 5 or a named set's own number.
-        adjust_lr_fn: ratio(A, B): None or "original" √max(1, A/B); "match_rms_adamw" 0.2·√max(A, B); "spectral" √(A/B),
-            which groups hold by torch's name "spectral_unclamped"; "none" 1; or a pure function of (A, B) at the top
-            level of a module. Its answers are kept from step to step. Groups and checkpoints hold its name, and a
-            checkpoint is taken up only where the group has the same function.
-        use_addmm: for torch.optim.Muon, which has it to fuse products; here they are.
-        dampened: False writes the momentum as Moonlight does, without the factor 1 - μ.
-        flatten: True flattens parameters of three dimensions too, False flattens none.
-        split: how to cut parameters that hold several matrices, in the words of `muon_kernels.split`: one cut for all
-            parameters of a group, as in `{"params": [...], "split": heads(12)}`, or a dict of cuts by name or `fnmatch`
-            pattern, for parameters given with names; each pattern has to match in every group that takes the dict.
-            Parts are stepped, and shown by `plan()`, like parameters of their own; momentum is the parameter's.
+        adjust_lr_fn: ratio(A, B). None or "original": √max(1, A/B). "match_rms_adamw": 0.2·√max(A, B). "spectral":
+            √(A/B), which groups hold by torch's name "spectral_unclamped". "none": 1. Or a pure function of (A, B) at
+            the top level of a module, whose answers are kept from step to step; groups and checkpoints hold its name,
+            and a checkpoint is loaded only where the group has the same function.
+        use_addmm: accepted because torch.optim.Muon has it, to fuse products; here they always are.
+        dampened: False updates the momentum as Moonlight does, without the factor 1 - μ.
+        flatten: True flattens parameters of three dimensions, too; False flattens none.
+        split: how to split parameters that hold several matrices, as text from `muon_kernels.split`: one split for all
+            parameters of a group, as in `{"params": [...], "split": heads(12)}`, or a dict of splits by name or
+            `fnmatch` pattern, for parameters given with names. Each pattern has to match in every group that takes the
+            dict. Parts are stepped, and shown by `plan()`, like parameters of their own; the momentum is the whole
+            parameter's.
         transposed: whether parameters are stored as (inputs, outputs), as by transformers' Conv1D, in stacks of experts
-            (E, in, out) and by ConvTranspose: their `adjust_lr_fn` is then applied to (B, A). True for all parameters
-            of a group, or a list of names and `fnmatch` patterns, as for `split`. Nothing else asks for it: rows of
+            (E, in, out) and by ConvTranspose; `adjust_lr_fn` is then applied to (B, A). True for all parameters of a
+            group, or a list of names and `fnmatch` patterns, as for `split`. Nothing else depends on it: rows of
             `second_moment="neuron"` and of a `split` are rows as stored.
         ns_algorithm: "standard", "gram", or "auto" for the one with fewer FLOPs.
-        backend: "cuda", "triton", "cpu", "eager", or "auto" for the first that can.
-        max_workspace_bytes: cap on the memory beside parameters and state; larger buckets are stepped in several
+        backend: "cuda", "triton", "cpu", "eager", or "auto" for the first of these that can step the parameters.
+        max_workspace_bytes: cap on the memory beside parameters and state. Larger buckets are stepped in several
             passes. None: 64 MiB for "cpu", 1 GiB for the others, or one matrix's need if that is more.
-        workspace_dtype: of what is multiplied, a dtype or its name, which is what groups hold. torch.float16 is several
-            times more accurate than torch.bfloat16 and as fast on a GPU; the "cpu" backend has it not, and "auto" then
-            takes "eager", which is slower.
-        momentum_dtype: of new momentum buffers; None: the gradient's. torch.int8 is 1.002 bytes an element: codes in
-            `momentum_buffer`, and in `momentum_scale` the largest magnitude of every 2048 elements of a matrix, see
-            packed.py. Steps compute in fp32. While there is such a momentum, `flatten` and `split` should not change.
-            A group may change to torch.int8 or from it: its next step converts the momenta that it uses.
-        maximize: ascend.
-        power: p in [0, 1]: the direction's singular values become σ^p and not 1; see `muon_kernels.spectral_power`.
-            Above 0, `ns_coefficients`, `ns_steps` and `eps` are not used, and the update scales with the direction^p.
-        weight_decay_form: what of W decays in a step: "decoupled" lr·weight_decay; "independent" weight_decay, whatever
-            lr above 0 is; "scheduled" lr·weight_decay·lr/peak_lr, AdamC's and MuonC's (arXiv 2506.02285).
-        peak_lr: the largest `lr` of the schedule, for "scheduled"; None: the one that the group begins with. The
-            `max_lr` that OneCycleLR writes into a group counts in its place where it is larger.
-        cautious: decay only elements that the update moves towards zero, or not at all (arXiv 2510.12402).
-        stochastic_rounding: round parameters, which must be bf16 then, up or down with the probabilities that make the
-            mean exact. The same steps, from a checkpoint or not, have the same random bits, on every backend.
-        sign_momentum: NS(sign(D)) and not NS(D), AdaMuon's (arXiv 2507.11005): its own settings are
+        workspace_dtype: dtype of the matrices that are multiplied, or its name, which is what groups hold.
+            torch.float16 is several times more accurate than torch.bfloat16 and as fast on a GPU; the "cpu" backend
+            does not support it, so "auto" falls back to "eager", which is slower.
+        momentum_dtype: dtype of new momentum buffers; None for the gradient's. torch.int8 takes 1.002 bytes an element:
+            codes in `momentum_buffer`, and in `momentum_scale` the largest magnitude of every 2048 elements of a
+            matrix, see stages/packed.py. Steps compute in fp32. While there is such a momentum, `flatten` and `split`
+            should not change. A group may change to torch.int8 or from it: its next step converts the momenta that it
+            uses.
+        maximize: whether to ascend.
+        power: p in [0, 1]: the direction's singular values σ become σ^p instead of 1; see
+            `muon_kernels.spectral_power`. Above 0, `ns_coefficients`, `ns_steps` and `eps` are not used, and the update
+            scales with the direction^p.
+        weight_decay_form: share of W that decays in a step. "decoupled": lr·weight_decay. "independent": weight_decay,
+            whatever lr above 0 is. "scheduled": lr·weight_decay·lr/peak_lr, as in AdamC and MuonC (arXiv 2506.02285).
+        peak_lr: largest `lr` of the schedule, for "scheduled"; None for the one that the group begins with. The
+            `max_lr` that OneCycleLR writes into a group counts instead where it is larger.
+        cautious: whether to decay only what the update moves towards zero or leaves as it is (arXiv 2510.12402).
+        stochastic_rounding: whether to round parameters, which must be bf16 then, up or down with the probabilities
+            that make the mean exact. The same steps, from a checkpoint or not, have the same random bits, on every
+            backend.
+        sign_momentum: whether to use NS(sign(D)) instead of NS(D), as AdaMuon (arXiv 2507.11005) does. In fp16
+            workspaces an element below 1e-7 of the matrix's norm counts as zero. AdaMuon itself is
             `Muon(params, sign_momentum=True, second_moment="element", dampened=False, adjust_lr_fn="match_rms_adamw")`.
-            In fp16 workspaces an element below 1e-7 of the matrix's norm counts as zero.
-        master_weights: take bf16 parameters for fp32 ones rounded to nearest, whose other 16 bits are `mantissa` in the
-            state: steps are those of fp32 parameters, to the bit, in 4 bytes. Written between steps, a parameter keeps
-            its `mantissa`, at most half a unit in its last place; delete that from the state to begin at the parameter.
-        second_moment: divide NS(D) by the root of a running mean of its squares and keep its norm: "neuron" of each
-            row, NorMuon's (arXiv 2510.05491), or "element" of each element, AdaMuon's; both papers scale as
-            adjust_lr_fn="match_rms_adamw" does. A part of a `split` has rows of its own. With a power above 0, updates
-            should be within 1e-18 and 1e18, where their squares are fp32.
+        master_weights: whether to take bf16 parameters for fp32 ones rounded to nearest, whose other 16 bits are
+            `mantissa` in the state. Steps are then those of fp32 parameters, to the bit, in 4 bytes an element. A
+            parameter that is written between steps keeps its `mantissa`, at most half a unit in its last place; delete
+            that from the state to begin at the parameter.
+        second_moment: running mean of squares by whose root NS(D) is divided, keeping its norm; None for none. "neuron"
+            has a mean of each row, as in NorMuon (arXiv 2510.05491), "element" one of each element, as in AdaMuon. Both
+            papers scale as adjust_lr_fn="match_rms_adamw" does. A part of a `split` has rows of its own. With a power
+            above 0, updates should be within 1e-18 and 1e18, where their squares are in the range of fp32.
         beta2: β₂ of that mean.
-        process_group: of ranks that have the same plain tensors for parameters, and the same gradients, as under
-            DistributedDataParallel, so that GradScaler leaves out the same steps on all: each steps a share, and only
-            its owner keeps the momentum of a parameter. None: plain tensors are this process's own. DTensors say
-            themselves where they are.
-        strategy: who orthogonalizes matrices that several ranks have parts of: "owner", to whom the others send theirs;
-            "gram", nobody: those cut along their longer dimension stay where they are, and Gram matrices are summed;
-            "blocks", MuonBP's (arXiv 2510.16981), each rank its own part, and owners the whole every `block_period`
-            steps. distributed/ has a file on each.
+        process_group: the ranks that have the same plain tensors for parameters, and the same gradients, as under
+            DistributedDataParallel, so that GradScaler leaves out the same steps on all. Each rank steps a share, and
+            only its owner keeps the momentum of a parameter. None: plain tensors are this process's own. DTensors know
+            their own ranks.
+        strategy: how to orthogonalize matrices of which several ranks hold shards. "owner": one rank gets the others'
+            shards. "gram": matrices that are sharded along their longer dimension stay where they are, and Gram
+            matrices are summed. "blocks": each rank takes its own shard, and owners the whole matrix every
+            `block_period` steps, as in MuonBP (arXiv 2510.16981). See distributed/strategies/.
         block_period: for "blocks"; 1 is "owner".
-        block_lr_ratio: for "blocks", what multiplies `lr` where parts are orthogonalized. `adjust_lr_fn` is then
-            applied to their shapes; the paper's update is that of "match_rms_adamw".
+        block_lr_ratio: for "blocks", factor of `lr` in steps of shards. `adjust_lr_fn` is then applied to the shapes of
+            the shards; the paper's update is that of "match_rms_adamw".
 
     Raises:
         ValueError, TypeError: an argument that cannot be used, with what was expected.
@@ -168,7 +145,7 @@ class Muon(Optimizer):
         weight_decay: float | Tensor = 0.1,
         momentum: float = 0.95,
         nesterov: bool = True,
-        ns_coefficients: Coefficients = _KELLER,
+        ns_coefficients: Coefficients = (3.4445, -4.7750, 2.0315),
         eps: float = 1e-7,
         ns_steps: int | None = NS_STEPS,
         adjust_lr_fn: str | Callable[[int, int], float] | None = None,
@@ -197,14 +174,15 @@ class Muon(Optimizer):
         strategy: str = "owner",
         block_period: int = 5,
         block_lr_ratio: float = 1.0,
+        **others: Any,
     ) -> None:
-        """Check everything and set nothing aside yet: momentum buffers come with the first gradients."""
-        given = locals()
+        """Check everything. Allocate nothing yet: momentum buffers come with the first gradients."""
+        given = given_options(others) | locals()
         defaults: dict[str, Any] = {name: given[name] for name in OPTIONS}
         if ns_steps is NS_STEPS:  # a checkpoint must hold a plain number
             defaults["ns_steps"] = len(resolve(plain(ns_coefficients), ns_steps).triples)
         settle(defaults, defaults)
-        _check_options(defaults)
+        check_muon_options(defaults)
         self._workspace = Workspace()
         self._tasks = TaskCache()
         self._ranks = Ranks(process_group)
@@ -215,10 +193,17 @@ class Muon(Optimizer):
                 "muon_kernels.MuonAdamW(muon_kernels.param_groups(model)) all parameters of a model"
             )
         super().__init__(params, defaults)
-        check_apart([("parameter", p) for group in self.param_groups for p in group["params"]])
+        check_disjoint([("parameter", p) for group in self.param_groups for p in group["params"]])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group after checking its options and parameters; on error the optimizer is unchanged."""
+        """Add a group after checking its options and parameters; on error the optimizer is unchanged.
+
+        Args:
+            param_group: a dict with `params` and options that differ from the defaults.
+
+        Raises:
+            ValueError, TypeError: an option or a parameter that cannot be used.
+        """
         before = len(self.param_groups)
         if "ns_coefficients" in param_group:
             param_group.setdefault("ns_steps", self._steps_of(plain(param_group["ns_coefficients"])))
@@ -227,150 +212,43 @@ class Muon(Optimizer):
         try:
             check_keys(group, self.defaults)
             settle(group, self.defaults)
-            _set_peak_lr(group)
-            _check_options(group)
+            set_peak_lr(group)
+            check_muon_options(group)
             if len(set(group["params"])) < len(group["params"]):
                 raise ValueError("every parameter of a group should be there once but some are repeated")
             if self._ranks.shares(group["params"]):
                 check_shared(group)
             transposes(group)
-            costs = []
-            for i, (p, split) in enumerate(splits(group)):
-                name = group["param_names"][i] if "param_names" in group else "parameter"
-                check_matrices(name, local(p), _ADAMW_HINT)
-                if group["stochastic_rounding"]:
-                    check_rounding(p)
-                if group["master_weights"]:
-                    check_master(p)
-                cut = [split_shape(p.shape, group["flatten"], x) for x in pieces(p.shape, group["flatten"], split)]
-                plan = plan_for_shapes(
-                    [(rows, cols, count) for count, rows, cols in cut],
-                    schedule=schedule_for(group["ns_coefficients"], group["ns_steps"], group["power"]),
-                    device=p.device,
-                    dtype=p.dtype,
-                    backend=group["backend"],
-                    ns_algorithm=group["ns_algorithm"],
-                    max_workspace_bytes=group["max_workspace_bytes"],
-                    workspace_dtype=dtype_of(group["workspace_dtype"]),
-                )
-                costs.append(plan.flops)
-            check_apart([("parameter", p) for p in group["params"]])
+            costs = costs_of(group)
+            check_disjoint([("parameter", p) for p in group["params"]])
             self._ranks.add(group, costs)
         except Exception:
             del self.param_groups[before:]
             raise
 
     def _steps_of(self, ns_coefficients: Coefficients) -> int:
-        """The number of steps of a group that gives its own coefficients but no number."""
+        """Return the number of steps of a group that gives its own coefficients but no number."""
         try:
             return len(resolve(ns_coefficients, self.defaults["ns_steps"]).triples)
         except ValueError:  # a set or a list of another length
             return len(resolve(ns_coefficients, None).triples)
 
     def _settle(self) -> None:
-        """Write plain values where groups have been edited."""
+        """Replace options by plain values where groups have been edited."""
         for group in self.param_groups:
             settle(group, self.defaults)
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        """Raise for options that cannot be used."""
-        settle(group, self.defaults)
-        _check_options(group)
-        if self._ranks.shares(group["params"]):
-            check_shared(group)
-            self._ranks.check(group)
-
-    def _check_gradients(self) -> None:
-        """Raise for what other ranks should not wait for."""
-        for group in self.param_groups:
-            self._check_group(group)
-            for p in group["params"]:
-                if p.grad is not None:
-                    check_dense("gradient", local(p.grad))
-                    check_like("gradient", p.grad, p)
-
     def _batches(self) -> list[tuple[list[dict[str, Any]], Scalars]]:
-        """Groups that a step does as one, for nothing that matters to it differs between them, and their numbers.
-
-        Apart stay those whose steps are counted, and, as ranks have not agreed on their numbers, those of parameters
-        that other ranks have parts or copies of.
-        """
-        batches: list[tuple[list[dict[str, Any]], Scalars]] = []
-        by_numbers: dict[Scalars, list[list[dict[str, Any]]]] = {}
-        for i, group in enumerate(self.param_groups):
-            self._check_group(group)
-            scalars = Scalars(
-                *_lr_and_decay(group),
-                group["momentum"],
-                group["nesterov"],
-                group["dampened"],
-                group["eps"],
-                -1.0 if group["maximize"] else 1.0,
-                group["cautious"],
-                group["beta2"],
-                _seed(group, i) if group["stochastic_rounding"] else None,
-            )
-            shared = bool(self._ranks.teams) and self._ranks.shares(group["params"])
-            alone = shared or scalars.seed is not None or group["strategy"] == "blocks"
-            others = [] if alone else by_numbers.setdefault(scalars, [])
-            batch = next((groups for groups in others if alike(groups[0], group)), None)
-            if batch is not None:
-                batch.append(group)
-                continue
-            batches.append(([group], scalars))
-            others.append(batches[-1][0])
-        return batches
+        """Return the groups that a step does as one, with the numbers that it takes; see `batches_of`."""
+        for group in self.param_groups:
+            check_group(group, self.defaults, self._ranks)
+        return batches_of(self.param_groups, self._ranks)
 
     def _prepare(
         self, groups: Sequence[dict[str, Any]], grad_of: Callable[[Tensor], Tensor | None]
     ) -> tuple[list[Task], list[Tensor], Writes]:
-        """What a step of these groups does as one, its gradients, and what it would write into the state."""
-        group, wanted, nothing = groups[0], StateOfGroups(groups, self._ranks), dict[str, Any]()
-        candidates = [p for each in groups for p in each["params"]]
-        spread = bool(self._ranks.placements) or any_dtensor(candidates)  # most are not, and spared the questions
-        params, grads, states = [], [], []
-        for p in candidates:
-            if (grad := grad_of(p)) is None:
-                continue
-            state = self.state.get(p, nothing)
-            if spread or not wanted.complete(state):
-                state = wanted.completed(p, grad, state)
-            params.append(p)
-            grads.append(grad)
-            states.append(state)
-        placements = [self._ranks.placement(p) for p in params] if spread else None
-
-        def column(key: str, wanted: bool = True) -> list[Tensor | None]:
-            found = [state.get(key) for state in states] if wanted else []
-            return [t if t is None else local(t) for t in found] if spread else found
-
-        momenta, scales = column("momentum_buffer"), column("momentum_scale", wanted.int8)
-        mantissas = column("mantissa", group["master_weights"])
-        moments = column("second_momentum_buffer", group["second_moment"] is not None)
-        if spread:
-            params, grads = list(map(local, params)), list(map(local, grads))
-
-        def make() -> list[Task]:
-            named = [pair for each in groups for pair in zip(splits(each), transposes(each), strict=True)]
-            said = [(split, turned) for (p, split), turned in named if grad_of(p) is not None]
-            none = [None] * len(params)
-            kept = zip(params, grads, momenta, scales or none, mantissas or none, moments or none, strict=True)
-            return divide(
-                [
-                    Operand(p, g, momentum, scale, mantissa, moment, *words)
-                    for (p, g, momentum, scale, mantissa, moment), words in zip(kept, said, strict=True)
-                ],
-                placements,
-                StepOptions.of(group),
-                strategy=group["strategy"],
-                steps_shards=steps_shards,
-                shard_lr_factor=group["block_lr_ratio"],
-            )
-
-        steps_shards = blocks.apart(group)
-        own = momenta, moments, scales, mantissas
-        tasks = self._tasks.get((id(group), steps_shards), params, grads, own, settled(groups), make)
-        return tasks, grads, wanted.writes
+        """Return the tasks of a step of `groups`, its gradients, and what it would write into the state."""
+        return prepared(groups, grad_of, self.state, self._ranks, self._tasks)
 
     def _keep(self, writes: Writes) -> None:
         for p, key, tensor in writes:
@@ -395,7 +273,9 @@ class Muon(Optimizer):
             The closure's loss, or None.
 
         Raises:
-            ValueError, TypeError, RuntimeError: see `muon_kernels.step.prepare`; nothing has been written then.
+            ValueError, TypeError: an option, a gradient or state that cannot be used; nothing has been written then.
+            RuntimeError: a backend or memory that is missing, in which case nothing has been written; or a rank that
+                does not answer, in which case the message says whether anything has been written.
         """
         loss = None
         if closure is not None:
@@ -404,7 +284,9 @@ class Muon(Optimizer):
         self._steps += 1
         self._ranks.refresh(self.param_groups)
         try:
-            agreed = consensus.agree(self._ranks.teams, self._check_gradients)
+            agreed = consensus.agree(
+                self._ranks.teams, partial(check_groups, self.param_groups, self.defaults, self._ranks)
+            )
         except Failed as error:
             raise RuntimeError(
                 f"step {self._steps} of Muon did not begin: {error}; every rank has to call step, which GradScaler "
@@ -439,7 +321,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def init_state(self) -> None:
-        """Make all state that there will be, before a first step or after some; parameters are not moved.
+        """Make all state that there will be, before a first step or after some. Parameters are not changed.
 
         torch.distributed.checkpoint loads into what a `state_dict` has, so it needs this first where a model resumes:
 
@@ -448,8 +330,8 @@ class Muon(Optimizer):
             torch.distributed.checkpoint.load(parts, checkpoint_id=folder)
             set_optimizer_state_dict(model, optimizer, parts["optimizer"])
 
-        Called before a training as well, it puts all parameters into the checkpoint, also those whose gradients have
-        not come yet. Momentum has the dtype of `momentum_dtype` or, in place of the gradient's, the parameter's.
+        Called before a training as well, it puts all parameters into the checkpoint, also those that have had no
+        gradient yet. Momentum has the dtype `momentum_dtype` or, in place of the gradient's, the parameter's.
         """
         self._ranks.refresh(self.param_groups)
         with torch.inference_mode(False), torch.no_grad():
@@ -460,13 +342,13 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def plan(self) -> Plan:
-        """What a step does if every parameter has a gradient of its own dtype; `print` it."""
+        """Return what a step does if every parameter has a gradient of its own dtype. `print` it for a table."""
         tasks = [task for groups, _ in self._batches() for task in self._prepare(groups, lambda p: p)[0]]
         self._tasks.clear()  # it would keep the momentum buffers that a first step has not made yet
         return plan_of(tasks)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take up a pickle or a checkpoint, torch.optim.Muon's too: what it lacks is as in the constructor."""
+        """Restore a pickle or a checkpoint, torch.optim.Muon's too. Options that it lacks are as in the constructor."""
         super().__setstate__(state)
         self._workspace = Workspace()
         self._tasks = TaskCache()
@@ -476,16 +358,16 @@ class Muon(Optimizer):
                 if key != "differentiable":  # torch puts this one into the defaults
                     group.setdefault(key, value)
             settle(group, self.defaults)
-            _set_peak_lr(group)
+            set_peak_lr(group)
         if "_ranks" not in self.__dict__:  # a copy
             self._ranks = Ranks()
         self._ranks.refresh(self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What pickling and copying keep.
+        """Return what pickling and copying keep.
 
         Raises:
-            TypeError: with a process_group, which is of this process and has the state on several.
+            TypeError: with a process_group, which belongs to this process and shares the state with others.
         """
         if self._ranks.owned:
             raise TypeError(
@@ -497,7 +379,7 @@ class Muon(Optimizer):
 
     @contextmanager
     def whole_state(self) -> Iterator[None]:
-        """Have what other ranks keep of the state in ours, for as long as the context lasts; on all ranks at once."""
+        """Hold the state of other ranks, too, while this context lasts. All ranks have to enter it."""
         whole = consensus.gathered(self._ranks.owned, self.state)
         own = {p: self.state.get(p) for p in whole}
         try:
@@ -511,17 +393,20 @@ class Muon(Optimizer):
                     self.state[p] = state
 
     def state_dict(self) -> dict[str, Any]:
-        """A checkpoint, whole also where ranks share the state of plain tensors: then all have to ask for it."""
+        """Return a checkpoint. It has the whole state also where ranks share it; then all ranks have to call this."""
         self._settle()
         with self.whole_state():
             return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint of this class or of torch.optim.Muon, momentum in the precision in which it was saved.
+        """Load a checkpoint of this class or of torch.optim.Muon. Momentum keeps the precision in which it was saved.
 
-        Between eight bits and a floating-point momentum, and with `master_weights` and without, loading converts
-        nothing: such a checkpoint raises. To change over, load it as it was saved and change the option in
-        `param_groups`: the next step converts the momentum; masters begin at the parameters.
+        Loading converts nothing between eight-bit and floating-point momentum, nor between `master_weights` and none:
+        such a checkpoint raises. To change over, load it as it was saved and change the option in `param_groups`. The
+        next step converts the momentum; masters begin at the parameters.
+
+        Args:
+            state_dict: the checkpoint.
 
         Raises:
             ValueError, TypeError: it is another optimizer's, or groups, sizes or options do not fit; nothing has been
@@ -529,40 +414,7 @@ class Muon(Optimizer):
         """
         states = check_checkpoint(state_dict, self.param_groups, "Muon", "ns_coefficients", check_state)
         self._settle()
-        groups = self.param_groups
-        saved = settled_checkpoint(state_dict["param_groups"], groups, self.defaults)
-        for group in saved:
-            _check_options({**self.defaults, **group})
-        state_of = dict(states)
-        if [len(group["params"]) for group in saved] == [len(own["params"]) for own in groups]:  # else torch raises
-            # What torch.optim.Muon saved lacks options, and the defaults would not be the group's own.
-            for own, group in zip(groups, saved, strict=True):
-                check_precision(own, group)
-            # But lr is the checkpoint's, and so is its peak.
-            options = self.defaults.keys() - {"peak_lr"}
-            kept = [{key: value for key, value in own.items() if key in options} for own in groups]
-            for own, group in zip(kept, saved, strict=True):
-                if group.get("ns_coefficients") != own["ns_coefficients"]:
-                    own.pop("ns_steps", None)
-            saved = [{**own, **group} for own, group in zip(kept, saved, strict=True)]
-            state_dict = {**state_dict, "param_groups": saved}
-            for own, group in zip(groups, saved, strict=True):
-                loaded = {**own, **self.defaults, **group, "params": own["params"]}
-                if self._ranks.shares(own["params"]):
-                    check_shared(loaded)
-                transposes(loaded)
-                for p, split in splits(loaded):
-                    pieces(p.shape, loaded["flatten"], split)
-                    state = state_of.get(p, {})
-                    # What is of another precision than the group's now was there when the option changed.
-                    if "momentum_buffer" in state and state["momentum_buffer"].dtype == torch.int8:
-                        scale = state.get("momentum_scale")
-                        check_momentum_scale("momentum_scale", scale, p, loaded["flatten"], split)
-                    if "mantissa" in state:
-                        check_mantissa("mantissa", state["mantissa"], p)
-                    V, form = state.get("second_momentum_buffer"), loaded["second_moment"]
-                    if V is not None and form is not None:
-                        check_second_moment("second_momentum_buffer", V, form, p, loaded["flatten"], split)
+        state_dict = fitted(state_dict, states, self.param_groups, self.defaults, self._ranks)
         # torch casts state to the parameter's dtype, which would round what is fp32 with bf16 parameters.
         copies = [
             (p, {key: state[key].detach().to(p.device, copy=True) for key in STATE if key in state})
@@ -574,44 +426,3 @@ class Muon(Optimizer):
         for p in self._ranks.owned:
             if self._ranks.elsewhere(p):
                 self.state.pop(p, None)
-
-
-def _one_cycle(group: Mapping[str, Any]) -> float | None:
-    """The largest lr of the schedule as OneCycleLR writes it into a group; it makes `initial_lr` small."""
-    largest = group.get("max_lr")
-    return float(largest) if isinstance(largest, Real) else None
-
-
-def _set_peak_lr(group: dict[str, Any]) -> None:
-    if group["peak_lr"] is None:
-        lr = group.get("initial_lr", group["lr"])  # a scheduler may have lowered lr to warm up
-        largest = _one_cycle(group)
-        group["peak_lr"] = largest if largest is not None else lr.clone() if isinstance(lr, Tensor) else lr
-
-
-def _peak_lr(group: Mapping[str, Any]) -> float | Tensor:
-    """The largest lr of the schedule, also where OneCycleLR came when the group had its `peak_lr`."""
-    peak, largest = as_scalar(group["peak_lr"]), _one_cycle(group)
-    if largest is None:
-        return peak
-    return peak.clamp(min=largest) if isinstance(peak, Tensor) else max(peak, largest)
-
-
-def _lr_and_decay(group: dict[str, Any]) -> tuple[float | Tensor, float | Tensor]:
-    lr, weight_decay, form = group["lr"], group["weight_decay"], group["weight_decay_form"]
-    if form == "decoupled":
-        return lr, weight_decay
-    return decayed(form, as_scalar(lr), as_scalar(weight_decay), _peak_lr(group))
-
-
-def _seed(group: dict[str, Any], index: int) -> int:
-    """Of a step's stochastic rounding; 2^24 matrices of a group and 2^32 steps have their own."""
-    return (int(group.get("step", 0)) << 32) + (index << 24)
-
-
-def _check_options(group: Mapping[str, Any]) -> None:
-    check_options(group)
-    check_together(group)
-    step = group.get("step", 0)
-    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 1 << 31:
-        raise ValueError(f"step of a group, which counts its steps, should be an int from 0 to 2^31 but is: {step!r}")

@@ -16,7 +16,7 @@ from torch.optim import AdamW, Optimizer
 from ..checkpoint import check_checkpoint
 from ..options import check_keys, plain, settle
 from ..step.plan import Plan
-from ..tensors import check_apart
+from ..tensors import check_disjoint
 from .adamw_checks import (
     ADAMW_STATE,
     check_adamw_state,
@@ -37,33 +37,32 @@ OPTIONS = {"Muon": inspect.signature(Muon).parameters.keys() - {"params", "proce
 
 
 class MuonAdamW(Optimizer):
-    """One optimizer over two kinds of param groups: `use_muon` says which steps a group.
+    """Muon and AdamW as one optimizer: `use_muon` of a param group says which of them steps it.
 
         optimizer = MuonAdamW(
             param_groups(model), muon_options={"lr": 0.02}, adamw_options={"lr": 3e-4}
         )
 
-    Groups with `use_muon=True` are stepped by `Muon`, those with `use_muon=False` by
-    `torch.optim.AdamW`, each with that optimizer's own options and state keys. Learning-rate
-    schedulers, `add_param_group`, `GradScaler` and one `state_dict` work as with any optimizer.
-    A `momentum` in an AdamW group is its first beta, so that schedulers which cycle momentum cycle both.
+    Groups with `use_muon=True` are stepped by `Muon`, those with `use_muon=False` by `torch.optim.AdamW`, each with
+    that optimizer's own options and state keys. Learning-rate schedulers, `add_param_group`, `GradScaler` and one
+    `state_dict` work as with any optimizer. A `momentum` in an AdamW group is its first beta, so that schedulers which
+    cycle momentum cycle both.
+
+    Both halves are checked, and the state of both is made, before either is stepped. Muon steps first: Ctrl-C between
+    the two leaves AdamW's half out. An AdamW that is not fused takes memory while it steps.
+
+    Defaults are those of either optimizer, so groups differ in more than the learning rate: `weight_decay` is 0.1 for
+    Muon and 0.01 for AdamW.
 
     Args:
-        params: dicts with `params` and a boolean `use_muon`, as `muon_kernels.param_groups` makes
-            them. An option in a dict wins over the same one below.
+        params: dicts with `params` and a boolean `use_muon`, as `muon_kernels.param_groups` makes them. An option in a
+            dict wins over the same option below.
         muon_options: options of the Muon groups, any keyword of `Muon`.
-        adamw_options: options of the AdamW groups, any keyword of `torch.optim.AdamW`. With none of
-            `fused`, `foreach` and `differentiable` given, a group is `fused` if it can be: floating
-            point, on CPU or CUDA, contiguous.
-
-    Both halves are checked before either is stepped, and the state of both is made. Muon steps first: Ctrl-C between
-    the two leaves AdamW's half out, and an AdamW that is not fused takes memory while it steps.
-
-    The defaults are those of either optimizer, so groups differ in more than the learning rate: `weight_decay` is
-    0.1 for Muon and 0.01 for AdamW.
+        adamw_options: options of the AdamW groups, any keyword of `torch.optim.AdamW`. With none of `fused`, `foreach`
+            and `differentiable` given, a group is `fused` if it can be: floating point, on CPU or CUDA, contiguous.
 
     Raises:
-        ValueError: a group does not say `use_muon`, no group has a parameter; whatever else `Muon` and `AdamW` raise.
+        ValueError: a group does not say `use_muon`, or no group has a parameter, or what `Muon` and `AdamW` raise.
         TypeError: an option outside `muon_options` and `adamw_options`, or one that is no number.
     """
 
@@ -94,13 +93,19 @@ class MuonAdamW(Optimizer):
                 "is the whole model frozen?"
             )
         (_, groups), _ = self._inner()
-        check_apart([("parameter", p) for group in groups for p in group["params"]])
+        check_disjoint([("parameter", p) for group in groups for p in group["params"]])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group for Muon (`use_muon=True`) or AdamW (`use_muon=False`).
 
-        That optimizer's defaults are written into the dict. Parameters of all groups have names or none has: beside
-        groups of `muon_kernels.param_groups`, which have, give pairs (name, parameter).
+        That optimizer's defaults are written into the dict. Either all groups have names of their parameters, as those
+        of `muon_kernels.param_groups` have, or none has: give pairs (name, parameter) beside groups with names.
+
+        Args:
+            param_group: a dict with `params`, `use_muon` and options that differ from the defaults.
+
+        Raises:
+            ValueError, TypeError: `use_muon` is missing, or what `Muon` and `AdamW` raise.
         """
         if not isinstance(param_group.get("use_muon"), bool):
             raise ValueError(
@@ -136,15 +141,17 @@ class MuonAdamW(Optimizer):
     @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Step every parameter that has a gradient, writing it and its state.
-
-        A gradient that either optimizer refuses raises before anything is written.
+        """Update every parameter that has a gradient, and its state.
 
         Args:
-            closure: reevaluates the model, with gradients enabled, and returns the loss.
+            closure: re-evaluates the model and returns the loss.
 
         Returns:
-            What the closure returned.
+            The closure's loss, or None.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: what `Muon` raises, or a gradient, state or option that AdamW could not
+                step; nothing has been written then.
         """
         loss = None
         if closure is not None:
@@ -170,7 +177,7 @@ class MuonAdamW(Optimizer):
 
     @torch.no_grad()
     def init_state(self) -> None:
-        """Make all state that there will be, as `Muon.init_state` does; parameters are not moved."""
+        """Make all state that there will be, as `Muon.init_state` does. Parameters are not changed."""
         self._hand_over()
         for group in self._adamw.param_groups:
             _settle(group)
@@ -183,7 +190,7 @@ class MuonAdamW(Optimizer):
                     self.state[p].update(state)
 
     def _new_state(self, group: dict[str, Any], params: Iterable[Tensor]) -> dict[Tensor, dict[str, Tensor]]:
-        """AdamW's state of parameters that have nothing of it yet; what others keep there stays."""
+        """Return AdamW's state of the parameters that have none of it yet. Keys of others in their state stay."""
         with_parameter = bool(group["fused"] or group["capturable"])
         return {
             p: new_adamw_state(p, group["amsgrad"], with_parameter)
@@ -197,7 +204,7 @@ class MuonAdamW(Optimizer):
         return self._muon.plan()
 
     def state_dict(self) -> dict[str, Any]:
-        """A checkpoint; see `Muon.state_dict`."""
+        """Return a checkpoint; see `Muon.state_dict`."""
         self._hand_over()
         for group in self._adamw.param_groups:
             _settle(group)
@@ -207,11 +214,14 @@ class MuonAdamW(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned for the same kinds of groups in the same order.
 
-        Each part is loaded as its optimizer does it: `Muon` keeps the precision of the momentum.
+        Each half is loaded as its optimizer does it: `Muon` keeps the precision of the momentum.
+
+        Args:
+            state_dict: the checkpoint.
 
         Raises:
-            ValueError, TypeError: another optimizer's checkpoint, groups, sizes or options that do not fit; nothing has
-                been changed then.
+            ValueError, TypeError: it is another optimizer's, or groups, sizes or options do not fit; nothing has been
+                changed then.
         """
         check_checkpoint(state_dict, self.param_groups, "MuonAdamW", "use_muon")
         state_dict = state_dict.copy()
@@ -256,8 +266,8 @@ class MuonAdamW(Optimizer):
     def _hand_over(self) -> None:
         """Give the inner optimizers our groups and our state.
 
-        They keep nothing of their own between steps, so nothing can disagree, whoever replaces
-        `param_groups` or `state`.
+        They keep nothing of their own between steps, so nothing can disagree, whoever replaces `param_groups` or
+        `state`.
         """
         for inner, groups in self._inner():
             inner.param_groups = groups
@@ -265,12 +275,12 @@ class MuonAdamW(Optimizer):
 
 
 def _unhooked_step(optimizer: Optimizer) -> None:
-    """A step without what torch wraps around every class's: hooks and the profiler's record, which ours has already."""
+    """Step without the hooks and the profiler's record that torch wraps around every class's `step`: ours has them."""
     inspect.unwrap(type(optimizer).step, stop=lambda function: not hasattr(function, "hooked"))(optimizer)
 
 
 def _settle(group: dict[str, Any]) -> None:
-    """Write plain values into an AdamW group, and the `momentum` that a scheduler has given it to its first beta."""
+    """Write plain values into an AdamW group, and to its first beta the `momentum` that a scheduler has given it."""
     settle(group, group.keys() & {*_ADAMW_OPTIONS, "momentum"})
     betas = group["betas"]
     if "momentum" in group and isinstance(betas, (tuple, list)):
@@ -278,14 +288,18 @@ def _settle(group: dict[str, Any]) -> None:
 
 
 def _checked_adamw(options: Mapping[str, Any]) -> AdamW:
-    """An AdamW without parameters; it raises what it has against the options, and we what it overlooks."""
+    """Return an AdamW without parameters; raise ValueError or TypeError for options that it refuses or overlooks."""
     options = {key: plain(value) for key, value in options.items()}
     check_group({"lr": 0.0, "weight_decay": 0.0, "eps": 0.0, "betas": (0.0, 0.0), **options})
     return AdamW([{"params": []}], **options)
 
 
 def _checked_groups(checkpoint: dict[str, Any], adamw: AdamW) -> _Groups:
-    """The AdamW groups of a checkpoint, with what they lack as in `adamw`; raise unless that can take them up."""
+    """Return the AdamW groups of a checkpoint, options that they lack taken from `adamw`.
+
+    Raises:
+        ValueError, TypeError: `adamw` cannot load them.
+    """
     amsgrad: dict[Tensor, bool] = {}
     groups: _Groups = []
     for own, group in zip(adamw.param_groups, checkpoint["param_groups"], strict=False):
@@ -312,15 +326,15 @@ def _fuse(group: dict[str, Any]) -> None:
 def _unfuse(group: dict[str, Any], state: Mapping[Tensor, Mapping[str, Any]]) -> None:
     """Take back `fused=True` where a parameter, a gradient or a moment is not contiguous.
 
-    The fused step pairs elements by their place in memory: on the CPU (torch 2.13) it silently
-    updates with the wrong ones where two layouts differ; on CUDA it raises.
+    The fused step pairs elements by their place in memory. On the CPU (torch 2.13) it silently updates with the wrong
+    ones where two layouts differ; on CUDA it raises.
     """
     if group["fused"] and not all(same_layout(p, state.get(p, {})) for p in group["params"]):
         group["fused"] = None
 
 
 def _check(group: dict[str, Any], state: Mapping[Tensor, dict[str, Any]]) -> None:
-    """Raise where `AdamW.step` would, or should, refuse a gradient or the state of `group`."""
+    """Raise ValueError or TypeError where `AdamW.step` would, or should, refuse a gradient or the state of `group`."""
     for param in group["params"]:
         if param.grad is None:
             continue

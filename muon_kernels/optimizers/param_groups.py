@@ -1,13 +1,11 @@
-"""Sort a model's parameters between Muon and AdamW, and say what went where."""
+"""Sorting of a model's parameters between Muon and AdamW."""
 
 from __future__ import annotations
 
-import math
 import re
-import textwrap
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -17,117 +15,10 @@ from ..options import check_half, check_number
 from ..rules import CONVOLUTIONS, EMBEDDING, HEADS, NORM, RULES, Place, Rule, class_of, is_unknown, known_layers
 from ..split import check_split, close, matching, pieces
 from ..tensors import FLATTENED, check_whole
+from .assignments import Assignment, ParamGroups
 from .muon_adamw import OPTIONS
 
 __all__ = ["Assignment", "ParamGroups", "param_groups"]
-
-
-class Assignment(NamedTuple):
-    """Where one parameter went: the optimizer is "Muon", "AdamW" or "none" (frozen)."""
-
-    name: str
-    shape: tuple[int, ...]
-    optimizer: str
-    reason: str
-
-
-class ParamGroups(list[dict[str, Any]]):
-    """Groups of Muon, then groups of AdamW; print it to see what went where.
-
-    `assignments` holds one entry per parameter of the model, frozen ones included.
-    """
-
-    def __init__(self, groups: Iterable[dict[str, Any]], assignments: Iterable[Assignment]) -> None:
-        """Hold `groups` and what `summary` tells of them."""
-        super().__init__(groups)
-        self.assignments = tuple(assignments)
-
-    @property
-    def muon(self) -> list[dict[str, Any]]:
-        """The groups of Muon: one, unless learning rates or weight decays go by name."""
-        return [group for group in self if group["use_muon"]]
-
-    @property
-    def adamw(self) -> list[dict[str, Any]]:
-        """The groups of AdamW, likewise."""
-        return [group for group in self if not group["use_muon"]]
-
-    def summary(self) -> str:
-        """Return a table: name, shape, optimizer and reason, then the totals.
-
-        Parameters that differ in nothing but numbers in their names, as those of equal layers do, are one line, with
-        how many they are before the shape. `assignments` has all.
-        """
-        rows = [("parameter", "shape", "optimizer", "reason")]
-        totals: dict[str, list[int]] = {}
-        for at in self.assignments:
-            totals.setdefault(at.optimizer, []).append(math.prod(at.shape))
-        for at, count in _folded(self.assignments):
-            shape = "x".join(map(str, at.shape))
-            rows.append(
-                (
-                    _SCATTERED.sub(r"\1...,\2", at.name),
-                    f"{count} x {shape}" if count > 1 else shape,
-                    at.optimizer,
-                    at.reason,
-                )
-            )
-        lines = list(_lines(rows))
-        for optimizer in ("Muon", "AdamW", "none"):
-            if sizes := totals.get(optimizer):
-                lines.append(f"{optimizer}: {len(sizes)} parameters, {sum(sizes):,} elements")
-        return "\n".join(lines)
-
-    __str__ = summary
-
-
-def _folded(assignments: Iterable[Assignment]) -> list[tuple[Assignment, int]]:
-    """Those alike but for numbers in the name as one, called `layers.0..11.weight`, and how many each stands for."""
-    rows = [(at, 1) for at in assignments]
-    # The last number first: experts of a layer, then layers that have the same experts.
-    for depth in reversed(range(max((at.name.count(".") for at, _ in rows), default=-1) + 1)):
-        alike: dict[tuple[Any, ...], list[tuple[Assignment, int]]] = {}
-        for at, count in rows:
-            parts = at.name.split(".")
-            numbered = depth < len(parts) and parts[depth].isdecimal()
-            name = (*parts[:depth], "", *parts[depth + 1 :]) if numbered else at.name
-            alike.setdefault((name, at[1:]), []).append((at, count))
-        rows = [(_joined([at for at, _ in same], depth), sum(count for _, count in same)) for same in alike.values()]
-    return rows
-
-
-def _joined(same: Sequence[Assignment], depth: int) -> Assignment:
-    """One whose name has, at that depth, the numbers of all: `0..11`, or `0..3,8`."""
-    if len(same) == 1:
-        return same[0]
-    parts = same[0].name.split(".")
-    runs: list[list[int]] = []
-    for number in sorted(int(at.name.split(".")[depth]) for at in same):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    parts[depth] = ",".join(f"{run[0]}..{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-    return same[0]._replace(name=".".join(parts))
-
-
-_SCATTERED = re.compile(r"((?:\d[\d.]*,){2})(?:\d[\d.]*,){2,}(\d)")  # more than four numbers or runs of them
-_WIDTH, _REASON = 100, 24
-
-
-def _lines(rows: Sequence[tuple[str, str, str, str]]) -> Iterator[str]:
-    """A table of four columns; a long name has a line of its own, and a long reason several."""
-    names, shapes, optimizers, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
-    names = min(names, _WIDTH - shapes - optimizers - _REASON - 6)
-    margin = names + shapes + optimizers + 6
-    for name, shape, optimizer, reason in rows:
-        if len(name) > names:
-            yield name
-            name = ""
-        texts = textwrap.wrap(reason, _WIDTH - margin, break_long_words=False, break_on_hyphens=False)
-        first, *more = texts or [""]
-        yield f"{name.ljust(names)}  {shape.ljust(shapes)}  {optimizer.ljust(optimizers)}  {first}".rstrip()
-        yield from (" " * margin + text for text in more)
 
 
 _Places = dict[nn.Parameter, list[Place]]
@@ -151,53 +42,57 @@ def param_groups(
 
     Muon is for the matrices between the first and the last layer [1, 2]: for matrices, stacks of matrices (3-D:
     experts) and convolutions. To AdamW go embeddings, stems and patch embeddings, output heads, norms, biases, vectors,
-    positions and learned tokens, and whatever else is no matrix. `muon_kernels.rules` is the book of rules: the first
-    one decides that holds in any place where a parameter is registered, so a tied weight counts once. A parametrized
-    weight is judged as the weight that it stands for.
+    positions and learned tokens, and whatever else is no matrix. `muon_kernels.rules` has the rules. The first rule
+    decides that holds at any place where a parameter is registered, so a tied weight counts once. A parametrized weight
+    is judged as the weight that it stands for.
 
     Where no name tells the output head, it is the last matrix `weight` of the model if that has as many rows as the
     largest embedding, positions aside. Routers go to Muon, see `muon_kernels.rules.ROUTER`. Names and shapes do not
-    tell everything: a bare parameter of three dimensions that an einsum reads as one matrix looks like a stack of them;
-    so look at the table. Scripts and traces of torch.jit are judged as what they were made of.
+    tell everything, so look at the table: a bare parameter of three dimensions that an einsum reads as one matrix looks
+    like a stack of matrices. Scripts and traces of torch.jit are judged as what they were made of.
 
-    Frozen parameters (`requires_grad=False`) are in no group. Weights that the book knows to be stored as (inputs,
+    Frozen parameters (`requires_grad=False`) are in no group. Weights that the rules know to be stored as (inputs,
     outputs), such as those of transformers' Conv1D, are listed in the Muon group's option `transposed`.
 
-    Patterns are `fnmatch` patterns of names, or names.
+    Patterns are names, or `fnmatch` patterns of names.
 
     Args:
         model: the model; nothing in it is written.
-        muon: patterns of what goes to Muon whatever the rules say, for example `muon=["*.patch_embed.proj.weight"]`.
-        adamw: the same for AdamW.
-        split: what parameters that hold several matrices are cut to for Muon, by pattern, see `muon_kernels.split`:
-            `split={"*.qkv.weight": qkv(12, 4), "*.gate_up.weight": equal(2)}`. "auto" cuts what
-            `muon_kernels.rules.LAYERS` knows, queries, keys, values and gates to a matrix each, of all heads; as a cut,
-            it does so where no other pattern matches: `split={"*.Wqkv.weight": qkv(12, 4), "*": "auto"}`.
-        lr: learning rates of their own, by pattern; the first that matches decides. A number, or "0.5x" for a multiple
-            of the `lr` in the options of its half: `lr={"*.lora_B.*": "16x"}`.
-        weight_decay: the same for weight decays, numbers only: `weight_decay={"*.bias": 0.0, "*norm*": 0.0}`.
+        muon: patterns of parameters that go to Muon whatever the rules say, such as
+            `muon=["*.patch_embed.proj.weight"]`.
+        adamw: patterns of parameters that go to AdamW whatever the rules say.
+        split: how parameters that hold several matrices are split for Muon, by pattern, see `muon_kernels.split`:
+            `split={"*.qkv.weight": qkv(12, 4), "*.gate_up.weight": equal(2)}`. "auto" splits what
+            `muon_kernels.rules.LAYERS` knows: queries, keys, values and gates, each a matrix for all heads. Given for a
+            pattern, it applies where no other pattern matches: `split={"*.Wqkv.weight": qkv(12, 4), "*": "auto"}`.
+        lr: learning rates by pattern; the first pattern that matches decides. A number, or "0.5x" for a multiple of the
+            `lr` in the options of the parameter's optimizer: `lr={"*.lora_B.*": "16x"}`.
+        weight_decay: weight decays by pattern, numbers only: `weight_decay={"*.bias": 0.0, "*norm*": 0.0}`.
         rules: None for `muon_kernels.rules.RULES`, or your own in front of them: `rules=[Rule(...), *RULES]`.
-        missing_ok: allows patterns that match nothing here, as on a stage of a pipeline.
+        missing_ok: whether a pattern may match nothing here, as on a stage of a pipeline.
         muon_options: options of the Muon groups, such as `{"lr": 0.02}`. Keys of your own go into the groups returned.
-        adamw_options: options of the AdamW groups, such as `{"lr": 3e-4, "betas": (0.9, 0.95)}`, likewise.
+        adamw_options: options of the AdamW groups, such as `{"lr": 3e-4, "betas": (0.9, 0.95)}`. Keys of your own go
+            into the groups returned.
 
     Returns:
         Param groups, `{"params", "param_names", "use_muon", **options}`, as `MuonAdamW` takes them: one of Muon and one
-        of AdamW, either of them possibly without parameters, so that `muon, adamw = param_groups(model)` gives each to
-        an optimizer of its own. Where `lr` or `weight_decay` go by pattern, as many as they ask for, those of Muon
-        first and of either at least one: `groups.muon` and `groups.adamw` are lists of them. Printed, a table of what
-        went where and why.
+        of
+            AdamW, either of them possibly without parameters, so that `muon, adamw = param_groups(model)` gives each to
+            an optimizer of its own. Where `lr` or `weight_decay` are given by pattern there are as many groups as they
+            ask
+            for, those of Muon first, and at least one of each: `groups.muon` and `groups.adamw` are lists of them.
+                Printed, they are a table of what went where and why.
 
     Raises:
-        ValueError: a pattern matches no parameter or a scalar or 1-D one is to go to Muon, or a
-            parameter is claimed for both, or options hold what is not theirs, or a split does not
-            fit, matches what another one does, or only what does not go to Muon; or a parameter is flattened, emptied
-            or not made yet, so that nothing can be read from its shape.
+        ValueError: a pattern matches no parameter; or a scalar or 1-D parameter is to go to Muon; or a parameter is
+            claimed for both; or options are of the other optimizer; or a split does not fit, matches what another one
+            does, or matches only what does not go to Muon; or a parameter is flattened, emptied or not made yet, so
+            that its shape tells nothing.
         TypeError: `model` is no `nn.Module`, or options or splits are no mapping, or a rule is no `Rule`.
 
     Warns:
         UserWarning: a parameter has no elements, and nothing tells whether it has been emptied; or parameters go to
-            Muon whose layers have lost their classes, as those that torch.export makes have.
+            Muon whose layers have lost their classes, as in a model that torch.export returns.
 
     Sources: [1] https://kellerjordan.github.io/posts/muon, [2] https://arxiv.org/abs/2502.16982
     """
@@ -218,7 +113,7 @@ def param_groups(
     places = _places(model, flatten)
     find = _Finder(places, missing_ok)
     claims = {"Muon": find.claims("muon", muon), "AdamW": find.claims("adamw", adamw)}
-    cuts = find.cuts(split)
+    splits = find.splits(split)
     own = {
         "lr": find.first("lr", _mapping("lr", lr, "patterns to numbers")),
         "weight_decay": find.first("weight_decay", _mapping("weight_decay", weight_decay, "patterns to numbers")),
@@ -238,18 +133,18 @@ def param_groups(
             group["param_names"].append(name)
             words += [f"{key} {value:g}" for key, value in options.items()]
         if optimizer == "Muon":
-            transposed, cut = _stored(at, flatten, cuts.get(param))
+            transposed, cut_to = _stored(at, flatten, splits.get(param))
             if transposed and "transposed" not in halves["Muon"]:
                 group.setdefault("transposed", []).append(name)
                 words.append("transposed")
-            if cut is not None:
-                group.setdefault("split", {})[name] = cut
-                words.append(f"split: {cut}")
+            if cut_to is not None:
+                group.setdefault("split", {})[name] = cut_to
+                words.append(f"split: {cut_to}")
         if len(at) > 1:
             words.append("tied with " + ", ".join(place.full_name for place in at[1:]))
         assignments.append(Assignment(name, tuple(param.shape), optimizer, ", ".join(words)))
     if not missing_ok:
-        _check_cuts(cuts, places, assignments)
+        _check_splits(splits, places, assignments)
     _warn_of_unknown(assignments)
 
     made = []
@@ -261,14 +156,14 @@ def param_groups(
 
 
 def _mapping(name: str, value: Any, of: str) -> Mapping[str, Any]:
-    """The value, empty for None."""
+    """Return the value, empty for None; raise TypeError unless it is a mapping."""
     if value is not None and not isinstance(value, Mapping):
         raise TypeError(f"{name} should be a mapping of {of} but is: {value!r}")
     return value or {}
 
 
 def _check_halves(halves: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise ValueError where options of a half are the other's, or not for a group to say."""
+    """Raise ValueError if options of a half are the other's, or cannot be set for a group."""
     for half, options in halves.items():
         if taken := sorted({"params", "param_names", "use_muon"} & options.keys()):
             raise ValueError(f"{half.lower()}_options should hold options, but {taken[0]!r} is for param_groups to say")
@@ -281,7 +176,7 @@ def _check_halves(halves: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _warn_of_unknown(assignments: Sequence[Assignment]) -> None:
-    """Warn where parameters go to Muon whose layers have lost their classes."""
+    """Warn of parameters that go to Muon although their layers have lost their classes."""
     if unknown := [at.name for at in assignments if at.optimizer == "Muon" and _UNKNOWN in at.reason]:
         warnings.warn(
             f"parameters go to Muon whose layers have lost the classes by which embeddings, heads and convolutions are "
@@ -293,7 +188,7 @@ def _warn_of_unknown(assignments: Sequence[Assignment]) -> None:
 
 
 def _checked(rules: Iterable[Rule]) -> tuple[Rule, ...]:
-    """Rules that can be asked; raise ValueError or TypeError if one cannot."""
+    """Return `rules` as a tuple; raise ValueError or TypeError if one of them cannot be applied."""
     if isinstance(rules, Rule):
         raise TypeError(f"rules should be a list of them, [rule, *RULES], but is one rule: {rules.reason!r}")
     book = tuple(rules)
@@ -318,7 +213,7 @@ _NORMED = re.compile(r"(\w+)_(?:orig|g|v)")  # by torch.nn.utils' older weight_n
 
 
 def _places(model: nn.Module, flatten: bool | None) -> _Places:
-    """Map every parameter to all the places it is registered at, in `named_parameters` order."""
+    """Map every parameter to all places where it is registered, in the order of `named_parameters`."""
     modules = dict(model.named_modules(remove_duplicate=False))
     found = []
     for path, module in modules.items():
@@ -360,7 +255,7 @@ def _output_heads(places: Sequence[Place]) -> set[nn.Parameter]:
 
 
 def _head_of(place: Place) -> tuple[str, bool]:
-    """The path of the output head that holds the weight, empty without, and whether the name leaves no doubt."""
+    """Return the path of the output head that holds the weight, empty without, and whether its name leaves no doubt."""
     parts, end, inner = place.name.split(".")[:-1], "", False
     for depth, part in enumerate(parts, start=1):
         if part.isdigit():
@@ -380,7 +275,7 @@ def _head_of(place: Place) -> tuple[str, bool]:
 
 
 class _Finder:
-    """Finds the parameters that patterns match under any of their names."""
+    """Finder of the parameters that patterns match under any of their names."""
 
     def __init__(self, places: _Places, missing_ok: bool) -> None:
         self._names = {place.full_name: param for param, at in places.items() for place in at}
@@ -409,8 +304,8 @@ class _Finder:
                 found.setdefault(param, (pattern, value))
         return found
 
-    def cuts(self, split: Mapping[str, str]) -> dict[nn.Parameter, tuple[str, str]]:
-        """Map each parameter that a pattern matches to that pattern and its cut; "auto" is where no other does."""
+    def splits(self, split: Mapping[str, str]) -> dict[nn.Parameter, tuple[str, str]]:
+        """Map each parameter that a pattern matches to that pattern and its split; "auto" gives way to others."""
         said = {pattern: cut for pattern, cut in split.items() if cut != "auto"}
         found = self.first("split", said)
         for pattern, cut in said.items():
@@ -428,7 +323,7 @@ _UNKNOWN = " of unknown class"
 def _judge(
     param: nn.Parameter, at: Sequence[Place], claims: Mapping[str, Mapping[nn.Parameter, str]], rules: Sequence[Rule]
 ) -> tuple[str, str]:
-    """The optimizer of a parameter, and the reason."""
+    """Return the optimizer of a parameter, and the reason."""
     name = at[0].full_name
     said = [(optimizer, by[param]) for optimizer, by in claims.items() if param in by]
     if len(said) > 1:
@@ -449,7 +344,7 @@ def _judge(
 
 
 def _check_whole(place: Place) -> None:
-    """Raise or warn where a trainer has flattened or emptied a parameter, so that its shape tells nothing."""
+    """Raise ValueError or warn if a trainer has flattened or emptied a parameter, so that its shape tells nothing."""
     param, name = place.param, place.full_name
     if is_lazy(param):
         raise ValueError(f"{name} should have a size but is not made yet; run the model once before")
@@ -468,7 +363,7 @@ def _check_whole(place: Place) -> None:
 
 
 def _kind(param: nn.Parameter, flatten: bool | None) -> str:
-    """Return what Muon sees in a parameter."""
+    """Return, in words, what Muon sees in a parameter."""
     if param.ndim == 2:
         return "matrix"
     return "flattened to a matrix" if flattens(param.shape, flatten) else "stack of matrices"
@@ -477,7 +372,7 @@ def _kind(param: nn.Parameter, flatten: bool | None) -> str:
 def _number(
     key: str, pattern: str, value: float | str, optimizer: str, halves: Mapping[str, Mapping[str, Any]]
 ) -> float:
-    """The number that a pattern stands for."""
+    """Return the number that the value of a pattern stands for."""
     name = f"{key}[{pattern!r}]"
     if key == "lr" and isinstance(value, str):
         match = re.fullmatch(r"(\d+|\d*\.\d+)x", value)
@@ -491,7 +386,7 @@ def _number(
 
 
 def _stored(at: Sequence[Place], flatten: bool | None, cut: tuple[str, str] | None) -> tuple[bool, str | None]:
-    """Whether a parameter is stored as (inputs, outputs), and what it is cut to."""
+    """Return whether a parameter is stored as (inputs, outputs), and its split or None."""
     param = at[0].param
     known = [layer for place in at for layer in known_layers(place)]
     turned = any(transposed for _, transposed in known)
@@ -506,13 +401,13 @@ def _stored(at: Sequence[Place], flatten: bool | None, cut: tuple[str, str] | No
     return turned, next((split for split, _ in known if split is not None), None)
 
 
-def _check_cuts(
-    cuts: Mapping[nn.Parameter, tuple[str, str]], places: _Places, assignments: Sequence[Assignment]
+def _check_splits(
+    splits: Mapping[nn.Parameter, tuple[str, str]], places: _Places, assignments: Sequence[Assignment]
 ) -> None:
-    """Raise ValueError for a pattern of `split` that matches parameters of AdamW's only."""
+    """Raise ValueError for a pattern of `split` that matches only parameters of AdamW."""
     went = dict(zip(places, assignments, strict=True))
     matched: dict[str, list[Assignment]] = {}
-    for param, (pattern, cut) in cuts.items():
+    for param, (pattern, cut) in splits.items():
         if cut != "auto":
             matched.setdefault(pattern, []).append(went[param])
     for pattern, found in matched.items():

@@ -1,7 +1,7 @@
-"""The optimizers of "Delving into Muon and Beyond" (arXiv 2602.04669): powers of the spectrum of SGD's and Adam's
-updates.
+"""The optimizers of "Delving into Muon and Beyond" (arXiv 2602.04669): powers of the spectrum of updates.
 
-They are named by the update and the power: none is p = 1, S is 1/2, Q is 1/4 and Z is 0. mSGDZ is Muon.
+The updates are those of SGD and of Adam. Names have the update and the power: no letter is p = 1, S is 1/2, Q is 1/4
+and Z is 0. mSGDZ is Muon.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class SpectralMomentum(Muon):
         lr: learning rate.
         power: p, in [0, 1].
         weight_decay, momentum, nesterov, dampened: as `Muon`'s.
-        ns_steps: for power 0, where it is Muon's quintic.
-        adjust_lr_fn: None: as the paper, √max(1, A/B) for power 0 and 1 for others.
+        ns_steps: number of steps for power 0, where the iteration is Muon's.
+        adjust_lr_fn: as `Muon`'s, but None is the paper's: √max(1, A/B) for power 0, and 1 for others.
         muon_options: other keywords of `Muon`.
 
     Raises:
@@ -72,7 +72,7 @@ class SpectralMomentum(Muon):
         adjust_lr_fn: str | Callable[[int, int], float] | None = None,
         **muon_options: Any,
     ) -> None:
-        """Check everything; see `Muon`."""
+        """Check everything. Allocate nothing yet: momentum buffers come with the first gradients."""
         if adjust_lr_fn is None and check_power(power):
             adjust_lr_fn = "none"
         super().__init__(
@@ -90,28 +90,28 @@ class SpectralMomentum(Muon):
 
 
 class SpectralAdam(Optimizer):
-    r"""Adam whose update R = m̂ / (√v̂ + eps) = U Σ Vᵀ becomes U Σ^p Vᵀ for matrices; others get R itself.
+    r"""Adam whose update R = m̂ / (√v̂ + eps) = U Σ Vᵀ becomes U Σ^p Vᵀ for matrices; other parameters get R itself.
 
         W ← (1 - lr·weight_decay) W - lr·ratio·U Σ^p Vᵀ
 
-    p = 1 is torch.optim.AdamW, to the bit, and the state is its: `exp_avg`, `exp_avg_sq`, `step`.
-    The moments, and R, are torch's own step of a parameter that is zero, which takes memory of a parameter's size as it
-    goes along; R takes as much as the parameters while a step runs.
+    p = 1 is torch.optim.AdamW, to the bit, and the state is AdamW's: `exp_avg`, `exp_avg_sq`, `step`. Moments and R are
+    computed by a step of torch's AdamW on a parameter that is zero. That takes memory of a parameter's size while it
+    runs, and R takes as much as all parameters while a step runs.
 
     Source: arXiv 2602.04669, with the settings of github.com/Ocram7/BeyondMuon.
 
     Args:
-        params: parameters of any dimensions, dense and real, or groups of them. From two dimensions on they are
+        params: parameters of any dimensions, dense and real, or groups of them. Those of two or more dimensions are
             matrices, as for `Muon`.
         lr: learning rate.
         power: p, in [0, 1].
-        betas: of the moments.
-        eps: of the division.
+        betas: decay rates of the two moments.
+        eps: added to the divisor √v̂.
         weight_decay: decoupled, multiplied by `lr`.
         ns_coefficients, ns_steps: for power 0, as `Muon`'s.
-        adjust_lr_fn: None: as the paper, √max(1, A/B) for power 0 and 1 for others.
+        adjust_lr_fn: as `Muon`'s, but None is the paper's: √max(1, A/B) for power 0, and 1 for others.
         flatten, split, transposed, ns_algorithm, backend, max_workspace_bytes: as `Muon`'s.
-        maximize: ascend.
+        maximize: whether to ascend.
 
     Raises:
         ValueError, TypeError: an argument that cannot be used, with what was expected.
@@ -137,7 +137,7 @@ class SpectralAdam(Optimizer):
         max_workspace_bytes: int | None = None,
         maximize: bool = False,
     ) -> None:
-        """Check everything and set nothing aside yet: moments come with the first gradients."""
+        """Check everything. Allocate nothing yet: moments come with the first gradients."""
         if adjust_lr_fn is None and check_power(power):
             adjust_lr_fn = "none"
         defaults = {
@@ -164,7 +164,14 @@ class SpectralAdam(Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group after checking its options and parameters; on error the optimizer is unchanged."""
+        """Add a group after checking its options and parameters; on error the optimizer is unchanged.
+
+        Args:
+            param_group: a dict with `params` and options that differ from the defaults.
+
+        Raises:
+            ValueError, TypeError: an option or a parameter that cannot be used.
+        """
         before = len(self.param_groups)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -186,15 +193,15 @@ class SpectralAdam(Optimizer):
         own = list(map(local, params))
 
         def make() -> list[Task]:
-            cuts = dict(splits(group))
+            split_of = dict(splits(group))
             turned = dict(zip(group["params"], transposes(group), strict=True))
             operands = [
-                Operand(here, update, split=cuts[p], transposed=turned[p])
+                Operand(here, update, split=split_of[p], transposed=turned[p])
                 for p, here, update in zip(params, own, updates, strict=True)
             ]
             return divide(operands, placements, StepOptions.of(group, momentum=False), strategy="owner")
 
-        settled = {key: group[key] for key in options.PREPARED if key in group}
+        settled = {key: group[key] for key in options.PREPARED_OPTIONS if key in group}
         return self._tasks.get(id(group), own, updates, (), settled, make)
 
     def _check_gradients(self) -> None:
@@ -228,7 +235,8 @@ class SpectralAdam(Optimizer):
             The closure's loss, or None.
 
         Raises:
-            ValueError, TypeError, RuntimeError: what cannot be stepped; nothing has been written then.
+            ValueError, TypeError, RuntimeError: an option, a gradient or state that cannot be used; nothing has been
+                written then.
         """
         loss = None
         if closure is not None:
@@ -268,14 +276,14 @@ class SpectralAdam(Optimizer):
         return loss
 
     def _begin(self, params: Iterable[Tensor]) -> None:
-        """Make the state of parameters that have none."""
+        """Make the state of the parameters that have none."""
         new = {p: new_adamw_state(p) for p in params if not self.state.get(p)}
         for p, state in new.items():
             self.state[p].update(state)
 
     @torch.no_grad()
     def init_state(self) -> None:
-        """Make all state that there will be, as `Muon.init_state` does; parameters are not moved."""
+        """Make all state that there will be, as `Muon.init_state` does. Parameters are not changed."""
         with torch.inference_mode(False), torch.no_grad():
             self._begin(p for group in self.param_groups for p in group["params"] if p.requires_grad)
 
@@ -288,7 +296,7 @@ class SpectralAdam(Optimizer):
         lr: float | Tensor,
         decay: float,
     ) -> None:
-        """torch's AdamW with the gradients and the state of `params` on `targets`; of DTensors, this rank's parts."""
+        """Step `targets` by torch's AdamW with the gradients and state of `params`; of DTensors, this rank's shards."""
         states = [self.state[p] for p in params]
         beta1, beta2 = group["betas"]
         adamw(
@@ -309,7 +317,7 @@ class SpectralAdam(Optimizer):
 
     @torch.no_grad()
     def plan(self) -> Plan:
-        """What a step does with the matrices if each has a gradient; `print` it."""
+        """Return what a step does with the matrices if each has a gradient. `print` it for a table."""
         tasks: list[Task] = []
         for group in self.param_groups:
             matrices = [p for p in group["params"] if _iterated(p, group)]
@@ -318,7 +326,7 @@ class SpectralAdam(Optimizer):
         return plan_of(tasks)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take up a pickle or a checkpoint."""
+        """Restore a pickle or a checkpoint. Options that it lacks are as in the constructor."""
         super().__setstate__(state)
         self._workspace, self._tasks = Workspace(), TaskCache()
         if "_ranks" not in self.__dict__:  # a copy
@@ -331,13 +339,16 @@ class SpectralAdam(Optimizer):
         self._ranks.refresh(self.param_groups)
 
     def state_dict(self) -> dict[str, Any]:
-        """A checkpoint, in plain values."""
+        """Return a checkpoint, in plain values."""
         for group in self.param_groups:
             options.settle(group, self.defaults)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class or of torch.optim.AdamW.
+
+        Args:
+            state_dict: the checkpoint.
 
         Raises:
             ValueError, TypeError: it is another optimizer's, or groups, sizes or options do not fit; nothing has been
@@ -381,14 +392,17 @@ PAPER: dict[str, tuple[type[Optimizer], float]] = {
 
 
 def paper_optimizer(name: str, params: ParamsT, lr: float | Tensor, **options: Any) -> Optimizer:
-    """One of the eight optimizers of arXiv 2602.04669 by its name, with its settings.
+    """Return one of the eight optimizers of arXiv 2602.04669 by its name, with its settings.
 
     Args:
         name: "msgd", "msgd_s", "msgd_q", "msgd_z", "adam", "adam_s", "adam_q" or "adam_z".
         params: of `SpectralMomentum` or `SpectralAdam`; the former's should be matrices, and the paper gives others to
             AdamW.
         lr: learning rate.
-        options: other keywords of these.
+        options: other keywords of the two classes.
+
+    Returns:
+        The optimizer, a `SpectralMomentum` or a `SpectralAdam`.
 
     Raises:
         ValueError: an unknown name, or what the optimizer raises.

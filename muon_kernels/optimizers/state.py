@@ -1,4 +1,4 @@
-"""What `Muon` keeps of a parameter: made where it is missing, converted where an option has changed."""
+"""State that `Muon` keeps of a parameter: made where it is missing, converted where an option has changed."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class StateOfGroups:
 
     Attributes:
         int8: whether momentum is kept in eight bits.
-        writes: what is made or converted; a step writes it into the optimizer's state when nothing can fail any more.
+        writes: what is made or converted. A step writes it into the optimizer's state when nothing can fail any more.
     """
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], ranks: Ranks) -> None:
-        """`ranks`: who keeps what."""
+        """Take the groups, and the ranks that keep their state."""
         group = groups[0]
         self._groups, self._ranks, self._flatten = groups, ranks, group["flatten"]
         self._dtype = dtype_of(group["momentum_dtype"]) if group["momentum_dtype"] else None
@@ -40,7 +40,7 @@ class StateOfGroups:
         self.writes: Writes = []
 
     def complete(self, state: Mapping[str, Any]) -> bool:
-        """Whether it is all there, in the precision that is wanted."""
+        """Whether `state` has all that the groups ask for, in the precision that they ask for."""
         momentum = state.get("momentum_buffer")
         return (
             momentum is not None
@@ -49,7 +49,7 @@ class StateOfGroups:
         )
 
     def completed(self, p: Tensor, grad: Tensor, state: Mapping[str, Any]) -> dict[str, Tensor | None]:
-        """The state of `p` with what is missing, which goes to `writes`; without what another rank keeps."""
+        """Return the state of `p` with what is missing, which goes to `writes`; None for what another rank keeps."""
         elsewhere = self._ranks.elsewhere(p)
         found = {key: state.get(key) for key in ("momentum_buffer", "momentum_scale", *self._others)}
         if elsewhere:

@@ -1,42 +1,23 @@
-"""What may stand around the iteration: a class for each option, and the table of them."""
+"""Stages: what options do around the iteration, a class for each, and the table of them."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any
 
+from .exact_rms import ExactRms
 from .packed import EightBitMomentum, MasterWeights
 from .second_moment import SecondMoment
 from .signs import Signs
 from .stage import Stage
 
-__all__ = ["Stage", "stages_of"]
+__all__ = ["STAGES", "EightBitMomentum", "ExactRms", "MasterWeights", "SecondMoment", "Signs", "Stage", "stages_of"]
+
+# In the order in which plans name them. Options, their checks and what a step does follow from this table.
+STAGES: tuple[type[Stage], ...] = (Signs, MasterWeights, SecondMoment, ExactRms)
 
 
-class StageOptions(Protocol):
-    """The options that stages are of; see `Muon`."""
-
-    @property
-    def sign_momentum(self) -> bool:
-        """See `Muon`."""
-        ...
-
-    @property
-    def second_moment(self) -> str | None:
-        """See `Muon`."""
-        ...
-
-    @property
-    def master_weights(self) -> bool:
-        """See `Muon`."""
-        ...
-
-
-def stages_of(options: StageOptions, int8_momentum: bool = False) -> tuple[Stage, ...]:
-    """The stages that a group's options ask for, whatever the order in which a step comes to them."""
-    wanted = [
-        Signs() if options.sign_momentum else None,
-        EightBitMomentum() if int8_momentum else None,
-        MasterWeights() if options.master_weights else None,
-        SecondMoment(options.second_moment) if options.second_moment is not None else None,
-    ]
-    return tuple(filter(None, wanted))
+def stages_of(group: Mapping[str, Any]) -> tuple[Stage, ...]:
+    """Return the stages that the options of a group ask for; those that it lacks are at their defaults."""
+    found = (stage.of(group.get(stage.option, stage.choices[0])) for stage in STAGES)
+    return tuple(filter(None, found))

@@ -1,15 +1,15 @@
-"""What is kept in fewer bits than it is computed with: a momentum of eight bits, an fp32 parameter in two halves.
+"""State that is kept in fewer bits than it is computed with: momentum in eight bits, fp32 parameters in two halves.
 
-A step makes fp32 numbers of a chunk in memory of the workspace, runs the ordinary verbs on those, and packs them again.
-So every backend does it, and no more than a chunk is ever there in fp32.
+A step unpacks a chunk to fp32 numbers in memory of the workspace, runs the ordinary verbs on those, and packs them
+again. So every backend supports it, and never more than a chunk is there in fp32.
 
-Two forms. `Quantized` is blocks of 2048 numbers as int8 codes and the largest magnitude of each block, the linear kind
-of 8-bit Muon (arXiv 2509.23106); blocks are counted in every matrix by itself, along its rows, of the parameter or of
-what it is cut to. `Halves` is the bits of an fp32 number as
+There are two forms. `Quantized` is blocks of 2048 numbers as int8 codes, with the largest magnitude of each block: the
+linear kind of 8-bit Muon (arXiv 2509.23106). Blocks are counted in every matrix by itself, along the rows of the
+parameter or of the piece that `split` makes of it. `Halves` is the bits of an fp32 number as
 
     (bits of a bf16 number << 16) + a signed int16
 
-which makes the bf16 number the fp32 one rounded to nearest, halfway away from zero; as in the `store_param_remainders`
+which makes the bf16 number the fp32 one rounded to nearest, halfway away from zero, as in the `store_param_remainders`
 of NVIDIA's FusedAdam.
 """
 
@@ -45,7 +45,7 @@ _VISITS = 2
 
 
 class _InFp32(Stage):
-    """What is kept in fewer bits and computed with in fp32 memory of the workspace."""
+    """Stage of state that is kept in fewer bits and computed with in fp32 memory of the workspace."""
 
     launches = _VISITS
     state_bytes = 4 * (_VISITS + 2)
@@ -53,29 +53,30 @@ class _InFp32(Stage):
 
 
 class EightBitMomentum(_InFp32):
-    """`momentum_dtype=torch.int8`."""
+    """Stage of `momentum_dtype=torch.int8`."""
 
     note = "momentum_dtype=torch.int8 goes through fp32 memory of the workspace, and no step with it is fused"
 
 
 class MasterWeights(_InFp32):
-    """`master_weights`."""
+    """Stage of `master_weights`."""
 
+    option = "master_weights"
     note = "master_weights goes through fp32 memory of the workspace, and no step with it is fused"
 
 
 def floats(rows: int, cols: int) -> int:
-    """fp32 numbers of memory for a matrix: its elements, and what keeps the next one aligned to 64 bytes."""
+    """Return the fp32 numbers of memory for a matrix: its elements, padded so that the next is aligned to 64 bytes."""
     return -(-rows * cols // 16) * 16
 
 
 def blocks_in(elements: int) -> int:
-    """How many blocks a matrix of that many elements has; the last one may be shorter."""
+    """Return the number of blocks of a matrix with so many elements; the last block may be shorter."""
     return -(-elements // BLOCK)
 
 
 def encode(x: Tensor, absmax: Tensor, out: Tensor, divisor: Tensor, is_zero: Tensor) -> None:
-    """Codes round(127 x / absmax) of blocks (..., length), as fp32 numbers.
+    """Write the codes round(127 x / absmax) of blocks (..., length), as fp32 numbers.
 
     Args:
         x: (..., length), only read.
@@ -93,60 +94,67 @@ def encode(x: Tensor, absmax: Tensor, out: Tensor, divisor: Tensor, is_zero: Ten
 
 
 def decode_(x: Tensor, absmax: Tensor) -> None:
-    """Numbers in the place of their codes; (..., length) and (...)."""
+    """Replace the codes x, (..., length), by the numbers that they stand for; absmax is (...)."""
     # Divided first, 127 gives absmax itself, so that it is found again. One pass makes NaN of what is below -1.
     F.threshold(x.div_(127), (_NAN + 0.5) / 127, math.nan, inplace=True).mul_(absmax.unsqueeze(-1))
 
 
 def scale_size(shape: Sequence[int], flatten: bool | None, split: str | None) -> int:
-    """How many blocks a parameter has that is cut so."""
-    cut = [split_shape(shape, flatten, piece) for piece in pieces(tuple(shape), flatten, split)]
-    return sum(count * blocks_in(rows * cols) for count, rows, cols in cut)
+    """Return the number of blocks of a parameter with this `split`."""
+    shapes = [split_shape(shape, flatten, piece) for piece in pieces(tuple(shape), flatten, split)]
+    return sum(count * blocks_in(rows * cols) for count, rows, cols in shapes)
 
 
-def scales_of(scale: Tensor, shape: Sequence[int], flatten: bool | None, split: str | None, cut: int) -> list[Tensor]:
-    """The absmax of each of the `cut` pieces that a parameter is stepped in, (matrices, blocks); `scale` is of all.
+def scales_of(scale: Tensor, shape: Sequence[int], flatten: bool | None, split: str | None, count: int) -> list[Tensor]:
+    """Return the absmax of each of `count` pieces of a parameter, (matrices, blocks), as views of `scale`, that of all.
 
-    Equal parts may be together or apart, as strides want it, but keep their places here.
+    Equal parts of the parameter may be stepped as one piece or as separate ones, as strides want it. Their absmax stays
+    at the same place here.
     """
     together, start = pieces(tuple(shape), flatten, split), 0
     found: list[Tensor] = []
     for piece in together:
-        count, rows, cols = split_shape(shape, flatten, piece)
+        matrices, rows, cols = split_shape(shape, flatten, piece)
         blocks = blocks_in(rows * cols)
-        stop = start + count * blocks
-        own = scale[start:stop].view(count, blocks)
-        if piece is not None and cut > len(together):
-            found += own.view(count // piece.parts, piece.parts, blocks).unbind(1)
+        stop = start + matrices * blocks
+        own = scale[start:stop].view(matrices, blocks)
+        if piece is not None and count > len(together):
+            found += own.view(matrices // piece.parts, piece.parts, blocks).unbind(1)
         else:
             found.append(own)
         start = stop
     return found
 
 
-def _most(device: torch.device) -> int:
+def _chunk_elements(device: torch.device) -> int:
     return _PIECE_ON_CPU if device.type == "cpu" else _PIECE
 
 
-def _pieces(values: Tensor) -> Iterator[tuple[slice, int, int]]:
-    """Matrices, and first and last element of each, of (matrices, elements), piece by piece."""
+def _chunks(values: Tensor) -> Iterator[tuple[slice, int, int]]:
+    """Yield (matrices, first element, last + 1), chunk by chunk, of values (matrices, elements)."""
     count, elements = values.shape
-    most = _most(values.device)
+    most = _chunk_elements(values.device)
     at_once = max(1, most // elements)
     for i in range(0, count, at_once):
         for begin in range(0, elements, most):
             yield slice(i, i + at_once), begin, min(begin + most, elements)
 
 
-def _largest_piece(stored: Tensor) -> tuple[int, int]:
-    """The size of the first of `_pieces`, and so of the largest."""
+def _largest_chunk(stored: Tensor) -> tuple[int, int]:
+    """Return the size of the first of `_chunks`, which is the largest."""
     count, rows, cols = stored.shape
-    most = _most(stored.device)
+    most = _chunk_elements(stored.device)
     return min(count, max(1, most // (rows * cols))), min(most, rows * cols)
 
 
 def _rectangles(stored: Tensor, x: Tensor, begin: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Parts of `stored`, (matrices, rows, cols) of any strides, and where in x they are: from element `begin` on."""
+    """Yield rectangles of `stored`, each with the view of x that holds its elements.
+
+    Args:
+        stored: (matrices, rows, cols) of any strides.
+        x: (matrices, elements), elements from `begin` on in row-major order.
+        begin: first element of x in a matrix.
+    """
     cols, first, end = stored.shape[2], begin, begin + x.shape[1]
     while begin < end:
         row, col = divmod(begin, cols)
@@ -168,7 +176,10 @@ def _write(stored: Tensor, x: Tensor, begin: int) -> None:
 
 
 def _in_blocks(x: Tensor, absmax: Tensor, begin: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Elements from `begin`, a multiple of BLOCK, on as (matrices, blocks, length), and their absmax."""
+    """Yield views of x as (matrices, blocks, length), each with its absmax.
+
+    The elements of x begin at `begin` in their matrices, a multiple of BLOCK. The last block may be shorter.
+    """
     whole, first = x.shape[1] // BLOCK, begin // BLOCK
     if whole:
         yield x[:, : whole * BLOCK].view(-1, whole, BLOCK), absmax[:, first : first + whole]
@@ -180,8 +191,8 @@ class Quantized(NamedTuple):
     """Matrices in eight bits.
 
     Attributes:
-        stored: (matrices, rows, cols) int8, see `encode`; rows and columns are the parameter's.
-        transposed: whether the verbs see them so, as in `Layout`.
+        stored: (matrices, rows, cols) int8 codes, see `encode`; rows and columns are the parameter's.
+        transposed: whether the verbs see them transposed, as in `Layout`.
         absmax: (matrices, blocks) fp32.
     """
 
@@ -191,15 +202,15 @@ class Quantized(NamedTuple):
 
     def unpack(self, values: Tensor) -> None:
         """Write the numbers to `values`, (matrices, elements) fp32."""
-        for i, begin, end in _pieces(values):
+        for i, begin, end in _chunks(values):
             x = values[i, begin:end]
             _read(self.stored[i], x, begin)
             for block, absmax in _in_blocks(x, self.absmax[i], begin):
                 decode_(block, absmax)
 
     def pack(self, values: Tensor) -> None:
-        """Keep what `values` are."""
-        for i, begin, end in _pieces(values):
+        """Write the codes and absmax of `values`, (matrices, elements) fp32."""
+        for i, begin, end in _chunks(values):
             x = values[i, begin:end]
             codes, divisor, is_zero = memory.take(x.device, *self._wanted(*x.shape))
             for (block, absmax), (out, beside) in zip(
@@ -214,15 +225,15 @@ class Quantized(NamedTuple):
         return [((count, elements), torch.float32), (blocks, torch.float32), (blocks, torch.bool)]
 
     def reserve(self) -> None:
-        """Have the memory that `pack` takes."""
-        memory.take(self.stored.device, *self._wanted(*_largest_piece(self.stored)))
+        """Take the scratch memory that `pack` will take; see memory.py."""
+        memory.take(self.stored.device, *self._wanted(*_largest_chunk(self.stored)))
 
 
 def quantized(numbers: Tensor, flatten: bool | None, split: str | None) -> tuple[Tensor, Tensor]:
-    """Codes and absmax of a floating-point momentum of a parameter that is cut so, both new."""
+    """Return new codes and absmax of the floating-point momentum of a parameter with this `split`."""
     codes = torch.empty(numbers.shape, dtype=torch.int8, device=numbers.device)
     absmax = torch.zeros(scale_size(numbers.shape, flatten, split), dtype=torch.float32, device=numbers.device)
-    for own, at, values in _cut_up(absmax, codes, numbers, flatten, split):
+    for own, at, values in _by_piece(absmax, codes, numbers, flatten, split):
         found = Quantized(torch.empty(values.shape, dtype=torch.int8, device=values.device), False, own)
         found.pack(values.float().flatten(1))
         at.copy_(found.stored.view_as(at))
@@ -230,19 +241,22 @@ def quantized(numbers: Tensor, flatten: bool | None, split: str | None) -> tuple
 
 
 def dequantized(codes: Tensor, absmax: Tensor, flatten: bool | None, split: str | None) -> Tensor:
-    """The fp32 numbers that `quantized` made these of, nearly; new."""
+    """Return the fp32 numbers, in a new tensor, that the results of `quantized` stand for."""
     numbers = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
-    for own, at, values in _cut_up(absmax, numbers, codes, flatten, split):
+    for own, at, values in _by_piece(absmax, numbers, codes, flatten, split):
         found = torch.empty(values.shape, dtype=torch.float32, device=values.device)
         Quantized(values, False, own).unpack(found.flatten(1))
         at.copy_(found.view_as(at))
     return numbers
 
 
-def _cut_up(
+def _by_piece(
     absmax: Tensor, out: Tensor, given: Tensor, flatten: bool | None, split: str | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Of each piece that has elements: its absmax, where it is in `out`, and it in `given`, (matrices, rows, cols)."""
+    """Yield, for each piece that has elements, its absmax, its view of `out`, and its elements of `given`.
+
+    These are (matrices, rows, cols), a view where strides allow it.
+    """
     together = pieces(tuple(given.shape), flatten, split)
     order = tuple(range(1, given.ndim))  # blocks are along rows as everybody sees them, whatever the strides
     for piece, own in zip(together, scales_of(absmax, given.shape, flatten, split, len(together)), strict=True):
@@ -252,12 +266,12 @@ def _cut_up(
 
 
 class Halves(NamedTuple):
-    """Matrices in fp32, whose upper half is bf16.
+    """Matrices in fp32 whose upper half is bf16.
 
     Attributes:
         stored: (matrices, rows, cols) bf16, the numbers rounded to nearest; rows and columns are the parameter's.
-        transposed: whether the verbs see them so, as in `Layout`.
-        mantissa: (matrices, rows, cols) int16, what the bits of the numbers have beside.
+        transposed: whether the verbs see them transposed, as in `Layout`.
+        mantissa: (matrices, rows, cols) int16, the lower half of the bits.
     """
 
     stored: Tensor
@@ -267,7 +281,7 @@ class Halves(NamedTuple):
     def unpack(self, values: Tensor) -> None:
         """Write the numbers to `values`, (matrices, elements) fp32."""
         upper = self.stored.view(torch.int16)
-        for i, begin, end in _pieces(values):
+        for i, begin, end in _chunks(values):
             bits = values[i, begin:end].view(torch.int32)
             (lower,) = memory.take(bits.device, (bits.shape, torch.int32))
             _read(upper[i], bits, begin)
@@ -275,9 +289,12 @@ class Halves(NamedTuple):
             bits.bitwise_left_shift_(16).add_(lower)
 
     def pack(self, values: Tensor) -> None:
-        """Keep what `values` are. NaN is made the one that has nothing in its lower half."""
+        """Write both halves of `values`, (matrices, elements) fp32, which is overwritten.
+
+        Every NaN becomes the NaN whose lower half is zero.
+        """
         upper = self.stored.view(torch.int16)
-        for i, begin, end in _pieces(values):
+        for i, begin, end in _chunks(values):
             x = values[i, begin:end].nan_to_num_(math.nan, math.inf, -math.inf)
             bits = x.view(torch.int32)
             _write(self.mantissa[i], bits, begin)  # the lower 16 bits, whose first one is their sign now
@@ -285,15 +302,15 @@ class Halves(NamedTuple):
             _write(upper[i], torch.add(bits, 1 << 15, out=rounded).bitwise_right_shift_(16), begin)
 
     def reserve(self) -> None:
-        """Have the memory that `unpack` and `pack` take."""
-        memory.take(self.stored.device, (_largest_piece(self.stored), torch.int32))
+        """Take the scratch memory that `unpack` and `pack` will take; see memory.py."""
+        memory.take(self.stored.device, (_largest_chunk(self.stored), torch.int32))
 
 
 class Packed(list[Quantized | Halves]):
-    """The matrices of a chunk, consecutive ones of a parameter or of a piece of it together."""
+    """Packed matrices of a chunk; consecutive ones of a parameter, or of a piece of it, are one item."""
 
     def in_memory(self, numbers: Tensor) -> Iterator[tuple[Quantized | Halves, Tensor]]:
-        """Every part and the place of its numbers, (matrices, elements), in `numbers`, (batch, `floats`)."""
+        """Yield each item with the view of `numbers`, (batch, `floats`), where it is unpacked: (matrices, elements)."""
         start = 0
         for part in self:
             count, rows, cols = part.stored.shape
@@ -303,12 +320,12 @@ class Packed(list[Quantized | Halves]):
 
 @contextmanager
 def unpacked(matrices: _Seen | Packed, numbers: Tensor | None, rehearsing: bool) -> Iterator[_Seen | list[Matrices]]:
-    """What verbs can read and write; what they have written to packed matrices is kept at the end.
+    """Yield matrices that verbs can read and write; pack again, at the end, what they have written.
 
     Args:
-        matrices: to see; those that are not packed are left to themselves.
-        numbers: (batch, `floats`) fp32 of the workspace.
-        rehearsing: whether nothing is to be read or written, and the memory for it had.
+        matrices: to unpack. Matrices that are not packed are yielded as they are.
+        numbers: (batch, `floats`) fp32 memory of the workspace.
+        rehearsing: whether only to take the scratch memory, and to read and write nothing.
     """
     if not isinstance(matrices, Packed):
         yield matrices
@@ -330,7 +347,7 @@ def unpacked(matrices: _Seen | Packed, numbers: Tensor | None, rehearsing: bool)
 
 
 def check_momentum_scale(name: str, scale: Any, p: Tensor, flatten: bool | None, split: str | None) -> None:
-    """Raise ValueError or TypeError unless it can be the absmax of an int8 momentum of `p`."""
+    """Raise ValueError or TypeError unless `scale` can be the absmax of an int8 momentum of `p`."""
     if scale is None:
         raise ValueError(
             f"{name} should be in the state beside a momentum_buffer of int8 but is not; delete that from the state to "
@@ -347,7 +364,7 @@ def check_momentum_scale(name: str, scale: Any, p: Tensor, flatten: bool | None,
 
 
 def check_master(p: Tensor) -> None:
-    """Raise TypeError unless a parameter is of the dtype that can be the upper half of an fp32 one."""
+    """Raise TypeError unless `p` is bf16, which can be the upper half of an fp32 parameter."""
     if p.dtype != torch.bfloat16:
         raise TypeError(
             f"master_weights is of torch.bfloat16 parameters but one is of: {p.dtype}; "
@@ -356,6 +373,6 @@ def check_master(p: Tensor) -> None:
 
 
 def check_mantissa(name: str, mantissa: Any, p: Tensor) -> None:
-    """Raise ValueError or TypeError unless it can be the lower half of fp32 numbers whose upper one is `p`."""
+    """Raise ValueError or TypeError unless `mantissa` can be the lower half of fp32 numbers whose upper half is `p`."""
     check_dense(name, mantissa, (torch.int16,))
     check_like(name, mantissa, p)

@@ -1,4 +1,4 @@
-"""Eight bits an element: blocks of 2048 numbers as int8 codes and the largest magnitude of each block.
+"""Quantization to eight bits: blocks of 2048 numbers as int8 codes and the largest magnitude of each block.
 
 Source: 8-bit Muon, https://arxiv.org/abs/2509.23106, the linear kind.
 """
@@ -17,20 +17,20 @@ __all__ = ["BLOCK", "dequantize", "quantize"]
 
 @torch.no_grad()
 def quantize(x: Tensor, block: int = BLOCK, *, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """Codes round(127 x / absmax), absmax being the largest |x| of the block of consecutive elements that x is in.
+    """Return the codes round(127 x / absmax) of x and absmax, the largest |x| of each block of consecutive elements.
 
-    What comes back differs from x by at most absmax / 254. Quantizing it again gives the same codes and absmax, so a
-    momentum that is only read loses nothing. 1.002 bytes an element.
+    The codes stand for numbers that differ from x by at most absmax / 254. Quantizing these again gives the same codes
+    and absmax, so a momentum that is only read loses nothing. The result takes 1.002 bytes an element.
 
     Args:
         x: any size and strides, of a floating dtype; only read. Rounded to float32 first if it is float64.
-        block: how many elements, in row-major order and whatever the dimensions, share an absmax; the last block may
-            be shorter.
+        block: number of elements, in row-major order and whatever the dimensions, that share an absmax; the last block
+            may be shorter.
         out: (codes, absmax) to write to, of the sizes below.
 
     Returns:
-        codes: int8, of x's size, contiguous if new. NaN and infinity have one of their own, -128, and come back as NaN;
-            their neighbours do not notice.
+        codes: int8, of x's size, contiguous if new. NaN and infinity have the code -128, which stands for NaN; their
+            neighbours are not affected.
         absmax: float32, (ceil(elements / block),), of the finite elements; 0 for a block of zeros, which is exact.
 
     Raises:
@@ -54,7 +54,7 @@ def quantize(x: Tensor, block: int = BLOCK, *, out: tuple[Tensor, Tensor] | None
 
 @torch.no_grad()
 def dequantize(codes: Tensor, absmax: Tensor, block: int = BLOCK, *, out: Tensor | None = None) -> Tensor:
-    """(codes / 127) absmax, what `quantize` made its codes of, nearly.
+    """Return the numbers (codes / 127) absmax that the results of `quantize` stand for.
 
     Args:
         codes: int8, of any size and strides; only read.
@@ -95,7 +95,7 @@ def _check_pair(codes: Tensor, absmax: Tensor, blocks: int) -> None:
 
 
 def _rows(x: Tensor, blocks: int, block: int) -> Tensor:
-    """(blocks, block), zeros after the last element."""
+    """Return x as (blocks, block), with zeros after the last element."""
     return F.pad(x.reshape(-1), (0, blocks * block - x.numel())).view(blocks, block)
 
 

@@ -1,18 +1,18 @@
-"""What NorMuon and AdaMuon do to the orthogonalized update, and AdaMuon to the direction before.
+"""The second moments of NorMuon and AdaMuon, by which orthogonalized updates are divided.
 
-They divide the update by the root of a running mean of its squares. For every matrix U = NS(D), of the parameter's own
-rows and columns or of a part that it is cut to, V the state and β₂ the option `beta2`:
+The update is divided by the root of a running mean of its squares. For every matrix U = NS(D), with the parameter's own
+rows and columns or those of a part that `split` makes of it, V the state and β₂ the option `beta2`:
 
     V ← V + (1 - β₂)(S - V)
     U' = U / (√V + ε)
     U ← U' ‖U‖_F / ‖U'‖_F
 
-with S the mean square of each row for "neuron" (NorMuon, arXiv 2510.05491, ε = 1e-10), U² for "element" (AdaMuon, arXiv
-2507.11005, ε = 1e-8). The norm is kept, so that the rules of the learning rate hold as they do for Muon. AdaMuon's U is
-NS(sign(D)).
+S is the mean square of each row for "neuron" (NorMuon, arXiv 2510.05491, ε = 1e-10), and U² for "element" (AdaMuon,
+arXiv 2507.11005, ε = 1e-8). The norm is kept, so that the rules of the learning rate hold as they do for Muon.
+AdaMuon's U is NS(sign(D)).
 
-In torch operations on the stacks, before the first product and after the last, for any backend. Their memory is
-`scratch`, which the workspace sets aside, so that none can be missing in the midst of a step.
+Computed by torch operations on the stacks, after the last product, for any backend. Their memory is `scratch`, which
+the workspace sets aside, so that none can be missing in the midst of a step.
 """
 
 from __future__ import annotations
@@ -30,26 +30,17 @@ from ..layout import Piece, column_order, flattens, split_shape
 from ..split import pieces
 from ..tensors import check_dense, local
 from .stage import Stage
-from .sums import (
-    add_sum,
-    floats_of_block,
-    in_blocks,
-    in_cache,
-    in_fp32,
-    multiply,
-    norm_kept,
-    padded,
-    sums_of_squares,
-)
+from .sums import add_sum, floats_of_block, in_blocks, in_cache, in_fp32, multiply, norm_kept, padded, sums_of_squares
 
 
 class Form(NamedTuple):
-    """What a kind of second moment costs beside a step.
+    """Costs of a form of second moment, beside a step's.
 
     Attributes:
         eps: ε.
-        launches: of a pass through the workspace, counted as one for each time that it is gone over.
-        visits: how often the workspace is read or written; on a processor less for "element", see `normalize`.
+        launches: in a pass through the workspace, counted as one for each time that it is gone over.
+        visits: how often an element of the workspace is read or written; less for "element" on a processor, see
+            `normalize`.
         state_bytes: read and written for every element.
     """
 
@@ -62,23 +53,29 @@ class Form(NamedTuple):
 FORMS = {"neuron": Form(1e-10, 2, 3, 0), "element": Form(1e-8, 2, 4, 8)}
 
 
-def _cuts_columns(shape: Sequence[int], flatten: bool | None, piece: Piece | None) -> bool:
+def _splits_columns(shape: Sequence[int], flatten: bool | None, piece: Piece | None) -> bool:
     return piece is not None and piece.dim != (0 if flattens(shape, flatten) else len(shape) - 2)
 
 
 def shape_of(form: str, shape: Sequence[int], flatten: bool | None, split: str | None) -> tuple[int, ...]:
-    """The size of V for a parameter of such a shape: its own, or (..., rows, number of parts that rows are cut to)."""
+    """Return the size of V for a parameter of this shape.
+
+    That is the parameter's own size for "element", and (..., rows, number of parts that `split` makes of a row) for
+    "neuron".
+    """
     if form == "element":
         return tuple(shape)
-    cut = [piece for piece in pieces(tuple(shape), flatten, split) if piece and _cuts_columns(shape, flatten, piece)]
-    parts = sum(piece.parts for piece in cut) if cut else 1
+    split_rows = [
+        piece for piece in pieces(tuple(shape), flatten, split) if piece and _splits_columns(shape, flatten, piece)
+    ]
+    parts = sum(piece.parts for piece in split_rows) if split_rows else 1
     return (shape[0], parts) if flattens(shape, flatten) else (*shape[:-1], parts)
 
 
 def create(form: str, p: Tensor, flatten: bool | None, split: str | None) -> Tensor:
-    """V of a parameter that has not been stepped: zeros in fp32.
+    """Return V of a parameter that has not been stepped: zeros in fp32.
 
-    That of "element" lies in memory as a stack does, which has tall matrices transposed: torch's operations on two
+    V of "element" lies in memory as a stack does, in which tall matrices are transposed: torch's operations on two
     tensors that are walked in different directions are ten times slower.
     """
     if form == "neuron":
@@ -93,40 +90,48 @@ def create(form: str, p: Tensor, flatten: bool | None, split: str | None) -> Ten
     return V.permute([order.index(d) for d in range(p.ndim)])
 
 
-def piece_of_rows(V: Tensor, shape: Sequence[int], flatten: bool | None, piece: Piece | None, first: int) -> Piece:
-    """Where V of "neuron" has what belongs to a piece of the parameter: matrices of one column.
+def piece_of_rows(V: Tensor, shape: Sequence[int], flatten: bool | None, piece: Piece | None, before: int) -> Piece:
+    """Return the piece of V, for "neuron", that belongs to a piece of the parameter: matrices of one column.
 
     Args:
         V: of the size `shape_of`.
         shape, flatten: of the parameter.
         piece: of the parameter; None for all of it.
-        first: number of parts in the pieces before.
+        before: number of parts in the pieces before.
     """
     if piece is None:
         return Piece(V.ndim - 1, 0, 1, 1, 1, 1)
-    if _cuts_columns(shape, flatten, piece):
-        return Piece(V.ndim - 1, first, piece.parts, 1, 1, 1)
+    if _splits_columns(shape, flatten, piece):
+        return Piece(V.ndim - 1, before, piece.parts, 1, 1, 1)
     return piece._replace(dim=V.ndim - 2)
 
 
 class SecondMoment(Stage):
-    """`second_moment`: results are divided by the root of a running mean of their squares, and keep their norms."""
+    """Stage of `second_moment`: results are divided by the root of a running mean of their squares."""
+
+    option = "second_moment"
+    choices = (None, *FORMS)
+
+    @classmethod
+    def of(cls, value: Any) -> SecondMoment | None:
+        """Implement `Stage.of`."""
+        return None if value is None else cls(value)
 
     def __init__(self, form: str) -> None:
-        """`form`: a name in FORMS."""
+        """Take the form, a name in FORMS."""
         self.form = form
         self.note = f"second_moment={form!r} goes over an update twice more, and no step with it is fused"
         _, self.launches, self.visits, self.state_bytes = FORMS[form]
 
     def floats(self, m: int, n: int, device: torch.device) -> int:
-        """See `Stage`."""
+        """Return the fp32 scratch for a matrix; see `Stage.floats`."""
         block = floats_of_block(m, n, device)
         return padded({"neuron": 2 * n + 2 + in_cache(device) * block, "element": 3 + 2 * block}[self.form])
 
     def after(
         self, X: Tensor, moments: Sequence[Tensor], scalars: Any, ratios: array[float], scratch: Tensor
     ) -> array[float]:
-        """See `Stage`."""
+        """Divide the results in X by second moments; see `Stage.after`."""
         kept = normalize(self.form, X, moments, scalars.beta2, scratch)
         return ratios if kept is None else array("d", map(mul, ratios, kept))
 
@@ -150,14 +155,14 @@ def _by_row(X: Tensor, moments: Sequence[Tensor], beta2: float, eps: float, scra
 
 
 def _by_element(X: Tensor, moments: Sequence[Tensor], beta2: float, eps: float, scratch: Tensor) -> Tensor:
-    """Return what X is still to be multiplied by, (batch, 1, 1)."""
+    """Divide X by the roots of `moments`; return the factors, (batch, 1, 1), that bring back its norms."""
     block, *own = torch.split(scratch, [scratch.numel() - 3 * len(X)] + [len(X)] * 3)
-    before, after, part = (x.view(-1, 1, 1) for x in own)
+    before, after, partial = (x.view(-1, 1, 1) for x in own)
     before.zero_(), after.zero_()
     numbers, start = block.numel() // 32 * 16, 0
     for V in moments:
         stop = start + len(V)
-        x, sums = X[start:stop], [t[start:stop] for t in (before, after, part)]
+        x, sums = X[start:stop], [t[start:stop] for t in (before, after, partial)]
         for matrices, rows in in_blocks(x, numbers):
             U, v = in_fp32(x[matrices, rows], block), V[matrices, rows]
             square = block[numbers : numbers + U.numel()].view(U.shape)
@@ -173,19 +178,19 @@ def _by_element(X: Tensor, moments: Sequence[Tensor], beta2: float, eps: float, 
 
 
 def normalize(form: str, X: Tensor, moments: Sequence[Tensor], beta2: float, scratch: Tensor) -> list[float] | None:
-    """Update V and divide by it, in place.
+    """Update V and divide X by it, in place.
 
     Args:
-        form: of `FORMS`.
+        form: in FORMS.
         X: (batch, m, n), a stack of orthogonalized updates; written.
-        moments: fp32, in the order of X's batch, (matrices, m, n), or one number a row of the parameter's:
-            (matrices, m, 1), or (matrices, 1, n) where X has it transposed; written.
+        moments: fp32, in the order of X's batch; written. (matrices, m, n) for "element". For "neuron" one number for
+            each row of the parameter: (matrices, m, 1), or (matrices, 1, n) where X holds the matrix transposed.
         beta2: β₂.
         scratch: batch times `SecondMoment.floats` of fp32, contiguous; overwritten.
 
     Returns:
-        One number a matrix, by which X is still to be multiplied: on a processor that is cheaper where X is used. None
-        where X is the result.
+        A factor for each matrix, by which X is still to be multiplied: on a processor that is cheaper where X is used.
+            None where X is the result.
     """
     eps = FORMS[form].eps
     if form == "element":

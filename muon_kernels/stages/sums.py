@@ -1,4 +1,4 @@
-"""Sums of squares, and products with factors, of stacks in blocks that stay in the cache."""
+"""Sums of squares of stacks, and products with factors, in blocks that stay in the cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 def in_cache(device: torch.device) -> bool:
-    """Whether it is worth while to go over a stack piece by piece."""
+    """Whether it pays on this device to go over a stack block by block."""
     return device.type == "cpu"
 
 
@@ -27,12 +27,12 @@ def padded(numbers: int) -> int:
 
 
 def floats_of_block(m: int, n: int, device: torch.device) -> int:
-    """Numbers of the largest block of an m x n matrix."""
+    """Return the number of elements in the largest block of an m x n matrix."""
     return padded(min(m * n, max(n, BLOCK_ON_CPU if in_cache(device) else BLOCK)))
 
 
 def in_blocks(X: Tensor, numbers: int) -> Iterator[tuple[slice, slice]]:
-    """(matrices, rows) of X, piece by piece of at most so many."""
+    """Yield (matrices, rows) of X, block by block of at most `numbers` elements."""
     batch, m, n = X.shape
     rows = max(1, min(numbers, BLOCK_ON_CPU if in_cache(X.device) else BLOCK) // n)
     matrices = max(1, rows // m)
@@ -42,12 +42,15 @@ def in_blocks(X: Tensor, numbers: int) -> Iterator[tuple[slice, slice]]:
 
 
 def in_fp32(X: Tensor, scratch: Tensor) -> Tensor:
-    """A copy of X, contiguous, in the beginning of `scratch`."""
+    """Return a contiguous fp32 copy of X in the beginning of `scratch`."""
     return scratch[: X.numel()].view(X.shape).copy_(X)
 
 
-def sums_of_squares(X: Tensor, dim: int | tuple[int, int], out: Tensor, part: Tensor, scratch: Tensor) -> None:
-    """Over -1, -2 or (-2, -1), which stay with size 1; `part` is overwritten and of the size of `out`."""
+def sums_of_squares(X: Tensor, dim: int | tuple[int, int], out: Tensor, partial: Tensor, scratch: Tensor) -> None:
+    """Write the sums of X² along `dim`, which is -1, -2 or (-2, -1) and stays with size 1, to `out`.
+
+    `partial`, of the size of `out`, is overwritten, and so is `scratch`, fp32.
+    """
     if not in_cache(X.device):
         torch.linalg.vector_norm(X, dim=dim, keepdim=True, dtype=torch.float32, out=out)
         out.square_()
@@ -55,17 +58,17 @@ def sums_of_squares(X: Tensor, dim: int | tuple[int, int], out: Tensor, part: Te
     out.zero_()
     for matrices, rows in in_blocks(X, scratch.numel()):
         own = matrices, rows if dim == -1 else slice(None)
-        add_sum(in_fp32(X[matrices, rows], scratch).square_(), dim, out[own], part[own])
+        add_sum(in_fp32(X[matrices, rows], scratch).square_(), dim, out[own], partial[own])
 
 
-def add_sum(x: Tensor, dim: int | tuple[int, int], out: Tensor, part: Tensor) -> None:
-    """Add the sums of `x` along `dim` to `out`; `part` is memory for them."""
-    torch.sum(x, dim, keepdim=True, out=part)
-    out.add_(part)
+def add_sum(x: Tensor, dim: int | tuple[int, int], out: Tensor, partial: Tensor) -> None:
+    """Add the sums of `x` along `dim` to `out`; `partial` is scratch of the same size."""
+    torch.sum(x, dim, keepdim=True, out=partial)
+    out.add_(partial)
 
 
 def multiply(X: Tensor, factor: Tensor, scratch: Tensor) -> None:
-    """X by an fp32 factor, rounded once."""
+    """Multiply X by an fp32 factor, rounding once."""
     if not in_cache(X.device):
         X.mul_(factor)
         return
@@ -75,5 +78,8 @@ def multiply(X: Tensor, factor: Tensor, scratch: Tensor) -> None:
 
 
 def norm_kept(before: Tensor, after: Tensor) -> Tensor:
-    """From sums of squares: what brings a matrix back to the norm that it had; 0 for zero, and NaN stays."""
+    """Return the factor that restores each matrix's norm, from its sums of squares before and after.
+
+    Zero gives 0; NaN stays NaN. Both arguments are overwritten.
+    """
     return before.div_(after.clamp_(min=TINY)).sqrt_()

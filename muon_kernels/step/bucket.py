@@ -1,4 +1,4 @@
-"""Equal matrices together, in chunks that fit the workspace."""
+"""Buckets: equal matrices together, in chunks that fit the workspace."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from torch import Tensor
 
 from .. import backends
 from ..layout import Bundle, Matrices
-from ..stages import stages_of
+from ..stages import EightBitMomentum
 from ..stages.packed import Halves, Packed, Quantized
 from ..stages.stage import floats_for
 from .operands import BucketKey, Seen
 from .options import StepOptions
 from .plan import Bucket, plain_bucket, plan_bucket
-from .work import Chunk, Part, Work
+from .work import Chunk, Span, Work
 
 
 def plain_work(key: BucketKey, count: int, options: StepOptions) -> Work:
-    """What a plan has of `count` matrices that go through no iteration."""
+    """Return the work of `count` matrices that go through no iteration: all of it is a plan's."""
     return Work(plain_bucket((key.rows, key.cols), count, bytes_per_element(key)), (), options.schedule, key.device, [])
 
 
-def planned(key: BucketKey, members: Sequence[Seen], number: int, options: StepOptions) -> Work:
-    """How the matrices of a bucket are stepped.
+def planned(key: BucketKey, members: Sequence[Seen], group_index: int, options: StepOptions) -> Work:
+    """Decide how the matrices of a bucket are stepped.
 
     Args:
         key: what they have in common.
         members: the pieces of operands that they are.
-        number: of the first one among all of the group.
+        group_index: of the first one among all of the group.
         options: the group's.
 
     Raises:
@@ -44,7 +44,7 @@ def planned(key: BucketKey, members: Sequence[Seen], number: int, options: StepO
         torch.float32 if options.master_weights else key.param_dtype,
     )
     name, notes = backends.choose(options.backend, key.device, dtypes, options.workspace_dtype, shape)
-    stages = stages_of(options, quantized)
+    stages = (EightBitMomentum(), *options.stages) if quantized else options.stages
     stage_floats = floats_for(stages, *shape, key.device)
     bucket = plan_bucket(
         shape,
@@ -68,65 +68,65 @@ def planned(key: BucketKey, members: Sequence[Seen], number: int, options: StepO
         key.device,
         chunks_of(members, bucket, quantized, options),
         stages,
-        number,
+        group_index,
         stage_floats,
     )
 
 
 def chunks_of(members: Sequence[Seen], bucket: Bucket, quantized: bool, options: StepOptions) -> list[Chunk]:
-    """The operands of every pass through the workspace."""
+    """Return the operands of every pass through the workspace."""
     chunks: list[Chunk] = []
-    for parts in into_chunks([seen.matrices for seen in members], bucket.chunks):
+    for spans in into_chunks([seen.matrices for seen in members], bucket.chunks):
         params: Bundle | Packed = Packed() if options.master_weights else Bundle()
         momenta: Bundle | Packed | None = None
         if options.momentum:
             momenta = Packed() if quantized else Bundle()
-        chunk = Chunk(params, momenta, [], array("d"), [], first=sum(bucket.chunks[: len(chunks)]))
-        for part in parts:
-            _add(chunk, part, members[part.piece], options)
+        chunk = Chunk(params, momenta, [], array("d"), [], chunk_index=sum(bucket.chunks[: len(chunks)]))
+        for span in spans:
+            _add(chunk, span, members[span.piece], options)
         chunks.append(chunk)
     return chunks
 
 
-def _add(chunk: Chunk, part: Part, seen: Seen, options: StepOptions) -> None:
-    param, at = seen.param, seen.param.layout(part)
+def _add(chunk: Chunk, span: Span, seen: Seen, options: StepOptions) -> None:
+    param, at = seen.param, seen.param.layout(span)
     if isinstance(chunk.params, Packed):
         lower = seen.mantissa
         assert lower is not None
-        chunk.params.append(Halves(param.untransposed(part), at.transposed, lower.untransposed(part)))
+        chunk.params.append(Halves(param.untransposed(span), at.transposed, lower.untransposed(span)))
     else:
         chunk.params.append(Matrices(param.tensor, at))
     if seen.momentum is not None and isinstance(chunk.momenta, Packed):
-        absmax = cast(Tensor, seen.absmax)[part.start : part.stop]
-        chunk.momenta.append(Quantized(seen.momentum.untransposed(part), at.transposed, absmax))
+        absmax = cast(Tensor, seen.absmax)[span.start : span.stop]
+        chunk.momenta.append(Quantized(seen.momentum.untransposed(span), at.transposed, absmax))
     elif seen.momentum is not None and isinstance(chunk.momenta, Bundle):
-        chunk.momenta.append(Matrices(seen.momentum.tensor, seen.momentum.layout(part)))
-    chunk.grads.append((seen.gradient, seen.grad.layout(part)))
-    chunk.ratios.extend([seen.ratio] * (part.stop - part.start))
+        chunk.momenta.append(Matrices(seen.momentum.tensor, seen.momentum.layout(span)))
+    chunk.grads.append((seen.gradient, seen.grad.layout(span)))
+    chunk.ratios.extend([seen.ratio] * (span.stop - span.start))
     if seen.second_moment is not None:
-        found = Matrices(seen.second_moment.tensor, seen.second_moment.layout(part)).view()
+        found = Matrices(seen.second_moment.tensor, seen.second_moment.layout(span)).view()
         # A column is described as a row, too.
         turned = options.second_moment == "neuron" and not at.transposed
         chunk.second_moments.append(found.mT if turned else found)
 
 
-def into_chunks(counts: Sequence[int], chunks: Sequence[int]) -> list[list[Part]]:
+def into_chunks(counts: Sequence[int], chunks: Sequence[int]) -> list[list[Span]]:
     """Cut pieces of so many matrices each into chunks of the given sizes; a piece may be cut in two."""
-    dealt: list[list[Part]] = []
-    queue = [Part(index, 0, count) for index, count in enumerate(counts)]
+    filled: list[list[Span]] = []
+    queue = [Span(index, 0, count) for index, count in enumerate(counts)]
     for room in chunks:
-        chunk: list[Part] = []
+        chunk: list[Span] = []
         while room:
             index, start, stop = queue.pop(0) if queue[0].stop - queue[0].start <= room else queue[0]
             if stop - start > room:
-                queue[0] = Part(index, start + room, stop)
+                queue[0] = Span(index, start + room, stop)
                 stop = start + room
-            chunk.append(Part(index, start, stop))
+            chunk.append(Span(index, start, stop))
             room -= stop - start
-        dealt.append(chunk)
-    return dealt
+        filled.append(chunk)
+    return filled
 
 
 def bytes_per_element(key: BucketKey, momentum: bool = True) -> int:
-    """Bytes that a step moves for an element: of the gradient once, of momentum and parameter twice."""
+    """Return the bytes that a step moves for an element: of the gradient once, of momentum and parameter twice."""
     return key.grad_dtype.itemsize + 2 * (momentum * key.momentum_dtype.itemsize + key.param_dtype.itemsize)

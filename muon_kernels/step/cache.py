@@ -16,7 +16,7 @@ from .work import Task
 def signature(
     params: Sequence[Tensor], grads: Sequence[Tensor], own: Sequence[Sequence[Tensor | None]]
 ) -> list[Iterator[object]]:
-    """All that `prepare` looks at: where a parameter's tensors lie and what they are; not the gradient's address.
+    """Return all that `prepare` looks at: where a parameter's tensors lie and what they are, but no gradient's address.
 
     Momentum buffers and what else is the optimizer's `own` may be moved or replaced, but not seen otherwise. One
     property of all tensors comes after another, by C code alone: many small parameters make a step of such questions.
@@ -42,7 +42,7 @@ _SHAPE, _DTYPE, _LAYOUT, _DEVICE = map(attrgetter, ("shape", "dtype", "layout", 
 
 
 class _Entry(NamedTuple):
-    """What was made for a group, and of what."""
+    """Tasks that were made for a group, and what they were made from."""
 
     options: dict[str, Any]
     threads: int
@@ -66,7 +66,7 @@ class TaskCache:
         options: dict[str, Any],
         make: Callable[[], list[Task]],
     ) -> list[Task]:
-        """What `make` made, now or for an earlier step with the same.
+        """Return what `make` makes, or made for an earlier step of the same.
 
         Args:
             key: of the group.

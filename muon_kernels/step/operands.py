@@ -14,16 +14,16 @@ from ..scaling import lr_ratio
 from ..split import pieces
 from ..stages.packed import check_mantissa, check_master, check_momentum_scale, scales_of
 from ..stages.second_moment import check_second_moment, piece_of_rows
-from ..tensors import check_apart, check_dense, check_device, check_like, check_momentum
+from ..tensors import check_dense, check_device, check_disjoint, check_like, check_momentum
 from .options import StepOptions, check_rounding
-from .work import Part
+from .work import Span
 
 # A piece of a parameter, or None for all of it, and (number of matrices, rows, cols).
 PieceShape = tuple[Piece | None, tuple[int, int, int]]
 
 
 class BucketKey(NamedTuple):
-    """What the matrices of a bucket have in common."""
+    """Properties that the matrices of a bucket have in common."""
 
     rows: int
     cols: int
@@ -78,16 +78,16 @@ class Source(NamedTuple):
     order: tuple[int, ...]
     piece: Piece | None
 
-    def layout(self, part: Part) -> Layout:
-        """Return where the matrices of a part lie."""
+    def layout(self, span: Span) -> Layout:
+        """Return where the matrices of a span lie."""
         t, flatten, order, piece = self
-        at = layout(t.shape, t.stride(), flatten, order, piece, part.start, part.stop)
+        at = layout(t.shape, t.stride(), flatten, order, piece, span.start, span.stop)
         assert at is not None
         return at
 
-    def untransposed(self, part: Part) -> Tensor:
-        """(matrices, rows, cols) as the parameter has them, sharing its memory."""
-        at = self.layout(part)
+    def untransposed(self, span: Span) -> Tensor:
+        """Return (matrices, rows, cols) as the parameter has them, sharing its memory."""
+        at = self.layout(span)
         seen = Matrices(self.tensor, at).view()
         return seen.mT if at.transposed else seen
 
@@ -95,7 +95,7 @@ class Source(NamedTuple):
 def source_of(
     t: Tensor, flatten: bool | None, order: tuple[int, ...], piece: Piece | None = None
 ) -> tuple[Source, View | None]:
-    """How to see `t` as matrices; where no strides do, an empty copy, and the view of `t` to fill it from.
+    """View `t` as matrices. Where no strides can, return an empty copy, and the view of `t` to fill it from.
 
     Strides do not tell of a negation that torch has put off, as in `z.conj().imag`.
     """
@@ -107,19 +107,19 @@ def source_of(
 
 
 def pieces_of(p: Tensor, flatten: bool | None, order: tuple[int, ...], split: str | None) -> tuple[Piece | None, ...]:
-    """What to cut a parameter to; equal parts together, unless apart saves copies."""
+    """Return the pieces to cut a parameter to. Equal parts are one piece, unless separate ones save copies."""
     if split is None:
         return (None,)
-    together, apart = (pieces(p.shape, flatten, split, apart) for apart in (False, True))
+    together, separate = (pieces(p.shape, flatten, split, separate) for separate in (False, True))
 
-    def described(cut: Sequence[Piece | None]) -> bool:
-        return all(layout(p.shape, p.stride(), flatten, order, piece) is not None for piece in cut)
+    def described(found: Sequence[Piece | None]) -> bool:
+        return all(layout(p.shape, p.stride(), flatten, order, piece) is not None for piece in found)
 
-    return apart if described(apart) and not described(together) else together
+    return separate if described(separate) and not described(together) else together
 
 
 class Seen(NamedTuple):
-    """A piece of an operand, seen as equal matrices.
+    """Piece of an operand, seen as equal matrices.
 
     Attributes:
         key: of the bucket that they go to.
@@ -172,11 +172,11 @@ def check(operands: Sequence[Operand], options: StepOptions) -> None:
         "mantissa": "mantissa",
     }
     named = [(name, getattr(operand, field)) for name, field in fields.items() for operand in operands]
-    check_apart([(name, t) for name, t in named if isinstance(t, Tensor)])
+    check_disjoint([(name, t) for name, t in named if isinstance(t, Tensor)])
 
 
-def cut(operand: Operand, options: StepOptions) -> tuple[tuple[int, ...], Sequence[PieceShape]]:
-    """The order of the columns of an operand, see `layout`, and its pieces.
+def piece_shapes(operand: Operand, options: StepOptions) -> tuple[tuple[int, ...], Sequence[PieceShape]]:
+    """Return the order of the columns of an operand, see `layout`, and its pieces.
 
     Raises:
         ValueError, TypeError: its momentum is of int8 and cannot be.
@@ -215,8 +215,8 @@ class Viewer:
         self.grad_copies: list[tuple[int, View, Tensor]] = []
 
     def seen(self, index: int, operand: Operand) -> Iterator[Seen]:
-        """Every piece of an operand, whose gradient has this index."""
-        order, shapes = cut(operand, self._options)
+        """Yield every piece of an operand, whose gradient has this index."""
+        order, shapes = piece_shapes(operand, self._options)
         p, g, momentum, flatten = operand.param, operand.grad, operand.momentum, self._options.flatten
         absmaxes: list[Tensor | None] = [None] * len(shapes)
         if momentum is not None and momentum.dtype == torch.int8:
@@ -243,10 +243,10 @@ class Viewer:
             )
 
     def _second_moments(
-        self, operand: Operand, order: tuple[int, ...], cut: Sequence[Piece | None]
+        self, operand: Operand, order: tuple[int, ...], split_into: Sequence[Piece | None]
     ) -> Iterator[Source | None]:
         V, before = operand.second_moment, 0
-        for piece in cut:
+        for piece in split_into:
             if V is None:
                 yield None
             elif self._options.second_moment == "element":
@@ -257,7 +257,7 @@ class Viewer:
                 before += 1 if piece is None else piece.parts
 
     def _written(self, t: Tensor, flatten: bool | None, order: tuple[int, ...], piece: Piece | None) -> Source:
-        """`source_of` of what a step writes; a copy is filled before it and read after it."""
+        """Return `source_of` a tensor that a step writes; a copy is filled before the step and read after it."""
         source, at = source_of(t, flatten, order, piece)
         if at is not None:
             self.copies.append((at.of(t), source.tensor.view_as(at.of(t))))

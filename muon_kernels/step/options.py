@@ -1,4 +1,4 @@
-"""What `prepare` is told of a group, and what options say of each of its parameters."""
+"""Options of a group as `prepare` takes them, and as they apply to each of its parameters."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from torch import Tensor
 
 from .. import options
 from ..coefficients import Schedule, resolve
-from ..options import PREPARED
+from ..options import PREPARED_OPTIONS
 from ..powers import schedule_of
 from ..split import by_name, close, matching
+from ..stages import MasterWeights, SecondMoment, Stage, stages_of
 
 Coefficients = str | Sequence[float] | Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True)
 class StepOptions:
-    """What `prepare` is told of a group, the same for all its parameters; see `Muon` for each.
+    """Options of a group that `prepare` looks at, the same for all its parameters; see `Muon` for each.
 
     Attributes:
         schedule: what to iterate.
+        stages: what the group's options ask for around the iteration.
         momentum: whether there is one; without, the directions are the gradients.
     """
 
@@ -35,19 +37,28 @@ class StepOptions:
     backend: str = "auto"
     max_workspace_bytes: int | None = None
     workspace_dtype: torch.dtype = torch.bfloat16
-    sign_momentum: bool = False
-    second_moment: str | None = None
     stochastic_rounding: bool = False
-    master_weights: bool = False
+    stages: tuple[Stage, ...] = ()
     momentum: bool = True
+
+    @property
+    def master_weights(self) -> bool:
+        """Whether parameters are the upper halves of fp32 numbers."""
+        return any(isinstance(stage, MasterWeights) for stage in self.stages)
+
+    @property
+    def second_moment(self) -> str | None:
+        """Form of the second moment that results are divided by."""
+        return next((stage.form for stage in self.stages if isinstance(stage, SecondMoment)), None)
 
     @classmethod
     def of(cls, group: Mapping[str, Any], momentum: bool = True) -> StepOptions:
-        """Those of a group, whose other options may lack."""
-        names = {field.name for field in fields(cls)} - {"schedule", "momentum", "workspace_dtype"}
+        """Make them of a group, which may lack those with a default here."""
+        names = {field.name for field in fields(cls)} - {"schedule", "stages", "momentum", "workspace_dtype"}
         return cls(
             schedule=schedule_for(group["ns_coefficients"], group["ns_steps"], group["power"]),
             workspace_dtype=options.dtype_of(group.get("workspace_dtype", torch.bfloat16)),
+            stages=stages_of(group),
             momentum=momentum,
             **{name: group[name] for name in names & group.keys()},
         )
@@ -57,7 +68,7 @@ class StepOptions:
 _OF_PARAMETERS = ("split", "transposed")
 
 
-_OF_GROUPS = (*(key for key in PREPARED if key not in _OF_PARAMETERS), "momentum_dtype")
+_OF_GROUPS = (*(key for key in PREPARED_OPTIONS if key not in _OF_PARAMETERS), "momentum_dtype")
 
 
 def alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -66,9 +77,9 @@ def alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def settled(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The options in PREPARED of groups that are stepped as one, as `TaskCache` takes them."""
+    """Return the options in PREPARED_OPTIONS of groups that are stepped as one, as `TaskCache` takes them."""
     return {
-        **{key: groups[0][key] for key in PREPARED},
+        **{key: groups[0][key] for key in PREPARED_OPTIONS},
         **{key: [_of_parameters(group, key) for group in groups] for key in _OF_PARAMETERS},
         "workspace_dtype": options.dtype_of(groups[0]["workspace_dtype"]),
     }
@@ -82,7 +93,7 @@ def _of_parameters(group: Mapping[str, Any], key: str) -> Any:
 
 
 def splits(group: Mapping[str, Any]) -> list[tuple[Tensor, str | None]]:
-    """Every parameter of a group and what it is cut to."""
+    """Return every parameter of a group with what it is cut to."""
     params, split = group["params"], group["split"]
     if not isinstance(split, Mapping) or not split:
         return [(p, split or None) for p in params]
@@ -97,7 +108,7 @@ def splits(group: Mapping[str, Any]) -> list[tuple[Tensor, str | None]]:
 
 
 def transposes(group: Mapping[str, Any]) -> list[bool]:
-    """Whether each parameter of a group is (inputs, outputs)."""
+    """Return for each parameter of a group whether it is stored as (inputs, outputs)."""
     params, transposed = group["params"], group["transposed"]
     if isinstance(transposed, bool) or not params:
         return [transposed is True] * len(params)
@@ -125,10 +136,10 @@ def check_rounding(p: Tensor) -> None:
 
 
 def schedule_for(ns_coefficients: Coefficients, ns_steps: int | None, power: float) -> Schedule:
-    """What to iterate for a power: for 0 the coefficients say; for 1 nothing is."""
+    """Return the schedule of a power: for 0 that of the coefficients. For 1 it is not used."""
     return resolve(ns_coefficients, ns_steps) if power in (0, 1) else schedule_of(power)
 
 
 def as_scalar(x: float | Tensor) -> float | Tensor:
-    """A float, or a tensor without dimensions if only a device knows the number."""
+    """Return a float, or a tensor without dimensions if only a device knows the number."""
     return float(x) if options.on_host(x) else cast(Tensor, x).reshape(())

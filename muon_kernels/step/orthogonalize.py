@@ -1,4 +1,4 @@
-"""The step: sort parameters into buckets, choose for each, run.
+"""`orthogonalize` and `spectral_power`: the iteration alone, as functions and as custom operations of torch.
 
 `prepare` looks at everything and raises whatever there is to raise; `execute` then only computes. So a step either
 happens or leaves parameters and state as they were.
@@ -14,10 +14,7 @@ from torch import Tensor
 
 from .. import backends, options
 from ..coefficients import DEFAULT, NS_STEPS, Schedule, resolve
-from ..layout import (
-    Matrices,
-    split_shape,
-)
+from ..layout import Matrices, split_shape
 from ..powers import EXACT, check_power, schedule_of
 from ..tensors import check_matrices
 from .bucket import into_chunks
@@ -104,7 +101,7 @@ def _iterated(
     max_workspace_bytes: int | None,
     workspace_dtype: torch.dtype,
 ) -> Tensor:
-    """What a schedule makes of G, without momentum."""
+    """Apply a schedule to G, without momentum."""
     check_matrices("G", G)
     options.check_eps(eps)
     count, rows, cols = split_shape(G.shape, False)
@@ -131,10 +128,10 @@ def _iterated(
     workspace.reserve(G.device, bucket.workspace_bytes)
     scalars = Scalars(0.0, 0.0, 0.0, False, True, eps, 1.0)
     out = torch.empty(count, rows, cols, dtype=G.dtype, device=G.device)
-    for (part,) in into_chunks([count], bucket.chunks):
-        at = source.layout(part)
+    for (span,) in into_chunks([count], bucket.chunks):
+        at = source.layout(span)
         result = iterate(work, [Matrices(source.tensor, at)], None, workspace, scalars)
-        out[part.start : part.stop].copy_(result.mT if at.transposed else result)
+        out[span.start : span.stop].copy_(result.mT if at.transposed else result)
     return out.reshape(G.shape)
 
 
@@ -161,7 +158,7 @@ def spectral_power(
     backend: str = "auto",
     max_workspace_bytes: int | None = None,
 ) -> Tensor:
-    """U Σ^p Vᵀ of every matrix G = U Σ Vᵀ, at up to 1.6 times the price of `orthogonalize`; see spectral.py.
+    """Approximate U Σ^p Vᵀ of every matrix G = U Σ Vᵀ, at up to 1.6 times the price of `orthogonalize`; see powers.py.
 
     Within 4.2 % of σ^p (2 % rms) for p ≥ 1/8 and singular values down to 1e-3 of the largest, in bf16 products with
     fp32 accumulation, whose rounding adds to that. Smaller ones fall below σ^p in proportion to σ. The power of c·G is

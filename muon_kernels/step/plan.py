@@ -1,4 +1,4 @@
-"""What a step will do, decided once and shown on demand.
+"""Plans: what a step will do, decided once and shown on demand.
 
 Matrices of equal shape, dtype and device form a bucket; a bucket is cut into chunks that fit the workspace; the form
 of the iteration with the fewest FLOPs runs. FLOPs, launches and bytes are not formulas that could drift from the
@@ -7,19 +7,18 @@ code: the iteration itself is run over a backend that only counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
-from torch import Tensor
 
 from .. import backends
 from ..coefficients import DEFAULT, Schedule, resolve
-from ..newton_schulz import ALGORITHMS, Blend, Square, square, squares_of
+from ..newton_schulz import ALGORITHMS, squares_of
 from ..options import check_algorithm, check_workspace, check_workspace_dtype
 from ..stages import Stage
 from ..stages.packed import floats
+from .counting import count
 
 
 @dataclass(frozen=True)
@@ -92,11 +91,11 @@ class Shared:
 
     @property
     def adamw_state_bytes(self) -> int:
-        """What AdamW under ZeRO-1 would keep on a rank: its part of two moments in fp32."""
+        """Bytes that AdamW under ZeRO-1 would keep on a rank: its part of two moments in fp32."""
         return 8 * self.elements // self.ranks
 
     def __str__(self) -> str:
-        """Two lines."""
+        """Write two lines."""
         return (
             f"{self.ranks} ranks step {self.matrices} matrices together. This one multiplies {self.owned}, sends "
             f"{_scaled(self.bytes_sent, 'B')} in {self.collectives} collectives,\nkeeps "
@@ -107,11 +106,11 @@ class Shared:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a step does, bucket by bucket; `print` it.
+    """Plan of a step, bucket by bucket; `print` it.
 
     Attributes:
         buckets: equal matrices; of those that several ranks step together, this one's.
-        notes: what "auto" could not use here, and the mend.
+        notes: what "auto" could not use here, and how to fix it.
         shared: what other ranks have a part in.
     """
 
@@ -141,7 +140,7 @@ class Plan:
 
     @property
     def least_bytes(self) -> int:
-        """What `bytes` would be if everything were read once."""
+        """Bytes that a step would move if everything were read once."""
         return sum(b.least_bytes for b in self.buckets)
 
     @property
@@ -189,7 +188,7 @@ def _figures(of: Bucket | Plan) -> tuple[str, str, str, str]:
 
 
 def _scaled(value: float, unit: str) -> str:
-    """Three digits and a decimal prefix."""
+    """Write a number with three digits and a decimal prefix."""
     for prefix in ("", "k", "M", "G"):
         if value < 999.5:
             return f"{value:.3g} {prefix}{unit}".rstrip()
@@ -197,103 +196,8 @@ def _scaled(value: float, unit: str) -> str:
     return f"{value:.3g} T{unit}"
 
 
-class Counter:
-    """A backend that does nothing but count what another one would do."""
-
-    def __init__(self, symmetric: bool, precise: bool) -> None:
-        self.launches = 0
-        self.flops = 0
-        self.bytes = 0
-        self._symmetric, self._precise = symmetric, precise
-
-    def precise_squares(self) -> bool:
-        """Whether the counted backend has them."""
-        return self._precise
-
-    def traffic(self, A: Square, B: Square, C: Tensor | None, out: Tensor, triangle: bool) -> int:
-        """Bytes of a product of A, (batch, m, k), and B plus C: each operand read and the result written once."""
-        operands = {id(t): t for t in (A.high, B.high, C, out) if t is not None}
-        return sum(t.numel() * t.itemsize for t in operands.values())
-
-    def _count(self, A: Square, B: Square, C: Tensor | None, out: Tensor, symmetric: bool) -> None:
-        triangle = symmetric and self._symmetric
-        batch, m, n = out.shape
-        self.launches += 1
-        self.bytes += self.traffic(A, B, C, out, triangle)
-        self.flops += batch * A.high.shape[2] * (m * (m + 1) if triangle else 2 * m * n)
-
-    def then(self, run: Callable[[], object], operands: Sequence[Tensor]) -> None:
-        """Count one, however many operations it is, which does not run."""
-        self.launches += 1
-        self.bytes += sum(t.numel() * t.itemsize for t in operands)
-
-    def add(self, A: Square, *, out: Square, C: Square | None = None, **_: object) -> None:
-        """Count one; its FLOPs are too few to count."""
-        self.then(lambda: None, [out.high, A.high] if C is None else [out.high, A.high, C.high])
-
-    def syrk(self, A: Tensor | Square, *, out: Square, C: Square | None = None, **_: object) -> None:
-        """Count one."""
-        A = square(A)
-        self._count(A, A, C.high if C else None, out.high, symmetric=True)
-
-    def syrkx(self, A: Square, B: Square, *, out: Square, gamma: float = 0.0) -> None:
-        """Count one."""
-        self._count(A, B, None, out.high, symmetric=True)
-
-    def gemm(
-        self,
-        A: Square,
-        X: Tensor | Square,
-        *,
-        out: Tensor | Square,
-        C: Tensor | Square | None = None,
-        **_: object,
-    ) -> None:
-        """Count one."""
-        self._count(A, square(X), square(C).high if C is not None else None, square(out).high, symmetric=False)
-
-
-def count_iteration(
-    counter: Counter,
-    algorithm: str,
-    m: int,
-    n: int,
-    schedule: Schedule,
-) -> None:
-    """Run the iteration on one m x n matrix that has no memory."""
-    run = ALGORITHMS[algorithm].run
-
-    def empty(cols: int) -> Tensor:
-        return torch.empty(1, m, cols, dtype=torch.bfloat16, device="meta")
-
-    def empty_square() -> Square:
-        return Square(
-            empty(m), torch.empty(1, m, dtype=torch.float32, device="meta") if counter.precise_squares() else None
-        )
-
-    number = torch.empty(1, dtype=torch.float32, device="meta")
-    blend = Blend(empty(n), *[number] * 5) if schedule.weights else None
-    squares = [empty_square() for _ in range(squares_of(algorithm, schedule))]
-    run(counter, empty(n), empty(n), squares, number, schedule, blend)
-
-
-@lru_cache(maxsize=4096)
-def count(
-    algorithm: str,
-    m: int,
-    n: int,
-    schedule: Schedule,
-    symmetric: bool,
-    precise: bool,
-) -> tuple[int, int, int]:
-    """(launches, FLOPs, bytes) of the iteration on one m x n matrix."""
-    counter = Counter(symmetric, precise)
-    count_iteration(counter, algorithm, m, n, schedule)
-    return counter.launches, counter.flops, counter.bytes
-
-
 def choose_algorithm(name: str, backend: str, m: int, n: int, schedule: Schedule) -> str:
-    """The form that runs: `name`, or for "auto" the one of fewest FLOPs among those as accurate as torch's loop."""
+    """Return the form that runs: `name`, or for "auto" that of fewest FLOPs among those as exact as torch's loop."""
     if name != "auto":
         return name
     if not backends.get(backend).precise_squares():
@@ -307,7 +211,7 @@ def _count_on(backend: str, algorithm: str, m: int, n: int, schedule: Schedule) 
 
 
 def workspace_bytes(backend: str, algorithm: str, m: int, n: int, schedule: Schedule, packed: int = 0) -> int:
-    """Workspace of one m x n matrix; momentum and parameter are in it one after the other."""
+    """Return the workspace of one m x n matrix, in bytes; momentum and parameter are in it one after the other."""
     ops, squares = backends.get(backend), squares_of(algorithm, schedule)
     # An fp64 and four fp32 numbers, and what they may need to be aligned.
     wide, numbers = (3, 32) if schedule.weights else (2, 0)
@@ -318,7 +222,7 @@ def workspace_bytes(backend: str, algorithm: str, m: int, n: int, schedule: Sche
 
 
 def chunk_counts(total: int, each: int, cap: int | None, backend: str) -> tuple[int, ...]:
-    """How many matrices go through the workspace at a time, as evenly as the cap allows.
+    """Divide `total` matrices into passes through the workspace, as evenly as the cap allows.
 
     Raises:
         ValueError: the cap that the user set does not even hold one matrix.
@@ -420,7 +324,7 @@ def plan_bucket(
 
 
 def plain_bucket(shape: tuple[int, int], count_: int, bytes_per_element: int) -> Bucket:
-    """The plan of matrices that go through no iteration."""
+    """Plan matrices that go through no iteration."""
     bytes_ = count_ * shape[0] * shape[1] * bytes_per_element
     fp32 = torch.float32
     return Bucket(shape, count_, "none", 1.0, "eager", fp32, False, (), 0, count_, 0, 0, bytes_, bytes_, 0)
@@ -438,7 +342,7 @@ def plan_for_shapes(
     workspace_dtype: torch.dtype = torch.bfloat16,
     available: bool = True,
 ) -> Plan:
-    """The plan of a step for (rows, cols, count) of every kind of matrix, without any tensor.
+    """Plan a step for (rows, cols, count) of every kind of matrix, without any tensor.
 
     Args:
         shapes: (rows, cols, count).

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 from ..layout import view
 from .bucket import plain_work, planned
-from .operands import BucketKey, Operand, Viewer, check, cut
+from .operands import BucketKey, Operand, Viewer, check, piece_shapes
 from .options import StepOptions
 from .work import Plain, Prepared
 
@@ -39,11 +39,11 @@ def prepare(operands: Sequence[Operand], options: StepOptions) -> Prepared:
 
 
 def _plain(operands: Sequence[Operand], options: StepOptions) -> Prepared:
-    """What goes through no iteration, in torch's operations."""
+    """Prepare what goes through no iteration, in torch's operations."""
     found: list[Plain] = []
     counts: Counter[BucketKey] = Counter()
     for index, operand in enumerate(operands):
-        order, shapes = cut(operand, options)
+        order, shapes = piece_shapes(operand, options)
         for piece, (count, rows, cols) in shapes:
             p, buffer, g, at = operand.param, operand.momentum, operand.grad, None
             assert buffer is not None

@@ -13,6 +13,7 @@ from ..graphs import capturing
 from ..layout import Bundle, Matrices
 from ..newton_schulz import ALGORITHMS
 from ..stages.packed import Packed, unpacked
+from ..verbs import Step
 from .options import as_scalar
 from .plan import Bucket, Plan
 from .work import Chunk, Plain, Prepared, Scalars, Task, Work
@@ -27,18 +28,12 @@ def iterate(
     scalars: Scalars,
     rehearsing: bool = False,
 ) -> Tensor:
-    """Prologue and iteration of a chunk; the result lies in the workspace."""
+    """Run prologue and iteration of a chunk; the result lies in the workspace."""
     stacks = workspace.stacks(work, sum(g.layout.batch for g in grads))
     norms = None if stacks.blend is None else stacks.blend.norms
     with unpacked(momenta, stacks.unpacked, rehearsing) as seen:
         scale = backends.get(work.bucket.backend).momentum_update(
-            grads,
-            seen,
-            stacks.X,
-            **scalars.of_momentum(),
-            margin=work.schedule.margin,
-            scratch=stacks.scratch,
-            norms=norms,
+            scalars.momentum_update(grads, seen, stacks.X, work.schedule.margin, stacks.scratch, norms)
         )
     return run_iteration(work, stacks, scale)
 
@@ -55,7 +50,10 @@ def run_iteration(work: Work, stacks: Stacks, scale: Tensor | None) -> Tensor:
         run = ALGORITHMS[work.bucket.algorithm].run
         program = ops.program(lambda: run(ops, X, Y, squares, scale, work.schedule, blend))
         derived.update(key=key, program=program)
-    return cast(Tensor, derived["program"]())
+    result = cast(Tensor, derived["program"]())
+    for stage in work.stages:
+        stage.orthogonalized(result, stacks.stage_scratch)
+    return result
 
 
 def _fused_step(work: Work, chunk: Chunk, grads: Sequence[Matrices], workspace: Workspace, scalars: Scalars) -> None:
@@ -67,16 +65,13 @@ def _fused_step(work: Work, chunk: Chunk, grads: Sequence[Matrices], workspace: 
         return ALGORITHMS[work.bucket.algorithm].run(ops, X, Y, squares, scale, schedule)
 
     ops.fused_step(
-        chunk.params,
-        grads,
-        chunk.momenta,
-        X,
-        iterate,
-        triples=schedule.triples,
-        **scalars.of_momentum(),
-        margin=schedule.margin,
-        **scalars.of_update(work.number, chunk.first),
-        ratios=chunk.ratios,
+        Step(
+            scalars.momentum_update(grads, chunk.momenta, X, schedule.margin),
+            iterate,
+            schedule.triples,
+            scalars.apply_update(chunk.params, X, chunk.ratios),
+            scalars.apply_options(work.group_index, chunk.chunk_index),
+        )
     )
 
 
@@ -94,11 +89,12 @@ def _step(
             for stage in () if rehearsing else work.stages:
                 ratios = stage.after(result, chunk.second_moments, scalars, ratios, stacks.stage_scratch)
             with unpacked(chunk.params, stacks.unpacked, rehearsing) as params:
-                ops.apply_update(params, result, **scalars.of_update(work.number, chunk.first), ratios=ratios)
+                update = scalars.apply_update(params, result, ratios)
+                ops.apply_update(update, scalars.apply_options(work.group_index, chunk.chunk_index))
 
 
 def _plain_step(plain: Plain, grad: Tensor, scalars: Scalars) -> None:
-    """In the operations of torch.optim.SGD, in their order: un-dampened, the same bits."""
+    """Step in the operations of torch.optim.SGD, in their order: un-dampened, with the same bits."""
     p, buffer = plain.param, plain.momentum
     if p.ndim == 0 or not p.numel():
         return
@@ -142,7 +138,7 @@ def _plain_piece(p: Tensor, buffer: Tensor, grad: Tensor, ratio: float, scalars:
 
 
 def _as(t: Tensor, spare: Tensor) -> Tensor:
-    """`t` in the dtype of `spare`, in which a copy may lie."""
+    """Return `t` in the dtype of `spare`, in which a copy may lie."""
     return t if t.dtype == spare.dtype else spare.copy_(t)
 
 
@@ -172,7 +168,7 @@ def check_uncaptured(works: Sequence[Work], scalars: Scalars) -> None:
 
 
 def plan_of(tasks: Iterable[Task]) -> Plan:
-    """What steps of these tasks do, as far as it is this rank that does it."""
+    """Return the plan of a step of these tasks, as far as this rank does it."""
     ordered = sorted(tasks, key=lambda task: task.together)
     notes = dict.fromkeys(note for task in ordered for work in task.works for note in work.notes)
     buckets = [bucket for task in ordered for bucket in task.buckets]
@@ -181,7 +177,7 @@ def plan_of(tasks: Iterable[Task]) -> Plan:
 
 
 class Local:
-    """The `Task` of operands that this rank steps alone."""
+    """Task of operands that this rank steps alone."""
 
     together = False
     exchanged = None
@@ -192,21 +188,21 @@ class Local:
 
     @property
     def works(self) -> list[Work]:
-        """See `Task`."""
+        """Implement `Task`."""
         return self.prepared.works
 
     @property
     def buckets(self) -> list[Bucket]:
-        """See `Task`."""
+        """Implement `Task`."""
         return [work.bucket for work in self.works]
 
     def reserve(self, workspace: Workspace) -> None:
-        """See `Task`."""
+        """Implement `Task`."""
         for work in self.works:
             workspace.reserve(work.device, work.bucket.workspace_bytes)
 
     def warm_up(self, grads: Sequence[Tensor], scalars: Scalars, workspace: Workspace) -> None:
-        """See `Task`."""
+        """Implement `Task`."""
         prepared = self.prepared
         check_uncaptured(self.works, scalars)
         for work in self.works:
@@ -227,7 +223,7 @@ class Local:
         prepared.rehearsed.setdefault(memory.mark(), set()).add(kind)
 
     def run(self, grads: Sequence[Tensor], scalars: Scalars, workspace: Workspace) -> None:
-        """See `Task`."""
+        """Implement `Task`."""
         prepared, own = self.prepared, self._own(grads)
         with interrupts.held():
             own = [*own, *(copy.copy_(at.of(own[index])) for index, at, copy in prepared.grad_copies)]

@@ -1,10 +1,10 @@
-"""What `prepare` decides and `execute` does."""
+"""Nouns of a step: what `prepare` decides and tasks do."""
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from .. import memory
 from ..coefficients import Schedule
-from ..layout import Bundle, Layout, View
+from ..layout import Bundle, Layout, Matrices, View
 from ..stages import Stage
 from ..stages.packed import Packed
+from ..verbs import ApplyOptions, ApplyUpdate, MomentumUpdate
 from .options import as_scalar
 from .plan import Bucket, Shared
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from .workspace import Workspace
 
 
-class Part(NamedTuple):
+class Span(NamedTuple):
     """Matrices start..stop of one parameter, or of one piece of it."""
 
     piece: int
@@ -31,14 +32,14 @@ class Part(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """The operands of one pass through the workspace."""
+    """Operands of one pass through the workspace."""
 
     params: Bundle | Packed
     momenta: Bundle | Packed | None
     grads: list[tuple[int, Layout]]
     ratios: array[float]  # one a matrix
     second_moments: list[Tensor]  # none, or as `normalize` takes them
-    first: int  # matrices of the bucket in earlier chunks
+    chunk_index: int  # matrices of the bucket in earlier chunks
 
 
 class Plain(NamedTuple):
@@ -56,7 +57,7 @@ class Work(NamedTuple):
 
     Attributes:
         stages: what stands around the iteration.
-        number: of its first matrix among all of the group, which are counted as the parameters come.
+        group_index: of its first matrix among all of the group, which are counted as the parameters come.
         stage_floats: fp32 scratch that a matrix needs for the stages.
     """
 
@@ -66,12 +67,12 @@ class Work(NamedTuple):
     device: torch.device
     chunks: list[Chunk]
     stages: tuple[Stage, ...] = ()
-    number: int = 0
+    group_index: int = 0
     stage_floats: int = 0
 
 
 class Prepared(NamedTuple):
-    """What `prepare` decided for a group; good for every step in which `signature` and options are the same.
+    """Decisions of `prepare` for a group, good for every step in which `signature` and options are the same.
 
     `plain` has what goes through no iteration. Tensors, or pieces of them, that no strides describe as matrices are
     stepped in copies: `copies` has (that of a parameter or momentum, its copy), and `grad_copies` (index of a gradient,
@@ -87,7 +88,7 @@ class Prepared(NamedTuple):
 
 
 class Scalars(NamedTuple):
-    """What may change from step to step; see `Muon`. A negative grad_scale ascends.
+    """Numbers that may change from step to step; see `Muon`. A negative grad_scale ascends.
 
     `seed` is None without stochastic rounding; the matrices of a group take those from it on, as `Work` numbers them.
     """
@@ -103,17 +104,33 @@ class Scalars(NamedTuple):
     beta2: float = 0.0
     seed: int | None = None
 
-    def of_momentum(self) -> dict[str, Any]:
-        """What `momentum_update` takes."""
-        names = ("momentum", "nesterov", "dampened", "grad_scale", "eps")
-        return {name: getattr(self, name) for name in names}
+    def momentum_update(
+        self,
+        grad: Sequence[Matrices],
+        momentum: Sequence[Matrices] | None,
+        x: Tensor,
+        margin: float,
+        scratch: Tensor | None = None,
+        norm: Tensor | None = None,
+    ) -> MomentumUpdate:
+        """Return the arguments of `Backend.momentum_update` in this step."""
+        rule = self.momentum, self.nesterov, self.dampened, self.grad_scale, self.eps
+        return MomentumUpdate(grad, momentum, x, *rule, margin, scratch, norm)
 
-    def of_update(self, number: int, first: int) -> dict[str, Any]:
-        """What `apply_update` takes for a chunk, from its place in its bucket, and the bucket's."""
-        update = {"lr": as_scalar(self.lr), "weight_decay": as_scalar(self.weight_decay), "cautious": self.cautious}
-        if self.seed is not None:
-            update |= {"stochastic_rounding": True, "seed": self.seed + number, "first": first}
-        return update
+    def apply_update(self, param: Sequence[Matrices], x: Tensor, ratio: Sequence[float]) -> ApplyUpdate:
+        """Return the arguments of `Backend.apply_update` in this step."""
+        return ApplyUpdate(param, x, as_scalar(self.lr), as_scalar(self.weight_decay), ratio)
+
+    def apply_options(self, group_index: int, chunk_index: int) -> ApplyOptions:
+        """Return the options of `Backend.apply_update` for a chunk.
+
+        Args:
+            group_index: index of the bucket's first matrix in the group.
+            chunk_index: index of the chunk's first matrix in the bucket.
+        """
+        if self.seed is None:
+            return ApplyOptions(self.cautious)
+        return ApplyOptions(self.cautious, True, self.seed + group_index, chunk_index)
 
 
 class Task(Protocol):
@@ -129,17 +146,17 @@ class Task(Protocol):
 
     @property
     def works(self) -> list[Work]:
-        """What this rank iterates."""
+        """Work that this rank does itself."""
         ...
 
     @property
     def buckets(self) -> list[Bucket]:
-        """What of it a plan has."""
+        """Buckets of it that a plan lists."""
         ...
 
     @property
     def exchanged(self) -> Shared | None:
-        """What a plan has of the messages between ranks."""
+        """Messages between ranks that a plan lists; None if there are none."""
         ...
 
     def reserve(self, workspace: Workspace) -> None:

@@ -16,7 +16,7 @@ from .work import Work
 
 
 class Stacks(NamedTuple):
-    """What a chunk of `batch` matrices needs beside parameters and state."""
+    """Memory that a chunk of `batch` matrices needs beside parameters and state."""
 
     X: Tensor  # (batch, m, n)
     Y: Tensor
@@ -44,18 +44,18 @@ class Workspace:
             self._blocks[device] = torch.empty(bytes_, dtype=torch.uint8, device=device)
 
     def addresses(self) -> list[int]:
-        """Where the blocks are."""
+        """Return the addresses of the blocks."""
         return [block.data_ptr() for block in self._blocks.values()]
 
     def stacks(self, work: Work, batch: int) -> Stacks:
-        """Those of a chunk of `batch` matrices; the same tensors every time."""
+        """Return views for a chunk of `batch` matrices. Repeated calls return the same tensors."""
         key = work.bucket, work.schedule, batch, work.device, work.stage_floats
         if key not in self._stacks:
             with torch.inference_mode(False):  # what is kept must be of use outside inference mode too
-                self._stacks[key] = self._cut(*key)
+                self._stacks[key] = self._carve(*key)
         return self._stacks[key]
 
-    def _cut(self, bucket: Bucket, schedule: Schedule, batch: int, device: torch.device, stage_floats: int) -> Stacks:
+    def _carve(self, bucket: Bucket, schedule: Schedule, batch: int, device: torch.device, stage_floats: int) -> Stacks:
         m, n = bucket.shape
         ops = backends.get(bucket.backend)
         block = self._blocks[device]

@@ -1,4 +1,4 @@
-"""What the Triton kernels are run with, by architecture and shape: data, so that nothing is tuned where a step runs."""
+"""Tables of what Triton kernels are run with, by architecture and shape, so that nothing is tuned where a step runs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Shape(NamedTuple):
-    """Of a product: `batch` times m x k by k x n."""
+    """Shape of a product: `batch` times m x k by k x n."""
 
     batch: int
     m: int
@@ -34,13 +34,13 @@ class Config(NamedTuple):
     tma: bool = False
 
     def tiles(self, m: int, n: int, symmetric: bool) -> int:
-        """Of a matrix."""
+        """Return the number of tiles of a matrix."""
         tiles_m, tiles_n = -(-m // self.block_m), -(-n // self.block_n)
         return tiles_m * (tiles_m + 1) // 2 if symmetric else tiles_m * tiles_n
 
 
 class Table(NamedTuple):
-    """What products on a kind of GPU are chosen from.
+    """Table that products on a kind of GPU are chosen from.
 
     Attributes:
         configs: the candidates.
@@ -139,7 +139,7 @@ BLOCK = 64  # rows and columns of a tile
 
 
 def scratch_bytes(rows: int, cols: int) -> int:
-    """Of a matrix in `momentum_update`: a double for each tile and as much for the scale, in whole sectors."""
+    """Return a matrix's bytes of scratch: a double for each tile and as much for the scale, in whole sectors."""
     return -(-8 * (-(-rows // BLOCK) * -(-cols // BLOCK) + 1) // 32) * 32
 
 
@@ -154,7 +154,7 @@ def block_of(rows: int) -> int:
 
 
 def executed_flops(rows: int, cols: int, steps: int, terms: int) -> int:
-    """Of `fused_step` for a matrix: a product is three or six of bf16, and sizes are rounded up to tiles."""
+    """Return a matrix's FLOPs in `fused_step`: a product is three or six of bf16; sizes are rounded up to tiles."""
     m = block_of(rows)
     n = -(-cols // m) * m
     return terms * (terms + 1) // 2 * 2 * m * m * (2 * n + (4 * steps - 3) * m)

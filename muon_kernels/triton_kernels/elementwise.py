@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import Matrices
+from ..verbs import ApplyOptions, ApplyUpdate, MomentumUpdate
 from . import tables
 from .configs import BLOCK, scratch_bytes
 from .launch import launch
@@ -43,7 +43,7 @@ def matrix_at(refs, matrix, DTYPE: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def walks_columns(row_stride, col_stride):
-    """Whether a matrix is walked along its columns; tables.py says the same of it."""
+    """Return whether a matrix is walked along its columns; tables.py says the same of it."""
     return (row_stride == 1) & (col_stride != 1)
 
 
@@ -64,7 +64,7 @@ def walk(at, row_stride, col_stride, tall, line, along, WIDTH: tl.constexpr):
 
 @triton.jit
 def tile_of(pid, M, N, tall, BLOCK: tl.constexpr):
-    """(row, column) of a tile, counted in tiles: neighbouring programs are neighbours along the walk."""
+    """Return (row, column) of a tile, counted in tiles: neighbouring programs are neighbours along the walk."""
     down, across = tl.cdiv(M, BLOCK), tl.cdiv(N, BLOCK)
     return tl.where(tall, pid % down, pid // across), tl.where(tall, pid // down, pid % across)
 
@@ -247,56 +247,42 @@ def norm_kernel(
                 tl.store(at, times_power(value, e).to(x.dtype.element_ty), inside)
 
 
-def momentum_update(
-    grads: Sequence[Matrices],
-    momenta: Sequence[Matrices] | None,
-    X: Tensor,
-    *,
-    momentum: float,
-    nesterov: bool,
-    dampened: bool,
-    grad_scale: float,
-    eps: float,
-    margin: float,
-    scratch: Tensor | None = None,
-    norms: Tensor | None = None,
-) -> Tensor:
-    """See `Backend.momentum_update`, on the current device; X may also be f16. Two launches.
+def momentum_update(args: MomentumUpdate) -> Tensor:
+    """Implement `Backend.momentum_update`, on the current device; x may also be f16. Two launches.
 
-    Args:
-        scratch: uint8, batch times `scratch_bytes`, at a multiple of 8: the sums of squares of all tiles, and behind
-            them the scales, which are returned.
+    `scratch` is uint8, batch times `scratch_bytes`, at a multiple of 8: the sums of squares of all tiles, and behind
+    them the scales, which are returned.
     """
-    batch, m, n = X.shape
+    x, scratch = args.x, args.scratch
+    batch, m, n = x.shape
     if scratch is None:
-        scratch = torch.empty(batch * scratch_bytes(m, n), dtype=torch.uint8, device=X.device)
+        scratch = torch.empty(batch * scratch_bytes(m, n), dtype=torch.uint8, device=x.device)
     partial = scratch.view(torch.float64)
     scale = partial[partial.numel() - batch :].view(torch.float32)[:batch]
     if not batch:
         return scale
     tiles = triton.cdiv(m, BLOCK) * triton.cdiv(n, BLOCK)
     assert batch * (tiles + 1) <= partial.numel()
-    sizes = m, n, X.stride(0), X.stride(1)
-    g = tables.table(grads, X.device)
-    b = tables.table(momenta, X.device) if momenta is not None else None
+    sizes = m, n, x.stride(0), x.stride(1)
+    lists = [args.grad] if args.momentum is None else [args.grad, args.momentum]
+    g, *b = (tables.table(matrices, x.device) for matrices in lists)
     if tiles:
         launch(
             momentum_kernel, batch * tiles,
-            g.refs, b and b.refs, X, partial, *sizes, float(grad_scale), float(momentum), 1.0 - momentum,
-            GRAD=TYPES[grads[0].tensor.dtype],
-            MOMENTUM=TYPES[(momenta or grads)[0].tensor.dtype],
-            NESTEROV=nesterov,
-            DAMPENED=dampened,
-            WIDTH=tables.width(
-                m, n, max(t[0].tensor.itemsize for t in (grads, momenta) if t), X, *((g,) if b is None else (b, g))
-            ),
+            g.refs, b[0].refs if b else None, x, partial, *sizes, float(args.grad_scale), float(args.mu), 1.0 - args.mu,
+            GRAD=TYPES[args.grad[0].tensor.dtype],
+            MOMENTUM=TYPES[lists[-1][0].tensor.dtype],
+            NESTEROV=args.nesterov,
+            DAMPENED=args.dampened,
+            WIDTH=tables.width(m, n, max(matrices[0].tensor.itemsize for matrices in lists), x, *b, g),
             BLOCK=BLOCK,
             **OPTIONS,
         )  # fmt: skip
     shares = min(max(tiles // 64, 1), 64)
     launch(
-        norm_kernel, (batch, shares), X, partial, scale, norms, *sizes, eps, margin, BLOCK=BLOCK, CHUNK=256, **OPTIONS
-    )
+        norm_kernel, (batch, shares), x, partial, scale, args.norm, *sizes, args.eps, args.margin,
+        BLOCK=BLOCK, CHUNK=256, **OPTIONS,
+    )  # fmt: skip
     return scale
 
 
@@ -330,7 +316,7 @@ def rounded_by(value, random):
 
 @triton.jit
 def step_factors(lr, weight_decay, lr_at, weight_decay_at, ratio):
-    """What multiplies a parameter, and its update: from numbers of the host, or where only the device knows them."""
+    """Return the factors of a parameter and of its update, from numbers of the host or of the device."""
     if lr_at is not None:
         lr = tl.load(lr_at).to(tl.float64)
     if weight_decay_at is not None:
@@ -393,45 +379,34 @@ def on_device(x: float | Tensor, device: torch.device) -> tuple[float, Tensor | 
 
 
 def ratios_on(device: torch.device, ratios: Sequence[float]) -> Tensor:
-    """(batch,) float64."""
+    """Return them as (batch,) float64 on the device."""
     ratios = ratios if isinstance(ratios, array) else array("d", ratios)
     return tables.on_device(ratios.tobytes(), torch.float64, device)
 
 
-def apply_update(
-    params: Sequence[Matrices],
-    X: Tensor,
-    *,
-    lr: float | Tensor,
-    weight_decay: float | Tensor,
-    ratios: Sequence[float],
-    cautious: bool = False,
-    stochastic_rounding: bool = False,
-    seed: int = 0,
-    first: int = 0,
-) -> None:
-    """See `Backend.apply_update`, on the current device; X may also be f16. One launch.
+def apply_update(args: ApplyUpdate, options: ApplyOptions = ApplyOptions()) -> None:
+    """Implement `Backend.apply_update`, on the current device; x may also be f16. One launch.
 
     Raises:
         ValueError: stochastic rounding of fp16.
     """
-    batch, m, n = X.shape
-    if not X.numel():
+    x, dtype = args.x, args.param[0].tensor.dtype if args.param else torch.float32
+    batch, m, n = x.shape
+    if not x.numel():
         return
-    dtype = params[0].tensor.dtype
-    if stochastic_rounding and dtype == torch.float16:
+    if options.stochastic_rounding and dtype == torch.float16:
         raise ValueError("stochastic_rounding should be of bfloat16 parameters but they are: torch.float16")
-    lr, lr_at = on_device(lr, X.device)
-    weight_decay, weight_decay_at = on_device(weight_decay, X.device)
-    p = tables.table(params, X.device)
+    lr, lr_at = on_device(args.lr, x.device)
+    weight_decay, weight_decay_at = on_device(args.weight_decay, x.device)
+    p = tables.table(args.param, x.device)
     launch(
         apply_kernel, batch * triton.cdiv(m, BLOCK) * triton.cdiv(n, BLOCK),
-        p.refs, X, ratios_on(X.device, ratios), m, n, X.stride(0), X.stride(1),
-        lr, weight_decay, lr_at, weight_decay_at, (seed + 2**63) % 2**64 - 2**63, first,
+        p.refs, x, ratios_on(x.device, args.ratio), m, n, x.stride(0), x.stride(1),
+        lr, weight_decay, lr_at, weight_decay_at, (options.seed + 2**63) % 2**64 - 2**63, options.first,
         PARAM=TYPES[dtype],
-        CAUTIOUS=cautious,
-        STOCHASTIC=stochastic_rounding and dtype == torch.bfloat16,
-        WIDTH=tables.width(m, n, dtype.itemsize, X, p),
+        CAUTIOUS=options.cautious,
+        STOCHASTIC=options.stochastic_rounding and dtype == torch.bfloat16,
+        WIDTH=tables.width(m, n, dtype.itemsize, x, p),
         BLOCK=BLOCK,
         **OPTIONS,
     )  # fmt: skip

@@ -10,17 +10,15 @@ fp32: enough for five to eight steps (see `refuses`).
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
 from itertools import chain
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
-from ..layout import Matrices
+from ..verbs import Step
 from . import tables
 from .configs import FUSED_ROWS, block_of
 from .elementwise import (
@@ -79,7 +77,7 @@ def product(a, b, TERMS: tl.constexpr):
 
 @triton.jit
 def exchanged(exchange, a, b):
-    """(a, b) or (b, a)."""
+    """Return (a, b) or (b, a)."""
     if exchange:
         a, b = b, a
     return a, b
@@ -94,7 +92,7 @@ def turned(x, tall, WIDTH: tl.constexpr):
 
 @triton.jit
 def direction_of(grad, momentum, mu, HAS_MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, DAMPENED: tl.constexpr):
-    """From a gradient times its scale and the new momentum."""
+    """Return the direction from a gradient times its scale and the new momentum."""
     if not HAS_MOMENTUM:
         return grad
     return look_ahead(grad, momentum, mu, DAMPENED) if NESTEROV else momentum
@@ -102,7 +100,7 @@ def direction_of(grad, momentum, mu, HAS_MOMENTUM: tl.constexpr, NESTEROV: tl.co
 
 @triton.constexpr_function
 def columns_of(width, block):
-    """Of a tile. Addresses of single elements take many registers: half the tile, and none is transposed."""
+    """Return the columns of a tile, half where single elements are moved: their addresses take many registers."""
     return block if width > 1 else 32
 
 
@@ -117,7 +115,7 @@ def tile_at(origin, begin, M, N, tall, WIDTH: tl.constexpr, BLOCK: tl.constexpr)
 
 @triton.jit
 def is_tall(param_refs, matrix, WIDTH: tl.constexpr):
-    """Whether a matrix is walked along its columns; no matter where elements are moved one by one."""
+    """Return whether a matrix is walked along its columns; it does not matter where elements are moved one by one."""
     return WIDTH > 1 and walks_columns(tl.load(param_refs + 3 * matrix + 1), tl.load(param_refs + 3 * matrix + 2))
 
 
@@ -157,7 +155,7 @@ def first_pass(
 
 @triton.jit
 def newton_schulz(R, coefficients, steps, zero, eps, margin, TERMS: tl.constexpr, BLOCK: tl.constexpr):
-    """From R to Q, which has the scale of X in it; `coefficients`, (steps, 3), on the device."""
+    """Iterate from R to Q, which has the scale of X in it; `coefficients` is (steps, 3), on the device."""
     diagonal = tl.arange(0, BLOCK)[:, None] == tl.arange(0, BLOCK)[None, :]
     trace = tl.sum(tl.where(diagonal, R, 0.0))
     norm = tl.sqrt_rn(trace)
@@ -247,65 +245,45 @@ def _registers() -> dict[str, int]:
     return options.get(driver.active.get_current_target().backend, {})
 
 
-def fused_step(
-    params: Sequence[Matrices],
-    grads: Sequence[Matrices],
-    momenta: Sequence[Matrices] | None,
-    shape: tuple[int, int],
-    *,
-    triples: Sequence[tuple[float, float, float]],
-    momentum: float,
-    nesterov: bool,
-    dampened: bool,
-    grad_scale: float,
-    eps: float,
-    margin: float,
-    lr: float | Tensor,
-    weight_decay: float | Tensor,
-    ratios: Sequence[float],
-    terms: int,
-    cautious: bool = False,
-    stochastic_rounding: bool = False,
-    seed: int = 0,
-    first: int = 0,
-) -> None:
-    """See `Backend.fused_step`, on the current device, in one launch.
+def fused_step(args: Step, terms: int) -> None:
+    """Implement `Backend.fused_step`, on the current device, in one launch.
 
     Args:
-        shape: (m, n), wide side up.
+        args: its momentum's x gives the sizes, wide side up; momenta may be None.
         terms: of bf16 that a number is the sum of in the iteration, two or three.
-        stochastic_rounding, seed, first: there is none here.
 
     Raises:
         ValueError: more than FUSED_ROWS rows, stochastic rounding.
     """
-    m, n = shape
+    momentum, apply, options = args.momentum, args.apply, args.options
+    _, m, n = momentum.x.shape
     if m > min(n, FUSED_ROWS):
         raise ValueError(f"fused_step takes wide matrices of at most {FUSED_ROWS} rows but they are: {m} x {n}")
-    if stochastic_rounding:
+    if options.stochastic_rounding:
         raise ValueError("fused_step rounds to nearest but was asked for: stochastic_rounding")
-    if not (len(ratios) and m):
+    if not (len(apply.ratio) and m):
         return
-    device = params[0].tensor.device
-    lr, lr_at = on_device(lr, device)
-    weight_decay, weight_decay_at = on_device(weight_decay, device)
-    p, g = tables.table(params, device), tables.table(grads, device)
-    b = tables.table(momenta, device) if momenta is not None else None
-    itemsize = max(t[0].tensor.itemsize for t in (params, grads, momenta) if t)
-    coefficients = array("f", chain.from_iterable(triples)).tobytes()
+    device = apply.param[0].tensor.device
+    lr, lr_at = on_device(apply.lr, device)
+    weight_decay, weight_decay_at = on_device(apply.weight_decay, device)
+    lists = (
+        [apply.param, momentum.grad] if momentum.momentum is None else [apply.param, momentum.grad, momentum.momentum]
+    )
+    p, g, *b = (tables.table(matrices, device) for matrices in lists)
+    coefficients = array("f", chain.from_iterable(args.triples)).tobytes()
     launch(
-        fused_step_kernel, len(ratios),
-        g.refs, b and b.refs, p.refs, ratios_on(device, ratios),
-        tables.on_device(coefficients, torch.float32, device), len(triples), 0,
-        m, n, float(grad_scale), float(momentum), 1.0 - momentum, float(eps), float(margin),
+        fused_step_kernel, len(apply.ratio),
+        g.refs, b[0].refs if b else None, p.refs, ratios_on(device, apply.ratio),
+        tables.on_device(coefficients, torch.float32, device), len(args.triples), 0, m, n,
+        float(momentum.grad_scale), float(momentum.mu), 1.0 - momentum.mu, float(momentum.eps), float(momentum.margin),
         lr, weight_decay, lr_at, weight_decay_at,
-        GRAD=TYPES[grads[0].tensor.dtype],
-        MOMENTUM=TYPES[(momenta or grads)[0].tensor.dtype],
-        PARAM=TYPES[params[0].tensor.dtype],
-        NESTEROV=nesterov,
-        DAMPENED=dampened,
-        CAUTIOUS=cautious,
-        WIDTH=tables.width(m, n, itemsize, None, p, g, *((b,) if b else ())),
+        GRAD=TYPES[momentum.grad[0].tensor.dtype],
+        MOMENTUM=TYPES[lists[-1][0].tensor.dtype],
+        PARAM=TYPES[apply.param[0].tensor.dtype],
+        NESTEROV=momentum.nesterov,
+        DAMPENED=momentum.dampened,
+        CAUTIOUS=options.cautious,
+        WIDTH=tables.width(m, n, max(matrices[0].tensor.itemsize for matrices in lists), None, p, g, *b),
         TERMS=terms,
         BLOCK=block_of(m),
         num_stages=1,

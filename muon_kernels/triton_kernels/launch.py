@@ -1,4 +1,4 @@
-"""How kernels are launched. Triton looks at every argument of every call, which takes longer than the rest of a step.
+"""Launches of kernels. Triton looks at every argument of every call, which takes longer than the rest of a step.
 
 Here it does so once for each kind of arguments: kernels declare the types of their numbers, and have Triton look
 not at values, so that nothing asks for another compilation but a constant, a dtype or an address less aligned.
@@ -78,7 +78,7 @@ class Launch:
 
 
 def _type(argument: Any) -> object:
-    """What decides how Triton passes an argument."""
+    """Return what decides how Triton passes an argument."""
     if isinstance(argument, Tensor):
         return argument.dtype
     return argument.bit_length() > 31 if isinstance(argument, int) else type(argument)
@@ -142,7 +142,7 @@ def rehearsing() -> bool:
 
 
 def _reason(name: str, error: Exception) -> str:
-    """What went wrong, in a sentence, and the mend."""
+    """Say in a sentence what went wrong, and how to fix it."""
     what = f"{type(error).__name__}: {error}".strip().splitlines()[0]
     if isinstance(error, OSError):
         mend = "set TRITON_CACHE_DIR to a directory that can be written, with room in it"

@@ -22,7 +22,7 @@ _SUMS_IN_FP32 = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 8
 
 
 def file_of(name: str) -> Path:
-    """Where the table of a GPU of that name is kept, for this version of triton."""
+    """Return the file for the table of a GPU of that name, with this version of triton."""
     slug = re.sub(r"[^a-z0-9]+", "-", f"{name} triton {triton.__version__}".lower())
     if base := os.environ.get("MUON_KERNELS_CACHE_DIR"):
         return Path(base) / f"{slug}.json"
@@ -34,7 +34,7 @@ _MEND = "set MUON_KERNELS_CACHE_DIR to a directory that can be written"
 
 
 def writable(file: Path) -> None:
-    """Raise RuntimeError, with the mend, unless `file` can be written."""
+    """Raise RuntimeError, with how to fix it, unless `file` can be written."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with NamedTemporaryFile(dir=file.parent):
@@ -44,7 +44,7 @@ def writable(file: Path) -> None:
 
 
 def save(file: Path, table: Table) -> None:
-    """Keep a table for later processes; RuntimeError, with the mend, if that fails."""
+    """Keep a table for later processes; RuntimeError, with how to fix it, if that fails."""
     content = {"configs": [c._asdict() for c in table.configs], "vendor_from": table.vendor_from}
     part = file.with_suffix(f".{os.getpid()}")
     try:
@@ -78,7 +78,7 @@ def load(file: Path, shipped: Table) -> Table | None:
 
 
 def name_of_gpu() -> str:
-    """Of the current device."""
+    """Return the name of the current device."""
     device = driver.active.get_active_torch_device()
     if device.type == "cpu":  # only in tests, where something executes kernels in a GPU's place
         return f"none {driver.active.get_current_target().arch}"
@@ -86,16 +86,16 @@ def name_of_gpu() -> str:
 
 
 def shipped() -> Table:
-    """For the current device."""
+    """Return the shipped table for the current device."""
     return _usable(configs.table(driver.active.get_current_target().arch))
 
 
 def table() -> Table:
-    """For the current device: the one that was measured on such a GPU, or the shipped one."""
+    """Return the table for the current device: the one that was measured on such a GPU, or the shipped one."""
     kept = load(file_of(name_of_gpu()), shipped())
     return shipped() if kept is None else _usable(kept)
 
 
 def _usable(table: Table) -> Table:
-    """Without the vendor's library where torch rounds its sums before it returns them."""
+    """Take the vendor's library out of a table where torch rounds its sums before it returns them."""
     return table if _SUMS_IN_FP32 else table._replace(vendor_from=None)

@@ -204,7 +204,7 @@ def _product(
 
 @cache
 def _gpu(device: int) -> tuple[Table, int]:
-    """Of the current device: what to choose from, and its multiprocessors."""
+    """Return the table of the current device and its number of multiprocessors."""
     return measured.table(), int(driver.active.utils.get_device_properties(device)["multiprocessor_count"])
 
 
@@ -214,7 +214,7 @@ def _check(fits: bool) -> None:
 
 
 class _Place(NamedTuple):
-    """Where a stack is, and how it lies there. It keeps no memory alive, so it can be kept.
+    """Address and strides of a stack. It keeps no memory alive, so it can be kept.
 
     Attributes:
         strides: of matrices and rows, in elements.
@@ -226,7 +226,7 @@ class _Place(NamedTuple):
     dtype: torch.dtype
 
     def data_ptr(self) -> int:
-        """As a tensor's: what descriptors are made from."""
+        """Return the address, as a tensor does; descriptors are made from it."""
         return self.address
 
     @staticmethod
@@ -240,7 +240,7 @@ class _Place(NamedTuple):
 
 
 class _Launch(NamedTuple):
-    """What a product of operands in these places needs, whatever its coefficients.
+    """Launch of a product of operands in these places, whatever its coefficients.
 
     Attributes:
         vendor: see configs.vendor.
@@ -333,7 +333,7 @@ def gemm_by_vendor(
     beta: float,
     scale: Tensor | None,
 ) -> None:
-    """See `product`. Everything is added in fp32, so that there is but one rounding here, too."""
+    """Do as `product`, by the vendor's library. All is added in fp32, so that there is but one rounding here, too."""
     for i in range(len(out)):  # one after the other: sums take twice the memory of a result
         sums = _product_in_fp32(a[i], b[i])
         if a_diagonal is not None:

@@ -82,7 +82,7 @@ def on_device(content: bytes, dtype: torch.dtype, device: torch.device) -> Tenso
 
 
 def _by_launches(content: bytes, device: torch.device) -> Tensor:
-    """(n,) int64 that begins with `content`."""
+    """Return an (n,) int64 tensor that begins with `content`."""
     words = array("q", content.ljust(-(-len(content) // (8 * _WORDS)) * 8 * _WORDS, b"\0"))
     out = torch.empty(len(words), dtype=torch.int64, device=device)
     for begin in range(0, len(words), _WORDS):
@@ -127,7 +127,7 @@ def table(matrices: Sequence[Matrices], device: torch.device) -> Table:
 
 
 def width(rows: int, cols: int, itemsize: int, X: Tensor | None, *tables: Table) -> int:
-    """How many elements a walk over matrices of all tables, and over X, may move at once.
+    """Return how many elements a walk over matrices of all tables, and over X, may move at once.
 
     16 bytes of the largest element: of the others less, since a thread then has the same elements of all. 1 unless the
     tables are walked the same way and nothing cuts through a vector.

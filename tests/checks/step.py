@@ -22,6 +22,7 @@ from muon_kernels.cli.ledger import ledger
 from muon_kernels.coefficients import resolve
 from muon_kernels.layout import Matrices, layout
 from muon_kernels.split import blocks, equal, heads, qkv
+from muon_kernels.verbs import ApplyUpdate, MomentumUpdate
 
 
 class Gpu(NamedTuple):
@@ -98,10 +99,11 @@ def test_a_scratch_is_used_again(gpu: Gpu) -> None:
     assert at is not None
     X = torch.empty_like(G, dtype=torch.bfloat16)
     scratch = torch.empty(2 * ops.scratch_bytes(20, 30), dtype=torch.uint8, device=gpu.device)
-    rule = dict(momentum=0.0, nesterov=False, dampened=True, grad_scale=1.0, eps=1e-7, margin=1.0)
     for size in SIZES:
         grads = G * size
-        scale = ops.momentum_update([Matrices(grads, at)], None, X, scratch=scratch, **rule)
+        scale = ops.momentum_update(
+            MomentumUpdate([Matrices(grads, at)], None, X, 0.0, False, True, 1.0, 1e-7, 1.0, scratch)
+        )
         torch.testing.assert_close(scale.double(), 1 / grads.double().norm(dim=(1, 2)), rtol=1e-6, atol=0)
 
 
@@ -243,7 +245,7 @@ def test_a_learning_rate_on_the_device(gpu: Gpu) -> None:
         p = G.clone()
         at = layout(p.shape, p.stride(), None, ())
         assert at is not None
-        backends.get(gpu.backend).apply_update([Matrices(p, at)], X, lr=lr, weight_decay=decay, ratios=[1.0, 2.0])
+        backends.get(gpu.backend).apply_update(ApplyUpdate([Matrices(p, at)], X, lr, decay, [1.0, 2.0]))
         results.append(p)
     assert torch.equal(*results)
 

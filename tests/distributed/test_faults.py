@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from muon_kernels import Muon, SpectralAdam
 from muon_kernels.cli.demo import training
 from muon_kernels.distributed import consensus
-from muon_kernels.distributed.strategies.owner import CutRound
-from muon_kernels.distributed.strategies.replicas import CopyRound
+from muon_kernels.distributed.strategies.owner import OwnerRound
+from muon_kernels.distributed.strategies.replicas import ReplicaRound
 
 SHAPES = [(40, 64), (64, 24), (40, 64)]
 
@@ -46,7 +46,7 @@ def die_in(layout: str, where: str) -> None:
     give(params)
     optimizer.step()
     if dist.get_rank() == 1:
-        for kind in (CutRound, CopyRound):
+        for kind in (OwnerRound, ReplicaRound):
             setattr(kind, where, lambda *_: os._exit(1))
     optimizer.step()
 

@@ -33,6 +33,7 @@ CASES: dict[str, tuple[type[Optimizer], list[tuple[int, ...]], dict[str, Any]]] 
     "bf16 momentum": (Muon, SHAPES, {"momentum_dtype": torch.bfloat16}),
     "cautious": (Muon, SHAPES, {"cautious": True, "weight_decay": 0.5}),
     "signs": (Muon, SHAPES, {"sign_momentum": True}),
+    "exact RMS": (Muon, SHAPES, {"exact_rms": True}),
     "rows": (Muon, WHOLE, {"second_moment": "neuron"}),
     "elements": (Muon, WHOLE, {"second_moment": "element", "sign_momentum": True}),
     "half power": (SpectralMomentum, SHAPES, {"power": 0.5}),

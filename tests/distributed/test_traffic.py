@@ -20,10 +20,10 @@ from muon_kernels import Muon
 from muon_kernels.cli.ledger import MODELS
 from muon_kernels.coefficients import resolve
 from muon_kernels.distributed import traffic
-from muon_kernels.distributed.deal import deal, least
+from muon_kernels.distributed.balance import assign_owners, least_load
 from muon_kernels.distributed.exchange import Exchange
 from muon_kernels.distributed.slices import IN_FLIGHT, share_bytes
-from muon_kernels.distributed.strategies.owner import CutRound
+from muon_kernels.distributed.strategies.owner import OwnerRound
 from muon_kernels.distributed.traffic import BESIDE, Mesh, elements, owners
 from muon_kernels.step.plan import Plan
 
@@ -95,7 +95,7 @@ def step(layout: str, shapes: list[tuple[int, int, int]], cap: int | None, measu
         "state": sum(m.numel() * m.itemsize for m in held),
         "buffers": sum(t.untyped_storage().nbytes() for t in buffers),
         "rounds": len(exchange.rounds),
-        "cut": sum(isinstance(r, CutRound) for r in exchange.rounds),
+        "cut": sum(isinstance(r, OwnerRound) for r in exchange.rounds),
         "workspace": sum(t.numel() * t.itemsize for t in muon._workspace._blocks.values()),
     }
 
@@ -187,7 +187,7 @@ def test_the_figures_to_reach(model: str, ranks: int) -> None:
 
 def test_where_no_deal_is_better_the_even_one_is_kept() -> None:
     """Costly matrices for half of the ranks, and cheap ones: those are spread although that makes no rank faster."""
-    dealt = deal([9] * 4 + [1] * 8, 8)
+    dealt = assign_owners([9] * 4 + [1] * 8, 8)
     costly, cheap = set(dealt[:4]), dealt[4:]
     assert len(costly) == 4
     assert sorted(cheap) == sorted(2 * [rank for rank in range(8) if rank not in costly])
@@ -201,7 +201,7 @@ def test_the_slowest_owner(model: str, ranks: int) -> None:
         flops = [cost.flops for cost in owners(MODELS[model], mesh)]
         each = traffic.flops(MODELS[model])
         assert sum(flops) == sum(each)
-        assert max(flops) <= max(1.1 * sum(each) / ranks, least(each, ranks))
+        assert max(flops) <= max(1.1 * sum(each) / ranks, least_load(each, ranks))
 
 
 def fits(sizes: tuple[int, ...], counts: tuple[int, ...], bins: int, cap: int) -> bool:
@@ -230,13 +230,13 @@ def test_near_the_best_deal_there_is(ranks: int) -> None:
     sizes = tuple(sorted(set(each), reverse=True))
     counts = tuple(each.count(size) for size in sizes)
     totals = [0] * ranks
-    for cost, owner in zip(each, deal(each, ranks), strict=True):
+    for cost, owner in zip(each, assign_owners(each, ranks), strict=True):
         totals[owner] += cost
     assert fits(sizes, counts, ranks, max(totals))
     mean = sum(each) / ranks
     if max(totals) > 1.1 * mean:
         assert not fits(sizes, counts, ranks, max(totals) - 1)
-    assert least(each, ranks) <= max(totals)
+    assert least_load(each, ranks) <= max(totals)
 
 
 @pytest.mark.parametrize(
@@ -253,25 +253,28 @@ def test_near_the_best_deal_there_is(ranks: int) -> None:
 def test_a_deal(costs: list[int], ranks: int, expected: int) -> None:
     """Graham's examples: LPT alone gives 7 and 11."""
     totals = [0] * ranks
-    for cost, owner in zip(costs, deal(costs, ranks), strict=True):
+    for cost, owner in zip(costs, assign_owners(costs, ranks), strict=True):
         totals[owner] += cost
     assert max(totals) == expected
-    assert least(costs, ranks) <= expected
+    assert least_load(costs, ranks) <= expected
 
 
 def test_a_deal_minds_what_ranks_have_and_may_have() -> None:
-    assert sorted(deal([3, 3, 2, 2, 2], 3, loads=[6, 0, 0])) in (
+    assert sorted(assign_owners([3, 3, 2, 2, 2], 3, loads=[6, 0, 0])) in (
         [1, 1, 1, 2, 2],
         [1, 1, 2, 2, 2],
     )  # 6 each, by first fit
-    assert deal([1, 1, 1], 2, loads=[2, 0]).count(1) >= 2
-    assert deal([5, 1, 1], 2, among=[[1], None, None]) == [1, 0, 0]
+    assert assign_owners([1, 1, 1], 2, loads=[2, 0]).count(1) >= 2
+    assert assign_owners([5, 1, 1], 2, among=[[1], None, None]) == [1, 0, 0]
     costs = [7, 7, 6, 6, 5, 5, 4, 4, 4]
-    owners = deal(costs, 3, among=[[2], *[None] * 7, [0, 1]], loads=[0, 0, 3])
+    owners = assign_owners(costs, 3, among=[[2], *[None] * 7, [0, 1]], loads=[0, 0, 3])
     assert owners[0] == 2 and owners[-1] in (0, 1)
-    assert deal(costs, 3, loads=[9, 0, 0]) == deal(list(costs), 3, loads=(9, 0, 0))
+    assert assign_owners(costs, 3, loads=[9, 0, 0]) == assign_owners(list(costs), 3, loads=(9, 0, 0))
     assert (
-        least([1], 2, [5, 0]) == 5 and least([4, 4, 4], 2) == 8 and least([6, 1], 2) == 6 and least([3, 2], 2, [3]) == 4
+        least_load([1], 2, [5, 0]) == 5
+        and least_load([4, 4, 4], 2) == 8
+        and least_load([6, 1], 2) == 6
+        and least_load([3, 2], 2, [3]) == 4
     )
 
 
@@ -279,7 +282,7 @@ def test_many_matrices_are_dealt_soon() -> None:
     each = traffic.flops(MODELS["moonlight-16b"])
     assert len(each) > 5000
     start = time.process_time()
-    deal(each, 1024)
+    assign_owners(each, 1024)
     assert time.process_time() - start < 2
 
 

@@ -104,8 +104,7 @@ FAULTS = [
 
 # Only the two smallest kernels, which have all the code.
 LEAN = [
-    (KERNEL,
-     "    if (rows <= 64) return launch<64>(args, count, stream);\n    return launch<128>(args, count, stream);\n",
-     "    return {Status::invalid_argument, 0};\n"),
-    (KERNEL, "    if (rows <= 32) return launch<32>", "    return launch<32>"),
+    ("    if (rows <= 64) return launch<64>(args, count, stream);\n    return launch<128>(args, count, stream);\n",
+     "    return {Status::invalid_argument, 0};\n", KERNEL),
+    ("    if (rows <= 32) return launch<32>", "    return launch<32>", KERNEL),
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Faults in steps that several ranks take together: python tests/plant.py tests/mutants_exchange.py"""
+"""Faults in steps that several ranks take together; see plant.py."""
 
 from plant import Fault
 

@@ -95,17 +95,17 @@ FAULTS = [
     ),
     _gram("squares of empty parts are old", "_clear(out, self._rest)", "None", "gram_is_muon and cpu and 4"),
     _gram(
-        "cut rows are summed", "all(kind.parts[rank].rows == m for rank in holders(kind))", "True", "cannot_be_summed"
+        "cut rows are summed", "all(key.shards[rank].rows == m for rank in holders(key))", "True", "cannot_be_summed"
     ),
     _gram(
         "square matrices not turned",
-        "return all(part.left == 0 and part.cols == found[0].cols for part in found)",
+        "return all(shard.left == 0 and shard.cols == found[0].cols for shard in found)",
         "return False",
         "gram_is_muon and cpu and 3",
     ),
     _gram(
         "square matrices always turned",
-        "return all(part.left == 0 and part.cols == found[0].cols for part in found)",
+        "return all(shard.left == 0 and shard.cols == found[0].cols for shard in found)",
         "return True",
         "gram_is_muon and cpu and 3",
     ),
@@ -140,7 +140,7 @@ FAULTS = [
     _blocks("never whole", 'bool(group.get("step", 0) % group["block_period"])', "True", "blocks_between and 3"),
     _blocks(
         "shape of the whole",
-        "yield piece, (batch, part.rows, part.cols)",
+        "yield piece, (batch, shard.rows, shard.cols)",
         "yield piece, (batch, *placement.whole)",
         "blocks_between and 3",
     ),
@@ -148,8 +148,8 @@ FAULTS = [
     _divide("ratio of blocks forgotten", "pieces=own, lr_factor=shard_lr_factor", "pieces=own", "blocks_between and 3"),
     Fault(
         "either kind of step is the other",
-        "self._tasks.get((id(group), steps_shards),",
-        "self._tasks.get(id(group),",
+        "cache.get((id(group), steps_shards),",
+        "cache.get(id(group),",
         "blocks_between and 3",
         "muon_kernels/optimizers/muon.py",
     ),
@@ -209,7 +209,7 @@ FAULTS = [
         "updated = self._slice(params, flat)",
         "mean_gradient and 2",
     ),
-    _zero("parameters without gradient decay", "if grads[m.param] is not None and _length", "if _length", "some_ranks"),
+    _zero("parameters without gradient decay", "if grads[m.param] is not None and length", "if length", "some_ranks"),
     _zero(
         "scale of the gradient forgotten",
         "self._averaged(flat, grads, device).mul_(grad_scale)",
@@ -240,7 +240,7 @@ FAULTS = [
     _zero(
         "slice of a whole checkpoint", "return value[own[0] : own[1]]", "return value[: own[1] - own[0]]", "refuse_what"
     ),
-    _zero("slices of others are taken", "if local(value).numel() != _length(own):", "if False:", "refuse_what"),
+    _zero("slices of others are taken", "if local(value).numel() != length(own):", "if False:", "refuse_what"),
     _zero("state forgotten when loaded", "        self.state.update(kept)\n", "", "any_number_of_ranks or refuse"),
     _zero(
         "master is the rounded parameter",

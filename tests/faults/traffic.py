@@ -6,48 +6,52 @@ from plant import Fault
 
 TESTS = ["tests/distributed/test_traffic.py"]
 
-DEAL = "muon_kernels/distributed/deal.py"
+BALANCE = "muon_kernels/distributed/balance.py"
 EXCHANGE = "muon_kernels/distributed/exchange.py"
 TRAFFIC = "muon_kernels/distributed/traffic.py"
 SLICES = "muon_kernels/distributed/slices.py"
 OWNER, REPLICAS = (f"muon_kernels/distributed/strategies/{name}.py" for name in ("owner", "replicas"))
 
 FAULTS = [
-    Fault("cheapest first", "key=lambda i: (-costs[i], i)", "key=lambda i: (costs[i], i)", "deal or slowest", DEAL),
-    Fault("LPT alone", "_TRIES if high * ranks > _GOOD * sum(total) else 0", "0", "deal or slowest", DEAL),
+    Fault("cheapest first", "key=lambda i: (-costs[i], i)", "key=lambda i: (costs[i], i)", "deal or slowest", BALANCE),
+    Fault("LPT alone", "_TRIES if high * ranks > _GOOD * sum(total) else 0", "0", "deal or slowest", BALANCE),
     Fault(
         "first fit in all cases",
         "_TRIES if high * ranks > _GOOD * sum(total) else 0",
         "_TRIES",
         "figures",
-        DEAL,
+        BALANCE,
     ),
     Fault(
         "first fit forgets loads",
         "owners, total = [0] * len(costs), list(loads)",
         "owners, total = [0] * len(costs), [0] * len(loads)",
         "deal_minds",
-        DEAL,
+        BALANCE,
     ),
     Fault(
         "LPT forgets loads",
         "total = [0] * len(costs), before.copy()",
         "total = [0] * len(costs), [0] * ranks",
         "deal_minds",
-        DEAL,
+        BALANCE,
     ),
-    Fault("any rank may have it", "(among[i] if among else None) or everybody", "everybody", "deal_minds", DEAL),
-    Fault("bound passed", "if total[owner] + costs[i] <= bound:", "if total[owner] <= bound:", "deal or slowest", DEAL),
-    Fault("goes on where none is better", "if low >= high:", "if low > high:", "even_one_is_kept", DEAL),
-    Fault("one try", "_TRIES = 10", "_TRIES = 1", "deal or slowest", DEAL),
-    Fault("place of another kind kept", "before, start = kind, 0", "before = kind", "deal or slowest", DEAL),
-    Fault("least is the costliest or the mean", "bound = max(bound, sum(", "max(bound, sum(", "deal or slowest", DEAL),
+    Fault("any rank may have it", "(among[i] if among else None) or everybody", "everybody", "deal_minds", BALANCE),
+    Fault(
+        "bound passed", "if total[owner] + costs[i] <= bound:", "if total[owner] <= bound:", "deal or slowest", BALANCE
+    ),
+    Fault("goes on where none is better", "if low >= high:", "if low > high:", "even_one_is_kept", BALANCE),
+    Fault("one try", "_TRIES = 10", "_TRIES = 1", "deal or slowest", BALANCE),
+    Fault("place of another kind kept", "before, start = kind, 0", "before = kind", "deal or slowest", BALANCE),
+    Fault(
+        "least is the costliest or the mean", "bound = max(bound, sum(", "max(bound, sum(", "deal or slowest", BALANCE
+    ),
     Fault(
         "least counts one piece more",
         "falling[k * (ranks - 1) : k * ranks + 1]",
         "falling[k * (ranks - 1) : k * ranks + 2]",
         "deal or slowest",
-        DEAL,
+        BALANCE,
     ),
     Fault(
         "what stays is sent",
@@ -97,7 +101,7 @@ FAULTS = [
     ),
     Fault(
         "gathers not counted",
-        "return 2 + (self.lot.kind.team.replicas is not None)",
+        "return 2 + (self.lot.key.team.replicas is not None)",
         "return 2",
         "counted and HSDP",
         OWNER,
@@ -112,7 +116,7 @@ FAULTS = [
     Fault(
         "shares grow with ranks", "cap // (IN_FLIGHT * (1 + ranks))", "cap // (IN_FLIGHT * 2)", "held_memory", SLICES
     ),
-    Fault("model: rounds of all", "range(0, max(self.owned), most)]", "range(1)]", "counted and 700000", TRAFFIC),
+    Fault("model: rounds of all", "range(0, max(self.owned), size)]", "range(1)]", "counted and 700000", TRAFFIC),
     Fault(
         "model: own slices sent",
         "sent[rank] += (here - own) * record",
@@ -122,7 +126,7 @@ FAULTS = [
     ),
     Fault(
         "model: tall as wide",
-        "parts = [Rectangle(left, top, c, r) for top, left, r, c in parts]",
+        "shards = [Rectangle(left, top, c, r) for top, left, r, c in shards]",
         "pass",
         "counted and 3-None",
         TRAFFIC,

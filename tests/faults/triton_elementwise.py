@@ -33,7 +33,7 @@ FAULTS = [
     Fault("tiles left as they were", "e = whole - tile_power(square, HALF)", "e = whole * 0", "different_sizes and sm_80"),
     Fault("infinity has a scale", 'sound = (total > 0) & (total < float("inf"))', "sound = total > 0", LOGIC),
     Fault("scales where the sums are", "scale = partial[partial.numel() - batch :]", "scale = partial[:batch]", "test_orders and sm_80"),
-    Fault("matrices in the grid's second dimension", "matrix = tl.program_id(0)\n    share, shares = tl.program_id(1), tl.num_programs(1)", "matrix = tl.program_id(1)\n    share, shares = tl.program_id(0), tl.num_programs(0)", "test_many_matrices", also=(("norm_kernel, (batch, shares), X,", "norm_kernel, (shares, batch), X,"),)),
+    Fault("matrices in the grid's second dimension", "matrix = tl.program_id(0)\n    share, shares = tl.program_id(1), tl.num_programs(1)", "matrix = tl.program_id(1)\n    share, shares = tl.program_id(0), tl.num_programs(0)", "test_many_matrices", also=(("norm_kernel, (batch, shares), x,", "norm_kernel, (shares, batch), x,"),)),
     Fault("a scale left from the step before", "tl.store(scale + matrix, result.to(tl.float32))", "tl.store(scale + matrix, result.to(tl.float32), (tl.load(scale + matrix) > 0) == 0)", "test_a_scratch_is_used_again and 80"),
     Fault("32 bits: lines", "line[:, None] * line_stride +", "line[:, None] * line_stride.to(tl.int32) +", "test_offsets and sm_80"),
     Fault("32 bits: matrices of x", "x += matrix * batch_stride", "x += matrix * batch_stride.to(tl.int32)", "test_offsets and sm_80"),

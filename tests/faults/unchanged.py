@@ -92,6 +92,20 @@ FAULTS = [
     ),
     Fault("interrupted half-way", "    with interrupts.held():\n", "    if True:\n", "ctrl_c", RUN),
     Fault(
+        "interrupted between groups",
+        "        with interrupts.held() if alone else nullcontext():\n            for (groups, numbers)",
+        "        with nullcontext():\n            for (groups, numbers)",
+        "ctrl_c_between_groups",
+        "muon_kernels/optimizers/muon.py",
+    ),
+    Fault(
+        "a spectral optimizer is interrupted",
+        "        with interrupts.held() if alone else nullcontext():\n            for group, grads",
+        "        with nullcontext():\n            for group, grads",
+        "ctrl_c_between_groups",
+        "muon_kernels/optimizers/spectral.py",
+    ),
+    Fault(
         "Ctrl-C that nobody answers",
         "not callable(handler)",
         "handler is None",

@@ -1,7 +1,4 @@
-"""Faults in Muon's relatives: signs, second moments, forms of decay, cuts, and what is refused; see plant.py.
-
-The copy that they are planted in has no compiled module: the tests judge the eager backend.
-"""
+"""Faults in Muon's relatives: signs, second moments, forms of decay, cuts, and what is refused; see plant.py."""
 
 from __future__ import annotations
 
@@ -36,6 +33,10 @@ def _split(name: str, old: str, new: str, tests: str = "test_a_step_is_that or t
 
 def _optimizer(name: str, old: str, new: str) -> Fault:
     return Fault(name, old, new, "peak_lr", "muon_kernels/optimizers/muon.py")
+
+
+def _exact(name: str, old: str, new: str) -> Fault:
+    return Fault(f"exact_rms: {name}", old, new, "tests/test_exact_rms.py", "muon_kernels/stages/exact_rms.py")
 
 
 def _options(name: str, old: str, new: str) -> Fault:
@@ -85,7 +86,7 @@ FAULTS = [
         "for row in range(0, max(m - rows, 1), rows):",
         "blocks",
     ),
-    _sums("sums of blocks forgotten", "    out.add_(part)", "    out.copy_(part)", "blocks"),
+    _sums("sums of blocks forgotten", "    out.add_(partial)", "    out.copy_(partial)", "blocks"),
     _moment("scratch used before it is written", "    before.zero_(), after.zero_()\n", "", "blocks"),
     _moment(
         "scratch too small", "2 * n + 2 + in_cache(device) * block", "in_cache(device) * block", "test_second or blocks"
@@ -102,7 +103,7 @@ FAULTS = [
     # Parts.
     _moment(
         "parts of columns share",
-        "Piece(V.ndim - 1, first, piece.parts, 1, 1, 1)",
+        "Piece(V.ndim - 1, before, piece.parts, 1, 1, 1)",
         "Piece(V.ndim - 1, 0, piece.parts, 1, 1, 1)",
         "follow_the_parts",
     ),
@@ -114,7 +115,7 @@ FAULTS = [
     ),
     _moment(
         "one statistic for all parts",
-        "parts = sum(piece.parts for piece in cut) if cut else 1",
+        "parts = sum(piece.parts for piece in split_rows) if split_rows else 1",
         "parts = 1",
         "follow_the_parts or another_cut",
     ),
@@ -156,7 +157,9 @@ FAULTS = [
     # Cuts.
     _split("interleaved groups", "((q // kv, 1, 1), kv) if interleaved", "((q, 1, 1), kv) if interleaved"),
     _split(
-        "shares for sizes", 'return _Cut(shares, runs, name == "blocks", dim)', "return _Cut(shares, runs, False, dim)"
+        "shares for sizes",
+        'return _Parsed(shares, runs, name == "blocks", dim)',
+        "return _Parsed(shares, runs, False, dim)",
     ),
     _split("rest ignored", "        if rest:", "        if False:"),
     _split("not a multiple", "        if n % (total * runs):", "        if n % total:"),
@@ -164,7 +167,7 @@ FAULTS = [
     _split("columns of a stack", "        dim += len(shape) - 2\n", "        dim += len(shape) - 3\n"),
     _split(
         "equal ones apart",
-        "for i in range(count) if apart else (0,)",
+        "for i in range(count) if separate else (0,)",
         "for i in range(count)",
         "copies or test_a_step_is_that or plan",
     ),
@@ -176,14 +179,21 @@ FAULTS = [
     ),
     _split("a pattern without a match", "        if not found:", "        if False:", "test_what_does or checkpoint"),
     # Options that do not go together.
-    _options("second moment of SGD", "    if form is not None:\n", "    if False:\n"),
     _options(
-        "signs of SGD",
-        '("cautious", "sign_momentum", "stochastic_rounding", "master',
-        '("cautious", "stochastic_rounding", "master',
+        "stages of SGD",
+        "    if power != 1:\n        return\n    for stage in asked:",
+        "    if power != 1:\n        return\n    for stage in ():",
     ),
+    _options("cautious SGD", '("cautious", "stochastic_rounding"):', '("stochastic_rounding",):'),
+    _options("a whole direction from no rank", 'if stage.whole and group["strategy"] == "gram":', "if False:"),
+    # exact_rms.
+    _exact("norm of the other side", "mul_(X.shape[1])", "mul_(X.shape[2])"),
+    _exact("not the root", ".sqrt_()", ""),
+    _exact("zeros become NaN", "sums.clamp_(min=_SMALLEST).reciprocal_()", "sums.reciprocal_()"),
+    _exact("with any power", "    normalizes = True\n", ""),
+    _exact("scratch too small", "padded(2 + in_cache(device) * ", "padded(in_cache(device) * "),
     _options("no check at all", "    if power != 1:\n", "    if True:\n"),
-    # QK-Clip and spectra, beside those of mutants_beside.py.
+    # QK-Clip and spectra, beside those of beside.py.
     Fault(
         "tau of the logit's root",
         "gamma = tau / largest.clamp(min=tau)",

@@ -965,7 +965,7 @@ CUTS: dict[str, tuple[Callable[[], nn.Module], Mapping[str, tuple[bool, ...]]]] 
 
 def part(weight: Tensor, split: str, i: int) -> Tensor:
     """The i-th matrix of a weight, as a mask."""
-    (piece,) = pieces(tuple(weight.shape), None, split, apart=True)[i : i + 1]
+    (piece,) = pieces(tuple(weight.shape), None, split, separate=True)[i : i + 1]
     assert piece is not None
     mask = torch.zeros_like(weight, dtype=torch.bool)
     for run in range(piece.runs):

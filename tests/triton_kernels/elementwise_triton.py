@@ -13,10 +13,11 @@ from torch import Tensor
 
 from muon_kernels.layout import Matrices, layout
 from muon_kernels.triton_kernels import configs, elementwise
+from muon_kernels.verbs import ApplyOptions, ApplyUpdate, MomentumUpdate
 
 
 def matrices(tensors: Sequence[Tensor]) -> list[Matrices]:
-    """As functional.py describes parameters."""
+    """Describe tensors as step/operands.py does."""
     found = []
     for t in tensors:
         at = layout(t.shape, t.stride(), None, ())
@@ -82,19 +83,9 @@ class Verbs:
         block = torch.full((size + 64,), 0xFF, dtype=torch.uint8)
         scratch = block[32:-32]
         with self._running([*grads, *(momenta or ()), X, scratch, *([] if norms is None else [norms])]):
-            scale = elementwise.momentum_update(
-                matrices(grads),
-                None if momenta is None else matrices(momenta),
-                X,
-                momentum=mu,
-                nesterov=nesterov,
-                dampened=dampened,
-                grad_scale=grad_scale,
-                eps=eps,
-                margin=margin,
-                scratch=scratch,
-                norms=norms,
-            )
+            momentum = None if momenta is None else matrices(momenta)
+            rule = mu, nesterov, dampened, grad_scale, eps, margin
+            scale = elementwise.momentum_update(MomentumUpdate(matrices(grads), momentum, X, *rule, scratch, norms))
         assert (block[:32] == 0xFF).all() and (block[-32:] == 0xFF).all(), "written outside scratch"
         return scale
 
@@ -110,4 +101,5 @@ class Verbs:
     ) -> None:
         ratios = [1.0] * len(X) if ratios is None else ratios
         with self._running([*params, X, *(v for v in (lr, weight_decay) if isinstance(v, Tensor))]):
-            elementwise.apply_update(matrices(params), X, lr=lr, weight_decay=weight_decay, ratios=ratios, **options)
+            update = ApplyUpdate(matrices(params), X, lr, weight_decay, ratios)
+            elementwise.apply_update(update, ApplyOptions(**options))

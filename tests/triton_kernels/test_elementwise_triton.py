@@ -15,6 +15,7 @@ from torch import Tensor
 
 from muon_kernels.layout import Bundle
 from muon_kernels.triton_kernels import elementwise, launch, tables
+from muon_kernels.verbs import MomentumUpdate
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -119,8 +120,8 @@ def test_scratch_is_optional(place: int) -> None:
     assert not place, "no kernel is built for it"
     grads, momenta, _, X = plain(2, (70, 90))
     _, direction = directions(grads, momenta, 0.9, True, True)
-    options = dict(momentum=0.9, nesterov=True, dampened=True, grad_scale=1.0, eps=1e-7, margin=1.0)
-    scale = elementwise.momentum_update(matrices(list(grads)), matrices(list(momenta)), X, **options)
+    rule = 0.9, True, True, 1.0, 1e-7, 1.0
+    scale = elementwise.momentum_update(MomentumUpdate(matrices(list(grads)), matrices(list(momenta)), X, *rule))
     for x, s, d in zip(X, scale, direction, strict=True):
         check_x(x, s, d)
 

@@ -14,6 +14,7 @@ from elementwise_triton import device_at, matrices
 from emulated_gpu import SHARED_BYTES, Ran, compiling
 from gates import ARCHITECTURES, spilled
 
+from muon_kernels import verbs
 from muon_kernels.backends.terms import terms_needed
 from muon_kernels.coefficients import resolve
 from muon_kernels.triton_kernels import configs, fused_step
@@ -36,23 +37,21 @@ class Compiled:
         on_device = [t for t in (step.device_lr, step.device_weight_decay) if t is not None]
         memory = [*step.grads, *(step.momenta or ()), *step.params, *on_device]
         with device_at(self.place, memory, **options) as device:
+            schedule, momenta = step.schedule, None if step.momenta is None else matrices(step.momenta)
+            rule = step.mu, step.nesterov, step.dampened, step.grad_scale, step.eps, schedule.margin
+            X = torch.empty(1, *step.grads[0].shape, device="meta")
+            lr = step.lr if step.device_lr is None else step.device_lr
+            weight_decay = step.weight_decay if step.device_weight_decay is None else step.device_weight_decay
+            ratio = [step.ratio_of(i) for i in range(len(step.grads))]
             fused_step.fused_step(
-                matrices(step.params),
-                matrices(step.grads),
-                None if step.momenta is None else matrices(step.momenta),
-                tuple(step.grads[0].shape),
-                triples=step.schedule.triples,
-                momentum=step.mu,
-                nesterov=step.nesterov,
-                dampened=step.dampened,
-                grad_scale=step.grad_scale,
-                eps=step.eps,
-                margin=step.schedule.margin,
-                lr=step.lr if step.device_lr is None else step.device_lr,
-                weight_decay=step.weight_decay if step.device_weight_decay is None else step.device_weight_decay,
-                ratios=[step.ratio_of(i) for i in range(len(step.grads))],
-                terms=terms or terms_needed(step.schedule.triples, step.schedule.margin) or 0,
-                cautious=step.cautious,
+                verbs.Step(
+                    verbs.MomentumUpdate(matrices(step.grads), momenta, X, *rule),
+                    lambda scale: X,
+                    schedule.triples,
+                    verbs.ApplyUpdate(matrices(step.params), X, lr, weight_decay, ratio),
+                    verbs.ApplyOptions(step.cautious),
+                ),
+                terms or terms_needed(schedule.triples, schedule.margin) or 0,
             )
         assert not device.warnings()
         self.log, self.compiled = device.log, device.compiled

@@ -1,9 +1,9 @@
-"""How matrices that are cut are orthogonalized, by name."""
+"""Strategies: how sharded matrices are orthogonalized, by name."""
 
 from __future__ import annotations
 
 from .gram import GramRound
-from .owner import CutRound
+from .owner import OwnerRound
 
-# How whole matrices go through: with "blocks", which is in blocks.py, only every few steps.
-STRATEGIES: dict[str, type[CutRound]] = {"owner": CutRound, "gram": GramRound, "blocks": CutRound}
+# The class of the rounds in which whole matrices are stepped; with "blocks", see blocks.py, only every few steps.
+STRATEGIES: dict[str, type[OwnerRound]] = {"owner": OwnerRound, "gram": GramRound, "blocks": OwnerRound}

@@ -1,9 +1,10 @@
-"""The strategy "blocks", MuonBP's (arXiv 2510.16981): every rank orthogonalizes its own parts, as if they were wholes.
+"""The strategy "blocks", MuonBP's (arXiv 2510.16981): every rank orthogonalizes its own shards, as if they were whole.
 
 That needs no communication and is no longer Muon. So every `block_period` steps, the first among them, whole matrices
 are orthogonalized, by owners. Both kinds of steps share the momentum. The paper has two learning rates, tied by the
-update's RMS: the factor that `adjust_lr_fn` names is therefore that of the shape which is orthogonalized, the part's or
-the whole's, and `block_lr_ratio` multiplies it in steps of parts. It reports 8 % more throughput at 8B parameters.
+update's RMS: the factor that `adjust_lr_fn` names is therefore that of the shape which is orthogonalized, the shard's
+or the whole matrix's, and `block_lr_ratio` multiplies it in steps of shards. The paper reports 8 % more throughput at
+8B parameters.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ from ..placement import Placement
 from ..shards import shards_of
 
 
-def apart(group: Mapping[str, Any]) -> bool:
-    """Whether the coming step of a group is one in which every rank orthogonalizes its own parts."""
+def steps_shards(group: Mapping[str, Any]) -> bool:
+    """Whether the next step of a group is one in which every rank orthogonalizes its own shards."""
     return group["strategy"] == "blocks" and bool(group.get("step", 0) % group["block_period"])
 
 
-def parts(
+def shard_shapes(
     placement: Placement, flatten: bool | None, split: str | None
 ) -> Iterator[tuple[Piece | None, tuple[int, int, int]]]:
-    """(piece, (batch, rows, cols)) of what this rank has of every kind of matrix of a parameter."""
+    """Yield (piece, (batch, rows, cols)) of what this rank holds of a parameter, for every piece of it."""
     for piece, (batch, _, _), rectangles in shards_of(placement, flatten, split):
-        part = rectangles[placement.team.shard]
-        if part.elements:
-            yield piece, (batch, part.rows, part.cols)
+        shard = rectangles[placement.team.shard]
+        if shard.elements:
+            yield piece, (batch, shard.rows, shard.cols)

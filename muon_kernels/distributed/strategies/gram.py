@@ -1,18 +1,18 @@
-"""The strategy "gram": matrices that are cut along their longer dimension are orthogonalized where they are.
+"""The strategy "gram": matrices that are sharded along their longer dimension are orthogonalized where they are.
 
-With X = [X_1 ... X_k], one part a rank, X Xᵀ = Σ X_i X_iᵀ: nothing else in Newton-Schulz needs more than a rank's own
-part. The ranks sum the Gram matrix wherever the iteration visits X, two or three times in the Gram form, iterate on it
-alike, and apply the result to their parts. Nobody sends a slice. Megatron-Core's Muon has the same for tensor
+With X = [X_1 ... X_k], one shard a rank, X Xᵀ = Σ X_i X_iᵀ: nothing else in Newton-Schulz needs more than a rank's own
+shard. The ranks sum the Gram matrix wherever the iteration visits X, two or three times in the Gram form. They iterate
+on it alike and apply the result to their shards. Nobody sends a slice. Megatron-Core's Muon has the same for tensor
 parallelism ("distributed").
 
 A sum is of m(m+1)/2 numbers in fp32, one triangle, and takes 4 m² (k-1)/k bytes from every rank for each visit. Owners
-take 4 m n (k-1)/k² for a matrix. So this sends less where parts are wider than m times the number of visits: of four
-128x16384 matrices on four ranks 0.6 MB a rank instead of 6.3, but of four 256x1024 ones 2.4 MB instead of 0.8. Beyond
-that it may be of use where matrices are so few that some ranks would own none. The m x m products are every rank's.
+take 4 m n (k-1)/k² for a matrix. So this sends less where shards are wider than m times the number of visits: for four
+128x16384 matrices on four ranks 0.6 MB a rank instead of 6.3, but for four 256x1024 ones 2.4 MB instead of 0.8. It may
+also be of use where matrices are so few that some ranks would own none. Every rank does the m x m products itself.
 
-Rounded to bf16 each, partial sums would be wrong by Σ 2^-9 |(X_i X_iᵀ)_ab| <= 2^-9 √(R_aa R_bb) in an element of the
-Gram matrix R, which is more than the rounding of the sum where they cancel, and too much for three steps between two
-visits. So a second product returns what rounding took from the first, and the sum is exact to 2^-17 √(R_aa R_bb).
+Partial sums rounded to bf16 would be wrong by Σ 2^-9 |(X_i X_iᵀ)_ab| <= 2^-9 √(R_aa R_bb) in an element of the Gram
+matrix R. Where they cancel that is more than the rounding of the sum, and too much for three steps between two visits.
+So a second product returns what rounding took from the first, and the sum is exact to 2^-17 √(R_aa R_bb).
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ from torch import Tensor
 from ... import backends
 from ...coefficients import Schedule
 from ...newton_schulz import ALGORITHMS, Products, Square
-from ...step.plan import Bucket, Counter, count_iteration
+from ...step.counting import Counter, count_iteration
+from ...step.plan import Bucket
 from ..collectives import Pending
-from ..lots import Kind, Lot, Momenta, holders
+from ..lots import Lot, LotKey, Momenta, holders
 from ..placement import Team
 from ..slices import NORM_BYTES, Buffers, Rectangle, scale_of, shift_of
-from .owner import CutRound
+from .owner import OwnerRound
 
 if TYPE_CHECKING:
     from ...step.work import Scalars
@@ -46,7 +47,7 @@ class Summed:
     """A backend's products of matrices of which every rank has some columns; squares are the same on all ranks."""
 
     def __init__(self, ops: Products, rest: Square, add_up: Callable[[Square, Square, Tensor | None], None]) -> None:
-        """Take on a backend.
+        """Take a backend and what sums its squares.
 
         Args:
             ops: the backend.
@@ -56,11 +57,11 @@ class Summed:
         self._ops, self._rest, self._add_up = ops, rest, add_up
 
     def __getattr__(self, name: str) -> Any:
-        """What contracts over no dimension that is cut."""
+        """Return the backend's own operation, for those that sum over no sharded dimension."""
         return getattr(self._ops, name)
 
     def syrk(self, A: Tensor | Square, *, out: Square, scale: Tensor | None = None, **rest: Any) -> None:
-        """See `Products.syrk`; of a matrix that is cut, scale²·A·Aᵀ only."""
+        """Compute `Products.syrk`; of a sharded matrix only scale²·A·Aᵀ, summed over all ranks."""
         if isinstance(A, Square):
             self._ops.syrk(A, out=out, scale=scale, **rest)
             return
@@ -73,12 +74,12 @@ class Summed:
         self._ops.then(lambda: self._add_up(out, self._rest, scale), [out.high, self._rest.high])
 
     def gemm(self, A: Square, X: Tensor | Square, *, out: Tensor | Square, **rest: Any) -> None:
-        """See `Products.gemm`."""
+        """Compute `Products.gemm`, or nothing where this rank has no columns."""
         if (out.high if isinstance(out, Square) else out).numel():
             self._ops.gemm(A, X, out=out, **rest)
 
     def add(self, A: Square, *, out: Square, **rest: Any) -> None:
-        """See `Products.add`."""
+        """Compute `Products.add`, or nothing where this rank has no columns."""
         if out.high.numel():
             self._ops.add(A, out=out, **rest)
 
@@ -91,14 +92,14 @@ def _clear(*squares: Square) -> None:
 
 
 def packed_size(m: int) -> tuple[int, int]:
-    """(rows, cols) of a packed m x m matrix."""
+    """Return (rows, cols) of a packed m x m matrix."""
     return m + 1 - m % 2, (m + 1) // 2
 
 
 def _halves(packed: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """Where its first columns are, lower triangle, and its last rows and columns, transposed: upper triangle.
+    """Return views of a packed matrix: its first columns, lower triangle; its last columns transposed, upper triangle.
 
-    Rectangular full packed format, LAPACK's (Gustavson et al., ACM TOMS 37, 2010).
+    The format is LAPACK's rectangular full packed one (Gustavson et al., ACM TOMS 37, 2010).
     """
     rows, h = packed_size(m)
     down = rows - m
@@ -109,8 +110,8 @@ def pack(squares: Sequence[Square], scale: Tensor | None, packed: Tensor) -> Non
     """Write the lower triangle of scale²·Σ squares.
 
     Args:
-        squares: (batch, m, m).
-        scale: (batch,) fp32; None: 1.
+        squares: (batch, m, m) each.
+        scale: (batch,) fp32; None for 1.
         packed: (batch, *packed_size(m)) fp32, written.
     """
     left, right = _halves(packed, squares[0].high.shape[1])
@@ -128,7 +129,7 @@ def pack(squares: Sequence[Square], scale: Tensor | None, packed: Tensor) -> Non
 
 
 def unpack(packed: Tensor, square: Square) -> None:
-    """Write an exactly symmetric matrix, rounded, and what that took from its diagonal; see `pack`."""
+    """Write to `square` what `pack` packed: exactly symmetric, rounded, with what rounding took from the diagonal."""
     high = square.high
     left, right = _halves(packed, high.shape[1])
     h = left.shape[2]
@@ -141,7 +142,7 @@ def unpack(packed: Tensor, square: Square) -> None:
 
 
 class _Visited(Summed):
-    """Counts products that contract over what is cut."""
+    """Counter of the products that sum over a sharded dimension."""
 
     visits = 0
 
@@ -152,7 +153,7 @@ class _Visited(Summed):
 
 @lru_cache(maxsize=256)
 def count(backend: str, algorithm: str, m: int, n: int, schedule: Schedule) -> tuple[int, int, int, int]:
-    """(visits to X, launches, FLOPs, bytes) of the iteration on n columns of an m-row matrix; see plan.py."""
+    """Return (visits to X, launches, FLOPs, bytes) of the iteration on n columns of an m-row matrix; see plan.py."""
     ops = backends.get(backend)
     counter = Counter(ops.symmetric_products(), ops.precise_squares())
     rest = Square(torch.empty(1, m, m, dtype=torch.bfloat16, device="meta"))
@@ -161,52 +162,59 @@ def count(backend: str, algorithm: str, m: int, n: int, schedule: Schedule) -> t
     return visited.visits, counter.launches, counter.flops, counter.bytes
 
 
-class GramRound(CutRound):
-    """A round of matrices that stay where they are."""
+class GramRound(OwnerRound):
+    """Round of matrices that stay where they are."""
 
     @classmethod
-    def refuses(cls, kind: Kind) -> str | None:
-        """See `CutRound`: a rank that has any of a matrix should have whole columns, wide side up."""
-        m, n = kind.shape
-        if len(holders(kind)) > 1 and all(kind.parts[rank].rows == m for rank in holders(kind)):
+    def refuses(cls, key: LotKey) -> str | None:
+        """Return why such matrices cannot be summed, or None.
+
+        A rank that holds elements of a matrix should hold whole columns of it, its longer dimension being the columns.
+        """
+        m, n = key.shape
+        if len(holders(key)) > 1 and all(key.shards[rank].rows == m for rank in holders(key)):
             return None
         return (
             f"strategy='gram' is for matrices that are cut along their longer dimension: the parts of {m}x{n} ones, "
-            f"which are {' and '.join(sorted({f'{p.rows}x{p.cols}' for p in kind.parts}))}, go to owners"
+            f"which are {' and '.join(sorted({f'{p.rows}x{p.cols}' for p in key.shards}))}, go to owners"
         )
 
     @classmethod
     def turns(cls, rectangles: Sequence[Rectangle]) -> bool:
-        """See `CutRound`: so that columns are cut."""
-        found = [part for part in rectangles if part.elements]
-        return all(part.left == 0 and part.cols == found[0].cols for part in found)
+        """Whether to transpose square matrices with such shards, so that their columns are sharded."""
+        found = [shard for shard in rectangles if shard.elements]
+        return all(shard.left == 0 and shard.cols == found[0].cols for shard in found)
 
     @classmethod
     def owners(cls, team: Team) -> list[int]:
-        """See `CutRound`: the first rank of each replica, for all of it."""
+        """Return the first rank of each replica, which stands for all ranks of it."""
         return [replica * team.shard_count for replica in range(team.replica_count)]
 
     @classmethod
     def owner_here(cls, team: Team) -> int:
-        """See `CutRound`."""
+        """Return the rank whose matrices this one iterates: the first of this replica."""
         return team.replica * team.shard_count
 
     @classmethod
-    def shapes(cls, kind: Kind) -> tuple[tuple[int, int], tuple[int, int]]:
-        """See `CutRound`."""
-        m, own = kind.shape[0], kind.parts[kind.team.shard].cols
-        return (m, own), (m, max(part.cols for part in kind.parts))
+    def shapes(cls, key: LotKey) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return (m, columns of this rank's shard) and (m, columns of the widest shard)."""
+        m, own = key.shape[0], key.shards[key.team.shard].cols
+        return (m, own), (m, max(shard.cols for shard in key.shards))
 
     @classmethod
     def algorithm(cls, name: str, backend: str) -> str:
-        """See `CutRound`: "auto" visits X as seldom as the backend's accuracy allows, whatever the parts' shapes."""
+        """Return the form of the iteration, the same on all ranks.
+
+        "auto" takes the form that visits X as seldom as the backend's accuracy allows, whatever the shapes of the
+        shards.
+        """
         if name != "auto":
             return name
         return "gram" if backends.get(backend).precise_squares() else "standard"
 
     @classmethod
     def counted(cls, bucket: Bucket, schedule: Schedule) -> Bucket:
-        """See `CutRound`."""
+        """Return the bucket with the launches, FLOPs and bytes of the iteration on shards."""
         _, launches, flops, bytes_ = count(bucket.backend, bucket.algorithm, *bucket.shape, schedule)
         ops = backends.get(bucket.backend)
         return replace(
@@ -216,21 +224,21 @@ class GramRound(CutRound):
             product_bytes=bucket.count * bytes_,
         )
 
-    def __init__(self, lot: Lot, first: int, params: Sequence[Tensor], momenta: Momenta) -> None:
-        """See `CutRound`."""
-        super().__init__(lot, first, params, momenta)
+    def __init__(self, lot: Lot, start: int, params: Sequence[Tensor], momenta: Momenta) -> None:
+        """Decide what is summed in a round; see `OwnerRound`."""
+        super().__init__(lot, start, params, momenta)
         bucket = lot.work.bucket
-        self.count = len(self.entries[lot.kind.team.replica])
-        self.packed = (self.count, *packed_size(lot.kind.shape[0]))
+        self.count = len(self.entries[lot.key.team.replica])
+        self.packed = (self.count, *packed_size(lot.key.shape[0]))
         self.visits = count(bucket.backend, bucket.algorithm, *bucket.shape, lot.work.schedule)[0]
         self._program: tuple[Stacks, Buffers, Callable[[], Tensor]] | None = None
 
     @property
     def buffer_bytes(self) -> tuple[int, int]:
-        """Of `Buffers.slices`, this rank's parts, and `Buffers.owned`, sums of squares."""
-        team, share = self.lot.kind.team, self.share * self.sent[0].record
+        """Bytes of `Buffers.slices`, this rank's shards, and of `Buffers.owned`, sums of squares."""
+        team, share = self.lot.key.team, self.share * self.sent[0].record
         gathered = share * team.replica_count * (team.replica_count > 1)
-        m = self.lot.kind.shape[0]
+        m = self.lot.key.shape[0]
         squares = self._sum_bytes + self.count * m * (4 + self.lot.work.bucket.workspace_dtype.itemsize * m)
         return share, max(squares + -squares % NORM_BYTES, gathered)  # buffers are of doubles
 
@@ -240,19 +248,19 @@ class GramRound(CutRound):
 
     @property
     def bytes_sent(self) -> int:
-        """By this rank to others, if a sum is reduced and then gathered, as in a ring."""
-        team = self.lot.kind.team
+        """Bytes that this rank sends to others if a sum is reduced and then gathered, as in a ring."""
+        team = self.lot.key.team
         sums = [self.count * torch.float64.itemsize] + self.visits * [self._sum_bytes]
         out = sum(2 * (team.shard_count - 1) * size // team.shard_count for size in sums)
         return out + (team.replica_count - 1) * self.share * self.sent[0].record
 
     @property
     def collectives(self) -> int:
-        """See `CutRound`."""
-        return 1 + self.visits + (self.lot.kind.team.replicas is not None)
+        """Number of collectives in a round."""
+        return 1 + self.visits + (self.lot.key.team.replicas is not None)
 
     def begin(self, grads: Sequence[Tensor], scalars: Scalars, buffers: Buffers) -> None:
-        """Update momenta and begin to sum norms."""
+        """Update momenta and begin to sum the squares of norms."""
         own = buffers.norms[: self.count]
         own.zero_()  # where this rank has nothing
         self.update_momenta(grads, scalars, buffers)
@@ -263,11 +271,11 @@ class GramRound(CutRound):
     def _sum(self, numbers: Tensor, what: str) -> Pending:
         return Pending(
             f"summing {what} of {self.lot}",
-            lambda: dist.all_reduce(numbers, group=self.lot.kind.team.shards, async_op=True),
+            lambda: dist.all_reduce(numbers, group=self.lot.key.team.shards, async_op=True),
         )
 
     def iterate(self, scalars: Scalars, workspace: Workspace, buffers: Buffers) -> None:
-        """Orthogonalize together."""
+        """Orthogonalize the matrices together with the other ranks of the shards."""
         if self.pending is None:
             return
         self.pending.wait()
@@ -288,10 +296,10 @@ class GramRound(CutRound):
         slices.copy_(self._together(stacks, scale, buffers)()[:, : slices.shape[1]])
 
     def _together(self, stacks: Stacks, scale: Tensor, buffers: Buffers) -> Callable[[], Tensor]:
-        """The iteration, with the sums in the order of its products."""
+        """Return the program of the iteration, with sums over ranks where its products need them."""
         if self._program is None or self._program[0] is not stacks or self._program[1] is not buffers:
             work = self.lot.work
-            ops, m = backends.get(work.bucket.backend), self.lot.kind.shape[0]
+            ops, m = backends.get(work.bucket.backend), self.lot.key.shape[0]
             offset = 0
 
             def take(dtype: torch.dtype, *size: int) -> Tensor:

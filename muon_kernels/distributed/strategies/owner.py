@@ -1,4 +1,4 @@
-"""Whole matrices go to owners, and their updates back."""
+"""The strategy "owner": whole matrices go to owners, and their updates come back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ...layout import Bundle, Matrices
 from ...step.plan import Bucket
 from ...step.run import run_iteration
 from ..collectives import Pending, gather
-from ..lots import Kind, Lot, Momenta, bundle_of, normalized
+from ..lots import Lot, LotKey, Momenta, bundle_of, normalized
 from ..placement import Team
 from ..slices import Buffers, Rectangle, Slices, end_of, gather_slices, in_turn, scale_of
 
@@ -25,61 +25,61 @@ if TYPE_CHECKING:
     from ...step.workspace import Workspace
 
 
-class CutRound:
-    """A round of matrices whose parts are on several ranks."""
+class OwnerRound:
+    """Round of matrices whose shards are on several ranks."""
 
     @classmethod
-    def refuses(cls, kind: Kind) -> str | None:
-        """Why such matrices cannot go through in this way, so that they are sent to owners; None if they can."""
+    def refuses(cls, key: LotKey) -> str | None:
+        """Return why such matrices cannot be stepped by this strategy, so that they go to owners; None if they can."""
         return None
 
     @classmethod
     def turns(cls, rectangles: Sequence[Rectangle]) -> bool:
-        """Whether square matrices with such parts should be transposed."""
+        """Whether to transpose square matrices with such shards."""
         return False
 
     @classmethod
     def owners(cls, team: Team) -> list[int] | None:
-        """The ranks that matrices are dealt to; None for all."""
+        """Return the ranks that matrices are assigned to, or None for all."""
         return None
 
     @classmethod
     def owner_here(cls, team: Team) -> int:
-        """Of the ranks that matrices are dealt to, the one whose matrices this rank iterates."""
+        """Return the rank whose matrices this rank iterates, one of those that matrices are assigned to."""
         return team.rank
 
     @classmethod
-    def shapes(cls, kind: Kind) -> tuple[tuple[int, int], tuple[int, int]]:
-        """(m, n) of what this rank iterates, and of the largest that any does."""
-        return kind.shape, kind.shape
+    def shapes(cls, key: LotKey) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return (m, n) of the matrices that this rank iterates, and of the largest that any rank does."""
+        return key.shape, key.shape
 
     @classmethod
     def counted(cls, bucket: Bucket, schedule: Schedule) -> Bucket:
-        """The bucket with what the iteration costs in this way."""
+        """Return the bucket with what the iteration costs by this strategy."""
         return bucket
 
     @classmethod
     def algorithm(cls, name: str, backend: str) -> str:
-        """The form of the iteration, the same on all ranks; "auto" if each may choose."""
+        """Return the form of the iteration, the same on all ranks; "auto" if each may choose."""
         return name
 
-    def __init__(self, lot: Lot, first: int, params: Sequence[Tensor], momenta: Momenta) -> None:
-        """Settle what goes where.
+    def __init__(self, lot: Lot, start: int, params: Sequence[Tensor], momenta: Momenta) -> None:
+        """Decide what goes where in a round.
 
         Args:
             lot: the matrices.
-            first: of each owner's, the first in this round.
-            params, momenta: this rank's parts; None: the direction is the gradient.
+            start: index of each owner's first matrix in this round.
+            params, momenta: this rank's shards; momenta are None where the direction is the gradient.
         """
-        self.lot, self.first = lot, first
-        team, kind = lot.kind.team, lot.kind
-        own = kind.parts[team.shard]
-        taken = [entries[first : first + lot.most] for entries in lot.entries]
+        self.lot, self.start = lot, start
+        team, key = lot.key.team, lot.key
+        own = key.shards[team.shard]
+        taken = [entries[start : start + lot.round_size] for entries in lot.entries]
         by_replica = [taken[r * team.shard_count : (r + 1) * team.shard_count] for r in range(team.replica_count)]
         here = by_replica[team.replica]
-        # What this rank's part goes through: to the owners of this replica, and at last from all.
+        # Slices of this rank's shard go to the owners of this replica; slices of what it owns come from all ranks.
         self.sent = in_turn([(len(entries), own) for entries in here])
-        self.received = in_turn([(len(here[team.shard]), part) for part in kind.parts])
+        self.received = in_turn([(len(here[team.shard]), shard) for shard in key.shards])
         self.owned = len(here[team.shard])
         self.entries = [[entry for entries in replica for entry in entries] for replica in by_replica]
         there = bool(own.elements)
@@ -94,48 +94,42 @@ class CutRound:
 
     @property
     def buffer_bytes(self) -> tuple[int, int]:
-        """Of `Buffers.slices` and `Buffers.owned`."""
-        share, replicas = self.share * self.sent[0].record, self.lot.kind.team.replica_count
+        """Bytes of `Buffers.slices` and of `Buffers.owned`."""
+        share, replicas = self.share * self.sent[0].record, self.lot.key.team.replica_count
         return max(end_of(self.sent), share), max(end_of(self.received), share * replicas * (replicas > 1))
 
     @property
     def bytes_sent(self) -> int:
-        """By this rank to others."""
-        team = self.lot.kind.team
+        """Bytes that this rank sends to others."""
+        team = self.lot.key.team
         out = end_of(self.sent) - self.sent[team.shard].bytes
         back = end_of(self.received) - self.received[team.shard].bytes
         return out + back + (team.replica_count - 1) * self.share * self.sent[0].record
 
     @property
     def collectives(self) -> int:
-        """Calls that it takes."""
-        return 2 + (self.lot.kind.team.replicas is not None)
+        """Number of collectives in a round."""
+        return 2 + (self.lot.key.team.replicas is not None)
 
     def begin(self, grads: Sequence[Tensor], scalars: Scalars, buffers: Buffers) -> None:
-        """Update momenta and send slices of the directions off."""
+        """Update momenta and begin to send slices of the directions to their owners."""
         self.update_momenta(grads, scalars, buffers)
         self.pending = self._exchange(buffers.slices, self.sent, buffers.owned, self.received, "slices")
 
     def update_momenta(self, grads: Sequence[Tensor], scalars: Scalars, buffers: Buffers) -> None:
-        """And leave the directions of this replica's share, and their norms, in `buffers`."""
-        team, work = self.lot.kind.team, self.lot.work
+        """Update momenta; write the directions of this replica's share, and their norms, to `buffers`."""
+        team, work = self.lot.key.team, self.lot.work
         ops = backends.get(work.bucket.backend)
         for replica in [r for r in range(team.replica_count) if r != team.replica] + [team.replica]:
             entries, momenta = self.entries[replica], self.momenta[replica]
             if not self.params[replica] or (momenta is None and replica != team.replica):
                 continue
-            at = Slices(0, len(entries), self.sent[0].part)
+            at = Slices(0, len(entries), self.sent[0].shard)
             directions = [Matrices(grads[e.param], e.grad_at) for e in entries if e.grad_at is not None]
             norms = buffers.norms[: len(entries)]
-            # Every replica keeps all momenta; what others will send is written over.
-            ops.momentum_update(
-                directions,
-                momenta,
-                at.of(buffers.slices, work.bucket.workspace_dtype),
-                **scalars.of_momentum(),
-                margin=work.schedule.margin,
-                norms=norms,
-            )
+            # Every replica keeps all momenta. Only its own share's directions are of use, so they come last.
+            x = at.of(buffers.slices, work.bucket.workspace_dtype)
+            ops.momentum_update(scalars.momentum_update(directions, momenta, x, work.schedule.margin, norm=norms))
             if replica == team.replica:
                 at.norms(buffers.slices).copy_(norms)
 
@@ -149,21 +143,21 @@ class CutRound:
                 source[: end_of(sent)],
                 [s.bytes for s in received],
                 [s.bytes for s in sent],
-                group=self.lot.kind.team.shards,
+                group=self.lot.key.team.shards,
                 async_op=True,
             ),
         )
 
     def iterate(self, scalars: Scalars, workspace: Workspace, buffers: Buffers) -> None:
-        """Put together what is owned here, orthogonalize it and send slices of it back."""
+        """Assemble and orthogonalize the matrices that are owned here; begin to send slices of the results back."""
         assert self.pending is not None
         self.pending.wait()
         work, dtype = self.lot.work, self.lot.work.bucket.workspace_dtype
         if self.owned:
             stacks = workspace.stacks(work, self.owned)
-            parts = [(s.part, s.of(buffers.owned, dtype), s.norms(buffers.owned)) for s in self.received if s.bytes]
+            received = [(s.shard, s.of(buffers.owned, dtype), s.norms(buffers.owned)) for s in self.received if s.bytes]
             scaled = backends.get(work.bucket.backend).normalizes()
-            norms, shift = gather_slices(parts, stacks.X, scaled)
+            norms, shift = gather_slices(received, stacks.X, scaled)
             if stacks.blend is not None:
                 stacks.blend.norms.copy_(norms)
             scale = None
@@ -174,28 +168,29 @@ class CutRound:
                 scale.copy_(scale_of(norms, shift, scalars.eps, work.schedule.margin))
             result = run_iteration(work, stacks, scale)
             for s in self.received:
-                top, left, rows, cols = s.part
+                top, left, rows, cols = s.shard
                 if s.bytes:
                     s.of(buffers.owned, dtype).copy_(result[:, top : top + rows, left : left + cols])
         self.pending = self._exchange(buffers.owned, self.received, buffers.slices, self.sent, "results")
 
     def end(self, scalars: Scalars, buffers: Buffers) -> None:
-        """Update parameters with the slices that come back."""
+        """Update parameters with the slices of results that have come back."""
         if self.pending is not None:
             self.pending.wait()
             self.pending = None
-        team, work = self.lot.kind.team, self.lot.work
+        team, work = self.lot.key.team, self.lot.work
         ops, dtype = backends.get(work.bucket.backend), work.bucket.workspace_dtype
         size, shares = self.share * self.sent[0].record, [buffers.slices]
         if team.replicas is not None:
             gathered = buffers.owned[: team.replica_count * size]  # what was in it has gone
             gather(gathered, buffers.slices[:size], team, str(self.lot)).wait()
             shares = list(torch.split(gathered, size)) if size else [gathered] * team.replica_count
-        first = self.first * team.ranks
+        index = self.start * team.ranks
         for params, entries, ratios, share in zip(self.params, self.entries, self.ratios, shares, strict=True):
-            X = Slices(0, len(entries), self.sent[0].part).of(share, dtype)
-            # Also where this rank has no part: others wait for its sums.
+            X = Slices(0, len(entries), self.sent[0].shard).of(share, dtype)
+            # Called also where this rank has no shard: others wait for its sums.
             own = normalized(self.lot, entries, X, scalars.beta2, ratios)
             if params:
-                ops.apply_update(params, X, **scalars.of_update(self.lot.number, first), ratios=own)
-            first += len(ratios)
+                options = scalars.apply_options(self.lot.group_index, index)
+                ops.apply_update(scalars.apply_update(params, X, own), options)
+            index += len(ratios)

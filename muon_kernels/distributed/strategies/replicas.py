@@ -1,4 +1,4 @@
-"""Replicas share the matrices that all of them have."""
+"""Rounds of matrices that several ranks have copies of, each orthogonalizing its share."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from ...step.workspace import Workspace
 
 
-class CopyRound:
-    """A round of matrices of which several ranks have copies and each does its share; of several lots, one by one."""
+class ReplicaRound:
+    """Round of matrices that several ranks have copies of: each rank does its share. It may have several lots."""
 
     def __init__(
         self,
@@ -32,17 +32,17 @@ class CopyRound:
         params: Sequence[Tensor],
         momenta: Momenta,
     ) -> None:
-        """Settle who does what.
+        """Decide who does what.
 
         Args:
-            lots: and of each, the first of every owner's matrices in this round.
-            params, momenta: the copies; there may be no momentum of what others own.
+            lots: each with the index of every owner's first matrix in this round.
+            params, momenta: the copies; the momentum of a matrix that another rank owns may be None.
         """
-        self.team = lots[0][0].kind.team
+        self.team = lots[0][0].key.team
         self.lots = []
-        for lot, first in lots:
-            shares = [entries[first : first + lot.most] for entries in lot.entries]
-            # Of copies without an owner every rank keeps all momenta.
+        for lot, start in lots:
+            shares = [entries[start : start + lot.round_size] for entries in lot.entries]
+            # Every rank keeps all momenta of copies that have no owner.
             kept = [
                 momenta is not None and all(momenta[entry.param] is not None for entry in entries) for entries in shares
             ]
@@ -51,10 +51,10 @@ class CopyRound:
                 for entries, keeps in zip(shares, kept, strict=True)
             ]
             copies = [bundle_of(params, entries, "param_at") for entries in shares]
-            self.lots.append(_Copies(lot, first, shares, own, copies))
-        # Where in its share every rank has its results.
+            self.lots.append(_Copies(lot, start, shares, own, copies))
+        # Where in its share each rank has the results of each lot.
         self.places = [
-            in_turn([(len(copies.shares[rank]), Rectangle(0, 0, *copies.lot.kind.shape)) for copies in self.lots])
+            in_turn([(len(copies.shares[rank]), Rectangle(0, 0, *copies.lot.key.shape)) for copies in self.lots])
             for rank in range(self.team.replica_count)
         ]
         self.share = max(map(end_of, self.places))
@@ -62,51 +62,47 @@ class CopyRound:
 
     @property
     def momenta(self) -> list[Bundle | None]:
-        """Of all ranks' matrices, those that are kept here."""
+        """Momenta of all ranks' matrices; None or empty where they are not kept here."""
         return [bundle for copies in self.lots for bundle in copies.momenta]
 
     @property
     def buffer_bytes(self) -> tuple[int, int]:
-        """Of `Buffers.slices`, this rank's results, and `Buffers.owned`, everybody's."""
+        """Bytes of `Buffers.slices`, this rank's results, and of `Buffers.owned`, the results of all ranks."""
         return self.share, self.share * self.team.replica_count
 
     @property
     def bytes_sent(self) -> int:
-        """By this rank to others."""
+        """Bytes that this rank sends to others."""
         return self.share * (self.team.replica_count - 1)
 
     @property
     def collectives(self) -> int:
-        """Calls that it takes."""
+        """Number of collectives in a round."""
         return 1
 
     def begin(self, grads: Sequence[Tensor], scalars: Scalars, buffers: Buffers) -> None:
-        """Remember the gradients: there is nothing to send yet."""
+        """Remember the gradients; there is nothing to send yet."""
         self.grads = grads
 
     def iterate(self, scalars: Scalars, workspace: Workspace, buffers: Buffers) -> None:
-        """Orthogonalize this rank's share and send it to the others."""
+        """Orthogonalize this rank's share and begin to send it to the others."""
         for copies, place in zip(self.lots, self.places[self.team.replica], strict=True):
             work, dtype = copies.lot.work, copies.lot.work.bucket.workspace_dtype
             ops = backends.get(work.bucket.backend)
             turns = [r for r in range(self.team.replica_count) if r != self.team.replica] + [self.team.replica]
-            for rank in turns:  # its own share last, for those of others leave nothing but momenta
+            for rank in turns:  # this rank's share last: of the others' only momenta are updated
                 momenta, entries = copies.momenta[rank], copies.shares[rank]
                 if not entries or (rank != self.team.replica and not momenta):
                     continue
                 stacks = workspace.stacks(work, len(entries))
+                grads = [Matrices(self.grads[e.param], e.grad_at) for e in entries if e.grad_at is not None]
+                norms = None if stacks.blend is None else stacks.blend.norms
                 scale = ops.momentum_update(
-                    [Matrices(self.grads[e.param], e.grad_at) for e in entries if e.grad_at is not None],
-                    momenta,
-                    stacks.X,
-                    **scalars.of_momentum(),
-                    margin=work.schedule.margin,
-                    scratch=stacks.scratch,
-                    norms=None if stacks.blend is None else stacks.blend.norms,
+                    scalars.momentum_update(grads, momenta, stacks.X, work.schedule.margin, stacks.scratch, norms)
                 )
                 if rank == self.team.replica:
                     result = run_iteration(work, stacks, scale)
-                    if copies.lot.second_moment is not None and copies.lot.kept_apart:
+                    if copies.lot.second_moment is not None and copies.lot.owner_keeps_state:
                         moments = [(V.mT if e.tall else V)[None] for e in entries for V in (e.moment,) if V is not None]
                         kept = normalize(copies.lot.second_moment, result, moments, scalars.beta2, stacks.stage_scratch)
                         own = place.norms(buffers.slices)
@@ -120,33 +116,33 @@ class CopyRound:
         )
 
     def end(self, scalars: Scalars, buffers: Buffers) -> None:
-        """Update parameters with everybody's results."""
+        """Update parameters with the results of all ranks."""
         assert self.pending is not None
         self.pending.wait()
         self.pending = None
-        for number, copies in enumerate(self.lots):
+        for i, copies in enumerate(self.lots):
             work, dtype = copies.lot.work, copies.lot.work.bucket.workspace_dtype
-            first = copies.first * self.team.replica_count
+            index = copies.start * self.team.replica_count
             for rank, (params, entries) in enumerate(zip(copies.params, copies.shares, strict=True)):
                 if entries:
                     results = buffers.owned[rank * self.share : (rank + 1) * self.share]
-                    place = self.places[rank][number]
+                    place = self.places[rank][i]
                     X, ratios = place.of(results, dtype), array("d", [entry.ratio for entry in entries])
-                    if copies.lot.second_moment is not None and copies.lot.kept_apart:
+                    if copies.lot.second_moment is not None and copies.lot.owner_keeps_state:
                         ratios = array("d", map(mul, ratios, place.norms(results).tolist()))
                     else:
                         ratios = normalized(copies.lot, entries, X, scalars.beta2, ratios)
                     backends.get(work.bucket.backend).apply_update(
-                        params, X, **scalars.of_update(copies.lot.number, first), ratios=ratios
+                        scalars.apply_update(params, X, ratios), scalars.apply_options(copies.lot.group_index, index)
                     )
-                first += len(entries)
+                index += len(entries)
 
 
 class _Copies(NamedTuple):
-    """A lot's matrices in a round, for every rank."""
+    """Matrices of a lot in a round, listed by the rank that does them."""
 
     lot: Lot
-    first: int
+    start: int
     shares: list[list[Entry]]
     momenta: list[Bundle | None]
     params: list[Bundle]

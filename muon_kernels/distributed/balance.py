@@ -1,29 +1,31 @@
-"""Who orthogonalizes what."""
+"""Assignment of work to ranks: who orthogonalizes what."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-# Of the mean: LPT gives every rank about as many of each kind, so that they also send and wait less.
+# Up to this multiple of the mean the result of LPT is kept: it gives every rank about as many pieces of each cost, so
+# that ranks also send and wait less.
 _GOOD = 1.1
-# Halvings of the interval between what is possible and what is reached.
+# Halvings of the interval between the lower bound and the best result so far.
 _TRIES = 10
 
 
-def deal(
+def assign_owners(
     costs: Sequence[int], ranks: int, *, among: Sequence[Sequence[int] | None] = (), loads: Sequence[int] = ()
 ) -> list[int]:
-    """The rank of every piece of work, so that the most loaded one has little more than the mean.
+    """Return the rank that does each piece of work, so that the most loaded rank has little more than the mean.
 
-    The costliest first, each to the rank with the least so far (Graham's LPT rule: at most 4/3 of the best deal); where
-    that is not good, to the first rank whose load stays below a bound, which is searched by halving (MULTIFIT of
-    Coffman, Garey and Johnson: at most 13/11). Ranks that are given the same arguments come to the same result.
+    The costliest piece comes first, and each goes to the rank that has the least so far: Graham's LPT rule, at most
+    4/3 of the optimum. Where the result is not good enough, each piece goes to the first rank whose load stays below a
+    bound, and halving finds the smallest bound: MULTIFIT, at most 13/11 of the optimum (Coffman, Garey and Johnson).
+    Ranks that are given the same arguments come to the same result.
 
     Args:
-        costs: of the pieces.
+        costs: of each piece.
         ranks: how many there are.
-        among: for every piece, who may have it; None for any.
-        loads: what ranks have already.
+        among: for each piece, the ranks that may have it; None for any.
+        loads: what each rank has already.
     """
     before = list(loads) or [0] * ranks
     order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
@@ -33,7 +35,7 @@ def deal(
     for i in order:
         owners[i] = min(candidates[i], key=total.__getitem__)
         total[owners[i]] += costs[i]
-    low, high = least(costs, ranks, before), max(total)
+    low, high = least_load(costs, ranks, before), max(total)
     for _ in range(_TRIES if high * ranks > _GOOD * sum(total) else 0):
         if low >= high:
             break
@@ -46,11 +48,11 @@ def deal(
     return owners
 
 
-def least(costs: Sequence[int], ranks: int, loads: Sequence[int] = ()) -> int:
-    """What the most loaded rank cannot have less than, however pieces are dealt.
+def least_load(costs: Sequence[int], ranks: int, loads: Sequence[int] = ()) -> int:
+    """Return a lower bound of the largest load, however the pieces are assigned.
 
-    That is the mean, what a rank has already, and, for any k, the k + 1 cheapest of the k·ranks + 1 costliest pieces:
-    some rank has k + 1 of these.
+    It is the largest of: the mean; what a rank has already; and, for any k, the sum of the k + 1 cheapest of the
+    k·ranks + 1 costliest pieces, since some rank has to take k + 1 of these.
     """
     falling = sorted(costs, reverse=True)
     bound = max(-(-(sum(falling) + sum(loads)) // ranks), max(loads, default=0))
@@ -66,11 +68,11 @@ def _first_fit(
     loads: Sequence[int],
     bound: int,
 ) -> tuple[list[int], int] | None:
-    """(owners, the largest load) if every piece fits."""
+    """Return (owners, the largest load) with every load at most `bound`, or None if a piece does not fit."""
     owners, total = [0] * len(costs), list(loads)
     before, start = None, 0
     for i in order:
-        # Where a piece did not fit, an equal one does not.
+        # Where a piece did not fit, an equal one does not either: begin at the place of the last one.
         kind = costs[i], id(candidates[i])
         if kind != before:
             before, start = kind, 0
