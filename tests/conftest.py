@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 # Threads that spin for each other stand still when something else has the core: minutes become an hour.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -10,7 +11,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 
-from muon_kernels import backends
+from muon_kernels import backends, memory
 from muon_kernels.backends import cpu
 
 # (backend, instruction set); a new backend or instruction set becomes an axis of every test by itself.
@@ -43,3 +44,22 @@ def _two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def workspace_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes in bytes of the blocks of memory that are allocated during the test, in order."""
+    blocks: list[int] = []
+    empty = torch.empty
+
+    def counting(*size: Any, **options: Any) -> torch.Tensor:
+        t = empty(*size, **options)
+        if t.dtype == torch.uint8:
+            blocks.append(t.numel())
+        return t
+
+    # Scratch of single operations, which each thread keeps, is not counted.
+    taken = lambda device, *wanted: [empty(*shape, dtype=dtype, device=device) for shape, dtype in wanted]
+    monkeypatch.setattr(torch, "empty", counting)
+    monkeypatch.setattr(memory, "take", taken)
+    return blocks

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from checks.matrices import make
+from checks.training import same, snapshot
 from torch import Tensor, nn
 
 from muon_kernels import Muon
@@ -34,20 +35,6 @@ def saved(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     torch.save(state, path)
     loaded: dict[str, Any] = torch.load(path, weights_only=True)
     return loaded
-
-
-def snapshot(optimizer: torch.optim.Optimizer, params: list[nn.Parameter]) -> tuple[list[Tensor], dict[str, Any]]:
-    return [p.detach().clone() for p in params], copy.deepcopy(optimizer.state_dict())
-
-
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return bool(a == b)
 
 
 def buffers(optimizer: torch.optim.Optimizer, params: list[nn.Parameter]) -> list[Tensor]:

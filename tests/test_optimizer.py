@@ -776,32 +776,20 @@ def test_a_negation_that_torch_has_put_off(backend: str) -> None:
     assert torch.equal(q, twin)
 
 
-def test_workspace_is_as_planned(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workspace_is_as_planned(backend: str, workspace_blocks: list[int]) -> None:
     """And is kept: the second step allocates none."""
-    blocks: list[int] = []
-    empty = torch.empty
-
-    def counting(*size: Any, **options: Any) -> Tensor:
-        t = empty(*size, **options)
-        if t.dtype == torch.uint8:
-            blocks.append(t.numel())
-        return t
-
-    monkeypatch.setattr(torch, "empty", counting)
-    taken = lambda device, *wanted: [empty(*shape, dtype=dtype, device=device) for shape, dtype in wanted]
-    monkeypatch.setattr(memory, "take", taken)
     for shapes in ([(24, 40)] * 8, [(64, 64), (8, 100), (3, 30, 20)]):
-        blocks.clear()
+        workspace_blocks.clear()
         params = copies(parameters(shapes))
         grads = [torch.ones_like(p) for p in params]
         optimizer = Muon(params, backend=backend)
         for p, g in zip(params, grads, strict=True):
             p.grad = g
         optimizer.step()
-        assert max(blocks) == optimizer.plan().workspace_bytes
-        held = len(blocks)
+        assert max(workspace_blocks) == optimizer.plan().workspace_bytes
+        held = len(workspace_blocks)
         optimizer.step()
-        assert len(blocks) == held
+        assert len(workspace_blocks) == held
 
 
 MEASURE = """

@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from checks.training import same, snapshot
 from torch import Tensor, nn
 
-from muon_kernels import Muon, MuonAdamW, SpectralMomentum, backends, memory
+from muon_kernels import Muon, MuonAdamW, SpectralMomentum, backends
 from muon_kernels.coefficients import resolve
 from muon_kernels.split import blocks, equal, heads, pieces, qkv
 from muon_kernels.stages import Stage, packed
@@ -95,20 +96,6 @@ def quantized(t: Tensor) -> tuple[Tensor, Tensor]:
 def dequantized(codes: Tensor, scale: Tensor) -> Tensor:
     numbers = [block.float() / 127 * most for block, most in zip(in_blocks(codes), scale, strict=True)]
     return torch.cat(numbers).view(codes.shape) if numbers else torch.zeros(codes.shape)
-
-
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return bool(a == b)
-
-
-def snapshot(optimizer: torch.optim.Optimizer, params: Sequence[nn.Parameter]) -> tuple[list[Tensor], Any]:
-    return [p.detach().clone() for p in params], copy.deepcopy(optimizer.state_dict())
 
 
 # ---- 8-bit momentum ----
@@ -672,29 +659,17 @@ def test_missing_gradients_and_inference_mode(backend: str) -> None:
     assert all(map(torch.equal, params, twins))
 
 
-def test_plan_and_workspace(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_and_workspace(backend: str, workspace_blocks: list[int]) -> None:
     """What packing takes is planned: memory, which the cap bounds, passes over it, and bytes that it moves."""
-    allocated: list[int] = []
-    empty = torch.empty
-
-    def counting(*size: Any, **options: Any) -> Tensor:
-        t = empty(*size, **options)
-        if t.dtype == torch.uint8:
-            allocated.append(t.numel())
-        return t
-
-    monkeypatch.setattr(torch, "empty", counting)
-    taken = lambda device, *wanted: [empty(*shape, dtype=dtype, device=device) for shape, dtype in wanted]
-    monkeypatch.setattr(memory, "take", taken)
     params = [nn.Parameter(torch.ones(8, 30, 50, dtype=torch.bfloat16)) for _ in range(2)]
     plans = []
     for options in ({}, EIGHT, MASTER, {**EIGHT, **MASTER}):
         optimizer = Muon(params, backend=backend, max_workspace_bytes=150_000, ns_algorithm="standard", **options)
         (bucket,) = optimizer.plan().buckets
-        allocated.clear()
+        workspace_blocks.clear()
         train(optimizer, params, 0, 1)
         assert bucket.packed == len(options) and bucket.workspace_bytes <= 150_000
-        assert not allocated[1:] and allocated[0] == bucket.workspace_bytes
+        assert not workspace_blocks[1:] and workspace_blocks[0] == bucket.workspace_bytes
         assert not (options and bucket.fused)
         notes = [n for n in optimizer.plan().notes if "goes through fp32 memory" in n]
         assert len(notes) == len(options) and all(any(n.startswith(key) for n in notes) for key in options)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from checks.training import same, snapshot
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -94,20 +95,6 @@ def train(optimizer: torch.optim.Optimizer, params: Sequence[nn.Parameter], star
     for t in range(start, stop):
         feed(params, t)
         optimizer.step()
-
-
-def snapshot(optimizer: torch.optim.Optimizer, params: Sequence[nn.Parameter]) -> tuple[list[Tensor], Any]:
-    return [p.detach().clone() for p in params], copy.deepcopy(optimizer.state_dict())
-
-
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return bool(a == b)
 
 
 # ---- second moments ----

@@ -6,16 +6,18 @@ own.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from itertools import cycle, product
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 from checks.vast import far_apart
+from muon_kernels.verbs import ApplyOptions
 
 
 def wide(t: Tensor) -> Tensor:
@@ -23,25 +25,34 @@ def wide(t: Tensor) -> Tensor:
     return t.mT if t.shape[-2] > t.shape[-1] else t
 
 
-class Implementation(Protocol):
+class MomentumOptions(NamedTuple):
+    """Options of a momentum_update, with what tests take if they name none.
+
+    All but the last, which is written, are in the order of verbs.MomentumUpdate.
+    """
+
+    mu: float = 0.9
+    nesterov: bool = True
+    dampened: bool = True
+    grad_scale: float = 1.0
+    eps: float = 1e-7
+    margin: float = 1.0
+    norms: Tensor | None = None
+
+
+# Learning rate and weight decay, each as a number or as a tensor with one element.
+Rates = tuple[float | Tensor, float | Tensor]
+
+
+class Implementation(ABC):
     """The two verbs of one implementation, for matrices or stacks of them. They fail if a launch touches anything but
     its arguments, or if the executor warns."""
 
     def momentum_update(
-        self,
-        grads: Sequence[Tensor],
-        momenta: Sequence[Tensor] | None,
-        X: Tensor,
-        *,
-        mu: float = 0.9,
-        nesterov: bool = True,
-        dampened: bool = True,
-        grad_scale: float = 1.0,
-        eps: float = 1e-7,
-        margin: float = 1.0,
-        norms: Tensor | None = None,
+        self, grads: Sequence[Tensor], momenta: Sequence[Tensor] | None, X: Tensor, **options: Any
     ) -> Tensor:
-        """Returns scale."""
+        """Update with `MomentumOptions(**options)`; return scale."""
+        return self._momentum_update(grads, momenta, X, MomentumOptions(**options))
 
     def apply_update(
         self,
@@ -51,18 +62,31 @@ class Implementation(Protocol):
         lr: float | Tensor = 0.5,
         weight_decay: float | Tensor = 0.5,
         ratios: Sequence[float] | None = None,
-        cautious: bool = False,
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-        first: int = 0,
+        **options: Any,
+    ) -> None:
+        """Update with `ApplyOptions(**options)` and ratios of 1 if there are none."""
+        ratios = [1.0] * len(X) if ratios is None else ratios
+        self._apply_update(params, X, (lr, weight_decay), ratios, ApplyOptions(**options))
+
+    @abstractmethod
+    def _momentum_update(
+        self, grads: Sequence[Tensor], momenta: Sequence[Tensor] | None, X: Tensor, options: MomentumOptions
+    ) -> Tensor: ...
+
+    @abstractmethod
+    def _apply_update(
+        self, params: Sequence[Tensor], X: Tensor, rates: Rates, ratios: Sequence[float], options: ApplyOptions
     ) -> None: ...
 
-    def options(self, **options: Any) -> AbstractContextManager[None]:
+    @abstractmethod
+    def options(self, **options: Any) -> AbstractContextManager[Any]:
         """How the executor runs what is launched inside."""
 
+    @abstractmethod
     def grids(self) -> list[tuple[int, ...]]:
         """Of the launches since the last `options`."""
 
+    @abstractmethod
     def rules(self, *dtypes: torch.dtype) -> Sequence[tuple[bool, bool, float]]:
         """Of RULES, those that tensors of these types are worth."""
 

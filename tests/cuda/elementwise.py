@@ -9,9 +9,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from checks.elementwise import RULES, wide
+from checks.elementwise import RULES, Implementation, MomentumOptions, Rates, wide
 from ptx.standin import Runtime
 from torch import Tensor
+
+from muon_kernels.verbs import ApplyOptions
 
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
@@ -29,7 +31,7 @@ def _address(a: array[Any]) -> int:
     return int(a.buffer_info()[0])
 
 
-class Verbs:
+class Verbs(Implementation):
     """The two verbs of one build; everything that they may touch is registered for as long as a call takes."""
 
     def __init__(self, module: ModuleType, runtime: Runtime) -> None:
@@ -58,21 +60,9 @@ class Verbs:
             raise (self.runtime.failures or [error])[0] from error
         assert not any(launch.warnings for launch in self.runtime.log)
 
-    def momentum_update(
-        self,
-        grads: Sequence[Tensor],
-        momenta: Sequence[Tensor] | None,
-        X: Tensor,
-        *,
-        mu: float = 0.9,
-        nesterov: bool = True,
-        dampened: bool = True,
-        grad_scale: float = 1.0,
-        eps: float = 1e-7,
-        margin: float = 1.0,
-        norms: Tensor | None = None,
+    def _momentum_update(
+        self, grads: Sequence[Tensor], momenta: Sequence[Tensor] | None, X: Tensor, options: MomentumOptions
     ) -> Tensor:
-        """Returns scale."""
         m = self.module
         # Neither has an initial value, and both have a sentinel behind them.
         scale = torch.full((X.shape[0] + 1,), torch.nan)
@@ -85,41 +75,29 @@ class Verbs:
             self.dtype(momenta[0]) if momenta else kind,
             (X.data_ptr(), *X.shape, X.stride(0), X.stride(1)),
             scale.data_ptr(),
-            0 if norms is None else norms.data_ptr(),
-            eps,
-            margin,
-            grad_scale,
-            mu,
-            nesterov,
-            dampened,
+            0 if options.norms is None else options.norms.data_ptr(),
+            options.eps,
+            options.margin,
+            options.grad_scale,
+            options.mu,
+            options.nesterov,
+            options.dampened,
         )
         partial = torch.full((m.cuda.momentum_partials(update),), torch.nan, dtype=torch.float64)
-        memory = [*grads, *(momenta or []), X, scale[:-1], partial, norms]
+        memory = [*grads, *(momenta or []), X, scale[:-1], partial, options.norms]
         self._run(memory, m.cuda.momentum_update, update, self.dtype(X), partial.data_ptr(), 0)
         return scale[:-1]
 
-    def apply_update(
-        self,
-        params: Sequence[Tensor],
-        X: Tensor,
-        *,
-        lr: float | Tensor = 0.5,
-        weight_decay: float | Tensor = 0.5,
-        ratios: Sequence[float] | None = None,
-        cautious: bool = False,
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-        first: int = 0,
+    def _apply_update(
+        self, params: Sequence[Tensor], X: Tensor, rates: Rates, ratios: Sequence[float], options: ApplyOptions
     ) -> None:
         m = self.module
-        refs, factors = _refs(params), array("d", ratios if ratios is not None else [1.0] * len(X))
-        on_device = [v if isinstance(v, Tensor) else None for v in (lr, weight_decay)]
-        numbers = [0.0 if isinstance(v, Tensor) else v for v in (lr, weight_decay)]
-        options = m.ApplyOptions(
-            *(0 if t is None else t.data_ptr() for t in on_device), cautious, stochastic_rounding, seed, first
-        )
+        refs, factors = _refs(params), array("d", ratios)
+        on_device = [v if isinstance(v, Tensor) else None for v in rates]
+        numbers = [0.0 if isinstance(v, Tensor) else v for v in rates]
+        given = m.ApplyOptions(*(0 if t is None else t.data_ptr() for t in on_device), *options)
         stack = (X.data_ptr(), *X.shape, X.stride(0), X.stride(1))
         update = m.ApplyUpdate(
             _address(refs), self.dtype(params[0]) if params else m.DType.f32, stack, *numbers, _address(factors)
         )
-        self._run([*params, X, *on_device], m.cuda.apply_update, update, options, self.dtype(X), 0)
+        self._run([*params, X, *on_device], m.cuda.apply_update, update, given, self.dtype(X), 0)

@@ -66,37 +66,38 @@ class Products:
         b: Tensor,
         out: Tensor,
         *,
-        a_diagonal: Tensor | None = None,
-        b_diagonal: Tensor | None = None,
-        b_transposed: bool = False,
         c: Tensor | None = None,
-        c_diagonal: Tensor | None = None,
-        out_diagonal: Tensor | None = None,
+        b_transposed: bool = False,
         symmetric: bool = False,
         alpha: float = 1.0,
         beta: float = 0.0,
         gamma: float = 0.0,
-        scale: Tensor | None = None,
+        **vectors: Tensor | None,
     ) -> Any:
-        """csrc's Product; what it points to becomes device memory, and nothing but the views themselves."""
-        tensors = (a, b, c, out, a_diagonal, b_diagonal, c_diagonal, out_diagonal, scale)
-        self.runtime.register(*(t for t in tensors if t is not None), guard=True)
-        return self.module.Product(
+        """Make csrc's Product; `vectors` are diagonals and the scale, by csrc's names.
+
+        The views that it points to become device memory, and nothing around them.
+        """
+        self.runtime.register(*(t for t in (a, b, c, out, *vectors.values()) if t is not None), guard=True)
+        pointer = lambda name: _pointer(vectors.pop(name, None))
+        product = self.module.Product(
             _stack(a),
-            _pointer(a_diagonal),
+            pointer("a_diagonal"),
             _stack(b),
             b_transposed,
-            _pointer(b_diagonal),
+            pointer("b_diagonal"),
             _stack(c),
-            _pointer(c_diagonal),
+            pointer("c_diagonal"),
             _stack(out),
-            _pointer(out_diagonal),
+            pointer("out_diagonal"),
             symmetric,
             alpha,
             beta,
             gamma,
-            _pointer(scale),
+            pointer("scale"),
         )
+        assert not vectors, f"no field of Product: {list(vectors)}"
+        return product
 
     def run(
         self, *products: Any, dtype: torch.dtype = torch.bfloat16, multiprocessors: int = 1, **options: Any

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from tiny import ADAMW, MUON, assert_same, build, loss_of, parameters, train
 from torch import nn
@@ -9,6 +11,17 @@ from torch.distributed.optim import _apply_optimizer_in_backward, _get_in_backwa
 from torch.optim import AdamW, Optimizer
 
 from muon_kernels import Muon, MuonAdamW, param_groups
+
+
+def step_in_backward(optimizers: Mapping[nn.Parameter, Optimizer]) -> None:
+    """Step each parameter's optimizer when its gradient is there, and drop the gradient."""
+
+    def step(p: nn.Parameter) -> None:
+        optimizers[p].step()
+        optimizers[p].zero_grad()
+
+    for p in optimizers:
+        p.register_post_accumulate_grad_hook(step)
 
 
 def test_hooks_after_accumulation() -> None:
@@ -19,12 +32,7 @@ def test_hooks_after_accumulation() -> None:
         **{p: AdamW([p], fused=True, **ADAMW) for p in rest["params"]},
     }
 
-    def step(p: nn.Parameter) -> None:
-        optimizers[p].step()
-        optimizers[p].zero_grad()
-
-    for p in model.parameters():
-        p.register_post_accumulate_grad_hook(step)
+    step_in_backward(optimizers)
     for i in range(3):
         loss_of(model, i).backward()
         assert all(p.grad is None for p in model.parameters())
@@ -42,12 +50,7 @@ def test_one_class_for_every_parameter() -> None:
         for p in group["params"]
     }
 
-    def step(p: nn.Parameter) -> None:
-        optimizers[p].step()
-        optimizers[p].zero_grad()
-
-    for p in model.parameters():
-        p.register_post_accumulate_grad_hook(step)
+    step_in_backward(optimizers)
     for i in range(3):
         loss_of(model, i).backward()
     train(plain, own, range(3))

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from checks.elementwise import RULES
+from checks.elementwise import RULES, Implementation, MomentumOptions, Rates
 from emulated_gpu import Device, Ran, emulated
 from torch import Tensor
 
@@ -31,7 +31,7 @@ def device_at(place: int, memory: Sequence[Tensor], **options: Any) -> AbstractC
     return emulated(place, memory=memory, guard=True, **options) if place else nullcontext(Device(0))
 
 
-class Verbs:
+class Verbs(Implementation):
     """The two verbs, launched at one place. `log`: the launches since the last `options`."""
 
     def __init__(self, place: int) -> None:
@@ -64,42 +64,22 @@ class Verbs:
         self.log += device.log
         self.compiled += device.compiled
 
-    def momentum_update(
-        self,
-        grads: Sequence[Tensor],
-        momenta: Sequence[Tensor] | None,
-        X: Tensor,
-        *,
-        mu: float = 0.9,
-        nesterov: bool = True,
-        dampened: bool = True,
-        grad_scale: float = 1.0,
-        eps: float = 1e-7,
-        margin: float = 1.0,
-        norms: Tensor | None = None,
+    def _momentum_update(
+        self, grads: Sequence[Tensor], momenta: Sequence[Tensor] | None, X: Tensor, options: MomentumOptions
     ) -> Tensor:
         # Neither has an initial value, and there are sentinels around both.
         size = len(X) * configs.scratch_bytes(*X.shape[1:])
         block = torch.full((size + 64,), 0xFF, dtype=torch.uint8)
         scratch = block[32:-32]
-        with self._running([*grads, *(momenta or ()), X, scratch, *([] if norms is None else [norms])]):
+        with self._running([*grads, *(momenta or ()), X, scratch, options.norms]):
             momentum = None if momenta is None else matrices(momenta)
-            rule = mu, nesterov, dampened, grad_scale, eps, margin
+            *rule, norms = options
             scale = elementwise.momentum_update(MomentumUpdate(matrices(grads), momentum, X, *rule, scratch, norms))
         assert (block[:32] == 0xFF).all() and (block[-32:] == 0xFF).all(), "written outside scratch"
         return scale
 
-    def apply_update(
-        self,
-        params: Sequence[Tensor],
-        X: Tensor,
-        *,
-        lr: float | Tensor = 0.5,
-        weight_decay: float | Tensor = 0.5,
-        ratios: Sequence[float] | None = None,
-        **options: Any,
+    def _apply_update(
+        self, params: Sequence[Tensor], X: Tensor, rates: Rates, ratios: Sequence[float], options: ApplyOptions
     ) -> None:
-        ratios = [1.0] * len(X) if ratios is None else ratios
-        with self._running([*params, X, *(v for v in (lr, weight_decay) if isinstance(v, Tensor))]):
-            update = ApplyUpdate(matrices(params), X, lr, weight_decay, ratios)
-            elementwise.apply_update(update, ApplyOptions(**options))
+        with self._running([*params, X, *(v for v in rates if isinstance(v, Tensor))]):
+            elementwise.apply_update(ApplyUpdate(matrices(params), X, *rates, ratios), options)
