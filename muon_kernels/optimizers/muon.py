@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo  # torch.compiler.disable, but it imports dynamo when called only
 from torch.distributed import ProcessGroup
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from .. import interrupts
 from ..checkpoint import STATE, check_checkpoint, check_state
+from ..closures import ClosureOptimizer
 from ..coefficients import NS_STEPS, resolve
 from ..distributed import consensus
 from ..distributed.collectives import Failed
@@ -36,7 +36,7 @@ from .state import Writes
 
 
 @with_stage_options
-class Muon(Optimizer):
+class Muon(ClosureOptimizer):
     r"""Momentum orthogonalized by Newton-Schulz: a drop-in for `torch.optim.Muon`, fused and batched.
 
     For every matrix W of shape (A, B), with gradient G, momentum buffer M and NS(·) the Newton-Schulz iteration:
@@ -257,30 +257,8 @@ class Muon(Optimizer):
             else:
                 self.state[p][key] = tensor
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    @_disable_dynamo
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter that has a gradient.
-
-        Args:
-            closure: re-evaluates the model and returns the loss.
-
-        Returns:
-            The closure's loss, or None.
-
-        Raises:
-            ValueError, TypeError: an option, a gradient or state that cannot be used; nothing has been written then.
-            RuntimeError: a backend or memory that is missing, in which case nothing has been written; or a rank that
-                does not answer, in which case the message says whether anything has been written.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _update(self) -> None:
+        """Step all groups: look at everything, get everything ready, then write."""
         self._steps += 1
         self._ranks.refresh(self.param_groups)
         try:
@@ -317,7 +295,6 @@ class Muon(Optimizer):
                         f"step {self._steps} of Muon is incomplete, parameters of some matrices are stepped and of "
                         f"others not: {error}; go on from the last checkpoint"
                     ) from error
-        return loss
 
     @torch.no_grad()
     def init_state(self) -> None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
-from typing import Any, NoReturn, overload
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo  # torch.compiler.disable, but it imports dynamo when called only
 from torch.optim import AdamW, Optimizer
 
 from ..checkpoint import check_checkpoint
+from ..closures import ClosureOptimizer
 from ..options import check_keys, plain, settle
 from ..step.plan import Plan
 from ..tensors import check_disjoint
@@ -36,7 +36,7 @@ _ADAMW_OPTIONS = inspect.signature(AdamW).parameters.keys() - {"params"}
 OPTIONS = {"Muon": inspect.signature(Muon).parameters.keys() - {"params", "process_group"}, "AdamW": _ADAMW_OPTIONS}
 
 
-class MuonAdamW(Optimizer):
+class MuonAdamW(ClosureOptimizer):
     """Muon and AdamW as one optimizer: `use_muon` of a param group says which of them steps it.
 
         optimizer = MuonAdamW(
@@ -132,31 +132,8 @@ class MuonAdamW(Optimizer):
         if not cycled:
             del param_group["momentum"]  # which is in the defaults for Muon
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @_disable_dynamo
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter that has a gradient, and its state.
-
-        Args:
-            closure: re-evaluates the model and returns the loss.
-
-        Returns:
-            The closure's loss, or None.
-
-        Raises:
-            ValueError, TypeError, RuntimeError: what `Muon` raises, or a gradient, state or option that AdamW could not
-                step; nothing has been written then.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _update(self) -> None:
+        """Step Muon's half, then AdamW's, after both have been checked."""
         self._hand_over()
         # Muon checks all it was given before it writes; checking AdamW's part here covers the rest.
         for group in self._adamw.param_groups:
@@ -173,7 +150,6 @@ class MuonAdamW(Optimizer):
             for p, state in new.items():
                 self.state[p].update(state)
             _unhooked_step(self._adamw)
-        return loss
 
     @torch.no_grad()
     def init_state(self) -> None:

@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo  # torch.compiler.disable, but it imports dynamo when called only
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from .. import interrupts, options
 from ..checkpoint import check_checkpoint
+from ..closures import ClosureOptimizer
 from ..distributed import consensus
 from ..distributed.exchange import divide
 from ..distributed.ranks import Ranks
@@ -89,7 +89,7 @@ class SpectralMomentum(Muon):
         )
 
 
-class SpectralAdam(Optimizer):
+class SpectralAdam(ClosureOptimizer):
     r"""Adam whose update R = m̂ / (√v̂ + eps) = U Σ Vᵀ becomes U Σ^p Vᵀ for matrices; other parameters get R itself.
 
         W ← (1 - lr·weight_decay) W - lr·ratio·U Σ^p Vᵀ
@@ -219,29 +219,8 @@ class SpectralAdam(Optimizer):
                 if grad.dtype != p.dtype:
                     raise TypeError(f"gradient should be of the parameter's dtype {p.dtype} but is of: {grad.dtype}")
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    @_disable_dynamo
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter that has a gradient.
-
-        Args:
-            closure: re-evaluates the model and returns the loss.
-
-        Returns:
-            The closure's loss, or None.
-
-        Raises:
-            ValueError, TypeError, RuntimeError: an option, a gradient or state that cannot be used; nothing has been
-                written then.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _update(self) -> None:
+        """Step all groups: look at everything, get everything ready, then write."""
         self._ranks.refresh(self.param_groups)
         if not self._ranks.teams:
             self._check_gradients()
@@ -273,7 +252,6 @@ class SpectralAdam(Optimizer):
                 self._adamw(group, grads, matrices, updates, 1.0, 0.0)
                 for task in tasks:
                     task.run(updates, scalars, self._workspace)
-        return loss
 
     def _begin(self, params: Iterable[Tensor]) -> None:
         """Make the state of the parameters that have none."""
