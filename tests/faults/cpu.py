@@ -714,7 +714,7 @@ FAULTS = [
     Fault(
         "a plan keeps momentum",
         OPTIMIZER,
-        "        self._tasks.clear()  # it",
+        "        self._tasks.clear()  # tasks",
         "        # it",
         "tests/test_plan.py -k keeps",
     ),
