@@ -270,7 +270,7 @@ class Muon(ClosureOptimizer):
                 f"step {self._steps} of Muon did not begin: {error}; every rank has to call step, which GradScaler "
                 "leaves out where gradients of one rank alone are not finite: give all ranks the same before"
             ) from error
-        # What is kept must be of use outside inference mode too.
+        # State and memory that are made here must be usable outside of inference mode, too.
         with torch.inference_mode(False), torch.no_grad():
             batches = self._batches()
             prepared = [self._prepare(groups, agreed.grad) for groups, _ in batches]
@@ -279,7 +279,7 @@ class Muon(ClosureOptimizer):
             for (tasks, grads, _), (_, numbers) in zip(prepared, batches, strict=True):
                 for task in tasks:
                     task.warm_up(grads, numbers, self._workspace)
-        # Ranks may wait for each other, so an interrupt can only wait where there are none.
+        # An interrupt is deferred only where this rank is alone: another rank may wait for this one for ever.
         alone = not any(task.together for tasks, _, _ in prepared for task in tasks)
         with interrupts.held() if alone else nullcontext():
             for (groups, numbers), (tasks, grads, new) in zip(batches, prepared, strict=True):
@@ -321,7 +321,7 @@ class Muon(ClosureOptimizer):
     def plan(self) -> Plan:
         """Return what a step does if every parameter has a gradient of its own dtype. `print` it for a table."""
         tasks = [task for groups, _ in self._batches() for task in self._prepare(groups, lambda p: p)[0]]
-        self._tasks.clear()  # it would keep the momentum buffers that a first step has not made yet
+        self._tasks.clear()  # tasks hold momentum buffers, which the first step will make anew
         return plan_of(tasks)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -332,7 +332,7 @@ class Muon(ClosureOptimizer):
         self.__dict__.setdefault("_steps", 0)
         for group in self.param_groups:
             for key, value in self.defaults.items():
-                if key != "differentiable":  # torch puts this one into the defaults
+                if key != "differentiable":  # which torch puts into the defaults
                     group.setdefault(key, value)
             settle(group, self.defaults)
             set_peak_lr(group)
@@ -392,7 +392,7 @@ class Muon(ClosureOptimizer):
         states = check_checkpoint(state_dict, self.param_groups, "Muon", "ns_coefficients", check_state)
         self._settle()
         state_dict = fitted(state_dict, states, self.param_groups, self.defaults, self._ranks)
-        # torch casts state to the parameter's dtype, which would round what is fp32 with bf16 parameters.
+        # torch casts state to the parameter's dtype, which would round fp32 state of bf16 parameters.
         copies = [
             (p, {key: state[key].detach().to(p.device, copy=True) for key in STATE if key in state})
             for p, state in states

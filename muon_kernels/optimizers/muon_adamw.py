@@ -32,7 +32,7 @@ __all__ = ["MuonAdamW"]
 
 _Groups = list[dict[str, Any]]
 _ADAMW_OPTIONS = inspect.signature(AdamW).parameters.keys() - {"params"}
-# What a group of either half may say; `process_group` is for all groups of an optimizer.
+# Options of the groups of each half. `process_group` is for all groups of an optimizer.
 OPTIONS = {"Muon": inspect.signature(Muon).parameters.keys() - {"params", "process_group"}, "AdamW": _ADAMW_OPTIONS}
 
 
@@ -82,10 +82,10 @@ class MuonAdamW(ClosureOptimizer):
             )
         if isinstance(params, nn.Module):
             raise TypeError("params should be groups but is a module; give muon_kernels.param_groups(model)")
-        # Either may stay without a group, but neither can be built without one.
+        # Either half may have no group, but an optimizer cannot be built without one.
         self._muon = Muon([{"params": []}], **(muon_options or {}))
         self._adamw = _checked_adamw(adamw_options or {})
-        # What schedulers read: OneCycleLR and CyclicLR to know that they can cycle `momentum`, others for their floor.
+        # Defaults that schedulers read: OneCycleLR and CyclicLR, to see that `momentum` can be cycled, and others.
         super().__init__(params, defaults={key: self._muon.defaults[key] for key in ("lr", "momentum")})
         if not any(group["params"] for group in self.param_groups):
             raise ValueError(
@@ -135,13 +135,13 @@ class MuonAdamW(ClosureOptimizer):
     def _update(self) -> None:
         """Step Muon's half, then AdamW's, after both have been checked."""
         self._hand_over()
-        # Muon checks all it was given before it writes; checking AdamW's part here covers the rest.
+        # Muon checks everything before it writes, so AdamW's half is checked here, before Muon steps.
         for group in self._adamw.param_groups:
             _settle(group)
             check_group(group)
             _check(group, self.state)
             _unfuse(group, self.state)
-        # State that is made here must be of use outside inference mode too.
+        # State that is made here must be usable outside of inference mode, too.
         with torch.inference_mode(False), torch.no_grad():
             new: dict[Tensor, dict[str, Tensor]] = {}
             for group in self._adamw.param_groups:

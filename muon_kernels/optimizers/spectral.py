@@ -243,12 +243,12 @@ class SpectralAdam(ClosureOptimizer):
             for task in tasks:
                 task.warm_up(updates, scalars, self._workspace)
         self._begin(p for _, grads, *_ in steps for p in grads)
-        # Ranks may wait for each other, so an interrupt can only wait where there are none.
+        # An interrupt is deferred only where this rank is alone: another rank may wait for this one for ever.
         alone = not any(task.together for *_, tasks, _ in steps for task in tasks)
         with interrupts.held() if alone else nullcontext():
             for group, grads, rest, matrices, updates, tasks, scalars in steps:
                 self._adamw(group, grads, rest, [local(p) for p in rest], group["lr"], group["weight_decay"])
-                # Of a parameter that is zero, a step of size 1 makes -R.
+                # A step of size 1 turns a parameter that is zero into -R.
                 self._adamw(group, grads, matrices, updates, 1.0, 0.0)
                 for task in tasks:
                     task.run(updates, scalars, self._workspace)
@@ -311,7 +311,7 @@ class SpectralAdam(ClosureOptimizer):
             self._ranks = Ranks()
         for group in self.param_groups:
             for key, value in self.defaults.items():
-                if key != "differentiable":  # torch puts this one into the defaults
+                if key != "differentiable":  # which torch puts into the defaults
                     group.setdefault(key, value)
             options.settle(group, self.defaults)
         self._ranks.refresh(self.param_groups)
@@ -335,7 +335,7 @@ class SpectralAdam(ClosureOptimizer):
         check_checkpoint(state_dict, self.param_groups, "SpectralAdam", "betas", _check_saved)
         saved = options.settled_checkpoint(state_dict["param_groups"], self.param_groups, self.defaults)
         if len(saved) == len(self.param_groups):  # else torch raises
-            # What torch.optim.AdamW saved lacks options, and the defaults would not be the group's own.
+            # A checkpoint of torch.optim.AdamW lacks options: they stay as the group has them.
             kept = [{key: value for key, value in own.items() if key in self.defaults} for own in self.param_groups]
             saved = [{**own, **group} for own, group in zip(kept, saved, strict=True)]
         for group in saved:
@@ -356,7 +356,7 @@ def _check_options(group: dict[str, Any]) -> None:
     options.check_options({name: value for name, value in group.items() if name not in ("lr", "weight_decay", "eps")})
 
 
-# By the paper's names, with its settings.
+# (class, power) by the paper's names.
 PAPER: dict[str, tuple[type[Optimizer], float]] = {
     "msgd": (SpectralMomentum, 1.0),
     "msgd_s": (SpectralMomentum, 0.5),
