@@ -175,39 +175,34 @@ def _junk(value: Any, rng: random.Random) -> Any:
     return copy.deepcopy(rng.choice(_OTHERS)) if rng.random() < 0.9 else _OTHERS[5]
 
 
-def _garble(checkpoint: dict[str, Any], rng: random.Random) -> str:
-    """Change one thing, and say which."""
-    state, groups = checkpoint.get("state"), checkpoint.get("param_groups")
-    where = rng.random()
-    if where < 0.02:
-        key = rng.choice(["state", "param_groups", "other"])
-        checkpoint[key] = _junk(None, rng)
-        return f"{key} = {checkpoint[key]!r}"
-    if where < 0.5 and isinstance(state, dict) and state:
-        index = rng.choice(list(state))
-        kept = state[index]
-        if not isinstance(kept, dict) or not kept or rng.random() < 0.05:
-            state[index] = _junk(None, rng)
-            return f"state[{index}] = {state[index]!r}"
-        key = rng.choice(list(kept))
-        how = rng.random()
-        if how < 0.1:
-            del kept[key]
-            return f"del state[{index}][{key}]"
-        if how < 0.15:
-            kept[rng.choice(["extra", 3, "step", "momentum_scale", "mantissa", "second_momentum_buffer"])] = _junk(
-                kept[key], rng
-            )
-            return f"state[{index}] has more"
-        if how < 0.2 and len(state) > 1:
-            other = rng.choice(list(state))
-            state[index], state[other] = state[other], state[index]
-            return f"state {index} and {other} swapped"
-        if how < 0.25:
-            kept[key] = next((v for v in kept.values() if v is not kept[key]), None)
-            return f"state[{index}][{key}] shared"
-        kept[key] = _junk(kept[key], rng)
-        return f"state[{index}][{key}] = {type(kept[key]).__name__} {kept[key]!r:.80}"
+def _garble_state(state: dict[Any, Any], rng: random.Random) -> str:
+    index = rng.choice(list(state))
+    kept = state[index]
+    if not isinstance(kept, dict) or not kept or rng.random() < 0.05:
+        state[index] = _junk(None, rng)
+        return f"state[{index}] = {state[index]!r}"
+    key = rng.choice(list(kept))
+    how = rng.random()
+    if how < 0.1:
+        del kept[key]
+        return f"del state[{index}][{key}]"
+    if how < 0.15:
+        kept[rng.choice(["extra", 3, "step", "momentum_scale", "mantissa", "second_momentum_buffer"])] = _junk(
+            kept[key], rng
+        )
+        return f"state[{index}] has more"
+    if how < 0.2 and len(state) > 1:
+        other = rng.choice(list(state))
+        state[index], state[other] = state[other], state[index]
+        return f"state {index} and {other} swapped"
+    if how < 0.25:
+        kept[key] = next((v for v in kept.values() if v is not kept[key]), None)
+        return f"state[{index}][{key}] shared"
+    kept[key] = _junk(kept[key], rng)
+    return f"state[{index}][{key}] = {type(kept[key]).__name__} {kept[key]!r:.80}"
+
+
+def _garble_groups(groups: Any, rng: random.Random) -> str:
     if not isinstance(groups, list) or not groups:
         return "nothing"
     i = rng.randrange(len(groups))
@@ -237,6 +232,19 @@ def _garble(checkpoint: dict[str, Any], rng: random.Random) -> str:
         return f"group {i} has more"
     group[key] = _junk(group[key], rng)
     return f"group {i} {key} = {group[key]!r:.80}"
+
+
+def _garble(checkpoint: dict[str, Any], rng: random.Random) -> str:
+    """Change one thing, and say which."""
+    state = checkpoint.get("state")
+    where = rng.random()
+    if where < 0.02:
+        key = rng.choice(["state", "param_groups", "other"])
+        checkpoint[key] = _junk(None, rng)
+        return f"{key} = {checkpoint[key]!r}"
+    if where < 0.5 and isinstance(state, dict) and state:
+        return _garble_state(state, rng)
+    return _garble_groups(checkpoint.get("param_groups"), rng)
 
 
 def attempt(kind: str, seed: int) -> str | None:

@@ -125,7 +125,7 @@ def test_what_users_need_not_have_is_imported_by_the_cli_only() -> None:
     """And matplotlib where spectra are drawn, when they are; see `test_import_brings_little`."""
     for path in FILES:
         if path.relative_to(PACKAGE).parts[0] not in ("cli", "__main__.py"):
-            own = () if path.name == "spectra.py" else ("matplotlib",)
+            own = () if path == PACKAGE / "spectra" / "picture.py" else ("matplotlib",)
             assert not [n for n in imports(path) if inside(n, "rich", "numpy", "pybind11", *own)], path
 
 

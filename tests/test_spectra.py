@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from muon_kernels import Muon, MuonAdamW, param_groups, spectra
+from muon_kernels.spectra import picture
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {name: getattr(spectra, name) for name in spectra.QUANTITIES}
 
@@ -405,9 +406,9 @@ def test_picture_has_a_line_of_every_training(tmp_path: Path, quantity: str) -> 
     runs = {"Muon": training(0.5), "AdamW": training(0.9)}
     path = tmp_path / "spectra.png"
     spectra.plot(runs, path, quantity)
-    for style in spectra._STYLES[:2]:
+    for style in picture.STYLES[:2]:
         assert colored(path, style["color"]) > 300
-    assert colored(path, spectra._STYLES[2]["color"]) == 0
+    assert colored(path, picture.STYLES[2]["color"]) == 0
 
 
 def test_picture_is_of_medians_and_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

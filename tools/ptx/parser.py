@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -175,54 +176,61 @@ class _Reader:
             return found.end()
         if self.text.startswith(".section", at):
             return self.text.index("}", at) + 1
-        if self.function:
-            if self.text[at] == "{":
-                self.scope_count += 1
-                self.scopes.append({})
-                return at + 1
-            if self.text[at] == "}":
-                self.scopes.pop()
-                if not self.scopes:
-                    self.function = None
-                    self.location = None
-                return at + 1
-            if found := _LABEL.match(self.text, at):
-                table = re.compile(r"\s*\.branchtargets([^;]*);").match(self.text, found.end())
-                if table:
-                    self.function.tables[found[1]] = split(table[1])
-                    return table.end()
-                self.function.body.append(Statement(line, "", (self.declare(found[1], "label"),)))
-                return found.end()
-            stop = self.text.index(";", at)
-            self.statement(self.text[at:stop].strip(), line)
-            return stop + 1
+        return self.inside(self.function, at, line) if self.function else self.outside(at, line)
+
+    def inside(self, function: Function, at: int, line: int) -> int:
+        """Consume one statement, label or brace of a function; return where the next begins."""
+        if self.text[at] == "{":
+            self.scope_count += 1
+            self.scopes.append({})
+            return at + 1
+        if self.text[at] == "}":
+            self.scopes.pop()
+            if not self.scopes:
+                self.function = None
+                self.location = None
+            return at + 1
+        if found := _LABEL.match(self.text, at):
+            table = re.compile(r"\s*\.branchtargets([^;]*);").match(self.text, found.end())
+            if table:
+                function.tables[found[1]] = split(table[1])
+                return table.end()
+            function.body.append(Statement(line, "", (self.declare(found[1], "label"),)))
+            return found.end()
+        stop = self.text.index(";", at)
+        self.statement(self.text[at:stop].strip(), line)
+        return stop + 1
+
+    def outside(self, at: int, line: int) -> int:
+        """Consume the head of a function or one variable; return where the next begins."""
         stop = at
         while self.text[stop] not in ";{" or (self.text[stop] == "{" and "=" in self.text[at:stop]):
             stop += 1
         text = self.text[at:stop].strip()
         if ".entry" in text or ".func" in text:
-            for found in re.finditer(r"\.(maxntid|reqntid)[^\n]*", text):
-                self.directive(found[1], found[0], line)
-            text = re.sub(r"\.(maxntid|minnctapersm|reqntid|maxnreg|noreturn|pragma)[^\n]*", "", text)
-            function = _header(text, line)
-            if self.text[stop] == "{":
-                self.function = function
-                self.module.functions[function.name] = function
-                self.scopes = [{}]
-                threads = [int(n) for n in re.findall(r"\d+", self.pending_threads)]
-                if threads:
-                    size = 1
-                    for n in threads:
-                        size *= n
-                    function.max_threads = size
-                    function.required_threads = size if "reqntid" in self.pending_threads else None
-                self.pending_threads = ""
-        elif found := _VARIABLE.match(text):
+            self.head(text, line, declared_only=self.text[stop] != "{")
+        elif _VARIABLE.match(text):
             variable = _variable(text, line)
             self.module.variables[variable.name] = variable
         elif not text.startswith((".pragma", ".alias")):
             raise PtxError(f"line {line}: cannot read {text.splitlines()[0]!r}")
         return stop + 1
+
+    def head(self, text: str, line: int, declared_only: bool) -> None:
+        """Read the head of a function; enter the function unless its body is elsewhere."""
+        for found in re.finditer(r"\.(maxntid|reqntid)[^\n]*", text):
+            self.directive(found[1], found[0], line)
+        text = re.sub(r"\.(maxntid|minnctapersm|reqntid|maxnreg|noreturn|pragma)[^\n]*", "", text)
+        function = _header(text, line)
+        if declared_only:
+            return
+        self.function = function
+        self.module.functions[function.name] = function
+        self.scopes = [{}]
+        if threads := [int(n) for n in re.findall(r"\d+", self.pending_threads)]:
+            function.max_threads = math.prod(threads)
+            function.required_threads = function.max_threads if "reqntid" in self.pending_threads else None
+        self.pending_threads = ""
 
     def directive(self, kind: str, text: str, line: int) -> None:
         if kind == "loc":
