@@ -525,7 +525,9 @@ def test_coefficients_change_between_steps(backend: str) -> None:
         step(optimizer, params, grads)
         for p, b, g in zip(params, before, grads, strict=True):
             expected = b.double() - 0.5 * orthogonalize(g, name, steps, backend=backend).double()
-            torch.testing.assert_close(p.double(), expected, rtol=0, atol=2**-22)  # |W| < 4 in fp32
+            if deterministic(backend):
+                torch.testing.assert_close(p.double(), expected, rtol=0, atol=2**-22)  # |W| < 4 in fp32
+            assert ns_error(p, expected, b) < 2 * FLOOR
 
 
 def own_rule(rows: int, cols: int) -> float:
