@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,9 +14,12 @@ from torch import Tensor
 from .. import memory
 from ..coefficients import Schedule
 from ..layout import Bundle
-from ..newton_schulz import Square, square
+from ..newton_schulz import Factors, Square, square
 from ..verbs import ApplyOptions, ApplyUpdate, MomentumUpdate, Step
 from . import Fused, native
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _forced: str | None = None
 
@@ -162,19 +165,10 @@ def _product(A: Square, B: Square | None, out: Square, **options: Any) -> None:
     _queue.product(native.required(), A, B, out, **options)
 
 
-def syrk(
-    A: Tensor | Square,
-    *,
-    out: Square,
-    C: Square | None = None,
-    alpha: float = 1.0,
-    beta: float = 0.0,
-    gamma: float = 0.0,
-    scale: Tensor | None = None,
-) -> None:
+def syrk(A: Tensor | Square, *, out: Square, C: Square | None = None, **factors: Unpack[Factors]) -> None:
     """Implement `Products.syrk`."""
     A = square(A)
-    _product(A, A, out, transposed=True, symmetric=True, C=C, alpha=alpha, beta=beta, gamma=gamma, scale=scale)
+    _product(A, A, out, transposed=True, symmetric=True, C=C, **factors)
 
 
 def syrkx(A: Square, B: Square, *, out: Square, gamma: float = 0.0) -> None:
