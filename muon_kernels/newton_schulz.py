@@ -68,10 +68,12 @@ class Products(Protocol):
 
     All stacks are (batch, rows, cols), bf16 or fp16. `scale`, (batch,) fp32, stands for a factor of X, which is only
     multiplied where X is used: twice in X Xᵀ.
+
+    Attributes:
+        precise_squares: whether the verbs use and write `Square.diagonal`.
     """
 
-    def precise_squares(self) -> bool:
-        """Whether the verbs use and write `Square.diagonal`."""
+    precise_squares: bool
 
     def add(self, A: Square, *, out: Square, C: Square | None = None, **factors: Unpack[Factors]) -> None:
         """Write scale·(alpha·A + beta·C + gamma·I), of any shape if gamma is 0; `out` may be A or C."""
@@ -244,10 +246,10 @@ def gram(
     into S before S is rounded, and no product is expanded: both would cancel.
     """
     if blend is not None:
-        form = _gram_sum if ops.precise_squares() else _standard_sum  # which it is with a segment for every step
+        form = _gram_sum if ops.precise_squares else _standard_sum  # which it is with a segment for every step
         return form(ops, X, Y, squares, scale, schedule, blend)
     R, W, S, Q, Q_next = squares
-    for start, stop in segments(schedule, X.shape[1], ops.precise_squares()):
+    for start, stop in segments(schedule, X.shape[1], ops.precise_squares):
         if stop - start == 1:
             _standard_step(ops, X, Y, W, S, scale, schedule.triples[start])
             X, Y, scale = Y, X, None

@@ -76,7 +76,7 @@ def momenta(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> list[
 
 def deterministic(backend: str) -> bool:
     """Whether a matrix's bits are known not to depend on its neighbours: torch's batched product promises nothing."""
-    return backends.get(backend).precise_squares()
+    return backends.get(backend).precise_squares
 
 
 def ns_error(a: Tensor, b: Tensor, start: Tensor) -> float:
@@ -571,7 +571,7 @@ def test_decay_uses_lr_as_it_is(backend: str) -> None:
 
 @pytest.mark.parametrize("algorithm", ["standard", "gram"])
 def test_algorithms(backend: str, algorithm: str) -> None:
-    if algorithm == "gram" and not backends.get(backend).precise_squares():
+    if algorithm == "gram" and not backends.get(backend).precise_squares:
         pytest.skip("less accurate there, which is why 'auto' does not choose it")
     start, grads = parameters(), [gradients(t) for t in range(2)]
     params = copies(start)
@@ -715,11 +715,11 @@ def test_a_fused_step_changes_nothing(backend: str) -> None:
             torch.set_num_threads(threads)
             step(optimizer, params, g)
         (bucket,) = (b for b in optimizer.plan().buckets if b.shape == (24, 40))
-        assert bucket.fused == (counts[-1] == 2 and backends.get(backend).symmetric_products())
+        assert bucket.fused == (counts[-1] == 2 and backends.get(backend).symmetric_products)
         if bucket.fused:
             assert (bucket.slots, bucket.launches) == (2, 1)
         results.append(params + momenta(optimizer, params))
-    if backends.get(backend).symmetric_products():  # torch's own products may differ by thread count
+    if backends.get(backend).symmetric_products:  # torch's own products may differ by thread count
         for result in results[1:]:
             assert all_same(result, results[0])
 
@@ -738,7 +738,7 @@ def test_a_fused_step_goes_on_in_a_larger_workspace(backend: str) -> None:
         for t in (1, 2):
             step(optimizer, params, gradients(t, [(24, 40)] * 10 + [(300, 300)] * 2))
         results.append(params)
-    if backends.get(backend).symmetric_products():
+    if backends.get(backend).symmetric_products:
         assert all_same(*results)
 
 

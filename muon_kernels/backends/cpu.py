@@ -24,6 +24,14 @@ if TYPE_CHECKING:
 _forced: str | None = None
 
 
+# Facts, see `Backend`.
+device_types = ("cpu",)
+symmetric_products = True
+precise_squares = True
+normalizes = False
+default_workspace_bytes = 64 << 20  # a few large matrices at a time stay in the last-level cache
+
+
 def instruction_sets() -> list[str]:
     """The instruction sets that kernels were built for and this processor has, fastest first."""
     _C = native.module()
@@ -80,11 +88,6 @@ def refuses(device: torch.device, dtypes: Sequence[torch.dtype], workspace_dtype
     return f"expected float32 or bfloat16 tensors, got {bad[0]}; use backend='auto'" if bad else None
 
 
-def device_types() -> tuple[str, ...]:
-    """Return the processor's."""
-    return ("cpu",)
-
-
 def prefers_instead(device: torch.device, rows: int, cols: int) -> None:
     """Return None: no other backend is faster on a processor."""
 
@@ -102,21 +105,6 @@ def rehearsal() -> AbstractContextManager[None]:
 def describe() -> str:
     """Implement `Backend.describe`."""
     return f"{_isa()}, threads {native.required().cpu.thread_runtime()}"
-
-
-def symmetric_products() -> bool:
-    """Implement `Backend.symmetric_products`."""
-    return True
-
-
-def precise_squares() -> bool:
-    """Implement `Products.precise_squares`."""
-    return True
-
-
-def default_workspace_bytes() -> int:
-    """Return 64 MiB: a few large matrices at a time stay in the last-level cache."""
-    return 64 << 20
 
 
 def leading_dimension(cols: int) -> int:
@@ -207,11 +195,6 @@ def apply_update(args: ApplyUpdate, options: ApplyOptions = ApplyOptions()) -> N
     update, _alive = native.apply_update(_C, args, args.x, float(args.lr), float(args.weight_decay))
     _C.cpu.apply_update(*_isa_and_threads(), update, _apply_options(options))
     torch.autograd.graph.increment_version([p.tensor for p in args.param])
-
-
-def normalizes() -> bool:
-    """Implement `Backend.normalizes`."""
-    return False
 
 
 def scratch_bytes(rows: int, cols: int) -> int:

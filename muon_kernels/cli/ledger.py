@@ -184,7 +184,7 @@ def requested(plan: Plan, tile: int, schedule: Schedule) -> int:
     for b in plan.buckets:
         if not b.fused:
             ops = backends.get(b.backend)
-            counter = Requests(ops.symmetric_products(), ops.precise_squares(), tile)
+            counter = Requests(ops.symmetric_products, ops.precise_squares, tile)
             count_iteration(counter, b.algorithm, *b.shape, schedule)
             total += b.count * counter.bytes
     return total
@@ -207,7 +207,7 @@ def traffic(plan: Plan, backend: str, schedule: Schedule) -> str:
 
 def own_plans(shapes: Shapes, schedule: Schedule) -> dict[str, Plan]:
     """Return the plan of each of our backends for GPUs."""
-    names = (n for n in backends.BACKENDS if "cuda" in backends.get(n).device_types())
+    names = (n for n in backends.BACKENDS if "cuda" in backends.get(n).device_types)
     return {n: plan_for_shapes(shapes, schedule=schedule, device="cuda", backend=n, available=False) for n in names}
 
 
