@@ -38,7 +38,7 @@ def missing(device: str) -> str | None:
 
 
 def _for_gpus() -> list[str]:
-    return [name for name in backends.BACKENDS if "cuda" in backends.get(name).device_types()]
+    return [name for name in backends.BACKENDS if "cuda" in backends.get(name).device_types]
 
 
 def own(device: str) -> list[str]:

@@ -54,7 +54,7 @@ def check_checkpoint(
         raise ValueError("every parameter of a checkpoint should be there once but some are repeated")
     own = [p for group in groups for p in group["params"]]
     if len(saved) != len(own):
-        return []  # torch has a sentence for it
+        return []  # torch raises for it
     states = []
     for index, p in zip(saved, own, strict=True):
         if kept := state.get(index):
@@ -104,5 +104,5 @@ def check_precision(own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
             )
 
 
-# What it may hold of a parameter, all tensors.
+# Keys of the state that `Muon` may keep of a parameter, all tensors.
 STATE = ("momentum_buffer", "momentum_scale", "mantissa", "second_momentum_buffer")

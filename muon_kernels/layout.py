@@ -75,7 +75,7 @@ def refs(matrices: Sequence[Matrices]) -> array[int]:
     size = matrices[0].tensor.element_size()
     for tensor, (batch, _, _, offset, batch_stride, row_stride, col_stride, _) in matrices:
         first = tensor.data_ptr() + offset * size
-        if batch == 1:  # the gradients of many small parameters are worth a short way
+        if batch == 1:  # worth a shorter way, for the gradients of many small parameters
             numbers += first, row_stride, col_stride
             continue
         for i in range(batch):
@@ -215,7 +215,7 @@ def overlaps_itself(shape: Size, stride: tuple[int, ...]) -> bool:
         span += s * (n - 1)
     if nested:
         return False
-    # Strides that do not nest may still miss one another, as (2, 3) do for (3, 2).
+    # Strides that do not nest may still give every element its own memory, as (2, 3) do for size (3, 2).
     seen = torch.zeros(span, dtype=torch.bool, device="cpu")
     seen.as_strided(shape, stride).fill_(True)
     return int(seen.sum()) < math.prod(shape)
@@ -231,7 +231,7 @@ def overlapping(tensors: Iterable[Tensor]) -> Tensor | None:
 
     Slices that interleave, as blocks of columns of one matrix do, share no element.
     """
-    clusters: list[list[Tensor]] = []  # of tensors that may overlap, because from first to last element they do
+    clusters: list[list[Tensor]] = []  # tensors that may overlap: their ranges of addresses do
     stop = 0
     there = (t for t in tensors if t.numel() and not t.is_meta)
     for t in sorted(there, key=lambda t: (str(t.device), t.data_ptr())):

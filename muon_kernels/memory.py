@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-# Elements that are worked at at a time, where that can be chosen. On a processor they stay in its cache.
+# Elements to compute at a time, where that can be chosen. On a processor they stay in its cache.
 _PIECE, _PIECE_ON_CPU = 1 << 22, 1 << 18
 
 
@@ -70,8 +70,8 @@ def take(device: torch.device, *wanted: tuple[Sequence[int], torch.dtype]) -> li
         block = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
     elif block is None or block.numel() < sum(sizes):
         block = _kept.block = None
-        _kept.mark = Mark()  # if there is no memory for the larger block, what was rehearsed has lost its own
-        with torch.inference_mode(False):  # what is kept must be of use outside inference mode too
+        _kept.mark = Mark()  # if there is no memory for the larger block, rehearsals so far have lost theirs
+        with torch.inference_mode(False):  # the block must be usable outside of inference mode, too
             block = _kept.block = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
     found, start = [], 0
     for (shape, dtype), size in zip(wanted, sizes, strict=True):

@@ -15,7 +15,7 @@ a sum of m x m matrices, but for its first term.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from torch import Tensor
 from . import memory
 from .coefficients import Schedule, Triple
 from .segments import segments
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Square(NamedTuple):
@@ -44,43 +47,41 @@ def square(A: Tensor | Square) -> Square:
     return A if isinstance(A, Square) else Square(A)
 
 
+class Factors(TypedDict, total=False):
+    """Factors of a product's terms.
+
+    Attributes:
+        alpha: of the product; 1 unless given.
+        beta: of C; 0 unless given.
+        gamma: of the identity, in the diagonal; 0 unless given.
+        scale: (batch,) fp32, of all of it; see `Products`.
+    """
+
+    alpha: float
+    beta: float
+    gamma: float
+    scale: Tensor | None
+
+
 class Products(Protocol):
     """The verbs that the iteration is written in; every backend has them.
 
     All stacks are (batch, rows, cols), bf16 or fp16. `scale`, (batch,) fp32, stands for a factor of X, which is only
     multiplied where X is used: twice in X Xᵀ.
+
+    Attributes:
+        precise_squares: whether the verbs use and write `Square.diagonal`.
     """
 
-    def precise_squares(self) -> bool:
-        """Whether the verbs use and write `Square.diagonal`."""
+    precise_squares: bool
 
-    def add(
-        self,
-        A: Square,
-        *,
-        out: Square,
-        C: Square | None = None,
-        alpha: float = 1.0,
-        beta: float = 0.0,
-        gamma: float = 0.0,
-        scale: Tensor | None = None,
-    ) -> None:
+    def add(self, A: Square, *, out: Square, C: Square | None = None, **factors: Unpack[Factors]) -> None:
         """Write scale·(alpha·A + beta·C + gamma·I), of any shape if gamma is 0; `out` may be A or C."""
 
     def then(self, run: Callable[[], object], operands: Sequence[Tensor]) -> None:
         """Do `run`, torch operations that read and write `operands`, where it stands in the order of the products."""
 
-    def syrk(
-        self,
-        A: Tensor | Square,
-        *,
-        out: Square,
-        C: Square | None = None,
-        alpha: float = 1.0,
-        beta: float = 0.0,
-        gamma: float = 0.0,
-        scale: Tensor | None = None,
-    ) -> None:
+    def syrk(self, A: Tensor | Square, *, out: Square, C: Square | None = None, **factors: Unpack[Factors]) -> None:
         """Write scale²·(alpha·A·Aᵀ + beta·C + gamma·I), exactly symmetric."""
 
     def syrkx(self, A: Square, B: Square, *, out: Square, gamma: float = 0.0) -> None:
@@ -93,10 +94,7 @@ class Products(Protocol):
         *,
         out: Tensor | Square,
         C: Tensor | Square | None = None,
-        alpha: float = 1.0,
-        beta: float = 0.0,
-        gamma: float = 0.0,
-        scale: Tensor | None = None,
+        **factors: Unpack[Factors],
     ) -> None:
         """Write scale·(alpha·A·X + beta·C + gamma·I), of any shape if gamma is 0."""
 
@@ -248,10 +246,10 @@ def gram(
     into S before S is rounded, and no product is expanded: both would cancel.
     """
     if blend is not None:
-        form = _gram_sum if ops.precise_squares() else _standard_sum  # which it is with a segment for every step
+        form = _gram_sum if ops.precise_squares else _standard_sum  # which it is with a segment for every step
         return form(ops, X, Y, squares, scale, schedule, blend)
     R, W, S, Q, Q_next = squares
-    for start, stop in segments(schedule, X.shape[1], ops.precise_squares()):
+    for start, stop in segments(schedule, X.shape[1], ops.precise_squares):
         if stop - start == 1:
             _standard_step(ops, X, Y, W, S, scale, schedule.triples[start])
             X, Y, scale = Y, X, None

@@ -44,7 +44,7 @@ def plain(value: Any) -> Any:
         return list(items) if isinstance(value, list) else tuple(items)
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, str):  # an enumeration's, which a checkpoint would have to import
+    if isinstance(value, str):  # of an enumeration, whose class a checkpoint would have to import
         return "".join(value)
     if hasattr(value, "tolist"):  # numpy's scalars and arrays
         return value.tolist()
@@ -63,7 +63,7 @@ def settle(group: dict[str, Any], keys: Iterable[str]) -> None:
         value = group.get(key)
         if type(value) not in _PLAIN and not is_plain(value):
             group[key] = rule_name(value) if key == "adjust_lr_fn" and callable(value) else plain(value)
-    if group.get("adjust_lr_fn") == "spectral":  # torch's name for it, so that checkpoints mean the same to both
+    if group.get("adjust_lr_fn") == "spectral":  # torch's name for the same, so that both read checkpoints alike
         group["adjust_lr_fn"] = "spectral_unclamped"
 
 
@@ -94,16 +94,16 @@ def settled_checkpoint(
     return found
 
 
-# What groups have beside options.
+# Keys of groups that are no options.
 _STRUCTURE = frozenset(("params", "param_names", "initial_lr", "use_muon", "step"))
 
-# Misspellings with a letter wrong, missing or too many reach 0.87 (nesterow, momentun 0.875); of the keys that
-# frameworks write, "algorithm" (of "ns_algorithm") comes nearest with 0.86, apart from those with a word more than an
-# option, like no_weight_decay, max_momentum and weight_decay_mult.
+# Similarity from which a key counts as a misspelt option. One letter wrong, missing or too many reaches 0.87 (nesterow
+# and momentun 0.875). Of the keys that frameworks write, "algorithm" comes nearest, to "ns_algorithm", with 0.86. Keys
+# that are an option with a further word, like no_weight_decay and max_momentum, are left out by `check_keys`.
 _CLOSE = 0.87
 
 
-# What other libraries call options.
+# Names that other libraries have for options.
 _ALIASES = {"learning_rate": "lr", "wd": "weight_decay", "mu": "momentum"}
 
 
@@ -124,7 +124,7 @@ def check_half(half: str, options: Iterable[str], known: Mapping[str, Collection
         if key in known[half]:
             continue
         fixes = [f"it is {other}'s: put it into {other.lower()}_options" for other in known if key in known[other]]
-        if near := meant(str(key), known[half], 0.8):  # which betas and beta2 reach
+        if near := meant(str(key), known[half], 0.8):  # the similarity of betas and beta2
             fixes.append(f"did you mean {near!r}?")
         fix = ", or ".join(fixes) or "put a key of your own into the groups that you get"
         raise ValueError(f"{half.lower()}_options should hold options of {half} but have {key!r}; {fix}")
@@ -155,7 +155,7 @@ def check_number(name: str, value: Any) -> None:
 
     Of a tensor on a device only the size is looked at.
     """
-    if type(value) is float and 0.0 <= value < math.inf:  # which it nearly always is, in every step
+    if type(value) is float and 0.0 <= value < math.inf:  # nearly always so, and asked in every step
         return
     if isinstance(value, bool) or not isinstance(value, (Real, Tensor)):
         raise TypeError(f"{name} should be a number but is: {value!r}")
@@ -233,7 +233,7 @@ def check_workspace(cap: Any) -> None:
 
 
 WORKSPACE_DTYPES = ("bfloat16", "float16")
-# What momentum may be kept in.
+# Dtypes that momentum may be kept in.
 MOMENTUM_DTYPES = ("float32", "bfloat16", "float16", "float64", "int8")
 _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in MOMENTUM_DTYPES}
 
@@ -320,7 +320,7 @@ class Option(NamedTuple):
     prepared: bool = False
 
 
-STRATEGIES = ("owner", "gram", "blocks")  # distributed/strategies has what they are
+STRATEGIES = ("owner", "gram", "blocks")  # see distributed/strategies/
 
 # The options of `Muon`; other optimizers have some of them. Defaults are in the signatures of the constructors.
 OPTIONS: dict[str, Option] = {
@@ -330,7 +330,7 @@ OPTIONS: dict[str, Option] = {
     "nesterov": Option(_boolean),
     "ns_coefficients": Option(_coefficients, prepared=True),
     "eps": Option(_of(check_eps)),
-    "ns_steps": Option(lambda name, value, group: None, prepared=True),  # the coefficients' check looks at it
+    "ns_steps": Option(lambda name, value, group: None, prepared=True),  # checked with ns_coefficients
     "adjust_lr_fn": Option(_of(rule_of), prepared=True),
     "use_addmm": Option(_boolean),
     "dampened": Option(_boolean),
@@ -345,7 +345,7 @@ OPTIONS: dict[str, Option] = {
     "maximize": Option(_boolean),
     "power": Option(_of(check_power), prepared=True),
     "weight_decay_form": Option(lambda name, value, group: check_weight_decay_form(value, group["peak_lr"])),
-    "peak_lr": Option(lambda name, value, group: None),  # its form's check looks at it
+    "peak_lr": Option(lambda name, value, group: None),  # checked with weight_decay_form
     "cautious": Option(_boolean),
     "stochastic_rounding": Option(_boolean, prepared=True),
     **{stage.option: Option(_choice_of(stage.choices), prepared=True) for stage in STAGES},

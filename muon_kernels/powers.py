@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .coefficients import Schedule, Triple
 
-# As far as weights are fitted; singular values further below the largest come out too small, in proportion to
+# The smallest σ that weights are fitted for, the largest being 1. Smaller ones come out too small, in proportion to
 # themselves. `newton_schulz._measure` leaves the largest at m^-⅛ or above: 1e-3 of it is within reach up to m = 15,000.
 LOWEST = 3e-4
 
@@ -38,14 +38,11 @@ TRIPLES: tuple[Triple, ...] = (
     (2.82630, -4.43959, 2.40989),
 )
 
-# The iterates that are summed: in Gram form the second one is never there.
+# The iterates that are summed. In Gram form the second one is never computed.
 ITERATES = (0, *range(2, len(TRIPLES) + 1))
 
-# Where and in what fits are computed, whatever torch's defaults are.
+# Device and dtype of fits, whatever torch's defaults are.
 _ON_HOST: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
-
-# What `fit_weights` says of the paper's powers.
-WEIGHTS: dict[float, tuple[float, ...]] = {}
 
 
 def check_power(power: Any, name: str = "power") -> float:
@@ -59,8 +56,7 @@ def check_power(power: Any, name: str = "power") -> float:
 
 def schedule_of(power: float) -> Schedule:
     """Return the schedule for a power strictly between 0 and 1."""
-    weights = WEIGHTS.get(power) or fit_weights(power)
-    return Schedule(TRIPLES, 1.0, "spectral", weights, power)
+    return Schedule(TRIPLES, 1.0, "spectral", fit_weights(power), power)
 
 
 def _iterates(triples: Tensor, sigma: Tensor) -> Tensor:
@@ -141,7 +137,7 @@ def _svd_power(G: Tensor, power: float) -> Tensor:
     if G.numel() == 0:
         return G.clone()
     U, S, Vh = torch.linalg.svd(G, full_matrices=False)
-    # A rank is what tells a singular value that is zero from rounding: 0^0 is 1.
+    # A tolerance tells singular values that are zero from rounding errors, since 0^0 would be 1.
     there = S > S[..., :1] * max(G.shape[-2:]) * torch.finfo(G.dtype).eps
     result: Tensor = (U * S.pow(power).where(there, 0.0)[..., None, :]) @ Vh
     return result
@@ -154,7 +150,7 @@ def _coupled_power(G: Tensor, power: float) -> Tensor:
         raise ValueError(f'exact="coupled" is for p = 1/2 and 1/4 but p is: {power}; exact="svd" is for any')
     if G.shape[-2] > G.shape[-1]:
         return _coupled_power(G.mT, power).mT
-    # (G Gᵀ)^-¼ is the square root of (G Gᵀ)^-½, of which the coupled iteration's other half is of no use.
+    # (G Gᵀ)^-¼ is the square root of (G Gᵀ)^-½. The other halves of both coupled iterations are not needed.
     norm = torch.linalg.vector_norm(G, dim=(-2, -1), keepdim=True)
     X = G / norm.masked_fill(norm == 0, 1.0)
     inverse_root = _coupled(X @ X.mT, inverse=True)
@@ -172,7 +168,7 @@ def _coupled(A: Tensor, inverse: bool, steps: int = 40) -> Tensor:
     and T Z, which are trivial, and the last product of the half that is not returned.
     """
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-    # What is no more than rounding must not become an eigenvalue of its own.
+    # A rounding error must not become an eigenvalue of its own.
     Y = A + eye * torch.finfo(A.dtype).eps * 4
     T = (3 * eye - Y) / 2
     Y, Z = Y @ T, T
@@ -188,7 +184,7 @@ def _coupled(A: Tensor, inverse: bool, steps: int = 40) -> Tensor:
     return Z if inverse else Y
 
 
-# Slow, in the dtype of the matrices: references. (G, p) -> U Σ^p Vᵀ.
+# References, slow, in the dtype of the matrices: (G, p) -> U Σ^p Vᵀ.
 EXACT: dict[str, Callable[[Tensor, float], Tensor]] = {"svd": _svd_power, "coupled": _coupled_power}
 
 
@@ -232,7 +228,7 @@ def fit(
     return tuple((a, b, c) for a, b, c in best.tolist()), worst
 
 
-# Where `fit` begins: steps that multiply small singular values by less than four.
+# First guess of `fit`: steps that multiply small singular values by less than four.
 _FIRST, _NEXT, _LAST = (3.6, -7.7, 4.4), (3.5, -7.2, 4.1), (2.6, -3.4, 1.7)
 
 

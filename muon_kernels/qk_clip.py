@@ -159,7 +159,7 @@ def _check_weights(weights: dict[str, list[Tensor]], heads: dict[str, int], devi
     _DISJOINT.add(places)
 
 
-# Where weights lie that share no element: of slices that interleave that takes a while to find out.
+# Places of weights that are known to share no element: for slices that interleave it takes a while to find out.
 _DISJOINT: set[tuple[object, ...]] = set()
 
 
@@ -221,7 +221,7 @@ def max_logits(
     q = q.detach().reshape(count, kv_heads, heads // kv_heads, length, dim)
     k = k.detach().reshape(count, kv_heads, keys, dim).to(dtype)
     chunk = max(max_workspace_bytes // (count * heads * keys * dtype.itemsize), 1)
-    # In a model under autocast, whose products would be bf16.
+    # Autocast is disabled because it would make the products bf16.
     type_ = q.device.type
     with torch.autocast(type_, enabled=False) if torch.amp.is_autocast_available(type_) else nullcontext():
         for begin in range(0, length, chunk):

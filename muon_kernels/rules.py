@@ -163,7 +163,7 @@ def _convolves(place: Place, kinds: tuple[type[nn.Module], ...] = CONVOLUTIONS) 
 
 def _is_depthwise(place: Place) -> bool:
     module: Any = place.module
-    return _convolves(place) and 1 < getattr(module, "groups", 1) == module.in_channels  # a trace does not know them
+    return _convolves(place) and 1 < getattr(module, "groups", 1) == module.in_channels  # a trace has no groups
 
 
 def _reads_pixels(place: Place) -> bool:
@@ -220,8 +220,8 @@ def _word(*words: str) -> str:
     return rf"(?i)(?<![a-z])(?:{'|'.join(words)})(?![a-z])[^.]*(?:\.weight)?$"
 
 
-# Numbered layers below what is called an embedding are layers, as in `text_embedder.layers.0.mlp.fc1.weight`; and what
-# numbered stages begin with is no stem.
+# A numbered layer inside a module that is called an embedding is still a layer, as in
+# `text_embedder.layers.0.mlp.fc1.weight`; and the beginning of a numbered stage is no stem.
 _LAYER = r"\b(?:layers?|blocks?|stages?|resblocks|h)\.\d"
 
 # ------------------------------------------------------------------------------------------------ rules
@@ -432,8 +432,8 @@ def _levit(attention: Any) -> str:
     return blocks(attention.key_dim, attention.key_dim, attention.val_dim, interleaved=True)
 
 
-# Queries, keys and values become a matrix each, as do gates. Heads stay together: what is multiplied is what a model
-# would have as separate layers, which Keller Jordan found better than fused; of single heads reports disagree.
+# Queries, keys and values become a matrix each, and so do gates, as if they were separate layers. Keller Jordan found
+# that better than fused. Heads stay together: on single heads reports disagree.
 LAYERS: tuple[Layer, ...] = (
     Layer("torch", "MultiheadAttention", "in_proj_weight", equal(3)),
     Layer("torch", "LSTM(Cell)?", r"weight_[ih]h(_l\d+(_reverse)?)?", equal(4)),
@@ -441,7 +441,7 @@ LAYERS: tuple[Layer, ...] = (
     Layer("torch", r"Conv(Transpose)?[23]d", "weight", lambda m: equal(m.groups) if m.groups > 1 else None),
     Layer("torch", r"ConvTranspose\dd", "weight", transposed=True),
     Layer("transformers", "Conv1D", "weight", transposed=True),
-    # GPT-2 and models built like it. Of cross-attention, c_attn holds keys and values.
+    # GPT-2 and models built like it. In cross-attention, c_attn holds keys and values.
     Layer(
         "transformers",
         "(GPT2|DecisionTransformerGPT2|ImageGPT)Attention",
@@ -480,7 +480,7 @@ LAYERS: tuple[Layer, ...] = (
     Layer("transformers", "ModernBertMLP", r"Wi\.weight", equal(2)),
     Layer("transformers", r"\w*Experts", "gate_up_proj", _gate_and_up, _experts_lie_turned),
     Layer("transformers", r"\w*Experts", "down_proj", transposed=_experts_lie_turned),
-    # Latent attention: the latent and the shared rotary key; of each head what is rotated and what is not; its key and
+    # Latent attention: the latent and the shared rotary key; the rotated and the other rows of each head; its key and
     # its value.
     Layer(
         "transformers",
@@ -500,7 +500,7 @@ LAYERS: tuple[Layer, ...] = (
         r"q(_b)?_proj\.weight",
         lambda m: blocks(m.qk_nope_head_dim, m.qk_rope_head_dim, interleaved=True),
     ),
-    # Queries, keys, values and gates of a group of heads after those of another.
+    # Queries, keys, values and gates are ordered by groups of heads.
     Layer("transformers", "Qwen3NextGatedDeltaNet", r"in_proj_qkvz\.weight", _delta_net),
     Layer(
         "transformers",
@@ -508,7 +508,7 @@ LAYERS: tuple[Layer, ...] = (
         r"q_proj\.weight",
         lambda m: blocks(m.head_dim, m.head_dim, interleaved=True),
     ),
-    # States and gate; steps of time, and the maps B and C of states.
+    # State-space models: states and gate; time steps, and the maps B and C.
     Layer("transformers", "(Falcon|Jamba)?MambaMixer", r"in_proj\.weight", equal(2)),
     Layer(
         "transformers",
@@ -558,6 +558,6 @@ def _split_of(layer: Layer, module: nn.Module, place: Place) -> str | None:
     try:
         split = layer.split(module) if callable(layer.split) else layer.split
         pieces(place.param.shape, None, split)
-    except (AttributeError, ValueError):  # a version of the library that does otherwise
+    except (AttributeError, ValueError):  # another version of the library
         return None
     return split if flattens(place.param.shape, place.flatten) == flattens(place.param.shape, None) else None

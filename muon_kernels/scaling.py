@@ -19,7 +19,7 @@ ADJUST_LR: dict[str, AdjustLr] = {
     # 0.2 sqrt(max(rows, cols)), the RMS of AdamW's updates: https://arxiv.org/abs/2502.16982, eq. 4
     "match_rms_adamw": lambda rows, cols: 0.2 * math.sqrt(max(rows, cols)),
     # sqrt(rows / cols), the RMS-to-RMS operator norm is lr: https://arxiv.org/abs/2310.17813
-    # torch.optim.Muon has it from 2.14 on, by the longer name; earlier ones take either for "none" in a checkpoint.
+    # torch.optim.Muon has it from torch 2.14 on, by the longer name. Earlier ones read either name as "none".
     "spectral": lambda rows, cols: math.sqrt(rows / max(cols, 1)),
     "spectral_unclamped": lambda rows, cols: math.sqrt(rows / max(cols, 1)),
     "none": lambda rows, cols: 1.0,
@@ -100,7 +100,7 @@ def lr_ratio(adjust_lr_fn: str | AdjustLr | None, rows: int, cols: int) -> float
 
 Number = float | Tensor
 
-# What of a parameter decays in a step, from (lr, weight_decay, peak_lr).
+# Forms of the share of a parameter that decays in a step, from (lr, weight_decay, peak_lr).
 WEIGHT_DECAY_FORMS = (
     "decoupled",  # lr·weight_decay: https://arxiv.org/abs/1711.05101 as torch writes it
     "independent",  # weight_decay, whatever lr is above 0: the same as its authors write it

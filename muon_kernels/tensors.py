@@ -22,7 +22,7 @@ def is_dtensor(t: Any) -> TypeGuard[DTensor]:
 
     Does not import torch.distributed.tensor, which takes a second: without that module there are no DTensors.
     """
-    if type(t) in _PLAIN:  # asked some times of every tensor of every step
+    if type(t) in _PLAIN:  # asked several times of every tensor in every step
         return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(t, module.DTensor)
@@ -53,11 +53,11 @@ def check_whole(name: str, p: Tensor) -> None:
         raise ValueError(f"{name} should be whole but FSDP1 has flattened it to size {tuple(p.shape)}: {FLATTENED}")
 
 
-# Of parameters, gradients and momentum. torch computes nothing in the 8-bit ones.
+# Dtypes of parameters, gradients and momentum. torch computes nothing in the 8-bit floating-point ones.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-# What momentum may be kept in.
+# Dtypes that momentum may be kept in.
 MOMENTUM_DTYPES = (*DTYPES, torch.int8)
 
 

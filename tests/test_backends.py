@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_origin, get_type_hints
+
 import pytest
 import torch
 from torch import nn
@@ -62,11 +64,15 @@ def test_old_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_table_has_all_of_the_protocol() -> None:
-    functions = [name for name in dir(backends.Backend) if not name.startswith("_")]
+    functions = [name for name in dir(backends.Backend) if callable(getattr(backends.Backend, name)) and name[0] != "_"]
+    facts = get_type_hints(backends.Backend)
+    assert len(functions) > 12 and len(facts) == 5
     for name in backends.BACKENDS:
         module = backends.get(name)
         optional = {"fused_step"} if name == "eager" else set()
         assert {f for f in functions if not callable(getattr(module, f, None))} <= optional, name
+        for fact, kind in facts.items():
+            assert type(getattr(module, fact)) is (get_origin(kind) or kind), f"{name}.{fact}"
 
 
 @pytest.mark.parametrize("name", ["cuda", "triton"])

@@ -42,7 +42,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From below. A room is a folder or a file of the package, and imports from lower floors only.
 FLOORS = (
-    ("coefficients", "graphs", "interrupts", "layout", "memory", "reference", "scaling", "_version"),
+    ("closures", "coefficients", "graphs", "interrupts", "layout", "memory", "reference", "scaling", "_version"),
     ("segments",),
     ("newton_schulz", "powers", "split", "tensors", "verbs"),
     ("rules", "spectra", "stages", "triton_kernels"),

@@ -48,7 +48,7 @@ def misses(name: str, shape: tuple[int, int], batch: tuple[int, ...], device: st
             assert torch.equal(result, torch.zeros_like(G))
             continue
         ours, torchs = relative_error(result, truth), relative_error(bf16_loop(G, schedule), truth)
-        if not backends.get(options.get("backend", "cpu")).precise_squares():
+        if not backends.get(options.get("backend", "cpu")).precise_squares:
             # With torch's own products this is torch's own loop but for the norm, which torch rounds to bf16. On a
             # flat spectrum the error is that of one number and the norm's last bit decides: either may be luckier.
             torchs = max(torchs, relative_error(bf16_loop(G, schedule, torch.float32), truth))
@@ -77,7 +77,7 @@ def test_a_batch_is_its_matrices(backend: str, shape: tuple[int, int], algorithm
     G = torch.randn(20, *shape) * torch.logspace(-20, 20, 20)[:, None, None]
     each = workspace_bytes(backend, algorithm, 40, 200, resolve("keller", 5))
     alone = torch.cat([orthogonalize(g[None], ns_algorithm=algorithm, backend=backend) for g in G])
-    tolerance = 0 if backends.get(backend).precise_squares() else 2**-4
+    tolerance = 0 if backends.get(backend).precise_squares else 2**-4
     for cap in (None, 3 * each, 9 * each):
         together = orthogonalize(G, ns_algorithm=algorithm, backend=backend, max_workspace_bytes=cap)
         torch.testing.assert_close(together, alone, rtol=0, atol=tolerance)
@@ -145,7 +145,7 @@ def test_coefficients_without_higher_powers(backend: str, algorithm: str) -> Non
 @pytest.mark.parametrize("algorithm", ["standard", "gram"])
 def test_a_singular_value_that_leads(backend: str, algorithm: str, name: str) -> None:
     """A few times as large as the others, as in the momentum of trained layers."""
-    if algorithm == "gram" and not backends.get(backend).precise_squares():
+    if algorithm == "gram" and not backends.get(backend).precise_squares:
         pytest.skip("where it is not for accuracy")
     generator = torch.Generator().manual_seed(1)
     schedule = resolve(name)

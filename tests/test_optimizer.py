@@ -76,7 +76,7 @@ def momenta(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> list[
 
 def deterministic(backend: str) -> bool:
     """Whether a matrix's bits are known not to depend on its neighbours: torch's batched product promises nothing."""
-    return backends.get(backend).precise_squares()
+    return backends.get(backend).precise_squares
 
 
 def ns_error(a: Tensor, b: Tensor, start: Tensor) -> float:
@@ -525,7 +525,9 @@ def test_coefficients_change_between_steps(backend: str) -> None:
         step(optimizer, params, grads)
         for p, b, g in zip(params, before, grads, strict=True):
             expected = b.double() - 0.5 * orthogonalize(g, name, steps, backend=backend).double()
-            torch.testing.assert_close(p.double(), expected, rtol=0, atol=2**-22)  # |W| < 4 in fp32
+            if deterministic(backend):
+                torch.testing.assert_close(p.double(), expected, rtol=0, atol=2**-22)  # |W| < 4 in fp32
+            assert ns_error(p, expected, b) < 2 * FLOOR
 
 
 def own_rule(rows: int, cols: int) -> float:
@@ -569,7 +571,7 @@ def test_decay_uses_lr_as_it_is(backend: str) -> None:
 
 @pytest.mark.parametrize("algorithm", ["standard", "gram"])
 def test_algorithms(backend: str, algorithm: str) -> None:
-    if algorithm == "gram" and not backends.get(backend).precise_squares():
+    if algorithm == "gram" and not backends.get(backend).precise_squares:
         pytest.skip("less accurate there, which is why 'auto' does not choose it")
     start, grads = parameters(), [gradients(t) for t in range(2)]
     params = copies(start)
@@ -713,11 +715,11 @@ def test_a_fused_step_changes_nothing(backend: str) -> None:
             torch.set_num_threads(threads)
             step(optimizer, params, g)
         (bucket,) = (b for b in optimizer.plan().buckets if b.shape == (24, 40))
-        assert bucket.fused == (counts[-1] == 2 and backends.get(backend).symmetric_products())
+        assert bucket.fused == (counts[-1] == 2 and backends.get(backend).symmetric_products)
         if bucket.fused:
             assert (bucket.slots, bucket.launches) == (2, 1)
         results.append(params + momenta(optimizer, params))
-    if backends.get(backend).symmetric_products():  # torch's own products may differ by thread count
+    if backends.get(backend).symmetric_products:  # torch's own products may differ by thread count
         for result in results[1:]:
             assert all_same(result, results[0])
 
@@ -736,7 +738,7 @@ def test_a_fused_step_goes_on_in_a_larger_workspace(backend: str) -> None:
         for t in (1, 2):
             step(optimizer, params, gradients(t, [(24, 40)] * 10 + [(300, 300)] * 2))
         results.append(params)
-    if backends.get(backend).symmetric_products():
+    if backends.get(backend).symmetric_products:
         assert all_same(*results)
 
 

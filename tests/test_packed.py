@@ -348,7 +348,7 @@ MASTERS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", MASTERS)
 def test_masters_are_trained_as_fp32_parameters(backend: str, case: str, cap: int | None) -> None:
     """To the bit; what the model sees is their rounding."""
-    if cap is not None and not backends.get(backend).precise_squares():
+    if cap is not None and not backends.get(backend).precise_squares:
         pytest.skip("torch's products depend on how many there are, and as many fp32 matrices take another cap")
     options = {"lr": 0.05, "momentum_dtype": torch.float32, "backend": backend, **MASTERS[case]}
     params = parameters(torch.bfloat16)

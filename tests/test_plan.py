@@ -32,7 +32,7 @@ def square(m: int, k: int, symmetric: bool) -> int:
 
 
 def standard_flops(backend: str, m: int, n: int, name: str) -> int:
-    half = backends.get(backend).symmetric_products()
+    half = backends.get(backend).symmetric_products
     total = 0
     for _, _, c in resolve(name, None).triples:
         total += square(m, n, half) + 2 * m * m * n  # X Xᵀ; B X
@@ -44,10 +44,10 @@ def standard_flops(backend: str, m: int, n: int, name: str) -> int:
 def gram_flops(backend: str, m: int, n: int, name: str) -> int:
     """By segments of s steps: one step is the standard one; else R = X Xᵀ, s S = p(R), s - 1 Q S, s - 1 R S², Q X."""
     ops, schedule = backends.get(backend), resolve(name, None)
-    half = ops.symmetric_products()
+    half = ops.symmetric_products
     small = square(m, m, half)
     total = 0
-    for start, stop in segments(schedule, m, ops.precise_squares()):
+    for start, stop in segments(schedule, m, ops.precise_squares):
         steps = stop - start
         total += square(m, n, half) + 2 * m * m * n
         if steps == 1:
@@ -72,7 +72,7 @@ def test_flops_of_the_default_in_closed_form() -> None:
     m, n = 64, 200
     _, muon = make([(m, n)], ns_algorithm="standard", backend="eager")
     assert muon.plan().flops == 5 * (2 * m * m * n + 2 * m**3 + 2 * m * m * n)
-    if backends.get("cpu").symmetric_products():
+    if backends.get("cpu").symmetric_products:
         _, muon = make([(m, n)], ns_algorithm="standard", backend="cpu")
         assert muon.plan().flops == 5 * (m * (m + 1) * n + m * (m + 1) * m + 2 * m * m * n)
 
@@ -83,12 +83,12 @@ def test_auto_is_the_cheaper(backend: str) -> None:
         _, muon = make([(m, n)], backend=backend)
         (bucket,) = muon.plan().buckets
         flops = {name: of(backend, m, n, "keller") for name, of in FLOPS.items()}
-        if backends.get(backend).precise_squares():
+        if backends.get(backend).precise_squares:
             assert bucket.flops == min(flops.values()) == flops[bucket.algorithm]
         else:
             assert bucket.algorithm == "standard"  # Gram would be less accurate there
         chosen.add(bucket.algorithm)
-    assert len(chosen) == 1 + backends.get(backend).precise_squares()
+    assert len(chosen) == 1 + backends.get(backend).precise_squares
 
 
 @pytest.mark.parametrize("algorithm", ["standard", "gram", "auto"])
@@ -124,7 +124,7 @@ def test_launches_are_the_calls_made(backend: str, name: str, algorithm: str, mo
 
 
 def test_a_fused_bucket_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not backends.get("cpu").symmetric_products():
+    if not backends.get("cpu").symmetric_products:
         pytest.skip("torch's products")
     calls = []
     real = backends.get("cpu").fused_step
@@ -189,6 +189,8 @@ def test_str_is_a_table(backend: str) -> None:
     _, muon = make([(20, 60), (60, 20), (9, 9), (3, 8, 400)], backend=backend)
     plan = muon.plan()
     lines = str(plan).splitlines()
+    assert lines[len(lines) - len(plan.notes) :] == list(plan.notes)
+    del lines[len(lines) - len(plan.notes) :]
     note = lines.pop()
     assert "a call of a kernel" in lines.pop()
     header, rows, total = lines[0], lines[2:-2], lines[-1]

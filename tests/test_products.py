@@ -97,7 +97,7 @@ def test_syrk_with_addends_is_exact_on_integers(backend: str, m: int) -> None:
     backends.get(backend).syrk(Square(A), C=Square(C), alpha=2.0, beta=-4.0, gamma=8.0, scale=scale, out=Square(out))
     a, c = A.double(), C.double()
     exact = (2 * a @ a.mT - 4 * c + 8 * torch.eye(m)) * scale.square()[:, None, None]
-    tolerance = 0 if backends.get(backend).precise_squares() else 2**-8  # torch rounds before the addends
+    tolerance = 0 if backends.get(backend).precise_squares else 2**-8  # torch rounds before the addends
     torch.testing.assert_close(out.double(), exact.bfloat16().double(), rtol=tolerance, atol=tolerance * m * 16)
     assert torch.equal(out, out.mT)
     assert_untouched(block, m, m)
@@ -166,7 +166,7 @@ def test_operands_that_do_not_fit_are_refused(backend: str) -> None:
 def test_parts_of_squares_are_exact_on_integers(backend: str, m: int) -> None:
     """high and diagonal of any size, so that none can be lost or counted twice unseen."""
     ops = backends.get(backend)
-    if not ops.precise_squares():
+    if not ops.precise_squares:
         pytest.skip("the backend says that it has none")
 
     def square() -> tuple[Square, Tensor]:
@@ -220,7 +220,7 @@ def test_sums_are_exact_on_integers(backend: str, m: int, place: str) -> None:
 
     def square() -> tuple[Square, Tensor]:
         high = inside_nan(integers(3, m, m))
-        diagonal = integers(3, m).float() if ops.precise_squares() else None
+        diagonal = integers(3, m).float() if ops.precise_squares else None
         return Square(high, diagonal), high.double() + (diagonal.double().diag_embed() if diagonal is not None else 0)
 
     for alpha, beta, gamma, by in ((2.0, -4.0, 8.0, scale), (1.0, 0.0, 8.0, None), (-2.0, 1.0, 0.0, None)):
@@ -261,7 +261,7 @@ def test_error_is_that_of_one_rounding(backend: str, shape: tuple[int, int]) -> 
 def test_precise_squares(backend: str, m: int) -> None:
     """The diagonal makes up for its rounding, and counts in products."""
     ops = backends.get(backend)
-    if not ops.precise_squares():
+    if not ops.precise_squares:
         pytest.skip("the backend says that it has none")
 
     def empty() -> tuple[Square, Tensor]:
@@ -299,7 +299,7 @@ def test_precise_squares(backend: str, m: int) -> None:
 def test_batched_equals_single_and_threads_do_not_matter(backend: str) -> None:
     """Bit for bit, for native kernels; torch promises that of its own products only for one shape."""
     ops = backends.get(backend)
-    if not ops.precise_squares():
+    if not ops.precise_squares:
         pytest.skip("torch's products")
     X = torch.randn(7, 65, 300).bfloat16()
     out, again, single = (torch.empty(7, 65, 65, dtype=torch.bfloat16) for _ in range(3))

@@ -416,12 +416,14 @@ def test_forms_of_weight_decay(backend: str, form: str, tensors: bool) -> None:
             torch.testing.assert_close(p.detach().double(), (1 - decays[form](lr)) * W - moved, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("lr", [0.0, 1e-3, 0.5])
-def test_forms_of_weight_decay_of_tensors(lr: float) -> None:
-    """As a device's are handed on: the step is lr, and the product what decays."""
+@pytest.mark.parametrize(
+    ("lr", "dtype"), [(0.0, torch.float64), (1e-3, torch.float64), (0.5, torch.float64), (0.0, torch.float16)]
+)
+def test_forms_of_weight_decay_of_tensors(lr: float, dtype: torch.dtype) -> None:
+    """As a device's are handed on: the step is lr, and the product what decays, where 1e-30 is 0 too."""
     expected = {"decoupled": lr * 0.25, "independent": 0.25 * (lr > 0), "scheduled": lr * 0.25 * lr / 0.5}
     for form, decay in expected.items():
-        step, rate = decayed(form, *torch.tensor([lr, 0.25, 0.5], dtype=torch.float64))
+        step, rate = decayed(form, *torch.tensor([lr, 0.25, 0.5], dtype=dtype))
         assert float(step) == lr and float(step * rate) == pytest.approx(decay)
 
 

@@ -39,7 +39,19 @@ class Fused(NamedTuple):
 
 
 class Backend(Products, Protocol):
-    """The verbs, under the same names in every layer, and the facts that a plan needs of them."""
+    """The verbs, under the same names in every layer, and the facts that a plan needs of them.
+
+    Attributes:
+        device_types: types of the devices that it is made for; none if it takes any.
+        symmetric_products: whether syrk and syrkx compute one triangle only.
+        normalizes: whether `momentum_update` writes x normalised, and returns no scale.
+        default_workspace_bytes: cap on a step's workspace unless the user sets one.
+    """
+
+    device_types: tuple[str, ...]
+    symmetric_products: bool
+    normalizes: bool
+    default_workspace_bytes: int
 
     def unavailable(self) -> str | None:
         """Return why nothing can run here, and how to fix it; None if ready. Raise what only the user can mend."""
@@ -47,20 +59,11 @@ class Backend(Products, Protocol):
     def refuses(self, device: torch.device, dtypes: Sequence[torch.dtype], workspace_dtype: torch.dtype) -> str | None:
         """Return why tensors of this kind, or stacks of that dtype, cannot be taken, and what can; None if they can."""
 
-    def device_types(self) -> tuple[str, ...]:
-        """Return the device types that it is made for; none if it takes any."""
-
     def prefers_instead(self, device: torch.device, rows: int, cols: int) -> tuple[str, str] | None:
         """Return a backend that is expected to step such matrices faster there, and why; None if there is none."""
 
     def describe(self) -> str:
         """Describe in a few words what will run."""
-
-    def symmetric_products(self) -> bool:
-        """Whether syrk and syrkx compute one triangle only."""
-
-    def default_workspace_bytes(self) -> int:
-        """Return the cap on a step's workspace, in bytes, unless the user sets one."""
 
     def leading_dimension(self, cols: int) -> int:
         """Return the row stride, in elements, at which stacks of `cols` columns are multiplied fastest."""
@@ -93,9 +96,6 @@ class Backend(Products, Protocol):
 
     def apply_update(self, args: ApplyUpdate, options: ApplyOptions = ApplyOptions()) -> None:
         """Write (1 - lr·weight_decay)·param - lr·ratio[i]·x[i] to every matrix i of param."""
-
-    def normalizes(self) -> bool:
-        """Whether `momentum_update` writes X normalised, and returns no scale."""
 
     def scratch_bytes(self, rows: int, cols: int) -> int:
         """Return the bytes of scratch that `momentum_update` needs for a matrix, a multiple of 8."""
@@ -172,7 +172,7 @@ def choose(
             able.append(candidate)
         else:
             reasons[candidate] = reason
-            if not able and device.type in backend.device_types():
+            if not able and device.type in backend.device_types:
                 notes.append(f"{candidate} was not chosen: {reason}")
     if not able:
         raise ValueError("no backend can take these tensors: " + "; ".join(f"{n}: {r}" for n, r in reasons.items()))

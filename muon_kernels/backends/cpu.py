@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,11 +14,22 @@ from torch import Tensor
 from .. import memory
 from ..coefficients import Schedule
 from ..layout import Bundle
-from ..newton_schulz import Square, square
+from ..newton_schulz import Factors, Square, square
 from ..verbs import ApplyOptions, ApplyUpdate, MomentumUpdate, Step
 from . import Fused, native
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 _forced: str | None = None
+
+
+# Facts, see `Backend`.
+device_types = ("cpu",)
+symmetric_products = True
+precise_squares = True
+normalizes = False
+default_workspace_bytes = 64 << 20  # a few large matrices at a time stay in the last-level cache
 
 
 def instruction_sets() -> list[str]:
@@ -77,11 +88,6 @@ def refuses(device: torch.device, dtypes: Sequence[torch.dtype], workspace_dtype
     return f"expected float32 or bfloat16 tensors, got {bad[0]}; use backend='auto'" if bad else None
 
 
-def device_types() -> tuple[str, ...]:
-    """Return the processor's."""
-    return ("cpu",)
-
-
 def prefers_instead(device: torch.device, rows: int, cols: int) -> None:
     """Return None: no other backend is faster on a processor."""
 
@@ -99,21 +105,6 @@ def rehearsal() -> AbstractContextManager[None]:
 def describe() -> str:
     """Implement `Backend.describe`."""
     return f"{_isa()}, threads {native.required().cpu.thread_runtime()}"
-
-
-def symmetric_products() -> bool:
-    """Implement `Backend.symmetric_products`."""
-    return True
-
-
-def precise_squares() -> bool:
-    """Implement `Products.precise_squares`."""
-    return True
-
-
-def default_workspace_bytes() -> int:
-    """Return 64 MiB: a few large matrices at a time stay in the last-level cache."""
-    return 64 << 20
 
 
 def leading_dimension(cols: int) -> int:
@@ -162,19 +153,10 @@ def _product(A: Square, B: Square | None, out: Square, **options: Any) -> None:
     _queue.product(native.required(), A, B, out, **options)
 
 
-def syrk(
-    A: Tensor | Square,
-    *,
-    out: Square,
-    C: Square | None = None,
-    alpha: float = 1.0,
-    beta: float = 0.0,
-    gamma: float = 0.0,
-    scale: Tensor | None = None,
-) -> None:
+def syrk(A: Tensor | Square, *, out: Square, C: Square | None = None, **factors: Unpack[Factors]) -> None:
     """Implement `Products.syrk`."""
     A = square(A)
-    _product(A, A, out, transposed=True, symmetric=True, C=C, alpha=alpha, beta=beta, gamma=gamma, scale=scale)
+    _product(A, A, out, transposed=True, symmetric=True, C=C, **factors)
 
 
 def syrkx(A: Square, B: Square, *, out: Square, gamma: float = 0.0) -> None:
@@ -213,11 +195,6 @@ def apply_update(args: ApplyUpdate, options: ApplyOptions = ApplyOptions()) -> N
     update, _alive = native.apply_update(_C, args, args.x, float(args.lr), float(args.weight_decay))
     _C.cpu.apply_update(*_isa_and_threads(), update, _apply_options(options))
     torch.autograd.graph.increment_version([p.tensor for p in args.param])
-
-
-def normalizes() -> bool:
-    """Implement `Backend.normalizes`."""
-    return False
 
 
 def scratch_bytes(rows: int, cols: int) -> int:

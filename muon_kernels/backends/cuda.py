@@ -29,6 +29,11 @@ FUSED_ROWS = {2: 128, 3: 64}
 _OWN_INSTRUCTIONS = {9: "wgmma", 10: "tcgen05"}
 
 
+# Facts, see `Backend`.
+device_types = ("cuda",)
+normalizes = False
+
+
 class _Device:
     """The device of tensors and launches. Tests put another in its place, whose launches an emulator executes."""
 
@@ -121,11 +126,6 @@ def refuses(device: torch.device, dtypes: Sequence[torch.dtype], workspace_dtype
     if (capability := _device.capability(device)) < (8, 0):
         return "expected compute capability 8.0 or more, {} has {}.{}; use backend='auto'".format(device, *capability)
     return None
-
-
-def device_types() -> tuple[str, ...]:
-    """Return that of NVIDIA GPUs."""
-    return ("cuda",)
 
 
 def prefers_instead(device: torch.device, rows: int, cols: int) -> tuple[str, str] | None:
@@ -240,11 +240,6 @@ def apply_update(args: ApplyUpdate, options: ApplyOptions = ApplyOptions()) -> N
     with _launching(x.shape, x.device) as stream:
         _C.cuda.apply_update(update, chosen, native.dtype(_C, x.dtype), stream)
     torch.autograd.graph.increment_version([p.tensor for p in args.param])
-
-
-def normalizes() -> bool:
-    """Implement `Backend.normalizes`."""
-    return False
 
 
 def scratch_bytes(rows: int, cols: int) -> int:

@@ -28,6 +28,13 @@ from .eager_products import syrk as syrk
 from .eager_products import syrkx as syrkx
 from .eager_products import then as then
 
+# Facts, see `Backend`.
+device_types: tuple[str, ...] = ()  # any
+symmetric_products = False  # torch has none
+precise_squares = False  # torch's 16-bit products round their result as a whole
+normalizes = True
+default_workspace_bytes = 1 << 30
+
 
 def unavailable() -> str | None:
     """Return None: torch is there."""
@@ -38,11 +45,6 @@ def refuses(device: torch.device, dtypes: Sequence[torch.dtype], workspace_dtype
     """Take any real floating-point dtype on any device."""
     bad = [d for d in dtypes if not d.is_floating_point]
     return f"expected floating-point tensors, got {bad[0]}" if bad else None
-
-
-def device_types() -> tuple[str, ...]:
-    """Return none: it takes any."""
-    return ()
 
 
 def prefers_instead(device: torch.device, rows: int, cols: int) -> None:
@@ -69,29 +71,9 @@ def describe() -> str:
     return f"torch {torch.__version__} operations, batched{how}"
 
 
-def symmetric_products() -> bool:
-    """Return False: torch has no symmetric product."""
-    return False
-
-
-def precise_squares() -> bool:
-    """Return False: torch's 16-bit products round their result as a whole."""
-    return False
-
-
-def default_workspace_bytes() -> int:
-    """Return 1 GiB."""
-    return 1 << 30
-
-
 def leading_dimension(cols: int) -> int:
     """Return `cols`: stacks are contiguous."""
     return cols
-
-
-def normalizes() -> bool:
-    """Implement `Backend.normalizes`."""
-    return True
 
 
 def scratch_bytes(rows: int, cols: int) -> int:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .. import memory
-from ..newton_schulz import Square, square
+from ..newton_schulz import Factors, Square, square
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @cache
@@ -40,11 +43,12 @@ def _product(
     B: Tensor,
     out: Tensor,
     C: Tensor | None,
-    alpha: float,
-    beta: float,
-    gamma: float,
-    scale: Tensor | None,
+    *,
     squared: bool = False,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    gamma: float = 0.0,
+    scale: Tensor | None = None,
 ) -> None:
     """scale·(alpha·A·B + beta·C + gamma·I), with the square of scale if `squared`."""
     # On the CPU, torch 2.13 takes beta for 0 where alpha is 0, or writes nothing.
@@ -113,24 +117,15 @@ def then(run: Callable[[], object], operands: Sequence[Tensor]) -> None:
     run()
 
 
-def syrk(
-    A: Tensor | Square,
-    *,
-    out: Square,
-    C: Square | None = None,
-    alpha: float = 1.0,
-    beta: float = 0.0,
-    gamma: float = 0.0,
-    scale: Tensor | None = None,
-) -> None:
+def syrk(A: Tensor | Square, *, out: Square, C: Square | None = None, **factors: Unpack[Factors]) -> None:
     """Implement `Products.syrk`."""
     A = square(A).high
-    _product(A, A.mT, out.high, None if C is None else C.high, alpha, beta, gamma, scale, squared=True)
+    _product(A, A.mT, out.high, None if C is None else C.high, squared=True, **factors)
 
 
 def syrkx(A: Square, B: Square, *, out: Square, gamma: float = 0.0) -> None:
     """Implement `Products.syrkx`."""
-    _product(A.high, B.high, out.high, None, 1.0, 0.0, gamma, None)
+    _product(A.high, B.high, out.high, None, gamma=gamma)
 
 
 def gemm(
@@ -139,14 +134,11 @@ def gemm(
     *,
     out: Tensor | Square,
     C: Tensor | Square | None = None,
-    alpha: float = 1.0,
-    beta: float = 0.0,
-    gamma: float = 0.0,
-    scale: Tensor | None = None,
+    **factors: Unpack[Factors],
 ) -> None:
     """Implement `Products.gemm`."""
     addend = None if C is None else square(C).high
-    _product(A.high, square(X).high, square(out).high, addend, alpha, beta, gamma, scale)
+    _product(A.high, square(X).high, square(out).high, addend, **factors)
 
 
 def add(

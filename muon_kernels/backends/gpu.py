@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-
-def symmetric_products() -> bool:
-    """Implement `Backend.symmetric_products`."""
-    return True
-
-
-def precise_squares() -> bool:
-    """Implement `Products.precise_squares`."""
-    return True
-
-
-def default_workspace_bytes() -> int:
-    """Return 1 GiB."""
-    return 1 << 30
+# Facts, see `Backend`.
+symmetric_products = True
+precise_squares = True
+default_workspace_bytes = 1 << 30
 
 
 def leading_dimension(cols: int) -> int:

@@ -31,6 +31,11 @@ _OLDEST = (3, 4)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+# Facts, see `Backend`.
+device_types = ("cuda", "xpu")
+normalizes = False
+
+
 @cache
 def _kernels(name: str) -> ModuleType:
     """Import a module of triton_kernels, and triton with it."""
@@ -126,11 +131,6 @@ def refuses(device: torch.device, dtypes: Sequence[torch.dtype], workspace_dtype
     if (capability := _device.capability(device)) is not None and capability < (8, 0):
         return "expected compute capability 8.0 or more, {} has {}.{}; use backend='auto'".format(device, *capability)
     return None
-
-
-def device_types() -> tuple[str, ...]:
-    """Return those of GPUs."""
-    return "cuda", "xpu"
 
 
 def prefers_instead(device: torch.device, rows: int, cols: int) -> None:
@@ -238,11 +238,6 @@ def apply_update(args: ApplyUpdate, options: ApplyOptions = ApplyOptions()) -> N
     with _launching(args.x.shape, args.x.device):
         _kernels("elementwise").apply_update(args, options)
     _written(args.param)
-
-
-def normalizes() -> bool:
-    """Implement `Backend.normalizes`."""
-    return False
 
 
 def scratch_bytes(rows: int, cols: int) -> int:

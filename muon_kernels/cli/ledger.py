@@ -34,7 +34,7 @@ MODELS: dict[str, Shapes] = {
     "experts": [(1024, 384, 32)],
     "llama-7b": [(4096, 4096, 128), (11008, 4096, 64), (4096, 11008, 32)],
     "llama-70b": [(8192, 8192, 160), (1024, 8192, 160), (28672, 8192, 160), (8192, 28672, 80)],
-    # Its published configuration; the 15.29 billion parameters beside embeddings of https://arxiv.org/abs/2502.16982.
+    # By its published configuration: the 15.29 billion parameters beside embeddings of arXiv 2502.16982.
     "moonlight-16b": [
         *[
             (3072, 2048, 27),
@@ -71,7 +71,7 @@ class Network(NamedTuple):
     latency: float = 20e-6
 
 
-# Assumed of products, of a GPU's peak.
+# Share of a GPU's peak that products are assumed to reach.
 ATTAINED = 0.5
 
 
@@ -171,7 +171,7 @@ class Requests(Counter):
         batch, m, n = out.shape
         rows, cols = -(-m // self._tile), -(-n // self._tile)
         tiles = rows * (rows + 1) // 2 if triangle else rows * cols
-        # diag(d) B is an addend too, but B is read once if it is C as well.
+        # diag(d) B is an addend, too. B counts once if it is also C.
         diagonal_times = [other.high for of, other in ((A, B), (B, A)) if of.diagonal is not None]
         addends = {id(t) for t in (C, *diagonal_times) if t is not None}
         each = 2 * self._tile * A.high.shape[2] + len(addends) * self._tile**2
@@ -184,7 +184,7 @@ def requested(plan: Plan, tile: int, schedule: Schedule) -> int:
     for b in plan.buckets:
         if not b.fused:
             ops = backends.get(b.backend)
-            counter = Requests(ops.symmetric_products(), ops.precise_squares(), tile)
+            counter = Requests(ops.symmetric_products, ops.precise_squares, tile)
             count_iteration(counter, b.algorithm, *b.shape, schedule)
             total += b.count * counter.bytes
     return total
@@ -207,7 +207,7 @@ def traffic(plan: Plan, backend: str, schedule: Schedule) -> str:
 
 def own_plans(shapes: Shapes, schedule: Schedule) -> dict[str, Plan]:
     """Return the plan of each of our backends for GPUs."""
-    names = (n for n in backends.BACKENDS if "cuda" in backends.get(n).device_types())
+    names = (n for n in backends.BACKENDS if "cuda" in backends.get(n).device_types)
     return {n: plan_for_shapes(shapes, schedule=schedule, device="cuda", backend=n, available=False) for n in names}
 
 

@@ -339,7 +339,7 @@ def _assigned(
 
 
 def _cap(backend: str, max_workspace_bytes: int | None) -> int:
-    return backends.get(backend).default_workspace_bytes() if max_workspace_bytes is None else max_workspace_bytes
+    return backends.get(backend).default_workspace_bytes if max_workspace_bytes is None else max_workspace_bytes
 
 
 def _lot(

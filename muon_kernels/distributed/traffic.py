@@ -93,7 +93,7 @@ class _Lot(NamedTuple):
     @property
     def cap(self) -> int:
         """Bytes that a round may take."""
-        return backends.get(self.plan.backend).default_workspace_bytes()
+        return backends.get(self.plan.backend).default_workspace_bytes
 
     @property
     def records(self) -> list[int]:
@@ -296,7 +296,7 @@ def gram(shapes: Shapes, ranks: int, *, schedule: Schedule | None = None, backen
         plan = _plan(m, n, schedule, backend)
         sums = len(schedule.triples)
         if plan.algorithm == "gram":
-            sums = len(segments(schedule, m, backends.get(backend).precise_squares()))
+            sums = len(segments(schedule, m, backends.get(backend).precise_squares))
         sent += count * sums * 2 * _ring(4 * m * m, ranks)
         state += count * 4 * m * n
         flops += count * plan.flops

@@ -18,15 +18,15 @@ gradients, which have been averaged before it sees them, and keeps whole momenta
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, overload
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._compile import _disable_dynamo
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from ..checkpoint import check_checkpoint
+from ..closures import ClosureOptimizer
 from ..coefficients import NS_STEPS, resolve
 from ..layout import split_shape
 from ..options import check_keys, check_options, plain, settle, settled_checkpoint
@@ -45,7 +45,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 _MASTER, _MOMENTUM = "master_param", "momentum_buffer"
 
 
-class ZeroMuon(Optimizer):
+class ZeroMuon(ClosureOptimizer):
     r"""`Muon` for replicated parameters with sharded state: algorithm 1 of arXiv 2502.16982, ZeRO-1.
 
     The formulas are `Muon`'s, but the direction is rounded to bf16 before its norm is taken. Gradients are each rank's
@@ -193,34 +193,13 @@ class ZeroMuon(Optimizer):
                 total += 2 * whole + (ranks - 1) * flat.share * (4 + group["params"][0].itemsize)
         return total
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    @_disable_dynamo
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Average gradients over ranks and update every parameter that has one on any rank; all ranks call it.
-
-        Args:
-            closure: re-evaluates the model and returns the loss.
-
-        Returns:
-            The closure's loss, or None.
-
-        Raises:
-            ValueError, TypeError: a gradient or an option that cannot be used; nothing has been written then.
-            RuntimeError: a collective failed.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _update(self) -> None:
+        """Average gradients over ranks and step every parameter that has one on any rank; all ranks call it."""
         everything = [p for group in self.param_groups for p in group["params"]]
         # torch.amp.GradScaler sets these for the duration of a step.
         agreed = consensus.agree({self._team: everything}, found_inf=getattr(self, "found_inf", None))
         if agreed.found_inf:
-            return loss
+            return
         scale: Tensor | None = getattr(self, "grad_scale", None)
         grads = []
         ratios = []
@@ -245,7 +224,6 @@ class ZeroMuon(Optimizer):
                         f"step {self._steps} of ZeroMuon is incomplete, momenta are updated and parameters may be: "
                         f"{error}; go on from the last checkpoint"
                     ) from error
-        return loss
 
     def _step(
         self,

@@ -100,7 +100,7 @@ def check_adamw_state(of: str, p: Tensor, state: Mapping[str, Any], amsgrad: boo
     """
     moments = (*MOMENTS, "max_exp_avg_sq") if amsgrad else MOMENTS
     if all(_is_ordinary(state.get(key), p) for key in moments) and _is_count(state.get("step")):
-        return  # as nearly always, in every step
+        return  # nearly always so, and asked in every step
     for key in moments:
         if key not in state:
             raise ValueError(f"state{of} should have {', '.join(moments)} but has: {', '.join(map(str, state))}")

@@ -42,10 +42,10 @@ def fitted(
         check_muon_options({**defaults, **group})
     state_of = dict(states)
     if [len(group["params"]) for group in saved] == [len(own["params"]) for own in groups]:  # else torch raises
-        # What torch.optim.Muon saved lacks options, and the defaults would not be the group's own.
+        # A checkpoint of torch.optim.Muon lacks options: they stay as the group has them, instead of the defaults.
         for own, group in zip(groups, saved, strict=True):
             check_precision(own, group)
-        # But lr is the checkpoint's, and so is its peak.
+        # But lr is the checkpoint's, and so is the peak of its schedule.
         options = defaults.keys() - {"peak_lr"}
         kept = [{key: value for key, value in own.items() if key in options} for own in groups]
         for own, group in zip(kept, saved, strict=True):
@@ -61,7 +61,7 @@ def fitted(
             for p, split in splits(loaded):
                 pieces(p.shape, loaded["flatten"], split)
                 state = state_of.get(p, {})
-                # What is of another precision than the group's now was there when the option changed.
+                # State may be of another precision than the group's: it is from before the option was changed.
                 if "momentum_buffer" in state and state["momentum_buffer"].dtype == torch.int8:
                     scale = state.get("momentum_scale")
                     check_momentum_scale("momentum_scale", scale, p, loaded["flatten"], split)

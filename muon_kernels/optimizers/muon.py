@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo  # torch.compiler.disable, but it imports dynamo when called only
 from torch.distributed import ProcessGroup
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from .. import interrupts
 from ..checkpoint import STATE, check_checkpoint, check_state
+from ..closures import ClosureOptimizer
 from ..coefficients import NS_STEPS, resolve
 from ..distributed import consensus
 from ..distributed.collectives import Failed
@@ -36,7 +36,7 @@ from .state import Writes
 
 
 @with_stage_options
-class Muon(Optimizer):
+class Muon(ClosureOptimizer):
     r"""Momentum orthogonalized by Newton-Schulz: a drop-in for `torch.optim.Muon`, fused and batched.
 
     For every matrix W of shape (A, B), with gradient G, momentum buffer M and NS(·) the Newton-Schulz iteration:
@@ -257,30 +257,8 @@ class Muon(Optimizer):
             else:
                 self.state[p][key] = tensor
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    @_disable_dynamo
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter that has a gradient.
-
-        Args:
-            closure: re-evaluates the model and returns the loss.
-
-        Returns:
-            The closure's loss, or None.
-
-        Raises:
-            ValueError, TypeError: an option, a gradient or state that cannot be used; nothing has been written then.
-            RuntimeError: a backend or memory that is missing, in which case nothing has been written; or a rank that
-                does not answer, in which case the message says whether anything has been written.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _update(self) -> None:
+        """Step all groups: look at everything, get everything ready, then write."""
         self._steps += 1
         self._ranks.refresh(self.param_groups)
         try:
@@ -292,7 +270,7 @@ class Muon(Optimizer):
                 f"step {self._steps} of Muon did not begin: {error}; every rank has to call step, which GradScaler "
                 "leaves out where gradients of one rank alone are not finite: give all ranks the same before"
             ) from error
-        # What is kept must be of use outside inference mode too.
+        # State and memory that are made here must be usable outside of inference mode, too.
         with torch.inference_mode(False), torch.no_grad():
             batches = self._batches()
             prepared = [self._prepare(groups, agreed.grad) for groups, _ in batches]
@@ -301,7 +279,7 @@ class Muon(Optimizer):
             for (tasks, grads, _), (_, numbers) in zip(prepared, batches, strict=True):
                 for task in tasks:
                     task.warm_up(grads, numbers, self._workspace)
-        # Ranks may wait for each other, so an interrupt can only wait where there are none.
+        # An interrupt is deferred only where this rank is alone: another rank may wait for this one for ever.
         alone = not any(task.together for tasks, _, _ in prepared for task in tasks)
         with interrupts.held() if alone else nullcontext():
             for (groups, numbers), (tasks, grads, new) in zip(batches, prepared, strict=True):
@@ -317,7 +295,6 @@ class Muon(Optimizer):
                         f"step {self._steps} of Muon is incomplete, parameters of some matrices are stepped and of "
                         f"others not: {error}; go on from the last checkpoint"
                     ) from error
-        return loss
 
     @torch.no_grad()
     def init_state(self) -> None:
@@ -344,7 +321,7 @@ class Muon(Optimizer):
     def plan(self) -> Plan:
         """Return what a step does if every parameter has a gradient of its own dtype. `print` it for a table."""
         tasks = [task for groups, _ in self._batches() for task in self._prepare(groups, lambda p: p)[0]]
-        self._tasks.clear()  # it would keep the momentum buffers that a first step has not made yet
+        self._tasks.clear()  # tasks hold momentum buffers, which the first step will make anew
         return plan_of(tasks)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -355,7 +332,7 @@ class Muon(Optimizer):
         self.__dict__.setdefault("_steps", 0)
         for group in self.param_groups:
             for key, value in self.defaults.items():
-                if key != "differentiable":  # torch puts this one into the defaults
+                if key != "differentiable":  # which torch puts into the defaults
                     group.setdefault(key, value)
             settle(group, self.defaults)
             set_peak_lr(group)
@@ -415,7 +392,7 @@ class Muon(Optimizer):
         states = check_checkpoint(state_dict, self.param_groups, "Muon", "ns_coefficients", check_state)
         self._settle()
         state_dict = fitted(state_dict, states, self.param_groups, self.defaults, self._ranks)
-        # torch casts state to the parameter's dtype, which would round what is fp32 with bf16 parameters.
+        # torch casts state to the parameter's dtype, which would round fp32 state of bf16 parameters.
         copies = [
             (p, {key: state[key].detach().to(p.device, copy=True) for key in STATE if key in state})
             for p, state in states

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
-from typing import Any, NoReturn, overload
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo  # torch.compiler.disable, but it imports dynamo when called only
 from torch.optim import AdamW, Optimizer
 
 from ..checkpoint import check_checkpoint
+from ..closures import ClosureOptimizer
 from ..options import check_keys, plain, settle
 from ..step.plan import Plan
 from ..tensors import check_disjoint
@@ -32,11 +32,11 @@ __all__ = ["MuonAdamW"]
 
 _Groups = list[dict[str, Any]]
 _ADAMW_OPTIONS = inspect.signature(AdamW).parameters.keys() - {"params"}
-# What a group of either half may say; `process_group` is for all groups of an optimizer.
+# Options of the groups of each half. `process_group` is for all groups of an optimizer.
 OPTIONS = {"Muon": inspect.signature(Muon).parameters.keys() - {"params", "process_group"}, "AdamW": _ADAMW_OPTIONS}
 
 
-class MuonAdamW(Optimizer):
+class MuonAdamW(ClosureOptimizer):
     """Muon and AdamW as one optimizer: `use_muon` of a param group says which of them steps it.
 
         optimizer = MuonAdamW(
@@ -82,10 +82,10 @@ class MuonAdamW(Optimizer):
             )
         if isinstance(params, nn.Module):
             raise TypeError("params should be groups but is a module; give muon_kernels.param_groups(model)")
-        # Either may stay without a group, but neither can be built without one.
+        # Either half may have no group, but an optimizer cannot be built without one.
         self._muon = Muon([{"params": []}], **(muon_options or {}))
         self._adamw = _checked_adamw(adamw_options or {})
-        # What schedulers read: OneCycleLR and CyclicLR to know that they can cycle `momentum`, others for their floor.
+        # Defaults that schedulers read: OneCycleLR and CyclicLR, to see that `momentum` can be cycled, and others.
         super().__init__(params, defaults={key: self._muon.defaults[key] for key in ("lr", "momentum")})
         if not any(group["params"] for group in self.param_groups):
             raise ValueError(
@@ -132,39 +132,16 @@ class MuonAdamW(Optimizer):
         if not cycled:
             del param_group["momentum"]  # which is in the defaults for Muon
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @_disable_dynamo
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter that has a gradient, and its state.
-
-        Args:
-            closure: re-evaluates the model and returns the loss.
-
-        Returns:
-            The closure's loss, or None.
-
-        Raises:
-            ValueError, TypeError, RuntimeError: what `Muon` raises, or a gradient, state or option that AdamW could not
-                step; nothing has been written then.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _update(self) -> None:
+        """Step Muon's half, then AdamW's, after both have been checked."""
         self._hand_over()
-        # Muon checks all it was given before it writes; checking AdamW's part here covers the rest.
+        # Muon checks everything before it writes, so AdamW's half is checked here, before Muon steps.
         for group in self._adamw.param_groups:
             _settle(group)
             check_group(group)
             _check(group, self.state)
             _unfuse(group, self.state)
-        # State that is made here must be of use outside inference mode too.
+        # State that is made here must be usable outside of inference mode, too.
         with torch.inference_mode(False), torch.no_grad():
             new: dict[Tensor, dict[str, Tensor]] = {}
             for group in self._adamw.param_groups:
@@ -173,7 +150,6 @@ class MuonAdamW(Optimizer):
             for p, state in new.items():
                 self.state[p].update(state)
             _unhooked_step(self._adamw)
-        return loss
 
     @torch.no_grad()
     def init_state(self) -> None:

@@ -209,7 +209,7 @@ def _checked(rules: Iterable[Rule]) -> tuple[Rule, ...]:
 
 
 _PARAMETRIZED = re.compile(r"(?:(.*)\.)?parametrizations\.(\w+)\.original\d*")
-_NORMED = re.compile(r"(\w+)_(?:orig|g|v)")  # by torch.nn.utils' older weight_norm and spectral_norm
+_NORMED = re.compile(r"(\w+)_(?:orig|g|v)")  # of the older weight_norm and spectral_norm of torch.nn.utils
 
 
 def _places(model: nn.Module, flatten: bool | None) -> _Places:
@@ -236,7 +236,7 @@ def _places(model: nn.Module, flatten: bool | None) -> _Places:
 def _output_heads(places: Sequence[Place]) -> set[nn.Parameter]:
     """Return the weights of the output heads, by name or else by size; see HEADS and `param_groups`."""
     weights = [i for i, p in enumerate(places) if p.leaf == "weight" and p.param.ndim > 1 and not EMBEDDING.holds(p)]
-    last: dict[str, int] = {}  # weight of a head
+    last: dict[str, int] = {}  # index of the last weight of each head
     certain = set()
     for i in weights:
         path, sure = _head_of(places[i])

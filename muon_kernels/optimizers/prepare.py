@@ -65,7 +65,7 @@ def prepared(
     """
     group, wanted, nothing = groups[0], StateOfGroups(groups, ranks), dict[str, Any]()
     candidates = [p for each in groups for p in each["params"]]
-    spread = bool(ranks.placements) or any_dtensor(candidates)  # most are not, and spared the questions
+    spread = bool(ranks.placements) or any_dtensor(candidates)  # most are not: spare them the questions
     params, grads, states = [], [], []
     for p in candidates:
         if (grad := grad_of(p)) is None:

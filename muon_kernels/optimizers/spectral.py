@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo  # torch.compiler.disable, but it imports dynamo when called only
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from .. import interrupts, options
 from ..checkpoint import check_checkpoint
+from ..closures import ClosureOptimizer
 from ..distributed import consensus
 from ..distributed.exchange import divide
 from ..distributed.ranks import Ranks
@@ -89,7 +89,7 @@ class SpectralMomentum(Muon):
         )
 
 
-class SpectralAdam(Optimizer):
+class SpectralAdam(ClosureOptimizer):
     r"""Adam whose update R = m̂ / (√v̂ + eps) = U Σ Vᵀ becomes U Σ^p Vᵀ for matrices; other parameters get R itself.
 
         W ← (1 - lr·weight_decay) W - lr·ratio·U Σ^p Vᵀ
@@ -219,29 +219,8 @@ class SpectralAdam(Optimizer):
                 if grad.dtype != p.dtype:
                     raise TypeError(f"gradient should be of the parameter's dtype {p.dtype} but is of: {grad.dtype}")
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    @_disable_dynamo
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter that has a gradient.
-
-        Args:
-            closure: re-evaluates the model and returns the loss.
-
-        Returns:
-            The closure's loss, or None.
-
-        Raises:
-            ValueError, TypeError, RuntimeError: an option, a gradient or state that cannot be used; nothing has been
-                written then.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _update(self) -> None:
+        """Step all groups: look at everything, get everything ready, then write."""
         self._ranks.refresh(self.param_groups)
         if not self._ranks.teams:
             self._check_gradients()
@@ -264,16 +243,15 @@ class SpectralAdam(Optimizer):
             for task in tasks:
                 task.warm_up(updates, scalars, self._workspace)
         self._begin(p for _, grads, *_ in steps for p in grads)
-        # Ranks may wait for each other, so an interrupt can only wait where there are none.
+        # An interrupt is deferred only where this rank is alone: another rank may wait for this one for ever.
         alone = not any(task.together for *_, tasks, _ in steps for task in tasks)
         with interrupts.held() if alone else nullcontext():
             for group, grads, rest, matrices, updates, tasks, scalars in steps:
                 self._adamw(group, grads, rest, [local(p) for p in rest], group["lr"], group["weight_decay"])
-                # Of a parameter that is zero, a step of size 1 makes -R.
+                # A step of size 1 turns a parameter that is zero into -R.
                 self._adamw(group, grads, matrices, updates, 1.0, 0.0)
                 for task in tasks:
                     task.run(updates, scalars, self._workspace)
-        return loss
 
     def _begin(self, params: Iterable[Tensor]) -> None:
         """Make the state of the parameters that have none."""
@@ -333,7 +311,7 @@ class SpectralAdam(Optimizer):
             self._ranks = Ranks()
         for group in self.param_groups:
             for key, value in self.defaults.items():
-                if key != "differentiable":  # torch puts this one into the defaults
+                if key != "differentiable":  # which torch puts into the defaults
                     group.setdefault(key, value)
             options.settle(group, self.defaults)
         self._ranks.refresh(self.param_groups)
@@ -357,7 +335,7 @@ class SpectralAdam(Optimizer):
         check_checkpoint(state_dict, self.param_groups, "SpectralAdam", "betas", _check_saved)
         saved = options.settled_checkpoint(state_dict["param_groups"], self.param_groups, self.defaults)
         if len(saved) == len(self.param_groups):  # else torch raises
-            # What torch.optim.AdamW saved lacks options, and the defaults would not be the group's own.
+            # A checkpoint of torch.optim.AdamW lacks options: they stay as the group has them.
             kept = [{key: value for key, value in own.items() if key in self.defaults} for own in self.param_groups]
             saved = [{**own, **group} for own, group in zip(kept, saved, strict=True)]
         for group in saved:
@@ -378,7 +356,7 @@ def _check_options(group: dict[str, Any]) -> None:
     options.check_options({name: value for name, value in group.items() if name not in ("lr", "weight_decay", "eps")})
 
 
-# By the paper's names, with its settings.
+# (class, power) by the paper's names.
 PAPER: dict[str, tuple[type[Optimizer], float]] = {
     "msgd": (SpectralMomentum, 1.0),
     "msgd_s": (SpectralMomentum, 0.5),

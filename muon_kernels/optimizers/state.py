@@ -17,7 +17,7 @@ from ..stages.second_moment import create
 from ..step.options import splits
 from ..tensors import check_momentum, is_dtensor
 
-# What to write into the state: of a parameter, under a key, a tensor or, to delete it, None.
+# Writes into the state: (parameter, key, tensor), or None to delete the key.
 Writes = list[tuple[Tensor, str, Tensor | None]]
 
 
@@ -69,7 +69,7 @@ class StateOfGroups:
         return found
 
     def _make_momentum(self, p: Tensor, grad: Tensor, found: dict[str, Tensor | None]) -> None:
-        # The order of the blocks, in which packing is fastest.
+        # Contiguous, as blocks are: so packing is fastest.
         format_ = torch.contiguous_format if self.int8 else torch.preserve_format
         momentum = torch.zeros_like(p, dtype=self._dtype or grad.dtype, memory_format=format_)
         self._write(p, found, momentum_buffer=momentum)

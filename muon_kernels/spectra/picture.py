@@ -7,7 +7,6 @@ import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from .quantities import QUANTITIES
@@ -109,6 +108,8 @@ def _panel(
     axes: Any, group: str, by_run: ByRun, styles: Mapping[str, Mapping[str, Any]], logarithmic: bool
 ) -> dict[str, Any]:
     """Draw the median and the range of one group of matrices; return the line of each training."""
+    from statistics import median  # brings decimal, which takes longer to import than all of this package
+
     from matplotlib.ticker import LogFormatter, MaxNLocator
 
     drawn = {}

@@ -32,7 +32,7 @@ from .stage import Stage
 
 BLOCK = 2048
 
-# No number gets it: the codes of numbers are symmetric, -127 to 127.
+# The code of NaN and infinity. Those of numbers are symmetric, -127 to 127.
 _NAN = -128
 
 # Elements that are packed at a time, whole blocks. On a processor they stay in its cache.
@@ -40,7 +40,7 @@ _PIECE, _PIECE_ON_CPU = 1 << 20, 1 << 18
 
 _Seen = TypeVar("_Seen")
 
-# How often the fp32 memory is gone over to make the numbers and to pack them; they are read and written there as well.
+# Passes over the fp32 memory to unpack numbers and to pack them. The verbs read and write it besides.
 _VISITS = 2
 
 
@@ -88,14 +88,15 @@ def encode(x: Tensor, absmax: Tensor, out: Tensor, divisor: Tensor, is_zero: Ten
     torch.amax(out, -1, out=divisor)
     absmax.copy_(divisor)
     divisor.masked_fill_(torch.eq(divisor, 0, out=is_zero), 1.0)
-    # The ratio first: 127 x would leave the range where x is large.
+    # Divided first: 127 x would leave fp32's range where x is large.
     torch.div(x, divisor.unsqueeze(-1), out=out)
     out.mul_(127).round_().nan_to_num_(_NAN, _NAN, _NAN)
 
 
 def decode_(x: Tensor, absmax: Tensor) -> None:
     """Replace the codes x, (..., length), by the numbers that they stand for; absmax is (...)."""
-    # Divided first, 127 gives absmax itself, so that it is found again. One pass makes NaN of what is below -1.
+    # Divided first, so that code 127 gives absmax exactly and packing finds the same absmax again. `threshold` turns
+    # the code -128 into NaN in the same pass.
     F.threshold(x.div_(127), (_NAN + 0.5) / 127, math.nan, inplace=True).mul_(absmax.unsqueeze(-1))
 
 
@@ -258,7 +259,7 @@ def _by_piece(
     These are (matrices, rows, cols), a view where strides allow it.
     """
     together = pieces(tuple(given.shape), flatten, split)
-    order = tuple(range(1, given.ndim))  # blocks are along rows as everybody sees them, whatever the strides
+    order = tuple(range(1, given.ndim))  # blocks are along logical rows, whatever the strides
     for piece, own in zip(together, scales_of(absmax, given.shape, flatten, split, len(together)), strict=True):
         places = [view(t.shape, t.stride(), flatten, order, piece).of(t) for t in (out, given)]
         if own.numel():
@@ -297,7 +298,7 @@ class Halves(NamedTuple):
         for i, begin, end in _chunks(values):
             x = values[i, begin:end].nan_to_num_(math.nan, math.inf, -math.inf)
             bits = x.view(torch.int32)
-            _write(self.mantissa[i], bits, begin)  # the lower 16 bits, whose first one is their sign now
+            _write(self.mantissa[i], bits, begin)  # the lower 16 bits, read as a signed number
             (rounded,) = memory.take(bits.device, (bits.shape, torch.int32))
             _write(upper[i], torch.add(bits, 1 << 15, out=rounded).bitwise_right_shift_(16), begin)
 

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Elements that are made fp32 at a time. On a processor they stay in its cache, and torch's operations on two dtypes,
-# which would need no copy, are ten times slower.
+# Elements that are copied to fp32 at a time. On a processor they stay in its cache. torch's operations on two dtypes
+# would need no copy but are ten times slower.
 BLOCK, BLOCK_ON_CPU = 1 << 20, 1 << 18
 
 
-# A sum of squares is this much or zero, for all that matters.
+# Smallest sum of squares that is divided by: smaller ones count as zero.
 TINY = torch.finfo(torch.float32).tiny
 
 

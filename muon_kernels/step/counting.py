@@ -19,11 +19,7 @@ class Counter:
         self.launches = 0
         self.flops = 0
         self.bytes = 0
-        self._symmetric, self._precise = symmetric, precise
-
-    def precise_squares(self) -> bool:
-        """Whether the counted backend has them."""
-        return self._precise
+        self._symmetric, self.precise_squares = symmetric, precise
 
     def traffic(self, A: Square, B: Square, C: Tensor | None, out: Tensor, triangle: bool) -> int:
         """Return the bytes of a product of A, (batch, m, k), and B plus C: operands read and result written once."""
@@ -83,7 +79,7 @@ def count_iteration(
 
     def empty_square() -> Square:
         return Square(
-            empty(m), torch.empty(1, m, dtype=torch.float32, device="meta") if counter.precise_squares() else None
+            empty(m), torch.empty(1, m, dtype=torch.float32, device="meta") if counter.precise_squares else None
         )
 
     number = torch.empty(1, dtype=torch.float32, device="meta")

@@ -200,14 +200,14 @@ def choose_algorithm(name: str, backend: str, m: int, n: int, schedule: Schedule
     """Return the form that runs: `name`, or for "auto" that of fewest FLOPs among those as exact as torch's loop."""
     if name != "auto":
         return name
-    if not backends.get(backend).precise_squares():
+    if not backends.get(backend).precise_squares:
         return "standard"  # the Gram form holds the standard form's accuracy only where a backend has precise squares
     return min(ALGORITHMS, key=lambda a: _count_on(backend, a, m, n, schedule)[1])
 
 
 def _count_on(backend: str, algorithm: str, m: int, n: int, schedule: Schedule) -> tuple[int, int, int]:
     ops = backends.get(backend)
-    return count(algorithm, m, n, schedule, ops.symmetric_products(), ops.precise_squares())
+    return count(algorithm, m, n, schedule, ops.symmetric_products, ops.precise_squares)
 
 
 def workspace_bytes(backend: str, algorithm: str, m: int, n: int, schedule: Schedule, packed: int = 0) -> int:
@@ -217,7 +217,7 @@ def workspace_bytes(backend: str, algorithm: str, m: int, n: int, schedule: Sche
     wide, numbers = (3, 32) if schedule.weights else (2, 0)
     stacks = 2 * m * (wide * ops.leading_dimension(n) + squares * ops.leading_dimension(m))
     unpacked = 4 * floats(m, n) if packed else 0
-    diagonals = 4 * m * squares if ops.precise_squares() else 0
+    diagonals = 4 * m * squares if ops.precise_squares else 0
     return unpacked + stacks + ops.scratch_bytes(m, n) + diagonals + numbers
 
 
@@ -229,7 +229,7 @@ def chunk_counts(total: int, each: int, cap: int | None, backend: str) -> tuple[
     """
     if cap is not None and each > cap:
         raise ValueError(f"max_workspace_bytes should be at least {each} to hold one matrix but is: {cap}")
-    most = max(1, (backends.get(backend).default_workspace_bytes() if cap is None else cap) // max(each, 1))
+    most = max(1, (backends.get(backend).default_workspace_bytes if cap is None else cap) // max(each, 1))
     passes = -(-total // most)
     return tuple(total * (i + 1) // passes - total * i // passes for i in range(passes))
 
@@ -282,7 +282,7 @@ def plan_bucket(
         )
     each = workspace_bytes(backend, algorithm, m, n, schedule, packed) + stage_bytes
     ops = backends.get(backend)
-    cap = ops.default_workspace_bytes() if max_workspace_bytes is None else max_workspace_bytes
+    cap = ops.default_workspace_bytes if max_workspace_bytes is None else max_workspace_bytes
     fused = None
     if stepped and not stages and not schedule.weights:
         fused = ops.fused_plan(m, n, count_, schedule, stochastic_rounding)

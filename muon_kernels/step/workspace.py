@@ -76,7 +76,7 @@ class Workspace:
         highs = [stack(m) for _ in range(squares_of(bucket.algorithm, schedule))]
         # What needs alignment last, the doubles first: the leading dimensions of a backend that has them leave it.
         scratch = take(1, ops.scratch_bytes(m, n), torch.uint8).flatten()
-        precise = ops.precise_squares()
+        precise = ops.precise_squares
         squares = [Square(high, take(1, m, torch.float32)[:, 0] if precise else None) for high in highs]
         offset += -offset % 8  # stacks of a backend whose leading dimensions are odd
         numbers = (take(1, 1, dtype)[:, 0, 0] for dtype in (torch.float64, *[torch.float32] * 4))

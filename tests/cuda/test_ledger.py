@@ -100,7 +100,7 @@ def test_products(profiled: Runtime, shape: tuple[int, int], precise: bool, most
             (launched,) = profiled.log
             asked_for = asked(profiled)
         assert kernel_of(launched.kernel)[:2] == (tile, tile)
-        counter = Requests(cuda.symmetric_products(), cuda.precise_squares(), tile)
+        counter = Requests(cuda.symmetric_products, cuda.precise_squares, tile)
         getattr(counter, verb)(*operands, **options)
         ratio = asked_for / counter.bytes
         assert (1 if (m, n) == (128, 256) else 0.6) <= ratio < most, verb

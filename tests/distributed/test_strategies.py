@@ -151,7 +151,7 @@ def summed_in_one_process(G: Tensor, name: str, parts: int, backend: str, algori
     def square() -> Square:
         return Square(
             torch.empty(parts, m, m, dtype=torch.bfloat16),
-            torch.empty(parts, m) if ops.precise_squares() else None,
+            torch.empty(parts, m) if ops.precise_squares else None,
         )
 
     def add_up(of: Square, rest: Square, scale: Tensor | None) -> None:

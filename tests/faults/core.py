@@ -249,7 +249,7 @@ FAULTS = [
     ),
     Fault(
         "a plan keeps momentum",
-        "        self._tasks.clear()  # it",
+        "        self._tasks.clear()  # tasks",
         "        # it",
         "tests/test_plan.py -k keeps",
         OPTIMIZER,

@@ -160,7 +160,7 @@ FAULTS = [
     Fault("gram: second weight unnoticed", "    if weights[1]:\n", "    if False:\n", "second_iterate", ITERATION),
     Fault(
         "gram without precise squares",
-        "_gram_sum if ops.precise_squares() else _standard_sum",
+        "_gram_sum if ops.precise_squares else _standard_sum",
         "_gram_sum",
         SUMS,
         ITERATION,

@@ -118,7 +118,7 @@ FAULTS = [
     _gram("all replicas do all", "return team.replica * team.shard_count\n", "return 0\n", "plan_counts"),
     _gram(
         "standard form always",
-        'return "gram" if backends.get(backend).precise_squares() else "standard"',
+        'return "gram" if backends.get(backend).precise_squares else "standard"',
         'return "standard"',
         "squares",
     ),

@@ -155,7 +155,7 @@ class _Visited(Summed):
 def count(backend: str, algorithm: str, m: int, n: int, schedule: Schedule) -> tuple[int, int, int, int]:
     """Return (visits to X, launches, FLOPs, bytes) of the iteration on n columns of an m-row matrix; see plan.py."""
     ops = backends.get(backend)
-    counter = Counter(ops.symmetric_products(), ops.precise_squares())
+    counter = Counter(ops.symmetric_products, ops.precise_squares)
     rest = Square(torch.empty(1, m, m, dtype=torch.bfloat16, device="meta"))
     visited = _Visited(counter, rest, lambda *_: None)
     count_iteration(visited, algorithm, m, n, schedule)  # type: ignore[arg-type]
@@ -210,7 +210,7 @@ class GramRound(OwnerRound):
         """
         if name != "auto":
             return name
-        return "gram" if backends.get(backend).precise_squares() else "standard"
+        return "gram" if backends.get(backend).precise_squares else "standard"
 
     @classmethod
     def counted(cls, bucket: Bucket, schedule: Schedule) -> Bucket:
@@ -289,7 +289,7 @@ class GramRound(OwnerRound):
             stacks.blend.norms.copy_(norms)
         X.copy_(slices)
         scale = stacks.derived.setdefault("scale", torch.empty(self.count, dtype=torch.float32, device=X.device))
-        if ops.normalizes():
+        if ops.normalizes:
             scale.copy_((own / norms).where(norms != 0, 0.0))
         else:
             scale.copy_(scale_of(norms, shift_of(own), scalars.eps, work.schedule.margin))
@@ -308,7 +308,7 @@ class GramRound(OwnerRound):
                 return buffers.owned[begin:offset].view(dtype).view(size)
 
             packed = take(torch.float32, *self.packed)
-            diagonal = take(torch.float32, self.count, m) if ops.precise_squares() else None
+            diagonal = take(torch.float32, self.count, m) if ops.precise_squares else None
             rest = Square(take(work.bucket.workspace_dtype, self.count, m, m), diagonal)
 
             def add_up(square: Square, rest: Square, scale: Tensor | None) -> None:

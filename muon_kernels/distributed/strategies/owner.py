@@ -156,7 +156,7 @@ class OwnerRound:
         if self.owned:
             stacks = workspace.stacks(work, self.owned)
             received = [(s.shard, s.of(buffers.owned, dtype), s.norms(buffers.owned)) for s in self.received if s.bytes]
-            scaled = backends.get(work.bucket.backend).normalizes()
+            scaled = backends.get(work.bucket.backend).normalizes
             norms, shift = gather_slices(received, stacks.X, scaled)
             if stacks.blend is not None:
                 stacks.blend.norms.copy_(norms)
