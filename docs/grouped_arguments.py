@@ -1,7 +1,7 @@
 """Extension of griffe, for mkdocs, that rewrites what it would misread or show as a private name.
 
 Docstrings may have one line for several arguments, `lr, momentum: ...`. Defaults of signatures may be constants, of
-which readers want the value. Options of stages are in no written signature, see muon_kernels/optimizers/stage_options.py.
+which readers want the value. Options of stages are in no written signature: see optimizers/stage_options.py.
 """
 
 from __future__ import annotations
