@@ -1,12 +1,15 @@
 """Extension of griffe, for mkdocs, that rewrites what it would misread or show as a private name.
 
 Docstrings may have one line for several arguments, `lr, momentum: ...`. Defaults of signatures may be constants, of
-which readers want the value.
+which readers want the value. Options of stages are in no written signature: see optimizers/stage_options.py.
 """
 
 from __future__ import annotations
 
+import ast
 import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import griffe
@@ -34,6 +37,17 @@ def one_entry_each(docstring: str) -> str:
     )
 
 
+def stage_options() -> Iterator[str]:
+    """Yield an entry for every stage whose option has a help text."""
+    for path in sorted(Path("muon_kernels/stages").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                assigned = [n for n in node.body if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)]
+                values = {n.targets[0].id: n.value for n in assigned if isinstance(n.targets[0], ast.Name)}
+                if "help" in values:
+                    yield f"    {ast.literal_eval(values['option'])}: {ast.literal_eval(values['help'])}"
+
+
 class GroupedArguments(griffe.Extension):
     """The extension that mkdocs.yml names."""
 
@@ -52,3 +66,6 @@ class GroupedArguments(griffe.Extension):
         )
         if re.search(r"^ *(Args|Attributes|Raises):$", obj.docstring.value, re.MULTILINE):
             obj.docstring.value = one_entry_each(obj.docstring.value)
+        if obj.name == "Muon":
+            head, raises, tail = obj.docstring.value.partition("\n\nRaises:")
+            obj.docstring.value = "\n".join([head, *stage_options()]) + raises + tail
