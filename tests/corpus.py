@@ -115,6 +115,7 @@ OPTIONS: dict[str, Option] = {
     "sign_momentum": Option(SWITCH, None),
     "master_weights": Option(SWITCH, None, model="bf16"),
     "second_moment": Option(["neuron", "element"], "row"),
+    "exact_rms": Option(SWITCH, None),
     "beta2": Option([0.5, 0.99], 1.0, beside={"second_moment": "neuron"}),
     "strategy": Option(["blocks", "gram", "owner"], "nobody"),
     "block_period": Option([2, 1], 0, beside=BLOCKS),
