@@ -20,7 +20,6 @@ DATA = {"rules.py"}
 LONG_FUNCTIONS = {
     ("optimizers/param_groups.py", "param_groups"),
     ("step/plan.py", "plan_bucket"),
-    ("triton_kernels/products.py", "product"),
 }
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

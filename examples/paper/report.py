@@ -1,6 +1,8 @@
 """Writer of REPORT.md and its figures, from results.jsonl alone. Only the papers' numbers are typed by hand.
 
-python examples/paper/report.py
+    python examples/paper/report.py
+
+run.py calls it after the trainings. Alone it takes seconds, to see a change of the text or of a figure.
 """
 
 from __future__ import annotations
@@ -452,6 +454,6 @@ def write(out: Path, scale: experiments.Scale) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE, help="folder of results.jsonl")
     write(parser.parse_args().out, experiments.Scale())

@@ -1,9 +1,11 @@
 """Spectra of weights, momenta and updates: numbers of their singular values, records of a training, and pictures.
 
-recorder = spectra.Recorder(optimizer, model.named_parameters(), every=100)
-...                                        # train as ever
-recorder.save("muon.jsonl")
-spectra.plot({"Muon": recorder.rows, "AdamW": spectra.load("adamw.jsonl")}, "entropy.png")
+    recorder = spectra.Recorder(optimizer, model.named_parameters(), every=100)
+    ...  # train
+    recorder.save("muon.jsonl")
+    spectra.plot({"Muon": recorder.rows, "AdamW": spectra.load("adamw.jsonl")}, "entropy.png")
+
+`plot` needs matplotlib; all else needs torch alone.
 """
 
 from .picture import plot

@@ -20,6 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import measured
 from .configs import Config, Shape, Table, choose, vendor
 from .launch import do, launch
+from .operands import fit, require
 
 _VECTOR = 8  # elements in 16 bytes, the widest access of global memory
 
@@ -208,11 +209,6 @@ def _gpu(device: int) -> tuple[Table, int]:
     return measured.table(), int(driver.active.utils.get_device_properties(device)["multiprocessor_count"])
 
 
-def _check(fits: bool) -> None:
-    if not fits:
-        raise ValueError("shapes, strides or dtypes of a product's operands do not fit together")
-
-
 class _Place(NamedTuple):
     """Address and strides of a stack. It keeps no memory alive, so it can be kept.
 
@@ -288,7 +284,7 @@ def _launch(
     shape = Shape(batch, m, n, k, symmetric)
     config = config or choose(shape, table, multiprocessors)
     programs = batch * config.tiles(m, n, symmetric)
-    _check(programs < 2**31)
+    require(programs < 2**31)
 
     addend = None if c is None else "a" if c == a else "b" if c == b else "c"
     stacks = [a, b, out] if c is None else [a, b, c, out]
@@ -388,29 +384,9 @@ def product(
         scale: (batch,) fp32, 1 if absent.
         config: the tiles; None for those that `configs.choose` takes.
     """
-    batch, m, n = out.shape
-    k = a.shape[2]
-    stacks = [t for t in (a, b, c, out) if t is not None]
-    vectors = [t for t in (a_diagonal, b_diagonal, c_diagonal, out_diagonal, scale) if t is not None]
-    _check(
-        a.shape == (batch, m, k)
-        and b.shape == ((batch, n, k) if b_transposed else (batch, k, n))
-        and (c is None or c.shape == out.shape)
-        and (not symmetric or m == n)
-        and (a_diagonal is None or (a_diagonal.shape == (batch, m) and m == k and (not b_transposed or k == n)))
-        and (b_diagonal is None or (b_diagonal.shape == (batch, n) and k == n))
-        and all(d is None or (d.shape == (batch, m) and m == n) for d in (c_diagonal, out_diagonal))
-        and (scale is None or scale.shape == (batch,))
-        and out.dtype in (torch.bfloat16, torch.float16)
-        and all(
-            t.dtype == out.dtype
-            and (t.stride(2) == 1 or t.shape[2] < 2)
-            and (t.stride(1) >= t.shape[2] or t.shape[1] < 2)
-            for t in stacks
-        )
-        and all(t.dtype == torch.float32 and t.is_contiguous() for t in vectors)
-    )
-    if not batch or not m or not n:
+    diagonals = a_diagonal, b_diagonal, c_diagonal, out_diagonal
+    require(fit(a, b, c, out, diagonals, scale, b_transposed, symmetric))
+    if not out.numel():
         return
 
     how = _launch(
