@@ -15,11 +15,11 @@ import muon_kernels
 from muon_kernels import Muon, SpectralAdam, SpectralMomentum, paper_optimizer, spectral_power
 from muon_kernels.backends import unavailable
 from muon_kernels.coefficients import resolve
-from muon_kernels.newton_schulz import ALGORITHMS
+from muon_kernels.newton_schulz import ALGORITHMS, Square
 from muon_kernels.optimizers.spectral import PAPER
 from muon_kernels.powers import TRIPLES, error, fit, fit_weights, schedule_of
 from muon_kernels.split import equal
-from muon_kernels.step.counting import count
+from muon_kernels.step.counting import Counter, count, count_iteration
 from muon_kernels.step.plan import plan_bucket
 
 BACKENDS = [
@@ -146,6 +146,26 @@ def test_singular_values_of_rounding(backend: str, algorithm: str, p: float) -> 
         large = S > 0.01
         assert relative(Y, U[:, large], S[large], Vh[large], p).max() < 0.09
         assert torch.linalg.svdvals(Y.double()).max() < 1.08
+
+
+class Watched(Counter):
+    """Products of squares without their diagonals are no precise ones."""
+
+    def syrkx(self, A: Square, B: Square, *, out: Square, gamma: float = 0.0) -> None:
+        assert A.diagonal is not None and B.diagonal is not None and out.diagonal is not None
+        super().syrkx(A, B, out=out, gamma=gamma)
+
+    def gemm(self, A: Square, X: Tensor | Square, **others: Any) -> None:
+        assert A.diagonal is not None
+        super().gemm(A, X, **others)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_products_know_what_rounding_took_from_diagonals(algorithm: str) -> None:
+    """Of the sum of squares too, where it is 2^-9 at most: too little for the bounds above."""
+    watched = Watched(symmetric=True, precise=True)
+    count_iteration(watched, algorithm, 48, 200, schedule_of(0.5))
+    assert watched.launches > 10
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

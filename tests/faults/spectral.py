@@ -162,7 +162,7 @@ FAULTS = [
         "gram without precise squares",
         "_gram_sum if ops.precise_squares else _standard_sum",
         "_gram_sum",
-        SUMS,
+        ROUNDING,
         ITERATION,
     ),
     Fault("cost: R² again", "        if squared and step == 0:\n", "        if False:\n", "costs", ITERATION),
