@@ -690,8 +690,7 @@ def test_plan_and_workspace(backend: str, workspace_blocks: list[int]) -> None:
 @pytest.mark.parametrize("name", ["cuda", "triton"])
 def test_no_packed_step_is_fused(name: str) -> None:
     def planned(*stages: Stage) -> Bucket:
-        options: dict[str, Any] = {"max_workspace_bytes": None, "bytes_per_element": 10, "ns_algorithm": "auto"}
-        return plan_bucket((64, 64), 8, resolve("keller", None), backend=name, stages=stages, **options)
+        return plan_bucket((64, 64), 8, StepOptions(resolve("keller", None), stages=stages), name, bytes_per_element=10)
 
     assert planned().fused and not planned(EightBitMomentum()).fused and not planned(MasterWeights()).fused
 

@@ -20,6 +20,7 @@ from muon_kernels.optimizers.spectral import PAPER
 from muon_kernels.powers import TRIPLES, error, fit, fit_weights, schedule_of
 from muon_kernels.split import equal
 from muon_kernels.step.counting import Counter, count, count_iteration
+from muon_kernels.step.options import StepOptions
 from muon_kernels.step.plan import plan_bucket
 
 BACKENDS = [
@@ -199,10 +200,8 @@ def test_each_matrix_is_its_own(backend: str, algorithm: str) -> None:
 def test_chunks_and_repeats(backend: str) -> None:
     G = torch.randn(9, 24, 30, generator=torch.Generator().manual_seed(2))
     Y = spectral_power(G, 0.25, backend=backend)
-    small = plan_bucket(
-        (24, 30), 2, schedule_of(0.25), ns_algorithm="auto", backend=backend, max_workspace_bytes=None,
-        bytes_per_element=8, stepped=False,
-    ).workspace_bytes  # fmt: skip
+    options = StepOptions(schedule_of(0.25))
+    small = plan_bucket((24, 30), 2, options, backend, bytes_per_element=8, stepped=False).workspace_bytes
     # torch's products may round a batch of another size otherwise.
     chunked = spectral_power(G, 0.25, backend=backend, max_workspace_bytes=small)
     torch.testing.assert_close(chunked, Y, rtol=0, atol=0.02 if backend == "eager" else 0)
@@ -274,12 +273,9 @@ def test_costs_at_most_1_6_times_as_much(shape: tuple[int, int]) -> None:
     """As five steps of `orthogonalize`, on backends that have the Gram form and on those that have not."""
     for backend in ("cuda", "eager"):
         flops = [
-            plan_bucket(
-                shape, 1, schedule, ns_algorithm="auto", backend=backend, max_workspace_bytes=None,
-                bytes_per_element=8, stepped=False,
-            ).flops
+            plan_bucket(shape, 1, StepOptions(schedule), backend, bytes_per_element=8, stepped=False).flops
             for schedule in (resolve("keller", 5), schedule_of(0.5))
-        ]  # fmt: skip
+        ]
         assert flops[1] <= 1.501 * flops[0]  # asked are 1.6; a product more would be noticed
 
 

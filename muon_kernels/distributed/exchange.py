@@ -292,18 +292,14 @@ def _chosen(key: LotKey, options: StepOptions, strategy: type[OwnerRound]) -> _C
     if reason and len(holders(key)) > 1:
         notes += (reason,)
     # Second moments of shards are applied outside of the stack, see `lots.normalized`.
-    stages = [stage for stage in options.stages if not isinstance(stage, SecondMoment)]
+    stages = tuple(stage for stage in options.stages if not isinstance(stage, SecondMoment))
     plan = partial(
         plan_bucket,
         strategy.shapes(key)[0],
-        schedule=options.schedule,
-        ns_algorithm=strategy.algorithm(options.ns_algorithm, name),
+        options=replace(options, stages=stages, ns_algorithm=strategy.algorithm(options.ns_algorithm, name)),
         backend=name,
-        max_workspace_bytes=options.max_workspace_bytes,
-        workspace_dtype=options.workspace_dtype,
         bytes_per_element=key.grad_dtype.itemsize + 4 * key.param_dtype.itemsize,
         stepped=False,
-        stages=stages,
         stage_bytes=4 * floats_for(stages, *key.shape, key.device),
     )
     return _Choice(strategy, plan, notes)

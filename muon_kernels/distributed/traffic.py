@@ -15,6 +15,7 @@ from typing import NamedTuple
 from .. import backends
 from ..coefficients import DEFAULT, Schedule, resolve
 from ..segments import segments
+from ..step.options import StepOptions
 from ..step.plan import Bucket, plan_bucket, plan_for_shapes
 from .balance import assign_owners
 from .placement import chunk
@@ -116,16 +117,7 @@ class _Lot(NamedTuple):
 @lru_cache(maxsize=1024)
 def _plan(m: int, n: int, schedule: Schedule, backend: str) -> Bucket:
     """Return the plan of one matrix."""
-    return plan_bucket(
-        (m, n),
-        1,
-        schedule,
-        ns_algorithm="auto",
-        backend=backend,
-        max_workspace_bytes=None,
-        bytes_per_element=0,
-        stepped=False,
-    )
+    return plan_bucket((m, n), 1, StepOptions(schedule), backend, bytes_per_element=0, stepped=False)
 
 
 def _assigned(shapes: Shapes, mesh: Mesh, schedule: Schedule, backend: str) -> list[_Lot]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -49,17 +50,12 @@ def planned(key: BucketKey, members: Sequence[Seen], group_index: int, options: 
     bucket = plan_bucket(
         shape,
         sum(seen.matrices for seen in members),
-        options.schedule,
-        ns_algorithm=options.ns_algorithm,
-        backend=name,
-        max_workspace_bytes=options.max_workspace_bytes,
-        workspace_dtype=options.workspace_dtype,
+        replace(options, stages=stages),
+        name,
         bytes_per_element=bytes_per_element(key, options.momentum) + 4 * options.master_weights,
         direction_bytes=key.grad_dtype.itemsize + key.momentum_dtype.itemsize,
         stepped=options.momentum,
-        stages=stages,
         stage_bytes=4 * stage_floats,
-        stochastic_rounding=options.stochastic_rounding,
     )
     return Work(
         bucket,

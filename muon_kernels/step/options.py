@@ -30,7 +30,7 @@ class StepOptions:
     """
 
     schedule: Schedule
-    adjust_lr_fn: str | Callable[[int, int], float] | None
+    adjust_lr_fn: str | Callable[[int, int], float] | None = None
     power: float = 0.0
     flatten: bool | None = None
     ns_algorithm: str = "auto"

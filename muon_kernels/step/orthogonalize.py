@@ -19,7 +19,7 @@ from ..powers import EXACT, check_power, schedule_of
 from ..tensors import check_matrices
 from .bucket import into_chunks
 from .operands import source_of
-from .options import Coefficients
+from .options import Coefficients, StepOptions
 from .plan import plan_bucket
 from .run import iterate
 from .work import Scalars, Work
@@ -107,17 +107,13 @@ def _iterated(
     count, rows, cols = split_shape(G.shape, False)
     shape = min(rows, cols), max(rows, cols)
     name, _ = backends.choose(backend, G.device, [G.dtype], workspace_dtype, shape)
-    bucket = plan_bucket(
-        shape,
-        count,
+    told = StepOptions(
         schedule,
         ns_algorithm=ns_algorithm,
-        backend=name,
         max_workspace_bytes=max_workspace_bytes,
-        bytes_per_element=2 * G.itemsize,
         workspace_dtype=workspace_dtype,
-        stepped=False,
     )
+    bucket = plan_bucket(shape, count, told, name, bytes_per_element=2 * G.itemsize, stepped=False)
     if G.numel() == 0:
         return torch.empty(G.shape, dtype=G.dtype, device=G.device)
     source, at_G = source_of(G, False, ())

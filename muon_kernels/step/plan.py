@@ -7,8 +7,8 @@ code: the iteration itself is run over a backend that only counts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,9 +16,9 @@ from .. import backends
 from ..coefficients import DEFAULT, Schedule, resolve
 from ..newton_schulz import ALGORITHMS, squares_of
 from ..options import check_algorithm, check_workspace, check_workspace_dtype
-from ..stages import Stage
 from ..stages.packed import floats
 from .counting import count
+from .options import StepOptions
 
 
 @dataclass(frozen=True)
@@ -237,89 +237,74 @@ def chunk_counts(total: int, each: int, cap: int | None, backend: str) -> tuple[
 def plan_bucket(
     shape: tuple[int, int],
     count_: int,
-    schedule: Schedule,
-    *,
-    ns_algorithm: str,
+    options: StepOptions,
     backend: str,
-    max_workspace_bytes: int | None,
+    *,
     bytes_per_element: int,
-    workspace_dtype: torch.dtype = torch.bfloat16,
     direction_bytes: int = 0,
     stepped: bool = True,
-    stages: Sequence[Stage] = (),
     stage_bytes: int = 0,
-    stochastic_rounding: bool = False,
 ) -> Bucket:
     """Plan `count_` matrices of one shape (m ≤ n) on a backend that was chosen.
 
     Args:
         shape: (m, n).
         count_: number of matrices.
-        schedule: resolved coefficients.
-        ns_algorithm: "auto" or a name.
-        backend: a name in BACKENDS.
-        max_workspace_bytes: the user's cap, None for the backend's.
+        options: of the group. No step with stages is fused.
+        backend: a name in BACKENDS, in place of that in the options.
         bytes_per_element: of gradient once, momentum and parameter twice.
-        workspace_dtype: torch.bfloat16 or torch.float16.
         direction_bytes: of these, what is read of an element for its direction; only counts where a step may be fused.
         stepped: whether parameters are updated, so that a whole step may be fused.
-        stages: what stands around the iteration; no step is fused with any.
-        stage_bytes: their scratch for a matrix.
-        stochastic_rounding: see `Muon`; not every backend's fused step can.
+        stage_bytes: scratch of the stages for a matrix.
 
     Raises:
         ValueError, TypeError: an algorithm or a dtype that there is not, a cap that is none or holds no matrix.
     """
-    check_algorithm(ns_algorithm)
-    check_workspace(max_workspace_bytes)
-    check_workspace_dtype(workspace_dtype)
-    m, n = shape
-    algorithm = choose_algorithm(ns_algorithm, backend, m, n, schedule)
-    packed = sum(stage.packed for stage in stages)
+    check_algorithm(options.ns_algorithm)
+    check_workspace(options.max_workspace_bytes)
+    check_workspace_dtype(options.workspace_dtype)
+    (m, n), schedule, stages, ops = shape, options.schedule, options.stages, backends.get(backend)
+    algorithm = choose_algorithm(options.ns_algorithm, backend, m, n, schedule)
+    packed, size = sum(stage.packed for stage in stages), options.workspace_dtype.itemsize
+    nothing = (), 0, 0, 0, 0, 0, 0, 0
+    bucket = Bucket(
+        shape, count_, algorithm, schedule.power, backend, options.workspace_dtype, False, *nothing, packed=packed
+    )
     if m == 0 or count_ == 0:
-        return Bucket(
-            shape, count_, algorithm, schedule.power, backend, workspace_dtype, False, (), 0, 0, 0, 0, 0, 0, 0, packed
-        )
+        return bucket
     each = workspace_bytes(backend, algorithm, m, n, schedule, packed) + stage_bytes
-    ops = backends.get(backend)
-    cap = ops.default_workspace_bytes if max_workspace_bytes is None else max_workspace_bytes
+    launches, flops, product_bytes = _count_on(backend, algorithm, m, n, schedule)
+    elements, cap = count_ * m * n, options.max_workspace_bytes
     fused = None
     if stepped and not stages and not schedule.weights:
-        fused = ops.fused_plan(m, n, count_, schedule, stochastic_rounding)
-    if fused is not None and fused.slots * each > cap:
-        fused = None
-    launches, flops, product_bytes = _count_on(backend, algorithm, m, n, schedule)
-    elements = count_ * m * n
-    chunks: tuple[int, ...]
-    if fused is not None:
-        chunks, slots, launches, product_bytes = (count_,), fused.slots, fused.launches, 0
-        flops = flops if fused.flops is None else fused.flops
-        least_bytes = elements * bytes_per_element
-        bytes_ = least_bytes + elements * direction_bytes * (fused.reads - 1)
-    else:
-        chunks = chunk_counts(count_, each, max_workspace_bytes, backend)
-        slots, launches = max(chunks), sum(launches + ops.update_launches(chunk) for chunk in chunks)
-        bytes_ = least_bytes = elements * (bytes_per_element + 2 * workspace_dtype.itemsize)
-        for stage in stages:
-            launches += stage.launches * len(chunks)
-            bytes_ += elements * (stage.visits * workspace_dtype.itemsize + stage.state_bytes)
-    return Bucket(
-        shape=shape,
-        count=count_,
-        algorithm=algorithm,
-        power=schedule.power,
-        backend=backend,
-        workspace_dtype=workspace_dtype,
-        fused=fused is not None,
+        fused = ops.fused_plan(m, n, count_, schedule, options.stochastic_rounding)
+    if fused is not None and fused.slots * each <= (ops.default_workspace_bytes if cap is None else cap):
+        least = elements * bytes_per_element
+        return replace(
+            bucket,
+            fused=True,
+            chunks=(count_,),
+            slots=fused.slots,
+            launches=fused.launches,
+            flops=count_ * (flops if fused.flops is None else fused.flops),
+            bytes=least + elements * direction_bytes * (fused.reads - 1),
+            least_bytes=least,
+            workspace_bytes=fused.slots * each,
+        )
+    chunks = chunk_counts(count_, each, cap, backend)
+    least = elements * (bytes_per_element + 2 * size)
+    return replace(
+        bucket,
         chunks=chunks,
-        slots=slots,
-        launches=launches,
+        slots=max(chunks),
+        launches=sum(
+            launches + ops.update_launches(chunk) + sum(stage.launches for stage in stages) for chunk in chunks
+        ),
         flops=count_ * flops,
         product_bytes=count_ * product_bytes,
-        bytes=bytes_,
-        least_bytes=least_bytes,
-        workspace_bytes=slots * each,
-        packed=packed,
+        bytes=least + elements * sum(stage.visits * size + stage.state_bytes for stage in stages),
+        least_bytes=least,
+        workspace_bytes=max(chunks) * each,
     )
 
 
@@ -357,6 +342,12 @@ def plan_for_shapes(
     for rows, cols, count_ in shapes:  # tall and wide ones share a bucket
         shape = min(rows, cols), max(rows, cols)
         counts[shape] = counts.get(shape, 0) + count_
+    options = StepOptions(
+        schedule or resolve(DEFAULT, None),
+        ns_algorithm=ns_algorithm,
+        max_workspace_bytes=max_workspace_bytes,
+        workspace_dtype=workspace_dtype,
+    )
     buckets, notes = [], {}
     for shape, count_ in counts.items():
         name = backend
@@ -367,12 +358,9 @@ def plan_for_shapes(
             plan_bucket(
                 shape,
                 count_,
-                schedule or resolve(DEFAULT, None),
-                ns_algorithm=ns_algorithm,
-                backend=name,
-                max_workspace_bytes=max_workspace_bytes,
+                options,
+                name,
                 bytes_per_element=5 * dtype.itemsize,
-                workspace_dtype=workspace_dtype,
                 direction_bytes=2 * dtype.itemsize,
             )
         )

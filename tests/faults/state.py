@@ -197,7 +197,7 @@ FAULTS = [
     ),
     Fault("fused all the same", " and not stages and not schedule", " and not schedule", "fused", PLAN),
     Fault("fp32 memory not in the workspace", "4 * floats(m, n) if packed else 0", "0", PLANNED, PLAN),
-    Fault("launches not counted", "launches += stage.launches * len(chunks)", "launches += 0", PLANNED, PLAN),
+    Fault("launches not counted", "sum(stage.launches for stage in stages) for chunk", "0 for chunk", PLANNED, PLAN),
     Fault("bytes of the fp32 memory", "4 * (_VISITS + 2)", "4 * _VISITS", PLANNED, PACKED),
     Fault("bytes of the mantissa", " + 4 * options.master_weights,", ",", PLANNED, BUCKET),
     Fault(
