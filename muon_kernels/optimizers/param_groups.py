@@ -76,12 +76,10 @@ def param_groups(
 
     Returns:
         Param groups, `{"params", "param_names", "use_muon", **options}`, as `MuonAdamW` takes them: one of Muon and one
-        of
-            AdamW, either of them possibly without parameters, so that `muon, adamw = param_groups(model)` gives each to
-            an optimizer of its own. Where `lr` or `weight_decay` are given by pattern there are as many groups as they
-            ask
-            for, those of Muon first, and at least one of each: `groups.muon` and `groups.adamw` are lists of them.
-                Printed, they are a table of what went where and why.
+            of AdamW, either of them possibly without parameters, so that `muon, adamw = param_groups(model)` gives each
+            to an optimizer of its own. Where `lr` or `weight_decay` are given by pattern there are as many groups as
+            they ask for, those of Muon first, and at least one of each: `groups.muon` and `groups.adamw` are lists of
+            them. Printed, they are a table of what went where and why.
 
     Raises:
         ValueError: a pattern matches no parameter; or a scalar or 1-D parameter is to go to Muon; or a parameter is
@@ -120,21 +118,45 @@ def param_groups(
     }
     book = RULES if rules is None else _checked(rules)
 
+    sorting = _Sorting(halves, own, splits, flatten)
     assignments = []
-    groups: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {"Muon": {}, "AdamW": {}}
-    for param, at in places.items():
-        name = at[0].full_name
+    for param, at in places.items():  # no comprehension: before Python 3.12 a warning would be of its frame
         optimizer, reason = _judge(param, at, claims, book)
-        words = [reason]
+        assignments.append(sorting.put(param, at, optimizer, reason))
+    if not missing_ok:
+        _check_splits(splits, places, assignments)
+    _warn_of_unknown(assignments)
+    return ParamGroups(sorting.groups(), assignments)
+
+
+class _Sorting:
+    """Groups of both halves while parameters are put into them."""
+
+    def __init__(
+        self,
+        halves: Mapping[str, Mapping[str, Any]],
+        own: Mapping[str, Mapping[nn.Parameter, tuple[str, Any]]],
+        splits: Mapping[nn.Parameter, tuple[str, str]],
+        flatten: bool | None,
+    ) -> None:
+        """Args as `param_groups` has found them: options of the halves, options and splits of single parameters."""
+        self._halves, self._own, self._splits, self._flatten = halves, own, splits, flatten
+        self._groups: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {"Muon": {}, "AdamW": {}}
+
+    def put(self, param: nn.Parameter, at: Sequence[Place], optimizer: str, reason: str) -> Assignment:
+        """Put a parameter into a group of the optimizer that it was judged to be for, or into none; say why."""
+        name, words = at[0].full_name, [reason]
         if optimizer != "none":
-            options = {key: _number(key, *of[param], optimizer, halves) for key, of in own.items() if param in of}
-            group = groups[optimizer].setdefault(tuple(options.items()), {"params": [], "param_names": [], **options})
+            own = self._own.items()
+            options = {key: _number(key, *of[param], optimizer, self._halves) for key, of in own if param in of}
+            new = {"params": [], "param_names": [], **options}
+            group = self._groups[optimizer].setdefault(tuple(options.items()), new)
             group["params"].append(param)
             group["param_names"].append(name)
             words += [f"{key} {value:g}" for key, value in options.items()]
         if optimizer == "Muon":
-            transposed, cut_to = _stored(at, flatten, splits.get(param))
-            if transposed and "transposed" not in halves["Muon"]:
+            transposed, cut_to = _stored(at, self._flatten, self._splits.get(param))
+            if transposed and "transposed" not in self._halves["Muon"]:
                 group.setdefault("transposed", []).append(name)
                 words.append("transposed")
             if cut_to is not None:
@@ -142,17 +164,16 @@ def param_groups(
                 words.append(f"split: {cut_to}")
         if len(at) > 1:
             words.append("tied with " + ", ".join(place.full_name for place in at[1:]))
-        assignments.append(Assignment(name, tuple(param.shape), optimizer, ", ".join(words)))
-    if not missing_ok:
-        _check_splits(splits, places, assignments)
-    _warn_of_unknown(assignments)
+        return Assignment(name, tuple(param.shape), optimizer, ", ".join(words))
 
-    made = []
-    for optimizer, by_options in groups.items():
-        plain = by_options.pop((), {"params": [], "param_names": []})
-        for group in [plain, *by_options.values()] if plain["params"] or not by_options else by_options.values():
-            made.append({"use_muon": optimizer == "Muon", **halves[optimizer], **group})
-    return ParamGroups(made, assignments)
+    def groups(self) -> list[dict[str, Any]]:
+        """Return the groups of both halves, of each one at least."""
+        made = []
+        for optimizer, by_options in self._groups.items():
+            plain = by_options.pop((), {"params": [], "param_names": []})
+            for group in [plain, *by_options.values()] if plain["params"] or not by_options else by_options.values():
+                made.append({"use_muon": optimizer == "Muon", **self._halves[optimizer], **group})
+        return made
 
 
 def _mapping(name: str, value: Any, of: str) -> Mapping[str, Any]:
