@@ -104,7 +104,8 @@ class FaultList(NamedTuple):
         """Arguments of pytest for what should notice any of these faults, which have one form of `tests`."""
         if _is_whole(faults[0]):
             return tuple(shlex.split(faults[0].tests))
-        return (*self.tests, "-k", " or ".join(f"({each})" for each in dict.fromkeys(f.tests for f in faults)))
+        first, *others = dict.fromkeys(fault.tests for fault in faults)
+        return (*self.tests, "-k", " or ".join(f"({each})" for each in (first, *others)) if others else first)
 
 
 def _is_whole(fault: Fault) -> bool:
