@@ -1,6 +1,5 @@
 #include "avx512bf16.h"
-#include "elementwise.h"
-#include "product.h"
+#include "kernels_of.h"
 #include "tiles.h"
 
 namespace muon_kernels::cpu {
@@ -44,11 +43,6 @@ using Multiply = Tiles<Amx>;
 
 }  // namespace
 
-const Kernels kAmxKernels = {
-    product_tasks,          product_scratch_bytes<Multiply>,
-    product_task<Multiply>, momentum_blocks,
-    momentum_block,         rescale,
-    apply_blocks,           apply_block,
-};
+const Kernels kAmxKernels = kernels_of<Multiply>();
 
 }  // namespace muon_kernels::cpu

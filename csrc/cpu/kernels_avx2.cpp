@@ -1,8 +1,7 @@
 #include <immintrin.h>
 
-#include "elementwise.h"
 #include "floats.h"
-#include "product.h"
+#include "kernels_of.h"
 
 namespace muon_kernels::cpu {
 namespace {
@@ -54,11 +53,6 @@ using Multiply = Floats<Avx2, 6, 2>;  // 12 accumulators, 2 of b, 1 of a: 15 of 
 
 }  // namespace
 
-const Kernels kAvx2Kernels = {
-    product_tasks,          product_scratch_bytes<Multiply>,
-    product_task<Multiply>, momentum_blocks,
-    momentum_block,         rescale,
-    apply_blocks,           apply_block,
-};
+const Kernels kAvx2Kernels = kernels_of<Multiply>();
 
 }  // namespace muon_kernels::cpu

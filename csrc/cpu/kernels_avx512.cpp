@@ -1,7 +1,6 @@
 #include "avx512.h"
-#include "elementwise.h"
 #include "floats.h"
-#include "product.h"
+#include "kernels_of.h"
 
 namespace muon_kernels::cpu {
 namespace {
@@ -10,11 +9,6 @@ using Multiply = Floats<Avx512, 14, 2>;  // 28 accumulators, 2 of b, 1 of a: 31 
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {
-    product_tasks,          product_scratch_bytes<Multiply>,
-    product_task<Multiply>, momentum_blocks,
-    momentum_block,         rescale,
-    apply_blocks,           apply_block,
-};
+const Kernels kAvx512Kernels = kernels_of<Multiply>();
 
 }  // namespace muon_kernels::cpu

@@ -1,7 +1,6 @@
 #include "avx512bf16.h"
-#include "elementwise.h"
+#include "kernels_of.h"
 #include "pairs.h"
-#include "product.h"
 
 namespace muon_kernels::cpu {
 namespace {
@@ -10,11 +9,6 @@ using Multiply = Pairs<Avx512Bf16>;
 
 }  // namespace
 
-const Kernels kAvx512Bf16Kernels = {
-    product_tasks,          product_scratch_bytes<Multiply>,
-    product_task<Multiply>, momentum_blocks,
-    momentum_block,         rescale,
-    apply_blocks,           apply_block,
-};
+const Kernels kAvx512Bf16Kernels = kernels_of<Multiply>();
 
 }  // namespace muon_kernels::cpu
