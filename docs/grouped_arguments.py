@@ -37,15 +37,15 @@ def one_entry_each(docstring: str) -> str:
     )
 
 
-def stage_options() -> Iterator[str]:
-    """Yield an entry for every stage whose option has a help text."""
+def stage_options() -> Iterator[tuple[str, str]]:
+    """Yield option and help text of every stage that has one."""
     for path in sorted(Path("muon_kernels/stages").glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ClassDef):
                 assigned = [n for n in node.body if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)]
                 values = {n.targets[0].id: n.value for n in assigned if isinstance(n.targets[0], ast.Name)}
                 if "help" in values:
-                    yield f"    {ast.literal_eval(values['option'])}: {ast.literal_eval(values['help'])}"
+                    yield ast.literal_eval(values["option"]), ast.literal_eval(values["help"])
 
 
 class GroupedArguments(griffe.Extension):
@@ -56,6 +56,16 @@ class GroupedArguments(griffe.Extension):
         for parameter in func.parameters:
             if (shown := _SHOWN.get(str(parameter.default))) is not None:
                 parameter.default = shown
+        if func.path.endswith(".Muon.__init__"):
+            names = [p.name for p in func.parameters]
+            del func.parameters["others"]
+            for option, _ in stage_options():
+                if option not in names:
+                    func.parameters.add(
+                        griffe.Parameter(
+                            option, annotation="bool", kind=griffe.ParameterKind.keyword_only, default="False"
+                        )
+                    )
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Rewrite a docstring before it is parsed."""
@@ -68,4 +78,4 @@ class GroupedArguments(griffe.Extension):
             obj.docstring.value = one_entry_each(obj.docstring.value)
         if obj.name == "Muon":
             head, raises, tail = obj.docstring.value.partition("\n\nRaises:")
-            obj.docstring.value = "\n".join([head, *stage_options()]) + raises + tail
+            obj.docstring.value = "\n".join([head, *(f"    {o}: {h}" for o, h in stage_options())]) + raises + tail

@@ -372,7 +372,7 @@ def check_together(group: Mapping[str, Any]) -> None:
         raise ValueError("stochastic_rounding should be False where master_weights is True, which rounds nothing away")
     for stage in asked:
         wanted = f"{stage.option} should be {stage.choices[0]}"
-        if stage.whole and group["strategy"] == "gram":
+        if stage.needs_whole() and group["strategy"] == "gram":
             raise ValueError(f"{wanted} for strategy='gram', in which no rank has a whole direction")
         if stage.normalizes and power:
             raise ValueError(f"{wanted} where power is above 0, as updates have any scale then")

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ..stages import SecondMoment, Stage, stages_of
 from ..tensors import any_dtensor, is_dtensor
 from . import consensus
 from .balance import assign_owners
@@ -125,5 +126,11 @@ def check_shared(group: Mapping[str, Any]) -> None:
             f"second_moment should be None for DTensors and with a process_group where parameters are split but is: "
             f"{group['second_moment']!r}"
         )
+    for stage in stages_of(group):
+        if type(stage).after is not Stage.after and not isinstance(stage, SecondMoment):
+            raise ValueError(
+                f"{stage.option} should be {stage.choices[0]} for DTensors and with a process_group: its stage changes "
+                "results where parameters are updated, of which a rank has parts"
+            )
     if group["momentum_dtype"] == "int8":
         raise ValueError("momentum_dtype should be floating-point for DTensors and with a process_group but is: int8")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from ..distributed import consensus
 from ..distributed.collectives import Failed
 from ..distributed.ranks import Ranks, check_shared
 from ..options import OPTIONS, check_keys, plain, settle
+from ..stages import StageOptions
 from ..step.cache import TaskCache
 from ..step.options import Coefficients, transposes
 from ..step.plan import Plan
@@ -33,6 +34,9 @@ from .prepare import batches_of, prepared
 from .scalars import set_peak_lr
 from .stage_options import given_options, with_stage_options
 from .state import Writes
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @with_stage_options
@@ -174,7 +178,7 @@ class Muon(ClosureOptimizer):
         strategy: str = "owner",
         block_period: int = 5,
         block_lr_ratio: float = 1.0,
-        **others: Any,
+        **others: Unpack[StageOptions],
     ) -> None:
         """Check everything. Allocate nothing yet: momentum buffers come with the first gradients."""
         given = given_options(others) | locals()

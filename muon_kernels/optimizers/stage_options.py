@@ -10,8 +10,8 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from ..options import meant
-from ..stages import STAGES
+from ..options import OPTIONS, meant
+from ..stages import STAGES, Stage
 
 _Optimizer = TypeVar("_Optimizer", bound=type)
 
@@ -24,10 +24,14 @@ def given_options(others: Mapping[str, Any]) -> dict[str, Any]:
     """
     defaults = {stage.option: stage.choices[0] for stage in STAGES}
     for name in others.keys() - defaults.keys():
-        near = meant(name, defaults, 0.8)
+        near = meant(name, OPTIONS, 0.8)
         hint = f". Did you mean {near!r}?" if near else ""
-        raise TypeError(f"Muon.__init__() got an unexpected keyword argument {name!r}{hint}")
+        raise TypeError(f"Muon got an unexpected keyword argument {name!r}{hint}")
     return {**defaults, **others}
+
+
+def _annotation(stage: type[Stage]) -> str:
+    return "bool" if stage.choices == (False, True) else "str | None"
 
 
 def with_stage_options(optimizer: _Optimizer) -> _Optimizer:
@@ -37,7 +41,10 @@ def with_stage_options(optimizer: _Optimizer) -> _Optimizer:
     written = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     missing = [stage for stage in STAGES if stage.option not in signature.parameters]
     place = 1 + max(i for i, p in enumerate(written) if p.name in {stage.option for stage in STAGES})
-    added = [inspect.Parameter(stage.option, keyword, default=stage.choices[0]) for stage in missing]
+    added = [
+        inspect.Parameter(stage.option, keyword, default=stage.choices[0], annotation=_annotation(stage))
+        for stage in missing
+    ]
     init.__signature__ = signature.replace(parameters=[*written[:place], *added, *written[place:]])
     if optimizer.__doc__ is not None:  # which python -OO takes away
         lines = [f"{stage.option}: {stage.help}" for stage in missing]

@@ -13,7 +13,6 @@ class Signs(Stage):
     """Stage of `sign_momentum`: the iteration begins with the signs of the directions."""
 
     option = "sign_momentum"
-    whole = True
     note = "sign_momentum=True goes over a direction twice more, and no step with it is fused"
     launches = 2
     visits = 3

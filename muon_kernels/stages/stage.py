@@ -15,9 +15,8 @@ class Stage:
 
     Attributes:
         option: name of the option in groups.
-        choices: values of the option, the default first, which asks for no stage.
+        choices: values of the option, the default first, which asks for no stage: False and True, or None and strings.
         help: description of the option for users, unless the optimizer's docstring has it.
-        whole: whether it needs whole directions, which no rank has with strategy="gram".
         normalizes: whether it needs updates of a known norm, which those of a power above 0 have not.
         note: sentence of a plan on it.
         launches: in a pass through the workspace, one for each time that it is gone over.
@@ -29,7 +28,6 @@ class Stage:
     option: ClassVar[str]
     choices: ClassVar[tuple[Any, ...]] = (False, True)
     help: ClassVar[str] = ""
-    whole: ClassVar[bool] = False
     normalizes: ClassVar[bool] = False
     note = ""
     launches = 0
@@ -42,6 +40,11 @@ class Stage:
         """Return the stage that a value of the option asks for."""
         return cls() if value else None
 
+    @classmethod
+    def needs_whole(cls) -> bool:
+        """Whether it changes directions or results as wholes, which no rank has with strategy="gram"."""
+        return cls.before is not Stage.before or cls.orthogonalized is not Stage.orthogonalized
+
     def floats(self, m: int, n: int, device: torch.device) -> int:
         """Return the fp32 numbers of scratch for every m x n matrix, a multiple of 16."""
         return 0
@@ -49,7 +52,10 @@ class Stage:
     def before(
         self, X: Tensor, scale: Tensor | None, margin: float, norms: Tensor | None, scratch: Tensor
     ) -> Tensor | None:
-        """Change the directions in X before the iteration and return their scale; see `momentum_update`."""
+        """Change the directions in X before the iteration and return their scale; see `momentum_update`.
+
+        X is (batch, m, n) of 16 bits, m ≤ n: a matrix taller than wide is there as its transpose.
+        """
         return scale
 
     def orthogonalized(self, X: Tensor, scratch: Tensor) -> None:
@@ -58,7 +64,10 @@ class Stage:
     def after(
         self, X: Tensor, moments: Sequence[Tensor], scalars: Any, ratios: array[float], scratch: Tensor
     ) -> array[float]:
-        """Change the results in X where parameters are updated, and return the ratios of their learning rates."""
+        """Change the results in X where parameters are updated, and return the ratios of their learning rates.
+
+        Only `SecondMoment` is known to steps that several ranks share: they raise for another stage that has this.
+        """
         return ratios
 
 

@@ -185,7 +185,7 @@ FAULTS = [
         "    if power != 1:\n        return\n    for stage in ():",
     ),
     _options("cautious SGD", '("cautious", "stochastic_rounding"):', '("stochastic_rounding",):'),
-    _options("a whole direction from no rank", 'if stage.whole and group["strategy"] == "gram":', "if False:"),
+    _options("a whole direction from no rank", 'if stage.needs_whole() and group["strategy"] == "gram":', "if False:"),
     # exact_rms.
     _exact("norm of the other side", "mul_(X.shape[1])", "mul_(X.shape[2])"),
     _exact("not the root", ".sqrt_()", ""),
