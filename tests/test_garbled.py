@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -247,4 +249,34 @@ def test_ctrl_c_between_groups_waits_for_all(kind: type[Muon | SpectralAdam], af
         return snapshot(optimizer)
 
     assert run(interrupted=False) == run(interrupted=True)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("_interruptible")
+@pytest.mark.parametrize("kind", [Muon, SpectralMomentum])
+def test_ctrl_c_where_no_step_waits_leaves_no_matrix_half_done(
+    kind: type[Muon], backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where ranks wait for each other: what has been begun is stepped, parameter and momentum, and no other is."""
+    monkeypatch.setattr("muon_kernels.optimizers.muon.interrupts", SimpleNamespace(held=nullcontext))
+
+    def run(steps: int, interrupted: bool = False) -> list[list[Tensor]]:
+        params = [nn.Parameter(torch.ones(4, n)) for n in (4, 5)]
+        groups = [{"params": [p], "lr": 0.1 * (i + 1)} for i, p in enumerate(params)]
+        optimizer = kind(groups, power=0.5, backend=backend)
+        for p in params:
+            p.grad = torch.eye(*p.shape)
+        for _ in range(steps):
+            optimizer.step()
+        if interrupted:
+            verbs, update = backends.get(backend), backends.get(backend).apply_update
+            with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+                patched.setattr(
+                    verbs, "apply_update", lambda *a, **k: (os.kill(os.getpid(), signal.SIGINT), update(*a, **k))
+                )
+                optimizer.step()
+        return [[p.detach(), optimizer.state[p]["momentum_buffer"]] for p in params]
+
+    (begun, other), (stepped, _), (_, untouched) = run(1, interrupted=True), run(2), run(1)
+    assert all(map(torch.equal, begun, stepped)) and all(map(torch.equal, other, untouched))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -139,6 +139,17 @@ def test_counted_as_sent(
         assert sum(rank["shared"].bytes_sent for rank in found) <= 4 * elements(SHAPES) * (size - 1) / size * 1.01
 
 
+def test_copies_of_equal_cost_are_dealt_in_the_order_of_parameters(ranks: World) -> None:
+    """The model's too, though one rank gets all of a shape then; in another order each would get one of either."""
+    shapes = [(64, 64, 1), (32, 368, 1)] * 2
+    found = ranks.run(2, step, "DDP", shapes, None)
+    model = owners(shapes, LAYOUTS["DDP"](2), backend="eager")
+    assert model[0].flops == model[1].flops and model[0].state != model[1].state
+    for rank, cost in zip(found, model, strict=True):
+        assert (cost.sent, cost.state) == (rank["shared"].bytes_sent, rank["shared"].state_bytes)
+        assert (cost.workspace, cost.flops) == (rank["plan"].workspace_bytes, rank["plan"].flops)
+
+
 def test_a_rank_without_a_part_says_so(ranks: World) -> None:
     """One matrix on two ranks: one multiplies, both send."""
     found = ranks.run(2, step, "Shard(0)", [(64, 96, 1)], None)

@@ -136,7 +136,7 @@ FAULTS = [
         "model: dealt lot by lot",
         "if mesh.shards > 1:\n        order",
         "if True:\n        order",
-        "counted and DDP",
+        "equal_cost",
         TRAFFIC,
     ),
     Fault("AdamW has one moment", "Cost(0, 8 * elements", "Cost(0, 4 * elements", "figures", TRAFFIC),
