@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from muon_kernels import COEFFICIENTS, Muon, MuonAdamW, backends, memory, orthogonalize, reference
 from muon_kernels.coefficients import resolve
 from muon_kernels.scaling import ADJUST_LR, lr_ratio
+from muon_kernels.step.run import run_iteration
 
 SHAPES = [(48, 48), (96, 144), (64, 200), (200, 64), (33, 50)]
 SPECTRA = ["gaussian", "power -1", "one large", "exponential", "rank 8"]
@@ -528,6 +529,22 @@ def test_coefficients_change_between_steps(backend: str) -> None:
             if deterministic(backend):
                 torch.testing.assert_close(p.double(), expected, rtol=0, atol=2**-22)  # |W| < 4 in fp32
             assert ns_error(p, expected, b) < 2 * FLOOR
+
+
+def test_a_record_of_products_is_of_one_scale(backend: str) -> None:
+    """Matrices that a rank steps alone, and those whose slices it is sent, may share stacks but not their scales."""
+    p = nn.Parameter(torch.zeros(24, 40))
+    muon = Muon([p], backend=backend, power=0.5)  # which is not fused
+    p.grad = torch.randn(24, 40, generator=torch.Generator().manual_seed(0))
+    muon.step()
+    (work,) = next(iter(muon._tasks.kept)).works
+    stacks, results = muon._workspace.stacks(work, 1), []
+    for scale in (torch.tensor([0.5]), torch.tensor([0.25])):
+        stacks.X.copy_(p.grad / p.grad.norm() / scale)
+        assert stacks.blend is not None
+        stacks.blend.norms.fill_(1)
+        results.append(run_iteration(work, stacks, scale).clone())
+    assert results[0].norm() > 0 and torch.equal(*results)
 
 
 def own_rule(rows: int, cols: int) -> float:

@@ -360,10 +360,14 @@ class Scores:
             }
         self.write()
 
-    def write(self) -> None:
-        """Write both files; rows of faults that are in no list any more go."""
+    def forget(self) -> None:
+        """Drop rows of faults that are in no list: at the start only, for lists may change while others run."""
         known = {(each.name, fault.name) for each in self._lists.values() for fault in each.faults}
-        self.rows = {key: row for key, row in sorted(self.rows.items()) if key in known}
+        self.rows = {key: row for key, row in self.rows.items() if key in known}
+
+    def write(self) -> None:
+        """Write both files."""
+        self.rows = dict(sorted(self.rows.items()))
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows.values())
         for name, text in (("scores.jsonl", "".join(lines)), ("SCORES.md", page(self.rows, self._lists))):
             part = self._folder / f".{name}.{os.getpid()}"
@@ -537,6 +541,7 @@ def main() -> int:
         ]
         for name in names
     }
+    scores.forget()
     scores.write()
     if arguments.stale:
         note_stale(ROOT, lists, chosen, scores)

@@ -27,7 +27,7 @@ FAULTS = [
     Fault("a rehearsal does not end", "        _state.rehearsing = False\n\n\ndef", "        pass\n\n\ndef", "test_an_error_of_a_launch"),
     Fault("no rehearsal", "                with rehearsal:\n                    _step(work, seen, workspace, scalars, rehearsing=True)", "                pass", COMPILED, file=STEP),
     Fault("recording does not end", "    finally:\n        _state.recording = None", "    finally:\n        pass", "test_what_cannot_be_compiled and cache-products"),
-    Fault("a record of other coefficients", 'if derived.get("key") != key:', 'if "key" not in derived:', "test_coefficients_change_between_steps and eager", file=STEP),
+    Fault("a record of another scale", 'if derived.get("key") != key:', 'if "key" not in derived:', "test_a_record_of_products and eager", file=STEP),
     Fault("another device's kernel", "key = kernel, driver.active.get_current_device(), ", "key = kernel, ", "test_an_address_less_aligned"),
     Fault("wide numbers as narrow ones", "bit_length() > 31", "bit_length() > 62", "test_an_address_less_aligned"),
     Fault("compiled, not loaded", "                compiled._init_handles()\n", "", "test_an_address_less_aligned"),

@@ -221,7 +221,10 @@ def test_an_address_less_aligned_asks_for_another_kernel(monkeypatch: pytest.Mon
 def test_a_later_step_of_another_kind_is_made_ready_as_well(
     on_the_cpu: Any, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    """Of the second of two groups, so that without it there would be launches before what fails."""
+    """Of the second of two groups, so that without it there would be launches before what fails.
+
+    Their learning rates differ, or the first step would be of both as one, and the later one would be prepared anew.
+    """
     from emulated_gpu import compiling
     from triton.runtime.jit import JITFunction
 
@@ -237,7 +240,7 @@ def test_a_later_step_of_another_kind_is_made_ready_as_well(
     for p in params:
         p.grad = torch.ones_like(p)
     with compiling(80, 108, binary=False) as device:
-        muon = Muon([{"params": [p]} for p in params], backend="triton")
+        muon = Muon([{"params": [p], "lr": lr} for p, lr in zip(params, (0.1, 0.2), strict=True)], backend="triton")
         muon.step()
         device.log.clear()
         group = muon.param_groups[1]
