@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from muon_kernels import COEFFICIENTS, Muon
 from muon_kernels.split import equal
-from muon_kernels.stages import STAGES
+from muon_kernels.stages import STAGES, ExactRms
 
 SHAPES = [(40, 40), (24, 100), (100, 24), (24, 100), (1, 7), (3, 16, 20)]
 
@@ -88,6 +88,28 @@ def test_chunks_and_buckets_change_nothing(backend: str) -> None:
         muon.step()
         results.append([p.detach() for p in params])
     assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("others", [{"sign_momentum": True}, {"second_moment": "neuron"}, {"second_moment": "element"}])
+def test_beside_other_stages(backend: str, others: dict[str, Any]) -> None:
+    """Which keep the norm."""
+    U = update(with_gradient(torch.randn(24, 40)), backend=backend, exact_rms=True, **others)
+    assert float(U.norm()) == pytest.approx(math.sqrt(24), rel=2**-8)
+
+
+@pytest.mark.parametrize("shape", [(64, 520), (200, 200)], ids=str)
+def test_bits_do_not_depend_on_the_batch(shape: tuple[int, int]) -> None:
+    """Not of sums of more elements either than torch adds in one thread."""
+    for seed in range(30):
+        torch.manual_seed(seed)
+        X = torch.randn(3, *shape).half()
+        stage = ExactRms()
+        together, alone = X.clone(), X.clone()
+        floats = stage.floats(*shape, X.device)
+        stage.orthogonalized(together, torch.empty(3 * floats))
+        for x in alone:
+            stage.orthogonalized(x[None], torch.empty(floats))
+        assert torch.equal(together, alone), seed
 
 
 def test_the_plan_says_it() -> None:

@@ -86,6 +86,15 @@ def test_a_stage_is_added_by_a_line_of_the_table(monkeypatch: pytest.MonkeyPatch
         shared({**muon.param_groups[0], "strategy": "gram"})
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [("cautios", "cautious"), ("exact_rm", "exact_rms"), ("wd", "weight_decay"), ("process_grup", "process_group")],
+)
+def test_a_misspelt_argument_is_understood(written: str, meant: str) -> None:
+    with pytest.raises(TypeError, match=rf"unexpected keyword argument '{written}'. Did you mean '{meant}'\?"):
+        Muon([nn.Parameter(torch.ones(2, 2))], **{written: True})  # type: ignore[arg-type]
+
+
 def test_every_strategy_has_a_name() -> None:
     assert tuple(STRATEGIES) == NAMES
 

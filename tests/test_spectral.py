@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import muon_kernels
 from muon_kernels import Muon, SpectralAdam, SpectralMomentum, paper_optimizer, spectral_power
@@ -539,3 +539,27 @@ def test_adam_s_own_options(power: float) -> None:
     wanted = power_of(g / (g.abs() + 0.2), power)
     moved = ((1 - 0.03 * 0.3) * before - matrix.detach().double()) / 0.03
     assert (moved - wanted).norm() < 0.04 * wanted.norm()
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_a_first_step_in_inference_mode_is_of_use_outside(power: float) -> None:
+    p = nn.Parameter(torch.randn(6, 9))
+    optimizer = SpectralAdam([p], power=power)
+    p.grad = torch.randn(6, 9)
+    with torch.inference_mode():
+        optimizer.step()
+    optimizer.step()
+    assert optimizer.state[p]["step"] == 2
+
+
+def test_keys_of_ones_own_are_no_options() -> None:
+    """Nor those that are options of `Muon` alone."""
+    given = {"weight_decay_form": "decoupled", "momentum": -1, "exact_rms": True, "block_period": None}
+    G, updates = torch.randn(6, 9), []
+    for own in ({}, given):
+        p = nn.Parameter(torch.zeros(6, 9))
+        p.grad = G
+        optimizer = SpectralAdam([{"params": [p], **own}], power=0.0)
+        optimizer.step()
+        updates.append(p.detach())
+    assert torch.equal(*updates) and optimizer.param_groups[0]["exact_rms"] is True

@@ -138,7 +138,7 @@ class ZeroMuon(ClosureOptimizer):
         try:
             check_keys(group, self.defaults)
             settle(group, self.defaults)
-            check_options(group)
+            check_options({name: group[name] for name in self.defaults})
             for p in params:
                 check_matrices("parameter", p)
                 if (p.dtype, p.device) != (params[0].dtype, params[0].device):
@@ -205,7 +205,7 @@ class ZeroMuon(ClosureOptimizer):
         ratios = []
         for group, flat in zip(self.param_groups, self._flats, strict=True):
             settle(group, self.defaults)
-            check_options(group)
+            check_options({name: group[name] for name in self.defaults})
             shapes = dict.fromkeys(m.shape for m in flat.matrices)
             ratios.append({shape: lr_ratio(group["adjust_lr_fn"], *shape) for shape in shapes})
             grads.append([agreed.grad(p) for p in group["params"]])
@@ -353,7 +353,8 @@ class ZeroMuon(ClosureOptimizer):
             options = [{key: own[key] for key in self.defaults if key in own} for own in self.param_groups]
             groups = [{**own, **group} for own, group in zip(options, groups, strict=True)]
         for group in groups:
-            check_options({**self.defaults, **group})
+            whole = {**self.defaults, **group}
+            check_options({name: whole[name] for name in self.defaults})
         for saved, group, flat in zip(groups, self.param_groups, self._flats, strict=False):
             if not group["params"] or len(saved["params"]) != len(group["params"]):
                 continue  # torch has a sentence for it

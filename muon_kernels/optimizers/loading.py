@@ -55,6 +55,7 @@ def fitted(
         state_dict = {**state_dict, "param_groups": saved}
         for own, group in zip(groups, saved, strict=True):
             loaded = {**own, **defaults, **group, "params": own["params"]}
+            check_muon_options(loaded)
             if ranks.shares(own["params"]):
                 check_shared(loaded)
             transposes(loaded)

@@ -158,7 +158,7 @@ class SpectralAdam(ClosureOptimizer):
             "maximize": maximize,
         }
         options.settle(defaults, defaults)
-        _check_options(defaults)
+        _check_options(defaults, defaults)
         self._workspace, self._tasks = Workspace(), TaskCache()
         self._ranks = Ranks()
         super().__init__(params, defaults)
@@ -178,7 +178,7 @@ class SpectralAdam(ClosureOptimizer):
         try:
             options.check_keys(group, self.defaults)
             options.settle(group, self.defaults)
-            _check_options(group)
+            _check_options(group, self.defaults)
             for p in group["params"]:
                 check_dense("parameter", local(p))
             matrices = [p for p in group["params"] if _iterated(p, group)]
@@ -199,15 +199,16 @@ class SpectralAdam(ClosureOptimizer):
                 Operand(here, update, split=split_of[p], transposed=turned[p])
                 for p, here, update in zip(params, own, updates, strict=True)
             ]
-            return divide(operands, placements, StepOptions.of(group, momentum=False), strategy="owner")
+            return divide(operands, placements, StepOptions.of(own_options, momentum=False), strategy="owner")
 
-        settled = {key: group[key] for key in options.PREPARED_OPTIONS if key in group}
+        own_options = {key: group[key] for key in self.defaults}  # other keys are the user's own
+        settled = {key: group[key] for key in options.PREPARED_OPTIONS if key in own_options}
         return self._tasks.get(id(group), own, updates, (), settled, make)
 
     def _check_gradients(self) -> None:
         for group in self.param_groups:
             options.settle(group, self.defaults)
-            _check_options(group)
+            _check_options(group, self.defaults)
             for p in group["params"]:
                 if (grad := p.grad) is None:
                     continue
@@ -225,24 +226,26 @@ class SpectralAdam(ClosureOptimizer):
         if not self._ranks.teams:
             self._check_gradients()
         agreed, steps = consensus.agree(self._ranks.teams, self._check_gradients), []
-        for group in self.param_groups:
-            grads: dict[Tensor, Tensor] = {}
-            for p in group["params"]:
-                if (grad := agreed.grad(p)) is not None:
-                    grads[p] = local(grad)
-            params = list(grads)
-            matrices = [p for p in params if _iterated(p, group)]
-            rest = [p for p in params if not _iterated(p, group)]
-            updates = [torch.zeros_like(local(p), memory_format=torch.preserve_format) for p in matrices]
-            tasks = self._prepare(group, matrices, updates)
-            scalars = Scalars(group["lr"], group["weight_decay"], 0.0, False, True, 0.0, -1.0)
-            for task in tasks:
-                task.reserve(self._workspace)
-            steps.append((group, grads, rest, matrices, updates, tasks, scalars))
-        for _, _, _, _, updates, tasks, scalars in steps:
-            for task in tasks:
-                task.warm_up(updates, scalars, self._workspace)
-        self._begin(p for _, grads, *_ in steps for p in grads)
+        # What is kept must be of use outside inference mode too.
+        with torch.inference_mode(False), torch.no_grad():
+            for group in self.param_groups:
+                grads: dict[Tensor, Tensor] = {}
+                for p in group["params"]:
+                    if (grad := agreed.grad(p)) is not None:
+                        grads[p] = local(grad)
+                params = list(grads)
+                matrices = [p for p in params if _iterated(p, group)]
+                rest = [p for p in params if not _iterated(p, group)]
+                updates = [torch.zeros_like(local(p), memory_format=torch.preserve_format) for p in matrices]
+                tasks = self._prepare(group, matrices, updates)
+                scalars = Scalars(group["lr"], group["weight_decay"], 0.0, False, True, 0.0, -1.0)
+                for task in tasks:
+                    task.reserve(self._workspace)
+                steps.append((group, grads, rest, matrices, updates, tasks, scalars))
+            for _, _, _, _, updates, tasks, scalars in steps:
+                for task in tasks:
+                    task.warm_up(updates, scalars, self._workspace)
+            self._begin(p for _, grads, *_ in steps for p in grads)
         # An interrupt is deferred only where this rank is alone: another rank may wait for this one for ever.
         alone = not any(task.together for *_, tasks, _ in steps for task in tasks)
         with interrupts.held() if alone else nullcontext():
@@ -339,7 +342,7 @@ class SpectralAdam(ClosureOptimizer):
             kept = [{key: value for key, value in own.items() if key in self.defaults} for own in self.param_groups]
             saved = [{**own, **group} for own, group in zip(kept, saved, strict=True)]
         for group in saved:
-            _check_options({**self.defaults, **group})
+            _check_options({**self.defaults, **group}, self.defaults)
         super().load_state_dict(deepcopy({**state_dict, "param_groups": saved}))  # torch would share the moments
 
 
@@ -351,9 +354,10 @@ def _iterated(p: Tensor, group: dict[str, Any]) -> bool:
     return p.ndim >= 2 and group["power"] != 1
 
 
-def _check_options(group: dict[str, Any]) -> None:
+def _check_options(group: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Raise unless the options of a group can be used, which are `known`; other keys are the user's own."""
     check_numbers(group)
-    options.check_options({name: value for name, value in group.items() if name not in ("lr", "weight_decay", "eps")})
+    options.check_options({name: group[name] for name in known if name not in ("lr", "weight_decay", "eps")})
 
 
 # (class, power) by the paper's names.

@@ -24,7 +24,7 @@ def given_options(others: Mapping[str, Any]) -> dict[str, Any]:
     """
     defaults = {stage.option: stage.choices[0] for stage in STAGES}
     for name in others.keys() - defaults.keys():
-        near = meant(name, OPTIONS, 0.8)
+        near = meant(name, [*OPTIONS, "process_group"], 0.8)
         hint = f". Did you mean {near!r}?" if near else ""
         raise TypeError(f"Muon got an unexpected keyword argument {name!r}{hint}")
     return {**defaults, **others}

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import fcntl
 import gc
 import hashlib
 import importlib
@@ -345,7 +346,12 @@ class Scores:
         return row is not None and row["digest"] == fault.digest and row["result"] != STALE
 
     def record(self, of: str, fault: Fault, result: str | None, seconds: float = 0) -> None:
-        """Write a result down; None forgets one."""
+        """Write a result down; None forgets one. Runs side by side do so one after the other."""
+        with (self._folder / "plant.py").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._record(of, fault, result, seconds)
+
+    def _record(self, of: str, fault: Fault, result: str | None, seconds: float) -> None:
         self.rows = read_scores(self._folder.parents[1])
         self.rows.pop((of, fault.name), None)
         if result is not None:

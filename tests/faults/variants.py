@@ -187,11 +187,11 @@ FAULTS = [
     _options("cautious SGD", '("cautious", "stochastic_rounding"):', '("stochastic_rounding",):'),
     _options("a whole direction from no rank", 'if stage.needs_whole() and group["strategy"] == "gram":', "if False:"),
     # exact_rms.
-    _exact("norm of the other side", "mul_(X.shape[1])", "mul_(X.shape[2])"),
+    _exact("norm of the other side", "reciprocal_().mul_(m)", "reciprocal_().mul_(X.shape[2])"),
     _exact("not the root", ".sqrt_()", ""),
     _exact("zeros become NaN", "sums.clamp_(min=_SMALLEST).reciprocal_()", "sums.reciprocal_()"),
     _exact("with any power", "    normalizes = True\n", ""),
-    _exact("scratch too small", "padded(2 + in_cache(device) * ", "padded(in_cache(device) * "),
+    _exact("scratch too small", "padded(2 * m + 1 + in_cache(device) * ", "padded(in_cache(device) * "),
     _options("no check at all", "    if power != 1:\n", "    if True:\n"),
     # QK-Clip and spectra, beside those of beside.py.
     Fault(
