@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from checks import needs
 from torch import Tensor, nn
 
 from muon_kernels import Muon, MuonAdamW, SpectralMomentum, backends, orthogonalize
@@ -335,6 +336,7 @@ def test_momentum_that_was_replaced_by_a_wrong_one(backend: str) -> None:
     optimizer.step()
 
 
+@needs.cpu_kernels
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_backend_that_cannot_take_the_dtype(dtype: torch.dtype) -> None:
     p = nn.Parameter(torch.ones(4, 6, dtype=dtype))
@@ -362,6 +364,7 @@ def test_a_model_in_place_of_its_matrices() -> None:
         Muon(nn.Linear(3, 4))
 
 
+@needs.cpu_kernels
 def test_backend_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     kind = torch.device("cpu"), [torch.float32], torch.bfloat16, (3, 4)
     params, optimizer = stepped(backend="cpu")
@@ -382,6 +385,7 @@ def test_backend_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert name == "eager" and notes[0] == "cpu was not chosen: the compiled module is missing; reinstall"
 
 
+@needs.cpu_kernels
 @pytest.mark.parametrize("backend", ["auto", "cpu"])
 def test_forced_instruction_set_that_is_not_there(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor may "auto" pass over a misspelt name in silence."""

@@ -10,6 +10,7 @@ from time import perf_counter
 
 import pytest
 import torch
+from checks import needs
 
 from muon_kernels import backends
 from muon_kernels.backends import BACKENDS
@@ -99,6 +100,7 @@ def test_doctor_gives_the_reason(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "not ready: no cpu today; wait" in capsys.readouterr().out
 
 
+@needs.cpu_kernels
 def test_doctor_survives_a_misspelt_instruction_set(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,7 +20,7 @@ HARNESS = ROOT / "tests" / "faults" / "plant.py"
 
 @pytest.fixture(scope="module")
 def plant() -> ModuleType:
-    """The harness, which lists import by this name."""
+    """Return the harness."""
     spec = importlib.util.spec_from_file_location("plant", HARNESS)
     assert spec is not None and spec.loader is not None
     sys.modules["plant"] = module = importlib.util.module_from_spec(spec)
@@ -71,18 +71,56 @@ def test_spawned():
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.apply(muon_kernels.one) == 1
 """,
-    "tests/faults/tiny.py": """from plant import Fault
+    "tests/faults/tiny.toml": """tests = ["tests/test_tiny.py"]
 
-TESTS = ["tests/test_tiny.py"]
-FAULTS = [
-    Fault("noticed", "return 1", "return -1", "one", "muon_kernels/__init__.py"),
-    Fault("noticed by a spawned process", "return 1", "return -1", "spawned", "muon_kernels/__init__.py"),
-    Fault("survives", "return 2", "return -2", "one", "muon_kernels/__init__.py"),
-    Fault("was renamed", "return 4", "return -4", "one", "muon_kernels/__init__.py"),
-    Fault("is there twice", "return", "pass", "one", "muon_kernels/__init__.py"),
-    Fault("was moved", "return 3", "return -3", "tests/test_tiny.py -k 'three or one'", "muon_kernels/__init__.py"),
-    Fault("ends the process", "return 1", "import os; os.kill(os.getpid(), 9)", "one", "muon_kernels/__init__.py"),
-]
+[[fault]]
+name = "noticed"
+old = "return 1"
+new = "return -1"
+tests = "one"
+file = "muon_kernels/__init__.py"
+
+[[fault]]
+name = "noticed by a spawned process"
+old = "return 1"
+new = "return -1"
+tests = "spawned"
+file = "muon_kernels/__init__.py"
+
+[[fault]]
+name = "survives"
+old = "return 2"
+new = "return -2"
+tests = "one"
+file = "muon_kernels/__init__.py"
+
+[[fault]]
+name = "was renamed"
+old = "return 4"
+new = "return -4"
+tests = "one"
+file = "muon_kernels/__init__.py"
+
+[[fault]]
+name = "is there twice"
+old = "return"
+new = "pass"
+tests = "one"
+file = "muon_kernels/__init__.py"
+
+[[fault]]
+name = "was moved"
+old = "return 3"
+new = "return -3"
+tests = "tests/test_tiny.py -k 'three or one'"
+file = "muon_kernels/__init__.py"
+
+[[fault]]
+name = "ends the process"
+old = "return 1"
+new = "import os; os.kill(os.getpid(), 9)"
+tests = "one"
+file = "muon_kernels/__init__.py"
 """,
 }
 FOUND = {
@@ -132,8 +170,8 @@ def test_the_harness_itself(tmp_path: Path) -> None:
     assert {name: (root / name).read_text() for name in FILES} == FILES
 
     # A fault that is another one now has no score, and what is mended is not stale.
-    faults = root / "tests" / "faults" / "tiny.py"
-    faults.write_text(FILES["tests/faults/tiny.py"].replace("return -1", "return 0").replace("return 4", "return 2"))
+    faults = root / "tests" / "faults" / "tiny.toml"
+    faults.write_text(FILES["tests/faults/tiny.toml"].replace("return -1", "return 0").replace("return 4", "return 2"))
     assert run(root, "--stale")[0] == 0
     page = (root / "tests" / "faults" / "SCORES.md").read_text()
     assert "| tiny | 7 | 2 | 1 | 1 | 0 | 3 |" in page

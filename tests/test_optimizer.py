@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from checks import needs
 from checks.matrices import make
 from checks.yardsticks import torchs_muon_in_fp32 as torchs_muon_in_fp32
 from torch import Tensor, nn
@@ -837,6 +838,7 @@ print(peak() - before, optimizer.plan().workspace_bytes, small, optimizer.plan()
 """
 
 
+@needs.cpu_kernels
 def test_resident_memory_grows_by_the_workspace() -> None:
     out = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True).stdout
     grown, planned, small = map(int, out.split()[:3])

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from checks import needs
 from garbling import snapshot
 from torch import Tensor, nn
 
@@ -68,7 +69,7 @@ def test_memory_that_a_larger_step_has_lost(monkeypatch: pytest.MonkeyPatch) -> 
         unchanged_without_memory(optimizer, lambda t: t.nbytes > 1000, monkeypatch)  # enough for the first matrix
 
 
-@pytest.mark.skipif(not cpu.instruction_sets(), reason="there are no kernels for this processor")
+@needs.cpu_kernels
 def test_memory_in_a_workspace_that_has_moved(monkeypatch: pytest.MonkeyPatch) -> None:
     """The products of a fused step, which know where they lie, are made anew, and their scales with them."""
     with cpu.forced(cpu.instruction_sets()[0]):

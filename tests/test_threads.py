@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from checks import needs
 from checks.threads import VERBS, Operands, runs_meanwhile
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ def test_who_holds_the_interpreter_is_found_out() -> None:
     assert runs_meanwhile(lambda: time.sleep(1e-4))
 
 
+@needs.cpu_kernels
 @pytest.mark.parametrize("verb", VERBS)
 def test_others_run_while_a_verb_does(verb: str) -> None:
     _C = native.required()

@@ -40,7 +40,8 @@ def built_with() -> str:
     if _C is None:
         return "nothing: the compiled module is missing"
     if not hasattr(_C, "cuda"):
-        return "kernels for this kind of processor, not for GPUs"
+        some = "kernels" if _C.cpu.instruction_sets() else "no kernels"
+        return f"{some} for this kind of processor, none for GPUs"
     capabilities = ", ".join(f"{a[:-1]}.{a[-1]}" if a.isdigit() else a for a in _C.cuda.architectures.split())
     return f"CUDA {_C.cuda.version}, for compute capabilities {capabilities}"
 

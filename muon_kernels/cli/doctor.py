@@ -68,13 +68,15 @@ def _facts() -> Iterator[tuple[str, str]]:
         yield "triton", "not installed"
     # Asked for by name because older versions of torch lack it.
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    yield "processor", str(capabilities.get("cpu_name") or platform.processor() or "unknown")
+    named = str(capabilities.get("cpu_name") or "Unknown")  # as torch calls most that are not x86
+    yield "processor", named if named != "Unknown" else platform.processor() or platform.machine() or "unknown"
     instruction_sets = [
         name
         for name, present in sorted(capabilities.items())
         if present is True and name.startswith(("avx", "amx", "neon", "sve", "bf16"))
     ]
-    yield "", " ".join(instruction_sets)
+    if instruction_sets:
+        yield "", " ".join(instruction_sets)
     yield "threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors"
     yield "GPUs", str(torch.cuda.device_count() or "none")
     for index in range(torch.cuda.device_count()):

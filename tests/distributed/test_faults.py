@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from checks import needs
 from ranks import World
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -274,6 +275,7 @@ def changed(how: str) -> tuple[bool, str]:
     return all(map(torch.equal, got, [q.detach() for q in plain])), said
 
 
+@needs.cpu_kernels
 @pytest.mark.parametrize(
     ("how", "said"),
     [

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from checks import needs
 from ranks import World
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -121,6 +122,7 @@ LAYOUTS = {
 }
 
 
+@needs.cpu_kernels
 @pytest.mark.parametrize(
     ("size", "layout"), [(size, layout) for size, layouts in LAYOUTS.items() for layout in layouts]
 )

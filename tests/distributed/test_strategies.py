@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from checks import needs
 from checks.matrices import SPECTRA, factors, spectral_truth
 from checks.yardsticks import bf16_loop
 from distributed.ranks import World, world
@@ -31,6 +32,7 @@ from muon_kernels.distributed.strategies import gram
 from muon_kernels.newton_schulz import ALGORITHMS, Square, squares_of
 from muon_kernels.reference import muon_step, newton_schulz
 
+BACKENDS = [name for name in ("cpu", "eager") if not backends.unavailable(name)]
 PLAIN = {"lr": 1.0, "weight_decay": 0.0, "momentum": 0.0, "nesterov": False, "adjust_lr_fn": "none"}
 
 
@@ -167,7 +169,9 @@ def summed_in_one_process(G: Tensor, name: str, parts: int, backend: str, algori
 
 @pytest.mark.parametrize("shape", [(48, 96), (64, 256), (129, 300)], ids=str)
 @pytest.mark.parametrize("name", COEFFICIENTS)
-@pytest.mark.parametrize("way", [("cpu", "gram"), ("cpu", "standard"), ("eager", "standard")], ids=str)
+@pytest.mark.parametrize(
+    "way", [way for way in (("cpu", "gram"), ("cpu", "standard"), ("eager", "standard")) if way[0] in BACKENDS], ids=str
+)
 def test_sums_keep_the_accuracy_rule(way: tuple[str, str], name: str, shape: tuple[int, int]) -> None:
     """1.3 times the error of torch's loop, or 2.5 %, for any number of parts: rounded sums of parts would not."""
     schedule = resolve(name, None)
@@ -219,7 +223,7 @@ def test_scales_whose_squares_are_no_fp32_number() -> None:
 GRAM = [((48, 100), 1), ((100, 48), 0), ((40, 40), 0), ((40, 40), 1), ((5, 3), 0), ((3, 5, 7), 2), ((9, 2, 2, 2), 0)]
 
 
-@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_gram_is_muon(ranks: World, size: int, backend: str) -> None:
     """Tall, wide, square, stacks, convolutions, parts that are uneven or empty; momenta to the bit."""
@@ -244,7 +248,7 @@ def test_gram_orthogonalizes_every_spectrum(ranks: World) -> None:
             U, s, V = factors(spectrum, *shape)
             wholes.append((((U * s) @ V.mT).float(), spectral_truth(U, s, V, schedule.triples, schedule.margin)))
         matrices = [(torch.zeros(shape), dim) for _ in wholes]
-        for backend in ("cpu", "eager"):
+        for backend in BACKENDS:
             options = {**PLAIN, "strategy": "gram", "backend": backend}
             for params, *_ in ranks.run(3, stepped, matrices, [[G for G, _ in wholes]], (3,), options):
                 for p, (G, truth), spectrum in zip(params, wholes, SPECTRA, strict=True):
@@ -300,7 +304,7 @@ def sums_and_squares(
     return kept, visits, worst
 
 
-@pytest.mark.parametrize(("backend", "visits"), [("cpu", 3), ("eager", 5)])
+@pytest.mark.parametrize(("backend", "visits"), [pytest.param("cpu", 3, marks=needs.cpu_kernels), ("eager", 5)])
 def test_all_ranks_have_the_same_squares(ranks: World, backend: str, visits: int) -> None:
     """To the bit; with cut columns of another width on every rank. X is visited as seldom as the accuracy allows."""
     matrices = [(normal(33, 101, seed=i), 1) for i in range(2)]
@@ -313,6 +317,7 @@ def test_all_ranks_have_the_same_squares(ranks: World, backend: str, visits: int
         assert all(torch.equal(a, b) for a, b in zip(first[0], squares, strict=True))
 
 
+@needs.cpu_kernels
 def test_gram_in_many_rounds_is_gram_in_one(ranks: World) -> None:
     matrices = [(normal(24, 50, seed=i), 1) for i in range(7)]
     grads = [[normal(24, 50, seed=10 + i) for i in range(7)]]
@@ -326,6 +331,7 @@ def test_gram_in_many_rounds_is_gram_in_one(ranks: World) -> None:
     assert sum(bytes_ for _, bytes_ in of_many) == expected
 
 
+@needs.cpu_kernels
 @pytest.mark.parametrize("count", [1, 3])
 def test_replicas_share_what_is_summed(ranks: World, count: int) -> None:
     """Also where there are fewer matrices than replicas."""
@@ -343,7 +349,7 @@ def test_replicas_share_what_is_summed(ranks: World, count: int) -> None:
     assert sums == [4, 4, 4 * (count > 1), 4 * (count > 1)]
 
 
-@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_parts_of_any_scale(ranks: World, backend: str) -> None:
     """One rank's part far below or above another's; zeros; what is not finite spoils its own matrix."""
     G = normal(16, 60, seed=1)
@@ -369,6 +375,7 @@ def test_parts_of_any_scale(ranks: World, backend: str) -> None:
         assert of_inf.isnan().all()
 
 
+@needs.cpu_kernels
 def test_powers_of_what_is_summed(ranks: World) -> None:
     G = normal(32, 80, seed=1)
     options = {**PLAIN, "strategy": "gram", "backend": "cpu", "power": 0.5}
@@ -377,6 +384,7 @@ def test_powers_of_what_is_summed(ranks: World) -> None:
         assert relative_error(-params[0], truth) < 0.03
 
 
+@needs.cpu_kernels
 def test_parts_of_a_split_are_summed_apart(ranks: World) -> None:
     """Heads along the dimension that is not cut, and along the one that is, where each is on a rank or two."""
     G = [normal(24, 40, seed=1), normal(60, 8, seed=2)]
@@ -442,6 +450,7 @@ def written_out(
     return W
 
 
+@needs.cpu_kernels
 @pytest.mark.parametrize(("shape", "dim"), [((30, 70), 0), ((30, 70), 1), ((70, 30), 0), ((5, 3), 0)], ids=str)
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_blocks_between_whole_steps(ranks: World, size: int, shape: tuple[int, int], dim: int) -> None:
@@ -484,6 +493,7 @@ def parts_alone(shape: tuple[int, int], dim: int, options: dict[str, Any], secon
     return torch.equal(p.to_local(), own) and bool(own.numel())
 
 
+@needs.cpu_kernels
 @pytest.mark.parametrize("split", [None, "heads(6)"])
 def test_a_block_is_stepped_as_a_matrix(ranks: World, split: str | None) -> None:
     """Of heads(6) along rows that three ranks share, each has two."""
@@ -520,6 +530,7 @@ def resumed(whole_steps: int, total: int) -> tuple[Tensor, int, list[str]]:
     return p.detach().full_tensor(), saved["param_groups"][0]["step"], [name for name, _ in found]
 
 
+@needs.cpu_kernels
 def test_a_checkpoint_knows_when_the_next_whole_step_is(ranks: World) -> None:
     for stop in (2, 3):
         (a, steps, found), *_ = ranks.run(2, resumed, stop, 4)
@@ -621,6 +632,7 @@ def averaged(
     return W, M
 
 
+@needs.cpu_kernels
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_flat_slices_are_muon_of_the_mean_gradient(ranks: World, size: int) -> None:
     """Slices that cut matrices anywhere, ranks without any of one; the traffic is what it says."""
@@ -644,6 +656,7 @@ def test_flat_slices_are_muon_of_the_mean_gradient(ranks: World, size: int) -> N
             assert torch.equal(first[0][index].flatten(), master.flatten().to(dtype))
 
 
+@needs.cpu_kernels
 def test_matrices_are_sent_where_slices_cut_them_only(ranks: World) -> None:
     """Two ranks, each with a matrix: nothing. Three: what the one between has of both, to both and back."""
     for size, expected in ((2, 0), (3, 2 * (200 + 400 + 400 + 200))):
@@ -651,6 +664,7 @@ def test_matrices_are_sent_where_slices_cut_them_only(ranks: World) -> None:
         assert sum(dict(found[:3])["all_to_all"] for _, _, found, _ in results) == expected
 
 
+@needs.cpu_kernels
 @pytest.mark.parametrize(
     "options",
     [
@@ -700,6 +714,7 @@ def with_gaps(scaled: bool) -> tuple[list[list[Tensor]], list[Tensor]]:
     return seen, momenta
 
 
+@needs.cpu_kernels
 def test_gradients_that_some_ranks_have_not(ranks: World) -> None:
     results = {scaled: ranks.run(3, with_gaps, scaled) for scaled in (False, True)}
     for (all_, some, none), (M_all, M_some, M_none) in results[False] + results[True]:
@@ -739,6 +754,7 @@ def saved_and_loaded(folder: str, save: bool, dtype: torch.dtype) -> tuple[list[
     return loaded, [p.detach() for p in params]
 
 
+@needs.cpu_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_checkpoint_is_of_any_number_of_ranks(ranks: World, tmp_path: Any, dtype: torch.dtype) -> None:
     saved = ranks.run(2, saved_and_loaded, str(tmp_path), True, dtype)
@@ -799,6 +815,7 @@ def refusals() -> list[str]:
     return found
 
 
+@needs.cpu_kernels
 def test_flat_slices_refuse_what_does_not_fit(ranks: World) -> None:
     for found in ranks.run(2, refusals):
         for text, expected in zip(

@@ -2,14 +2,15 @@
 
     python tests/faults/plant.py [LIST ...] [--only TEXT] [--missing] [--minutes N] [--stale]
 
-A list is a file beside this one with FAULTS. It may have TESTS, where expressions are looked up, and LEAN,
-(old, new, file) replaced before its faults: instantiations that no chosen test needs, to save time. Without LIST it is
-every list. What notices a fault is written to scores.jsonl as soon as it is known, and SCORES.md is made from that.
+A list is a TOML file beside this one. It has a table [[fault]] for each, with the fields of `Fault`; `tests`, the files
+in which its expressions are looked up; and [[lean]], what is replaced before its faults, instantiations that no chosen
+test needs, to save time. Without LIST it is every list. What notices a fault is written to scores.jsonl as soon as it
+is known, and SCORES.md is made from that.
 
-A fault in Python costs its tests: each runs in a fork of this process, which has torch and pytest ready. One in csrc/cpu
-or python/ costs a build of the module besides. Tests of GPU kernels build these themselves, and names of builds are
-hashes of what goes into them: a fault's test cannot meet a sound build. What only costs time, or changes what nobody
-reads, is no fault, unless the profile's assertions count it.
+A fault in Python costs its tests: each runs in a fork of this process, which has torch and pytest ready. One in
+csrc/cpu or python/ costs a build of the module besides. Tests of GPU kernels build these themselves, and names of
+builds are hashes of what goes into them: a fault's test cannot meet a sound build. What only costs time, or changes
+what nobody reads, is no fault, unless the profile's assertions count it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ import json
 import multiprocessing.process
 import os
 import re
-import runpy
 import select
 import shlex
 import shutil
@@ -41,6 +41,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # which pytest brings
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path("tests", "faults")
@@ -116,11 +121,21 @@ def _is_whole(fault: Fault) -> bool:
 def read_lists(root: Path) -> dict[str, FaultList]:
     """All lists by their names."""
     lists = {}
-    for path in sorted((root / FOLDER).glob("*.py")):
-        if path.name != Path(__file__).name:
-            given = runpy.run_path(str(path))
-            lean = (Fault("lean", old, new, "", file) for old, new, file in given.get("LEAN", ()))
-            lists[path.stem] = FaultList(path.stem, tuple(given["FAULTS"]), tuple(given.get("TESTS", ())), tuple(lean))
+    for path in sorted((root / FOLDER).glob("*.toml")):
+        given = tomllib.loads(path.read_text())
+        lean = (Fault("lean", each["old"], each["new"], "", each["file"]) for each in given.get("lean", ()))
+        faults = (
+            Fault(
+                each["name"],
+                each["old"],
+                each["new"],
+                each["tests"],
+                each["file"],
+                tuple(map(tuple, each.get("also", ()))),
+            )
+            for each in given["fault"]
+        )
+        lists[path.stem] = FaultList(path.stem, tuple(faults), tuple(given.get("tests", ())), tuple(lean))
     return lists
 
 
@@ -162,7 +177,7 @@ class Copy:
             if (source / name).is_file():
                 (root / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source / name, root / name)
-        # A stale .pyc would hide a change of the same second and size; threads that spin would take turns on busy cores.
+        # A stale .pyc would hide a change of the same second and size; threads that spin take turns on busy cores.
         self.environment = {
             "PYTHONPATH": f"{root}:{root / 'tests'}",
             "PYTHONDONTWRITEBYTECODE": "1",
@@ -524,7 +539,6 @@ def note_stale(
 
 def main() -> int:
     """Try faults; 1 if one survived or could not be tried."""
-    sys.modules.setdefault("plant", sys.modules["__main__"])  # which lists import
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("list", nargs="*", help="names of lists; all if there is none")
     parser.add_argument("--only", default="", metavar="TEXT", help="faults whose name or file contains it")
