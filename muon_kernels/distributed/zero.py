@@ -138,7 +138,7 @@ class ZeroMuon(ClosureOptimizer):
         try:
             check_keys(group, self.defaults)
             settle(group, self.defaults)
-            check_options({name: group[name] for name in self.defaults})
+            check_options({name: group[name] for name in self.defaults if name in group})
             for p in params:
                 check_matrices("parameter", p)
                 if (p.dtype, p.device) != (params[0].dtype, params[0].device):
@@ -205,7 +205,7 @@ class ZeroMuon(ClosureOptimizer):
         ratios = []
         for group, flat in zip(self.param_groups, self._flats, strict=True):
             settle(group, self.defaults)
-            check_options({name: group[name] for name in self.defaults})
+            check_options({name: group[name] for name in self.defaults if name in group})
             shapes = dict.fromkeys(m.shape for m in flat.matrices)
             ratios.append({shape: lr_ratio(group["adjust_lr_fn"], *shape) for shape in shapes})
             grads.append([agreed.grad(p) for p in group["params"]])

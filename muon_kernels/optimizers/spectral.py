@@ -201,7 +201,7 @@ class SpectralAdam(ClosureOptimizer):
             ]
             return divide(operands, placements, StepOptions.of(own_options, momentum=False), strategy="owner")
 
-        own_options = {key: group[key] for key in self.defaults}  # other keys are the user's own
+        own_options = {key: group[key] for key in self.defaults if key in group}  # other keys are the user's own
         settled = {key: group[key] for key in options.PREPARED_OPTIONS if key in own_options}
         return self._tasks.get(id(group), own, updates, (), settled, make)
 
@@ -357,7 +357,8 @@ def _iterated(p: Tensor, group: dict[str, Any]) -> bool:
 def _check_options(group: Mapping[str, Any], known: Iterable[str]) -> None:
     """Raise unless the options of a group can be used, which are `known`; other keys are the user's own."""
     check_numbers(group)
-    options.check_options({name: group[name] for name in known if name not in ("lr", "weight_decay", "eps")})
+    names = [name for name in known if name in group and name not in ("lr", "weight_decay", "eps")]
+    options.check_options({name: group[name] for name in names})
 
 
 # (class, power) by the paper's names.
