@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import overload
 
@@ -40,6 +41,6 @@ class ClosureOptimizer(Optimizer):
         self._update()
         return loss
 
+    @abstractmethod
     def _update(self) -> None:
         """Step every parameter that has a gradient."""
-        raise NotImplementedError

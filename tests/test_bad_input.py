@@ -365,6 +365,22 @@ def test_a_model_in_place_of_its_matrices() -> None:
 
 
 @needs.cpu_kernels
+def test_a_step_that_the_parameters_dtype_has_not() -> None:
+    """The learning rate times what adjust_lr_fn says: 4 of a matrix of 400 columns."""
+    p = nn.Parameter(torch.zeros(2, 400).half())
+    p.grad = torch.ones_like(p)
+    optimizer = Muon([p], lr=4e4, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    before = Unchanged(optimizer)
+    with pytest.raises(
+        ValueError, match=r"should be at most 65504\.0, the largest number of torch\.float16.*lr is: 40000"
+    ):
+        optimizer.step()
+    before.check()
+    optimizer.param_groups[0]["lr"] = 1e4
+    optimizer.step()
+    assert p.isfinite().all()
+
+
 def test_backend_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     kind = torch.device("cpu"), [torch.float32], torch.bfloat16, (3, 4)
     params, optimizer = stepped(backend="cpu")

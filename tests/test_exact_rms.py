@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from muon_kernels import COEFFICIENTS, Muon
 from muon_kernels.split import equal
-from muon_kernels.stages import STAGES, ExactRms
+from muon_kernels.stages import STAGES, ExactRms, exact_rms, sums
 
 SHAPES = [(40, 40), (24, 100), (100, 24), (24, 100), (1, 7), (3, 16, 20)]
 
@@ -110,6 +110,31 @@ def test_bits_do_not_depend_on_the_batch(shape: tuple[int, int]) -> None:
         for x in alone:
             stage.orthogonalized(x[None], torch.empty(floats))
         assert torch.equal(together, alone), seed
+
+
+def test_updates_that_are_small_are_no_zeros(backend: str) -> None:
+    """As from coefficients that shrink them."""
+    U = update(
+        with_gradient(torch.randn(24, 40)),
+        backend=backend,
+        exact_rms=True,
+        ns_coefficients=(0.01, 0.0, 0.0),
+        ns_steps=1,
+    )
+    assert float(U.norm()) == pytest.approx(math.sqrt(24), rel=2**-8)
+
+
+@pytest.mark.parametrize("in_cache", [True, False], ids=["blocks", "as on a device"])
+def test_in_blocks_and_as_on_a_device(in_cache: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sums, "BLOCK_ON_CPU", 100)
+    for module in (sums, exact_rms):
+        monkeypatch.setattr(module, "in_cache", lambda _: in_cache)
+    X = torch.randn(3, 20, 30).bfloat16()
+    X[1] = 0
+    norms, before = X.double().norm(dim=(1, 2), keepdim=True), X.double()
+    scratch = torch.full((3 * ExactRms().floats(20, 30, X.device),), torch.nan)
+    ExactRms().orthogonalized(X, scratch)
+    torch.testing.assert_close(X.double(), (before * math.sqrt(20) / norms).nan_to_num(0.0), rtol=2**-8, atol=0)
 
 
 def test_the_plan_says_it() -> None:

@@ -189,6 +189,17 @@ def test_ctrl_c_that_no_function_answers(handler: signal.Handlers) -> None:
 
 
 @pytest.mark.usefixtures("_interruptible")
+def test_ctrl_c_waits_for_the_outermost_context() -> None:
+    for _ in range(2):  # and the next one waits as well
+        done = False
+        with pytest.raises(KeyboardInterrupt), interrupts.held():
+            with interrupts.held():
+                os.kill(os.getpid(), signal.SIGINT)
+            done = True
+        assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_ctrl_c_waits_for_the_end_of_a_step(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(interrupted: bool) -> Any:
         first, *others = [nn.Parameter(torch.ones(4, n)) for n in (4, 5, 5)]
