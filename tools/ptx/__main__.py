@@ -6,7 +6,7 @@ import argparse
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,17 @@ def sizes(text: str) -> list[int]:
     return [int(n) for n in text.split(",")]
 
 
+def number(least: int, most: int) -> Callable[[str], int]:
+    """Return a reader of integers from `least` to `most`."""
+
+    def read(text: str) -> int:
+        if not re.fullmatch(r"[+-]?\d+", text) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"expected an integer from {least} to {most}, got {text!r}")
+        return int(text)
+
+    return read
+
+
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tools.ptx",
@@ -74,7 +85,11 @@ def command_line() -> argparse.ArgumentParser:
     launch.add_argument("--grid", default=[1], help="number of blocks (default: 1)", **size)
     launch.add_argument("--block", default=[32], help="number of threads of a block (default: 32)", **size)
     launch.add_argument(
-        "--shared", metavar="BYTES", type=int, default=0, help="dynamic shared memory of a block (default: 0)"
+        "--shared",
+        metavar="BYTES",
+        type=number(0, 1 << 20),
+        default=0,
+        help="dynamic shared memory of a block (default: 0)",
     )
     checks = parser.add_argument_group("what is varied and checked")
     checks.add_argument(
@@ -87,12 +102,14 @@ def command_line() -> argparse.ArgumentParser:
         help="when asynchronous copies land: early is at once, late is at the last\n"
         "moment the program allows (default: %(default)s)",
     )
-    checks.add_argument("--seed", type=int, default=0, help="seed of random tensors and random orders (default: 0)")
+    checks.add_argument(
+        "--seed", type=number(0, 2**63 - 1), default=0, help="seed of random tensors and random orders (default: 0)"
+    )
     checks.add_argument("--races", action="store_true", help="report accesses of the same memory that nothing orders")
     checks.add_argument(
         "--resident",
         metavar="N",
-        type=int,
+        type=number(1, 1 << 20),
         default=1,
         help="blocks that run at a time (default: 1); barriers of a whole grid need all",
     )
@@ -147,7 +164,10 @@ def argument(text: str, number: int, param: Variable) -> Any:
         elif is_float:
             return float(text)
         elif param.bytes <= 8:
-            return int(text, 0)
+            bits = 8 * param.bytes
+            if not -(1 << bits - 1) <= (found := int(text, 0)) < 1 << bits:
+                raise ValueError
+            return found
     except (ValueError, RuntimeError):
         pass
     if param.bytes > 8:
@@ -155,9 +175,9 @@ def argument(text: str, number: int, param: Variable) -> Any:
     elif is_float:
         fits = "a number such as 1.5"
     elif param.bytes == 8:
-        fits = f"a tensor such as f32:64x64 (of {', '.join(DTYPES)}), or an integer"
+        fits = f"a tensor such as f32:64x64 (of {', '.join(DTYPES)}), or an integer of 64 bits"
     else:
-        fits = "an integer such as 64"
+        fits = f"an integer of {8 * param.bytes} bits, such as 64"
     raise PtxError(f"argument {number}, of type {described(param)}: expected {fits}, got {text!r}")
 
 

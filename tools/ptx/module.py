@@ -413,8 +413,17 @@ def _load(text: str) -> CompiledModule:
 
 
 def load(source: str | os.PathLike[str]) -> CompiledModule:
-    """Load a module from PTX text, or from the path of a .ptx file."""
-    return _load(source if isinstance(source, str) and "\n" in source else Path(source).read_text())
+    """Load a module from PTX text, or from the path of a .ptx file.
+
+    Raises:
+        PtxError: the file is no text, or what it says cannot be executed.
+    """
+    if isinstance(source, str) and "\n" in source:
+        return _load(source)
+    try:
+        return _load(Path(source).read_text())
+    except UnicodeDecodeError:
+        raise PtxError(f"expected the text of a .ptx file, got bytes that are none: {source}") from None
 
 
 def tensor_map(tensor: Any, box: Sequence[int], swizzle: int = 128) -> bytes:

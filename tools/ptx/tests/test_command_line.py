@@ -106,6 +106,14 @@ ERRORS = {
         "argument 2, of type u32: expected an integer .* 'f32:4'",
     ),
     "no integer": (["PLUS", *PLUS_OF, "f32:4", "1.5", "1"], "argument 2, of type u32: expected an integer .* '1.5'"),
+    "no 32 bits": (
+        ["PLUS", *PLUS_OF, "f32:4", str(2**32), "1"],
+        "of type u32: expected an integer of 32 bits.* '4294967296'",
+    ),
+    "no 64 bits": (
+        ["PLUS", *PLUS_OF, str(2**64), "4", "1"],
+        "of type u64: .* an integer of 64 bits, got '18446744073709551616'",
+    ),
     "no float": (["PLUS", *PLUS_OF, "f32:4", "1", "f32:1"], "argument 3, of type f32: expected a number .* 'f32:1'"),
     "no type": (["PLUS", *PLUS_OF, "f33:4", "1", "1"], "argument 1, of type u64: expected a tensor .*f32, .* 'f33:4'"),
     "no shape": (["PLUS", *PLUS_OF, "f32:4,4", "1", "1"], "argument 1, of type u64: expected a tensor .* 'f32:4,4'"),
@@ -127,6 +135,13 @@ def test_error(name: str, plus: str, capsys: pytest.CaptureFixture[str]) -> None
     assert re.search(f"^error: .*{message}", output.err) and output.err.count("\n") == 1 and not output.out
 
 
+def test_a_file_of_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "random.ptx"
+    path.write_bytes(bytes(range(128, 256)))
+    assert main(["list", str(path)]) == 1
+    assert "expected the text of a .ptx file, got bytes that are none" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -136,6 +151,9 @@ def test_error(name: str, plus: str, capsys: pytest.CaptureFixture[str]) -> None
             "argument --grid: expected X or X,Y or X,Y,Z, each at least 1, .* got '4x4'",
         ),
         (["run", "x.ptx", "--block", "0"], "argument --block: expected .* got '0'"),
+        (["run", "x.ptx", "--shared", "-5"], "argument --shared: expected an integer from 0 to .* got '-5'"),
+        (["run", "x.ptx", "--resident", "0"], "argument --resident: expected an integer from 1 to .* got '0'"),
+        (["run", "x.ptx", "--seed", str(2**63)], "argument --seed: expected an integer from 0 to .* got"),
         (["run", "x.ptx", "--order", "up"], "argument --order: invalid choice: 'up' .*forward"),
         (["walk", "x.ptx"], "argument action: invalid choice: 'walk' .*list.*run.*profile"),
     ],
