@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from muon_kernels import Muon, options, stages
+from muon_kernels import Muon, SpectralMomentum, options, stages
 from muon_kernels.distributed.ranks import check_shared
 from muon_kernels.distributed.strategies import STRATEGIES
 from muon_kernels.optimizers import stage_options
@@ -91,8 +91,10 @@ def test_a_stage_is_added_by_a_line_of_the_table(monkeypatch: pytest.MonkeyPatch
     [("cautios", "cautious"), ("exact_rm", "exact_rms"), ("wd", "weight_decay"), ("process_grup", "process_group")],
 )
 def test_a_misspelt_argument_is_understood(written: str, meant: str) -> None:
-    with pytest.raises(TypeError, match=rf"unexpected keyword argument '{written}'. Did you mean '{meant}'\?"):
-        Muon([nn.Parameter(torch.ones(2, 2))], **{written: True})  # type: ignore[arg-type]
+    for kind in (Muon, SpectralMomentum):
+        said = rf"{kind.__name__} got an unexpected keyword argument '{written}'. Did you mean '{meant}'\?"
+        with pytest.raises(TypeError, match=said):
+            kind([nn.Parameter(torch.ones(2, 2))], **{written: True})  # type: ignore[arg-type]
 
 
 def test_every_strategy_has_a_name() -> None:

@@ -181,7 +181,7 @@ class Muon(ClosureOptimizer):
         **others: Unpack[StageOptions],
     ) -> None:
         """Check everything. Allocate nothing yet: momentum buffers come with the first gradients."""
-        given = given_options(others) | locals()
+        given = given_options(type(self), others) | locals()
         defaults: dict[str, Any] = {name: given[name] for name in OPTIONS}
         if ns_steps is NS_STEPS:  # a checkpoint must hold a plain number
             defaults["ns_steps"] = len(resolve(plain(ns_coefficients), ns_steps).triples)

@@ -16,8 +16,8 @@ from ..stages import STAGES, Stage
 _Optimizer = TypeVar("_Optimizer", bound=type)
 
 
-def given_options(others: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of all stages, at their defaults but for `others`.
+def given_options(optimizer: type, others: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of all stages, at their defaults but for `others`, which `optimizer` was given.
 
     Raises:
         TypeError: `others` has a name that is no option of a stage.
@@ -26,7 +26,7 @@ def given_options(others: Mapping[str, Any]) -> dict[str, Any]:
     for name in others.keys() - defaults.keys():
         near = meant(name, [*OPTIONS, "process_group"], 0.8)
         hint = f". Did you mean {near!r}?" if near else ""
-        raise TypeError(f"Muon got an unexpected keyword argument {name!r}{hint}")
+        raise TypeError(f"{optimizer.__name__} got an unexpected keyword argument {name!r}{hint}")
     return {**defaults, **others}
 
 
