@@ -154,6 +154,16 @@ def test_nothing_else_is_called_python() -> None:
     assert [page.name for page in PAGES if "```py\n" in page.read_text()] == ["adding-an-option.md"]  # a sketch
 
 
+def test_the_sketch_of_a_stage_is_the_stage() -> None:
+    """But for its comments, types and docstrings, and the end of its help text."""
+    text = (ROOT / "docs" / "design" / "adding-an-option.md").read_text()
+    (sketch,) = re.findall(r"^```py\n(class ExactRms.*?)^```", text, re.MULTILINE | re.DOTALL)
+    source = (ROOT / "muon_kernels" / "stages" / "exact_rms.py").read_text()
+    lines = [line for line in sketch.splitlines() if line.strip() and not re.match(r" +(def|help) ?", line)]
+    assert len(lines) > 10 and [line for line in lines if line not in source.splitlines()] == []
+    assert re.findall(r"def \w+", sketch) == re.findall(r"def \w+", source)
+
+
 def templates() -> Iterator[str]:
     """Every text of the sources, what is put in as `…`."""
     for path in [*sorted((ROOT / "muon_kernels").rglob("*.py")), ROOT / "setup.py"]:
