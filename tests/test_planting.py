@@ -58,6 +58,7 @@ FILES = {
     "muon_kernels/__init__.py": "def one():\n    return 1\n\n\ndef two():\n    return 2\n",
     "muon_kernels/moved.py": "def three():\n    return 3\n\n\ndef five():\n    return 5\n",
     "tests/test_tiny.py": """import multiprocessing
+import pytest
 import muon_kernels
 from muon_kernels import moved
 
@@ -70,6 +71,10 @@ def test_three():
 def test_spawned():
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.apply(muon_kernels.one) == 1
+
+@pytest.mark.skip
+def test_of_another_machine():
+    assert muon_kernels.two() == 2
 """,
     "tests/faults/tiny.toml": """tests = ["tests/test_tiny.py"]
 
@@ -92,6 +97,13 @@ name = "survives"
 old = "return 2"
 new = "return -2"
 tests = "one"
+file = "muon_kernels/__init__.py"
+
+[[fault]]
+name = "has tests that are skipped here"
+old = "return 2"
+new = "return -2"
+tests = "another_machine"
 file = "muon_kernels/__init__.py"
 
 [[fault]]
@@ -165,7 +177,7 @@ def test_the_harness_itself(tmp_path: Path) -> None:
     status, said = run(root, "--missing")
     assert (status, scores(root)) == (1, FOUND), "\n".join(said)
     page = (root / "tests" / "faults" / "SCORES.md").read_text()
-    assert "| tiny | 7 | 4 | 1 | 2 | 0 | 0 |" in page
+    assert "| tiny | 8 | 4 | 1 | 2 | 0 | 1 |" in page
     assert "## Survivors\n\n- tiny: survives\n" in page
     assert {name: (root / name).read_text() for name in FILES} == FILES
 
@@ -174,5 +186,5 @@ def test_the_harness_itself(tmp_path: Path) -> None:
     faults.write_text(FILES["tests/faults/tiny.toml"].replace("return -1", "return 0").replace("return 4", "return 2"))
     assert run(root, "--stale")[0] == 0
     page = (root / "tests" / "faults" / "SCORES.md").read_text()
-    assert "| tiny | 7 | 2 | 1 | 1 | 0 | 3 |" in page
+    assert "| tiny | 8 | 2 | 1 | 1 | 0 | 4 |" in page
     assert "| noticed | not run |" in page

@@ -233,6 +233,7 @@ class Copy:
                 f"-DPython_EXECUTABLE={sys.executable}",
                 f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
                 "-DCMAKE_BUILD_TYPE=Release",
+                "-DCMAKE_CXX_FLAGS_RELEASE=-O1",  # compiles four times as fast as its -O3
                 f"-DCMAKE_MAKE_PROGRAM={ninja}",
             ]
             self._call([cmake, "-G", "Ninja", "-S", str(self.root), "-B", str(self.root / "build"), *options])
@@ -305,8 +306,10 @@ class Copy:
         if os.WIFSIGNALED(status):
             return f"killed by signal {os.WTERMSIG(status)}"
         code, output = os.WEXITSTATUS(status), log.read_text(errors="replace")
-        if code == 0:
+        if code == 0 and re.search(r"\b\d+ passed\b", output):
             return None
+        if code == 0:
+            raise DidNotRun(f"every test is skipped here, {shlex.join(arguments)}")
         failed = re.search(r"^(?:FAILED|ERROR) \S*?(\w+\.py)::(.*?)(?: - .*)?$", output, re.MULTILINE)
         if code != 1 or not failed or "nvcc failed" in output:  # no tests, a usage error, one that cannot be imported
             raise DidNotRun(f"the tests did not run, {shlex.join(arguments)}:\n{output[-6000:]}")
