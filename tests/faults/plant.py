@@ -1,6 +1,6 @@
 """Plants faults, one at a time in a copy of the repository, and sees whether the tests notice.
 
-    python tests/faults/plant.py [LIST ...] [--only TEXT] [--missing] [--minutes N] [--stale]
+    python tests/faults/plant.py [LIST ...] [--only TEXT] [--missing] [--minutes N] [--emulated] [--stale]
 
 A list is a TOML file beside this one. It has a table [[fault]] for each, with the fields of `Fault`; `tests`, the files
 in which its expressions are looked up; and [[lean]], what is replaced before its faults, instantiations that no chosen
@@ -171,8 +171,9 @@ def commit_of(root: Path) -> str:
 class Copy:
     """A copy of the repository that faults are planted in, with the module built of it, without CUDA."""
 
-    def __init__(self, source: Path, root: Path) -> None:
+    def __init__(self, source: Path, root: Path, emulated: bool = False) -> None:
         self.root = root
+        self._emulated = emulated
         for name in filter(None, _git(source, "ls-files", "-z", "-co", "--exclude-standard").split("\0")):
             if (source / name).is_file():
                 (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -200,7 +201,7 @@ class Copy:
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
         folders = [path for folder in ("csrc", "python") for path in sorted((self.root / folder).rglob("*.*"))]
         inputs = [p for p in (*folders, self.root / "CMakeLists.txt") if "cuda" not in p.relative_to(self.root).parts]
-        digest = hashlib.sha256(sys.version.encode())
+        digest = hashlib.sha256(f"{sys.version} {self._emulated}".encode())
         for path in filter(Path.is_file, inputs):
             digest.update(f"{path.relative_to(self.root)}\0".encode() + path.read_bytes() + b"\0")
         kept = Path(tempfile.gettempdir(), f"muon-faults-{os.getuid()}", f"{digest.hexdigest()[:24]}{suffix}")
@@ -234,6 +235,7 @@ class Copy:
                 f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
                 "-DCMAKE_BUILD_TYPE=Release",
                 "-DCMAKE_CXX_FLAGS_RELEASE=-O1",  # compiles four times as fast as its -O3
+                f"-DMUON_KERNELS_EMULATED={self._emulated}",
                 f"-DCMAKE_MAKE_PROGRAM={ninja}",
             ]
             self._call([cmake, "-G", "Ninja", "-S", str(self.root), "-B", str(self.root / "build"), *options])
@@ -547,6 +549,7 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="faults whose name or file contains it")
     parser.add_argument("--missing", action="store_true", help="faults without a valid score")
     parser.add_argument("--minutes", type=float, default=float("inf"), metavar="N", help="begin none after N minutes")
+    parser.add_argument("--emulated", action="store_true", help="with AVX-512 and AMX in plain code, see tests/emulated")
     parser.add_argument("--stale", action="store_true", help="run nothing, find what cannot be planted any more")
     arguments = parser.parse_args()
     deadline = time.monotonic() + 60 * arguments.minutes
@@ -574,7 +577,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # children are ended, and the copy goes
     preload()
     with tempfile.TemporaryDirectory() as temporary:
-        run = Run(Copy(ROOT, Path(temporary).resolve()), scores, deadline)
+        run = Run(Copy(ROOT, Path(temporary).resolve(), arguments.emulated), scores, deadline)
         for name, faults in chosen.items():
             if faults and not run.over():
                 run.run(lists[name], faults)
