@@ -549,7 +549,9 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="faults whose name or file contains it")
     parser.add_argument("--missing", action="store_true", help="faults without a valid score")
     parser.add_argument("--minutes", type=float, default=float("inf"), metavar="N", help="begin none after N minutes")
-    parser.add_argument("--emulated", action="store_true", help="with AVX-512 and AMX in plain code, see tests/emulated")
+    parser.add_argument(
+        "--emulated", action="store_true", help="with AVX-512 and AMX in plain code, see tests/emulated"
+    )
     parser.add_argument("--stale", action="store_true", help="run nothing, find what cannot be planted any more")
     arguments = parser.parse_args()
     deadline = time.monotonic() + 60 * arguments.minutes
