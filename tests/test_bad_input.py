@@ -381,6 +381,7 @@ def test_a_step_that_the_parameters_dtype_has_not() -> None:
     assert p.isfinite().all()
 
 
+@needs.cpu_kernels
 def test_backend_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     kind = torch.device("cpu"), [torch.float32], torch.bfloat16, (3, 4)
     params, optimizer = stepped(backend="cpu")

@@ -67,7 +67,7 @@ def unavailable() -> str | None:
         )
     isas = instruction_sets()
     if not isas:
-        return "this processor has neither AVX-512 nor AVX2; use backend='eager'"
+        return f"kernels need AVX2 or AVX-512, this processor ({os.uname().machine}) has neither; use backend='eager'"
     wanted = os.environ.get("MUON_KERNELS_CPU_ISA") or isas[0]
     if wanted not in isas:
         # Not a reason: "auto" would pass over it in silence.
