@@ -229,12 +229,12 @@ class Copy:
         scripts = sysconfig.get_path("scripts")
         cmake, ninja = (shutil.which(n, path=scripts) or shutil.which(n) or n for n in ("cmake", "ninja"))
         if not self._configured:
-            options = [  # setup.py's
+            options = [  # setup.py's, but for -O1, which compiles four times as fast as -O3
                 f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={self.root / 'muon_kernels'}",
                 f"-DPython_EXECUTABLE={sys.executable}",
                 f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-                "-DCMAKE_BUILD_TYPE=Release",
-                "-DCMAKE_CXX_FLAGS_RELEASE=-O1",  # compiles four times as fast as its -O3
+                "-DCMAKE_BUILD_TYPE=None",
+                "-DCMAKE_CXX_FLAGS=-O1",
                 f"-DMUON_KERNELS_EMULATED={self._emulated}",
                 f"-DCMAKE_MAKE_PROGRAM={ninja}",
             ]
