@@ -264,7 +264,7 @@ def _check_steps(what: str, triples: tuple[Triple, ...], ns_steps: int | None) -
 
 
 def _is_list(value: object) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))  # torch 2.9 compiles no union
 
 
 def _triple(values: Any) -> Triple:
