@@ -136,14 +136,17 @@ before = set(sys.modules)
 begin = time.process_time()
 import muon_kernels
 took = time.process_time() - begin
-print(json.dumps({"new": sorted(set(sys.modules) - before), "took": took, "all": sorted(sys.modules),
-                  "cuda": torch.cuda.is_initialized()}))
+new = sorted(set(sys.modules) - before)
+begin = time.process_time()
+sum(i * i for i in range(10**6))
+loop = time.process_time() - begin
+print(json.dumps({"new": new, "took": took, "loop": loop, "all": sorted(sys.modules), "cuda": torch.cuda.is_initialized()}))
 """
 
 
 @pytest.fixture(scope="module")
 def imported() -> dict[str, Any]:
-    """What `import muon_kernels` brings, and the least of three times that it takes the processor, busy or not.
+    """What `import muon_kernels` brings, and the least of three times that it takes the processor, by a loop's beside it.
 
     With bytecode, which pip writes when it installs and the first of the three where it was told to leave it.
     """
@@ -153,7 +156,7 @@ def imported() -> dict[str, Any]:
         json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
         for _ in range(3)
     ]
-    best: dict[str, Any] = min(runs, key=lambda run: run["took"])
+    best: dict[str, Any] = min(runs, key=lambda run: run["took"] / run["loop"])
     return best
 
 
@@ -166,7 +169,8 @@ def test_import_brings_little(imported: dict[str, Any]) -> None:
 
 
 def test_import_is_quick(imported: dict[str, Any]) -> None:
-    assert imported["took"] < 0.05, imported["new"]
+    """50 ms, or a million steps of a loop, which take as long: others slow a shared processor to half."""
+    assert imported["took"] < max(0.05, imported["loop"]), imported["new"]
 
 
 def test_kernels_know_neither_torch_nor_python() -> None:
