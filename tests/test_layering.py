@@ -140,13 +140,14 @@ new = sorted(set(sys.modules) - before)
 begin = time.process_time()
 sum(i * i for i in range(10**6))
 loop = time.process_time() - begin
-print(json.dumps({"new": new, "took": took, "loop": loop, "all": sorted(sys.modules), "cuda": torch.cuda.is_initialized()}))
+print(json.dumps({"new": new, "took": took, "loop": loop, "all": sorted(sys.modules),
+                  "cuda": torch.cuda.is_initialized()}))
 """
 
 
 @pytest.fixture(scope="module")
 def imported() -> dict[str, Any]:
-    """What `import muon_kernels` brings, and the least of three times that it takes the processor, by a loop's beside it.
+    """What `import muon_kernels` brings, and the least of three times that it takes, measured by a loop's beside it.
 
     With bytecode, which pip writes when it installs and the first of the three where it was told to leave it.
     """
