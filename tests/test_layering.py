@@ -129,6 +129,7 @@ def test_what_users_need_not_have_is_imported_by_the_cli_only() -> None:
             assert not [n for n in imports(path) if inside(n, "rich", "numpy", "pybind11", *own)], path
 
 
+IMPORT_SECONDS = 0.05
 IMPORT = """
 import json, sys, time
 import torch
@@ -136,28 +137,27 @@ before = set(sys.modules)
 begin = time.process_time()
 import muon_kernels
 took = time.process_time() - begin
-new = sorted(set(sys.modules) - before)
-begin = time.process_time()
-sum(i * i for i in range(10**6))
-loop = time.process_time() - begin
-print(json.dumps({"new": new, "took": took, "loop": loop, "all": sorted(sys.modules),
+print(json.dumps({"new": sorted(set(sys.modules) - before), "took": took, "all": sorted(sys.modules),
                   "cuda": torch.cuda.is_initialized()}))
 """
 
 
 @pytest.fixture(scope="module")
 def imported() -> dict[str, Any]:
-    """What `import muon_kernels` brings, and the least of three times that it takes, measured by a loop's beside it.
+    """What `import muon_kernels` brings, and the least time that it takes the processor, busy or not.
+
+    Others on a shared machine slow a processor to half, for minutes: up to ten times, until one is what is asked for.
 
     With bytecode, which pip writes when it installs and the first of the three where it was told to leave it.
     """
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     command = [sys.executable, "-c", IMPORT]
-    runs = [
-        json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
-        for _ in range(3)
-    ]
-    best: dict[str, Any] = min(runs, key=lambda run: run["took"] / run["loop"])
+    best: dict[str, Any] = {"took": float("inf")}
+    for _ in range(10):
+        run = json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+        best = min(best, run, key=lambda each: each["took"])
+        if best["took"] < IMPORT_SECONDS:
+            break
     return best
 
 
@@ -170,8 +170,7 @@ def test_import_brings_little(imported: dict[str, Any]) -> None:
 
 
 def test_import_is_quick(imported: dict[str, Any]) -> None:
-    """50 ms, or a million steps of a loop, which take as long: others slow a shared processor to half."""
-    assert imported["took"] < max(0.05, imported["loop"]), imported["new"]
+    assert imported["took"] < IMPORT_SECONDS, imported["new"]
 
 
 def test_kernels_know_neither_torch_nor_python() -> None:
