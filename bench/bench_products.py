@@ -1,7 +1,8 @@
 """Rates of the products alone, ours beside torch's.
 
 All are counted on the FLOPs of a symmetric result's triangle, in percent of torch.matmul in the dtype that our kernels
-multiply in; on a GPU too, where there is one. MUON_KERNELS_CPU_ISA picks a processor's instruction set.
+multiply in, timed before and after each: others on a machine slow both. On a GPU too, where there is one.
+MUON_KERNELS_CPU_ISA picks a processor's instruction set.
 
     pytest bench/bench_products.py --benchmark-columns=median,iqr,rounds
     python bench/bench_products.py
@@ -22,11 +23,21 @@ from torch import Tensor
 from muon_kernels import backends
 from muon_kernels.newton_schulz import Square
 
-# (batch, m, n): GPT-2's MLP and attention, a Llama-style MLP, MoE experts, heads
-SHAPES = [(4, 768, 3072), (4, 768, 768), (1, 2048, 5632), (16, 384, 1024), (128, 64, 768)]
+# (batch, m, n): GPT-2's MLP and attention, a square, a Llama-style MLP, MoE experts, heads, small squares
+SHAPES = [
+    *((4, 768, 3072), (4, 768, 768), (1, 2048, 2048), (1, 2048, 5632)),
+    *((16, 384, 1024), (128, 64, 768), (256, 64, 64)),
+]
 PRODUCTS = ("syrk", "syrk + C", "gemm + C")
 TORCH = "torch"
 ROUNDS = 7
+
+
+class Timed(NamedTuple):
+    """Seconds of a product and, from before and after it, torch.matmul's mean FLOP/s."""
+
+    seconds: float
+    rate: float
 
 
 class Call(NamedTuple):
@@ -73,22 +84,26 @@ def flops(product: str, batch: int, m: int, n: int) -> int:
 
 
 @cache
-def times(implementation: str, shape: tuple[int, int, int], device: str) -> dict[str, list[float]]:
-    """Time each product in every round; return seconds, each a mean over operands that no cache holds."""
+def times(implementation: str, shape: tuple[int, int, int], device: str) -> dict[str, list[Timed]]:
+    """Time each product in every round; return means over operands that no cache holds."""
     batch, m, n = shape
     fewest = 2 * 2 * batch * m * min(m, n)  # bytes of what the smallest product reads and writes
     ring = measure.ring(lambda: calls(implementation, *shape, device), fewest, measure.cache_bytes(device))
     taken = {}
     for product in PRODUCTS:
         run = measure.one_after_another([member[product].run for member in ring], device)
-        taken[product] = [measure.seconds(run, device) / len(ring) for _ in range(ROUNDS + 1)][1:]
+        rounds = []
+        for _ in range(ROUNDS + 1):
+            before, seconds = measure.rate(device), measure.seconds(run, device) / len(ring)
+            rounds.append(Timed(seconds, (before + measure.rate(device)) / 2))
+        taken[product] = rounds[1:]
     return taken
 
 
 def percent(implementation: str, shape: tuple[int, int, int], product: str, device: str) -> float:
     """Return a product's rate in percent of torch.matmul's."""
-    median = statistics.median(times(implementation, shape, device)[product])
-    return 100 * flops(product, *shape) / median / measure.measured_peak(device)
+    rounds = times(implementation, shape, device)[product]
+    return 100 * flops(product, *shape) * statistics.median(1 / each.seconds / each.rate for each in rounds)
 
 
 ROWS = [(device, name) for device in measure.DEVICES for name in (TORCH, *measure.own(device)) if name != "eager"]
@@ -101,7 +116,7 @@ def test_product(benchmark, device: str, implementation: str, product: str, shap
     if reason := measure.missing(device):
         pytest.skip(reason)
     benchmark.group = f"{product}, {shape}, {device}"
-    measure.report(benchmark, times(implementation, shape, device)[product])
+    measure.report(benchmark, [each.seconds for each in times(implementation, shape, device)[product]])
     benchmark.extra_info["percent_of_rate"] = percent(implementation, shape, product, device)
 
 

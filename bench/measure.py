@@ -116,10 +116,20 @@ def seconds(run: Callable[[], object], device: str) -> float:
 
 @cache
 def measured_peak(device: str = "cpu") -> float:
-    """Return FLOP/s of torch.matmul in `peak_dtype` at `peak_size`³, the median of seven."""
+    """Return `rate`, the median of seven."""
+    return statistics.median([rate(device) for _ in range(8)][1:])
+
+
+def rate(device: str = "cpu") -> float:
+    """Return FLOP/s of a torch.matmul in `peak_dtype` at `peak_size`³."""
+    A = _peak_operand(device)
+    return 2 * len(A) ** 3 / seconds(lambda: torch.matmul(A, A), device)
+
+
+@cache
+def _peak_operand(device: str) -> torch.Tensor:
     size = peak_size(device)
-    A = torch.randn(size, size, device=device).to(peak_dtype(device))
-    return 2 * size**3 / statistics.median([seconds(lambda: torch.matmul(A, A), device) for _ in range(8)][1:])
+    return torch.randn(size, size, device=device).to(peak_dtype(device))
 
 
 def peak_size(device: str) -> int:
