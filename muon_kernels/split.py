@@ -132,7 +132,7 @@ def _written(name: str, *numbers: int, dim: int, interleaved: bool = False) -> s
 
 _FORMS: dict[str, Callable[..., str]] = {"blocks": blocks, "equal": equal, "heads": heads, "qkv": qkv}
 _WANTED = "what muon_kernels.split's blocks, equal, heads and qkv return, such as 'heads(12)'"
-_TEXT = re.compile(r"(\w+)\((\d+(?:, ?\d+)*)(, ?interleaved=True)?(?:, ?dim=(\d+))?\)")
+_TEXT = r"(\w+)\((\d+(?:, ?\d+)*)(, ?interleaved=True)?(?:, ?dim=(\d+))?\)"  # compiled when asked for
 
 
 class _Parsed(NamedTuple):
@@ -162,7 +162,7 @@ def check_split(split: Any) -> None:
 
 @lru_cache
 def _parsed(split: str) -> _Parsed:
-    found = _TEXT.fullmatch(split)
+    found = re.fullmatch(_TEXT, split)
     if found is None or found[1] not in _FORMS:
         raise ValueError(f"split should be {_WANTED}, but is: {split!r}")
     name, interleaved, dim = found[1], found[3] is not None, int(found[4] or 0)
