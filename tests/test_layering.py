@@ -163,10 +163,19 @@ def imported() -> dict[str, Any]:
 
 def test_import_brings_little(imported: dict[str, Any]) -> None:
     assert "muon_kernels.optimizers.muon" in imported["new"]
-    heavy = ("triton", "rich", "matplotlib", "muon_kernels._C", "muon_kernels.cli", "muon_kernels.reference")
+    own = ("_C", "cli", "reference", "rules", "spectra")
+    heavy = ("triton", "rich", "matplotlib", *(f"muon_kernels.{name}" for name in own))
     assert not [name for name in imported["new"] if inside(name, *heavy)]
     assert not [name for name in imported["all"] if inside(name, "rich", "matplotlib", "muon_kernels._C")]
     assert imported["cuda"] is False
+
+
+def test_every_public_name_is_there_when_it_is_asked_for() -> None:
+    """In a process that has asked for none of them."""
+    run = "import muon_kernels as m; assert {*m.__all__} <= {*dir(m)}; print([getattr(m, n) for n in m.__all__])"
+    subprocess.run([sys.executable, "-c", run], check=True, capture_output=True)
+    with pytest.raises(AttributeError, match="module 'muon_kernels' has no attribute 'Moun'"):
+        _ = muon_kernels.Moun  # type: ignore[attr-defined]
 
 
 def test_import_is_quick(imported: dict[str, Any]) -> None:
