@@ -38,7 +38,9 @@ struct Floats {
     static int64_t a_room(int64_t k) { return kTiles * I::kLanes * k; }
 
     template <int R, int V>
-    static void add_products(typename I::Acc (&acc)[R][V], const A* a, int64_t, int64_t k, const B* panel) {
+    static void add_products(
+        typename I::Acc (&acc)[R][V], const A* a, int64_t, int64_t k, const B* panel, int64_t panel_cols
+    ) {
         for (int64_t q = 0; q < k; ++q) {
             typename I::Acc b[V];
             for (int v = 0; v < V; ++v) b[v] = I::load(panel + v * I::kLanes);
@@ -47,7 +49,7 @@ struct Floats {
                 const typename I::Acc x = I::broadcast(a[r]);
                 for (int v = 0; v < V; ++v) acc[r][v] = I::multiply_add(x, b[v], acc[r][v]);
             }
-            panel += V * I::kLanes;
+            panel += panel_cols;
             a += I::kLanes;
         }
     }

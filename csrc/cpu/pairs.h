@@ -77,7 +77,8 @@ struct Pairs {
 
     template <int ROWS, int VECTORS>
     static void add_products(
-        typename I::Acc (&acc)[ROWS][VECTORS], const A* a, int64_t a_stride, int64_t k, const B* panel
+        typename I::Acc (&acc)[ROWS][VECTORS], const A* a, int64_t a_stride, int64_t k, const B* panel,
+        int64_t panel_cols
     ) {
         // Three rows share one pointer: fourteen would not fit the general registers.
         constexpr int kPointers = (ROWS + 2) / 3;
@@ -88,7 +89,7 @@ struct Pairs {
         for (int64_t q = 0; q < pairs; ++q) {
             typename I::PairB b[VECTORS];
             for (int v = 0; v < VECTORS; ++v) b[v] = I::load_pairs(panel + v * I::kLanes);
-            panel += VECTORS * I::kLanes;
+            panel += panel_cols;
 #pragma GCC unroll 16
             for (int r = 0; r < ROWS; ++r) {
                 typename I::PairA x = I::broadcast_pair(row[r / 3] + (r % 3) * a_stride);

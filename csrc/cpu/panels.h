@@ -24,9 +24,11 @@ struct TileOfA {
     int64_t stride;
 };
 
-// A tile of a and its stride, k, a panel of b; the tile of sums and its stride; whether to add to what is there.
+// A tile of a and its stride, k, a panel of b and its columns, a tile of sums and its stride, and whether to add to
+// what is there.
 template <class M>
-using MultiplyTile = void (*)(const typename M::A*, int64_t, int64_t, const typename M::B*, float*, int64_t, bool);
+using MultiplyTile =
+    void (*)(const typename M::A*, int64_t, int64_t, const typename M::B*, int64_t, float*, int64_t, bool);
 
 struct NoSession {};
 

@@ -16,7 +16,7 @@
 //   M::Session                         what a thread must hold while it multiplies
 //   M::kAlike                          whether a narrow panel of b could be a tile of a
 //   M::kNarrow                         columns up to which a symmetric result takes narrow panels
-//   M::multiply_for                    the function that multiplies a tile of a by a panel of b
+//   M::multiply_for                    the function that multiplies a tile of a by the first columns of a panel of b
 //   M::kFewRows, M::kLongRows          a Gram matrix of at most so many rows, at least so long, is made of inner
 //   products
 //
@@ -285,11 +285,14 @@ void product_task(const Product& p, int64_t task, void* scratch) {
                     const auto* panel = packed + j * M::column(depth) + full * M::column(q);
                     for (int64_t t = t0; t < t1; ++t) {
                         const int64_t i0 = tile_begin(t), i1 = tile_begin(t + 1);
-                        if (p.symmetric && i1 <= j0 + j) continue;
-                        const MultiplyTile<M> multiply = M::multiply_for(i1 - i0, full);
+                        // Columns beyond the tile's last row are above the diagonal.
+                        const int64_t wanted = p.symmetric ? std::min(width, i1 - j0 - j) : width;
+                        if (wanted <= 0) continue;
+                        const MultiplyTile<M> multiply = M::multiply_for(i1 - i0, padded<I>(wanted, panel_cols));
                         float* tile = sums + (chunked ? (i0 - i_begin) * sums_stride : 0) + (several ? j : 0);
-                        multiply(a[t - t0].data + q, a[t - t0].stride, step, panel, tile, sums_stride, k0 + q > 0);
-                        if (k0 + q + step >= k) finish(p, matrix, i0, i1 - i0, j0 + j, width, tile, sums_stride);
+                        const auto& [rows, stride] = a[t - t0];
+                        multiply(rows + q, stride, step, panel, full, tile, sums_stride, k0 + q > 0);
+                        if (k0 + q + step >= k) finish(p, matrix, i0, i1 - i0, j0 + j, wanted, tile, sums_stride);
                     }
                 }
             }

@@ -12,8 +12,8 @@ namespace {
 
 template <class M, int ROWS, int VECTORS>
 void multiply_tile(
-    const typename M::A* a, int64_t a_stride, int64_t k, const typename M::B* panel, float* tile, int64_t tile_stride,
-    bool accumulate
+    const typename M::A* a, int64_t a_stride, int64_t k, const typename M::B* panel, int64_t panel_cols, float* tile,
+    int64_t tile_stride, bool accumulate
 ) {
     using I = typename M::Lanes;
     typename I::Acc acc[ROWS][VECTORS];
@@ -24,7 +24,7 @@ void multiply_tile(
             acc[r][v] = accumulate ? I::load(tile + r * tile_stride + v * I::kLanes) : I::zero();
         }
     }
-    M::add_products(acc, a, a_stride, k, panel);
+    M::add_products(acc, a, a_stride, k, panel, panel_cols);
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 2

@@ -64,7 +64,8 @@ struct Tiles {
     // Tiles 0 to 3 are sums, 4 and 5 of a, 6 and 7 of b.
     template <int ROWS, int COLS>
     static void multiply(
-        const A* a, int64_t a_stride, int64_t k, const B* panel, float* tile, int64_t tile_stride, bool accumulate
+        const A* a, int64_t a_stride, int64_t k, const B* panel, int64_t panel_cols, float* tile, int64_t tile_stride,
+        bool accumulate
     ) {
         if (accumulate) {
             each<ROWS, COLS>(tile, tile_stride, [](auto t, float* at, int64_t stride) {
@@ -73,7 +74,7 @@ struct Tiles {
         } else {
             each<ROWS, COLS>(tile, tile_stride, [](auto t, float*, int64_t) { I::template zero_tile<t>(); });
         }
-        const int64_t a_bytes = 2 * a_stride, b_bytes = 4 * kTile * COLS;
+        const int64_t a_bytes = 2 * a_stride, b_bytes = 4 * panel_cols;
         const A* second = a + kTile * a_stride;
         for (int64_t q = 0; q < k; q += kDeep) {
             I::template load_tile<6>(panel, b_bytes);
@@ -88,7 +89,7 @@ struct Tiles {
                 I::template multiply_tiles<2, 5, 6>();
                 if constexpr (COLS == 2) I::template multiply_tiles<3, 5, 7>();
             }
-            panel += kDeep / 2 * kTile * COLS;
+            panel += kDeep / 2 * panel_cols;
         }
         each<ROWS, COLS>(tile, tile_stride, [](auto t, float* at, int64_t stride) {
             I::template store_tile<t>(at, stride);
