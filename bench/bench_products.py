@@ -28,6 +28,9 @@ SHAPES = [
     *((4, 768, 3072), (4, 768, 768), (1, 2048, 2048), (1, 2048, 5632)),
     *((16, 384, 1024), (128, 64, 768), (256, 64, 64)),
 ]
+# A fused step takes a small matrix through all of its products while caches hold it: so many in a row, too.
+FUSED = SHAPES[-2:]
+IN_A_ROW = 16
 PRODUCTS = ("syrk", "syrk + C", "gemm + C")
 TORCH = "torch"
 ROUNDS = 7
@@ -83,26 +86,39 @@ def flops(product: str, batch: int, m: int, n: int) -> int:
     return batch * m * {"syrk": (m + 1) * n, "syrk + C": (m + 1) * m, "gemm + C": 2 * m * n}[product]
 
 
+def in_a_row(implementation: str, call: Call, count: int) -> Callable[[], object]:
+    """Return what makes a product `count` times, matrix by matrix where the implementation's programs go so."""
+    if count == 1:
+        return call.run
+
+    def run() -> Tensor:
+        for _ in range(count):
+            call.run()
+        return call.out
+
+    return run if implementation == TORCH else backends.get(implementation).program(run)
+
+
 @cache
-def times(implementation: str, shape: tuple[int, int, int], device: str) -> dict[str, list[Timed]]:
-    """Time each product in every round; return means over operands that no cache holds."""
+def times(implementation: str, shape: tuple[int, int, int], device: str, count: int = 1) -> dict[str, list[Timed]]:
+    """Time each product in every round, `count` in a row; return means over operands that no cache holds at first."""
     batch, m, n = shape
     fewest = 2 * 2 * batch * m * min(m, n)  # bytes of what the smallest product reads and writes
     ring = measure.ring(lambda: calls(implementation, *shape, device), fewest, measure.cache_bytes(device))
     taken = {}
     for product in PRODUCTS:
-        run = measure.one_after_another([member[product].run for member in ring], device)
+        run = measure.one_after_another([in_a_row(implementation, each[product], count) for each in ring], device)
         rounds = []
         for _ in range(ROUNDS + 1):
-            before, seconds = measure.rate(device), measure.seconds(run, device) / len(ring)
+            before, seconds = measure.rate(device), measure.seconds(run, device) / len(ring) / count
             rounds.append(Timed(seconds, (before + measure.rate(device)) / 2))
         taken[product] = rounds[1:]
     return taken
 
 
-def percent(implementation: str, shape: tuple[int, int, int], product: str, device: str) -> float:
+def percent(implementation: str, shape: tuple[int, int, int], product: str, device: str, count: int = 1) -> float:
     """Return a product's rate in percent of torch.matmul's."""
-    rounds = times(implementation, shape, device)[product]
+    rounds = times(implementation, shape, device, count)[product]
     return 100 * flops(product, *shape) * statistics.median(1 / each.seconds / each.rate for each in rounds)
 
 
@@ -124,11 +140,12 @@ def table(device: str) -> str:
     """Return a table with a line for every shape: ours, and in parentheses torch's."""
     own = measure.own(device)[0]
     lines = [f"{measure.describe(device)}\n{measure.peak_line(device)}; {own} (torch) in percent of it\n"]
-    for shape in SHAPES:
+    for shape, count in (*((shape, 1) for shape in SHAPES), *((shape, IN_A_ROW) for shape in FUSED)):
         cells = (
-            f"{p} {percent(own, shape, p, device):4.0f} ({percent(TORCH, shape, p, device):3.0f})" for p in PRODUCTS
+            f"{p} {percent(own, shape, p, device, count):4.0f} ({percent(TORCH, shape, p, device, count):3.0f})"
+            for p in PRODUCTS
         )
-        lines.append(f"{shape!s:16} " + "  ".join(cells))
+        lines.append(f"{shape!s:16} " + "  ".join(cells) + (f"  {count} in a row" if count > 1 else ""))
     return "\n".join(lines)
 
 
