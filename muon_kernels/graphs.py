@@ -1,4 +1,4 @@
-"""Detection of CUDA graph capture."""
+"""Streams, and capture in CUDA graphs."""
 
 from __future__ import annotations
 
@@ -14,3 +14,11 @@ def capturing(device: torch.device) -> bool:
         return False
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()
+
+
+def stream(device: torch.device) -> torch.Stream | None:
+    """Return the current stream of `device`; None where torch knows no streams."""
+    if device.type not in ("cuda", "xpu"):
+        return None
+    current: torch.Stream = getattr(torch, device.type).current_stream(device)
+    return current

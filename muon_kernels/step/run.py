@@ -200,6 +200,10 @@ class Local:
         """Implement `Task`."""
         for work in self.works:
             workspace.reserve(work.device, work.bucket.workspace_bytes)
+        for _, _, copy in self.prepared.grad_copies:
+            workspace.keep(copy.device, [copy])
+        for _, copy in self.prepared.copies:
+            workspace.keep(copy.device, [copy])
 
     def warm_up(self, grads: Sequence[Tensor], scalars: Scalars, workspace: Workspace) -> None:
         """Implement `Task`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from .. import backends
 from ..coefficients import Schedule
+from ..graphs import capturing, stream
 from ..newton_schulz import Blend, Square, squares_of
 from ..stages.packed import floats
 from .plan import Bucket
@@ -34,14 +36,30 @@ class Workspace:
     def __init__(self) -> None:
         self._blocks: dict[torch.device, Tensor] = {}
         self._stacks: dict[tuple[Bucket, Schedule, int, torch.device, int], Stacks] = {}
+        self._captured: list[Tensor] = []
 
     def reserve(self, device: torch.device, bytes_: int) -> None:
-        """Have at least `bytes_` on `device`."""
+        """Have at least `bytes_` on `device`, for launches on the current stream; see `keep`."""
         block = self._blocks.get(device)
         if block is None or block.numel() < bytes_:
             self._stacks.clear()
             self._blocks.pop(device, None)
             self._blocks[device] = torch.empty(bytes_, dtype=torch.uint8, device=device)
+        self.keep(device, [self._blocks[device]])
+
+    def keep(self, device: torch.device, memory: Iterable[Tensor]) -> None:
+        """Let `memory` outlive what is about to be launched with it on the current stream.
+
+        Memory that is given back while another stream than its own works with it waits for that one. A graph works with
+        the addresses that it captured whenever it is replayed: what it has seen stays as long as this workspace.
+        """
+        if (current := stream(device)) is None:
+            return
+        captured = capturing(device)
+        for t in memory:
+            t.record_stream(current)
+            if captured and not any(t is other for other in self._captured):
+                self._captured.append(t)
 
     def addresses(self) -> list[int]:
         """Return the addresses of the blocks."""
