@@ -158,6 +158,10 @@ struct Result {
     int32_t error;
 };
 
+// Loads all kernels for the current device, so that none is loaded while a graph is captured, which drivers before CUDA
+// 12.3 refuse. What cannot be loaded says so when it is launched.
+void load_kernels();
+
 // Stacks hold `dtype`, bf16 or f16, with fp32 accumulation. One launch a product.
 Result products(const Product* list, int count, DType dtype, Stream stream);
 

@@ -184,6 +184,7 @@ PYBIND11_MODULE(_C, m) {
     py::module_ cuda = m.def_submodule("cuda", "Kernels for NVIDIA GPUs.");
     cuda.attr("version") = MUON_KERNELS_CUDA_VERSION;
     cuda.attr("architectures") = MUON_KERNELS_CUDA_ARCHS;
+    cuda.def("load_kernels", &mk::cuda::load_kernels, py::call_guard<py::gil_scoped_release>());
     cuda.def("products", [](const std::vector<mk::Product>& list, mk::DType dtype, int64_t stream) {
         const int count = static_cast<int>(list.size());
         const auto run = [&] { return mk::cuda::products(list.data(), count, dtype, stream_at(stream)); };

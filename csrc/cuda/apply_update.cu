@@ -148,9 +148,9 @@ Result apply_update(const ApplyUpdate& args, const ApplyOptions& options, DType 
     u.x_aligned = aligned(args.x);
     return with_type(args.param_dtype, [&](auto param) {
         using Param = decltype(param);
-        auto* kernel = apply_kernel<Param, false>;
+        auto* kernel = known<apply_kernel<Param, false>>();
         if constexpr (std::is_same_v<Param, __nv_bfloat16>) {
-            if (options.stochastic_rounding) kernel = apply_kernel<Param, true>;
+            if (options.stochastic_rounding) kernel = known<apply_kernel<Param, true>>();
         }
         const Operands<1> operands = {{args.param}, {sizeof(Param)}, args.ratio, VECTOR<Param>};
         return for_each_launch(args.x, operands, u.runs, [&](int64_t first, int64_t count) {

@@ -1,6 +1,23 @@
+#include <vector>
+
 #include "device.h"
 
 namespace muon_kernels::cuda {
+namespace {
+
+std::vector<const void*>& kernels() {
+    static std::vector<const void*> all;
+    return all;
+}
+
+}  // namespace
+
+void remember(const void* kernel) { kernels().push_back(kernel); }
+
+void load_kernels() {
+    cudaFuncAttributes attributes;
+    for (const void* kernel : kernels()) reported(cudaFuncGetAttributes(&attributes, kernel));
+}
 
 Result supported() {
     int device = 0, major = 0;

@@ -13,6 +13,19 @@ constexpr Result kInvalidArgument = {Status::invalid_argument, 0};
 // Whether the current device is one that the kernels are built for: compute capability 8.0 and up.
 Result supported();
 
+void remember(const void* kernel);
+
+// KERNEL, which `load_kernels` then knows of. Every launch names its kernel through this.
+template <auto KERNEL>
+struct Known {
+    static inline const bool remembered = (remember(reinterpret_cast<const void*>(KERNEL)), true);
+};
+template <auto KERNEL>
+auto known() {
+    static_cast<void>(&Known<KERNEL>::remembered);
+    return KERNEL;
+}
+
 // What became of a call of the runtime. The runtime keeps an error for whoever asks next: it is made to forget it, or
 // the next good launch would report it.
 Result reported(cudaError_t error);

@@ -698,7 +698,7 @@ template <int M>
 Result launch(const Arguments& args, int count, cudaStream_t stream) {
     const int square = args.settings.terms * Square<M>::kTermBytes;
     const int bytes = std::max(square, std::max(tile_bytes<M, false>(), tile_bytes<M, true>()));
-    const auto kernel = fused_step_kernel<M>;
+    const auto kernel = known<fused_step_kernel<M>>();
     if (bytes > 48 << 10) {
         const Result allowed =
             reported(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));

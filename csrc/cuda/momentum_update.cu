@@ -271,7 +271,8 @@ Result momentum_update(const MomentumUpdate& args, DType dtype, double* partial,
                 u.x = args.x;
                 u.x.data += first * args.x.batch_stride;
                 u.partial = partial + first * per_matrix;
-                momentum_kernel<Grad, Momentum><<<static_cast<unsigned>(count * per_matrix), THREADS, 0, on>>>(u);
+                auto* kernel = known<momentum_kernel<Grad, Momentum>>();
+                kernel<<<static_cast<unsigned>(count * per_matrix), THREADS, 0, on>>>(u);
                 return launched();
             });
         });
@@ -284,7 +285,7 @@ Result momentum_update(const MomentumUpdate& args, DType dtype, double* partial,
     const int64_t most = INT_MAX / n.shares;
     for (int64_t first = 0; first < args.x.batch; first += most) {
         const int64_t count = std::min(most, args.x.batch - first);
-        norm_kernel<<<static_cast<unsigned>(count * n.shares), THREADS, 0, on>>>(n);
+        known<norm_kernel>()<<<static_cast<unsigned>(count * n.shares), THREADS, 0, on>>>(n);
         const Result result = launched();
         if (result.status != Status::ok) return result;
         n.x.data += count * args.x.batch_stride;

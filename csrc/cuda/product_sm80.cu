@@ -457,9 +457,9 @@ Kernel kernel() {
     const float fragments = 4096.0f * (T::WARP_M + T::WARP_N) / (T::WARP_M * T::WARP_N);
     const float tiles = 4096.0f * (T::BLOCK_M + T::BLOCK_N) / (T::BLOCK_M * T::BLOCK_N);
     Kernel k{T::BLOCK_M, T::BLOCK_N, T::THREADS, T::SHARED_BYTES, std::max(2.0f, (fragments + tiles) / 128)};
-    k.plain = reinterpret_cast<const void*>(&product<DTYPE, T, false, ALIGNED>);
+    k.plain = reinterpret_cast<const void*>(known<product<DTYPE, T, false, ALIGNED>>());
     if constexpr (T::BLOCK_M == T::BLOCK_N) {
-        k.transposed = reinterpret_cast<const void*>(&product<DTYPE, T, true, ALIGNED>);
+        k.transposed = reinterpret_cast<const void*>(known<product<DTYPE, T, true, ALIGNED>>());
     }
     return k;
 }

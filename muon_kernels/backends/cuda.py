@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -74,6 +74,11 @@ class _Device:
         """Make `device` the current one."""
         return torch.cuda.device(device)
 
+    @cache
+    def load(self, device: torch.device) -> None:
+        """Load all kernels before the first launch: a graph that is captured later may need one that never ran."""
+        self.module().cuda.load_kernels()
+
 
 _device = _Device()
 
@@ -101,6 +106,7 @@ def _launching(shape: Sequence[int], device: torch.device) -> Iterator[int]:
     """Yield the address of the stream to launch on; errors inside then say what was tried on what, and what helps."""
     try:
         with _device.guard(device):
+            _device.load(device)
             yield _device.stream(device)
     except (RuntimeError, ValueError) as error:
         what, *code = error.args

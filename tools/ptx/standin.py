@@ -143,6 +143,7 @@ class Runtime:
         self._counters: dict[str, Any] = {}
         self._alive: list[Any] = []
         self.build_errors: list[str] = []
+        self.asked_for: set[str] = set()  # kernels that were launched, or loaded
         callbacks = (_Resolve(self._resolve), _VariableAddress(self._variable))
         self._alive.append(callbacks)
         self._library.standin_callbacks(*callbacks)
@@ -174,6 +175,7 @@ class Runtime:
         raise PtxError(f"no PTX has {name}")
 
     def _resolve(self, name: bytes, info: Any) -> int:
+        self.asked_for.add(name.decode())
         # An exception must not cross the C++ frames in between: it becomes an error code and a line in build_errors.
         try:
             module = self._module(name.decode())
