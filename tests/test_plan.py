@@ -124,6 +124,25 @@ def test_launches_are_the_calls_made(backend: str, name: str, algorithm: str, mo
         assert calls["momentum_update"] == calls["apply_update"] == sum(len(b.chunks) for b in plan.buckets)
 
 
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize(
+    ("rows", "cols", "count", "fused"),
+    [
+        (64, 768, 144, True),
+        (64, 64, 1, True),
+        (16, 1024, 64, True),
+        (64, 16384, 1, False),
+        (64, 16384, 8, False),
+        (64, 16384, 1000, True),
+    ],
+)
+def test_few_wide_matrices_are_not_left_to_few_multiprocessors(
+    backend: str, rows: int, cols: int, count: int, fused: bool
+) -> None:
+    plan = plan_for_shapes([(rows, cols, count)], device="cuda", backend=backend, available=False)
+    assert [bucket.fused for bucket in plan.buckets] == [fused]
+
+
 @needs.cpu_kernels
 def test_a_fused_bucket_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []

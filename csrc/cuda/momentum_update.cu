@@ -78,6 +78,21 @@ __device__ double warp_reduce(double value, F combine) {
     return value;
 }
 
+// A sum of squares in two floats, with some 45 bits: `low` has what rounding took from `high` (Knuth's sum, and a fused
+// multiply-add for the product). Some GPUs have few multipliers for doubles (B300: one for 60 of fp32), and a tile
+// would wait for them.
+struct SumOfSquares {
+    float high = 0, low = 0;
+
+    __device__ void add(float v) {
+        const float square = __fmul_rn(v, v), sum = __fadd_rn(high, square), added = __fsub_rn(sum, high);
+        const float lost = __fadd_rn(__fsub_rn(high, __fsub_rn(sum, added)), __fsub_rn(square, added));
+        low = __fadd_rn(low, __fadd_rn(lost, fmaf(v, v, -square)));
+        high = sum;
+    }
+    __device__ double value() const { return static_cast<double>(high) + low; }
+};
+
 constexpr int WARPS = THREADS / 32;
 
 // Over the threads of a block, always in the same order. `scratch` must not be used before the next barrier.
@@ -100,7 +115,7 @@ __device__ void momentum_tile(const MomentumArguments& u, const Run<2>& run, con
     const Lines<const Grad, V> grads(run, 0, tile, slice);
     const Lines<Momentum, V> momenta(run, 1, tile, slice);
     float direction[LINES][V];
-    double sum = 0;
+    SumOfSquares squares;
 #pragma unroll
     for (int begin = 0; begin < LINES; begin += AT_ONCE<V>) {
         // All reads are under way before the first is needed.
@@ -125,9 +140,19 @@ __device__ void momentum_tile(const MomentumArguments& u, const Run<2>& run, con
                     d = u.nesterov ? blended(u.direction, d, updated) : updated;
                 }
                 direction[begin + l][v] = d;
-                sum += static_cast<double>(d) * d;
+                squares.add(d);
             }
             if (u.has_momentum && slice.has(begin + l)) store(momenta[begin + l], momentum[l]);
+        }
+    }
+    double sum = squares.value();
+    // Where squares overflow in fp32, or those that matter vanish, again in double. Seldom, but for zeros.
+    if (!(sum > 0x1p-80 && sum < 0x1p120)) {
+        sum = 0;
+#pragma unroll
+        for (int l = 0; l < LINES; ++l) {
+#pragma unroll
+            for (int v = 0; v < V; ++v) sum += static_cast<double>(direction[l][v]) * direction[l][v];
         }
     }
     sum = block_reduce(sum, add, scratch);

@@ -445,18 +445,21 @@ using Small = Tile<64, 64, 64, 3, 2, 2, 3>;
 
 struct Kernel {
     int block_m, block_n, threads, shared_bytes;
-    float clocks;  // of a multiprocessor for one mma
+    int residents;        // blocks that a multiprocessor has registers for
+    float shared_clocks;  // of shared memory for one mma
+    float fixed_clocks;   // of a tile beside its k: to fill its stages, to read addends and to store
     const void* plain;
     const void* transposed;  // b; null: not built, as no product of the iteration needs it
 };
 
 template <DType DTYPE, class T, bool ALIGNED = true>
 Kernel kernel() {
-    // Tensor cores take two clocks (compute capability 8.0). Shared memory, at 128 bytes a clock, gives the fragments
-    // and takes the tiles.
+    // Shared memory, at 128 bytes a clock, gives the fragments and takes the tiles.
     const float fragments = 4096.0f * (T::WARP_M + T::WARP_N) / (T::WARP_M * T::WARP_N);
     const float tiles = 4096.0f * (T::BLOCK_M + T::BLOCK_N) / (T::BLOCK_M * T::BLOCK_N);
-    Kernel k{T::BLOCK_M, T::BLOCK_N, T::THREADS, T::SHARED_BYTES, std::max(2.0f, (fragments + tiles) / 128)};
+    // Some 3 us at 1.4 GHz for the largest tile and 1.6 us for the smallest: see triton_kernels/configs.py.
+    const float fixed = 1700.0f + 2200.0f * (T::BLOCK_M * T::BLOCK_N) / (128 * 128);
+    Kernel k{T::BLOCK_M, T::BLOCK_N, T::THREADS, T::SHARED_BYTES, T::RESIDENT, (fragments + tiles) / 128, fixed};
     k.plain = reinterpret_cast<const void*>(known<product<DTYPE, T, false, ALIGNED>>());
     if constexpr (T::BLOCK_M == T::BLOCK_N) {
         k.transposed = reinterpret_cast<const void*>(known<product<DTYPE, T, true, ALIGNED>>());
@@ -471,18 +474,55 @@ int64_t tiles_of(const Kernel& k, const Product& p) {
     return p.symmetric ? tiles_m * (tiles_m + 1) / 2 : tiles_m * tiles_n;
 }
 
+// What of a GPU decides which tiles are best.
+struct Gpu {
+    int multiprocessors;
+    int shared_bytes;  // of a multiprocessor
+    float mma_clocks;  // of a multiprocessor's tensor cores for one mma, 16 x 8 x 16
+};
+
+// 8.0 by its data sheet. 9.0: mma.sync has 57 % of wgmma's rate (arXiv 2501.12084). 10.0: such a kernel reaches 409 of
+// 2,250 TFLOP/s (learn-cuda 1454f8b). Others take four clocks (A10, L40) or eight (GeForce), more than shared memory in
+// any tile.
+float mma_clocks(int major, int minor) {
+    if (major == 8 && minor == 0) return 2.0f;
+    return major == 9 ? 1.75f : major == 10 ? 2.7f : 4.0f;
+}
+
+cudaError_t describe(Gpu& gpu) {
+    int device = 0, major = 0, minor = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    const auto ask = [&](int& value, cudaDeviceAttr attribute) {
+        if (!error) error = cudaDeviceGetAttribute(&value, attribute, device);
+    };
+    ask(gpu.multiprocessors, cudaDevAttrMultiProcessorCount);
+    ask(gpu.shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+    ask(major, cudaDevAttrComputeCapabilityMajor);
+    ask(minor, cudaDevAttrComputeCapabilityMinor);
+    gpu.mma_clocks = mma_clocks(major, minor);
+    return error;
+}
+
+// Clocks of the multiprocessor that has most tiles, which is the last to be done. While one resident fills or stores,
+// the others multiply.
+double clocks_of(const Kernel& k, const Product& p, const Gpu& gpu) {
+    const int64_t tiles = ceil_div(tiles_of(k, p) * p.out.batch, gpu.multiprocessors);
+    const int64_t residents = std::clamp(gpu.shared_bytes / (k.shared_bytes + 1024), 1, k.residents);
+    const double mmas = static_cast<double>(tiles) * k.block_m * k.block_n * p.a.cols / (16 * 8 * 16);
+    return mmas * std::max(gpu.mma_clocks, k.shared_clocks) + ceil_div(tiles, residents) * k.fixed_clocks;
+}
+
+// A smaller tile only where it saves more than a count can be wrong by.
 template <DType DTYPE>
-Kernel choose(const Product& p, bool aligned, int multiprocessors) {
+Kernel choose(const Product& p, bool aligned, const Gpu& gpu) {
     if (!aligned) return kernel<DTYPE, Small, false>();
     static const Kernel table[] = {kernel<DTYPE, Large>(), kernel<DTYPE, Medium>(), kernel<DTYPE, Small>()};
     const Kernel* best = nullptr;
     double least = 0;
     for (const Kernel& k : table) {
         if (!(p.b_transposed ? k.transposed : k.plain) || (p.symmetric && k.block_m != k.block_n)) continue;
-        // The multiprocessor with most tiles is the last to be done.
-        const int64_t most = ceil_div(tiles_of(k, p) * p.out.batch, multiprocessors);
-        const double time = static_cast<double>(most) * k.block_m * k.block_n * k.clocks;
-        if (!best || time < least) best = &k, least = time;
+        const double clocks = clocks_of(k, p, gpu);
+        if (!best || clocks < 0.95 * least) best = &k, least = clocks;
     }
     return *best;
 }
@@ -537,12 +577,12 @@ bool valid(const Product& p) {
 }
 
 template <DType DTYPE>
-cudaError_t launch(const Product& p, int multiprocessors, cudaStream_t stream) {
+cudaError_t launch(const Product& p, const Gpu& gpu, cudaStream_t stream) {
     if (!p.out.batch || !p.out.rows || !p.out.cols) return cudaSuccess;
     Arguments args = arguments(p);
     bool aligned = args.a.width == 16 && args.b.width == 16 && args.out_width == 16;
     for (int i = 0; i < args.addend_count; ++i) aligned = aligned && args.addends[i].width == 16;
-    const Kernel k = choose<DTYPE>(p, aligned, multiprocessors);
+    const Kernel k = choose<DTYPE>(p, aligned, gpu);
     args.tiles_m = static_cast<int>(ceil_div(p.out.rows, k.block_m));
     args.tiles = static_cast<unsigned>(tiles_of(k, p));
     void* parameters[] = {&args};
@@ -558,12 +598,11 @@ Result products(const Product* list, int count, DType dtype, Stream stream) {
     if (dtype == DType::f32 || !std::all_of(list, list + count, valid)) return kInvalidArgument;
     const Result usable = supported();
     if (usable.status != Status::ok) return usable;
-    int device = 0, multiprocessors = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (!error) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    Gpu gpu;
+    cudaError_t error = describe(gpu);
     for (int i = 0; i < count && !error; ++i) {
         const auto run = dtype == DType::bf16 ? launch<DType::bf16> : launch<DType::f16>;
-        error = run(list[i], multiprocessors, static_cast<cudaStream_t>(stream));
+        error = run(list[i], gpu, static_cast<cudaStream_t>(stream));
     }
     return reported(error);
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import cache, partial
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..newton_schulz import Square, square
 from ..verbs import ApplyOptions, ApplyUpdate, MomentumUpdate, Step
 from . import Fused, eager, native
 from .gpu import default_workspace_bytes as default_workspace_bytes
+from .gpu import fusing_pays
 from .gpu import leading_dimension as leading_dimension
 from .gpu import precise_squares as precise_squares
 from .gpu import symmetric_products as symmetric_products
@@ -74,10 +75,14 @@ class _Device:
         """Make `device` the current one."""
         return torch.cuda.device(device)
 
-    @cache
+    def __init__(self) -> None:
+        self._loaded: set[torch.device] = set()
+
     def load(self, device: torch.device) -> None:
         """Load all kernels before the first launch: a graph that is captured later may need one that never ran."""
-        self.module().cuda.load_kernels()
+        if device not in self._loaded:
+            self.module().cuda.load_kernels()
+            self._loaded.add(device)
 
 
 _device = _Device()
@@ -266,10 +271,13 @@ def product_tiles() -> tuple[int, int]:
 def fused_plan(rows: int, cols: int, count: int, schedule: Schedule, stochastic_rounding: bool = False) -> Fused | None:
     """Fuse where the smaller side fits on the chip, which needs no workspace but two visits to the longer one.
 
-    It rounds to nearest. A product is three or six of bf16, of whole squares, and sizes are rounded up to tiles.
+    Not where few wide matrices would leave most of the chip idle. It rounds to nearest. A product is three or six of
+    bf16, of whole squares, and sizes are rounded up to tiles.
     """
     terms = terms_needed(schedule.triples, schedule.margin)
     if stochastic_rounding or terms is None or rows > FUSED_ROWS[terms] or cols >= 2**31 - 32:
+        return None
+    if not fusing_pays(rows, cols, count):
         return None
     m, n = max(16, 1 << (rows - 1).bit_length()), -(-cols // 32) * 32
     parts, products = terms * (terms + 1) // 2, 4 * len(schedule.triples) - 3

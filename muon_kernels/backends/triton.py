@@ -22,6 +22,7 @@ from ..triton_kernels import configs
 from ..verbs import ApplyOptions, ApplyUpdate, MomentumUpdate, Step
 from . import Fused, eager
 from .gpu import default_workspace_bytes as default_workspace_bytes
+from .gpu import fusing_pays
 from .gpu import leading_dimension as leading_dimension
 from .gpu import precise_squares as precise_squares
 from .gpu import symmetric_products as symmetric_products
@@ -259,10 +260,12 @@ def product_tiles() -> tuple[int, int]:
 def fused_plan(rows: int, cols: int, count: int, schedule: Schedule, stochastic_rounding: bool = False) -> Fused | None:
     """Fuse where the smaller side fits on the chip, which needs no workspace but two visits to the longer one.
 
-    It rounds to nearest.
+    Not where few wide matrices would leave most of the chip idle. It rounds to nearest.
     """
     terms = terms_needed(schedule.triples, schedule.margin)
     if stochastic_rounding or terms is None or not 0 < rows <= configs.FUSED_ROWS:
+        return None
+    if not fusing_pays(rows, cols, count):
         return None
     return Fused(slots=0, flops=configs.executed_flops(rows, cols, len(schedule.triples), terms), reads=2)
 

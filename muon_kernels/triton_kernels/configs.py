@@ -19,10 +19,14 @@ class Config(NamedTuple):
     """Tiles of block_m x block_n, in steps of block_k, by num_warps warps; num_stages as Triton counts them.
 
     Attributes:
-        cost: of an element of the result, relative to the best tile of the architecture. A count, not a time: what
-            tensor cores need for a step, or what shared memory needs to take its operands and to give them, at 128
-            bytes a clock, if that is more.
+        cost: of an element of the result and a k of 1, relative to the best tile of the architecture. A count, not a
+            time: what tensor cores need for a step, or if that is more what shared memory needs to take its operands
+            and to give them, at 128 bytes a clock, or what the second-level cache needs to give them.
+        fixed: what a tile takes beside its k, to fill its stages, to read addends and to store, as so many k.
+        residents: programs that a multiprocessor has at once, of products and of symmetric ones: while one fills or
+            stores, the others multiply. 0: it is no candidate for these.
         tma: where operands are aligned, tiles of them are copied by one instruction, and no thread computes addresses.
+        registers: most that a thread may have, so that the residents fit; None: as many as the compiler likes.
     """
 
     block_m: int
@@ -31,7 +35,10 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     cost: float
+    fixed: float
+    residents: tuple[int, int]
     tma: bool = False
+    registers: int | None = None
 
     def tiles(self, m: int, n: int, symmetric: bool) -> int:
         """Return the number of tiles of a matrix."""
@@ -56,21 +63,32 @@ class Table(NamedTuple):
 # count them. The share behind an entry: of the clocks that tensor cores need for the loop, how many a scheduler issues
 # other instructions in, copies and their addresses mostly. Counted in SASS; no GPU was timed.
 #
+# `fixed` is counted from two published calibrations on H100: kernels like these take 3.5 us for a tile of 128 x 128 and
+# 4 us for one of 128 x 256 beside their k (LeetCUDA 416; TLX 1038, one program for each tile and persistent). Smaller
+# tiles have less to store: 3 and 2 us. Other architectures are taken to need as many. `tune` measures it.
+#
 # mma.sync takes a k of 16 for 16 x 8 elements in two clocks; a warp reads its operands from shared memory. Eight warps
 # share the large tiles: with four, the addends do not fit into registers beside the sums. All fit into 100 KiB.
 _MMA = (
-    Config(128, 256, 32, 8, 4, 1.0),  # 24 %
-    Config(128, 128, 32, 8, 4, 1.0),  # 35 %
-    Config(128, 64, 32, 4, 4, 1.125),  # 36 %
-    Config(64, 64, 64, 4, 4, 1.5),  # 42 %
+    Config(128, 256, 32, 8, 4, 1.0, 140, (1, 0)),  # 24 %
+    Config(128, 128, 32, 8, 4, 1.0, 245, (1, 1)),  # 35 %
+    Config(128, 64, 32, 4, 4, 1.125, 375, (3, 0)),  # 36 %
+    Config(64, 64, 64, 4, 4, 1.5, 375, (3, 3)),  # 42 %
+)
+# From 8.6 on, mma.sync takes four clocks (A10, L40) or eight (GeForce): shared memory keeps up with every tile, and
+# fewer k fit into the time of a fill. A multiprocessor has 100 KiB, for two programs at most. The smallest tile asks
+# the cache for a byte every 32 FLOPs, about what a 4090 has.
+_SLOW_MMA = tuple(
+    c._replace(cost=cost, fixed=c.fixed / 2, residents=(min(2, c.residents[0]), min(2, c.residents[1])))
+    for c, cost in zip(_MMA, (1.0, 1.0, 1.0, 1.1), strict=True)
 )
 # By compute capability (10 times major plus minor), or AMD's name of an architecture.
 #
 # About `vendor_from`: beside cuBLAS, the diagonal's corrections and the addend are passes over sums in fp32, about 25
 # bytes an element that our kernels do not move.
 # sm_100: shared memory takes and gives the operands of 128 x 256 tiles in 1.5 times the clocks that tensor cores need,
-# and cuBLAS's pairs of multiprocessors share 256 x 256: ours is at 0.67 of the peak at best, cuBLAS, as is assumed, at
-# 0.8. Of 2.25 PFLOP/s and 8 TB/s the passes are paid for from k = 14,000 on. Counted, not timed.
+# and cuBLAS's pairs of multiprocessors share 256 x 256. At 4096 cuBLAS reaches 1,359 TFLOP/s, kernels like ours 914
+# (learn-cuda 1454f8b, B200): the passes, at 8 TB/s, are paid for from m = n = k = 4,400 on.
 # sm_90: 128 x 256 keeps tensor cores busy, by the same count, and quack's fused aX + BX, with tiles like these, beats
 # cuBLAS's baddbmm (Gram-NS blog, H100). sm_80, 89: flash-muon's mma.sync kernels are 1.7 to 1.9 times as fast as cuBLAS
 # with half its FLOPs (A100, 4090, m >= 4096), so at its speed. sm_120 has that instruction, and nobody published it.
@@ -78,33 +96,36 @@ _MMA = (
 # m <= 1024 (flash-muon on H800: 0.0112 ms against 0.0124) without addends, it loses again with one pass of addends.
 TABLES: dict[int | str, Table] = {
     80: Table(_MMA),
-    # wgmma reads both operands from shared memory: 64 x 256 elements in 128 clocks for a k of 16.
+    86: Table(_SLOW_MMA),
+    # wgmma reads both operands from shared memory: 64 x 256 elements in 128 clocks for a k of 16. The small tiles wait
+    # for the cache, which is taken to give 5,120 bytes a clock as an A100's does.
     90: Table(
         (
-            Config(128, 256, 64, 8, 4, 1.0, tma=True),  # 16 %
-            Config(128, 128, 64, 8, 4, 1.25, tma=True),  # 32 %
-            Config(128, 64, 64, 4, 4, 1.75, tma=True),  # 35 %
-            Config(64, 64, 64, 4, 4, 2.0, tma=True),  # 62 %
+            Config(128, 256, 64, 8, 4, 1.0, 350, (1, 0), tma=True),  # 16 %
+            Config(128, 128, 64, 8, 4, 1.25, 545, (0, 1), tma=True),  # 32 %
+            Config(128, 128, 64, 8, 3, 1.25, 545, (2, 0), tma=True, registers=128),
+            Config(128, 64, 64, 4, 4, 2.0, 580, (2, 0), tma=True),  # 35 %
+            Config(64, 64, 64, 4, 4, 2.6, 600, (3, 3), tma=True),  # 62 %
         ),
     ),
     # tcgen05 takes 128 x 128 elements in 64 clocks, and 64 rows take as long as 128.
     100: Table(
         (
-            Config(128, 256, 64, 8, 4, 1.0, tma=True),  # 38 %
-            Config(128, 128, 64, 8, 4, 1.333, tma=True),  # 75 %
-            Config(128, 64, 64, 4, 4, 2.0, tma=True),  # 64 %
-            Config(64, 64, 64, 4, 4, 2.667, tma=True),  # 63 %
+            Config(128, 256, 64, 8, 4, 1.0, 780, (1, 0), tma=True),  # 38 %
+            Config(128, 128, 64, 8, 4, 1.333, 1020, (1, 1), tma=True),  # 75 %
+            Config(128, 64, 64, 4, 4, 2.0, 1170, (2, 0), tma=True),  # 64 %
+            Config(64, 64, 64, 4, 4, 2.667, 1170, (3, 3), tma=True),  # 63 %
         ),
-        vendor_from=16384,
+        vendor_from=4096,
     ),
     # mma.sync again, no wgmma, no tcgen05. By sm_80's clocks 13, 24, 24 and 25 %, but its tensor cores take two to four
     # times as many.
-    120: Table(tuple(c._replace(tma=True) for c in _MMA)),
+    120: Table(tuple(c._replace(tma=True) for c in _SLOW_MMA)),
     # mfma takes 128 x 128 elements in 256 clocks. A block may have 64 KiB.
     "gfx942": Table(
         (
-            Config(128, 128, 32, 4, 2, 1.0),  # 15 %
-            Config(64, 64, 64, 4, 2, 1.5),  # 38 %
+            Config(128, 128, 32, 4, 2, 1.0, 390, (1, 1)),  # 15 %
+            Config(64, 64, 64, 4, 2, 1.5, 700, (1, 1)),  # 38 %
         ),
     ),
 }
@@ -123,14 +144,26 @@ def vendor(shape: Shape, table: Table) -> bool:
     return least is not None and not shape.symmetric and min(shape.m, shape.n, shape.k) >= least
 
 
+def turns_of(config: Config, shape: Shape, multiprocessors: int) -> tuple[int, int]:
+    """Return the most tiles that a multiprocessor has, and how many turns these take where residents share one."""
+    tiles = -(-shape.batch * config.tiles(shape.m, shape.n, shape.symmetric) // multiprocessors)
+    return tiles, -(-tiles // config.residents[shape.symmetric])
+
+
+def work(config: Config, shape: Shape, multiprocessors: int) -> float:
+    """Return what the multiprocessor that has most tiles has to do, as elements times k of the best tile."""
+    tiles, turns = turns_of(config, shape, multiprocessors)
+    return config.block_m * config.block_n * config.cost * (tiles * shape.k + turns * config.fixed)
+
+
 def choose(shape: Shape, table: Table, multiprocessors: int) -> Config:
-    """The config with which the multiprocessor that has most tiles has least to do."""
+    """The config with which the multiprocessor that has most tiles has least to do, or about as little: the largest.
 
-    def work(config: Config) -> float:
-        most = -(-shape.batch * config.tiles(shape.m, shape.n, shape.symmetric) // multiprocessors)
-        return most * config.block_m * config.block_n * config.cost
-
-    return min((c for c in table.configs if not shape.symmetric or c.block_m == c.block_n), key=work)
+    A few percent are within what a count can say, and fewer kinds of tiles are fewer compilations.
+    """
+    took = {c: work(c, shape, multiprocessors) for c in table.configs if c.residents[shape.symmetric]}
+    least = min(took.values())
+    return max((c for c in took if took[c] <= 1.05 * least), key=lambda c: c.block_m * c.block_n)
 
 
 # ---- elementwise.py ----

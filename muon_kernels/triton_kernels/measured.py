@@ -59,22 +59,26 @@ def load(file: Path, shipped: Table) -> Table | None:
     """A table that was kept; None if there is none, or none of the candidates that are shipped."""
     try:
         content = json.loads(file.read_text())
-        kept = [Config(**c) for c in content["configs"]]
-        if [c._replace(cost=0) for c in kept] != [c._replace(cost=0) for c in shipped.configs]:
+        kept = [Config(**{**c, "residents": tuple(c["residents"])}) for c in content["configs"]]
+        if list(map(_untimed, kept)) != list(map(_untimed, shipped.configs)):
             raise ValueError("it has other candidates than this version")
-        if not all(0 < c.cost < math.inf for c in kept):
-            raise ValueError("a cost is not positive")
+        if not all(0 < c.cost < math.inf and 0 <= c.fixed < math.inf for c in kept):
+            raise ValueError("a cost is not positive, or a time beside k negative")
         vendor_from = content["vendor_from"]
         if vendor_from is not None and not (type(vendor_from) is int and vendor_from > 0):
             raise ValueError("vendor_from is neither null nor a size")
-        timed = (c._replace(cost=k.cost) for c, k in zip(shipped.configs, kept, strict=True))
-        return Table(tuple(timed), vendor_from)
+        return Table(tuple(kept), vendor_from)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         what = f"{file} is no table of tiles ({type(error).__name__}: {error}) and is not used"
         warnings.warn(f"{what}; run python -m muon_kernels tune again, or delete it", stacklevel=2)
         return None
+
+
+def _untimed(config: Config) -> Config:
+    """Return a candidate without what is measured."""
+    return config._replace(cost=0, fixed=0)
 
 
 def name_of_gpu() -> str:

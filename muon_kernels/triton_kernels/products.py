@@ -310,6 +310,8 @@ def _launch(
         num_stages=config.num_stages,
         enable_fp_fusion=True,
     )
+    if config.registers and tiles[0] is not None:  # addresses of what is not aligned take more of them
+        options["maxnreg"] = config.registers
     sizes = m // size_unit, n // size_unit, k // size_unit
     return _Launch(vendor(shape, table), programs, addend, tiles, (*sizes, *strides), options)
 

@@ -3,18 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from statistics import median
+from statistics import mean, median
+from typing import NamedTuple
 
 import torch
 from triton.runtime import driver
 
 from . import products
-from .configs import Config, Shape, Table, choose
+from .configs import Config, Shape, Table, choose, turns_of
 from .configs import table as shipped
 
 _ROUNDS = 3
 _SIDES = (1024, 2048, 4096, 8192)
+_SHORT = 4  # the other k is so many times shorter: two show what a tile takes beside its k
 _TILES_A_MULTIPROCESSOR = 8  # of the largest tiles: enough that the last ones do not count
+
+
+class _Fit(NamedTuple):
+    """Time of a product as a sum: of a k of 1 by element, and of what a tile takes beside, as so many k."""
+
+    slope: float
+    fixed: float
+
+
+def _fit(config: Config, shape: Shape, multiprocessors: int, short: float, long: float) -> _Fit:
+    """Fit the times of a product with a k of shape.k / _SHORT and of shape.k."""
+    tiles, turns = turns_of(config, shape, multiprocessors)
+    slope = max(long - short, 1e-3 * long) / (tiles * (shape.k - shape.k // _SHORT))
+    fixed = max(0.0, long - slope * tiles * shape.k) / (turns * slope)
+    return _Fit(slope / (config.block_m * config.block_n), fixed)
+
+
+def _relative(fits: dict[Config, list[_Fit]]) -> tuple[Config, ...]:
+    """Return the candidates with the means of their fits; costs are relative to the least."""
+    best = min(fit.slope for of_one in fits.values() for fit in of_one)
+    return tuple(
+        config._replace(cost=mean(f.slope for f in of_one) / best, fixed=mean(f.fixed for f in of_one))
+        for config, of_one in fits.items()
+    )
 
 
 def measure(
@@ -33,33 +59,32 @@ def measure(
     multiprocessors = int(driver.active.utils.get_device_properties(device)["multiprocessor_count"])
     torch_device = driver.active.get_active_torch_device()
     side = sides[0]
+    ks = side // _SHORT, side
     candidates = shipped(driver.active.get_current_target().arch).configs
     largest = max(c.block_m * c.block_n for c in candidates)
     batch = max(1, _TILES_A_MULTIPROCESSOR * multiprocessors * largest // side**2)
     a, x, c, out = (torch.randn(batch, side, side, device=torch_device).bfloat16() for _ in range(4))
-    flops = 2.0 * batch * side**3
 
-    def call(config: Config, symmetric: bool) -> Callable[[], None]:
-        b = a if symmetric else x
+    def call(config: Config, symmetric: bool, k: int) -> Callable[[], None]:
+        A, B = a[..., :k], a[..., :k] if symmetric else x[:, :k]
         return lambda: products.product(
-            a, b, out, b_transposed=symmetric, symmetric=symmetric, c=c, beta=0.5, config=config
+            A, B, out, b_transposed=symmetric, symmetric=symmetric, c=c, beta=0.5, config=config
         )
 
-    rivals = [(config, s) for config in candidates for s in (False, True) if not s or config.block_m == config.block_n]
-    times: dict[tuple[Config, bool], list[float]] = {rival: [] for rival in rivals}
+    rivals = [(config, s, k) for config in candidates for s in (False, True) if config.residents[s] for k in ks]
+    times: dict[tuple[Config, bool, int], list[float]] = {rival: [] for rival in rivals}
     for _ in range(_ROUNDS):  # in turns: a clock that changes changes all
         for rival in rivals:
             times[rival].append(time(call(*rival)))
-    relative: dict[Config, list[float]] = {config: [] for config in candidates}
-    for s in (False, True):
-        best = min(median(times[rival]) for rival in rivals if rival[1] == s)
-        for config, symmetric in rivals:
-            if symmetric == s:
-                took = median(times[config, s])
-                relative[config].append(took / best)
-                what = f"{'syrk' if s else 'gemm'} {config.block_m}x{config.block_n}x{config.block_k}"
-                yield what, flops * (0.5 if s else 1) / took / 1e9, None
-    table = Table(tuple(c._replace(cost=sum(relative[c]) / len(relative[c])) for c in candidates), None)
+    fits: dict[Config, list[_Fit]] = {config: [] for config in candidates}
+    for config, s, k in rivals:
+        took = median(times[config, s, k])
+        what = f"{'syrk' if s else 'gemm'} {config.block_m}x{config.block_n}x{config.block_k}, k = {k}"
+        yield what, batch * side**2 * k * (1 if s else 2) / took / 1e9, None
+        if k == side:
+            shape = Shape(batch, side, side, side, s)
+            fits[config].append(_fit(config, shape, multiprocessors, median(times[config, s, ks[0]]), took))
+    table = Table(_relative(fits), None)
     for side in reversed(sides):
         shape = Shape(1, side, side, side, False)
         try:

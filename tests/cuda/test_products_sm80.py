@@ -272,6 +272,26 @@ def test_choice_of_tiles(cuda: Products, multiprocessors: int) -> None:
     assert pick(128, 128, 512, 100_000) == (Kernel(128, 128, True, True), 100_000)  # beyond a grid's y and z
 
 
+@pytest.mark.parametrize(
+    ("capability", "side"), [((8, 0), 128), ((8, 6), 64), ((9, 0), 128), ((12, 0), 64)], ids=lambda value: str(value)
+)
+def test_choice_follows_the_tensor_cores(cuda: Products, capability: tuple[int, int], side: int) -> None:
+    """Where they are slow, shared memory keeps up with small tiles too, of which fewer are left over."""
+    before = cuda.runtime.device.major, cuda.runtime.device.minor
+    cuda.runtime.pretend(*capability)
+    try:
+        kernel, _ = chosen(cuda, 768, 768, 768, 12, 108, True)
+    finally:
+        cuda.runtime.pretend(*before)
+    assert (kernel.block_m, kernel.block_n) == (side, side)
+
+
+def test_what_a_tile_takes_beside_its_k_counts(cuda: Products) -> None:
+    """Small tiles leave less over, which pays where k is long: they fill and store once more."""
+    tiles = [chosen(cuda, 128, 128, k, 140, 108, True)[0].block_m for k in (32, 4096)]
+    assert tiles == [128, 64]
+
+
 def test_what_does_not_fit_is_refused(cuda: Products) -> None:
     A, X, out = torch.ones(2, 8, 8).bfloat16(), torch.ones(2, 8, 9).bfloat16(), torch.ones(2, 8, 9).bfloat16()
     for arguments in checks.unfit():
