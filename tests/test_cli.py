@@ -14,9 +14,11 @@ from checks import needs
 
 from muon_kernels import backends
 from muon_kernels.backends import BACKENDS
-from muon_kernels.cli import COMMANDS, demo, main
+from muon_kernels.cli import COMMANDS, demo, estimate, main
 from muon_kernels.cli.demo import training
 from muon_kernels.cli.ledger import MODELS, ledger
+from muon_kernels.coefficients import resolve
+from muon_kernels.step.plan import plan_for_shapes
 
 
 @pytest.fixture(autouse=True)
@@ -335,6 +337,34 @@ def test_the_ledger_keeps_its_promises(backend: str) -> None:
     assert ours.flops <= 0.4576 * torchs.flops
     assert heads[f"muon_kernels, {backend}"].launches == 1
     assert heads[f"muon_kernels, {backend}"].flops <= heads["torch.optim.Muon"].flops
+
+
+def test_estimates_agree_with_published_times() -> None:
+    """Of others' kernels with the same FLOPs: fused-muon 740a4d7 on A800, five steps of one matrix with its passes."""
+    schedule, gpu = resolve("keller"), estimate.GPUS["a100"]
+    _, cuda = estimate.kernels_on(gpu)
+    for side, published in ((4096, 6.29e-3), (2048, 1.305e-3)):
+        plan = plan_for_shapes([(side, side, 1)], schedule=schedule, device="cuda", backend="cuda", available=False)
+        assert estimate.estimate(plan, cuda, gpu, schedule).seconds == pytest.approx(published, rel=0.2)
+
+
+@pytest.mark.parametrize("gpu", estimate.GPUS)
+def test_estimates_say_that_they_are_ones(gpu: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """And name a source for every rate; no estimate is faster than the least time of the table above it."""
+    assert main(["ledger", "--device", gpu]) == 0
+    table, estimates = capsys.readouterr().out.split("estimates, not measurements")
+    rows = [line for line in estimates.splitlines() if line.startswith("estimate of")]
+    assert len(rows) >= 2
+    least = {
+        line.split(", ")[1].split()[0]: float(line.split()[-1])
+        for line in table.splitlines()
+        if "muon_kernels, " in line and "%" in line
+    }
+    for row in rows:
+        name = row.removeprefix("estimate of ").split()[0].rstrip(",")
+        assert float(row.split()[-2]) >= least[name] * 0.99, row
+    for kernels in estimate.kernels_on(estimate.GPUS[gpu]):
+        assert kernels.reached.source in estimates and 0 < kernels.reached.share < 1
 
 
 def test_the_ledger_of_ranks(capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,6 +26,9 @@ def fusing_pays(rows: int, cols: int, count: int) -> bool:
 
     It does for many matrices and for short ones; a few wide ones would keep a few multiprocessors busy for long.
     """
-    elements = rows * cols
-    turns = -(-count // _MULTIPROCESSORS)
-    return turns * elements * _FUSED_SECONDS <= _LAUNCHES_SECONDS + count * elements * _APART_SECONDS
+    return fused_seconds(rows, cols, count) <= _LAUNCHES_SECONDS + count * rows * cols * _APART_SECONDS
+
+
+def fused_seconds(rows: int, cols: int, count: int) -> float:
+    """Predict the time of a fused step."""
+    return -(-count // _MULTIPROCESSORS) * rows * cols * _FUSED_SECONDS

@@ -23,6 +23,8 @@ from ..distributed.traffic import alternatives, flops, largest
 from ..newton_schulz import Square
 from ..step.counting import Counter, count_iteration
 from ..step.plan import Plan, plan_for_shapes
+from . import estimate
+from .estimate import GPUS, Gpu
 
 Shapes = Sequence[tuple[int, int, int]]
 
@@ -46,21 +48,6 @@ MODELS: dict[str, Shapes] = {
         *[(64, 2048, 26), (1408, 2048, 26 * 128), (2048, 1408, 26 * 64)],  # router and experts of the others
         *[(2816, 2048, 26 * 2), (2048, 2816, 26)],  # and the two experts that all tokens share, as one
     ],
-}
-
-
-class Gpu(NamedTuple):
-    """Dense bf16 FLOP/s with fp32 accumulation, and bytes/s of memory, from NVIDIA's data sheets."""
-
-    flops: float
-    bytes: float
-
-
-GPUS = {
-    "a100": Gpu(312e12, 2.039e12),  # A100 80GB SXM
-    "h100": Gpu(989e12, 3.35e12),  # H100 SXM
-    "rtx4090": Gpu(165e12, 1.008e12),
-    "b200": Gpu(2250e12, 8.0e12),
 }
 
 
@@ -229,7 +216,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--shape", action="append", type=_shape, metavar="ROWSxCOLSxCOUNT", help="in place of a model; repeatable"
     )
-    parser.add_argument("--gpu", default="h100", choices=GPUS, help="default: h100")
+    parser.add_argument("--gpu", "--device", default="h100", choices=GPUS, help="default: h100")
     parser.add_argument(
         "--ns-coefficients", default=DEFAULT, choices=COEFFICIENTS, help=f"of ours only, default: {DEFAULT}"
     )
@@ -320,6 +307,9 @@ def run(args: argparse.Namespace) -> int:
             f"{terms[0]:11.3f}{terms[1]:10.3f}{terms[2]:11.3f}{max(terms):15.3f}"
         )
     print()
-    for name, plan in own_plans(shapes, schedule).items():
+    plans = own_plans(shapes, schedule)
+    for name, plan in plans.items():
         print(f"muon_kernels, {name}: {traffic(plan, name, schedule)}")
+    print()
+    print("\n".join(estimate.lines(plans, gpu, schedule)))
     return 0
