@@ -72,7 +72,7 @@ class Table(NamedTuple):
 _MMA = (
     Config(128, 256, 32, 8, 4, 1.0, 140, (1, 0)),  # 24 %
     Config(128, 128, 32, 8, 4, 1.0, 245, (1, 1)),  # 35 %
-    Config(128, 64, 32, 4, 4, 1.125, 375, (3, 0)),  # 36 %
+    Config(128, 64, 32, 4, 4, 1.125, 375, (2, 0)),  # 36 %; three with some versions of Triton
     Config(64, 64, 64, 4, 4, 1.5, 375, (3, 3)),  # 42 %
 )
 # From 8.6 on, mma.sync takes four clocks (A10, L40) or eight (GeForce): shared memory keeps up with every tile, and
