@@ -51,6 +51,7 @@ FLOORS = (
     ("qk_clip", "step"),
     ("distributed",),
     ("optimizers",),
+    ("checks",),
     ("cli",),
     ("__init__", "__main__"),
 )
