@@ -1,4 +1,4 @@
-"""Checks that tests and `python -m muon_kernels verify` share: what must hold, whoever computes it and on what device.
+"""Checks that tests and `python -m muon_kernels verify` share: of what must hold on every backend and device.
 
 The judge is float64, in torch's own operations; bounds are those of rounding. A check raises `Wrong`, not by `assert`,
 which python -O leaves out. Tensors are made on torch's default device: wrap a check in `with torch.device(...)`.

@@ -1,4 +1,4 @@
-"""What every batched product must get right, whoever computes it; the operands that it is asked with.
+"""Checks of batched products, whoever computes them; the operands that they are asked with.
 
 A `Run` computes one product: run(a, b, out, **options) with the options of csrc/muon_kernels.h's Product.
 """

@@ -1,4 +1,4 @@
-"""What every optimizer step must get right, whatever backend runs it and where; checks that tests share with `verify`.
+"""Checks of optimizer steps, whatever backend runs them and where; tests share them with `verify`.
 
 Parameters are made on the processor, so that they are the same everywhere, and stepped on the device of a `Where`.
 """
@@ -28,7 +28,7 @@ _LR, _DECAY, _MU = 0.1, 0.5, 0.95
 
 
 class Where(Protocol):
-    """Where a backend runs: the name of the backend, and the device of tensors."""
+    """Place of a backend: the name of the backend, and the device of tensors."""
 
     @property
     def backend(self) -> str:
@@ -40,7 +40,7 @@ class Where(Protocol):
 
 
 class Captures(Where, Protocol):
-    """Where a step can be captured, and what was captured replayed."""
+    """Place where a step can be captured, and what was captured replayed."""
 
     @property
     def capture(self) -> Callable[[], AbstractContextManager[Any]]:

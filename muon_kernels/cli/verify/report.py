@@ -1,4 +1,4 @@
-"""What a person reads: a line for each stage, a table of the models' steps, a row for bench/RESULTS.md."""
+"""Report for a person: a line for each stage, a table of the models' steps, a row for bench/RESULTS.md."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ _PATIENCE = 120.0  # seconds beyond three times its share after which a stage ha
 
 @dataclass
 class Record:
-    """What became of a stage."""
+    """Outcome of a stage."""
 
     number: int
     name: str

@@ -1,4 +1,4 @@
-"""What a stage is, what it is given, and what it says."""
+"""A stage, what it is given, and what it says."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Graph(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where stages run.
+    """Place where stages run.
 
     Attributes:
         kind: "gpu", "cpu", or "executor", which runs a GPU's kernels on the CPU.
@@ -46,7 +46,7 @@ class Place(NamedTuple):
 
 @dataclass
 class Context:
-    """What a stage is given.
+    """Everything that a stage is given.
 
     Attributes:
         place: where.
@@ -66,7 +66,7 @@ class Context:
 
 
 class Result(NamedTuple):
-    """What a stage found: in a line, as data for the JSON, and what is wrong."""
+    """Findings of a stage: in a line, as data for the JSON, and what is wrong."""
 
     summary: str
     data: dict[str, Any]

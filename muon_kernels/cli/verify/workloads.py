@@ -1,4 +1,4 @@
-"""What is timed and checked: workloads of real models, and sizes, for a GPU or for a rehearsal."""
+"""Everything that is timed and checked: workloads of real models, and sizes, for a GPU or for a rehearsal."""
 
 from __future__ import annotations
 
