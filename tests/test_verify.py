@@ -597,7 +597,7 @@ def test_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(timing, "_last", -math.inf)
     monkeypatch.setattr(timing, "spin", lambda device: seen.append("spin"))
-    times = iter([3.0, 30.0, 1.0, 10.0, 2.0, 20.0])
+    times = iter([3.0, 30.0, 1.0, 10.0, 2.0, 20.0, *[1.0] * 6])
 
     def time_(run: timing.Run, device: str, before: timing.Run | None) -> float:
         assert before is not None
@@ -612,7 +612,6 @@ def test_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     seen.clear()
     times = iter([1.0] * 8)
     now[0] = 0.1  # it is warm still
-    times = iter([1.0] * 6)
     timing.in_turns(runs, "cuda", 9, lambda: 0.0, empty, time_)
     assert "s" not in "".join(seen) and len(seen) == 2 + 3 * 4, "no time is left: as many as a median needs"
 

@@ -8,7 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -131,15 +131,15 @@ def clocks(device: str) -> dict[str, str]:
 _last = -math.inf  # when something was timed last
 
 
-def in_turns(
+def turns(
     runs: Mapping[str, Run],
     device: str,
     rounds: int,
     left: Callable[[], float] = lambda: math.inf,
     before: Run | None = None,
     time_: Callable[[Run, str, Run | None], float] = seconds,
-) -> dict[str, float]:
-    """Time runs in turns, on a warm device, so that whatever else happens meets all; return medians in seconds.
+) -> dict[str, list[float]]:
+    """Time runs in turns, on a warm device, so that whatever else happens meets all; return each one's seconds.
 
     Args:
         runs: by name.
@@ -161,7 +161,12 @@ def in_turns(
         for name, run in runs.items():
             taken[name].append(time_(run, device, before))
     _last = time.monotonic()
-    return {name: statistics.median(each) for name, each in taken.items()}
+    return taken
+
+
+def in_turns(runs: Mapping[str, Run], device: str, rounds: int, *options: Any, **named: Any) -> dict[str, float]:
+    """Return the medians of `turns`."""
+    return {name: statistics.median(each) for name, each in turns(runs, device, rounds, *options, **named).items()}
 
 
 def repeated(run: Run, times: int, device: str) -> Run:
