@@ -44,5 +44,7 @@ def test_a_tile_s_products_are_right(on_the_cpu: OnTheCpu) -> None:
     """The smallest, by all of the way from a backend's name to the launch."""
     with emulated(80, 108, None) as device:
         smallest = list(implementations(PLACE, torch.bfloat16))[-1]
-        checks.any_shape(checks.twice(smallest.run), 1, 17, 21, 2)
-    assert len(device.log) == 6
+        X, out = checks.placed(checks.integers(1, 17, 21), 2), checks.empty(1, 17, 17, width=2)
+        checks.twice(smallest.run)(X, X, out, b_transposed=True, symmetric=True)
+    assert torch.equal(out, checks.exact(X, X, True).bfloat16()) and checks.untouched(out)
+    assert len(device.log) == 2
