@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from muon_kernels import Muon
 from muon_kernels.graphs import capturing
-from muon_kernels.step import run
+from muon_kernels.step import run, workspace
 
 
 @pytest.mark.parametrize("captured", [0, 1, None])
@@ -44,3 +45,22 @@ def test_random_bits_are_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [p.device] and torch.equal(p, before)
     Muon([p], lr=0.5).step()
     assert not torch.equal(p, before)
+
+
+def test_a_graph_s_workspace_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a captured step when the workspace grows; of one that ran, none is kept twice."""
+    now = [False]
+    monkeypatch.setattr(workspace, "capturing", lambda device: now[0])
+    room, device = workspace.Workspace(), torch.device("cpu")
+    room.reserve(device, 100)
+    before = weakref.ref(room._blocks[device])
+    room.reserve(device, 200)
+    assert before() is None, "memory of a step that only ran is given back before there is more"
+    now[0] = True
+    for _ in range(2):
+        room.reserve(device, 150)
+    captured = weakref.ref(room._blocks[device])
+    now[0] = False
+    room.reserve(device, 300)
+    assert captured() is not None and room.addresses() == [room._blocks[device].data_ptr()] != [captured().data_ptr()]
+    assert len(room._of_graphs) == 1

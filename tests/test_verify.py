@@ -455,6 +455,9 @@ def test_after_wrong_results_nothing_is_timed(gpu_lives: dict[str, bool]) -> Non
         "ncu": "not run",
     }
     assert runner.records[2].summary == "products are wrong"
+    runner = Runner(all_, GPU, TINY, 60.0, anyway=True)
+    assert not runner.run() and runner.bad
+    assert list(statuses(runner).values()) == ["WRONG", "ok", "ok", "ok", "ok"]
 
 
 def test_a_lost_gpu_ends_what_needs_it(gpu_lives: dict[str, bool]) -> None:
@@ -546,13 +549,15 @@ def test_what_hangs_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gp
     said = []
 
     def hangs(context: Context) -> Result:
-        while not ended:
-            time.sleep(0.01)
+        for _ in range(1000):
+            if not ended:
+                time.sleep(0.01)
         said.append(json.loads(file.read_text())["stages"][0])
         return Result("", {})
 
     Runner([stage("a", hangs)], GPU, TINY, 0.01, file).run()
-    assert ended == [1] and (said[0]["status"], said[0]["summary"]) == ("FAILED", "it hangs; the process was ended")
+    assert ended == [1] and said
+    assert (said[0]["status"], said[0]["summary"]) == ("FAILED", "it hangs; the process was ended")
 
 
 def test_stages_that_are_rehearsed_show_no_times() -> None:
@@ -756,7 +761,7 @@ def test_crossovers(context: Context) -> None:
     times = result.data["us"]["1 of 16"]["square"]
     assert "torch" in times and len(times) == 1 + len(cpu.instruction_sets()) and "fastest in" in result.summary
     late = sweeps.crossovers(Context(context.place, TINY, end=-math.inf))
-    assert "no time for 2 sizes" in late.summary and not late.data["us"]
+    assert "no time or memory for 2 sizes" in late.summary and not late.data["us"]
 
 
 def test_steps_of_models(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -774,6 +779,12 @@ def test_steps_of_models(context: Context, monkeypatch: pytest.MonkeyPatch) -> N
     for name in (*context.place.backends, steppers.TORCH, steppers.COMPILED, steppers.BATCHED):
         assert rows[name]["wall, ms"] > 0 and rows[name]["graph, ms"] > 0, rows[name]
         assert ("% of roofline" in rows[name]) == (name in backends.BACKENDS)
+
+
+def test_what_there_is_no_time_to_compile_is_left_out(context: Context) -> None:
+    rows = models.compared(context, TINY.workloads["tiny"], -math.inf)
+    assert rows[steppers.COMPILED] == rows[steppers.BATCHED] == {"failed": "no time to compile it"}
+    assert rows[steppers.TORCH]["wall, ms"] > 0
 
 
 def test_a_step_that_cannot_be_captured_has_no_replay(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -938,7 +949,7 @@ def test_tables(with_rich: bool, capsys: pytest.CaptureFixture[str], monkeypatch
     wrong = Record(2, "steps", "right?", "WRONG", 12.0, "30 checks, 25 wrong", [f"case {i}" for i in range(25)])
     report.show([*timed_models(), wrong])
     out = capsys.readouterr().out
-    assert "2.500 (2.250), 40 %" in out and "failed" in out and "30 checks, 25 wrong" in out
+    assert "2.500 (2.250), 40 %" in out and "none" in out and "30 checks, 25 wrong" in out
     assert "steps: case 19" in out and "case 20" not in out and "steps: and 5 more, which --json FILE has" in out
     assert "something is wrong: steps" in out and "for bench/RESULTS.md:\n| 20" in out
 

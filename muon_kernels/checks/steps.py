@@ -267,7 +267,7 @@ def replays_after_growth(where: Captures, shapes: Sequence[Shape] = SHAPES, byte
     Args:
         where: the backend.
         shapes: of parameters.
-        bytes_: of memory that is allocated and filled before the replay.
+        bytes_: of memory, at most, that is allocated and filled before the replay.
     """
     pair = _Pair(where, shapes)
     captured, plain = pair.muons
@@ -282,12 +282,18 @@ def replays_after_growth(where: Captures, shapes: Sequence[Shape] = SHAPES, byte
         p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(1)).to(p.device)
         muon.step()
         p.grad = None
-    foreign = torch.full((bytes_ // 4,), 5.0, device=where.device)
+    foreign = _of_many_sizes(bytes_, where.device)
     pair.feed(1)
     where.replay()
     plain.step()
     pair.compare("replayed after the workspace had grown")
-    require(bool((foreign == 5).all()), "a replay wrote to memory that others have allocated since")
+    require(all(bool((t == 5).all()) for t in foreign), "a replay wrote to memory that others have allocated since")
+
+
+def _of_many_sizes(bytes_: int, device: str) -> list[Tensor]:
+    """Return fives in blocks of 4 KiB and more, so that whatever was given back is taken again."""
+    sizes = [1 << i for i in range(12, max(13, (bytes_ // 16).bit_length()))]
+    return [torch.full((size // 4,), 5.0, device=device) for size in sizes for _ in range(4)]
 
 
 def on_a_side_stream(where: Where, shapes: Sequence[Shape] = SHAPES) -> None:

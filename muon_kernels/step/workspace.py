@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import backends
 from ..coefficients import Schedule
+from ..graphs import capturing
 from ..newton_schulz import Blend, Square, squares_of
 from ..stages.packed import floats
 from .plan import Bucket
@@ -29,10 +30,15 @@ class Stacks(NamedTuple):
 
 
 class Workspace:
-    """Memory that steps share and keep, one block a device; it grows to the largest chunk and stays."""
+    """Memory that steps share and keep, one block a device; it grows to the largest chunk and stays.
+
+    A CUDA graph keeps addresses of the block that a step was captured with: such a one is kept when a larger one has
+    taken its place, or a replay would write to what is somebody else's by then.
+    """
 
     def __init__(self) -> None:
         self._blocks: dict[torch.device, Tensor] = {}
+        self._of_graphs: list[Tensor] = []
         self._stacks: dict[tuple[Bucket, Schedule, int, torch.device, int], Stacks] = {}
 
     def reserve(self, device: torch.device, bytes_: int) -> None:
@@ -41,7 +47,9 @@ class Workspace:
         if block is None or block.numel() < bytes_:
             self._stacks.clear()
             self._blocks.pop(device, None)
-            self._blocks[device] = torch.empty(bytes_, dtype=torch.uint8, device=device)
+            block = self._blocks[device] = torch.empty(bytes_, dtype=torch.uint8, device=device)
+        if capturing(device) and not any(block is kept for kept in self._of_graphs):
+            self._of_graphs.append(block)
 
     def addresses(self) -> list[int]:
         """Return the addresses of the blocks."""

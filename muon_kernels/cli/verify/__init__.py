@@ -5,9 +5,10 @@ tile and a launch cost; which backend is faster from which size on; steps of rea
 and compiled, a compiled loop over stacks, and peers that are installed; the gaps between kernels; passes over memory;
 NVIDIA's checker and profiler, where they are installed.
 
-If products or steps are wrong, nothing is timed. The JSON is complete after every stage; Ctrl-C shows what there is.
-Without a GPU, the kernels of this processor are checked. --emulated executes the CUDA kernels on the processor, in the
-source tree: a few, on tiny matrices; what would time them is tried as well, and what it says thrown away.
+If products or steps are wrong, nothing is timed, unless --anyway is given. The JSON is complete after every stage;
+Ctrl-C shows what there is. Without a GPU, the kernels of this processor are checked. --emulated executes the CUDA
+kernels on the processor, in the source tree: a few, on tiny matrices; what would time them is tried as well, and what
+it says thrown away.
 
 Exit status: 0; 1 if anything is wrong or failed; 2 for arguments that cannot be; 130 after Ctrl-C.
 """
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=_minutes, default=10.0, help="time for all stages together (default: 10)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that is found there, after every stage")
     parser.add_argument("--emulated", action="store_true", help="execute the CUDA kernels on this processor")
+    parser.add_argument("--anyway", action="store_true", help="measure times even if results are wrong")
 
 
 def _minutes(text: str) -> float:
@@ -82,9 +84,8 @@ def _run(args: argparse.Namespace, place: Place) -> int:
     sizes = {"gpu": workloads.FULL, "cpu": workloads.CPU, "executor": workloads.TINY}[place.kind]
     when = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     about = {"muon_kernels": __version__, "when": when, "minutes": args.minutes, "place": place.kind}
-    runner = Runner(
-        STAGES, place, sizes, 60 * args.minutes, args.json, lambda record: print(report.line(record), flush=True), about
-    )
+    said = lambda record: print(report.line(record), flush=True)
+    runner = Runner(STAGES, place, sizes, 60 * args.minutes, args.json, said, about, args.anyway)
     try:
         runner.write()
     except OSError as error:

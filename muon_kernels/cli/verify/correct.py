@@ -156,9 +156,6 @@ def _step_cases(context: Context, name: str) -> Iterator[Case]:
     exact = partial(steps.steps_are_exact, here, shapes)
     yield Case(f"{name}: two steps", exact)
     yield Case(f"{name}: momentum is torch's to the bit", partial(steps.momentum_is_torchs, here, shapes))
-    for coefficients, shape in context.sizes.zoo:
-        what = f"{name}: all spectra, {coefficients}, {shape[0]}x{shape[1]}"
-        yield Case(what, partial(steps.zoo, here, coefficients, shape))
     for shape in _ends(shapes):
         yield Case(f"{name}: zero and NaN, {shape[0]}x{shape[1]}", partial(steps.zero_and_nan, here, shape))
     for factor in (1e30, 1e-30):
@@ -176,6 +173,9 @@ def _step_cases(context: Context, name: str) -> Iterator[Case]:
         if place.kind == "gpu":  # what replays elsewhere knows no memory but its own
             what = f"{name}: replayed after the workspace had grown"
             yield Case(what, partial(_captured, steps.replays_after_growth, here, place, shapes))
+    for coefficients, shape in context.sizes.zoo:
+        what = f"{name}: all spectra, {coefficients}, {shape[0]}x{shape[1]}"
+        yield Case(what, partial(steps.zoo, here, coefficients, shape))
 
 
 def _ends(shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, int]]:

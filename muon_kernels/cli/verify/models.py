@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 import torch
@@ -12,20 +13,23 @@ from ... import backends
 from ...step.plan import plan_for_shapes
 from .facts import peaks
 from .stage import Context, Result
-from .steppers import Maker, Step, own, parameters, rivals
+from .steppers import BATCHED, COMPILED, Maker, Step, own, parameters, rivals
 from .timing import clocks, flusher, in_turns, one_after_another, wall
 from .workloads import Shapes
+
+_LATE = (COMPILED, BATCHED)  # what takes seconds to compile, for every shape
 
 
 def time_steps(context: Context) -> Result:
     """Time a step of every workload by every implementation, in turns."""
     device = context.place.device
     data: dict[str, Any] = {"clocks before": clocks(device), "workloads": {}, "left out": []}
-    for name, shapes in context.sizes.workloads.items():
+    for i, (name, shapes) in enumerate(context.sizes.workloads.items()):
         if context.left() <= 0:
             data["left out"].append(name)
             continue
-        data["workloads"][name] = compared(context, shapes)
+        share = context.left() / (len(context.sizes.workloads) - i)
+        data["workloads"][name] = compared(context, shapes, time.monotonic() + share)
     data["clocks after"] = clocks(device)
     ratios = [faster for each in data["workloads"].values() if (faster := _faster(each)) is not None]
     mean = math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else math.nan
@@ -43,14 +47,23 @@ def _faster(rows: dict[str, dict[str, Any]]) -> float | None:
     return min(torchs) / min(ours) if ours and torchs else None
 
 
-def compared(context: Context, shapes: Shapes) -> dict[str, dict[str, Any]]:
-    """Return by implementation its times in ms and its share of what this GPU can do, or why there is none."""
+def compared(context: Context, shapes: Shapes, end: float = math.inf) -> dict[str, dict[str, Any]]:
+    """Return by implementation its times in ms and its share of what this GPU can do, or why there is none.
+
+    Args:
+        context: of the stage.
+        shapes: of the parameters.
+        end: after which nothing more is compiled, by `time.monotonic`.
+    """
     place, sizes = context.place, context.sizes
     torch.compiler.reset()  # of a function torch keeps eight compilations, and then runs it as it is
     params = parameters(shapes, place.device)
     rows: dict[str, dict[str, Any]] = {}
     steps: dict[str, Step] = {}
     for name, make in {**own(place.backends), **rivals(sizes.compiler)}.items():
+        if name in _LATE and time.monotonic() > end:
+            rows[name] = {"failed": "no time to compile it"}
+            continue
         try:
             steps[name] = _ready(make, params)
             rows[name] = {}

@@ -93,7 +93,7 @@ def _models(records: Sequence[Record]) -> list[tuple[str, tuple[str, ...], list[
 
 def _cell(row: dict[str, Any]) -> str:
     if "wall, ms" not in row:
-        return "failed" if "failed" in row else ""
+        return "none" if "failed" in row else ""
     graph = f" ({row['graph, ms']:.3f})" if "graph, ms" in row else ""
     share = f", {row['% of roofline']:.0f} %" if "% of roofline" in row else ""
     return f"{row['wall, ms']:.3f}{graph}{share}"

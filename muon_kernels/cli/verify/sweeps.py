@@ -69,7 +69,8 @@ def _fitted(points: dict[int, float]) -> dict[str, float]:
 def _along_k(context: Context, waves: int, make: Callable[..., Any], only_square: bool) -> dict[str, dict[int, float]]:
     """Return microseconds of a product by implementation and k."""
     sizes, place = context.sizes, context.place
-    tiles = (sizes.side // _TILE + 1) * (sizes.side // _TILE) // (2 if only_square else 1)
+    along = sizes.side // _TILE
+    tiles = along * (along + 1) // 2 if only_square else along**2
     batch = max(1, waves * place.multiprocessors // max(1, tiles))
     times: dict[str, dict[int, float]] = {}
     for k in sizes.ks:
@@ -106,7 +107,10 @@ def crossovers(context: Context) -> Result:
             if context.left() <= 0:
                 left_out += 1
                 continue
-            data["us"][f"{batch} of {m}"] = _compared(context, chosen, batch, m)
+            try:
+                data["us"][f"{batch} of {m}"] = _compared(context, chosen, batch, m)
+            except torch.OutOfMemoryError:
+                left_out += 1
     data["clocks after"] = clocks(place.device)
     data["fastest"] = {
         at: {what: min(times, key=lambda name: times[name]) for what, times in both.items()}
@@ -114,7 +118,9 @@ def crossovers(context: Context) -> Result:
     }
     wins = [who for both in data["fastest"].values() for who in both.values()]
     summary = ", ".join(f"{name} fastest in {wins.count(name)}" for name in dict.fromkeys(wins))
-    return Result(f"of {len(wins)}: {summary}" + (f"; no time for {left_out} sizes" if left_out else ""), data)
+    return Result(
+        f"of {len(wins)}: {summary}" + (f"; no time or memory for {left_out} sizes" if left_out else ""), data
+    )
 
 
 def _compared(context: Context, chosen: list[Implementation], batch: int, m: int) -> dict[str, dict[str, float]]:

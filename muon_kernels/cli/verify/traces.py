@@ -49,14 +49,14 @@ def profiled(step: Step, device: str) -> list[Ran]:
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+    with torch.profiler.profile(activities=activities) as profile:
         step()
         if device == "cuda":
             torch.cuda.synchronize()
     return [
         Ran(event.name, event.time_range.start, event.time_range.end)
         for event in profile.events() or ()
-        if event.device_type.name == kind
+        if event.device_type.name == kind and not getattr(event, "is_user_annotation", False)
     ]
 
 
