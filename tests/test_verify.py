@@ -347,20 +347,22 @@ def test_a_wrong_kernel_ends_with_status_1(
     assert found["wrong"] and found["stages"][2]["status"] == "WRONG" and found["stages"][2]["wrong"]
 
 
-@pytest.mark.parametrize("minutes", ["0", "-1", "inf", "soon"])
+@pytest.mark.parametrize("minutes", ["0", "-1", "inf", "nan", "soon"])
 def test_minutes_that_cannot_be(minutes: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(["verify", "--minutes", minutes])
-    assert exit_.value.code == 2 and "--minutes" in capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert f"--minutes: should be a number of minutes > 0 but is: {minutes}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["missing/found.json", "."])
+@pytest.mark.parametrize("name", ["missing/found.json", "folder"])
 def test_a_file_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     """Known before anything is run."""
+    (tmp_path / "folder").mkdir()
     assert main(["verify", "--json", str(tmp_path / name)]) == 2
     captured = capsys.readouterr()
-    assert "--json should be a file that can be written" in captured.err and "facts" not in captured.out
-    assert not list(tmp_path.iterdir())
+    assert "--json should be a file that can be written, in a folder that is there, but is: " in captured.err
+    assert "facts" not in captured.out and list(tmp_path.rglob("*")) == [tmp_path / "folder"]
 
 
 def test_emulated_needs_the_source_tree(

@@ -41,9 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _minutes(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value < inf:
-        raise argparse.ArgumentTypeError(f"should be > 0 and finite but is: {text}")
+        raise argparse.ArgumentTypeError(f"should be a number of minutes > 0 but is: {text}")
     return value
 
 
@@ -89,7 +92,8 @@ def _run(args: argparse.Namespace, place: Place) -> int:
     try:
         runner.write()
     except OSError as error:
-        print(f"--json should be a file that can be written, but {args.json} cannot: {error}", file=sys.stderr)
+        what = f"--json should be a file that can be written, in a folder that is there, but is: {args.json}"
+        print(f"{what} ({error.strerror})", file=sys.stderr)
         return 2
     if place.kind == "cpu":
         print("there is no GPU here: what runs on this processor is checked, and nothing is timed\n")

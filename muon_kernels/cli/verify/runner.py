@@ -154,9 +154,14 @@ class Runner:
         if self._file is None:
             return
         content = {**self._about, "wrong": self.bad, "stages": [asdict(record) for record in self.records]}
+        text = json.dumps(_finite(content), indent=1, ensure_ascii=False) + "\n"
         with NamedTemporaryFile("w", dir=self._file.parent, prefix=f".{self._file.name}.", delete=False) as part:
-            part.write(json.dumps(_finite(content), indent=1, ensure_ascii=False) + "\n")
-        os.replace(part.name, self._file)
+            part.write(text)
+        try:
+            os.replace(part.name, self._file)
+        except OSError:
+            os.unlink(part.name)
+            raise
 
 
 def _finite(value: Any) -> Any:
