@@ -261,12 +261,15 @@ def captured_steps_replay(where: Captures, shapes: Sequence[Shape] = SHAPES) -> 
         pair.compare(f"step {t}, replayed")
 
 
-def replays_after_growth(where: Captures, shapes: Sequence[Shape] = SHAPES, bytes_: int = 1 << 30) -> None:
+def replays_after_growth(
+    where: Captures, shapes: Sequence[Shape] = SHAPES, larger: Shape = (2048, 3072), bytes_: int = 1 << 30
+) -> None:
     """Require a graph to stay good when the optimizer's workspace has grown and others use the memory that was its own.
 
     Args:
         where: the backend.
         shapes: of parameters.
+        larger: of the parameter for which the workspace grows.
         bytes_: of memory, at most, that is allocated and filled before the replay.
     """
     pair = _Pair(where, shapes)
@@ -274,17 +277,19 @@ def replays_after_growth(where: Captures, shapes: Sequence[Shape] = SHAPES, byte
     pair.feed(0)
     captured.step()
     plain.step()
-    with where.capture():
+    with where.capture(), NothingWaits() as memory:
         captured.step()
-    larger = [make_params(where.device, [tuple(8 * n for n in shapes[-1])])[0] for _ in range(2)]
-    for muon, p in zip(pair.muons, larger, strict=True):
+    for muon in pair.muons:
+        values = torch.randn(larger, generator=torch.Generator().manual_seed(1)).to(where.device)
+        p = nn.Parameter(values)
         muon.add_param_group({"params": [p]})
-        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(1)).to(p.device)
+        p.grad = values.clone()
         muon.step()
         p.grad = None
     foreign = _of_many_sizes(bytes_, where.device)
     pair.feed(1)
     where.replay()
+    require(bool(memory.kept), "nothing was captured")
     plain.step()
     pair.compare("replayed after the workspace had grown")
     require(all(bool((t == 5).all()) for t in foreign), "a replay wrote to memory that others have allocated since")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from muon_kernels import Muon, SpectralMomentum, backends, options, orthogonalize
 from muon_kernels.checks.matrices import make
-from muon_kernels.checks.steps import SHAPES, captured_steps_replay, make_grad, make_params
+from muon_kernels.checks.steps import SHAPES, captured_steps_replay, make_grad, make_params, replays_after_growth
 from muon_kernels.checks.yardsticks import newton_schulz
 from muon_kernels.cli.ledger import ledger
 from muon_kernels.coefficients import resolve
@@ -242,6 +242,12 @@ def test_a_captured_step_replays(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> N
     """As in a CUDA graph: new gradients and a new learning rate, written where the old ones were, take effect."""
     monkeypatch.setattr(options, "on_host", lambda value: not isinstance(value, Tensor))
     captured_steps_replay(gpu)
+
+
+def test_a_captured_step_replays_when_the_workspace_has_grown(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph's own is not given back: others write there, and a replay would write to what is theirs."""
+    monkeypatch.setattr(options, "on_host", lambda value: not isinstance(value, Tensor))
+    replays_after_growth(gpu, [(130, 132)], (136, 160), 1 << 23)
 
 
 def test_autograd_sees_that_tensors_were_written(gpu: Gpu) -> None:

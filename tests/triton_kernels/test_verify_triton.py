@@ -8,8 +8,10 @@ from emulated_gpu import emulated
 from places import OnTheCpu
 
 from muon_kernels.checks import products as checks
+from muon_kernels.cli.verify.correct import DTYPES, _product_cases
 from muon_kernels.cli.verify.implementations import implementations
-from muon_kernels.cli.verify.stage import Place
+from muon_kernels.cli.verify.stage import Context, Place
+from muon_kernels.cli.verify.workloads import FULL
 from muon_kernels.triton_kernels import products
 from muon_kernels.triton_kernels.configs import table
 
@@ -38,6 +40,21 @@ def test_tiles_are_those_that_are_asked_for(
             if each.fixed:
                 each.run(*[torch.zeros(1, 8, 8)] * 3, symmetric=symmetric)
     assert asked == [None if symmetric and c.block_m != c.block_n else c for c in table(80).configs]
+
+
+def test_a_tile_has_few_checks(on_the_cpu: OnTheCpu) -> None:
+    """But all of them some; what a tile does not have of its own, the choice among them has."""
+    with emulated(80, 108, None):
+        found = [case.name for dtype in DTYPES for _, case in _product_cases(Context(PLACE, FULL), dtype, {})]
+    for c in table(80).configs:
+        tile = f"triton, {c.block_m}x{c.block_n}x{c.block_k}, {c.num_warps} warps"
+        assert [name.partition(": ")[2] for name in found if name.startswith(f"{tile}, bf16")] == [
+            "exact, 3 of 72x136, 16 bytes",
+            "exact, 2 of 77x93, 2 bytes",
+            "parts of squares, 72",
+        ]
+        assert sum(name.startswith(f"{tile}, f16") for name in found) == 1
+    assert sum(name.startswith("triton, bf16") for name in found) > 30
 
 
 def test_a_tile_s_products_are_right(on_the_cpu: OnTheCpu) -> None:

@@ -95,6 +95,9 @@ def _checks_of(
     implementation: Implementation, context: Context, dtype: torch.dtype, bias: dict[str, Any]
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     run, sizes = products.twice(implementation.run), context.sizes
+    if implementation.fixed:
+        yield from _of_a_tile(run, context, dtype)
+        return
     for at in sizes.products:
         shape = (*_batched(at, context.place), at.width, dtype)
         what = f"{shape[0]} of {at.m}x{at.n}, {at.width} bytes"
@@ -112,6 +115,17 @@ def _checks_of(
         yield from _of_bf16(run, sizes.squares)
     for k in sizes.biased:
         yield f"diagonals, k = {k}", partial(_biased, implementation, k, dtype, bias)
+
+
+def _of_a_tile(run: products.Run, context: Context, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield few checks of one tile: each product that differs is a kernel that takes seconds to compile."""
+    few = context.sizes.products[: 2 if dtype == torch.bfloat16 else 1]
+    for at in few:
+        shape = (*_batched(at, context.place), at.width, dtype)
+        yield f"exact, {shape[0]} of {at.m}x{at.n}, {at.width} bytes", partial(products.any_shape, run, *shape)
+    if dtype == torch.bfloat16:
+        m = context.sizes.squares[:2][-1]
+        yield f"parts of squares, {m}", partial(products.parts_of_squares, run, m, 16 if m % 8 == 0 else 2, dtype)
 
 
 def _batched(at: Operands, place: Place) -> tuple[int, int, int]:
