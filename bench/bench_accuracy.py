@@ -1,7 +1,7 @@
 """Relative Frobenius error of orthogonalize and of torch's bf16 loop against float64, for every set and spectrum.
 
-The spectra are those of tests/checks/matrices.py; "gaussian" is that of a square Gaussian matrix, which is harder than
-a wide one's. Ours is the backend that "auto" takes.
+The spectra are those of muon_kernels/checks/matrices.py; "gaussian" is that of a square Gaussian matrix, which is
+harder than a wide one's. Ours is the backend that "auto" takes.
 
     python bench/bench_accuracy.py [name of a coefficient set ...]
 """
@@ -14,11 +14,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import torch
-from checks.matrices import SPECTRA, factors, spectral_truth
-from checks.yardsticks import bf16_loop
 from test_newton_schulz import relative_error
 
 from muon_kernels import COEFFICIENTS, orthogonalize
+from muon_kernels.checks.matrices import SPECTRA, factors, spectral_truth
+from muon_kernels.checks.yardsticks import bf16_loop
 from muon_kernels.coefficients import resolve
 
 M, N = 256, 1024

@@ -24,12 +24,17 @@ from muon_kernels import backends
 from muon_kernels.newton_schulz import Square
 
 # (batch, m, n): GPT-2's MLP and attention, a square, a Llama-style MLP, MoE experts, heads, small squares
-SHAPES = [
-    *((4, 768, 3072), (4, 768, 768), (1, 2048, 2048), (1, 2048, 5632)),
-    *((16, 384, 1024), (128, 64, 768), (256, 64, 64)),
-]
-# A fused step takes a small matrix through all of its products while caches hold it: so many in a row, too.
-FUSED = SHAPES[-2:]
+SHAPES = {
+    "cpu": [
+        *((4, 768, 3072), (4, 768, 768), (1, 2048, 2048), (1, 2048, 5632)),
+        *((16, 384, 1024), (128, 64, 768), (256, 64, 64)),
+    ],
+    "cuda": [
+        *((24, 768, 3072), (12, 768, 768), (1, 2048, 2048), (1, 4096, 4096), (3, 4096, 11008)),
+        *((64, 1024, 2048), (32, 384, 1024), (144, 64, 768), (256, 64, 64)),
+    ],
+}
+# A fused step takes matrices as small as the last two through all products while caches hold them: so many in a row.
 IN_A_ROW = 16
 PRODUCTS = ("syrk", "syrk + C", "gemm + C")
 TORCH = "torch"
@@ -109,6 +114,7 @@ def times(implementation: str, shape: tuple[int, int, int], device: str, count: 
     for product in PRODUCTS:
         run = measure.one_after_another([in_a_row(implementation, each[product], count) for each in ring], device)
         rounds = []
+        measure.spin(device)
         for _ in range(ROUNDS + 1):
             before, seconds = measure.rate(device), measure.seconds(run, device) / len(ring) / count
             rounds.append(Timed(seconds, (before + measure.rate(device)) / 2))
@@ -122,12 +128,19 @@ def percent(implementation: str, shape: tuple[int, int, int], product: str, devi
     return 100 * flops(product, *shape) * statistics.median(1 / each.seconds / each.rate for each in rounds)
 
 
-ROWS = [(device, name) for device in measure.DEVICES for name in (TORCH, *measure.own(device)) if name != "eager"]
+ROWS = [
+    (device, name, shape)
+    for device in measure.DEVICES
+    for name in (TORCH, *measure.own(device))
+    if name != "eager"
+    for shape in SHAPES[device]
+]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 @pytest.mark.parametrize("product", PRODUCTS)
-@pytest.mark.parametrize(("device", "implementation"), ROWS)
+@pytest.mark.parametrize(
+    ("device", "implementation", "shape"), ROWS, ids=["-".join([*r[:2], "x".join(map(str, r[2]))]) for r in ROWS]
+)
 def test_product(benchmark, device: str, implementation: str, product: str, shape: tuple[int, int, int]) -> None:
     if reason := measure.missing(device):
         pytest.skip(reason)
@@ -140,7 +153,8 @@ def table(device: str) -> str:
     """Return a table with a line for every shape: ours, and in parentheses torch's."""
     own = measure.own(device)[0]
     lines = [f"{measure.describe(device)}\n{measure.peak_line(device)}; {own} (torch) in percent of it\n"]
-    for shape, count in (*((shape, 1) for shape in SHAPES), *((shape, IN_A_ROW) for shape in FUSED)):
+    rows = *((shape, 1) for shape in SHAPES[device]), *((shape, IN_A_ROW) for shape in SHAPES[device][-2:])
+    for shape, count in rows:
         cells = (
             f"{p} {percent(own, shape, p, device, count):4.0f} ({percent(TORCH, shape, p, device, count):3.0f})"
             for p in PRODUCTS

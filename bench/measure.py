@@ -3,30 +3,44 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from shapes import Shapes
-from torch import nn
 
 from muon_kernels import backends
+from muon_kernels.cli.verify.models import copied
+from muon_kernels.cli.verify.steppers import parameters
+from muon_kernels.cli.verify.timing import (
+    cache_bytes,
+    clocks,
+    flusher,
+    in_turns,
+    one_after_another,
+    ring,
+    seconds,
+    spin,
+    turns,
+    wall,
+)
 
-T = TypeVar("T")
+# What benchmarks use of these, beside what is below.
+__all__ = [
+    "cache_bytes",
+    "clocks",
+    "copied",
+    "flusher",
+    "in_turns",
+    "one_after_another",
+    "parameters",
+    "ring",
+    "seconds",
+    "spin",
+    "turns",
+    "wall",
+]
 DEVICES = ("cpu", "cuda")
-
-
-def parameters(shapes: Shapes) -> list[nn.Parameter]:
-    """Return parameters of these shapes with gradients, in fp32."""
-    params = []
-    for rows, cols, count in shapes:
-        for _ in range(count):
-            p = nn.Parameter(torch.randn(rows, cols) * 0.02)
-            p.grad = torch.randn(rows, cols)
-            params.append(p)
-    return params
 
 
 def missing(device: str) -> str | None:
@@ -60,63 +74,10 @@ def describe(device: str) -> str:
     return f"torch {torch.__version__}, {torch.get_num_threads()} threads, {backends.get('cpu').describe()}"
 
 
-def cache_bytes(device: str) -> int:
-    """Return the size of the cache that must not help.
-
-    0 on a processor, whose cache stays as it is between benchmarks of one product.
-    """
-    return int(torch.cuda.get_device_properties(device).L2_cache_size) if device == "cuda" else 0
-
-
-def ring(make: Callable[[], T], bytes_: int, cache: int) -> list[T]:
-    """Return so many results of `make` that each has left the cache when its turn comes again.
-
-    Args:
-        make: returns an object with memory of its own.
-        bytes_: of that memory, at least.
-        cache: its bytes; the ring takes more than twice as many.
-    """
-    return [make() for _ in range(2 * cache // max(1, bytes_) + 1)]
-
-
-def one_after_another(calls: Sequence[Callable[[], object]], device: str) -> Callable[[], object]:
-    """Return a function that makes all calls; on a GPU a recorded graph, in which no kernel waits for the host."""
-
-    def run() -> None:
-        for call in calls:
-            call()
-
-    if device == "cpu":
-        return run
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):  # what a first call allocates must not be recorded
-        run()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
-
-
-def seconds(run: Callable[[], object], device: str) -> float:
-    """Time one run: by the clock, or between two events on the GPU."""
-    if device == "cpu":
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    begin.record()
-    run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
-
-
 @cache
 def measured_peak(device: str = "cpu") -> float:
-    """Return `rate`, the median of seven."""
+    """Return `rate`, the median of seven, of a device that is warm."""
+    spin(device)
     return statistics.median([rate(device) for _ in range(8)][1:])
 
 

@@ -6,12 +6,8 @@ the shapes and their proportions stay.
 
 from __future__ import annotations
 
-Shapes = list[tuple[int, int, int]]
-
-
-def gpt2(layers: int) -> Shapes:
-    """Return GPT-2 124M's shapes: fused QKV, attention output, MLP up and down, width 768."""
-    return [(2304, 768, layers), (768, 768, layers), (3072, 768, layers), (768, 3072, layers)]
+from muon_kernels.cli.verify import workloads
+from muon_kernels.cli.verify.workloads import RAGGED, Shapes, gpt2
 
 
 def llama(layers: int) -> Shapes:
@@ -26,5 +22,7 @@ WORKLOADS: dict[str, Shapes] = {
     "per head, 144 of 64x768": [(64, 768, 144)],
     "LoRA, 64 of 16x1024": [(16, 1024, 64)],
     "many, 256 of 64x64": [(64, 64, 256)],
-    "ragged": [(100, 333, 8), (65, 257, 8), (17, 1000, 8), (333, 100, 8), (129, 129, 8)],
+    "ragged": RAGGED,
 }
+# On a GPU whole models, as many matrices as they have: of two layers, half of its multiprocessors would have nothing.
+BY_DEVICE = {"cpu": WORKLOADS, "cuda": workloads.WORKLOADS}

@@ -21,8 +21,8 @@ _ROUNDOFF = 2.0**-9  # of bf16; fp16 is stepped in the same segments and keeps i
 
 
 # By how much rounding may change an eigenvalue of Q, in the worst case that is simulated. Real errors are random and
-# smaller; segments within these bounds stay within the accuracy rule on every spectrum of tests/checks/matrices.py,
-# longer ones do not. The bound of three steps is for 256 rows: their errors average out as 1/√rows.
+# smaller; segments within these bounds stay within the accuracy rule on every spectrum of checks/matrices.py, longer
+# ones do not. The bound of three steps is for 256 rows: their errors average out as 1/√rows.
 _ALLOWED = {2: 0.22, 3: 0.26}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 import bench_options
@@ -14,6 +15,7 @@ from torch import nn
 
 from muon_kernels import backends, reference
 from muon_kernels.backends import cpu
+from muon_kernels.cli.verify import steppers
 from muon_kernels.coefficients import resolve
 
 
@@ -90,8 +92,11 @@ def test_percents(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rows_of_a_gpu_are_there_and_say_why_they_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {("cuda", "torch"), ("cuda", "cuda"), ("cuda", "triton")} <= set(bench_products.ROWS)
-    assert {("cuda", "torch.optim.Muon"), ("cuda", "cuda"), ("cuda", "triton")} <= set(bench_step.ROWS)
+    assert {("cuda", "torch"), ("cuda", "cuda"), ("cuda", "triton")} <= {row[:2] for row in bench_products.ROWS}
+    rows = {(device, name) for device, workload, name in bench_step.ROWS if workload == "GPT-2 124M, 12 layers"}
+    others = {"torch.optim.Muon", "torch.optim.Muon, compiled", "batched loop, compiled"}
+    assert {("cuda", name) for name in ("cuda", "triton", *others)} <= rows
+    assert ("cpu", "GPT-2 124M, 2 of 12 layers", "torch, fp32") in bench_step.ROWS
     why = {"cuda": "no GPU; buy one", "triton": "no GPU either"}
     monkeypatch.setattr(backends, "unavailable", why.get)
     tests: list[tuple[Any, dict[str, Any]]] = [
@@ -106,7 +111,7 @@ def test_rows_of_a_gpu_are_there_and_say_why_they_are_skipped(monkeypatch: pytes
 def test_implementations_step_what_they_are_given() -> None:
     params = measure.parameters([(6, 9, 2), (8, 4, 1)])
     for name, make in bench_step.implementations("cpu").items():
-        copies = bench_step.copied(params, "cpu")
+        copies = measure.copied(params, "cpu")
         assert all(torch.equal(p, c) and p.grad is not c.grad for p, c in zip(params, copies, strict=True))
         make(copies)()
         assert not any(torch.equal(p, c) for p, c in zip(params, copies, strict=True)), name
@@ -115,7 +120,7 @@ def test_implementations_step_what_they_are_given() -> None:
 
 def test_torch_s_batched_step_is_muon_s() -> None:
     params = measure.parameters([(6, 9, 2), (8, 4, 1)])
-    copies = bench_step.copied(params, "cpu")
+    copies = measure.copied(params, "cpu")
     bench_step.batched_step(copies)()
     for p, copy in zip(params, copies, strict=True):
         assert p.grad is not None
@@ -126,7 +131,7 @@ def test_torch_s_batched_step_is_muon_s() -> None:
 
 
 def test_a_table_compares_with_both_of_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_step, "WORKLOADS", {"one": [(8, 16, 1)], "two": [(16, 8, 3)]})
+    monkeypatch.setitem(bench_step.BY_DEVICE, "cpu", {"one": [(8, 16, 1)], "two": [(16, 8, 3)]})
     of_ours = {"one": 0.5, "two": 0.125}
     taken = {
         bench_step.TORCH: [4.0, 9.0, 1.0],
@@ -141,6 +146,38 @@ def test_a_table_compares_with_both_of_torch_s(monkeypatch: pytest.MonkeyPatch) 
     _, _, one, two, mean = bench_step.table("cpu").splitlines()
     assert "| 4000.0 | 1000.0 | 8000.0 | 500.0 | 4000.0 | **8.00** | **2.00** |" in one
     assert "| **32.00** | **8.00** |" in two and "| **16.00** | **4.00** |" in mean
+
+
+def test_a_gpu_s_table_has_both_times_and_leaves_out_what_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for the GPU: steps on the processor, graphs that are calls, of which one cannot be captured."""
+    shapes = [(8, 16, 1), (16, 8, 2)]
+    monkeypatch.setitem(bench_step.BY_DEVICE, "cuda", {"tiny": shapes})
+    rivals = {**steppers.rivals("eager"), "broken": lambda params: lambda: params[99]}
+    monkeypatch.setattr(steppers, "rivals", lambda: rivals)
+    monkeypatch.setattr(measure, "own", lambda device: ["eager"])
+    monkeypatch.setattr(measure, "copied", lambda params, device, real=measure.copied: real(params, "cpu"))
+    monkeypatch.setattr(measure, "flusher", lambda device: None)
+    monkeypatch.setattr(measure, "turns", lambda runs, *_, **__: {name: [0.004] for name in runs})
+    monkeypatch.setattr(measure, "in_turns", lambda runs, *_, **__: {name: 0.002 for name in runs})
+    monkeypatch.setattr(measure, "measured_peak", lambda device: 1e9)
+    monkeypatch.setattr(bench_step, "plan_for_shapes", lambda *_, **__: types.SimpleNamespace(flops=1e6))
+    captured: list[object] = []
+
+    def one_after_another(calls: Any, device: str) -> Any:
+        captured.append(calls)
+        if len(captured) == 1:
+            raise RuntimeError("torch's step is not to be captured")
+        return calls[0]
+
+    monkeypatch.setattr(measure, "one_after_another", one_after_another)
+    with pytest.warns(UserWarning, match=r"broken: list index out of range|cannot be captured"):
+        heading, _, line, _ = bench_step.table("cuda").splitlines()
+    assert "eager: times faster than torch.optim.Muon | than batched loop, compiled" in heading
+    assert line == (
+        "| tiny | 4.000 (nan) | 4.000 (2.000) | 4.000 (2.000) | nan (nan) | 4.000 (2.000) | **1.00** | **1.00** | 25 |"
+    )
+    for function in (bench_step.steps, bench_step.times, bench_step.replays):
+        function.cache_clear()
 
 
 @pytest.mark.parametrize("isa", cpu.instruction_sets())

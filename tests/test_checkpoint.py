@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from checks.matrices import make
 from checks.training import same, snapshot
 from torch import Tensor, nn
 
 from muon_kernels import Muon
+from muon_kernels.checks.matrices import make
 
 SHAPES = [(24, 40), (40, 24), (16, 16)]
 OPTIONS: dict[str, Any] = {"lr": 0.05, "weight_decay": 0.3, "momentum": 0.8}

@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
-from checks.matrices import polynomial
 
 from muon_kernels import Muon
+from muon_kernels.checks.matrices import polynomial
 from muon_kernels.coefficients import COEFFICIENTS, DEFAULT, resolve
 from muon_kernels.distributed import ZeroMuon
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from checks.matrices import SPECTRA, make
 from torch import Tensor, nn
 
 from muon_kernels import COEFFICIENTS, Muon
+from muon_kernels.checks.matrices import SPECTRA, make
 from muon_kernels.split import equal
 from muon_kernels.stages import STAGES, ExactRms, exact_rms, sums
 

@@ -113,3 +113,22 @@ def test_every_stream_that_works_with_it_is_noted(monkeypatch: pytest.MonkeyPatc
     optimizer.step()
     (address,) = optimizer._workspace.addresses()
     assert {(address, "its own"), (address, "another")} <= streams.uses
+
+
+def test_a_graph_s_workspace_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a captured step when the workspace grows; of one that ran, none is kept twice."""
+    now = [False]
+    monkeypatch.setattr(workspace, "capturing", lambda device: now[0])
+    room, device = workspace.Workspace(), torch.device("cpu")
+    room.reserve(device, 100)
+    before = weakref.ref(room._blocks[device])
+    room.reserve(device, 200)
+    assert before() is None, "memory of a step that only ran is given back before there is more"
+    now[0] = True
+    for _ in range(2):
+        room.reserve(device, 150)
+    captured = weakref.ref(room._blocks[device])
+    now[0] = False
+    room.reserve(device, 300)
+    assert captured() is not None and room.addresses() == [room._blocks[device].data_ptr()] != [captured().data_ptr()]
+    assert len(room._captured) == 1

@@ -51,6 +51,7 @@ FLOORS = (
     ("qk_clip", "step"),
     ("distributed",),
     ("optimizers",),
+    ("checks",),
     ("cli",),
     ("__init__", "__main__"),
 )
@@ -110,11 +111,12 @@ def test_one_file_knows_the_compiled_module() -> None:
 
 
 def test_triton_is_imported_by_its_kernels_only() -> None:
-    """At their top; the backend asks for its version, and for the kernels when they are launched."""
+    """At their top; the backend asks for its version, and it and commands for the kernels when they are launched."""
     for path in FILES:
         if path.parent.name != "triton_kernels" and path not in (
             PACKAGE / "backends" / "triton.py",
             PACKAGE / "cli" / "tune.py",
+            PACKAGE / "cli" / "verify" / "implementations.py",
         ):
             assert not [n for n in imports(path) if inside(n, "triton", "muon_kernels.triton_kernels")], path
     for path in (PACKAGE / "triton_kernels" / "__init__.py", PACKAGE / "triton_kernels" / "configs.py"):

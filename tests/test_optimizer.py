@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 from checks import needs
-from checks.matrices import make
 from checks.yardsticks import torchs_muon_in_fp32 as torchs_muon_in_fp32
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from muon_kernels import COEFFICIENTS, Muon, MuonAdamW, backends, memory, orthogonalize, reference
+from muon_kernels.checks.matrices import make
 from muon_kernels.coefficients import resolve
 from muon_kernels.scaling import ADJUST_LR, lr_ratio
 from muon_kernels.step.run import run_iteration

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from checks.matrices import SPECTRA, factors, make, spectral_truth
 from torch import Tensor
 
+from muon_kernels.checks.matrices import SPECTRA, factors, make, spectral_truth
 from muon_kernels.coefficients import COEFFICIENTS, resolve
 from muon_kernels.reference import muon_step, newton_schulz
 from muon_kernels.scaling import lr_ratio

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from checks.matrices import SPECTRA, factors, make
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from muon_kernels import Muon, MuonAdamW, param_groups, spectra
+from muon_kernels.checks.matrices import SPECTRA, factors, make
 from muon_kernels.spectra import picture
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {name: getattr(spectra, name) for name in spectra.QUANTITIES}

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from checks.matrices import make
 from torch import Tensor, nn
 
 from muon_kernels import Muon, MuonAdamW, param_groups
+from muon_kernels.checks.matrices import make
 from muon_kernels.split import blocks, equal, heads, qkv
 from muon_kernels.step.run import Local
 

@@ -12,7 +12,7 @@ from importlib import import_module
 
 __all__ = ["main"]
 
-COMMANDS = ("demo", "doctor", "ledger", "tune")
+COMMANDS = ("demo", "doctor", "ledger", "tune", "verify")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

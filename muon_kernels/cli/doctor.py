@@ -35,10 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the report; return 0."""
     width = max(map(len, backends.BACKENDS))
-    print("\n".join(f"{name:<14}{value}" for name, value in _facts()))
+    print("\n".join(f"{name:<14}{value}" for name, value in facts()))
     print("\nbackends")
     for name in backends.BACKENDS:
-        print(f"  {name:<{width}}  {_verdict(name)}")
+        print(f"  {name:<{width}}  {verdict(name)}")
     print('\nwhat backend="auto" picks')
     try:
         for title, shapes in _SHAPES.items():
@@ -48,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _verdict(name: str) -> str:
+def verdict(name: str) -> str:
+    """Say whether a backend is ready, or why not."""
     try:
         reason = backends.unavailable(name)
     except ValueError as error:
@@ -56,7 +57,7 @@ def _verdict(name: str) -> str:
     return f"not ready: {reason}" if reason else f"ready: {backends.get(name).describe()}"
 
 
-def _facts() -> Iterator[tuple[str, str]]:
+def facts() -> Iterator[tuple[str, str]]:
     """Yield (name, value) of the facts about this machine and this installation."""
     yield "muon_kernels", __version__
     yield "built with", native.built_with()

@@ -31,7 +31,11 @@ class Stacks(NamedTuple):
 
 
 class Workspace:
-    """Memory that steps share and keep, one block a device; it grows to the largest chunk and stays."""
+    """Memory that steps share and keep, one block a device; it grows to the largest chunk and stays.
+
+    A CUDA graph keeps addresses of the block that a step was captured with: such a one is kept when a larger one has
+    taken its place, or a replay would write to what is somebody else's by then.
+    """
 
     def __init__(self) -> None:
         self._blocks: dict[torch.device, Tensor] = {}
@@ -53,11 +57,10 @@ class Workspace:
         Memory that is given back while another stream than its own works with it waits for that one. A graph works with
         the addresses that it captured whenever it is replayed: what it has seen stays as long as this workspace.
         """
-        if (current := stream(device)) is None:
-            return
-        captured = capturing(device)
+        current, captured = stream(device), capturing(device)
         for t in memory:
-            t.record_stream(current)
+            if current is not None:
+                t.record_stream(current)
             if captured and not any(t is other for other in self._captured):
                 self._captured.append(t)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_newton_schulz import misses, relative_error
 
-from checks.matrices import SPECTRA, factors, spectral_truth
 from checks.step import Gpu
-from checks.yardsticks import bf16_loop
 from muon_kernels import COEFFICIENTS, orthogonalize
+from muon_kernels.checks.matrices import SPECTRA, factors, spectral_truth
+from muon_kernels.checks.steps import misses
+from muon_kernels.checks.yardsticks import bf16_loop, relative_error
 from muon_kernels.coefficients import resolve
 
 

@@ -12,12 +12,11 @@ from typing import Any, Protocol
 
 import pytest
 import torch
-from test_newton_schulz import relative_error
 from torch import Tensor
 
-from checks.matrices import SPECTRA, factors, spectral_truth
 from checks.vast import far_apart
-from checks.yardsticks import bf16_loop
+from muon_kernels.checks.matrices import SPECTRA, factors, spectral_truth
+from muon_kernels.checks.yardsticks import bf16_loop, newton_schulz, relative_error
 from muon_kernels.coefficients import COEFFICIENTS, Schedule, resolve
 
 POISON = float("nan")
@@ -117,16 +116,6 @@ def direction(step: Step, grad: Tensor, momentum: Tensor | None) -> tuple[Tensor
     if not step.nesterov:
         return stored, new
     return ((1 - step.mu) * g + step.mu * stored) if step.dampened else g + step.mu * stored, new
-
-
-def newton_schulz(X: Tensor, schedule: Schedule) -> Tensor:
-    X = X.double()
-    norm = X.norm()
-    X = X / (schedule.margin * norm) if norm else X
-    for a, b, c in schedule.triples:
-        A = X @ X.mT
-        X = a * X + (b * A + c * A @ A) @ X
-    return X
 
 
 def check(step: Step, stepper: Stepper, tolerance: float = 2e-3, **options: Any) -> None:

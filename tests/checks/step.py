@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from checks.fused import newton_schulz
-from checks.matrices import make
 from muon_kernels import Muon, SpectralMomentum, backends, options, orthogonalize
+from muon_kernels.checks.matrices import make
+from muon_kernels.checks.steps import SHAPES, captured_steps_replay, make_grad, make_params, replays_after_growth
+from muon_kernels.checks.yardsticks import newton_schulz
 from muon_kernels.cli.ledger import ledger
 from muon_kernels.coefficients import resolve
 from muon_kernels.layout import Matrices, layout
@@ -53,18 +53,6 @@ class Gpu(NamedTuple):
     def launched(self) -> int:
         """How many launches there were so far; skips the test where that is not known."""
         return pytest.skip("a GPU does not count launches") if self.launches is None else self.launches()
-
-
-# Two buckets that are stepped in one launch, two whose products are launched one by one.
-SHAPES = [(24, 40), (40, 24), (3, 24, 40), (64, 64), (130, 150), (150, 130), (136, 136)]
-
-
-def make_params(device: str) -> list[nn.Parameter]:
-    return [nn.Parameter(make("power -1/2", *s[-2:], batch=s[:-2]).to(device)) for s in SHAPES]
-
-
-def make_grad(p: Tensor, seed: int) -> Tensor:
-    return make("power -1", *p.shape[-2:], batch=tuple(p.shape[:-2]), seed=seed).to(p.device)
 
 
 def stepped(
@@ -250,54 +238,16 @@ def test_a_learning_rate_on_the_device(gpu: Gpu) -> None:
     assert torch.equal(*results)
 
 
-class NothingWaits(TorchDispatchMode):
-    """Fails where the host would wait for the device; keeps what is allocated, as a graph's own memory pool does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kept: list[Any] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default), func
-        out = func(*args, **(kwargs or {}))
-        self.kept.append(out)
-        return out
-
-
 def test_a_captured_step_replays(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a CUDA graph: new gradients and a new learning rate, written where the old ones were, take effect."""
     monkeypatch.setattr(options, "on_host", lambda value: not isinstance(value, Tensor))
+    captured_steps_replay(gpu)
 
-    def make_muon() -> tuple[list[nn.Parameter], Tensor, Muon]:
-        params = make_params(gpu.device)
-        for p in params:
-            p.grad = torch.empty_like(p)
-        lr, weight_decay = torch.tensor(0.1, device=gpu.device), torch.tensor(0.5, device=gpu.device)
-        return params, lr, Muon(params, lr=lr, weight_decay=weight_decay, backend=gpu.backend)
 
-    def feed(params: list[nn.Parameter], lr: Tensor, t: int) -> None:
-        lr.fill_(0.1 / (t + 1))
-        for i, p in enumerate(params):
-            assert p.grad is not None
-            p.grad.copy_(make_grad(p, 10 * t + i))
-
-    ours, our_lr, captured = make_muon()
-    theirs, their_lr, plain = make_muon()
-    for t in range(4):
-        feed(ours, our_lr, t)
-        feed(theirs, their_lr, t)
-        plain.step()
-        if t == 0:
-            captured.step()
-        elif t == 1:
-            before = [p.detach().clone() for p in ours]
-            with gpu.capture(), NothingWaits() as memory:
-                captured.step()
-            assert memory.kept and all(map(torch.equal, ours, before)), "a capture runs nothing"
-        if t:
-            gpu.replay()
-        for p, q in zip(ours, theirs, strict=True):
-            assert torch.equal(p, q), f"step {t}"
+def test_a_captured_step_replays_when_the_workspace_has_grown(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph's own is not given back: others write there, and a replay would write to what is theirs."""
+    monkeypatch.setattr(options, "on_host", lambda value: not isinstance(value, Tensor))
+    replays_after_growth(gpu, [(130, 132)], (136, 160), 1 << 23)
 
 
 def test_autograd_sees_that_tensors_were_written(gpu: Gpu) -> None:

@@ -20,7 +20,7 @@ def test_products(emulated: Runtime, shape: tuple[int, int, int]) -> None:
 
 
 def test_step(emulated: Runtime) -> None:
-    (p,) = bench_step.copied(measure.parameters([(24, 40, 1)]), "cpu")
+    (p,) = measure.copied(measure.parameters([(24, 40, 1)]), "cpu")
     before = p.detach().clone()
     bench_step.implementations("cpu")["cuda"]([p])()
     assert len(emulated.log) == 1 and not torch.equal(p, before)

@@ -15,10 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from checks import needs
-from checks.matrices import SPECTRA, factors, spectral_truth
-from checks.yardsticks import bf16_loop
 from distributed.ranks import World, world
-from test_newton_schulz import relative_error
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -26,6 +23,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn import Parameter
 
 from muon_kernels import COEFFICIENTS, Muon, backends, orthogonalize, spectral_power
+from muon_kernels.checks.matrices import SPECTRA, factors, spectral_truth
+from muon_kernels.checks.yardsticks import bf16_loop, relative_error
 from muon_kernels.coefficients import resolve
 from muon_kernels.distributed import ZeroMuon, collectives, exchange, zero
 from muon_kernels.distributed.strategies import gram

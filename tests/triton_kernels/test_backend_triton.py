@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from checks.matrices import make
 from torch import Tensor, nn
 
 from muon_kernels import Muon, backends, newton_schulz
 from muon_kernels.backends import triton as backend
+from muon_kernels.checks.matrices import make
 from muon_kernels.coefficients import resolve
 from muon_kernels.newton_schulz import Square
 

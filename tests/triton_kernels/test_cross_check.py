@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from checks.matrices import SPECTRA, factors, spectral_truth
 from checks.step import stepped
-from checks.yardsticks import bf16_loop
 from ptx import standin
-from test_newton_schulz import relative_error
 from torch import Tensor
+
+from muon_kernels.checks.matrices import SPECTRA, factors, spectral_truth
+from muon_kernels.checks.yardsticks import bf16_loop, relative_error
 
 sys.path.append(str(Path(__file__).parents[1] / "cuda"))
 

@@ -4,6 +4,8 @@ Newton-Schulz commutes with orthogonal factors: it maps U diag(s) Vᵀ to U diag
 spectrum is what a test has to vary, not the seed, and the truth needs no iteration on matrices.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
@@ -19,7 +21,8 @@ def _ranks(n: int) -> Tensor:
 
 def _gaussian(n: int) -> Tensor:
     generator = torch.Generator().manual_seed(n)
-    return torch.linalg.svdvals(torch.randn(n, n, generator=generator, dtype=torch.float64))
+    values: Tensor = torch.linalg.svdvals(torch.randn(n, n, generator=generator, dtype=torch.float64))
+    return values
 
 
 # Name -> the n singular values, in float64 and not normalised.
@@ -38,13 +41,14 @@ SPECTRA: dict[str, Callable[[int], Tensor]] = {
 
 @lru_cache(maxsize=512)
 def factors(spectrum: str, m: int, n: int, batch: tuple[int, ...] = (), seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """U (*batch, m, k), s (k,) and V (*batch, n, k) in float64, k = min(m, n); U, V random."""
+    """Return U (*batch, m, k), s (k,) and V (*batch, n, k) in float64, k = min(m, n); U, V random."""
     generator = torch.Generator().manual_seed(seed)
     k = min(m, n)
 
     def orthonormal(rows: int) -> Tensor:
         gaussian = torch.randn(*batch, rows, k, generator=generator, dtype=torch.float64)
-        return torch.linalg.qr(gaussian).Q
+        Q: Tensor = torch.linalg.qr(gaussian).Q
+        return Q
 
     return orthonormal(m), SPECTRA[spectrum](k), orthonormal(n)
 
@@ -57,20 +61,20 @@ def make(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Tensor:
-    """U diag(s) Vᵀ of shape (*batch, m, n), built in float64 and rounded once to dtype."""
+    """Return U diag(s) Vᵀ of shape (*batch, m, n), built in float64 and rounded once to dtype."""
     U, s, V = factors(spectrum, m, n, batch, seed)
     return ((U * s) @ V.mT).to(dtype)
 
 
 def polynomial(sigma: Tensor, triples: Triples) -> Tensor:
-    """Every p(x) = a x + b x³ + c x⁵ in turn, elementwise and in the dtype of sigma."""
+    """Apply every p(x) = a x + b x³ + c x⁵ in turn, elementwise and in the dtype of sigma."""
     for a, b, c in triples:
         sigma = sigma * (a + b * sigma**2 + c * sigma**4)
     return sigma
 
 
 def spectral_truth(U: Tensor, s: Tensor, V: Tensor, triples: Triples, margin: float) -> Tensor:
-    """U diag(p(s / (margin ‖s‖))) Vᵀ, and zero for s = 0."""
+    """Return U diag(p(s / (margin ‖s‖))) Vᵀ, and zero for s = 0."""
     norm = torch.linalg.vector_norm(s, dim=-1, keepdim=True)
     sigma = s / (margin * norm.where(norm != 0, 1.0))
     return (U * polynomial(sigma, triples).unsqueeze(-2)) @ V.mT
