@@ -133,3 +133,14 @@ def test_host_code_only_launches() -> None:
         assert not re.search(r"cudaMalloc|cudaFree|Synchronize|printf|std::cout|cudaMemcpy", file.read_text()), (
             file.name
         )
+
+
+@pytest.mark.parametrize("value", [1 + 2.0**-12, 1 / 3, 3e-13, 3e17, 3e-22, 3e20])
+def test_norms_have_the_digits_of_doubles(verbs: Verbs, value: float) -> None:
+    """Of equal numbers, whose squares lose as much each: in fp32 a norm would be off by 2^-24 or more."""
+    G = torch.full((64, 64), value)
+    X, _ = workspace(1, 64, 64, torch.bfloat16)
+    norms = torch.empty(1, dtype=torch.float64)
+    with verbs.runtime.options():
+        verbs.momentum_update([G], None, X, norms=norms)
+    torch.testing.assert_close(norms, G.double().norm()[None], rtol=2.0**-40, atol=0)
