@@ -587,6 +587,19 @@ def test_stages_that_are_rehearsed_show_no_times() -> None:
     )
 
 
+def test_kernels_that_were_checked_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = [traces.Ran(name, 0, 1) for name in ("product_b", "fill", "product_a", "product_b")]
+    monkeypatch.setattr(correct, "profiled", lambda step, device: step() or ran)
+    context = Context(HERE, TINY)
+    assert correct._kernels_of(context, "eager") == ["product_a", "product_b"]
+
+    def fails(step: Any, device: str) -> None:
+        raise RuntimeError("no CUPTI")
+
+    monkeypatch.setattr(correct, "profiled", fails)
+    assert correct._kernels_of(context, "eager") == ["not known: RuntimeError: no CUPTI"]
+
+
 def test_cases_that_there_is_no_time_for_are_said() -> None:
     context = Context(HERE, TINY, end=-math.inf)
     result = correct.judged([correct.Case("a", lambda: None)], context, {})

@@ -36,6 +36,7 @@ def test_all_stages(
     assert {name: stage["status"] for name, stage in found.items()} == correct | timed | tools
     assert found["facts"]["data"]["device"] == "executor of sm_80"
     assert found["products"]["data"]["cases by implementation"].keys() == {"cuda, bf16", "cuda, f16"}
+    assert found["products"]["data"]["kernels"] == {"cuda": []}, "the profiler sees no launches of the executor"
     assert found["steps"]["data"]["left out"] == [] == found["products"]["data"]["left out"]
     assert "cuda" in found["models"]["data"]["workloads"]["tiny"]
     assert set(found["fused"]["data"]["us"]) == {"cuda, 1 of 16x24", "cuda, 2 of 16x24"}

@@ -13,6 +13,7 @@ from ... import backends
 from ...checks import Wrong, products, steps
 from .implementations import Implementation, implementations
 from .stage import Context, Place, Result
+from .traces import profiled
 from .workloads import Operands
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
@@ -70,7 +71,24 @@ def check_products(context: Context) -> Result:
     cases = _interleaved([_product_cases(context, dtype, data["diagonal bias, 2^-24"]) for dtype in DTYPES])
     result = judged(cases, context, data)
     data["cases by implementation"] = dict(Counter(case.name.partition(": ")[0] for case in cases))
+    if context.place.kind != "cpu" and not result.wrong:
+        data["kernels"] = {name: _kernels_of(context, name) for name in context.place.backends if name != "eager"}
     return result
+
+
+def _kernels_of(context: Context, name: str) -> list[str]:
+    """Return the names of the kernels that a backend takes for these products: which of its tiles were checked."""
+    run, device = products.of_backend(backends.get(name)), context.place.device
+
+    def step() -> None:
+        with torch.device(device):
+            for at in context.sizes.products:
+                products.any_shape(run, *_batched(at, context.place), at.width)
+
+    try:
+        return sorted({kernel.name for kernel in profiled(step, device) if "product" in kernel.name})
+    except Exception as error:  # of a profiler that is not installed whole: no reason to doubt results
+        return [f"not known: {type(error).__name__}: {error}"]
 
 
 def _interleaved(parts: Sequence[Iterator[tuple[int, Case]]]) -> list[Case]:
