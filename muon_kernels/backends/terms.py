@@ -9,7 +9,7 @@ from functools import lru_cache
 # tensor cores, which truncate, take from sums of 128 rows; for three, with that of one tile.
 _UNIT_ROUNDOFF = {2: 1.2 * 2.0**-17, 3: 2.0**-22}
 # The sum over the steps of S's relative error where S should be a: up to twice as much the accuracy rule holds on every
-# spectrum of tests/checks/matrices.py.
+# spectrum of checks/matrices.py.
 _ALLOWED_CHANGE = 4.0
 
 
