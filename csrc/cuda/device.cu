@@ -2,12 +2,19 @@
 
 namespace muon_kernels::cuda {
 
-Result supported() {
-    int device = 0, major = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (!error) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+Result current(Device& device) {
+    int index = 0;
+    cudaError_t error = cudaGetDevice(&index);
+    if (!error) error = cudaDeviceGetAttribute(&device.major, cudaDevAttrComputeCapabilityMajor, index);
+    if (!error) error = cudaDeviceGetAttribute(&device.minor, cudaDevAttrComputeCapabilityMinor, index);
+    if (!error) error = cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index);
     if (error) return reported(error);
-    return {major < 8 ? Status::unsupported_isa : Status::ok, 0};
+    return {device.major < 8 ? Status::unsupported_isa : Status::ok, 0};
+}
+
+Result supported() {
+    Device device;
+    return current(device);
 }
 
 Result reported(cudaError_t error) {

@@ -10,7 +10,14 @@ namespace muon_kernels::cuda {
 constexpr Result kOk = {Status::ok, 0};
 constexpr Result kInvalidArgument = {Status::invalid_argument, 0};
 
-// Whether the current device is one that the kernels are built for: compute capability 8.0 and up.
+struct Device {
+    int major, minor, multiprocessors;
+};
+
+// What the current device is; whether it is one that the kernels are built for: compute capability 8.0 and up.
+Result current(Device& device);
+
+// Only whether it is.
 Result supported();
 
 // What became of a call of the runtime. The runtime keeps an error for whoever asks next: it is made to forget it, or

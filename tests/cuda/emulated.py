@@ -26,7 +26,8 @@ def build() -> tuple[ModuleType, standin.Runtime]:
         sorted((ROOT / "csrc" / "cuda").glob("*.cu")),
         ROOT / "python" / "bindings.cpp",
         include=[ROOT / "csrc"],
-        flags=["-DMUON_KERNELS_CUDA"],
+        arch=lambda source: "sm_90a" if source.stem.endswith("_sm90") else "sm_80",
+        flags=["-DMUON_KERNELS_CUDA", "-DMUON_KERNELS_SM90"],
         extra=[ROOT / "csrc" / "cpu" / name for name in ("dispatch.cpp", "parallel.cpp")],
     )
     assert module
@@ -38,14 +39,20 @@ class OnTheCpu(cuda._Device):
 
     type = "cpu"
 
+    def __init__(self, capability: tuple[int, int] = (8, 0)) -> None:
+        self._capability = capability
+
     def module(self) -> ModuleType:
         return build()[0]
 
     def unavailable(self) -> None:
         return None
 
+    def has_wgmma(self) -> bool:
+        return True
+
     def capability(self, device: torch.device) -> tuple[int, int]:
-        return 8, 0
+        return self._capability
 
     def stream(self, device: torch.device) -> int:
         return 0
@@ -55,9 +62,13 @@ class OnTheCpu(cuda._Device):
 
 
 @contextmanager
-def running() -> Iterator[standin.Runtime]:
+def running(capability: tuple[int, int] = (8, 0)) -> Iterator[standin.Runtime]:
     """Inside, the backend runs on the stand-in runtime. Nothing outside the tests can switch this on."""
     _, runtime = build()
-    with pytest.MonkeyPatch.context() as patch, runtime.options(any_memory=True):
-        patch.setattr(cuda, "_device", OnTheCpu())
-        yield runtime
+    runtime.pretend(*capability)
+    try:
+        with pytest.MonkeyPatch.context() as patch, runtime.options(any_memory=True):
+            patch.setattr(cuda, "_device", OnTheCpu(capability))
+            yield runtime
+    finally:
+        runtime.pretend(8, 0)

@@ -344,7 +344,8 @@ def _object(source: Path, arch: str, flags: Sequence[str]) -> tuple[Path, Path]:
         command = [
             "nvcc",
             "-c",
-            f"-arch={arch}",
+            "-gencode",  # -arch=sm_90a would compile for sm_90 too
+            f"arch={arch.replace('sm', 'compute')},code={arch}",
             "-std=c++17",
             "-lineinfo",
             "-Xcompiler",
