@@ -15,6 +15,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 struct Launch {
     const void* kernel;
     unsigned blocks, threads, shared_bytes;
+    unsigned cluster = 1;                 // blocks of one
     alignas(64) uint8_t arguments[1280];  // 64: tensor maps among them
 };
 

@@ -34,7 +34,7 @@ struct Arguments {
     Addend addends[3];
     int addend_count;
     int m, n, k_steps;
-    int tiles_m, tiles_n;
+    int clusters_m, tiles_n;    // rows of clusters, columns of tiles
     unsigned tiles, all_tiles;  // of a matrix, and of all
     bool symmetric;
     const float *a_diagonal, *b_diagonal, *c_diagonal;
@@ -54,10 +54,15 @@ static_assert(WARPGROUP * (PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS) 
 
 // PINGPONG: the consumers take turns, a tile each, and one multiplies while the other adds and stores. Otherwise each
 // has half the rows of every tile. Either way a consumer has four blocks of accumulators, 128 registers.
-template <int BLOCK_M_, int BLOCK_N_, int NUM_STAGES_, bool PINGPONG_>
+//
+// CLUSTER: blocks that compute tiles one above the other, in step: each loads its part of their columns of b for all. A
+// stage is free once it is in all of them.
+template <int BLOCK_M_, int BLOCK_N_, int NUM_STAGES_, bool PINGPONG_, int CLUSTER_>
 struct Tile {
     static constexpr int BLOCK_M = BLOCK_M_, BLOCK_N = BLOCK_N_, NUM_STAGES = NUM_STAGES_;
     static constexpr bool PINGPONG = PINGPONG_;
+    static constexpr int CLUSTER = CLUSTER_, SHARE_N = BLOCK_N / CLUSTER;  // columns that a block loads
+    static_assert(SHARE_N % BLOCK == 0 && BLOCK_N == CLUSTER * BLOCK_M);   // a cluster's tiles make a square
     static constexpr int BLOCKS = 4;
     static_assert(BLOCK_M * BLOCK_N == BLOCKS * BLOCK * BLOCK * (PINGPONG ? 1 : CONSUMERS));
     static constexpr int A_BYTES = 2 * BLOCK_M * BLOCK_K, STAGE_BYTES = 2 * (BLOCK_M + BLOCK_N) * BLOCK_K;
@@ -72,15 +77,14 @@ struct Tile {
     static constexpr int SHARED_BYTES = VECTORS + CONSUMERS * VECTOR_BYTES;
     static_assert(SHARED_BYTES <= 232448);
     // Warps that free a stage.
-    static constexpr int READERS = 4 * (PINGPONG ? 1 : CONSUMERS);
+    static constexpr int READERS = 4 * (PINGPONG ? 1 : CONSUMERS) * CLUSTER;
     // Tiles that are computed at about the same time share rows and columns, in L2: those of a square region.
-    static constexpr int SQUARES = BLOCK_N / BLOCK_M;     // tiles, one above the other, that make a square
-    static constexpr int SUPERTILE = 1024 / BLOCK_N;      // squares of a side, where the result is symmetric
-    static constexpr int GROUP = SQUARES == 1 ? 12 : 16;  // rows of tiles, where it is not
+    static constexpr int SUPERTILE = 1024 / BLOCK_N;  // squares of a side, where the result is symmetric
+    static constexpr int GROUP = 12 / CLUSTER + 2;    // rows of clusters, where it is not
 };
 
-using Pingpong = Tile<128, 128, 6, true>;
-using Wide = Tile<128, 256, 4, false>;
+using Pingpong = Tile<128, 128, 6, true, 1>;
+using Wide = Tile<128, 256, 4, false, 2>;
 
 // The parts of shared memory.
 template <class T>
@@ -118,6 +122,15 @@ struct Shared {
     }
 };
 
+template <class T>
+__device__ __forceinline__ void sync_cluster() {
+    if constexpr (T::CLUSTER == 1) {
+        __syncthreads();
+    } else {
+        barrier_cluster();
+    }
+}
+
 // Of the first element of a tile.
 struct Place {
     int row, col, matrix;
@@ -140,10 +153,10 @@ __device__ __forceinline__ void triangular_place(unsigned index, int side, int& 
     }
 }
 
-// Down the columns of a group of rows of tiles, then the next group.
-__device__ __forceinline__ void grouped_place(unsigned index, int group, int tiles_m, int tiles_n, int& row, int& col) {
-    const unsigned of_group = group * tiles_n;
-    const int first = index / of_group * group, height = min(group, tiles_m - first), within = index % of_group;
+// Entry `index` of a grid of rows x cols: down the columns of a group of rows, then the next group.
+__device__ __forceinline__ void grouped_place(unsigned index, int group, int rows, int cols, int& row, int& col) {
+    const unsigned of_group = group * cols;
+    const int first = index / of_group * group, height = min(group, rows - first), within = index % of_group;
     row = first + within % height;
     col = within / height;
 }
@@ -153,11 +166,11 @@ __device__ __forceinline__ Place place_of(const Arguments& p, unsigned index) {
     const unsigned matrix = index / p.tiles, tile = index % p.tiles;
     int row, col;
     if (p.symmetric) {
-        triangular_place<T::SUPERTILE>(tile / T::SQUARES, p.tiles_n, row, col);
-        row = row * T::SQUARES + tile % T::SQUARES;
+        triangular_place<T::SUPERTILE>(tile / T::CLUSTER, p.tiles_n, row, col);
     } else {
-        grouped_place(tile, T::GROUP, p.tiles_m, p.tiles_n, row, col);
+        grouped_place(tile / T::CLUSTER, T::GROUP, p.clusters_m, p.tiles_n, row, col);
     }
+    row = row * T::CLUSTER + tile % T::CLUSTER;
     return {row * T::BLOCK_M, col * T::BLOCK_N, static_cast<int>(matrix)};
 }
 
@@ -167,13 +180,20 @@ template <class T, bool B_TRANSPOSED>
 __device__ __forceinline__ void load_operands(const Arguments& p, Place at, int k, uint32_t stage, uint32_t full) {
     mbarrier_arrive_expect_tx(full, T::STAGE_BYTES);
     load_box(stage, &p.a, k, at.row, at.matrix, full);
-    const uint32_t b = stage + T::A_BYTES;
+    const int share = blockIdx.x % T::CLUSTER * T::SHARE_N, col = at.col + share;
+    const uint32_t b = stage + T::A_BYTES + share * 2 * BLOCK_K;
+    const auto load = [&](uint32_t to, int box_col, int box_row) {
+        if constexpr (T::CLUSTER == 1) {
+            load_box(to, &p.b, box_col, box_row, at.matrix, full);
+        } else {
+            load_box_multicast(to, &p.b, box_col, box_row, at.matrix, full, (1 << T::CLUSTER) - 1);
+        }
+    };
     if constexpr (B_TRANSPOSED) {
-        load_box(b, &p.b, k, at.col, at.matrix, full);
+        load(b, k, col);
     } else {
 #pragma unroll
-        for (int i = 0; i < T::BLOCK_N / BLOCK; ++i)
-            load_box(b + i * BLOCK_BYTES, &p.b, at.col + i * BLOCK, k, at.matrix, full);
+        for (int i = 0; i < T::SHARE_N / BLOCK; ++i) load(b + i * BLOCK_BYTES, col + i * BLOCK, k);
     }
 }
 
@@ -224,6 +244,13 @@ struct Lane {
         __syncwarp();
         if (lane == 0) mbarrier_arrive(barrier);
     }
+    // The same at the barriers in that place of all blocks of the cluster.
+    template <int CLUSTER>
+    __device__ __forceinline__ void arrive_everywhere(uint32_t barrier) const {
+        if constexpr (CLUSTER == 1) return arrive(barrier);
+        __syncwarp();
+        if (lane < CLUSTER) mbarrier_arrive_cluster(mapa(barrier, lane));
+    }
 };
 
 // Of the eight elements from 8 * chunk on of a block's row.
@@ -249,13 +276,12 @@ __device__ __forceinline__ void pin_all(Accumulators& acc) {
     for (int q = 0; q < 4; ++q) pin(acc[q]);
 }
 
-// Four blocks (+)= 16 columns of a and of b.
+// Four blocks (+)= 16 columns of a and of b, which their descriptors say.
 template <DType DTYPE, class T, bool B_TRANSPOSED>
-__device__ __forceinline__ void wgmmas(Accumulators& acc, uint32_t a, uint32_t b, bool add) {
+__device__ __forceinline__ void wgmmas(Accumulators& acc, uint64_t of_a, uint64_t of_b, bool add) {
     constexpr bool bf16 = DTYPE == DType::bf16;
-    const uint64_t of_b = wgmma_descriptor(b, BLOCK_BYTES), of_a = wgmma_descriptor(a, BLOCK_BYTES);
     if constexpr (T::PINGPONG) {
-        const uint64_t of_lower = wgmma_descriptor(a + BLOCK_BYTES, BLOCK_BYTES);
+        const uint64_t of_lower = of_a + BLOCK_BYTES / DESCRIPTOR_UNIT;
         if constexpr (bf16) {
             wgmma_m64n128k16_bf16<B_TRANSPOSED>(acc[0], acc[1], of_a, of_b, add);
             wgmma_m64n128k16_bf16<B_TRANSPOSED>(acc[2], acc[3], of_lower, of_b, add);
@@ -280,14 +306,18 @@ __device__ __forceinline__ void multiply(
         const unsigned now = first + step;
         mbarrier_wait(shared.full(now), shared.parity(now));
         wgmma_fence();
-        const uint32_t a = shared.stage(now) + (T::PINGPONG ? 0 : me.consumer * BLOCK_BYTES);
-        const uint32_t b = shared.stage(now) + T::A_BYTES;
+        const uint32_t stage = shared.stage(now);
+        const uint64_t a = wgmma_descriptor(stage + (T::PINGPONG ? 0 : me.consumer * BLOCK_BYTES), BLOCK_BYTES);
+        const uint64_t b = wgmma_descriptor(stage + T::A_BYTES, BLOCK_BYTES);
 #pragma unroll
-        for (int k = 0; k < BLOCK_K; k += 16)  // columns of a and of the transposed b, or rows of b
-            wgmmas<DTYPE, T, B_TRANSPOSED>(acc, a + 2 * k, b + 2 * k * (B_TRANSPOSED ? 1 : BLOCK), step || k);
+        for (int k = 0; k < BLOCK_K; k += 16) {
+            // To the next columns of a, and of the transposed b or rows of b.
+            const uint64_t in_a = 2 * k / DESCRIPTOR_UNIT, in_b = B_TRANSPOSED ? in_a : in_a * BLOCK;
+            wgmmas<DTYPE, T, B_TRANSPOSED>(acc, a + in_a, b + in_b, step || k);
+        }
         wgmma_commit();
         wgmma_wait<1>();
-        if (step) me.arrive(shared.empty(now - 1));
+        if (step) me.arrive_everywhere<T::CLUSTER>(shared.empty(now - 1));
     }
 }
 
@@ -449,7 +479,7 @@ __device__ __forceinline__ void consume(const Arguments& p, const Shared<T>& sha
         if (T::PINGPONG && steps == k_steps) me.arrive(shared.turn(1 - me.consumer));
         wgmma_wait<0>();
         pin_all(acc);
-        me.arrive(shared.empty(now + k_steps - 1));
+        me.arrive_everywhere<T::CLUSTER>(shared.empty(now + k_steps - 1));
 #pragma unroll
         for (int q = 0; q < 4; ++q) {
 #pragma unroll
@@ -465,7 +495,7 @@ __device__ __forceinline__ void consume(const Arguments& p, const Shared<T>& sha
                 const int block = (T::PINGPONG ? q / 2 : me.consumer) * 2 + q % 2;
                 finish(q).add(acc[q], p.addends[of], shared.stage(now + step) + block * BLOCK_BYTES);
             }
-            me.arrive(shared.empty(now + step));
+            me.arrive_everywhere<T::CLUSTER>(shared.empty(now + step));
         }
 #pragma unroll
         for (int q = 0; q < 4; ++q) {
@@ -483,7 +513,7 @@ __global__ void __launch_bounds__(THREADS, 1) product(const __grid_constant__ Ar
     extern __shared__ __align__(1024) uint8_t memory[];  // as the swizzle has it
     const Shared<T> shared{shared_address(memory)};
     if (threadIdx.x == 0) shared.begin();
-    __syncthreads();
+    sync_cluster<T>();
     if (threadIdx.x < WARPGROUP) {
         setmaxnreg_dec<PRODUCER_REGISTERS>();
         if (threadIdx.x == 0) produce<T, B_TRANSPOSED>(p, shared);
@@ -491,12 +521,14 @@ __global__ void __launch_bounds__(THREADS, 1) product(const __grid_constant__ Ar
         setmaxnreg_inc<CONSUMER_REGISTERS>();
         consume<DTYPE, T, B_TRANSPOSED>(p, shared);
     }
+    // No block leaves while another may bring something to it, or arrive.
+    if constexpr (T::CLUSTER > 1) sync_cluster<T>();
 }
 
 // ---- the host's part
 
 struct Kernel {
-    int block_m, block_n, shared_bytes;
+    int block_m, block_n, cluster, share_n, shared_bytes;
     int step_bytes;                  // from L2 for BLOCK_K columns of a tile
     int step_clocks;                 // of tensor cores, or of shared memory where that takes longer
     int tile_clocks;                 // of what nothing hides, a tile
@@ -511,16 +543,27 @@ Kernel kernel() {
     const int columns = T::BLOCKS * BLOCK / (T::PINGPONG ? 2 : 1), wgmmas = 2;
     const int tensor = T::BLOCK_M * T::BLOCK_N * BLOCK_K / 2048;
     const int shared = (wgmmas * 2 * (BLOCK + columns) * BLOCK_K + T::STAGE_BYTES) / 128;
-    Kernel k{T::BLOCK_M, T::BLOCK_N, T::SHARED_BYTES, T::STAGE_BYTES, std::max(tensor, shared), T::PINGPONG ? 0 : 1500};
+    Kernel k{T::BLOCK_M, T::BLOCK_N, T::CLUSTER, T::SHARE_N, T::SHARED_BYTES};
+    k.step_bytes = 2 * (T::BLOCK_M + T::SHARE_N) * BLOCK_K;
+    k.step_clocks = std::max(tensor, shared);
+    k.tile_clocks = T::PINGPONG ? 0 : 1500;
     k.plain = reinterpret_cast<const void*>(&product<DTYPE, T, false>);
     k.transposed = reinterpret_cast<const void*>(&product<DTYPE, T, true>);
     return k;
 }
 
-// Of a triangle, squares of tiles, one above the other: an odd one at the edge has nothing to store.
+int64_t clusters_of(const Kernel& k, const Product& p) { return ceil_div(p.out.rows, k.block_m * k.cluster); }
+
+// Whole clusters of them, which make squares where the result is symmetric: a tile beyond the edge has nothing to
+// store.
 int64_t tiles_of(const Kernel& k, const Product& p) {
-    const int64_t tiles_m = ceil_div(p.out.rows, k.block_m), tiles_n = ceil_div(p.out.cols, k.block_n);
-    return p.symmetric ? tiles_n * (tiles_n + 1) / 2 * (k.block_n / k.block_m) : tiles_m * tiles_n;
+    const int64_t tiles_n = ceil_div(p.out.cols, k.block_n);
+    return k.cluster * (p.symmetric ? tiles_n * (tiles_n + 1) / 2 : clusters_of(k, p) * tiles_n);
+}
+
+// Blocks at work at a time: one a multiprocessor, in whole clusters.
+int64_t blocks_of(const Kernel& k, const Product& p, int multiprocessors) {
+    return std::min<int64_t>(tiles_of(k, p) * p.out.batch, multiprocessors / k.cluster * k.cluster);
 }
 
 template <DType DTYPE>
@@ -528,9 +571,10 @@ Kernel choose(const Product& p, int multiprocessors) {
     constexpr int L2_BYTES = 5120;  // a clock, for all multiprocessors: an A100's
     static const Kernel table[] = {kernel<DTYPE, Wide>(), kernel<DTYPE, Pingpong>()};
     const auto time = [&](const Kernel& k) {
-        const int64_t tiles = tiles_of(k, p) * p.out.batch, at_work = std::min<int64_t>(tiles, multiprocessors);
-        const int64_t step = std::max<int64_t>(k.step_clocks, k.step_bytes * at_work / L2_BYTES);
-        return ceil_div(tiles, multiprocessors) * (ceil_div(p.a.cols, BLOCK_K) * step + k.tile_clocks);
+        const int64_t blocks = blocks_of(k, p, multiprocessors);
+        if (!blocks) return INT64_MAX;  // no room for a cluster
+        const int64_t step = std::max<int64_t>(k.step_clocks, k.step_bytes * blocks / L2_BYTES);
+        return ceil_div(tiles_of(k, p) * p.out.batch, blocks) * (ceil_div(p.a.cols, BLOCK_K) * step + k.tile_clocks);
     };
     return time(table[0]) < time(table[1]) ? table[0] : table[1];
 }
@@ -572,7 +616,7 @@ bool encode(CUtensorMap& map, const Stack& s, DType dtype, int box_rows) {
 
 bool encode_all(Arguments& args, const Product& p, const Kernel& k, DType dtype) {
     if (!encode(args.a, p.a, dtype, k.block_m) || !encode(args.out, p.out, dtype, BLOCK)) return false;
-    if (!encode(args.b, p.b, dtype, p.b_transposed ? k.block_n : BLOCK_K)) return false;
+    if (!encode(args.b, p.b, dtype, p.b_transposed ? k.share_n : BLOCK_K)) return false;
     const AddedMatrices added(p);
     args.addend_count = added.count;
     for (int i = 0; i < added.count; ++i) {
@@ -587,7 +631,7 @@ Arguments arguments(const Product& p, const Kernel& k) {
     Arguments args{};
     args.m = static_cast<int>(p.out.rows), args.n = static_cast<int>(p.out.cols);
     args.k_steps = static_cast<int>(ceil_div(p.a.cols, BLOCK_K));
-    args.tiles_m = static_cast<int>(ceil_div(p.out.rows, k.block_m));
+    args.clusters_m = static_cast<int>(clusters_of(k, p));
     args.tiles_n = static_cast<int>(ceil_div(p.out.cols, k.block_n));
     args.tiles = static_cast<unsigned>(tiles_of(k, p));
     args.all_tiles = static_cast<unsigned>(args.tiles * p.out.batch);
@@ -607,7 +651,8 @@ bool launch_sm90(const Product& p, DType dtype, int multiprocessors, Launch& lau
     Arguments args = arguments(p, k);
     if (!encode_all(args, p, k, dtype)) return false;
     launch.kernel = p.b_transposed ? k.transposed : k.plain;
-    launch.blocks = std::min(args.all_tiles, static_cast<unsigned>(multiprocessors));
+    launch.blocks = static_cast<unsigned>(blocks_of(k, p, multiprocessors));
+    launch.cluster = static_cast<unsigned>(k.cluster);
     launch.threads = THREADS, launch.shared_bytes = static_cast<unsigned>(k.shared_bytes);
     static_assert(sizeof args <= sizeof launch.arguments);
     std::memcpy(launch.arguments, &args, sizeof args);

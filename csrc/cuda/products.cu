@@ -62,7 +62,14 @@ Launch launch_of(const Product& p, DType dtype, const Device& device) {
 
 cudaError_t run(const Launch& l, cudaStream_t stream) {
     void* parameters[] = {const_cast<uint8_t*>(l.arguments)};
-    return cudaLaunchKernel(l.kernel, l.blocks, l.threads, parameters, l.shared_bytes, stream);
+    if (l.cluster == 1) return cudaLaunchKernel(l.kernel, l.blocks, l.threads, parameters, l.shared_bytes, stream);
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = l.cluster, cluster.val.clusterDim.y = 1, cluster.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = l.blocks, config.blockDim = l.threads, config.dynamicSmemBytes = l.shared_bytes;
+    config.stream = stream, config.attrs = &cluster, config.numAttrs = 1;
+    return cudaLaunchKernelExC(&config, l.kernel, parameters);
 }
 
 Result prepare(const Product* list, int count, DType dtype, Program& program) {

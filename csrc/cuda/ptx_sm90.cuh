@@ -28,19 +28,35 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t barrier, uint
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Until the phase of that parity is complete. Of a new barrier the phase before the first, of parity 1, is.
+// Until the phase of that parity is complete. Of a new barrier the phase before the first, of parity 1, is. What any
+// block of the cluster did before it arrived has then happened.
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
-    uint32_t complete;
-    do {
-        asm volatile(
-            "{\n.reg .pred complete;\n"
-            "mbarrier.try_wait.parity.shared::cta.b64 complete, [%1], %2;\n"
-            "selp.b32 %0, 1, 0, complete;\n}"
-            : "=r"(complete)
-            : "r"(barrier), "r"(parity)
-            : "memory"
-        );
-    } while (!complete);
+    asm volatile(
+        "{\n.reg .pred complete;\nagain:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 complete, [%0], %1;\n"
+        "@!complete bra again;\n}" ::"r"(barrier),
+        "r"(parity)
+        : "memory"
+    );
+}
+
+// ---- clusters
+
+// Of a shared address of this block, that of the same place in block `rank` of its cluster.
+__device__ __forceinline__ uint32_t mapa(uint32_t address, uint32_t rank) {
+    uint32_t mapped;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
+    return mapped;
+}
+
+// At an mbarrier of any block of the cluster.
+__device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t mapped) {
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(mapped) : "memory");
+}
+
+// All threads of the cluster that have not left.
+__device__ __forceinline__ void barrier_cluster() {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
 // ---- tensor copies of boxes, at (column, row, matrix)
@@ -55,6 +71,18 @@ __device__ __forceinline__ void load_box(
         "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::
             "r"(to),
         "l"(map), "r"(col), "r"(row), "r"(matrix), "r"(barrier)
+        : "memory"
+    );
+}
+
+// To the same place in all blocks of the cluster that `mask` has a bit for, where it counts at their mbarriers.
+__device__ __forceinline__ void load_box_multicast(
+    uint32_t to, const CUtensorMap* map, int col, int row, int matrix, uint32_t barrier, uint16_t mask
+) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+        " [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
+        "l"(map), "r"(col), "r"(row), "r"(matrix), "r"(barrier), "h"(mask)
         : "memory"
     );
 }
@@ -146,6 +174,8 @@ __device__ __forceinline__ void pin(float (&c)[32]) { asm volatile("" : MUON_BLO
 // Where wgmma finds a matrix whose rows of 128 bytes are swizzled as a tensor copy with CU_TENSOR_MAP_SWIZZLE_128B
 // leaves them: eight rows of 64 elements follow each other in 1024 bytes. `leading` is the distance of one 64 elements
 // of a row from the next, where the matrix is more than 64 wide.
+constexpr int DESCRIPTOR_UNIT = 16;  // bytes; those added to a descriptor move its matrix
+
 __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address, uint32_t leading) {
     const uint64_t swizzle_128 = 1, eight_rows = 1024;
     return address >> 4 | static_cast<uint64_t>(leading >> 4) << 16 | eight_rows >> 4 << 32 | swizzle_128 << 62;

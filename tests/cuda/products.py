@@ -50,7 +50,7 @@ KERNELS_SM90 = {
 
 
 def kernel_of(name: str) -> Kernel:
-    if found := re.search(r"TileILi(\d+)ELi(\d+)ELi\d+ELb\dEEELb(\d)E", name):
+    if found := re.search(r"TileILi(\d+)ELi(\d+)ELi\d+ELb\dELi\dEEELb(\d)E", name):
         return Kernel(int(found[1]), int(found[2]), found[3] == "1", True, True)
     found = re.search(r"TileILi(\d+)ELi(\d+)E.*?EELb(\d)ELb(\d)E", name)
     assert found, name

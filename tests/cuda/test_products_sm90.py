@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(standin.nvcc() is None, reason="no nvcc: kernels
 
 PINGPONG, WIDE = 128, 256  # columns of a tile
 dtypes = pytest.mark.parametrize("dtype", p.DTYPES.values(), ids=p.DTYPES)
+CLUSTER = {PINGPONG: 1, WIDE: 2}
 kernels = pytest.mark.parametrize("kernel", p.KERNELS_SM90, ids=lambda k: f"{k.block_n}-{'nt'[k.transposed]}")
 
 
@@ -36,7 +37,7 @@ def _seed() -> None:
 
 
 def operands(kernel: Kernel, batch: int, dtype: torch.dtype, make: Any = integers) -> tuple[Tensor, Tensor, Tensor]:
-    """a, b and an output that this kernel is chosen for, by a GPU with one multiprocessor."""
+    """a, b and an output that this kernel is chosen for, by a GPU with a multiprocessor for each block of a cluster."""
     m, n, k = p.KERNELS_SM90[kernel]
     a = placed(make(batch, m, k, dtype=dtype))
     b = a if kernel.transposed else placed(make(batch, k, n, dtype=dtype))
@@ -49,7 +50,8 @@ def test_every_kernel_is_exact_on_integers(cuda: Products, kernel: Kernel, dtype
     a, b, out = operands(kernel, 2, dtype)
     c = placed(integers(*out.shape, dtype=dtype))
     scale = torch.tensor([0.5, 2.0])
-    cuda(a, b, out, b_transposed=kernel.transposed, c=c, alpha=2.0, beta=-4.0, gamma=8.0, scale=scale)
+    keywords = dict(c=c, alpha=2.0, beta=-4.0, gamma=8.0, scale=scale, multiprocessors=CLUSTER[kernel.block_n])
+    cuda(a, b, out, b_transposed=kernel.transposed, **keywords)
     assert cuda.kernel == kernel
     scales = (scale**2 if kernel.transposed else scale)[:, None, None]
     sums = 2 * exact(a, b, kernel.transposed) - 4 * c.double() + 8 * torch.eye(*out.shape[1:])
@@ -94,7 +96,8 @@ def test_error_is_that_of_one_rounding(cuda: Products, kernel: Kernel, dtype: to
     make = lambda *shape, dtype: torch.randn(shape).to(dtype)
     a, b, out = operands(kernel, 1, dtype, make)
     c = make(*out.shape, dtype=dtype)
-    cuda(a, b, out, b_transposed=kernel.transposed, c=placed(c), alpha=0.3, beta=1.7)
+    keywords = dict(c=placed(c), alpha=0.3, beta=1.7, multiprocessors=CLUSTER[kernel.block_n])
+    cuda(a, b, out, b_transposed=kernel.transposed, **keywords)
     assert cuda.kernel == kernel
     alpha, beta = torch.tensor([0.3, 1.7]).double()
     right = alpha * exact(a, b, kernel.transposed) + beta * c.double()
@@ -165,32 +168,71 @@ def test_order_and_time_do_not_matter(cuda: Products, kernel: Kernel) -> None:
     right = (exact(a, b, kernel.transposed) + c.double()).bfloat16()
     for order, asynchrony in product(("forward", "backward", "random"), ("early", "late", "random")):
         out.fill_(torch.nan)
-        keywords = dict(b_transposed=kernel.transposed, c=c, beta=1.0)
+        keywords = dict(b_transposed=kernel.transposed, c=c, beta=1.0, multiprocessors=CLUSTER[kernel.block_n])
         cuda(a, b, out, order=order, asynchrony=asynchrony, seed=3, **keywords)
         assert cuda.kernel == kernel
         assert torch.equal(out, right), (order, asynchrony)
+        assert not any(launch.warnings for launch in cuda.log), "as of copies that a block leaves behind"
 
 
-@pytest.mark.parametrize(("m", "k", "multiprocessors"), [(200, 104, 1), (200, 392, 2)], ids=["pingpong", "wide"])
+@pytest.mark.parametrize(("m", "k", "multiprocessors"), [(200, 104, 1), (392, 392, 12)], ids=["pingpong", "wide"])
 def test_no_races(cuda: Products, m: int, k: int, multiprocessors: int) -> None:
     """Many tiles a block, with and without addends; symmetric, so that all kinds of blocks are stored."""
     X, C, out = placed(integers(4, m, k)), placed(symmetric(4, m)), empty(4, m, m)
     for c in (C, None):
         keywords = dict(b_transposed=True, symmetric=True, c=c, beta=1.0)
         cuda(X, X, out, order="random", races=True, multiprocessors=multiprocessors, **keywords)
-        assert cuda.kernel and cuda.kernel.wgmma
+        assert cuda.kernel and cuda.kernel.block_n == (PINGPONG if m == 200 else WIDE)
+        assert [launch.cluster for launch in cuda.log] == [CLUSTER[cuda.kernel.block_n]]
         assert not any(launch.warnings for launch in cuda.log)
         assert torch.equal(out, (exact(X, X, True) + (0 if c is None else c.double())).bfloat16())
 
 
-def test_no_races_of_vectors(cuda: Products) -> None:
-    A, X, out = placed(symmetric(3, 136)), placed(integers(3, 136, 136)), empty(3, 136, 136)
-    of_a, of_b = integers(3, 136).float(), integers(3, 136).float()
-    cuda(A, X, out, a_diagonal=of_a, b_diagonal=of_b, order="random", races=True)
-    assert cuda.kernel and cuda.kernel.wgmma
+@pytest.mark.parametrize(("m", "multiprocessors"), [(136, 1), (392, 8)], ids=["pingpong", "wide"])
+def test_no_races_of_vectors(cuda: Products, m: int, multiprocessors: int) -> None:
+    """Rows beyond the edge, of which a wide tile's second consumer has nothing else, store nothing."""
+    A, X, out = placed(symmetric(3, m)), placed(integers(3, m, m)), empty(3, m, m)
+    of_a, of_b = integers(3, m).float(), integers(3, m).float()
+    keywords = dict(multiprocessors=multiprocessors, order="random", races=True)
+    cuda(A, X, out, a_diagonal=of_a, b_diagonal=of_b, **keywords)
+    assert cuda.kernel and cuda.kernel.block_n == (PINGPONG if m == 136 else WIDE)
     assert not any(launch.warnings for launch in cuda.log)
     right = (A.double() + of_a.double().diag_embed()) @ (X.double() + of_b.double().diag_embed())
     assert torch.equal(out, right.bfloat16())
+
+
+# Of the issue slots of tensor clocks, what instructions of PTX beside wgmma may take at 4096 columns of a.
+OTHERS = {WIDE: 0.15, PINGPONG: 0.25}
+
+
+@pytest.mark.parametrize("columns", [WIDE, PINGPONG], ids=["wide", "pingpong"])
+def test_profile(cuda: Products, columns: int) -> None:
+    """Bytes from L2 for what tensor cores do, no bank conflicts, and what else is issued.
+
+    Two numbers of columns of a tell what a step takes from what a tile takes.
+    """
+    issued = {}
+    for k in (512, 1024):
+        if columns == WIDE:
+            m, n, tiles, cluster = 256, 512, 4, 2
+            a, b, c = placed(integers(1, m, k)), placed(integers(1, k, n)), integers(1, m, n)
+        else:
+            m, n, tiles, cluster = 512, 512, 10, 1
+            a = b = placed(integers(1, m, k))
+            c = symmetric(1, m)
+        keywords = dict(b_transposed=a is b, symmetric=a is b, c=placed(c), beta=1.0)
+        cuda(a, b, empty(1, m, n), multiprocessors=tiles, profile=True, **keywords)
+        assert cuda.kernel == Kernel(128, columns, a is b, True, True)
+        profile = cuda.profiles[cuda.kernel]
+        operand_bytes, flops = tiles * (128 + columns // cluster) * k * 2, 2 * tiles * 128 * columns * k
+        assert flops / operand_bytes == {WIDE: 128, PINGPONG: 64}[columns]
+        assert profile.global_bytes == operand_bytes + tiles * 128 * columns * 2 + m * n * 2, profile.table()
+        assert profile.bank_conflicts == 0, profile.table()
+        assert profile.tensor_instructions == flops / 2 / (16 * 16 * columns), "16 rows a warp"
+        issued[k] = (profile.instructions - profile.tensor_instructions) / tiles
+    of_step = (issued[1024] - issued[512]) / 8
+    at_4096 = issued[1024] + 48 * of_step
+    assert at_4096 / 4 <= OTHERS[columns] * 64 * columns * 4, (of_step, issued)
 
 
 @pytest.mark.parametrize("m", [1, 65])
@@ -220,6 +262,7 @@ def test_choice_of_tiles(cuda: Products, multiprocessors: int) -> None:
     pick = lambda *shape: chosen(cuda, *shape, multiprocessors, shape[0] == shape[1])
     pingpong, wide = (lambda t, n=n: Kernel(128, n, t, True, True) for n in (PINGPONG, WIDE))
     assert pick(4096, 11008, 4096, 1) == (wide(False), multiprocessors)
+    assert chosen(cuda, 4096, 11008, 4096, 1, 133, False) == (wide(False), 132), "whole clusters"
     assert pick(8192, 8192, 8192, 1) == (wide(True), multiprocessors)
     assert pick(768, 768, 768, 12) == (pingpong(True), multiprocessors)
     assert pick(256, 256, 1024, 1) == (pingpong(True), 3)
