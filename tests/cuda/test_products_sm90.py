@@ -263,7 +263,7 @@ def test_choice_of_tiles(cuda: Products, multiprocessors: int) -> None:
     pingpong, wide = (lambda t, n=n: Kernel(128, n, t, True, True) for n in (PINGPONG, WIDE))
     assert pick(4096, 11008, 4096, 1) == (wide(False), multiprocessors)
     assert chosen(cuda, 4096, 11008, 4096, 1, 133, False) == (wide(False), 132), "whole clusters"
-    assert pick(8192, 8192, 8192, 1) == (wide(True), multiprocessors)
+    assert pick(8192, 8192, 8192, 1) == pick(4096, 4096, 4096, 1) == (wide(True), multiprocessors)
     assert pick(768, 768, 768, 12) == (pingpong(True), multiprocessors)
     assert pick(256, 256, 1024, 1) == (pingpong(True), 3)
     assert pick(1024, 1024, 1024, 1) == (pingpong(True), 36)

@@ -110,13 +110,14 @@ def test_products_of_sm90a() -> None:
     """Operands come by tensor copies and go to wgmma, results leave by them; a thread loads parts of diagonals only."""
     if not native.required().cuda.wgmma:
         pytest.skip("muon_kernels was installed without code for sm_90a")
-    for kernel, numbers in named("90a", r"4TileI(?:L[ib]\d+E)+E", 8):
+    for kernel, numbers in named("90a", r"4TileI(?:Li\d+E)+Lb\dELi\dEE", 8):
         (_, columns, _, cluster), threads = numbers, 384
         assert not kernel.local_bytes and not kernel.count("LDL") and not kernel.count("STL"), kernel.name
         # What setmaxnreg divides, and a block's threads begin with.
         assert kernel.registers == 65536 // threads // 8 * 8 and kernel.count("USETMAXREG") == 2
-        wgmmas = {128: (8, r"HGMMA.64x128x16.F32"), 256: (4, r"HGMMA.64x256x16.F32")}[columns]
-        assert kernel.count(wgmmas[1]) == wgmmas[0], "four times 16 columns a stage"
+        of_stage, wgmma = {128: (8, r"HGMMA.64x128x16.F32"), 256: (4, r"HGMMA.64x256x16.F32")}[columns]
+        wgmmas = kernel.count(wgmma)
+        assert wgmmas and wgmmas % of_stage == 0, "four times 16 columns a stage, of which the loop has some"
         assert kernel.count(r"UTMALDG.3D") and kernel.count(r"UTMASTG.3D")
         assert bool(kernel.count(r"UTMALDG.3D.MULTICAST")) == (cluster > 1)
         assert (
