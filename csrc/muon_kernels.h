@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 namespace muon_kernels {
@@ -164,6 +165,11 @@ void load_kernels();
 
 // Stacks hold `dtype`, bf16 or f16, with fp32 accumulation. One launch a product.
 Result products(const Product* list, int count, DType dtype, Stream stream);
+
+// Products made ready for the current device, to run on it as often as wanted. Operands stay where they are.
+struct Program;
+Result prepare(const Product* list, int count, DType dtype, std::shared_ptr<const Program>& program);
+Result run(const Program& program, Stream stream);
 
 // `partial`: momentum_partials(...) doubles on the device, which need no initial value. The sum of squares is added in
 // a fixed order: the same bits in every run.

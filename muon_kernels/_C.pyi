@@ -92,6 +92,13 @@ class cuda:
 
     version: str  # of nvcc
     architectures: str  # compute capabilities without their point
+    wgmma: bool  # whether products use it on compute capability 9.0
+
+    class Program:
+        """Products made ready for the current device."""
+
+        def __init__(self, products: list[Product], dtype: DType, /) -> None: ...
+        def run(self, stream: int, /) -> None: ...
 
     @staticmethod
     def load_kernels() -> None: ...

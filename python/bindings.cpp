@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <memory>
 #include <new>
 #include <optional>
 #include <stdexcept>
@@ -38,6 +39,10 @@ T* at(int64_t address) {
 #endif
 
 mk::cuda::Stream stream_at(int64_t stream) { return reinterpret_cast<mk::cuda::Stream>(stream); }
+
+struct CudaProgram {
+    std::shared_ptr<const mk::cuda::Program> launches;
+};
 #endif
 
 // What a verb returns; other threads of Python run meanwhile. Even a launch can take long: where the stream is full.
@@ -185,11 +190,27 @@ PYBIND11_MODULE(_C, m) {
     cuda.attr("version") = MUON_KERNELS_CUDA_VERSION;
     cuda.attr("architectures") = MUON_KERNELS_CUDA_ARCHS;
     cuda.def("load_kernels", &mk::cuda::load_kernels, py::call_guard<py::gil_scoped_release>());
+#ifdef MUON_KERNELS_SM90
+    cuda.attr("wgmma") = true;
+#else
+    cuda.attr("wgmma") = false;
+#endif
     cuda.def("products", [](const std::vector<mk::Product>& list, mk::DType dtype, int64_t stream) {
         const int count = static_cast<int>(list.size());
         const auto run = [&] { return mk::cuda::products(list.data(), count, dtype, stream_at(stream)); };
         check(without_gil(run), "products");
     });
+    py::class_<CudaProgram>(cuda, "Program", py::module_local())
+        .def(py::init([](const std::vector<mk::Product>& list, mk::DType dtype) {
+            const int count = static_cast<int>(list.size());
+            CudaProgram program;
+            const auto run = [&] { return mk::cuda::prepare(list.data(), count, dtype, program.launches); };
+            check(without_gil(run), "products");
+            return program;
+        }))
+        .def("run", [](const CudaProgram& program, int64_t stream) {
+            check(without_gil([&] { return mk::cuda::run(*program.launches, stream_at(stream)); }), "products");
+        });
     cuda.def("momentum_capacity", &mk::cuda::momentum_capacity);
     cuda.def("apply_capacity", &mk::cuda::apply_capacity);
     cuda.def("fused_capacity", &mk::cuda::fused_capacity);

@@ -20,8 +20,10 @@ def chosen(
     capability: tuple[int, int] | None,
     missing: tuple[str, ...] = (),
     name: str = "auto",
+    wgmma: bool = False,
 ) -> tuple[str, tuple[str, ...]]:
-    """On a GPU of a compute capability, or on one that is not NVIDIA's."""
+    """On a GPU of a compute capability, or on one that is not NVIDIA's; with code for sm_90a or without."""
+    monkeypatch.setattr(cuda._device, "has_wgmma", lambda: wgmma)
     for module in (cuda, triton):
         here = module.__name__.rpartition(".")[2]
         reason = f"{here} is missing; install it" if here in missing else None
@@ -44,12 +46,26 @@ def test_triton_is_taken_for_its_tensor_instructions(
         assert "tcgen05" in why if capability[0] == 10 else "wgmma" in why
     else:
         assert (name, notes) == ("cuda", ())
-    assert chosen(monkeypatch, rows, capability, name="cuda") == ("cuda", ())
+    remarks = ("cuda multiplies by mma.sync: it was built without code for sm_90a",)
+    assert chosen(monkeypatch, rows, capability, name="cuda") == (
+        "cuda",
+        remarks if capability[0] == 9 and rows > 128 else (),
+    )
     assert chosen(monkeypatch, rows, capability, name="triton") == ("triton", ("remarked",))
 
 
+@pytest.mark.parametrize("rows", [128, 129, 4096])
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_cuda_is_taken_where_it_has_wgmma(monkeypatch: pytest.MonkeyPatch, rows: int, name: str) -> None:
+    """Which is compute capability 9.0, in a module with code for sm_90a: a plan says so."""
+    notes = ("cuda multiplies by wgmma, with its code for sm_90a",) if rows > 128 else ()
+    assert chosen(monkeypatch, rows, (9, 0), name=name, wgmma=True) == ("cuda", notes)
+    assert chosen(monkeypatch, rows, (8, 0), name=name, wgmma=True) == ("cuda", ())
+    assert chosen(monkeypatch, rows, (10, 0), wgmma=True)[0] == ("cuda" if rows <= 128 else "triton")
+
+
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert chosen(monkeypatch, 768, (9, 0), ("triton",)) == ("cuda", ())
+    assert chosen(monkeypatch, 768, (9, 0), ("triton",))[0] == "cuda"
     note = "cuda was not chosen: cuda is missing; install it"
     assert chosen(monkeypatch, 768, (8, 0), ("cuda",)) == ("triton", (note, "remarked"))
     assert chosen(monkeypatch, 768, None, ("cuda",)) == ("triton", (note, "remarked")), "AMD's GPUs"

@@ -19,12 +19,23 @@ void load_kernels() {
     for (const void* kernel : kernels()) reported(cudaFuncGetAttributes(&attributes, kernel));
 }
 
-Result supported() {
-    int device = 0, major = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (!error) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+Result current(Device& device) {
+    int index = 0;
+    cudaError_t error = cudaGetDevice(&index);
+    const auto ask = [&](int& value, cudaDeviceAttr attribute) {
+        if (!error) error = cudaDeviceGetAttribute(&value, attribute, index);
+    };
+    ask(device.major, cudaDevAttrComputeCapabilityMajor);
+    ask(device.minor, cudaDevAttrComputeCapabilityMinor);
+    ask(device.multiprocessors, cudaDevAttrMultiProcessorCount);
+    ask(device.shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
     if (error) return reported(error);
-    return {major < 8 ? Status::unsupported_isa : Status::ok, 0};
+    return {device.major < 8 ? Status::unsupported_isa : Status::ok, 0};
+}
+
+Result supported() {
+    Device device;
+    return current(device);
 }
 
 Result reported(cudaError_t error) {

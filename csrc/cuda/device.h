@@ -10,7 +10,15 @@ namespace muon_kernels::cuda {
 constexpr Result kOk = {Status::ok, 0};
 constexpr Result kInvalidArgument = {Status::invalid_argument, 0};
 
-// Whether the current device is one that the kernels are built for: compute capability 8.0 and up.
+struct Device {
+    int major, minor, multiprocessors;
+    int shared_bytes;  // of a multiprocessor
+};
+
+// What the current device is; whether it is one that the kernels are built for: compute capability 8.0 and up.
+Result current(Device& device);
+
+// Only whether it is.
 Result supported();
 
 void remember(const void* kernel);

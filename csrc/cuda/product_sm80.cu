@@ -8,26 +8,24 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <climits>
 #include <cstdint>
+#include <cstring>
 
 #include "../muon_kernels.h"
-#include "device.h"
-#include "ptx.cuh"
+#include "product.cuh"
+#include "product.h"
 
 namespace muon_kernels::cuda {
 namespace {
 
-// Every matrix that is added to a product is one of these: (factor + alpha (row[i] + col[j])) data[i][j]. So are the
-// corrections diag(a_diagonal) b and a diag(b_diagonal), and a matrix that stands in several places is read once.
+// See Added.
 struct Addend {
     const uint16_t* data;
     int64_t batch_stride;
     int64_t row_stride;
     float factor;
-    const float* row;  // [batch, m] or absent
-    const float* col;  // [batch, n] or absent
-    int width;         // see Operand
+    const float *row, *col;
+    int width;  // see Operand
 };
 
 struct Operand {
@@ -77,17 +75,6 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint3
     } else {
         mma_m16n8k16_f16(c, a, b0, b1);
     }
-}
-
-template <DType DTYPE>
-__device__ __forceinline__ uint32_t round_pair(float low, float high) {
-    return pack(low, high, DTYPE == DType::f16);
-}
-
-template <DType DTYPE>
-__device__ __forceinline__ float widen(uint32_t pair, int which) {
-    const float2 both = unpack(pair, DTYPE == DType::f16);
-    return which ? both.y : both.x;
 }
 
 // Where the eight elements from 8 * chunk on of a row lie in a tile of COLS columns. Any eight neighbouring rows of one
@@ -202,15 +189,6 @@ __device__ __forceinline__ void store(uint16_t* to, const uint32_t (&words)[4], 
         to[e] = static_cast<uint16_t>(low);
         low = e == 3 ? high : low >> 16;
     }
-}
-
-// Tile `index` of a lower triangle, counted along its rows. The root is only a guess: floats are not exact.
-__device__ __forceinline__ void triangular_index(unsigned index, int& row, int& col) {
-    unsigned r = static_cast<unsigned>((sqrtf(8.0f * index + 1.0f) - 1.0f) * 0.5f);
-    while (r * (r + 1) / 2 > index) --r;
-    while ((r + 1) * (r + 2) / 2 <= index) ++r;
-    row = r;
-    col = index - r * (r + 1) / 2;
 }
 
 // ALIGNED: all matrices can be copied and stored 16 bytes at a time.
@@ -398,11 +376,8 @@ __global__ void __launch_bounds__(T::THREADS, T::RESIDENT) product(const __grid_
             ldmatrix_x4_trans(upper, row);
             __syncwarp();  // ldmatrix gathers lanes but does not order their memory
             for (int q = 0; q < 4; ++q) {
-                const uint32_t from_lower = lane / 4 >= lane % 4 * 2 + 1 ? 0xffffffff
-                                            : lane / 4 == lane % 4 * 2   ? 0xffff
-                                                                         : 0;
                 const uint32_t at = shared + result_offset<BLOCK_N>(i + q * 8 + lane / 4, i / 8 + q) + lane % 4 * 4;
-                st_shared_b32(at, (lower[q] & from_lower) | (upper[q] & ~from_lower));
+                st_shared_b32(at, mirrored(lower[q], upper[q], lane));
             }
         }
         __syncthreads();
@@ -467,61 +442,38 @@ Kernel kernel() {
     return k;
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 int64_t tiles_of(const Kernel& k, const Product& p) {
     const int64_t tiles_m = ceil_div(p.out.rows, k.block_m), tiles_n = ceil_div(p.out.cols, k.block_n);
     return p.symmetric ? tiles_m * (tiles_m + 1) / 2 : tiles_m * tiles_n;
 }
 
-// What of a GPU decides which tiles are best.
-struct Gpu {
-    int multiprocessors;
-    int shared_bytes;  // of a multiprocessor
-    float mma_clocks;  // of a multiprocessor's tensor cores for one mma, 16 x 8 x 16
-};
-
-// 8.0 by its data sheet. 9.0: mma.sync has 57 % of wgmma's rate (arXiv 2501.12084). 10.0: such a kernel reaches 409 of
-// 2,250 TFLOP/s (learn-cuda 1454f8b). Others take four clocks (A10, L40) or eight (GeForce), more than shared memory in
-// any tile.
-float mma_clocks(int major, int minor) {
-    if (major == 8 && minor == 0) return 2.0f;
-    return major == 9 ? 1.75f : major == 10 ? 2.7f : 4.0f;
-}
-
-cudaError_t describe(Gpu& gpu) {
-    int device = 0, major = 0, minor = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    const auto ask = [&](int& value, cudaDeviceAttr attribute) {
-        if (!error) error = cudaDeviceGetAttribute(&value, attribute, device);
-    };
-    ask(gpu.multiprocessors, cudaDevAttrMultiProcessorCount);
-    ask(gpu.shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-    ask(major, cudaDevAttrComputeCapabilityMajor);
-    ask(minor, cudaDevAttrComputeCapabilityMinor);
-    gpu.mma_clocks = mma_clocks(major, minor);
-    return error;
+// Of a multiprocessor's tensor cores for one mma, 16 x 8 x 16. 8.0 by its data sheet. 9.0: mma.sync has 57 % of wgmma's
+// rate (arXiv 2501.12084). 10.0: such a kernel reaches 409 of 2,250 TFLOP/s (learn-cuda 1454f8b). Others take four
+// clocks (A10, L40) or eight (GeForce), more than shared memory in any tile.
+float mma_clocks(const Device& device) {
+    if (device.major == 8 && device.minor == 0) return 2.0f;
+    return device.major == 9 ? 1.75f : device.major == 10 ? 2.7f : 4.0f;
 }
 
 // Clocks of the multiprocessor that has most tiles, which is the last to be done. While one resident fills or stores,
 // the others multiply.
-double clocks_of(const Kernel& k, const Product& p, const Gpu& gpu) {
-    const int64_t tiles = ceil_div(tiles_of(k, p) * p.out.batch, gpu.multiprocessors);
-    const int64_t residents = std::clamp(gpu.shared_bytes / (k.shared_bytes + 1024), 1, k.residents);
+double clocks_of(const Kernel& k, const Product& p, const Device& device) {
+    const int64_t tiles = ceil_div(tiles_of(k, p) * p.out.batch, device.multiprocessors);
+    const int64_t residents = std::clamp(device.shared_bytes / (k.shared_bytes + 1024), 1, k.residents);
     const double mmas = static_cast<double>(tiles) * k.block_m * k.block_n * p.a.cols / (16 * 8 * 16);
-    return mmas * std::max(gpu.mma_clocks, k.shared_clocks) + ceil_div(tiles, residents) * k.fixed_clocks;
+    return mmas * std::max(mma_clocks(device), k.shared_clocks) + ceil_div(tiles, residents) * k.fixed_clocks;
 }
 
 // A smaller tile only where it saves more than a count can be wrong by.
 template <DType DTYPE>
-Kernel choose(const Product& p, bool aligned, const Gpu& gpu) {
+Kernel choose(const Product& p, bool aligned, const Device& device) {
     if (!aligned) return kernel<DTYPE, Small, false>();
     static const Kernel table[] = {kernel<DTYPE, Large>(), kernel<DTYPE, Medium>(), kernel<DTYPE, Small>()};
     const Kernel* best = nullptr;
     double least = 0;
     for (const Kernel& k : table) {
         if (!(p.b_transposed ? k.transposed : k.plain) || (p.symmetric && k.block_m != k.block_n)) continue;
-        const double clocks = clocks_of(k, p, gpu);
+        const double clocks = clocks_of(k, p, device);
         if (!best || clocks < 0.95 * least) best = &k, least = clocks;
     }
     return *best;
@@ -535,22 +487,16 @@ int copy_width(const Stack& s) {
 
 Operand operand(const Stack& s) { return {s.data, s.batch_stride, s.row_stride, copy_width(s)}; }
 
-void add(Arguments& args, const Stack& s, float factor, const float* row, const float* col) {
-    for (Addend* c = args.addends; c < args.addends + args.addend_count; ++c) {
-        if (c->data != s.data || c->batch_stride != s.batch_stride || c->row_stride != s.row_stride) continue;
-        if (row) c->row = row;
-        if (col) c->col = col;
-        return;
-    }
-    args.addends[args.addend_count++] = {s.data, s.batch_stride, s.row_stride, factor, row, col, copy_width(s)};
-}
-
 Arguments arguments(const Product& p) {
     Arguments args{};
     args.a = operand(p.a), args.b = operand(p.b);
-    if (p.c.data) add(args, p.c, p.beta, nullptr, nullptr);
-    if (p.a_diagonal) add(args, p.b_transposed ? p.a : p.b, 0.0f, p.a_diagonal, nullptr);
-    if (p.b_diagonal) add(args, p.a, 0.0f, nullptr, p.b_diagonal);
+    const AddedMatrices added(p);
+    for (int i = 0; i < added.count; ++i) {
+        const Added& c = added.list[i];
+        const Stack& s = c.matrix;
+        args.addends[args.addend_count++] = {s.data, s.batch_stride, s.row_stride, c.factor,
+                                             c.row,  c.col,          copy_width(s)};
+    }
     args.out = p.out.data, args.out_batch_stride = p.out.batch_stride, args.out_row_stride = p.out.row_stride;
     args.out_width = copy_width(p.out);
     args.m = static_cast<int>(p.out.rows), args.n = static_cast<int>(p.out.cols), args.k = static_cast<int>(p.a.cols);
@@ -561,50 +507,27 @@ Arguments arguments(const Product& p) {
     return args;
 }
 
-bool fits(const Stack& s, int64_t batch, int64_t rows, int64_t cols) {
-    return s.batch == batch && s.rows == rows && s.cols == cols && s.row_stride >= cols &&
-           (s.data || !batch || !rows || !cols);
-}
-
-bool valid(const Product& p) {
-    const int64_t batch = p.out.batch, m = p.out.rows, n = p.out.cols, k = p.a.cols, most = 1 << 30;
-    return batch >= 0 && m >= 0 && n >= 0 && k >= 0 && m <= most && n <= most && k <= most && fits(p.a, batch, m, k) &&
-           (p.b_transposed ? fits(p.b, batch, n, k) : fits(p.b, batch, k, n)) &&
-           (!p.c.data || fits(p.c, batch, m, n)) && fits(p.out, batch, m, n) && (!p.symmetric || m == n) &&
-           (!p.a_diagonal || (m == k && (!p.b_transposed || k == n))) && (!p.b_diagonal || k == n) &&
-           (!(p.c_diagonal || p.out_diagonal) || m == n) &&
-           ceil_div(m, Small::BLOCK_M) * ceil_div(n, Small::BLOCK_N) <= INT_MAX / std::max<int64_t>(batch, 1);
-}
-
 template <DType DTYPE>
-cudaError_t launch(const Product& p, const Gpu& gpu, cudaStream_t stream) {
-    if (!p.out.batch || !p.out.rows || !p.out.cols) return cudaSuccess;
+Launch launch(const Product& p, const Device& device) {
     Arguments args = arguments(p);
     bool aligned = args.a.width == 16 && args.b.width == 16 && args.out_width == 16;
     for (int i = 0; i < args.addend_count; ++i) aligned = aligned && args.addends[i].width == 16;
-    const Kernel k = choose<DTYPE>(p, aligned, gpu);
+    const Kernel k = choose<DTYPE>(p, aligned, device);
     args.tiles_m = static_cast<int>(ceil_div(p.out.rows, k.block_m));
     args.tiles = static_cast<unsigned>(tiles_of(k, p));
-    void* parameters[] = {&args};
-    return cudaLaunchKernel(
-        p.b_transposed ? k.transposed : k.plain, static_cast<unsigned>(args.tiles * p.out.batch), k.threads, parameters,
-        static_cast<size_t>(k.shared_bytes), stream
-    );
+    Launch l{
+        p.b_transposed ? k.transposed : k.plain, static_cast<unsigned>(args.tiles * p.out.batch),
+        static_cast<unsigned>(k.threads), static_cast<unsigned>(k.shared_bytes)
+    };
+    static_assert(sizeof args <= sizeof l.arguments);
+    std::memcpy(l.arguments, &args, sizeof args);
+    return l;
 }
 
 }  // namespace
 
-Result products(const Product* list, int count, DType dtype, Stream stream) {
-    if (dtype == DType::f32 || !std::all_of(list, list + count, valid)) return kInvalidArgument;
-    const Result usable = supported();
-    if (usable.status != Status::ok) return usable;
-    Gpu gpu;
-    cudaError_t error = describe(gpu);
-    for (int i = 0; i < count && !error; ++i) {
-        const auto run = dtype == DType::bf16 ? launch<DType::bf16> : launch<DType::f16>;
-        error = run(list[i], gpu, static_cast<cudaStream_t>(stream));
-    }
-    return reported(error);
+Launch launch_sm80(const Product& p, DType dtype, const Device& device) {
+    return dtype == DType::bf16 ? launch<DType::bf16>(p, device) : launch<DType::f16>(p, device);
 }
 
 }  // namespace muon_kernels::cuda

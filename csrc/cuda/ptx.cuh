@@ -54,6 +54,22 @@ __device__ __forceinline__ void st_shared_b32(uint32_t to, uint32_t value) {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
 }
 
+__device__ __forceinline__ void st_shared_f32(uint32_t to, float value) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(value) : "memory");
+}
+
+__device__ __forceinline__ float ld_shared_f32(uint32_t from) {
+    float value;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(from) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ float2 ld_shared_f32x2(uint32_t from) {
+    float2 value;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "r"(from) : "memory");
+    return value;
+}
+
 // Four 8x8 matrices of 16-bit elements. Lane l names row l % 8 of matrix l / 8; of every matrix it gets elements
 // 2 (l % 4) and 2 (l % 4) + 1 of row l / 4, the first one in the low half.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t row) {

@@ -28,6 +28,7 @@ MOMENTUM_CAPACITY, APPLY_CAPACITY, FUSED_CAPACITY = 406, 677, 392
 FUSED_ROWS = {2: 128, 3: 64}
 # Tensor instructions, by major compute capability, that take the place of mma.sync.
 _OWN_INSTRUCTIONS = {9: "wgmma", 10: "tcgen05"}
+_WGMMA = (9, 0)  # the only compute capability that has it
 
 
 # Facts, see `Backend`.
@@ -62,6 +63,10 @@ class _Device:
                 "or comes with pip install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl"
             )
         return ", and ".join(missing) or None
+
+    def has_wgmma(self) -> bool:
+        """Return whether the module has code for sm_90a."""
+        return bool(getattr(getattr(native.module(), "cuda", None), "wgmma", False))
 
     def capability(self, device: torch.device) -> tuple[int, int]:
         """Return (major, minor) of the compute capability."""
@@ -143,19 +148,29 @@ def prefers_instead(device: torch.device, rows: int, cols: int) -> tuple[str, st
     """Prefer Triton where a GPU has tensor instructions that this backend does not use, and products take the time.
 
     On compute capability 9.0 mma.sync reaches 63 % of the tensor cores' rate, wgmma all of it ("Dissecting the NVIDIA
-    Hopper Architecture", arXiv 2501.12084); on 10.x it is further from tcgen05. 12.x has neither. Up to 128 rows a step
-    is one launch here and reads memory most of the time.
+    Hopper Architecture", arXiv 2501.12084), which products use where the module was built with code for sm_90a; on 10.x
+    it is further from tcgen05. 12.x has neither. Up to 128 rows a step is one launch here and reads memory most of the
+    time.
     """
     major, minor = _device.capability(device)
-    if major not in _OWN_INSTRUCTIONS or rows <= max(FUSED_ROWS.values()):
+    if major not in _OWN_INSTRUCTIONS or rows <= max(FUSED_ROWS.values()) or _by_wgmma(device):
         return None
     own = _OWN_INSTRUCTIONS[major]
     return "triton", f"on compute capability {major}.{minor} tensor cores are faster by {own}, which triton uses"
 
 
+def _by_wgmma(device: torch.device) -> bool:
+    """Return whether products there are those of product_sm90.cu, which csrc takes wherever it can."""
+    return _device.capability(device) == _WGMMA and _device.has_wgmma()
+
+
 def remarks(device: torch.device, shape: tuple[int, int], workspace_dtype: torch.dtype) -> tuple[str, ...]:
-    """Return none: there is nothing to remark."""
-    return ()
+    """Say on compute capability 9.0 which instructions multiply what does not take the fused step."""
+    if _device.capability(device) != _WGMMA or shape[0] <= max(FUSED_ROWS.values()):
+        return ()
+    if _by_wgmma(device):
+        return ("cuda multiplies by wgmma, with its code for sm_90a",)
+    return ("cuda multiplies by mma.sync: it was built without code for sm_90a",)
 
 
 def rehearsal() -> None:
@@ -184,14 +199,23 @@ def momentum_update(args: MomentumUpdate) -> Tensor:
 
 
 def _run(products: list[object], operands: list[object]) -> None:
+    _prepare(products, operands)()
+
+
+def _prepare(products: list[object], operands: list[object]) -> Callable[[], None]:
     _C = _device.module()
-    if products:
-        out: Tensor = operands[0][3].high  # type: ignore[index]
+    out: Tensor = operands[0][3].high  # type: ignore[index]
+    with _launching(out.shape, out.device):
+        program = _C.cuda.Program(products, native.dtype(_C, out.dtype))
+
+    def run(alive: list[object] = operands) -> None:
         with _launching(out.shape, out.device) as stream:
-            _C.cuda.products(products, native.dtype(_C, out.dtype), stream)
+            program.run(stream)
+
+    return run
 
 
-_queue = native.Queue(_run)
+_queue = native.Queue(_run, _prepare)
 
 
 def program(run: Callable[[], Tensor]) -> Callable[[], Tensor]:

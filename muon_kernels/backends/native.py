@@ -115,11 +115,17 @@ def apply_update(
 class Queue(threading.local):
     """Products, run one by one or, of a `program`, all together.
 
-    `run` is given csrc's Products and the operands, (A, B, C, out, scale), of each.
+    `run` is given csrc's Products and the operands, (A, B, C, out, scale), of each. `prepare`, if there is one, is
+    given the same by a program, and returns what runs them.
     """
 
-    def __init__(self, run: Callable[[list[object], list[object]], None]) -> None:
+    def __init__(
+        self,
+        run: Callable[[list[object], list[object]], None],
+        prepare: Callable[[list[object], list[object]], Callable[[], object]] | None = None,
+    ) -> None:
         self._run = run
+        self._prepare = prepare or (lambda products, operands: partial(run, products, operands))
         self._waiting: list[object] | None = None
         self._operands: list[object] = []
         self._parts: list[Callable[[], object]] = []
@@ -153,7 +159,7 @@ class Queue(threading.local):
     def _cut(self) -> None:
         """Make the products on the list a part of the program and begin a new list."""
         if self._waiting:
-            self._parts.append(partial(self._run, self._waiting, self._operands))
+            self._parts.append(self._prepare(self._waiting, self._operands))
             self._waiting, self._operands = [], []
 
     def then(self, run: Callable[[], object], operands: Sequence[Tensor]) -> None:

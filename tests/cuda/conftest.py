@@ -24,12 +24,15 @@ def emulated(built: tuple[ModuleType, standin.Runtime]) -> Iterator[standin.Runt
         yield runtime
 
 
-@pytest.fixture(params=["executor", "gpu"])
-def gpu(request: pytest.FixtureRequest) -> Gpu:
-    """Where the backend runs: on the stand-in runtime, and on a GPU if there is one."""
-    if request.param == "gpu":
-        return Gpu.real("cuda")
-    runtime = request.getfixturevalue("emulated")
+@pytest.fixture
+def emulated_sm90(built: tuple[ModuleType, standin.Runtime]) -> Iterator[standin.Runtime]:
+    """See `running`: a GPU of compute capability 9.0."""
+    with running((9, 0)) as runtime:
+        yield runtime
+
+
+def on(runtime: standin.Runtime) -> Gpu:
+    """What tests of steps need of the stand-in runtime."""
 
     def replay() -> None:
         assert runtime.replay() == 0
@@ -39,3 +42,9 @@ def gpu(request: pytest.FixtureRequest) -> Gpu:
         return len(runtime.log)
 
     return Gpu("cuda", "cpu", runtime.capture, replay, launches)
+
+
+@pytest.fixture(params=["executor", "gpu"])
+def gpu(request: pytest.FixtureRequest) -> Gpu:
+    """Where the backend runs: on the stand-in runtime, and on a GPU if there is one."""
+    return Gpu.real("cuda") if request.param == "gpu" else on(request.getfixturevalue("emulated"))

@@ -7,8 +7,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import pytest
 import torch
-from ptx import standin
+from ptx import LaunchError, standin
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,9 +24,11 @@ class Kernel(NamedTuple):
     block_n: int
     transposed: bool
     aligned: bool
+    wgmma: bool = False  # product_sm90.cu, else product_sm80.cu
 
 
-# The whole table, with a shape (m, n, k) that gets each kernel from a GPU with one multiprocessor; all of them ragged.
+# The whole table of product_sm80.cu, with a shape (m, n, k) that gets each kernel from a GPU with one multiprocessor;
+# all of them ragged.
 KERNELS = {
     Kernel(128, 128, True, True): (200, 200, 104),
     Kernel(128, 128, False, True): (200, 200, 200),
@@ -37,7 +40,18 @@ KERNELS = {
 }
 
 
+# That of product_sm90.cu, the same way.
+KERNELS_SM90 = {
+    Kernel(128, 128, True, True, True): (200, 200, 104),
+    Kernel(128, 128, False, True, True): (200, 200, 200),
+    Kernel(128, 256, True, True, True): (200, 200, 392),
+    Kernel(128, 256, False, True, True): (200, 248, 392),
+}
+
+
 def kernel_of(name: str) -> Kernel:
+    if found := re.search(r"TileILi(\d+)ELi(\d+)ELi\d+ELb\dELi\dEEELb(\d)E", name):
+        return Kernel(int(found[1]), int(found[2]), found[3] == "1", True, True)
     found = re.search(r"TileILi(\d+)ELi(\d+)E.*?EELb(\d)ELb(\d)E", name)
     assert found, name
     return Kernel(int(found[1]), int(found[2]), found[3] == "1", found[4] == "1")
@@ -54,8 +68,8 @@ def _pointer(t: Tensor | None) -> int:
 class Products:
     """muon_kernels.cuda.products. After a call `kernel` is what ran, `log` and `profiles` are the runtime's."""
 
-    def __init__(self, module: ModuleType, runtime: standin.Runtime) -> None:
-        self.module, self.runtime = module, runtime
+    def __init__(self, module: ModuleType, runtime: standin.Runtime, capability: tuple[int, int] = (8, 0)) -> None:
+        self.module, self.runtime, self.capability = module, runtime, capability
         self.kernel: Kernel | None = None
         self.log: list[Any] = []
         self.profiles: dict[Kernel, Any] = {}
@@ -102,7 +116,8 @@ class Products:
     def run(
         self, *products: Any, dtype: torch.dtype = torch.bfloat16, multiprocessors: int = 1, **options: Any
     ) -> None:
-        before, self.runtime.device.multiprocessors = self.runtime.device.multiprocessors, multiprocessors
+        self.runtime.pretend(*self.capability)
+        self.runtime.device.multiprocessors = multiprocessors
         name = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}[dtype]
         with self.runtime.options(**options) as runtime:
             try:
@@ -117,7 +132,7 @@ class Products:
                 self.kernel = kernel_of(self.log[-1].kernel) if self.log else None
                 self.profiles = {kernel_of(n): p for n, p in runtime.profiles.items()} if options.get("profile") else {}
                 runtime.forget_memory()
-                runtime.device.multiprocessors = before
+                runtime.pretend(8, 0)
 
     def __call__(self, a: Tensor, b: Tensor, out: Tensor, *, multiprocessors: int = 1, **keywords: Any) -> Tensor:
         """One product; keywords of the runtime's options go there."""
@@ -127,3 +142,18 @@ class Products:
         product = self.product(a, b, out, **keywords)
         self.run(product, dtype=out.dtype, multiprocessors=multiprocessors, **options)
         return out
+
+
+def chosen(
+    products: Products, m: int, n: int, k: int, batch: int, multiprocessors: int, is_symmetric: bool
+) -> tuple[Kernel, int]:
+    """The kernel and the number of blocks for shapes of any size: there is no memory, so the first block fails."""
+    stack = lambda rows, cols: (1 << 20, batch, rows, cols, rows * cols, cols)
+    b = stack(n, k) if is_symmetric else stack(k, n)
+    shapes = products.module.Product(
+        stack(m, k), 0, b, is_symmetric, 0, None, 0, stack(m, n), 0, is_symmetric, 1, 0, 0, 0
+    )
+    with pytest.raises(LaunchError):
+        products.run(shapes, multiprocessors=multiprocessors)
+    assert products.kernel
+    return products.kernel, products.log[-1].grid[0]

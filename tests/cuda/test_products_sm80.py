@@ -12,7 +12,7 @@ import pytest
 import torch
 from checks import products as checks
 from checks.products import UNIT_ROUNDOFF, empty, exact, integers, placed, symmetric, untouched
-from products import Kernel, Products
+from products import Kernel, Products, chosen
 from ptx import LaunchError, standin
 from torch import Tensor
 
@@ -245,19 +245,6 @@ def test_offsets_have_64_bits(cuda: Products) -> None:
 def test_many_matrices_take_one_launch(cuda: Products) -> None:
     checks.many_matrices(partial(cuda, multiprocessors=108))
     assert [launch.grid for launch in cuda.log] == [(checks.MANY, 1, 1)]
-
-
-def chosen(
-    cuda: Products, m: int, n: int, k: int, batch: int, multiprocessors: int, is_symmetric: bool
-) -> tuple[Kernel, int]:
-    """The kernel and the number of blocks for shapes of any size: there is no memory, so the first block fails."""
-    stack = lambda rows, cols: (1 << 20, batch, rows, cols, rows * cols, cols)
-    b = stack(n, k) if is_symmetric else stack(k, n)
-    shapes = cuda.module.Product(stack(m, k), 0, b, is_symmetric, 0, None, 0, stack(m, n), 0, is_symmetric, 1, 0, 0, 0)
-    with pytest.raises(LaunchError):
-        cuda.run(shapes, multiprocessors=multiprocessors)
-    assert cuda.kernel
-    return cuda.kernel, cuda.log[-1].grid[0]
 
 
 @pytest.mark.parametrize("multiprocessors", [108, 132, 148])

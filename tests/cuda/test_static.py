@@ -49,7 +49,7 @@ class Compiled(NamedTuple):
 
 
 @cache
-def compiled(arch: int) -> list[Compiled]:
+def compiled(arch: int | str) -> list[Compiled]:
     codes = dict(
         re.findall(r"Function : (\S+)\n(.*?)(?=Function : |\Z)", _cuobjdump("-sass", "-arch", f"sm_{arch}"), re.DOTALL)
     )
@@ -63,7 +63,7 @@ def compiled(arch: int) -> list[Compiled]:
     ]
 
 
-def named(arch: int, pattern: str, count: int) -> list[tuple[Compiled, list[int]]]:
+def named(arch: int | str, pattern: str, count: int) -> list[tuple[Compiled, list[int]]]:
     """The kernels whose mangled name has the pattern, with its template's numbers; that many if bf16 and f16 count."""
     found = [(k, m) for k in compiled(arch) if (m := re.search(pattern, k.name))]
     assert len(found) == count, [k.name for k, _ in found]
@@ -77,7 +77,8 @@ def blocks(arch: int, threads: int, registers: int, shared_bytes: int) -> int:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    metafunc.parametrize("arch", architectures() if hasattr(native.module(), "cuda") else [])
+    if "arch" in metafunc.fixturenames:
+        metafunc.parametrize("arch", architectures() if hasattr(native.module(), "cuda") else [])
 
 
 def test_nothing_spills(arch: int) -> None:
@@ -103,6 +104,26 @@ def test_products(arch: int) -> None:
         mmas = block_m * block_n * block_k // 2048 // (warps_m * warps_n)
         assert kernel.count("HMMA.16816.F32") == mmas, kernel.name
         assert kernel.count("LDSM") and kernel.count(r"LDGSTS.E.BYPASS.LTC128B.128") and kernel.count(r"STG.E.128")
+
+
+def test_products_of_sm90a() -> None:
+    """Operands come by tensor copies and go to wgmma, results leave by them; a thread loads parts of diagonals only."""
+    if not native.required().cuda.wgmma:
+        pytest.skip("muon_kernels was installed without code for sm_90a")
+    for kernel, numbers in named("90a", r"4TileI(?:Li\d+E)+Lb\dELi\dEE", 8):
+        (_, columns, _, cluster), threads = numbers, 384
+        assert not kernel.local_bytes and not kernel.count("LDL") and not kernel.count("STL"), kernel.name
+        # What setmaxnreg divides, and a block's threads begin with.
+        assert kernel.registers == 65536 // threads // 8 * 8 and kernel.count("USETMAXREG") == 2
+        of_stage, wgmma = {128: (8, r"HGMMA.64x128x16.F32"), 256: (4, r"HGMMA.64x256x16.F32")}[columns]
+        wgmmas = kernel.count(wgmma)
+        assert wgmmas and wgmmas % of_stage == 0, "four times 16 columns a stage, of which the loop has some"
+        assert kernel.count(r"UTMALDG.3D") and kernel.count(r"UTMASTG.3D")
+        assert bool(kernel.count(r"UTMALDG.3D.MULTICAST")) == (cluster > 1)
+        assert (
+            not kernel.count("LDGSTS") and not kernel.count(r"LDG\S*.(64|128)") and not kernel.count(r"STG\S*.(64|128)")
+        )
+        assert kernel.count(r"STSM.16.M88.4") and kernel.count(r"STSM.16.MT88.4") and kernel.count("LDSM")
 
 
 @pytest.mark.parametrize(("kernel", "count"), [("momentum_kernel", 9), ("apply_kernel", 4)])

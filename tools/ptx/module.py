@@ -63,6 +63,7 @@ class Launch(ctypes.Structure):
     _fields_ = [
         ("grid", ctypes.c_uint32 * 3),
         ("block", ctypes.c_uint32 * 3),
+        ("cluster", ctypes.c_uint32),
         ("dynamic_shared", ctypes.c_uint32),
         ("order", ctypes.c_uint32),
         ("asynchrony", ctypes.c_uint32),
@@ -341,6 +342,7 @@ class LaunchableKernel:
         guard: bool = False,
         memory: Sequence[Any] | None = (),
         resident: int = 1,
+        cluster: int = 1,
         spin_limit: int = 1000,
         blocks: Sequence[int] | None = None,
     ) -> Result:
@@ -361,12 +363,18 @@ class LaunchableKernel:
             memory: tensors, or (begin, end), that the kernel reaches by other ways than its arguments; None lifts the
                 check of bounds.
             resident: how many blocks run at a time.
+            cluster: blocks, neighbours in the grid's first dimension, that form a cluster.
             spin_limit: rounds of waiting in vain after which a loop counts as endless.
             blocks: indices in the grid of the blocks that run; None runs all.
         """
         limits = (2**31 - 1, 65_535, 65_535)
         if any(n > most for n, most in zip(triple(grid), limits, strict=True)):
             raise PtxError(f"{self.info.name}: expected a grid of at most {limits} blocks, got {triple(grid)}")
+        if not 1 <= cluster <= 8 or triple(grid)[0] % cluster:
+            raise PtxError(
+                f"{self.info.name}: expected clusters of at most 8 blocks that divide the grid, got {cluster} of "
+                f"{triple(grid)}"
+            )
         buffer, ranges = self.pack(args, guard)
         ranges += [m if isinstance(m, tuple) else tensor_range(m, guard) for m in memory or ()]
         table = [Range(*r) for r in merged(ranges)]
@@ -378,6 +386,7 @@ class LaunchableKernel:
         launch = Launch(
             grid=triple(grid),
             block=triple(block),
+            cluster=cluster,
             dynamic_shared=shared_bytes,
             order=ORDERS[order],
             asynchrony=ASYNCHRONY[asynchrony],

@@ -84,6 +84,7 @@ class _LogEntry(ctypes.Structure):
         ("kernel", ctypes.c_char * 512),
         ("grid", ctypes.c_uint32 * 3),
         ("block", ctypes.c_uint32 * 3),
+        ("cluster", ctypes.c_uint32),
         ("shared", ctypes.c_uint64),
         ("error", ctypes.c_int32),
         ("cooperative", ctypes.c_int32),
@@ -114,6 +115,7 @@ class Launched:
     kernel: str
     grid: tuple[int, ...]
     block: tuple[int, ...]
+    cluster: int
     shared_bytes: int
     error: int
     cooperative: bool
@@ -285,6 +287,7 @@ class Runtime:
                 e.kernel.decode(),
                 tuple(e.grid),
                 tuple(e.block),
+                e.cluster,
                 e.shared,
                 e.error,
                 bool(e.cooperative),
@@ -346,7 +349,8 @@ def _object(source: Path, arch: str, flags: Sequence[str]) -> tuple[Path, Path]:
         command = [
             "nvcc",
             "-c",
-            f"-arch={arch}",
+            "-gencode",  # PTX alone: ptxas takes most of the time, and nobody looks at what it makes
+            f"arch={arch.replace('sm', 'compute')},code={arch.replace('sm', 'compute')}",
             "-std=c++17",
             "-lineinfo",
             "-Xcompiler",

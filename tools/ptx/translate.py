@@ -20,10 +20,10 @@ _SPECIAL = {
     "ntid": "t.block->grid->launch.block[{}]",
     "ctaid": "t.block->id[{}]",
     "nctaid": "t.block->grid->launch.grid[{}]",
-    "clusterid": "t.block->id[{}]",
-    "nclusterid": "t.block->grid->launch.grid[{}]",
-    "cluster_ctaid": "0u",
-    "cluster_nctaid": "1u",
+    "clusterid": "Special::clusterid(t, {})",
+    "nclusterid": "Special::nclusterid(t, {})",
+    "cluster_ctaid": "Special::cluster_ctaid(t, {})",
+    "cluster_nctaid": "Special::cluster_nctaid(t, {})",
 }
 _SPECIAL_SCALAR = {
     "laneid": "Special::laneid(t)",
@@ -32,9 +32,9 @@ _SPECIAL_SCALAR = {
     "smid": "0u",
     "nsmid": "1u",
     "gridid": "u64(0)",
-    "cluster_ctarank": "0u",
-    "cluster_nctarank": "1u",
-    "is_explicit_cluster": "false",
+    "cluster_ctarank": "t.block->rank",
+    "cluster_nctarank": "t.block->grid->launch.cluster",
+    "is_explicit_cluster": "t.block->grid->launch.cluster > 1",
     "clock": "u32(Special::clock(t))",
     "clock_hi": "u32(Special::clock(t) >> 32)",
     "clock64": "Special::clock(t)",
@@ -689,13 +689,20 @@ def _atom(ins: Instruction) -> str:
     "discard",
     "applypriority",
     "griddepcontrol",
-    "setmaxnreg",
     "createpolicy",
     "brkpt",
     "pmevent",
 )
 def _nothing(ins: Instruction) -> str:
     return ins.set("u64(0)") if ins.parts[0] == "createpolicy" else ""
+
+
+@opcode("setmaxnreg")
+def _setmaxnreg(ins: Instruction) -> str:
+    # What a thread has to begin with is known where the kernel says its threads and not its registers.
+    if ins.body.function.max_threads is None or ins.body.function.required_threads is not None:
+        return ""
+    return f"setmaxnreg(t, {ins.src(0, 'u32')}, {str(ins.has('inc')).lower()}, {ins.line});"
 
 
 @opcode("membar", "fence")
@@ -759,7 +766,7 @@ def _bar(ins: Instruction) -> str:
     if parts[:2] == ["warp", "sync"]:
         return f"sync_warp(t, {ins.src(0, 'u32')}, {ins.line});"
     if parts[0] == "cluster":
-        return "" if parts[1] == "arrive" else f"barrier(t, 15, 0, {ins.line}, true);"
+        return f"cluster_{parts[1]}(t, {ins.line});"
     if parts[0] in ("sync", "arrive"):
         count = ins.src(1, "u32") if len(ins.ops) > 1 else "0"
         return f"barrier(t, {ins.src(0, 'u32')}, {count}, {ins.line}, {str(parts[0] == 'sync').lower()});"
@@ -913,7 +920,7 @@ def _bulk(ins: Instruction) -> str:
         return f"wait_bulk(t, {ins.src(0, 'u32')});"
     if ins.has("prefetch"):
         return ""
-    if ins.parts[1] == "reduce" or any("multicast" in p or "im2col" in p for p in ins.parts):
+    if ins.parts[1] == "reduce" or any("im2col" in p for p in ins.parts):
         raise ins.fail("not supported")
     load = "mbarrier::complete_tx::bytes" in ins.parts
     shared, other = (0, 1) if load else (1, 0)
@@ -926,12 +933,18 @@ def _bulk(ins: Instruction) -> str:
     else:
         pieces = f"linear(t, {ins.address(shared)}, {ins.address(other)}, {ins.src(2, 'u32')}, {ins.line})"
         barrier = 3
-    call = (
-        f"load_bulk(t, pieces, fill, {ins.address(barrier)}, {ins.line});"
-        if load
-        else f"store_bulk(t, pieces, {ins.line});"
-    )
-    return f"{{ u32 fill = 0; auto pieces = {pieces}; {call} }}"
+    multicast = ins.has("multicast::cluster")
+    mask = f"const u32 mask = {ins.src(barrier + 1, 'u16')}; " if multicast else ""
+    where = f"{ins.address(barrier)}, {'&mask' if multicast else 'nullptr'}" if load else ""
+    call = f"load_bulk(t, pieces, fill, {where}, {ins.line});" if load else f"store_bulk(t, pieces, {ins.line});"
+    return f"{{ u32 fill = 0; auto pieces = {pieces}; {mask}{call} }}"
+
+
+@opcode("mapa")
+def _mapa(ins: Instruction) -> str:
+    if not ins.has("shared::cluster") or not ins.has("u32"):
+        raise ins.fail("not supported")
+    return ins.set(f"mapa(t, {ins.src(1, 'u32')}, {ins.src(2, 'u32')}, {ins.line})")
 
 
 @opcode("mbarrier")

@@ -72,9 +72,17 @@ class OnTheCpu(cuda._Device):
         """Return None: the executor is here."""
         return None
 
+    def __init__(self, capability: tuple[int, int] = (8, 0)) -> None:
+        super().__init__()
+        self._capability = capability
+
+    def has_wgmma(self) -> bool:
+        """Return True: all code is built."""
+        return True
+
     def capability(self, device: torch.device) -> tuple[int, int]:
         """Return that of the code that is executed."""
-        return 8, 0
+        return self._capability
 
     def stream(self, device: torch.device) -> int:
         """Return the only stream."""
@@ -89,14 +97,16 @@ class OnTheCpu(cuda._Device):
 
 
 @contextmanager
-def running() -> Iterator[Any]:
-    """Run the backend on the stand-in runtime inside this context; yield the runtime."""
+def running(capability: tuple[int, int] = (8, 0)) -> Iterator[Any]:
+    """Run the backend on the stand-in runtime, as on a GPU of this capability; yield the runtime."""
     _, runtime = build()
-    before, cuda._device = cuda._device, OnTheCpu()
+    before, cuda._device = cuda._device, OnTheCpu(capability)
+    runtime.pretend(*capability)
     try:
         with runtime.options(any_memory=True):
             yield runtime
     finally:
+        runtime.pretend(8, 0)
         cuda._device = before
 
 

@@ -9,13 +9,20 @@ namespace ptx {
 // ---- mbarriers ------------------------------------------------------------------------------------------------------
 // Their state lies beside shared memory, found by address; the 8 bytes in it stay poison.
 
-PTX_INLINE MBarrier& mbarrier_at(Thread& t, u64 address, u32 line) {
-    auto found = t.block->mbarriers.find(u32(address));
-    if (found == t.block->mbarriers.end())
+PTX_INLINE MBarrier& mbarrier_in(Thread& t, Block& b, u64 address, u32 line) {
+    auto found = b.mbarriers.find(u32(address));
+    if (found == b.mbarriers.end())
         t.fail(line, "no mbarrier was initialised at shared address 0x%llx", (unsigned long long)address);
-    t.resolve(Space::shared, address, 8, line, Kind::read);
+    if (&b == t.block) {
+        t.resolve(Space::shared, address, 8, line, Kind::read);
+    } else if constexpr (kRaces) {
+        const u32 clock = t.trace.vision.seen[t.agent];
+        shared_access_as(t, b, t.agent, clock, false, u32(address) - kSharedBase, 8, line, Kind::read, nullptr);
+    }
     return found->second;
 }
+
+PTX_INLINE MBarrier& mbarrier_at(Thread& t, u64 address, u32 line) { return mbarrier_in(t, *t.block, address, line); }
 
 PTX_INLINE void mbarrier_init(Thread& t, Space space, u64 address, u32 count, u32 line) {
     if (space == Space::generic) address = from_generic(t, address);
@@ -49,8 +56,10 @@ PTX_INLINE void mbarrier_advance(Block& block, MBarrier& b) {
     for (Thread* t : std::exchange(b.waiting, {})) block.wake(*t);
 }
 
+// Of shared::cta, or of shared::cluster.
 PTX_INLINE u64 mbarrier_arrive(Thread& t, u64 address, u32 count, s64 bytes, u32 line) {
-    MBarrier& b = mbarrier_at(t, address, line);
+    Block& block = home(t, address, line);
+    MBarrier& b = mbarrier_in(t, block, address, line);
     const u64 token = b.phase;
     b.bytes += bytes;
     if (count > b.pending)
@@ -59,7 +68,7 @@ PTX_INLINE u64 mbarrier_arrive(Thread& t, u64 address, u32 count, s64 bytes, u32
     if constexpr (kRaces) {
         if (count) release_to(t, b.vision);
     }
-    mbarrier_advance(*t.block, b);
+    mbarrier_advance(block, b);
     return token;
 }
 
@@ -112,7 +121,10 @@ struct Piece {
     u32 shared, bytes;
 };
 
-PTX_INLINE void check_pieces(Thread& t, const std::vector<Piece>& pieces, bool load, u32 agent, u32 clock, u32 line) {
+// Of a copy to or from the shared memory of `b`.
+PTX_INLINE void check_pieces(
+    Thread& t, Block& b, const std::vector<Piece>& pieces, bool load, u32 agent, u32 clock, u32 line
+) {
     for (const Piece& p : pieces) {
         if (p.shared < kSharedBase || p.shared - kSharedBase + p.bytes > t.block->shared_bytes) {
             t.fail(
@@ -131,33 +143,69 @@ PTX_INLINE void check_pieces(Thread& t, const std::vector<Piece>& pieces, bool l
         if constexpr (kRaces) {
             if (global) global_access(t, global, p.bytes, line, load ? Kind::read : Kind::write, nullptr);
             shared_access_as(
-                t, agent, clock, true, p.shared - kSharedBase, p.bytes, line, load ? Kind::write : Kind::read, nullptr
+                t, b, agent, clock, true, p.shared - kSharedBase, p.bytes, line, load ? Kind::write : Kind::read,
+                nullptr
             );
         }
     }
 }
 
-PTX_INLINE u8* shared_at(Thread& t, u32 address) { return t.block->shared + (address - kSharedBase); }
+PTX_INLINE u8* shared_at(Block& b, u32 address) { return b.shared + (address - kSharedBase); }
 
-PTX_INLINE void load_bulk(Thread& t, std::vector<Piece> pieces, u32 fill, u64 barrier, u32 line) {
-    MBarrier& b = mbarrier_at(t, barrier, line);
-    check_pieces(t, pieces, true, b.agent, b.phase + 1, line);
+// The blocks that a multicast writes to, by the bits of its mask; without one it is the thread's own.
+PTX_INLINE std::vector<Block*> targets(Thread& t, const u32* mask, u32 line) {
+    if (!mask) return {t.block};
+    const std::vector<Block*>& ctas = t.block->cluster->blocks;
+    if (!*mask || *mask >> ctas.size()) t.fail(line, "multicast: mask 0x%x for a cluster of %zu", *mask, ctas.size());
+    std::vector<Block*> found;
+    for (u32 rank = 0; rank < ctas.size(); ++rank) {
+        if (!(*mask >> rank & 1)) continue;
+        if (!ctas[rank]->live) t.fail(line, "multicast: CTA %u of the cluster has exited", rank);
+        found.push_back(ctas[rank]);
+    }
+    return found;
+}
+
+// The bytes of global memory, once for all targets, and those of shared memory.
+PTX_INLINE void profile_bulk(Thread& t, const std::vector<Piece>& pieces, size_t copies, u32 line) {
+    LineProfile& profile = t.block->grid->launch.profile[line];
+    u64 bytes = 0, all = 0;
+    for (const Piece& p : pieces) bytes += p.global ? p.bytes : 0, all += p.bytes;
+    ++profile.requests;
+    profile.bytes += bytes, profile.shared_bytes += copies * all;
+    profile.sectors += (bytes + 31) / 32, profile.ideal_sectors += (bytes + 31) / 32;
+}
+
+// The bytes go to the same place in the shared memory of every target, and count at the mbarrier in the same place
+// there.
+PTX_INLINE void load_bulk(Thread& t, std::vector<Piece> pieces, u32 fill, u64 barrier, const u32* mask, u32 line) {
+    const std::vector<Block*> to = targets(t, mask, line);
+    if constexpr (kProfile) profile_bulk(t, pieces, to.size(), line);
+    for (Block* block : to) {
+        MBarrier& b = mbarrier_in(t, *block, barrier, line);
+        check_pieces(t, *block, pieces, true, b.agent, b.phase + 1, line);
+    }
     const bool late = t.block->grid->late();
     for (const Piece& p : pieces) {
-        if (late) std::memset(shared_at(t, p.shared), 0xff, p.bytes);
-    }
-    auto land = [&t, pieces = std::move(pieces), fill, barrier, line] {
-        s64 bytes = 0;
-        for (const Piece& p : pieces) {
-            if (p.global)
-                std::memcpy(shared_at(t, p.shared), p.global, p.bytes);
-            else
-                std::memset(shared_at(t, p.shared), int(fill), p.bytes);
-            bytes += p.bytes;
+        for (Block* block : to) {
+            if (late) std::memset(shared_at(*block, p.shared), 0xff, p.bytes);
         }
-        MBarrier& b = mbarrier_at(t, barrier, line);
-        b.bytes -= bytes;
-        mbarrier_advance(*t.block, b);
+    }
+    auto land = [&t, pieces = std::move(pieces), to, fill, barrier, line] {
+        for (Block* block : to) {
+            s64 bytes = 0;
+            for (const Piece& p : pieces) {
+                if (p.global)
+                    std::memcpy(shared_at(*block, p.shared), p.global, p.bytes);
+                else
+                    std::memset(shared_at(*block, p.shared), int(fill), p.bytes);
+                bytes += p.bytes;
+            }
+            if (!block->live) t.block->grid->warn(line, "a copy lands in a block that has exited");
+            MBarrier& b = mbarrier_in(t, *block, barrier, line);
+            b.bytes -= bytes;
+            mbarrier_advance(*block, b);
+        }
     };
     if (!late) return land();
     t.block->in_flight.push_back(land);
@@ -166,10 +214,11 @@ PTX_INLINE void load_bulk(Thread& t, std::vector<Piece> pieces, u32 fill, u64 ba
 PTX_INLINE void store_bulk(Thread& t, std::vector<Piece> pieces, u32 line) {
     u32& agent = t.trace.bulk_agent;
     if (kRaces && !agent) agent = new_agent(*t.block, "bulk copies of thread " + std::to_string(t.index));
-    check_pieces(t, pieces, false, agent, t.bulk_committed + 1, line);
+    if constexpr (kProfile) profile_bulk(t, pieces, 1, line);
+    check_pieces(t, *t.block, pieces, false, agent, t.bulk_committed + 1, line);
     auto land = [&t, pieces = std::move(pieces)] {
         for (const Piece& p : pieces) {
-            if (p.global) std::memcpy(p.global, shared_at(t, p.shared), p.bytes);
+            if (p.global) std::memcpy(p.global, shared_at(*t.block, p.shared), p.bytes);
         }
     };
     if (t.block->grid->late())
@@ -208,7 +257,10 @@ PTX_INLINE std::vector<Piece> box(
 ) {
     if (map_address % 64) t.fail(line, "a tensor map must lie at a multiple of 64");
     TensorMap m;
-    std::memcpy(&m, t.resolve(Space::generic, map_address, 1, line, Kind::read), sizeof m);
+    // A profile counts what a map leads to, and not the map.
+    const u8* map = kProfile ? reinterpret_cast<const u8*>(map_address)
+                             : t.resolve(Space::generic, map_address, 1, line, Kind::read);
+    std::memcpy(&m, map, sizeof m);
     if (m.magic != kTensorMapMagic) t.fail(line, "this is no tensor map");
     if (m.rank != at.size()) t.fail(line, "tensor map of %u dimensions used with %zu coordinates", m.rank, at.size());
     if (shared % 128)
@@ -294,8 +346,9 @@ const T* wgmma_chunk(Thread& t, u32 agent, u32 clock, u32 address, u32 line) {
             t.block->shared_bytes
         );
     }
-    if constexpr (kRaces) shared_access_as(t, agent, clock, true, address - kSharedBase, 16, line, Kind::read, nullptr);
-    return reinterpret_cast<const T*>(shared_at(t, address));
+    if constexpr (kRaces)
+        shared_access_as(t, *t.block, agent, clock, true, address - kSharedBase, 16, line, Kind::read, nullptr);
+    return reinterpret_cast<const T*>(shared_at(*t.block, address));
 }
 
 template <class T, class C, int N>

@@ -46,6 +46,7 @@ struct KernelInfo {
 struct LogEntry {
     char kernel[512];
     u32 grid[3], block[3];
+    u32 cluster;
     u64 shared;
     s32 error;
     s32 cooperative;
@@ -67,6 +68,7 @@ struct Node {
     std::vector<u8> params;
     size_t shared;
     bool cooperative;
+    u32 cluster;
 };
 
 struct State {
@@ -158,7 +160,7 @@ LogEntry entry_of(const Node& node) {
     const u32 g[3] = {node.grid.x, node.grid.y, node.grid.z}, b[3] = {node.block.x, node.block.y, node.block.z};
     std::copy_n(g, 3, entry.grid);
     std::copy_n(b, 3, entry.block);
-    entry.shared = node.shared, entry.cooperative = node.cooperative;
+    entry.shared = node.shared, entry.cooperative = node.cooperative, entry.cluster = node.cluster;
     return entry;
 }
 
@@ -174,6 +176,7 @@ cudaError_t execute(const Node& node) {
     Launch l{};
     std::copy_n(entry.grid, 3, l.grid);
     std::copy_n(entry.block, 3, l.block);
+    l.cluster = node.cluster;
     l.dynamic_shared = static_cast<u32>(node.shared);
     l.order = s.options.order, l.asynchrony = s.options.asynchrony, l.spin_limit = s.options.spin_limit;
     l.seed = s.options.seed;
@@ -195,19 +198,30 @@ cudaError_t execute(const Node& node) {
     return set_last(static_cast<cudaError_t>(entry.error));
 }
 
-cudaError_t launch(const void* function, dim3 grid, dim3 block, void** args, size_t shared, bool cooperative) {
+// Eight blocks are the most of a cluster that every device with clusters takes.
+cudaError_t check_cluster(dim3 grid, dim3 cluster) {
+    if (cluster.y != 1 || cluster.z != 1) return cudaErrorNotSupported;
+    if (cluster.x == 1) return cudaSuccess;
+    if (state().device.major < 9) return cudaErrorNotSupported;
+    return !cluster.x || cluster.x > 8 || grid.x % cluster.x ? cudaErrorInvalidClusterSize : cudaSuccess;
+}
+
+cudaError_t launch(
+    const void* function, dim3 grid, dim3 block, void** args, size_t shared, bool cooperative, dim3 cluster = {1, 1, 1}
+) {
     State& s = state();
     std::lock_guard lock(s.mutex);
     Kernel* k = find(function);
     if (!k || !known(*k)) return set_last(cudaErrorInvalidDeviceFunction);
     cudaError_t error = planted("cudaLaunchKernel");
     if (!error) error = check(*k, grid, block, shared);
+    if (!error) error = check_cluster(grid, cluster);
     const u64 blocks = u64(grid.x) * grid.y * grid.z;
     if (!error && cooperative &&
         blocks > u64(blocks_per_multiprocessor(*k, block.x * block.y * block.z, shared)) * s.device.multiprocessors) {
         error = cudaErrorCooperativeLaunchTooLarge;
     }
-    Node node{k, grid, block, std::vector<u8>(k->info.param_bytes), shared, cooperative};
+    Node node{k, grid, block, std::vector<u8>(k->info.param_bytes), shared, cooperative, cluster.x};
     if (error) {
         s.log.push_back(entry_of(node));
         s.log.back().error = error;
@@ -361,14 +375,14 @@ cudaError_t cudaLaunchCooperativeKernel(
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* c, const void* f, void** args) {
     bool cooperative = false;
+    dim3 cluster(1, 1, 1);
     for (unsigned i = 0; i < c->numAttrs; ++i) {
         const cudaLaunchAttribute& a = c->attrs[i];
         if (a.id == cudaLaunchAttributeCooperative) cooperative = a.val.cooperative;
-        const dim3 cluster(a.val.clusterDim.x, a.val.clusterDim.y, a.val.clusterDim.z);
-        if (a.id == cudaLaunchAttributeClusterDimension && cluster.x * cluster.y * cluster.z != 1)
-            return set_last(cudaErrorNotSupported);
+        if (a.id == cudaLaunchAttributeClusterDimension)
+            cluster = dim3(a.val.clusterDim.x, a.val.clusterDim.y, a.val.clusterDim.z);
     }
-    return launch(f, c->gridDim, c->blockDim, args, c->dynamicSmemBytes, cooperative);
+    return launch(f, c->gridDim, c->blockDim, args, c->dynamicSmemBytes, cooperative, cluster);
 }
 cudaError_t cudaFuncSetAttribute(const void* f, cudaFuncAttribute attribute, int value) {
     std::lock_guard lock(state().mutex);

@@ -29,6 +29,7 @@ struct LineProfile {
 // The whole interface between the host (Python or the stand-in runtime) and a translated module; mirrored in module.py.
 struct Launch {
     u32 grid[3], block[3];
+    u32 cluster;  // blocks of one, neighbours in x
     u32 dynamic_shared, order, asynchrony, resident;
     u32 check_bounds, spin_limit;
     u64 seed;

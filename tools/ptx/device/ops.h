@@ -595,6 +595,15 @@ struct Special {
             default: return ~lt;
         }
     }
+    // Clusters are blocks side by side.
+    static u32 clusterid(Thread& t, int axis) { return axis ? t.block->id[axis] : t.block->id[0] / ctas(t); }
+    static u32 nclusterid(Thread& t, int axis) {
+        const u32 blocks = t.block->grid->launch.grid[axis];
+        return axis ? blocks : blocks / ctas(t);
+    }
+    static u32 cluster_ctaid(Thread& t, int axis) { return axis ? 0 : t.block->rank; }
+    static u32 cluster_nctaid(Thread& t, int axis) { return axis ? 1 : ctas(t); }
+    static u32 ctas(Thread& t) { return t.block->grid->launch.cluster; }
     // A clock that never repeats a value.
     static u64 clock(Thread& t) { return t.block->grid->ticks += 16; }
 };

@@ -108,11 +108,15 @@ struct WarpTrace {
 };
 
 struct BlockTrace {
-    std::vector<std::string> agents;  // names of those that are no threads
     std::unique_ptr<Shadow> shadow;
     std::map<u64, Vision> released;
     Vision vision;
     u32 clock = 1;
+};
+
+struct ClusterTrace {
+    std::vector<std::string> agents;  // names of those that are no threads
+    Vision vision, done;              // of its barrier
 };
 
 struct GridTrace {

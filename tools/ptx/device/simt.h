@@ -56,6 +56,7 @@ enum class Kind { read, write, atomic };
 struct Thread;
 struct Warp;
 struct Block;
+struct Cluster;
 struct Grid;
 
 extern "C" void ptx_switch(void** save, void* load);
@@ -114,6 +115,9 @@ struct Thread {
     Block* block = nullptr;
     Warp* warp = nullptr;
     u32 tid[3] = {}, index = 0, lane = 0;
+    u32 agent = 0;  // among the threads of its cluster
+    u32 registers = 0;
+    u32 cluster_phase = ~0;  // of the cluster's barrier, which it arrived at and has not waited for; ~0: none
     u32 fuel = kFuel;
     u32 line = 0;            // where it waits
     const char* waits = "";  // for what
@@ -178,6 +182,9 @@ struct Block {
     u32 shared_bytes = 0;
     u32 dynamic = 0;  // where dynamic shared memory begins
     u32 live = 0;
+    u32 free_registers = 0;  // that no thread has
+    std::shared_ptr<Cluster> cluster;
+    u32 rank = 0;  // in it
     std::vector<Thread> threads;
     std::vector<Warp> warps;
     Barrier barriers[16];
@@ -186,6 +193,14 @@ struct Block {
     BlockTrace trace;
 
     void wake(Thread& t);
+};
+
+// Blocks that run at the same time and reach each other's shared memory. A block alone is one, too.
+struct Cluster {
+    std::vector<Block*> blocks;  // by rank
+    u32 arrived = 0, phase = 0;  // of its barrier
+    std::vector<Thread*> waiting;
+    ClusterTrace trace;
 };
 
 using Entry = void (*)(Thread&);
@@ -260,8 +275,10 @@ PTX_INLINE void back(Thread& t, u32 line) {
 // ---- checks (glue between the parts above and races.h, profile.h) -------------------------------------------------
 
 PTX_INLINE u32 new_agent(Block& b, std::string name) {
-    b.trace.agents.push_back(std::move(name));
-    return static_cast<u32>(b.threads.size() + b.trace.agents.size() - 1);
+    Cluster& c = *b.cluster;
+    if (c.blocks.size() > 1) name += " of CTA " + std::to_string(b.rank);
+    c.trace.agents.push_back(std::move(name));
+    return static_cast<u32>(c.blocks.size() * b.threads.size() + c.trace.agents.size() - 1);
 }
 
 PTX_INLINE u32 async_agent(Thread& t) {
@@ -271,19 +288,22 @@ PTX_INLINE u32 async_agent(Thread& t) {
 }
 
 PTX_INLINE std::string agent_name(const Block& b, u32 agent) {
-    return agent < b.threads.size() ? "thread " + std::to_string(agent) : b.trace.agents[agent - b.threads.size()];
+    const size_t ctas = b.cluster->blocks.size(), threads = b.threads.size();
+    if (agent >= ctas * threads) return b.cluster->trace.agents[agent - ctas * threads];
+    const std::string thread = "thread " + std::to_string(agent % threads);
+    return ctas == 1 ? thread : thread + " of CTA " + std::to_string(agent / threads);
 }
 
 PTX_INLINE void begin_races(Block& b) {
     b.trace.shadow = std::make_unique<Shadow>(SIZE_MAX);
     b.trace.vision.see(b.linear, 1);
-    for (Thread& t : b.threads) t.trace.vision.see(t.index, 1);
+    for (Thread& t : b.threads) t.trace.vision.see(t.agent, 1);
 }
 
 // Publishes what `t` knows; what it does from now on is later.
 PTX_INLINE void release_to(Thread& t, Vision& to) {
     to.join(t.trace.vision);
-    ++t.trace.vision.seen[t.index];
+    ++t.trace.vision.seen[t.agent];
 }
 
 PTX_INLINE void join_warp(Warp& w, u32 lanes) {
@@ -310,10 +330,10 @@ PTX_INLINE void judge(
     t.fail(line, "%s", text);
 }
 
+// Of the shared memory of `b`, which is the thread's block or another one of its cluster.
 PTX_INLINE void shared_access_as(
-    Thread& t, u32 agent, u32 clock, bool async, u32 offset, u32 size, u32 line, Kind kind, const void* data
+    Thread& t, Block& b, u32 agent, u32 clock, bool async, u32 offset, u32 size, u32 line, Kind kind, const void* data
 ) {
-    Block& b = *t.block;
     const bool same = data && !std::memcmp(b.shared + offset, data, size);
     const Conflict c = b.trace.shadow->access(agent, clock, t.trace.vision, offset, size, line, kind, async, same);
     judge(t, c, line, kind, "shared", agent_name(b, agent), agent_name(b, c.agent));
@@ -326,8 +346,8 @@ PTX_INLINE void shared_access(Thread& t, u32 offset, u32 size, u32 line, Kind ki
         release_to(t, at);
     }
     if (t.trace.as_async)
-        return shared_access_as(t, t.trace.as_async, t.committed + 1, false, offset, size, line, kind, data);
-    shared_access_as(t, t.index, t.trace.vision.seen[t.index], false, offset, size, line, kind, data);
+        return shared_access_as(t, *t.block, t.trace.as_async, t.committed + 1, false, offset, size, line, kind, data);
+    shared_access_as(t, *t.block, t.agent, t.trace.vision.seen[t.agent], false, offset, size, line, kind, data);
 }
 
 PTX_INLINE void global_access(Thread& t, u64 address, u32 size, u32 line, Kind kind, const void* data) {
@@ -554,6 +574,79 @@ barrier(Thread& t, u32 id, u32 count, u32 line, bool wait, Reduce reduce = Reduc
     return reduce == Reduce::popc ? votes : reduce == Reduce::all ? t.barrier_result >> 31 : votes != 0;
 }
 
+// ---- registers ----------------------------------------------------------------------------------------------------
+
+constexpr u32 kRegisters = 65536;
+
+// Those of a thread where a block has a multiprocessor for itself, as __launch_bounds__(threads, 1) says: in eights.
+PTX_INLINE u32 registers_of(u32 threads) { return std::min(255u, kRegisters / threads / 8 * 8); }
+
+PTX_INLINE void setmaxnreg(Thread& t, u32 count, bool more, u32 line) {
+    Block& b = *t.block;
+    if (count < 24 || count > 256 || count % 8) t.fail(line, "setmaxnreg: %u registers", count);
+    if (more ? count < t.registers : count > t.registers)
+        t.fail(line, "setmaxnreg.%s: %u registers for a thread that has %u", more ? "inc" : "dec", count, t.registers);
+    while (more && b.free_registers < count - t.registers) {
+        t.line = line, t.waits = "registers";
+        t.warp->yielded |= 1u << t.lane;
+        t.suspend();
+    }
+    b.free_registers += t.registers - count;
+    t.registers = count;
+    ++b.grid->events;
+}
+
+// ---- clusters -----------------------------------------------------------------------------------------------------
+
+// Addresses of shared::cluster: those of shared::cta name the thread's own block, mapa's have a rank above them.
+constexpr u32 kRankBit = 24;
+
+PTX_INLINE u32 mapa(Thread& t, u64 address, u32 rank, u32 line) {
+    const size_t ctas = t.block->cluster->blocks.size();
+    if (rank >= ctas) t.fail(line, "mapa: CTA %u of a cluster of %zu", rank, ctas);
+    return u32(address & ((1u << kRankBit) - 1)) | (rank + 1) << kRankBit;
+}
+
+// The block that such an address lies in; the address becomes that in it.
+PTX_INLINE Block& home(Thread& t, u64& address, u32 line) {
+    const u32 rank = u32(address) >> kRankBit;
+    if (!rank) return *t.block;
+    address &= (1u << kRankBit) - 1;
+    Block& b = *t.block->cluster->blocks.at(rank - 1);
+    if (!b.live) t.fail(line, "CTA %u of the cluster has exited, its shared memory is gone", rank - 1);
+    return b;
+}
+
+// Complete as soon as all threads that have not exited are there.
+PTX_INLINE void advance_cluster(Cluster& c) {
+    u32 live = 0;
+    for (Block* b : c.blocks) live += b->live;
+    if (!c.arrived || c.arrived < live) return;
+    c.arrived = 0, ++c.phase;
+    if constexpr (kRaces) c.trace.done.join(std::exchange(c.trace.vision, {}));
+    for (Thread* t : std::exchange(c.waiting, {})) t->block->wake(*t);
+}
+
+PTX_INLINE void cluster_arrive(Thread& t, u32 line) {
+    Cluster& c = *t.block->cluster;
+    if (t.cluster_phase != ~0u) t.fail(line, "barrier.cluster.arrive twice, without a wait between them");
+    t.cluster_phase = c.phase;
+    ++c.arrived;
+    if constexpr (kRaces) release_to(t, c.trace.vision);
+    advance_cluster(c);
+}
+
+PTX_INLINE void cluster_wait(Thread& t, u32 line) {
+    Cluster& c = *t.block->cluster;
+    if (t.cluster_phase == ~0u) t.fail(line, "barrier.cluster.wait before barrier.cluster.arrive");
+    if (t.cluster_phase == c.phase) {
+        c.waiting.push_back(&t);
+        t.wait(line, "barrier.cluster");
+    }
+    t.cluster_phase = ~0u;
+    if constexpr (kRaces) t.trace.vision.join(c.trace.done);
+}
+
 // ---- cp.async -----------------------------------------------------------------------------------------------------
 
 PTX_INLINE void copy_async(Thread& t, u64 to, Space space, u64 from, u32 size, u32 bytes, u32 line) {
@@ -599,6 +692,7 @@ PTX_INLINE void fiber_main() {
     --t.block->live;
     ++t.block->grid->events;
     complete_without_exited(w);
+    advance_cluster(*t.block->cluster);
     for (;;) t.suspend();
 }
 
@@ -636,9 +730,33 @@ struct Scheduler {
     std::vector<Warp*> warps;
     u8* stack_base;
 
+    // Blocks of a cluster come and go together.
+    void enter_cluster(size_t slot, u32 index) {
+        const u32 ctas = grid.launch.cluster;
+        const auto cluster = std::make_shared<Cluster>();
+        for (u32 rank = 0; rank < ctas; ++rank) {
+            blocks[slot + rank] = std::make_unique<Block>();
+            blocks[slot + rank]->cluster = cluster, blocks[slot + rank]->rank = rank;
+            cluster->blocks.push_back(blocks[slot + rank].get());
+        }
+        for (u32 rank = 0; rank < ctas; ++rank) enter(slot + rank, index * ctas + rank);
+    }
+
+    bool leave_cluster(size_t slot) {
+        const u32 ctas = grid.launch.cluster;
+        for (u32 rank = 0; rank < ctas; ++rank) {
+            if (!blocks[slot + rank] || blocks[slot + rank]->live) return false;
+        }
+        for (u32 rank = 0; rank < ctas; ++rank) finish(*blocks[slot + rank]);
+        for (u32 rank = 0; rank < ctas; ++rank) {
+            if constexpr (kProfile) finish_profile(*blocks[slot + rank]);
+            blocks[slot + rank].reset();
+        }
+        return true;
+    }
+
     void enter(size_t slot, u32 linear) {
         Launch& l = grid.launch;
-        blocks[slot] = std::make_unique<Block>();
         Block& b = *blocks[slot];
         b.grid = &grid, b.linear = linear;
         b.id[0] = linear % l.grid[0], b.id[1] = linear / l.grid[0] % l.grid[1],
@@ -650,6 +768,7 @@ struct Scheduler {
         b.threads.resize(threads);
         b.warps.resize((threads + 31) / 32);
         b.live = threads;
+        b.free_registers = kRegisters - threads * registers_of(threads);
         for (u32 i = 0; i < b.warps.size(); ++i) {
             Warp& w = b.warps[i];
             w.block = &b, w.index = i;
@@ -659,6 +778,7 @@ struct Scheduler {
         for (u32 i = 0; i < threads; ++i) {
             Thread& t = b.threads[i];
             t.block = &b, t.warp = &b.warps[i / 32], t.index = i, t.lane = i % 32;
+            t.agent = b.rank * threads + i, t.registers = registers_of(threads);
             t.tid[0] = i % l.block[0], t.tid[1] = i / l.block[0] % l.block[1], t.tid[2] = i / l.block[0] / l.block[1];
             start(t, stack_base + (slot * threads + i) * kStackBytes);
         }
@@ -751,16 +871,24 @@ struct Scheduler {
 
     void run() {
         Launch& l = grid.launch;
-        const u64 count = l.blocks ? l.block_count : u64(l.grid[0]) * l.grid[1] * l.grid[2];
-        std::vector<u32> queue(count);
-        for (u32 i = 0; i < count; ++i) {
-            const u32 at = l.order == kForward ? u32(count - 1 - i) : i;  // taken from the back
-            queue[i] = l.blocks ? l.blocks[at] : at;
+        const u32 ctas = l.cluster = std::max(1u, l.cluster);
+        // Of clusters, each by its place in the grid; one is taken whole where any of its blocks is asked for.
+        std::vector<u32> queue;
+        if (l.blocks) {
+            for (u32 i = 0; i < l.block_count; ++i) {
+                const u32 cluster = l.blocks[i] / ctas;
+                if (std::find(queue.begin(), queue.end(), cluster) == queue.end()) queue.push_back(cluster);
+            }
+        } else {
+            queue.resize(u64(l.grid[0]) * l.grid[1] * l.grid[2] / ctas);
+            for (u32 i = 0; i < queue.size(); ++i) queue[i] = i;
         }
+        if (l.order == kForward) std::reverse(queue.begin(), queue.end());  // taken from the back
+        const u64 count = queue.size();
         if (l.order == kRandomOrder) {
             for (u32 i = u32(count); i > 1; --i) std::swap(queue[i - 1], queue[grid.random(i)]);
         }
-        const size_t slots = std::min<u64>(count, std::max(1u, l.resident));
+        const size_t slots = std::min<u64>(count, std::max(1u, l.resident / ctas)) * ctas;
         blocks.resize(slots);
         for (size_t i = 0; i < slots; ++i) {
             const size_t bytes = (static_shared + l.dynamic_shared + 1024) / 1024 * 1024;
@@ -770,15 +898,10 @@ struct Scheduler {
         u32 idle = 0;
         for (bool filled = false; !l.failed;) {
             bool busy = false, changed = !filled;
-            for (size_t i = 0; i < slots; ++i) {
-                if (blocks[i] && !blocks[i]->live) {
-                    finish(*blocks[i]);
-                    if constexpr (kProfile) finish_profile(*blocks[i]);
-                    blocks[i].reset();
-                    changed = true;
-                }
+            for (size_t i = 0; i < slots; i += ctas) {
+                changed |= leave_cluster(i);
                 if (!blocks[i] && !queue.empty()) {
-                    enter(i, queue.back());
+                    enter_cluster(i, queue.back());
                     queue.pop_back();
                     changed = true;
                 }

@@ -1,0 +1,286 @@
+"""The products of csrc/cuda on compute capability 9.0: tensor copies, wgmma and persistent blocks, as in
+test_products_sm80.py, where what all products share is tested too.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import product
+from types import ModuleType
+from typing import Any
+
+import products as p
+import pytest
+import torch
+from checks import products as checks
+from checks.products import UNIT_ROUNDOFF, empty, exact, integers, placed, symmetric, untouched
+from products import Kernel, Products, chosen
+from ptx import standin
+from torch import Tensor
+
+pytestmark = pytest.mark.skipif(standin.nvcc() is None, reason="no nvcc: kernels cannot be compiled")
+
+PINGPONG, WIDE = 128, 256  # columns of a tile
+dtypes = pytest.mark.parametrize("dtype", p.DTYPES.values(), ids=p.DTYPES)
+CLUSTER = {PINGPONG: 1, WIDE: 2}
+kernels = pytest.mark.parametrize("kernel", p.KERNELS_SM90, ids=lambda k: f"{k.block_n}-{'nt'[k.transposed]}")
+
+
+@pytest.fixture(scope="module")
+def cuda(built: tuple[ModuleType, standin.Runtime]) -> Products:
+    return Products(*built, capability=(9, 0))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def operands(kernel: Kernel, batch: int, dtype: torch.dtype, make: Any = integers) -> tuple[Tensor, Tensor, Tensor]:
+    """a, b and an output that this kernel is chosen for, by a GPU with a multiprocessor for each block of a cluster."""
+    m, n, k = p.KERNELS_SM90[kernel]
+    a = placed(make(batch, m, k, dtype=dtype))
+    b = a if kernel.transposed else placed(make(batch, k, n, dtype=dtype))
+    return a, b, empty(batch, m, n, dtype)
+
+
+@dtypes
+@kernels
+def test_every_kernel_is_exact_on_integers(cuda: Products, kernel: Kernel, dtype: torch.dtype) -> None:
+    a, b, out = operands(kernel, 2, dtype)
+    c = placed(integers(*out.shape, dtype=dtype))
+    scale = torch.tensor([0.5, 2.0])
+    keywords = dict(c=c, alpha=2.0, beta=-4.0, gamma=8.0, scale=scale, multiprocessors=CLUSTER[kernel.block_n])
+    cuda(a, b, out, b_transposed=kernel.transposed, **keywords)
+    assert cuda.kernel == kernel
+    scales = (scale**2 if kernel.transposed else scale)[:, None, None]
+    sums = 2 * exact(a, b, kernel.transposed) - 4 * c.double() + 8 * torch.eye(*out.shape[1:])
+    assert torch.equal(out, (scales * sums).to(dtype))
+    assert untouched(out)
+
+
+@pytest.mark.parametrize("batch", [1, 7])
+@pytest.mark.parametrize("m", [1, 3, 17, 63, 65, 129])
+def test_any_size(cuda: Products, m: int, batch: int) -> None:
+    """On one multiprocessor, which takes tile after tile, and on many."""
+    for n, multiprocessors in ((m + 5, 1), (2 * m + 1, 132)):
+        checks.any_shape(partial(cuda, multiprocessors=multiprocessors), batch, m, n)
+        assert cuda.kernel and cuda.kernel.wgmma and cuda.log[-1].grid[0] <= multiprocessors
+
+
+@pytest.mark.parametrize("which", ["a", "b", "c", "out"])
+def test_what_no_map_describes_is_left_to_sm80(cuda: Products, which: str) -> None:
+    checks.one_less_aligned(cuda, which, 8)
+    assert cuda.kernel and not cuda.kernel.wgmma
+
+
+def test_distance_of_matrices_alone_may_be_odd(cuda: Products) -> None:
+    checks.odd_distance_of_matrices(cuda)
+    assert cuda.kernel and not cuda.kernel.wgmma
+
+
+@dtypes
+@pytest.mark.parametrize(("m", "multiprocessors"), [(1, 1), (17, 1), (63, 132), (65, 1), (129, 2), (184, 3), (392, 24)])
+def test_parts_of_squares_are_exact_on_integers(
+    cuda: Products, m: int, multiprocessors: int, dtype: torch.dtype
+) -> None:
+    """The last one in wide tiles: half a wave of them, and all of a wave and more of the others."""
+    checks.parts_of_squares(partial(cuda, multiprocessors=multiprocessors), m, 16, dtype)
+    assert cuda.kernel and cuda.kernel.wgmma and cuda.kernel.block_n == (WIDE if m == 392 else PINGPONG)
+
+
+@dtypes
+@kernels
+def test_error_is_that_of_one_rounding(cuda: Products, kernel: Kernel, dtype: torch.dtype) -> None:
+    """|out - exact| ≤ u |exact| + (k + 4) 2^-24 (Σ|a||b| + |c|): one rounding of a sum in fp32."""
+    make = lambda *shape, dtype: torch.randn(shape).to(dtype)
+    a, b, out = operands(kernel, 1, dtype, make)
+    c = make(*out.shape, dtype=dtype)
+    keywords = dict(c=placed(c), alpha=0.3, beta=1.7, multiprocessors=CLUSTER[kernel.block_n])
+    cuda(a, b, out, b_transposed=kernel.transposed, **keywords)
+    assert cuda.kernel == kernel
+    alpha, beta = torch.tensor([0.3, 1.7]).double()
+    right = alpha * exact(a, b, kernel.transposed) + beta * c.double()
+    size = alpha * exact(a.abs(), b.abs(), kernel.transposed) + beta * c.double().abs()
+    bound = UNIT_ROUNDOFF[dtype] * right.abs() + (a.shape[2] + 4) * 2**-24 * size + 2**-25  # f16 has subnormals
+    assert ((out.double() - right).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("m", [17, 72, 136])
+def test_precise_squares(cuda: Products, m: int) -> None:
+    checks.precise_squares(cuda, m)
+    assert cuda.kernel and cuda.kernel.wgmma
+
+
+@pytest.mark.parametrize("is_symmetric", [False, True])
+def test_bits_depend_on_nothing_but_the_matrix(cuda: Products, is_symmetric: bool) -> None:
+    """Runs, batches, tiles, multiprocessors and orders: the same bits; and symmetric to the last one."""
+    X = placed(torch.randn(3, 200, 392).bfloat16())
+    keywords = dict(b_transposed=True, symmetric=is_symmetric)
+    results, ran = [], set()
+    for batch, multiprocessors, order in ((3, 1, "forward"), (3, 2, "random"), (3, 132, "forward"), (1, 2, "backward")):
+        out = empty(3, 200, 200)
+        for i in range(0, 3, batch):
+            at = X[i : i + batch]
+            cuda(at, at, out[i : i + batch], multiprocessors=multiprocessors, order=order, **keywords)
+            ran.add(cuda.kernel)
+        results.append(out.clone())
+    assert len(ran) == 2
+    assert all(torch.equal(r, results[0]) for r in results)
+    assert torch.equal(results[0], results[0].mT) or not is_symmetric
+
+
+def test_a_result_is_symmetric_even_if_the_product_is_not(cuda: Products) -> None:
+    for multiprocessors in (1, 132):
+        checks.result_is_symmetric(partial(cuda, multiprocessors=multiprocessors))
+
+
+def test_many_tiles_of_a_triangle(cuda: Products) -> None:
+    """Every tile is at its place, and only those of a triangle are computed: more supertiles than one of a side."""
+    X, out = placed(integers(1, 1300, 8)), empty(1, 1300, 1300)
+    cuda(X, X, out, b_transposed=True, symmetric=True, multiprocessors=10**6)
+    assert cuda.log[-1].grid == (11 * 12 // 2, 1, 1)
+    assert torch.equal(out, exact(X, X, True).bfloat16()) and untouched(out)
+
+
+def test_many_wide_tiles_of_a_triangle(cuda: Products) -> None:
+    X, out = placed(integers(1, 1300, 456)), empty(1, 1300, 1300)
+    cuda(X, X, out, b_transposed=True, symmetric=True, multiprocessors=42)
+    assert cuda.kernel and cuda.kernel.block_n == WIDE and cuda.log[-1].grid == (42, 1, 1)
+    assert torch.equal(out, exact(X, X, True).bfloat16()) and untouched(out)
+
+
+@pytest.mark.parametrize("shape", [(1, 1700, 300, 8), (2, 300, 1700, 8)], ids=str)
+def test_many_tiles_of_a_rectangle(cuda: Products, shape: tuple[int, int, int, int]) -> None:
+    """More rows of tiles than a group has, and more columns than rows."""
+    batch, m, n, k = shape
+    A, X, out = placed(integers(batch, m, k)), placed(integers(batch, k, n)), empty(batch, m, n)
+    cuda(A, X, out, multiprocessors=7)
+    assert cuda.log[-1].grid == (7, 1, 1)
+    assert torch.equal(out, exact(A, X, False).bfloat16()) and untouched(out)
+
+
+@kernels
+def test_order_and_time_do_not_matter(cuda: Products, kernel: Kernel) -> None:
+    """Threads and blocks in any order, asynchronous copies that land at once, at the last moment, or in between."""
+    a, b, out = operands(kernel, 2, torch.bfloat16)
+    c = placed(symmetric(2, out.shape[1]) if kernel.transposed else integers(*out.shape))
+    right = (exact(a, b, kernel.transposed) + c.double()).bfloat16()
+    for order, asynchrony in product(("forward", "backward", "random"), ("early", "late", "random")):
+        out.fill_(torch.nan)
+        keywords = dict(b_transposed=kernel.transposed, c=c, beta=1.0, multiprocessors=CLUSTER[kernel.block_n])
+        cuda(a, b, out, order=order, asynchrony=asynchrony, seed=3, **keywords)
+        assert cuda.kernel == kernel
+        assert torch.equal(out, right), (order, asynchrony)
+        assert not any(launch.warnings for launch in cuda.log), "as of copies that a block leaves behind"
+
+
+@pytest.mark.parametrize(("m", "k", "multiprocessors"), [(200, 104, 1), (392, 392, 12)], ids=["pingpong", "wide"])
+def test_no_races(cuda: Products, m: int, k: int, multiprocessors: int) -> None:
+    """Many tiles a block, with and without addends; symmetric, so that all kinds of blocks are stored."""
+    X, C, out = placed(integers(4, m, k)), placed(symmetric(4, m)), empty(4, m, m)
+    for c in (C, None):
+        keywords = dict(b_transposed=True, symmetric=True, c=c, beta=1.0)
+        cuda(X, X, out, order="random", races=True, multiprocessors=multiprocessors, **keywords)
+        assert cuda.kernel and cuda.kernel.block_n == (PINGPONG if m == 200 else WIDE)
+        assert [launch.cluster for launch in cuda.log] == [CLUSTER[cuda.kernel.block_n]]
+        assert not any(launch.warnings for launch in cuda.log)
+        assert torch.equal(out, (exact(X, X, True) + (0 if c is None else c.double())).bfloat16())
+
+
+@pytest.mark.parametrize(("m", "multiprocessors"), [(136, 1), (392, 8)], ids=["pingpong", "wide"])
+def test_no_races_of_vectors(cuda: Products, m: int, multiprocessors: int) -> None:
+    """Rows beyond the edge, of which a wide tile's second consumer has nothing else, store nothing."""
+    A, X, out = placed(symmetric(3, m)), placed(integers(3, m, m)), empty(3, m, m)
+    of_a, of_b = integers(3, m).float(), integers(3, m).float()
+    keywords = dict(multiprocessors=multiprocessors, order="random", races=True)
+    cuda(A, X, out, a_diagonal=of_a, b_diagonal=of_b, **keywords)
+    assert cuda.kernel and cuda.kernel.block_n == (PINGPONG if m == 136 else WIDE)
+    assert not any(launch.warnings for launch in cuda.log)
+    right = (A.double() + of_a.double().diag_embed()) @ (X.double() + of_b.double().diag_embed())
+    assert torch.equal(out, right.bfloat16())
+
+
+# Of the issue slots of tensor clocks, what instructions of PTX beside wgmma may take at 4096 columns of a.
+OTHERS = {WIDE: 0.15, PINGPONG: 0.25}
+
+
+@pytest.mark.parametrize("columns", [WIDE, PINGPONG], ids=["wide", "pingpong"])
+def test_profile(cuda: Products, columns: int) -> None:
+    """Bytes from L2 for what tensor cores do, no bank conflicts, and what else is issued.
+
+    Two numbers of columns of a tell what a step takes from what a tile takes.
+    """
+    issued = {}
+    for k in (512, 1024):
+        if columns == WIDE:
+            m, n, tiles, cluster = 256, 512, 4, 2
+            a, b, c = placed(integers(1, m, k)), placed(integers(1, k, n)), integers(1, m, n)
+        else:
+            m, n, tiles, cluster = 512, 512, 10, 1
+            a = b = placed(integers(1, m, k))
+            c = symmetric(1, m)
+        keywords = dict(b_transposed=a is b, symmetric=a is b, c=placed(c), beta=1.0)
+        cuda(a, b, empty(1, m, n), multiprocessors=tiles, profile=True, **keywords)
+        assert cuda.kernel == Kernel(128, columns, a is b, True, True)
+        profile = cuda.profiles[cuda.kernel]
+        operand_bytes, flops = tiles * (128 + columns // cluster) * k * 2, 2 * tiles * 128 * columns * k
+        assert flops / operand_bytes == {WIDE: 128, PINGPONG: 64}[columns]
+        assert profile.global_bytes == operand_bytes + tiles * 128 * columns * 2 + m * n * 2, profile.table()
+        assert profile.bank_conflicts == 0, profile.table()
+        assert profile.tensor_instructions == flops / 2 / (16 * 16 * columns), "16 rows a warp"
+        issued[k] = (profile.instructions - profile.tensor_instructions) / tiles
+    of_step = (issued[1024] - issued[512]) / 8
+    at_4096 = issued[1024] + 48 * of_step
+    assert at_4096 / 4 <= OTHERS[columns] * 64 * columns * 4, (of_step, issued)
+
+
+@pytest.mark.parametrize("m", [1, 65])
+def test_without_columns_only_the_addends_are_left(cuda: Products, m: int) -> None:
+    checks.without_columns(cuda, m)
+    assert cuda.kernel and not cuda.kernel.wgmma, "there are no maps of nothing"
+
+
+def test_nan_stays_in_its_matrix(cuda: Products) -> None:
+    X = torch.randn(3, 33, 72).bfloat16()
+    X[1, 4, 64] = torch.nan
+    out = empty(3, 33, 33)
+    cuda(X, X, out, b_transposed=True, symmetric=True)
+    assert cuda.kernel and cuda.kernel.wgmma
+    assert out[1].isnan().any()
+    assert out[[0, 2]].isfinite().all()
+
+
+def test_offsets_have_64_bits(cuda: Products) -> None:
+    checks.offsets_have_64_bits(cuda)
+    assert cuda.kernel and cuda.kernel.wgmma
+
+
+@pytest.mark.parametrize("multiprocessors", [132, 114])
+def test_choice_of_tiles(cuda: Products, multiprocessors: int) -> None:
+    """Wide tiles where they fill the GPU, and a block a multiprocessor."""
+    pick = lambda *shape: chosen(cuda, *shape, multiprocessors, shape[0] == shape[1])
+    pingpong, wide = (lambda t, n=n: Kernel(128, n, t, True, True) for n in (PINGPONG, WIDE))
+    assert pick(4096, 11008, 4096, 1) == (wide(False), multiprocessors)
+    assert chosen(cuda, 4096, 11008, 4096, 1, 133, False) == (wide(False), 132), "whole clusters"
+    assert pick(8192, 8192, 8192, 1) == pick(4096, 4096, 4096, 1) == (wide(True), multiprocessors)
+    assert pick(768, 768, 768, 12) == (pingpong(True), multiprocessors)
+    assert pick(256, 256, 1024, 1) == (pingpong(True), 3)
+    assert pick(1024, 1024, 1024, 1) == (pingpong(True), 36)
+
+
+@pytest.mark.parametrize("function", ["cudaFuncSetAttribute", "cudaLaunchKernel"])
+def test_an_error_is_reported_once(cuda: Products, function: str) -> None:
+    """Whatever failed, the next call finds nothing of it."""
+    A, X, out = integers(1, 8, 8), integers(1, 8, 16), torch.empty(1, 8, 16).bfloat16()
+    call = cuda.product(A, X, out)
+    cuda.runtime.pretend(9, 0)
+    with cuda.runtime.options():
+        cuda.runtime.fail_next(2, function)
+        with pytest.raises(RuntimeError, match="cudaErrorMemoryAllocation"):
+            cuda.module.cuda.products([call], cuda.module.DType.bf16, 0)
+        assert cuda.runtime.last_error == 0
+        cuda.module.cuda.products([call], cuda.module.DType.bf16, 0)
+    cuda.runtime.pretend(8, 0)
+    assert torch.equal(out, exact(A, X, False).bfloat16())
+    cuda.runtime.forget_memory()
