@@ -54,13 +54,17 @@ def test_triton_is_taken_for_its_tensor_instructions(
     assert chosen(monkeypatch, rows, capability, name="triton") == ("triton", ("remarked",))
 
 
+@pytest.mark.parametrize("proven", [False, True])
 @pytest.mark.parametrize("rows", [128, 129, 4096])
-@pytest.mark.parametrize("name", ["auto", "cuda"])
-def test_cuda_is_taken_where_it_has_wgmma(monkeypatch: pytest.MonkeyPatch, rows: int, name: str) -> None:
-    """Which is compute capability 9.0, in a module with code for sm_90a: a plan says so."""
+def test_cuda_s_wgmma_is_taken_once_it_is_proven(monkeypatch: pytest.MonkeyPatch, rows: int, proven: bool) -> None:
+    """On compute capability 9.0, by a module with code for sm_90a; by name always. A plan says so."""
+    monkeypatch.setattr(cuda, "_WGMMA_PROVEN", proven)
     notes = ("cuda multiplies by wgmma, with its code for sm_90a",) if rows > 128 else ()
-    assert chosen(monkeypatch, rows, (9, 0), name=name, wgmma=True) == ("cuda", notes)
-    assert chosen(monkeypatch, rows, (8, 0), name=name, wgmma=True) == ("cuda", ())
+    assert chosen(monkeypatch, rows, (9, 0), name="cuda", wgmma=True) == ("cuda", notes)
+    name, found = chosen(monkeypatch, rows, (9, 0), wgmma=True)
+    assert name == ("cuda" if proven or rows <= 128 else "triton")
+    assert found == notes if name == "cuda" else "have not run on a GPU yet; backend='cuda' takes them" in found[0]
+    assert chosen(monkeypatch, rows, (8, 0), name="cuda", wgmma=True) == ("cuda", ())
     assert chosen(monkeypatch, rows, (10, 0), wgmma=True)[0] == ("cuda" if rows <= 128 else "triton")
 
 

@@ -29,6 +29,9 @@ FUSED_ROWS = {2: 128, 3: 64}
 # Tensor instructions, by major compute capability, that take the place of mma.sync.
 _OWN_INSTRUCTIONS = {9: "wgmma", 10: "tcgen05"}
 _WGMMA = (9, 0)  # the only compute capability that has it
+# Whether "auto" takes product_sm90.cu there. It was executed on a CPU alone, and what waits for what in it is written by
+# hand, where for Triton a compiler does it that others have used for years. True once `verify` has passed on such a GPU.
+_WGMMA_PROVEN = False
 
 
 # Facts, see `Backend`.
@@ -153,8 +156,11 @@ def prefers_instead(device: torch.device, rows: int, cols: int) -> tuple[str, st
     time.
     """
     major, minor = _device.capability(device)
-    if major not in _OWN_INSTRUCTIONS or rows <= max(FUSED_ROWS.values()) or _by_wgmma(device):
+    if major not in _OWN_INSTRUCTIONS or rows <= max(FUSED_ROWS.values()):
         return None
+    if _by_wgmma(device):
+        unproven = "cuda's kernels with wgmma have not run on a GPU yet; backend='cuda' takes them"
+        return None if _WGMMA_PROVEN else ("triton", unproven)
     own = _OWN_INSTRUCTIONS[major]
     return "triton", f"on compute capability {major}.{minor} tensor cores are faster by {own}, which triton uses"
 

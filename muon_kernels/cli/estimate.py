@@ -69,6 +69,14 @@ _MMA_SYNC = {
     90: Reached(0.45, "0.57 of wgmma (arXiv 2501.12084) by 0.8 as on A100"),
     100: Reached(0.18, "learn-cuda 1454f8b, B200: 409 of 2,250"),
 }
+# product_sm90.cu: stores of a wide tile wait for its products, those of others pass while the next one multiplies.
+_WGMMA = Table(
+    (
+        Config(128, 256, 64, 12, 4, 1.0, 100, (1, 1)),
+        Config(128, 128, 64, 12, 6, 1.25, 0, (1, 1)),
+    )
+)
+_FAST_CU = Reached(0.80, "fast.cu 38eb642, H100: 808 TFLOP/s at 8192, with tiles and roles like ours")
 _MEMORY = Reached(0.85, "H200: a copy moves 4.3 of 4.8 TB/s, and ours read and write several streams")
 _BOUNDARY = Reached(1.2e-6, "seconds between two launches that depend on one another, assumed")
 
@@ -87,10 +95,11 @@ def kernels_on(gpu: Gpu) -> list[Kernels]:
     newest = max(c for c in _TRITON if c <= gpu.capability)
     sm80 = TABLES[80 if gpu.capability == 80 else 86]
     sm80 = sm80._replace(configs=tuple(c for c in sm80.configs if c.block_n <= 128))
-    return [
+    kinds = [
         Kernels("triton", "triton", table(gpu.capability), _TRITON[newest]),
         Kernels("cuda, mma.sync", "cuda", sm80, _MMA_SYNC.get(newest, _TRITON[newest])),
     ]
+    return [*kinds, Kernels("cuda, wgmma", "cuda", _WGMMA, _FAST_CU)] if gpu.capability == 90 else kinds
 
 
 class _Products(Counter):
