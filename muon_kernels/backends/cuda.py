@@ -29,8 +29,8 @@ FUSED_ROWS = {2: 128, 3: 64}
 # Tensor instructions, by major compute capability, that take the place of mma.sync.
 _OWN_INSTRUCTIONS = {9: "wgmma", 10: "tcgen05"}
 _WGMMA = (9, 0)  # the only compute capability that has it
-# Whether "auto" takes product_sm90.cu there. It was executed on a CPU alone, and what waits for what in it is written by
-# hand, where for Triton a compiler does it that others have used for years. True once `verify` has passed on such a GPU.
+# Whether "auto" takes product_sm90.cu there, which was executed on a CPU alone. What waits for what in it is written by
+# hand; for Triton's kernels a compiler does that, which others have used for years. True once `verify` has passed there.
 _WGMMA_PROVEN = False
 
 
