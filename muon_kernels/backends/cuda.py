@@ -30,7 +30,7 @@ FUSED_ROWS = {2: 128, 3: 64}
 _OWN_INSTRUCTIONS = {9: "wgmma", 10: "tcgen05"}
 _WGMMA = (9, 0)  # the only compute capability that has it
 # Whether "auto" takes product_sm90.cu there, which was executed on a CPU alone. What waits for what in it is written by
-# hand; for Triton's kernels a compiler does that, which others have used for years. True once `verify` has passed there.
+# hand; for Triton's kernels a compiler does that, which others have used for years. True once `verify` has passed.
 _WGMMA_PROVEN = False
 
 
