@@ -543,7 +543,7 @@ Kernel kernel() {
     const int columns = T::BLOCKS * BLOCK / (T::PINGPONG ? 2 : 1), wgmmas = 2;
     const int tensor = T::BLOCK_M * T::BLOCK_N * BLOCK_K / 2048;
     const int shared = (wgmmas * 2 * (BLOCK + columns) * BLOCK_K + T::STAGE_BYTES) / 128;
-    Kernel k{T::BLOCK_M, T::BLOCK_N, T::CLUSTER, T::SHARE_N, T::SHARED_BYTES};
+    Kernel k{T::BLOCK_M, T::BLOCK_N, T::CLUSTER, T::SHARE_N, T::SHARED_BYTES, 0, 0, 0, nullptr, nullptr};
     k.step_bytes = 2 * (T::BLOCK_M + T::SHARE_N) * BLOCK_K;
     k.step_clocks = std::max(tensor, shared);
     k.tile_clocks = T::PINGPONG ? 0 : 1500;
