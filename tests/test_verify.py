@@ -380,7 +380,9 @@ def test_emulated_needs_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_executor_leaves_the_backend_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also after an error, or Ctrl-C."""
-    runtime = types.SimpleNamespace(options=lambda any_memory: nullcontext(), capture=nullcontext, replay=lambda: 1)
+    runtime = types.SimpleNamespace(
+        options=lambda any_memory: nullcontext(), capture=nullcontext, replay=lambda: 1, pretend=lambda *_: None
+    )
     monkeypatch.setattr(emulation, "build", lambda: (None, runtime))
     before = cuda._device, options.on_host
     with pytest.raises(KeyboardInterrupt), emulation.place() as place:
