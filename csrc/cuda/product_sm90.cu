@@ -279,20 +279,12 @@ __device__ __forceinline__ void pin_all(Accumulators& acc) {
 // Four blocks (+)= 16 columns of a and of b, which their descriptors say.
 template <DType DTYPE, class T, bool B_TRANSPOSED>
 __device__ __forceinline__ void wgmmas(Accumulators& acc, uint64_t of_a, uint64_t of_b, bool add) {
-    constexpr bool bf16 = DTYPE == DType::bf16;
     if constexpr (T::PINGPONG) {
         const uint64_t of_lower = of_a + BLOCK_BYTES / DESCRIPTOR_UNIT;
-        if constexpr (bf16) {
-            wgmma_m64n128k16_bf16<B_TRANSPOSED>(acc[0], acc[1], of_a, of_b, add);
-            wgmma_m64n128k16_bf16<B_TRANSPOSED>(acc[2], acc[3], of_lower, of_b, add);
-        } else {
-            wgmma_m64n128k16_f16<B_TRANSPOSED>(acc[0], acc[1], of_a, of_b, add);
-            wgmma_m64n128k16_f16<B_TRANSPOSED>(acc[2], acc[3], of_lower, of_b, add);
-        }
-    } else if constexpr (bf16) {
-        wgmma_m64n256k16_bf16<B_TRANSPOSED>(acc[0], acc[1], acc[2], acc[3], of_a, of_b, add);
+        wgmma_m64n128k16<DTYPE, B_TRANSPOSED>(acc[0], acc[1], of_a, of_b, add);
+        wgmma_m64n128k16<DTYPE, B_TRANSPOSED>(acc[2], acc[3], of_lower, of_b, add);
     } else {
-        wgmma_m64n256k16_f16<B_TRANSPOSED>(acc[0], acc[1], acc[2], acc[3], of_a, of_b, add);
+        wgmma_m64n256k16<DTYPE, B_TRANSPOSED>(acc[0], acc[1], acc[2], acc[3], of_a, of_b, add);
     }
 }
 

@@ -4,6 +4,7 @@
 
 #include <cuda.h>
 
+#include "../muon_kernels.h"
 #include "ptx.cuh"
 
 namespace muon_kernels::cuda {
@@ -181,84 +182,66 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address, uint32_t 
     return address >> 4 | static_cast<uint64_t>(leading >> 4) << 16 | eight_rows >> 4 << 32 | swizzle_128 << 62;
 }
 
+// One instruction's text for both types. The accumulators are operands 0 to N / 2 - 1; behind them are the descriptors
+// of a and b, whether to add, and whether b is row-major.
+#define MUON_64_OPERANDS                                                               \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define MUON_64_MORE                                                                               \
+    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "             \
+    "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "             \
+    "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+    "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define MUON_WGMMA(SHAPE, TYPE, ACCUMULATORS, A, B, ADD, B_ROW_MAJOR)                            \
+    "{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, " ADD                                    \
+    ", 0;\n"                                                                                     \
+    "wgmma.mma_async.sync.aligned." SHAPE ".f32." TYPE "." TYPE " {" ACCUMULATORS "}, " A ", " B \
+    ", accumulate, 1, 1, 0, " B_ROW_MAJOR ";\n}"
+#define MUON_WGMMA_128(TYPE) MUON_WGMMA("m64n128k16", TYPE, MUON_64_OPERANDS, "%64", "%65", "%66", "%67")
+#define MUON_WGMMA_256(TYPE) \
+    MUON_WGMMA("m64n256k16", TYPE, MUON_64_OPERANDS ", " MUON_64_MORE, "%128", "%129", "%130", "%131")
+
 // c (+)= a b of 16 columns of a, without c if not `add`. Rows of a are in shared memory, and rows of b, or columns of b
 // where it is transposed.
-template <bool B_TRANSPOSED>
-__device__ __forceinline__ void wgmma_m64n128k16_bf16(
-    float (&c0)[32], float (&c1)[32], uint64_t a, uint64_t b, bool add
-) {
-    asm volatile(
-        "{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %66, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-        "%64, %65, accumulate, 1, 1, 0, %67;\n}"
-        : MUON_BLOCK(c0), MUON_BLOCK(c1)
-        : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(B_TRANSPOSED ? 0 : 1)
-    );
+template <DType DTYPE, bool B_TRANSPOSED>
+__device__ __forceinline__ void wgmma_m64n128k16(float (&c0)[32], float (&c1)[32], uint64_t a, uint64_t b, bool add) {
+    const int adds = add;
+    constexpr int row_major = B_TRANSPOSED ? 0 : 1;
+    if constexpr (DTYPE == DType::bf16) {
+        asm volatile(MUON_WGMMA_128("bf16")
+                     : MUON_BLOCK(c0), MUON_BLOCK(c1)
+                     : "l"(a), "l"(b), "r"(adds), "n"(row_major));
+    } else {
+        asm volatile(MUON_WGMMA_128("f16")
+                     : MUON_BLOCK(c0), MUON_BLOCK(c1)
+                     : "l"(a), "l"(b), "r"(adds), "n"(row_major));
+    }
 }
 
-template <bool B_TRANSPOSED>
-__device__ __forceinline__ void wgmma_m64n128k16_f16(
-    float (&c0)[32], float (&c1)[32], uint64_t a, uint64_t b, bool add
-) {
-    asm volatile(
-        "{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %66, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-        "%64, %65, accumulate, 1, 1, 0, %67;\n}"
-        : MUON_BLOCK(c0), MUON_BLOCK(c1)
-        : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(B_TRANSPOSED ? 0 : 1)
-    );
-}
-
-template <bool B_TRANSPOSED>
-__device__ __forceinline__ void wgmma_m64n256k16_bf16(
+template <DType DTYPE, bool B_TRANSPOSED>
+__device__ __forceinline__ void wgmma_m64n256k16(
     float (&c0)[32], float (&c1)[32], float (&c2)[32], float (&c3)[32], uint64_t a, uint64_t b, bool add
 ) {
-    asm volatile(
-        "{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %130, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
-        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
-        "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
-        "%128, %129, accumulate, 1, 1, 0, %131;\n}"
-        : MUON_BLOCK(c0), MUON_BLOCK(c1), MUON_BLOCK(c2), MUON_BLOCK(c3)
-        : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(B_TRANSPOSED ? 0 : 1)
-    );
+    const int adds = add;
+    constexpr int row_major = B_TRANSPOSED ? 0 : 1;
+    if constexpr (DTYPE == DType::bf16) {
+        asm volatile(MUON_WGMMA_256("bf16")
+                     : MUON_BLOCK(c0), MUON_BLOCK(c1), MUON_BLOCK(c2), MUON_BLOCK(c3)
+                     : "l"(a), "l"(b), "r"(adds), "n"(row_major));
+    } else {
+        asm volatile(MUON_WGMMA_256("f16")
+                     : MUON_BLOCK(c0), MUON_BLOCK(c1), MUON_BLOCK(c2), MUON_BLOCK(c3)
+                     : "l"(a), "l"(b), "r"(adds), "n"(row_major));
+    }
 }
 
-template <bool B_TRANSPOSED>
-__device__ __forceinline__ void wgmma_m64n256k16_f16(
-    float (&c0)[32], float (&c1)[32], float (&c2)[32], float (&c3)[32], uint64_t a, uint64_t b, bool add
-) {
-    asm volatile(
-        "{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %130, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
-        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
-        "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
-        "%128, %129, accumulate, 1, 1, 0, %131;\n}"
-        : MUON_BLOCK(c0), MUON_BLOCK(c1), MUON_BLOCK(c2), MUON_BLOCK(c3)
-        : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(B_TRANSPOSED ? 0 : 1)
-    );
-}
-
+#undef MUON_WGMMA_256
+#undef MUON_WGMMA_128
+#undef MUON_WGMMA
+#undef MUON_64_MORE
+#undef MUON_64_OPERANDS
 #undef MUON_BLOCK
 
 }  // namespace muon_kernels::cuda
