@@ -44,10 +44,11 @@ GPUS = {
     "a100": Gpu(312e12, 2.039e12, 80, 108, "A100 80GB SXM"),
     "h100": Gpu(989e12, 3.35e12, 90, 132, "H100 SXM"),
     "h200": Gpu(989e12, 4.8e12, 90, 132, "H200 SXM"),
-    "rtx4090": Gpu(165e12, 1.008e12, 89, 128, "GeForce RTX 4090"),
-    "rtx5090": Gpu(209.5e12, 1.792e12, 120, 170, "GeForce RTX 5090"),
+    "4090": Gpu(165e12, 1.008e12, 89, 128, "GeForce RTX 4090"),
+    "5090": Gpu(209.5e12, 1.792e12, 120, 170, "GeForce RTX 5090"),
     "b200": Gpu(2250e12, 8.0e12, 100, 148, "B200 SXM"),
 }
+GPUS["rtx4090"] = GPUS["4090"]  # its name in 0.1.0
 
 
 class Reached(NamedTuple):
@@ -77,6 +78,7 @@ _WGMMA = Table(
     )
 )
 _FAST_CU = Reached(0.80, "fast.cu 38eb642, H100: 808 TFLOP/s at 8192, with tiles and roles like ours")
+_CUBLAS = Reached(0.60, "learn-cuda 1454f8b, B200: 1,359 of 2,250 at 4096")
 _MEMORY = Reached(0.85, "H200: a copy moves 4.3 of 4.8 TB/s, and ours read and write several streams")
 _BOUNDARY = Reached(1.2e-6, "seconds between two launches that depend on one another, assumed")
 
@@ -120,7 +122,7 @@ def product_seconds(shape: Shape, kernels: Kernels, gpu: Gpu) -> float:
     """Estimate a product's time, of the tiles that are chosen for it."""
     if vendor(shape, kernels.tiles):
         flops = 2 * shape.batch * shape.m * shape.n * shape.k
-        return flops / (0.6 * gpu.flops) + 25 * shape.batch * shape.m * shape.n / (gpu.bytes * _MEMORY.share)
+        return flops / (_CUBLAS.share * gpu.flops) + 25 * shape.batch * shape.m * shape.n / (gpu.bytes * _MEMORY.share)
     least = min(_work(c, shape, gpu) for c in kernels.tiles.configs if c.residents[shape.symmetric])
     multiplying = 2 * least * gpu.multiprocessors / (gpu.flops * kernels.reached.share)
     elements = shape.m * shape.k + shape.m * shape.n + (0 if shape.symmetric else shape.k * shape.n)
@@ -184,7 +186,10 @@ def _sources(kinds: Sequence[Kernels]) -> Iterator[str]:
     yield "estimated from"
     for kernels in kinds:
         yield f"  {kernels.name}: {kernels.reached.share:.0%} of the tensor cores' rate ({kernels.reached.source})"
+        if kernels.tiles.vendor_from:
+            yield f"  cuBLAS, from {kernels.tiles.vendor_from} on: {_CUBLAS.share:.0%} ({_CUBLAS.source})"
     yield f"  memory: {_MEMORY.share:.0%} of its rate ({_MEMORY.source})"
     yield f"  gaps: {1e6 * _BOUNDARY.share:.1f} µs ({_BOUNDARY.source})"
     yield "  what a tile takes beside its k: 3.5 µs for 128 x 128, 4 for 128 x 256 (LeetCUDA 416, TLX 1038, H100)"
+    yield "  steps of one launch: 0.35 ms for 128 x 4096 on one multiprocessor, predicted"
     yield "  FLOP/s, bytes/s and multiprocessors: NVIDIA's data sheet"
