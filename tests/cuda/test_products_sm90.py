@@ -175,6 +175,17 @@ def test_order_and_time_do_not_matter(cuda: Products, kernel: Kernel) -> None:
         assert not any(launch.warnings for launch in cuda.log), "as of copies that a block leaves behind"
 
 
+@pytest.mark.parametrize("order", ["forward", "backward", "random"])
+def test_consumers_take_turns(cuda: Products, order: Any) -> None:
+    """Also where the second one's first stage is of the ring's second round, which its parity does not tell."""
+    X, out = placed(integers(2, 200, 392)), empty(2, 200, 200)
+    for asynchrony in ("early", "late"):
+        out.fill_(torch.nan)
+        cuda(X, X, out, b_transposed=True, multiprocessors=1, order=order, asynchrony=asynchrony)
+        assert cuda.kernel and cuda.kernel.block_n == PINGPONG
+        assert torch.equal(out, exact(X, X, True).bfloat16()), asynchrony
+
+
 @pytest.mark.parametrize(("m", "k", "multiprocessors"), [(200, 104, 1), (392, 392, 12)], ids=["pingpong", "wide"])
 def test_no_races(cuda: Products, m: int, k: int, multiprocessors: int) -> None:
     """Many tiles a block, with and without addends; symmetric, so that all kinds of blocks are stored."""
