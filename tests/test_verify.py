@@ -603,9 +603,18 @@ def test_kernels_that_were_checked_are_named(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_cases_that_there_is_no_time_for_are_said() -> None:
+    context = Context(HERE, TINY)
+    cases = [correct.Case("a", lambda: setattr(context, "end", -math.inf)), correct.Case("b", lambda: None)]
+    result = correct.judged(cases, context, {})
+    assert result.summary == "1 of 2 checks, all right; no time for the others" and result.data["left out"] == ["b"]
+    record = Record(2, "products", "?", "ok", data=result.data)
+    assert report.verdict([record]).endswith(": products; 1 checks had no time, give more --minutes")
+
+
+def test_what_was_not_checked_at_all_is_not_called_right() -> None:
     context = Context(HERE, TINY, end=-math.inf)
-    result = correct.judged([correct.Case("a", lambda: None)], context, {})
-    assert result.summary == "0 checks, all right; no time for 1 more" and result.data["left out"] == ["a"]
+    with pytest.raises(RuntimeError, match="no time for one of 1 checks; give more --minutes"):
+        correct.judged([correct.Case("a", lambda: None)], context, {})
 
 
 def test_an_error_is_wrong_too_and_a_lost_gpu_ends_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,8 @@ def judged(cases: Sequence[Case], context: Context, data: dict[str, Any]) -> Res
     """Run checks as long as there is time; say what is wrong, and what was left out.
 
     Raises:
-        Exception: the GPU is lost, so that checks after this one would say nothing.
+        RuntimeError: there was time for no check, which is no reason to call anything right; or the GPU is lost, so
+            that checks after this one would say nothing.
     """
     wrong, done = [], 0
     for case in cases:
@@ -46,10 +47,13 @@ def judged(cases: Sequence[Case], context: Context, data: dict[str, Any]) -> Res
             if lost(context.place):
                 raise RuntimeError(f"{wrong[-1]}; the GPU answers nothing after that") from error
         done += 1
+    if cases and not done:
+        raise RuntimeError(f"there was no time for one of {len(cases)} checks; give more --minutes")
     data |= {"checks": done, "left out": [case.name for case in cases[done:]]}
-    summary = f"{done} checks, {len(wrong)} wrong" if wrong else f"{done} checks, all right"
+    what = f"{done} checks" if done == len(cases) else f"{done} of {len(cases)} checks"
+    summary = f"{what}, {len(wrong)} wrong" if wrong else f"{what}, all right"
     if done < len(cases):
-        summary += f"; no time for {len(cases) - done} more"
+        summary += "; no time for the others"
     return Result(summary, data, tuple(wrong))
 
 

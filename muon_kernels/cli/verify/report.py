@@ -44,7 +44,11 @@ def verdict(records: Sequence[Record]) -> str:
     if bad:
         return f"something is wrong: {', '.join(bad)}"
     done = [record.name for record in records if record.status == OK]
-    return f"nothing is wrong in what was run: {', '.join(done)}" if done else "nothing was run"
+    if not done:
+        return "nothing was run"
+    unchecked = sum(len(record.data["left out"]) for record in records if "checks" in record.data)
+    more = f"; {unchecked} checks had no time, give more --minutes" if unchecked else ""
+    return f"nothing is wrong in what was run: {', '.join(done)}{more}"
 
 
 def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int]) -> None:
