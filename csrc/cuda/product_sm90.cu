@@ -13,6 +13,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
+#include <utility>
 
 #include "../muon_kernels.h"
 #include "product.cuh"
@@ -62,7 +64,10 @@ struct Tile {
     static constexpr int BLOCK_M = BLOCK_M_, BLOCK_N = BLOCK_N_, NUM_STAGES = NUM_STAGES_;
     static constexpr bool PINGPONG = PINGPONG_;
     static constexpr int CLUSTER = CLUSTER_, SHARE_N = BLOCK_N / CLUSTER;  // columns that a block loads
-    static_assert(SHARE_N % BLOCK == 0 && BLOCK_N == CLUSTER * BLOCK_M);   // a cluster's tiles make a square
+    static_assert(SHARE_N % BLOCK == 0);
+    // Where the result is symmetric, rows and columns are cut into squares as high as a cluster.
+    static constexpr int SQUARE = CLUSTER * BLOCK_M, TILES_N = SQUARE / BLOCK_N;  // columns of tiles in one
+    static_assert(SQUARE % BLOCK_N == 0);
     static constexpr int BLOCKS = 4;
     static_assert(BLOCK_M * BLOCK_N == BLOCKS * BLOCK * BLOCK * (PINGPONG ? 1 : CONSUMERS));
     static constexpr int A_BYTES = 2 * BLOCK_M * BLOCK_K, STAGE_BYTES = 2 * (BLOCK_M + BLOCK_N) * BLOCK_K;
@@ -79,11 +84,12 @@ struct Tile {
     // Warps that free a stage.
     static constexpr int READERS = 4 * (PINGPONG ? 1 : CONSUMERS) * CLUSTER;
     // Tiles that are computed at about the same time share rows and columns, in L2: those of a square region.
-    static constexpr int SUPERTILE = 1024 / BLOCK_N;  // squares of a side, where the result is symmetric
-    static constexpr int GROUP = 12 / CLUSTER + 2;    // rows of clusters, where it is not
+    static constexpr int SUPERTILE = 1024 / SQUARE;  // squares of a side, where the result is symmetric
+    static constexpr int GROUP = 12 / CLUSTER + 2;   // rows of clusters, where it is not
 };
 
 using Pingpong = Tile<128, 128, 6, true, 1>;
+using PingpongPair = Tile<128, 128, 6, true, 2>;
 using Wide = Tile<128, 256, 4, false, 2>;
 
 // The parts of shared memory.
@@ -163,12 +169,13 @@ __device__ __forceinline__ void grouped_place(unsigned index, int group, int row
 
 template <class T>
 __device__ __forceinline__ Place place_of(const Arguments& p, unsigned index) {
-    const unsigned matrix = index / p.tiles, tile = index % p.tiles;
+    const unsigned matrix = index / p.tiles, tile = index % p.tiles, of_cluster = tile / T::CLUSTER;
     int row, col;
     if (p.symmetric) {
-        triangular_place<T::SUPERTILE>(tile / T::CLUSTER, p.tiles_n, row, col);
+        triangular_place<T::SUPERTILE>(of_cluster / T::TILES_N, p.clusters_m, row, col);
+        col = col * T::TILES_N + of_cluster % T::TILES_N;
     } else {
-        grouped_place(tile / T::CLUSTER, T::GROUP, p.clusters_m, p.tiles_n, row, col);
+        grouped_place(of_cluster, T::GROUP, p.clusters_m, p.tiles_n, row, col);
     }
     row = row * T::CLUSTER + tile % T::CLUSTER;
     return {row * T::BLOCK_M, col * T::BLOCK_N, static_cast<int>(matrix)};
@@ -546,11 +553,12 @@ Kernel kernel() {
 
 int64_t clusters_of(const Kernel& k, const Product& p) { return ceil_div(p.out.rows, k.block_m * k.cluster); }
 
-// Whole clusters of them, which make squares where the result is symmetric: a tile beyond the edge has nothing to
-// store.
+// Whole clusters of them, and whole squares where the result is symmetric: a tile beyond the edge, or above the
+// diagonal, has nothing to store.
 int64_t tiles_of(const Kernel& k, const Product& p) {
-    const int64_t tiles_n = ceil_div(p.out.cols, k.block_n);
-    return k.cluster * (p.symmetric ? tiles_n * (tiles_n + 1) / 2 : clusters_of(k, p) * tiles_n);
+    const int64_t rows = clusters_of(k, p);
+    if (!p.symmetric) return k.cluster * rows * ceil_div(p.out.cols, k.block_n);
+    return rows * (rows + 1) / 2 * k.cluster * (k.block_m * k.cluster / k.block_n);
 }
 
 // Blocks at work at a time: one a multiprocessor, in whole clusters.
@@ -558,17 +566,20 @@ int64_t blocks_of(const Kernel& k, const Product& p, int multiprocessors) {
     return std::min<int64_t>(tiles_of(k, p) * p.out.batch, multiprocessors / k.cluster * k.cluster);
 }
 
+// The kernel that takes the fewest clocks, and of several the one that asks L2 for the fewest bytes.
 template <DType DTYPE>
 Kernel choose(const Product& p, int multiprocessors) {
     constexpr int L2_BYTES = 5120;  // a clock, for all multiprocessors: an A100's
-    static const Kernel table[] = {kernel<DTYPE, Wide>(), kernel<DTYPE, Pingpong>()};
-    const auto time = [&](const Kernel& k) {
-        const int64_t blocks = blocks_of(k, p, multiprocessors);
-        if (!blocks) return INT64_MAX;  // no room for a cluster
+    static const Kernel table[] = {kernel<DTYPE, Pingpong>(), kernel<DTYPE, PingpongPair>(), kernel<DTYPE, Wide>()};
+    const int64_t k_steps = ceil_div(p.a.cols, BLOCK_K);
+    const auto cost = [&](const Kernel& k) {
+        const int64_t tiles = tiles_of(k, p) * p.out.batch, blocks = blocks_of(k, p, multiprocessors);
+        if (!blocks) return std::pair(INT64_MAX, INT64_MAX);  // no room for a cluster
         const int64_t step = std::max<int64_t>(k.step_clocks, k.step_bytes * blocks / L2_BYTES);
-        return ceil_div(tiles_of(k, p) * p.out.batch, blocks) * (ceil_div(p.a.cols, BLOCK_K) * step + k.tile_clocks);
+        return std::pair(ceil_div(tiles, blocks) * (k_steps * step + k.tile_clocks), tiles * k_steps * k.step_bytes);
     };
-    return time(table[0]) < time(table[1]) ? table[0] : table[1];
+    const auto cheaper = [&](const Kernel& a, const Kernel& b) { return cost(a) < cost(b); };
+    return *std::min_element(std::begin(table), std::end(table), cheaper);
 }
 
 using Encode = decltype(&cuTensorMapEncodeTiled);

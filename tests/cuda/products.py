@@ -24,7 +24,11 @@ class Kernel(NamedTuple):
     block_n: int
     transposed: bool
     aligned: bool
-    wgmma: bool = False  # product_sm90.cu, else product_sm80.cu
+    cluster: int = 0  # of blocks, in product_sm90.cu; 0: product_sm80.cu
+
+    @property
+    def wgmma(self) -> bool:
+        return self.cluster > 0
 
 
 # The whole table of product_sm80.cu, with a shape (m, n, k) that gets each kernel from a GPU with one multiprocessor;
@@ -40,18 +44,20 @@ KERNELS = {
 }
 
 
-# That of product_sm90.cu, the same way.
+# That of product_sm90.cu, the same way; a GPU has a multiprocessor for each block of a cluster.
 KERNELS_SM90 = {
-    Kernel(128, 128, True, True, True): (200, 200, 104),
-    Kernel(128, 128, False, True, True): (200, 200, 200),
-    Kernel(128, 256, True, True, True): (200, 200, 392),
-    Kernel(128, 256, False, True, True): (200, 248, 392),
+    Kernel(128, 128, True, True, 1): (200, 200, 104),
+    Kernel(128, 128, False, True, 1): (200, 200, 200),
+    Kernel(128, 128, True, True, 2): (200, 200, 104),
+    Kernel(128, 128, False, True, 2): (200, 200, 200),
+    Kernel(128, 256, True, True, 2): (200, 200, 392),
+    Kernel(128, 256, False, True, 2): (200, 248, 392),
 }
 
 
 def kernel_of(name: str) -> Kernel:
-    if found := re.search(r"TileILi(\d+)ELi(\d+)ELi\d+ELb\dELi\dEEELb(\d)E", name):
-        return Kernel(int(found[1]), int(found[2]), found[3] == "1", True, True)
+    if found := re.search(r"TileILi(\d+)ELi(\d+)ELi\d+ELb\dELi(\d)EEELb(\d)E", name):
+        return Kernel(int(found[1]), int(found[2]), found[4] == "1", True, int(found[3]))
     found = re.search(r"TileILi(\d+)ELi(\d+)E.*?EELb(\d)ELb(\d)E", name)
     assert found, name
     return Kernel(int(found[1]), int(found[2]), found[3] == "1", found[4] == "1")

@@ -20,10 +20,16 @@ from torch import Tensor
 
 pytestmark = pytest.mark.skipif(standin.nvcc() is None, reason="no nvcc: kernels cannot be compiled")
 
-PINGPONG, WIDE = 128, 256  # columns of a tile
+PINGPONG, PAIR, WIDE = (128, 1), (128, 2), (256, 2)  # columns of a tile, and tiles of a cluster
+TILES = {PINGPONG: "pingpong", PAIR: "pair", WIDE: "wide"}
 dtypes = pytest.mark.parametrize("dtype", p.DTYPES.values(), ids=p.DTYPES)
-CLUSTER = {PINGPONG: 1, WIDE: 2}
-kernels = pytest.mark.parametrize("kernel", p.KERNELS_SM90, ids=lambda k: f"{k.block_n}-{'nt'[k.transposed]}")
+kernels = pytest.mark.parametrize("kernel", p.KERNELS_SM90, ids=lambda k: f"{TILES[of(k)]}-{'nt'[k.transposed]}")
+
+
+def of(kernel: Kernel | None) -> tuple[int, int]:
+    """What tiles a kernel has, if it is one of product_sm90.cu."""
+    assert kernel and kernel.wgmma
+    return kernel.block_n, kernel.cluster
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +43,7 @@ def _seed() -> None:
 
 
 def operands(kernel: Kernel, batch: int, dtype: torch.dtype, make: Any = integers) -> tuple[Tensor, Tensor, Tensor]:
-    """a, b and an output that this kernel is chosen for, by a GPU with a multiprocessor for each block of a cluster."""
+    """a, b and an output that this kernel is chosen for."""
     m, n, k = p.KERNELS_SM90[kernel]
     a = placed(make(batch, m, k, dtype=dtype))
     b = a if kernel.transposed else placed(make(batch, k, n, dtype=dtype))
@@ -50,7 +56,7 @@ def test_every_kernel_is_exact_on_integers(cuda: Products, kernel: Kernel, dtype
     a, b, out = operands(kernel, 2, dtype)
     c = placed(integers(*out.shape, dtype=dtype))
     scale = torch.tensor([0.5, 2.0])
-    keywords = dict(c=c, alpha=2.0, beta=-4.0, gamma=8.0, scale=scale, multiprocessors=CLUSTER[kernel.block_n])
+    keywords = dict(c=c, alpha=2.0, beta=-4.0, gamma=8.0, scale=scale, multiprocessors=kernel.cluster)
     cuda(a, b, out, b_transposed=kernel.transposed, **keywords)
     assert cuda.kernel == kernel
     scales = (scale**2 if kernel.transposed else scale)[:, None, None]
@@ -80,13 +86,27 @@ def test_distance_of_matrices_alone_may_be_odd(cuda: Products) -> None:
 
 
 @dtypes
-@pytest.mark.parametrize(("m", "multiprocessors"), [(1, 1), (17, 1), (63, 132), (65, 1), (129, 2), (184, 3), (392, 24)])
+@pytest.mark.parametrize(
+    ("m", "multiprocessors", "tiles"),
+    [
+        *((m, n, PINGPONG) for m, n in ((1, 1), (17, 1), (63, 132), (65, 1), (129, 2), (184, 3))),
+        (392, 12, PAIR),
+        (392, 24, WIDE),
+    ],
+    ids=str,
+)
 def test_parts_of_squares_are_exact_on_integers(
-    cuda: Products, m: int, multiprocessors: int, dtype: torch.dtype
+    cuda: Products, m: int, multiprocessors: int, tiles: tuple[int, int], dtype: torch.dtype
 ) -> None:
-    """The last one in wide tiles: half a wave of them, and all of a wave and more of the others."""
-    checks.parts_of_squares(partial(cuda, multiprocessors=multiprocessors), m, 16, dtype)
-    assert cuda.kernel and cuda.kernel.wgmma and cuda.kernel.block_n == (WIDE if m == 392 else PINGPONG)
+    """The last two fill half a wave of wide tiles, or all of one."""
+    ran = set()
+
+    def run(*args: Any, **keywords: Any) -> None:
+        cuda(*args, multiprocessors=multiprocessors, **keywords)
+        ran.add((of(cuda.kernel), keywords.get("symmetric", False)))
+
+    checks.parts_of_squares(run, m, 16, dtype)
+    assert {t for t, is_symmetric in ran if is_symmetric} == {tiles}
 
 
 @dtypes
@@ -96,7 +116,7 @@ def test_error_is_that_of_one_rounding(cuda: Products, kernel: Kernel, dtype: to
     make = lambda *shape, dtype: torch.randn(shape).to(dtype)
     a, b, out = operands(kernel, 1, dtype, make)
     c = make(*out.shape, dtype=dtype)
-    keywords = dict(c=placed(c), alpha=0.3, beta=1.7, multiprocessors=CLUSTER[kernel.block_n])
+    keywords = dict(c=placed(c), alpha=0.3, beta=1.7, multiprocessors=kernel.cluster)
     cuda(a, b, out, b_transposed=kernel.transposed, **keywords)
     assert cuda.kernel == kernel
     alpha, beta = torch.tensor([0.3, 1.7]).double()
@@ -123,9 +143,9 @@ def test_bits_depend_on_nothing_but_the_matrix(cuda: Products, is_symmetric: boo
         for i in range(0, 3, batch):
             at = X[i : i + batch]
             cuda(at, at, out[i : i + batch], multiprocessors=multiprocessors, order=order, **keywords)
-            ran.add(cuda.kernel)
+            ran.add(of(cuda.kernel))
         results.append(out.clone())
-    assert len(ran) == 2
+    assert ran == ({PINGPONG, WIDE} if is_symmetric else {PINGPONG, PAIR, WIDE})
     assert all(torch.equal(r, results[0]) for r in results)
     assert torch.equal(results[0], results[0].mT) or not is_symmetric
 
@@ -135,29 +155,31 @@ def test_a_result_is_symmetric_even_if_the_product_is_not(cuda: Products) -> Non
         checks.result_is_symmetric(partial(cuda, multiprocessors=multiprocessors))
 
 
-def test_many_tiles_of_a_triangle(cuda: Products) -> None:
+@pytest.mark.parametrize(
+    ("tiles", "k", "multiprocessors", "count"),
+    [(PINGPONG, 8, 1, 66), (PAIR, 8, 10**6, 84), (WIDE, 456, 42, 42)],
+    ids=[TILES[t] for t in (PINGPONG, PAIR, WIDE)],
+)
+def test_many_tiles_of_a_triangle(
+    cuda: Products, tiles: tuple[int, int], k: int, multiprocessors: int, count: int
+) -> None:
     """Every tile is at its place, and only those of a triangle are computed: more supertiles than one of a side."""
-    X, out = placed(integers(1, 1300, 8)), empty(1, 1300, 1300)
-    cuda(X, X, out, b_transposed=True, symmetric=True, multiprocessors=10**6)
-    assert cuda.log[-1].grid == (11 * 12 // 2, 1, 1)
+    X, out = placed(integers(1, 1300, k)), empty(1, 1300, 1300)
+    cuda(X, X, out, b_transposed=True, symmetric=True, multiprocessors=multiprocessors)
+    assert of(cuda.kernel) == tiles and cuda.log[-1].grid == (min(count, multiprocessors), 1, 1)
     assert torch.equal(out, exact(X, X, True).bfloat16()) and untouched(out)
 
 
-def test_many_wide_tiles_of_a_triangle(cuda: Products) -> None:
-    X, out = placed(integers(1, 1300, 456)), empty(1, 1300, 1300)
-    cuda(X, X, out, b_transposed=True, symmetric=True, multiprocessors=42)
-    assert cuda.kernel and cuda.kernel.block_n == WIDE and cuda.log[-1].grid == (42, 1, 1)
-    assert torch.equal(out, exact(X, X, True).bfloat16()) and untouched(out)
-
-
-@pytest.mark.parametrize("shape", [(1, 1700, 300, 8), (2, 300, 1700, 8)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 2100, 300, 8), (2, 400, 1700, 8)], ids=str)
 def test_many_tiles_of_a_rectangle(cuda: Products, shape: tuple[int, int, int, int]) -> None:
     """More rows of tiles than a group has, and more columns than rows."""
     batch, m, n, k = shape
     A, X, out = placed(integers(batch, m, k)), placed(integers(batch, k, n)), empty(batch, m, n)
-    cuda(A, X, out, multiprocessors=7)
-    assert cuda.log[-1].grid == (7, 1, 1)
-    assert torch.equal(out, exact(A, X, False).bfloat16()) and untouched(out)
+    for multiprocessors, tiles in ((7, PINGPONG), (6, PAIR)):
+        out.fill_(torch.nan)
+        cuda(A, X, out, multiprocessors=multiprocessors)
+        assert of(cuda.kernel) == tiles and cuda.log[-1].grid == (multiprocessors, 1, 1)
+        assert torch.equal(out, exact(A, X, False).bfloat16()) and untouched(out)
 
 
 @kernels
@@ -168,7 +190,7 @@ def test_order_and_time_do_not_matter(cuda: Products, kernel: Kernel) -> None:
     right = (exact(a, b, kernel.transposed) + c.double()).bfloat16()
     for order, asynchrony in product(("forward", "backward", "random"), ("early", "late", "random")):
         out.fill_(torch.nan)
-        keywords = dict(b_transposed=kernel.transposed, c=c, beta=1.0, multiprocessors=CLUSTER[kernel.block_n])
+        keywords = dict(b_transposed=kernel.transposed, c=c, beta=1.0, multiprocessors=kernel.cluster)
         cuda(a, b, out, order=order, asynchrony=asynchrony, seed=3, **keywords)
         assert cuda.kernel == kernel
         assert torch.equal(out, right), (order, asynchrony)
@@ -182,68 +204,78 @@ def test_consumers_take_turns(cuda: Products, order: Any) -> None:
     for asynchrony in ("early", "late"):
         out.fill_(torch.nan)
         cuda(X, X, out, b_transposed=True, multiprocessors=1, order=order, asynchrony=asynchrony)
-        assert cuda.kernel and cuda.kernel.block_n == PINGPONG
+        assert of(cuda.kernel) == PINGPONG
         assert torch.equal(out, exact(X, X, True).bfloat16()), asynchrony
 
 
-@pytest.mark.parametrize(("m", "k", "multiprocessors"), [(200, 104, 1), (392, 392, 12)], ids=["pingpong", "wide"])
-def test_no_races(cuda: Products, m: int, k: int, multiprocessors: int) -> None:
+@pytest.mark.parametrize(
+    ("tiles", "m", "k", "multiprocessors"),
+    [(PINGPONG, 200, 104, 1), (PAIR, 392, 104, 12), (WIDE, 392, 392, 12)],
+    ids=[TILES[t] for t in (PINGPONG, PAIR, WIDE)],
+)
+def test_no_races(cuda: Products, tiles: tuple[int, int], m: int, k: int, multiprocessors: int) -> None:
     """Many tiles a block, with and without addends; symmetric, so that all kinds of blocks are stored."""
     X, C, out = placed(integers(4, m, k)), placed(symmetric(4, m)), empty(4, m, m)
     for c in (C, None):
         keywords = dict(b_transposed=True, symmetric=True, c=c, beta=1.0)
         cuda(X, X, out, order="random", races=True, multiprocessors=multiprocessors, **keywords)
-        assert cuda.kernel and cuda.kernel.block_n == (PINGPONG if m == 200 else WIDE)
-        assert [launch.cluster for launch in cuda.log] == [CLUSTER[cuda.kernel.block_n]]
+        assert of(cuda.kernel) == tiles and [launch.cluster for launch in cuda.log] == [tiles[1]]
         assert not any(launch.warnings for launch in cuda.log)
         assert torch.equal(out, (exact(X, X, True) + (0 if c is None else c.double())).bfloat16())
 
 
-@pytest.mark.parametrize(("m", "multiprocessors"), [(136, 1), (392, 8)], ids=["pingpong", "wide"])
-def test_no_races_of_vectors(cuda: Products, m: int, multiprocessors: int) -> None:
+@pytest.mark.parametrize(
+    ("tiles", "m", "multiprocessors"),
+    [(PINGPONG, 136, 1), (PAIR, 136, 2), (WIDE, 392, 8)],
+    ids=[TILES[t] for t in (PINGPONG, PAIR, WIDE)],
+)
+def test_no_races_of_vectors(cuda: Products, tiles: tuple[int, int], m: int, multiprocessors: int) -> None:
     """Rows beyond the edge, of which a wide tile's second consumer has nothing else, store nothing."""
     A, X, out = placed(symmetric(3, m)), placed(integers(3, m, m)), empty(3, m, m)
     of_a, of_b = integers(3, m).float(), integers(3, m).float()
     keywords = dict(multiprocessors=multiprocessors, order="random", races=True)
     cuda(A, X, out, a_diagonal=of_a, b_diagonal=of_b, **keywords)
-    assert cuda.kernel and cuda.kernel.block_n == (PINGPONG if m == 136 else WIDE)
+    assert of(cuda.kernel) == tiles
     assert not any(launch.warnings for launch in cuda.log)
     right = (A.double() + of_a.double().diag_embed()) @ (X.double() + of_b.double().diag_embed())
     assert torch.equal(out, right.bfloat16())
 
 
 # Of the issue slots of tensor clocks, what instructions of PTX beside wgmma may take at 4096 columns of a.
-OTHERS = {WIDE: 0.15, PINGPONG: 0.25}
+OTHERS = {PINGPONG: 0.25, PAIR: 0.25, WIDE: 0.15}
+# FLOPs for a byte of operands from L2.
+INTENSITY = {PINGPONG: 64, PAIR: 85 + 1 / 3, WIDE: 128}
 
 
-@pytest.mark.parametrize("columns", [WIDE, PINGPONG], ids=["wide", "pingpong"])
-def test_profile(cuda: Products, columns: int) -> None:
+@pytest.mark.parametrize("tiles", TILES, ids=TILES.values())
+def test_profile(cuda: Products, tiles: tuple[int, int]) -> None:
     """Bytes from L2 for what tensor cores do, no bank conflicts, and what else is issued.
 
     Two numbers of columns of a tell what a step takes from what a tile takes.
     """
     issued = {}
+    columns, cluster = tiles
     for k in (512, 1024):
-        if columns == WIDE:
-            m, n, tiles, cluster = 256, 512, 4, 2
+        if tiles == WIDE:
+            m, n, count = 256, 512, 4
             a, b, c = placed(integers(1, m, k)), placed(integers(1, k, n)), integers(1, m, n)
         else:
-            m, n, tiles, cluster = 512, 512, 10, 1
+            m, n, count = 512, 512, 10 if tiles == PINGPONG else 12
             a = b = placed(integers(1, m, k))
             c = symmetric(1, m)
         keywords = dict(b_transposed=a is b, symmetric=a is b, c=placed(c), beta=1.0)
-        cuda(a, b, empty(1, m, n), multiprocessors=tiles, profile=True, **keywords)
-        assert cuda.kernel == Kernel(128, columns, a is b, True, True)
+        cuda(a, b, empty(1, m, n), multiprocessors=count, profile=True, **keywords)
+        assert cuda.kernel == Kernel(128, columns, a is b, True, cluster)
         profile = cuda.profiles[cuda.kernel]
-        operand_bytes, flops = tiles * (128 + columns // cluster) * k * 2, 2 * tiles * 128 * columns * k
-        assert flops / operand_bytes == {WIDE: 128, PINGPONG: 64}[columns]
-        assert profile.global_bytes == operand_bytes + tiles * 128 * columns * 2 + m * n * 2, profile.table()
+        operand_bytes, flops = count * (128 + columns // cluster) * k * 2, 2 * count * 128 * columns * k
+        assert flops / operand_bytes == INTENSITY[tiles]
+        assert profile.global_bytes == operand_bytes + count * 128 * columns * 2 + m * n * 2, profile.table()
         assert profile.bank_conflicts == 0, profile.table()
         assert profile.tensor_instructions == flops / 2 / (16 * 16 * columns), "16 rows a warp"
-        issued[k] = (profile.instructions - profile.tensor_instructions) / tiles
+        issued[k] = (profile.instructions - profile.tensor_instructions) / count
     of_step = (issued[1024] - issued[512]) / 8
     at_4096 = issued[1024] + 48 * of_step
-    assert at_4096 / 4 <= OTHERS[columns] * 64 * columns * 4, (of_step, issued)
+    assert at_4096 / 4 <= OTHERS[tiles] * 64 * columns * 4, (of_step, issued)
 
 
 @pytest.mark.parametrize("m", [1, 65])
@@ -267,17 +299,18 @@ def test_offsets_have_64_bits(cuda: Products) -> None:
     assert cuda.kernel and cuda.kernel.wgmma
 
 
-@pytest.mark.parametrize("multiprocessors", [132, 114])
-def test_choice_of_tiles(cuda: Products, multiprocessors: int) -> None:
-    """Wide tiles where they fill the GPU, and a block a multiprocessor."""
+@pytest.mark.parametrize(("multiprocessors", "of_12", "of_24"), [(132, PINGPONG, PAIR), (114, PAIR, WIDE)])
+def test_choice_of_tiles(cuda: Products, multiprocessors: int, of_12: tuple[int, int], of_24: tuple[int, int]) -> None:
+    """Wide tiles where they fill the GPU, pairs where L2 would not keep up, and a block a multiprocessor."""
     pick = lambda *shape: chosen(cuda, *shape, multiprocessors, shape[0] == shape[1])
-    pingpong, wide = (lambda t, n=n: Kernel(128, n, t, True, True) for n in (PINGPONG, WIDE))
-    assert pick(4096, 11008, 4096, 1) == (wide(False), multiprocessors)
-    assert chosen(cuda, 4096, 11008, 4096, 1, 133, False) == (wide(False), 132), "whole clusters"
-    assert pick(8192, 8192, 8192, 1) == pick(4096, 4096, 4096, 1) == (wide(True), multiprocessors)
-    assert pick(768, 768, 768, 12) == (pingpong(True), multiprocessors)
-    assert pick(256, 256, 1024, 1) == (pingpong(True), 3)
-    assert pick(1024, 1024, 1024, 1) == (pingpong(True), 36)
+    kernel = lambda tiles, transposed: Kernel(128, tiles[0], transposed, True, tiles[1])
+    assert pick(4096, 11008, 4096, 1) == (kernel(WIDE, False), multiprocessors)
+    assert chosen(cuda, 4096, 11008, 4096, 1, 133, False) == (kernel(WIDE, False), 132), "whole clusters"
+    assert pick(8192, 8192, 8192, 1) == pick(4096, 4096, 4096, 1) == (kernel(WIDE, True), multiprocessors)
+    assert pick(768, 768, 768, 12) == (kernel(of_12, True), multiprocessors), "fewest whole waves"
+    assert pick(768, 768, 768, 24) == (kernel(of_24, True), multiprocessors)
+    assert pick(256, 256, 1024, 1) == (kernel(PINGPONG, True), 3)
+    assert pick(1024, 1024, 1024, 1) == (kernel(PAIR, True), 40), "fewest bytes, in one wave"
 
 
 @pytest.mark.parametrize("function", ["cudaFuncSetAttribute", "cudaLaunchKernel"])

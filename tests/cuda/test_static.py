@@ -110,7 +110,7 @@ def test_products_of_sm90a() -> None:
     """Operands come by tensor copies and go to wgmma, results leave by them; a thread loads parts of diagonals only."""
     if not native.required().cuda.wgmma:
         pytest.skip("muon_kernels was installed without code for sm_90a")
-    for kernel, numbers in named("90a", r"4TileI(?:Li\d+E)+Lb\dELi\dEE", 8):
+    for kernel, numbers in named("90a", r"4TileI(?:Li\d+E)+Lb\dELi\dEE", 12):
         (_, columns, _, cluster), threads = numbers, 384
         assert not kernel.local_bytes and not kernel.count("LDL") and not kernel.count("STL"), kernel.name
         # What setmaxnreg divides, and a block's threads begin with.
