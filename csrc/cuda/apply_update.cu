@@ -13,9 +13,7 @@ struct ApplyArguments {
     int64_t first;  // matrix of the launch among the seed's
     bool half;      // x is f16
     bool x_aligned;
-    Runs<1> runs;
 };
-static_assert(sizeof(ApplyArguments) <= kArgumentBytes, "a kernel's arguments");
 
 // SplitMix64's output function (Steele, Lea, Flood 2014).
 __device__ uint64_t mixed(uint64_t z) {
@@ -116,11 +114,14 @@ __device__ void apply_tile(const ApplyArguments& u, const Run<1>& run, const Til
     }
 }
 
-template <class Param, bool STOCHASTIC>
-__global__ __launch_bounds__(THREADS, BLOCKS_PER_SM) void apply_kernel(const __grid_constant__ ApplyArguments u) {
+template <class Param, bool STOCHASTIC, int BYTES>
+__global__ __launch_bounds__(THREADS, BLOCKS_PER_SM) void apply_kernel(
+    const __grid_constant__ ApplyArguments u, const __grid_constant__ Runs<1, BYTES> runs
+) {
+    static_assert(sizeof(u) + sizeof(runs) <= BYTES, "a kernel's arguments");
     __shared__ Staged staged;
     const Run<1>* run;
-    const Tile tile = tile_of_block(u.x, u.tiles, u.runs, run);
+    const Tile tile = tile_of_block(u.x, u.tiles, runs, run);
     if (run->vector) {
         apply_tile<Param, STOCHASTIC, VECTOR<Param>>(u, *run, tile, staged);
     } else {
@@ -148,17 +149,18 @@ Result apply_update(const ApplyUpdate& args, const ApplyOptions& options, DType 
     u.x_aligned = aligned(args.x);
     return with_type(args.param_dtype, [&](auto param) {
         using Param = decltype(param);
-        auto* kernel = known<apply_kernel<Param, false>>();
-        if constexpr (std::is_same_v<Param, __nv_bfloat16>) {
-            if (options.stochastic_rounding) kernel = known<apply_kernel<Param, true>>();
-        }
         const Operands<1> operands = {{args.param}, {sizeof(Param)}, args.ratio, VECTOR<Param>};
-        return for_each_launch(args.x, operands, u.runs, [&](int64_t first, int64_t count) {
+        return for_each_launch(args.x, operands, [&](int64_t first, int64_t count, const auto& runs) {
+            constexpr int BYTES = std::decay_t<decltype(runs)>::ARGUMENT_BYTES;
+            auto* kernel = known<apply_kernel<Param, false, BYTES>>();
+            if constexpr (std::is_same_v<Param, __nv_bfloat16>) {
+                if (options.stochastic_rounding) kernel = known<apply_kernel<Param, true, BYTES>>();
+            }
             u.x = args.x;
             u.x.data += first * args.x.batch_stride;
             u.first = options.first + first;
             const auto blocks = static_cast<unsigned>(count * per_matrix);
-            kernel<<<blocks, THREADS, 0, static_cast<cudaStream_t>(stream)>>>(u);
+            kernel<<<blocks, THREADS, 0, static_cast<cudaStream_t>(stream)>>>(u, runs);
             return launched();
         });
     });

@@ -57,12 +57,15 @@ struct Run {
     Place place[OPERANDS];
 };
 
-constexpr int kArgumentBytes = 32764;  // that a kernel can have, since CUDA 12.1
-constexpr int kOtherBytes = 256;       // of these, for what is not a list
+constexpr int kArgumentBytes = 32764;      // that a kernel can have, since CUDA 12.1
+constexpr int kShortArgumentBytes = 4096;  // and before
+constexpr int kOtherBytes = 256;           // of either, for what is not a list
 
-template <int OPERANDS>
+// A launch copies all of its arguments, used or not, and a graph's node keeps them: hence the short list.
+template <int OPERANDS, int BYTES = kArgumentBytes>
 struct Runs {
-    static constexpr int CAPACITY = (kArgumentBytes - kOtherBytes) / sizeof(Run<OPERANDS>);
+    static constexpr int ARGUMENT_BYTES = BYTES;
+    static constexpr int CAPACITY = (BYTES - kOtherBytes) / sizeof(Run<OPERANDS>);
     int32_t count;
     Run<OPERANDS> run[CAPACITY];
 };
@@ -109,10 +112,19 @@ bool continues(Run<OPERANDS>& run, int count, const Run<OPERANDS>& next) {
     return true;
 }
 
-// Calls launch(first, count) for all matrices, with `runs` the list of `count` of them: as few calls as the size of an
-// argument and of a grid allow.
+template <int OPERANDS>
+Runs<OPERANDS, kShortArgumentBytes> shortened(const Runs<OPERANDS>& runs) {
+    Runs<OPERANDS, kShortArgumentBytes> few;
+    few.count = runs.count;
+    std::copy_n(runs.run, runs.count, few.run);
+    return few;
+}
+
+// Calls launch(first, count, runs) for all matrices, with the list of `count` of them, the short one if it holds them:
+// as few calls as the size of an argument and of a grid allow.
 template <int OPERANDS, class Launch>
-Result for_each_launch(const Stack& x, const Operands<OPERANDS>& operands, Runs<OPERANDS>& runs, Launch launch) {
+Result for_each_launch(const Stack& x, const Operands<OPERANDS>& operands, Launch launch) {
+    Runs<OPERANDS> runs;
     const int64_t most = tiles(x) ? INT_MAX / tiles(x) : 0;
     for (int64_t first = 0, count; most && first < x.batch; first += count) {
         runs.count = 0;
@@ -126,14 +138,15 @@ Result for_each_launch(const Stack& x, const Operands<OPERANDS>& operands, Runs<
             next.begin = static_cast<int32_t>(count);
             runs.run[runs.count++] = next;
         }
-        const Result result = launch(first, count);
+        const bool few = runs.count <= Runs<OPERANDS, kShortArgumentBytes>::CAPACITY;
+        const Result result = few ? launch(first, count, shortened(runs)) : launch(first, count, runs);
         if (result.status != Status::ok) return result;
     }
     return kOk;
 }
 
-template <int OPERANDS>
-__device__ const Run<OPERANDS>& run_of(const Runs<OPERANDS>& runs, int matrix) {
+template <int OPERANDS, int BYTES>
+__device__ const Run<OPERANDS>& run_of(const Runs<OPERANDS, BYTES>& runs, int matrix) {
     // No run is empty: the run of matrix i is not behind the i-th. If nothing could be joined it is the i-th.
     int low = 0, high = min(matrix, runs.count - 1);
     if (runs.run[high].begin <= matrix) return runs.run[high];
@@ -172,8 +185,9 @@ __device__ inline Tile tile_of(const Stack& x, int matrix, int index) {
 
 // `tiles` of a matrix; in 32 bits, because a division of 64 is a function call. Neighbouring blocks have neighbouring
 // tiles along the walk: together they read whole pages of the memory of the operands, which is most of the traffic.
-template <int OPERANDS>
-__device__ Tile tile_of_block(const Stack& x, unsigned tiles, const Runs<OPERANDS>& runs, const Run<OPERANDS>*& run) {
+template <int OPERANDS, int BYTES>
+__device__ Tile
+tile_of_block(const Stack& x, unsigned tiles, const Runs<OPERANDS, BYTES>& runs, const Run<OPERANDS>*& run) {
     const int matrix = blockIdx.x / tiles, index = blockIdx.x % tiles;
     run = &run_of(runs, matrix);
     if (run->along_rows) return tile_of(x, matrix, index);

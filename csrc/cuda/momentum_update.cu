@@ -28,9 +28,7 @@ struct MomentumArguments {
     bool has_momentum;
     bool half;  // x is f16
     bool x_aligned;
-    Runs<2> runs;  // gradient, momentum
 };
-static_assert(sizeof(MomentumArguments) <= kArgumentBytes, "a kernel's arguments");
 
 // ---- powers of two ----
 
@@ -182,11 +180,14 @@ __device__ void momentum_tile(const MomentumArguments& u, const Run<2>& run, con
     }
 }
 
-template <class Grad, class Momentum>
-__global__ __launch_bounds__(THREADS, BLOCKS_PER_SM) void momentum_kernel(const __grid_constant__ MomentumArguments u) {
+template <class Grad, class Momentum, int BYTES>
+__global__ __launch_bounds__(THREADS, BLOCKS_PER_SM) void momentum_kernel(
+    const __grid_constant__ MomentumArguments u, const __grid_constant__ Runs<2, BYTES> runs
+) {
+    static_assert(sizeof(u) + sizeof(runs) <= BYTES, "a kernel's arguments");
     __shared__ Staged staged;
-    const Run<2>* run;
-    const Tile tile = tile_of_block(u.x, u.tiles, u.runs, run);
+    const Run<2>* run;  // of gradients and momenta
+    const Tile tile = tile_of_block(u.x, u.tiles, runs, run);
     if (run->vector) {
         momentum_tile<Grad, Momentum, VECTOR<Grad, Momentum>>(u, *run, tile, staged);
     } else {
@@ -292,12 +293,13 @@ Result momentum_update(const MomentumUpdate& args, DType dtype, double* partial,
             const Operands<2> operands = {
                 {args.grad, args.momentum}, {sizeof(Grad), sizeof(Momentum)}, nullptr, VECTOR<Grad, Momentum>
             };
-            return for_each_launch(args.x, operands, u.runs, [&](int64_t first, int64_t count) {
+            return for_each_launch(args.x, operands, [&](int64_t first, int64_t count, const auto& runs) {
                 u.x = args.x;
                 u.x.data += first * args.x.batch_stride;
                 u.partial = partial + first * per_matrix;
-                auto* kernel = known<momentum_kernel<Grad, Momentum>>();
-                kernel<<<static_cast<unsigned>(count * per_matrix), THREADS, 0, on>>>(u);
+                constexpr int BYTES = std::decay_t<decltype(runs)>::ARGUMENT_BYTES;
+                auto* kernel = known<momentum_kernel<Grad, Momentum, BYTES>>();
+                kernel<<<static_cast<unsigned>(count * per_matrix), THREADS, 0, on>>>(u, runs);
                 return launched();
             });
         });

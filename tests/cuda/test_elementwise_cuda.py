@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from checks.elementwise import *  # noqa: F403
-from checks.elementwise import HALVES, workspace
+from checks.elementwise import HALVES, fma, workspace
 from elementwise import Verbs
 from emulated import ROOT
 from ptx.standin import Runtime
@@ -56,6 +56,38 @@ def test_launches(verbs: Verbs) -> None:
         assert torch.equal(x, directions.bfloat16())
         torch.testing.assert_close(scale, 1 / directions.norm(dim=(1, 2)), rtol=1e-6, atol=0)
         assert torch.equal(params[order], -x.float())
+
+
+# Bytes of a kernel's arguments, and the runs that the shorter ones hold.
+SHORT, LONG = 4096, 32764
+SHORT_RUNS = {"momentum": 48, "apply": 80}
+
+
+@pytest.mark.parametrize("verb", SHORT_RUNS)
+def test_few_runs_travel_in_short_arguments(verbs: Verbs, verb: str) -> None:
+    """However many matrices they are of."""
+    most = SHORT_RUNS[verb]
+    for apart, joined, expected in [
+        (1, 0, SHORT),
+        (most, 0, SHORT),
+        (most + 1, 0, LONG),
+        (most - 1, 100, SHORT),
+        (most, 100, LONG),
+    ]:
+        memory = torch.randn(10 * apart)
+        # No two neighbours have equal strides.
+        tensors = [memory.as_strided((2, 3), (3 + i % 2, 1), 10 * i) for i in range(apart)]
+        tensors += torch.randn(joined, 2, 3)
+        before, X = torch.stack(tensors), torch.ones(apart + joined, 2, 3).bfloat16()
+        with verbs.runtime.options():
+            if verb == "momentum":
+                verbs.momentum_update(tensors, None, X)
+                assert torch.equal(X, before.bfloat16())
+            else:
+                verbs.apply_update(tensors, X)
+                assert torch.equal(torch.stack(tensors), fma(-0.5, X.float(), before * 0.75))
+            sizes = [int(m[1]) for e in verbs.runtime.log if (m := re.search(verb + r"_kernelI.*?Li(\d+)E", e.kernel))]
+        assert sizes == [expected], (apart, joined)
 
 
 def test_nothing_is_launched_for_empty_matrices(verbs: Verbs) -> None:

@@ -126,7 +126,7 @@ def test_products_of_sm90a() -> None:
         assert kernel.count(r"STSM.16.M88.4") and kernel.count(r"STSM.16.MT88.4") and kernel.count("LDSM")
 
 
-@pytest.mark.parametrize(("kernel", "count"), [("momentum_kernel", 9), ("apply_kernel", 4)])
+@pytest.mark.parametrize(("kernel", "count"), [("momentum_kernel", 18), ("apply_kernel", 8)])
 def test_elementwise(arch: int, kernel: str, count: int) -> None:
     for found, _ in named(arch, kernel, count):
         assert blocks(arch, 256, found.registers, found.shared_bytes) >= 4, (found.name, found.registers)
