@@ -113,7 +113,6 @@ __device__ void momentum_tile(const MomentumArguments& u, const Run<2>& run, con
     const Lines<const Grad, V> grads(run, 0, tile, slice);
     const Lines<Momentum, V> momenta(run, 1, tile, slice);
     float direction[LINES][V];
-    SumOfSquares squares;
 #pragma unroll
     for (int begin = 0; begin < LINES; begin += AT_ONCE<V>) {
         // All reads are under way before the first is needed.
@@ -138,10 +137,16 @@ __device__ void momentum_tile(const MomentumArguments& u, const Run<2>& run, con
                     d = u.nesterov ? blended(u.direction, d, updated) : updated;
                 }
                 direction[begin + l][v] = d;
-                squares.add(d);
             }
             if (u.has_momentum && slice.has(begin + l)) store(momenta[begin + l], momentum[l]);
         }
+    }
+    // After all reads, which the registers of its terms would wait for.
+    SumOfSquares squares;
+#pragma unroll
+    for (int l = 0; l < LINES; ++l) {
+#pragma unroll
+        for (int v = 0; v < V; ++v) squares.add(direction[l][v]);
     }
     double sum = squares.value();
     // Where squares overflow in fp32, or those that matter vanish, again in double. Seldom, but for zeros.

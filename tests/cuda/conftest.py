@@ -5,7 +5,7 @@ from types import ModuleType
 
 import pytest
 from checks.step import Gpu
-from emulated import build, running
+from emulated import build, on, running
 from ptx import standin
 
 
@@ -29,19 +29,6 @@ def emulated_sm90(built: tuple[ModuleType, standin.Runtime]) -> Iterator[standin
     """See `running`: a GPU of compute capability 9.0."""
     with running((9, 0)) as runtime:
         yield runtime
-
-
-def on(runtime: standin.Runtime) -> Gpu:
-    """What tests of steps need of the stand-in runtime."""
-
-    def replay() -> None:
-        assert runtime.replay() == 0
-
-    def launches() -> int:
-        assert not runtime.failures
-        return len(runtime.log)
-
-    return Gpu("cuda", "cpu", runtime.capture, replay, launches)
 
 
 @pytest.fixture(params=["executor", "gpu"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from checks import accuracy
 from checks.step import Gpu
-from conftest import on
+from emulated import on
 from ptx import standin
 from test_newton_schulz import misses
 
