@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from .. import backends
+from .. import backends, kept
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +42,7 @@ def _measure() -> None:
 
     name = measured.name_of_gpu()
     file = measured.file_of(name)
-    measured.writable(file)
+    kept.writable(file)
     print(name)
     for what, tflops, table in tuning.measure(lambda call: float(do_bench(call, return_mode="median"))):
         if table is None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from emulated_gpu import compiling
 
+from muon_kernels import kept
 from muon_kernels.cli import main
 from muon_kernels.triton_kernels import configs, measured, tuning
 from muon_kernels.triton_kernels.configs import Config, Shape, choose, work
@@ -50,7 +51,7 @@ def test_what_is_measured_is_found_again(directory: Path, monkeypatch: pytest.Mo
             f"syrk {tile}, k = {k}" for tile in ("128x128x32", "64x64x64") for k in (64, 256)
         }
         file = measured.file_of(measured.name_of_gpu())
-        measured.writable(file)
+        kept.writable(file)
         measured.save(file, table)
         assert measured.table() == table
     assert list(directory.iterdir()) == [file]
@@ -126,7 +127,7 @@ def test_where_nothing_can_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "file").touch()
     monkeypatch.setenv("MUON_KERNELS_CACHE_DIR", str(tmp_path / "file"))
     with pytest.raises(RuntimeError, match=r"cannot be written .*; set MUON_KERNELS_CACHE_DIR to a directory"):
-        measured.writable(measured.file_of("GPU"))
+        kept.writable(measured.file_of("GPU"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
