@@ -23,7 +23,10 @@ def file_of(name: str) -> Path:
     return Path(caches) / "muon_kernels" / f"{slug}.json"
 
 
-_MEND = "set MUON_KERNELS_CACHE_DIR to a directory that can be written"
+def _unwritable(file: Path, error: OSError) -> RuntimeError:
+    return RuntimeError(
+        f"{file} cannot be written ({error}); set MUON_KERNELS_CACHE_DIR to a directory that can be written"
+    )
 
 
 def writable(file: Path) -> None:
@@ -33,7 +36,7 @@ def writable(file: Path) -> None:
         with NamedTemporaryFile(dir=file.parent):
             pass
     except OSError as error:
-        raise RuntimeError(f"{file} cannot be written ({error}); {_MEND}") from None
+        raise _unwritable(file, error) from None
 
 
 def save(file: Path, content: object) -> None:
@@ -44,7 +47,7 @@ def save(file: Path, content: object) -> None:
         part.replace(file)  # so that nobody reads half of it
     except OSError as error:
         part.unlink(missing_ok=True)
-        raise RuntimeError(f"{file} cannot be written ({error}); {_MEND}") from None
+        raise _unwritable(file, error) from None
 
 
 def load(file: Path, what: str, read: Callable[[Any], T]) -> T | None:
@@ -60,6 +63,9 @@ def load(file: Path, what: str, read: Callable[[Any], T]) -> T | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        why = f"{file} is no {what} ({type(error).__name__}: {error}) and is not used"
-        warnings.warn(f"{why}; run python -m muon_kernels tune again, or delete it", stacklevel=2)
+        warnings.warn(
+            f"{file} is no {what} ({type(error).__name__}: {error}) and is not used; "
+            "run python -m muon_kernels tune again, or delete it",
+            stacklevel=2,
+        )
         return None
