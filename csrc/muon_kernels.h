@@ -166,9 +166,10 @@ void load_kernels();
 // Stacks hold `dtype`, bf16 or f16, with fp32 accumulation. One launch a product.
 Result products(const Product* list, int count, DType dtype, Stream stream);
 
-// Products made ready for the current device, to run on it as often as wanted. Operands stay where they are.
+// Products made ready for the current device, to run on it as often as wanted. Operands stay where they are. `wgmma`:
+// whether it multiplies where it can, on compute capability 9.0 and what tensor maps describe; products() lets it.
 struct Program;
-Result prepare(const Product* list, int count, DType dtype, std::shared_ptr<const Program>& program);
+Result prepare(const Product* list, int count, DType dtype, bool wgmma, std::shared_ptr<const Program>& program);
 Result run(const Program& program, Stream stream);
 
 // `partial`: momentum_partials(...) doubles on the device, which need no initial value. The sum of squares is added in

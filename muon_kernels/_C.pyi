@@ -95,9 +95,9 @@ class cuda:
     wgmma: bool  # whether products use it on compute capability 9.0
 
     class Program:
-        """Products made ready for the current device."""
+        """Products made ready for the current device; with wgmma, if it may and where it can."""
 
-        def __init__(self, products: list[Product], dtype: DType, /) -> None: ...
+        def __init__(self, products: list[Product], dtype: DType, wgmma: bool, /) -> None: ...
         def run(self, stream: int, /) -> None: ...
 
     @staticmethod

@@ -201,10 +201,10 @@ PYBIND11_MODULE(_C, m) {
         check(without_gil(run), "products");
     });
     py::class_<CudaProgram>(cuda, "Program", py::module_local())
-        .def(py::init([](const std::vector<mk::Product>& list, mk::DType dtype) {
+        .def(py::init([](const std::vector<mk::Product>& list, mk::DType dtype, bool wgmma) {
             const int count = static_cast<int>(list.size());
             CudaProgram program;
-            const auto run = [&] { return mk::cuda::prepare(list.data(), count, dtype, program.launches); };
+            const auto run = [&] { return mk::cuda::prepare(list.data(), count, dtype, wgmma, program.launches); };
             check(without_gil(run), "products");
             return program;
         }))

@@ -21,9 +21,12 @@ def chosen(
     missing: tuple[str, ...] = (),
     name: str = "auto",
     wgmma: bool = False,
+    gpu: str = "no GPU's name",
 ) -> tuple[str, tuple[str, ...]]:
     """On a GPU of a compute capability, or on one that is not NVIDIA's; with code for sm_90a or without."""
+    monkeypatch.setattr(cuda, "_device", cuda._Device())  # which has read nothing that is kept
     monkeypatch.setattr(cuda._device, "has_wgmma", lambda: wgmma)
+    monkeypatch.setattr(cuda._device, "name", lambda device: gpu)
     for module in (cuda, triton):
         here = module.__name__.rpartition(".")[2]
         reason = f"{here} is missing; install it" if here in missing else None
@@ -59,7 +62,7 @@ def test_triton_is_taken_for_its_tensor_instructions(
 def test_cuda_s_wgmma_is_taken_once_it_is_proven(monkeypatch: pytest.MonkeyPatch, rows: int, proven: bool) -> None:
     """On compute capability 9.0, by a module with code for sm_90a; by name always. A plan says so."""
     monkeypatch.setattr(cuda, "_WGMMA_PROVEN", proven)
-    notes = ("cuda multiplies by wgmma, with its code for sm_90a",) if rows > 128 else ()
+    notes = ("cuda multiplies by wgmma, the default with code for sm_90a",) if rows > 128 else ()
     assert chosen(monkeypatch, rows, (9, 0), name="cuda", wgmma=True) == ("cuda", notes)
     name, found = chosen(monkeypatch, rows, (9, 0), wgmma=True)
     assert name == ("cuda" if proven or rows <= 128 else "triton")

@@ -43,7 +43,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From below. A room is a folder or a file of the package, and imports from lower floors only.
 FLOORS = (
     ("closures", "coefficients", "graphs", "interrupts", "layout", "memory", "reference", "scaling", "_version"),
-    ("segments",),
+    ("kept", "segments"),
     ("newton_schulz", "powers", "split", "tensors", "verbs"),
     ("rules", "spectra", "stages", "triton_kernels"),
     ("backends", "checkpoint"),

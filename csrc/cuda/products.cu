@@ -52,10 +52,11 @@ bool valid(const Product& p) {
 }
 
 // The only place that says which kernel multiplies. That for 9.0 runs on nothing else.
-Launch launch_of(const Product& p, DType dtype, const Device& device) {
+Launch launch_of(const Product& p, DType dtype, [[maybe_unused]] bool wgmma, const Device& device) {
 #ifdef MUON_KERNELS_SM90
     Launch launch;
-    if (device.major == 9 && device.minor == 0 && launch_sm90(p, dtype, device.multiprocessors, launch)) return launch;
+    const bool can = device.major == 9 && device.minor == 0;
+    if (wgmma && can && launch_sm90(p, dtype, device.multiprocessors, launch)) return launch;
 #endif
     return launch_sm80(p, dtype, device);
 }
@@ -72,7 +73,7 @@ cudaError_t run(const Launch& l, cudaStream_t stream) {
     return cudaLaunchKernelExC(&config, l.kernel, parameters);
 }
 
-Result prepare(const Product* list, int count, DType dtype, Program& program) {
+Result prepare(const Product* list, int count, DType dtype, bool wgmma, Program& program) {
     if (dtype == DType::f32 || !std::all_of(list, list + count, valid)) return kInvalidArgument;
     Device device;
     const Result usable = current(device);
@@ -80,7 +81,7 @@ Result prepare(const Product* list, int count, DType dtype, Program& program) {
     for (int i = 0; i < count; ++i) {
         const Product& p = list[i];
         if (!p.out.batch || !p.out.rows || !p.out.cols) continue;
-        const Launch launch = launch_of(p, dtype, device);
+        const Launch launch = launch_of(p, dtype, wgmma, device);
         if (launch.shared_bytes > kSharedBytes) {
             const int bytes = static_cast<int>(launch.shared_bytes);
             const cudaError_t error =
@@ -94,9 +95,9 @@ Result prepare(const Product* list, int count, DType dtype, Program& program) {
 
 }  // namespace
 
-Result prepare(const Product* list, int count, DType dtype, std::shared_ptr<const Program>& program) {
+Result prepare(const Product* list, int count, DType dtype, bool wgmma, std::shared_ptr<const Program>& program) {
     const auto made = std::make_shared<Program>();
-    const Result result = prepare(list, count, dtype, *made);
+    const Result result = prepare(list, count, dtype, wgmma, *made);
     if (result.status == Status::ok) program = made;
     return result;
 }
@@ -111,7 +112,7 @@ Result run(const Program& program, Stream stream) {
 
 Result products(const Product* list, int count, DType dtype, Stream stream) {
     Program program;
-    const Result result = prepare(list, count, dtype, program);
+    const Result result = prepare(list, count, dtype, true, program);
     return result.status == Status::ok ? run(program, stream) : result;
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,12 +15,13 @@ from torch import Tensor
 from ..coefficients import Schedule
 from ..newton_schulz import Square, square
 from ..verbs import ApplyOptions, ApplyUpdate, MomentumUpdate, Step
-from . import Fused, eager, native
+from . import Fused, eager, get, kinds, native
 from .gpu import default_workspace_bytes as default_workspace_bytes
 from .gpu import fusing_pays
 from .gpu import leading_dimension as leading_dimension
 from .gpu import precise_squares as precise_squares
 from .gpu import symmetric_products as symmetric_products
+from .kinds import MMA, TRITON, WGMMA, Ranking
 from .terms import terms_needed
 
 # Matrices of a launch, csrc's momentum_capacity() and so on, for plans made on a machine without the module.
@@ -28,9 +30,10 @@ MOMENTUM_CAPACITY, APPLY_CAPACITY, FUSED_CAPACITY = 406, 677, 392
 FUSED_ROWS = {2: 128, 3: 64}
 # Tensor instructions, by major compute capability, that take the place of mma.sync.
 _OWN_INSTRUCTIONS = {9: "wgmma", 10: "tcgen05"}
-_WGMMA = (9, 0)  # the only compute capability that has it
-# Whether "auto" takes product_sm90.cu there, which was executed on a CPU alone. What waits for what in it is written by
-# hand; for Triton's kernels a compiler does that, which others have used for years. True once `verify` has passed.
+_HOPPER = (9, 0)  # the only compute capability that has it
+# Whether "auto" takes product_sm90.cu there, unless `tune` has timed it. It was executed on a CPU alone. What waits for
+# what in it is written by hand; for Triton's kernels a compiler does that, which others have used for years. True once
+# `verify` has passed.
 _WGMMA_PROVEN = False
 
 
@@ -75,6 +78,10 @@ class _Device:
         """Return (major, minor) of the compute capability."""
         return torch.cuda.get_device_capability(device)
 
+    def name(self, device: torch.device) -> str:
+        """Return the GPU's name."""
+        return torch.cuda.get_device_name(device)
+
     def stream(self, device: torch.device) -> int:
         """Return the address of the current stream."""
         return torch.cuda.current_stream(device).cuda_stream
@@ -85,6 +92,7 @@ class _Device:
 
     def __init__(self) -> None:
         self._loaded: set[torch.device] = set()
+        self.rankings: dict[torch.device, tuple[Ranking, ...]] = {}  # as kept, read when they are asked for
 
     def load(self, device: torch.device) -> None:
         """Load all kernels before the first launch: a graph that is captured later may need one that never ran."""
@@ -148,34 +156,72 @@ def refuses(device: torch.device, dtypes: Sequence[torch.dtype], workspace_dtype
 
 
 def prefers_instead(device: torch.device, rows: int, cols: int) -> tuple[str, str] | None:
-    """Prefer Triton where a GPU has tensor instructions that this backend does not use, and products take the time.
+    """Prefer Triton where it was faster when `tune` timed both, or else where it is expected to be.
 
-    On compute capability 9.0 mma.sync reaches 63 % of the tensor cores' rate, wgmma all of it ("Dissecting the NVIDIA
-    Hopper Architecture", arXiv 2501.12084), which products use where the module was built with code for sm_90a; on 10.x
-    it is further from tcgen05. 12.x has neither. Up to 128 rows a step is one launch here and reads memory most of the
-    time.
+    It is where a GPU has tensor instructions that this backend does not use, and products take the time. On compute
+    capability 9.0 mma.sync reaches 63 % of the tensor cores' rate, wgmma all of it ("Dissecting the NVIDIA Hopper
+    Architecture", arXiv 2501.12084), which products use where the module was built with code for sm_90a; on 10.x it is
+    further from tcgen05. 12.x has neither. Up to 128 rows a step is one launch here and reads memory most of the time.
     """
+    if ranking := _ranking(device, rows):
+        faster = f"triton multiplies faster from {ranking.rows} rows on, measured by tune"
+        return (TRITON, faster) if ranking.kinds[0] == TRITON else None
     major, minor = _device.capability(device)
     if major not in _OWN_INSTRUCTIONS or rows <= max(FUSED_ROWS.values()):
         return None
-    if _by_wgmma(device):
+    if WGMMA in _own_kinds(device):
         unproven = "cuda's kernels with wgmma have not run on a GPU yet; backend='cuda' takes them"
-        return None if _WGMMA_PROVEN else ("triton", unproven)
+        return None if _WGMMA_PROVEN else (TRITON, unproven)
     own = _OWN_INSTRUCTIONS[major]
-    return "triton", f"on compute capability {major}.{minor} tensor cores are faster by {own}, which triton uses"
+    return TRITON, f"on compute capability {major}.{minor} tensor cores are faster by {own}, which triton uses"
 
 
-def _by_wgmma(device: torch.device) -> bool:
-    """Return whether products there are those of product_sm90.cu, which csrc takes wherever it can."""
-    return _device.capability(device) == _WGMMA and _device.has_wgmma()
+def rankings_file(device: torch.device) -> Path:
+    """Return the file in which `tune` keeps what it found on such a GPU."""
+    return kinds.file_of(_device.name(device))
+
+
+def _own_kinds(device: torch.device) -> tuple[str, ...]:
+    """Return the kinds of this backend's products that can run there, the one expected to be faster first."""
+    return (WGMMA, MMA) if _device.capability(device) == _HOPPER and _device.has_wgmma() else (MMA,)
+
+
+def kinds_there(device: torch.device) -> tuple[str, ...]:
+    """Return the kinds of products that can run there, Triton's among them."""
+    return (*_own_kinds(device), *([TRITON] if get(TRITON).unavailable() is None else []))
+
+
+def _ranking(device: torch.device, rows: int) -> Ranking | None:
+    """Return what `tune` found for so many rows on such a GPU; None where it did not run."""
+    if device not in _device.rankings:
+        _device.rankings[device] = kinds.load(rankings_file(device), partial(kinds_there, device))
+    return kinds.at(_device.rankings[device], rows)
+
+
+def _kind(device: torch.device, rows: int) -> str:
+    """Return the kind by which this backend multiplies there."""
+    own, ranking = _own_kinds(device), _ranking(device, rows)
+    return next(kind for kind in (*(ranking.kinds if ranking else ()), *own) if kind in own)
+
+
+@contextmanager
+def multiplying_by(kind: str, device: torch.device) -> Iterator[None]:
+    """Let programs that are made inside multiply by a kind, whatever is kept: `tune` compares them."""
+    before, _device.rankings = _device.rankings, {device: (Ranking(0, (kind,)),)}
+    try:
+        yield
+    finally:
+        _device.rankings = before
 
 
 def remarks(device: torch.device, shape: tuple[int, int], workspace_dtype: torch.dtype) -> tuple[str, ...]:
-    """Say on compute capability 9.0 which instructions multiply what does not take the fused step."""
-    if _device.capability(device) != _WGMMA or shape[0] <= max(FUSED_ROWS.values()):
+    """Say which instructions multiply what does not take the fused step, where there are several or `tune` chose."""
+    if ranking := _ranking(device, shape[0]):
+        return (f"cuda multiplies by {_kind(device, shape[0])} from {ranking.rows} rows on, measured by tune",)
+    if _device.capability(device) != _HOPPER or shape[0] <= max(FUSED_ROWS.values()):
         return ()
-    if _by_wgmma(device):
-        return ("cuda multiplies by wgmma, with its code for sm_90a",)
+    if WGMMA in _own_kinds(device):
+        return ("cuda multiplies by wgmma, the default with code for sm_90a",)
     return ("cuda multiplies by mma.sync: it was built without code for sm_90a",)
 
 
@@ -212,7 +258,8 @@ def _prepare(products: list[object], operands: list[object]) -> Callable[[], Non
     _C = _device.module()
     out: Tensor = operands[0][3].high  # type: ignore[index]
     with _launching(out.shape, out.device):
-        program = _C.cuda.Program(products, native.dtype(_C, out.dtype))
+        by_wgmma = _kind(out.device, out.shape[1]) == WGMMA
+        program = _C.cuda.Program(products, native.dtype(_C, out.dtype), by_wgmma)
 
     def run(alive: list[object] = operands) -> None:
         with _launching(out.shape, out.device) as stream:

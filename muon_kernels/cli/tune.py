@@ -1,17 +1,24 @@
-"""Measure which tiles products are fastest in on this machine's GPU, for the Triton kernels.
+"""Measure which products are fastest on this machine's GPU, and keep that for later processes.
 
-The table is kept in MUON_KERNELS_CACHE_DIR, or else in muon_kernels below XDG_CACHE_HOME or ~/.cache, and later
-processes read it. Without it, a table by architecture is used that was counted, not measured. A step measures nothing.
+First, which tiles the Triton kernels are fastest in; then, where a GPU has several kinds of products, triton's and
+those of csrc/cuda by wgmma and by mma.sync, which of them is fastest from how many rows on.
+
+Both are kept in MUON_KERNELS_CACHE_DIR, or else in muon_kernels below XDG_CACHE_HOME or ~/.cache. Without the first, a
+table by architecture is used that was counted, not measured; without the second, what is expected to be faster runs. A
+step measures nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 
 import torch
 
-from .. import backends
+from .. import backends, kept
+
+_ROUNDS = 7  # of what is timed in turns
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,34 +26,71 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and keep a table; return 0, or 1 where that cannot be done."""
-    reason = backends.unavailable("triton")
-    if reason is None:
-        device = torch.accelerator.current_accelerator() or torch.device("cuda")
-        reason = backends.get("triton").refuses(device, [torch.bfloat16], torch.bfloat16)
-    if reason is not None:
+    """Measure and keep what can be measured; return 0, or 1 where that cannot be done."""
+    device = torch.accelerator.current_accelerator() or torch.device("cuda")
+    reason = _reason("triton", device)
+    several = _several_kinds(device)
+    if reason is not None and not several:
         print(f"nothing can be measured: {reason}", file=sys.stderr)
         return 1
     try:
-        _measure()
+        if reason is None:
+            _measure_tiles()
+        if several:
+            _measure_kinds(device)
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 1
     return 0
 
 
-def _measure() -> None:
+def _reason(name: str, device: torch.device) -> str | None:
+    """Return why a backend cannot run here; None if it can."""
+    backend = backends.get(name)
+    return backend.unavailable() or backend.refuses(device, [torch.bfloat16], torch.bfloat16)
+
+
+def _several_kinds(device: torch.device) -> bool:
+    """Return whether there are kinds of products to compare."""
+    from ..backends import cuda
+
+    return _reason("cuda", device) is None and len(cuda.kinds_there(device)) > 1
+
+
+def _measure_tiles() -> None:
     from triton.testing import do_bench
 
-    from ..triton_kernels import measured, tuning
+    from ..triton_kernels import measured, products, tuning
 
     name = measured.name_of_gpu()
     file = measured.file_of(name)
-    measured.writable(file)
-    print(name)
+    kept.writable(file)
+    print(f"tiles of triton's products on {name}")
     for what, tflops, table in tuning.measure(lambda call: float(do_bench(call, return_mode="median"))):
         if table is None:
-            print(f"  {what:24}{tflops:8.1f} TFLOP/s", flush=True)
+            _show(what, tflops)
         else:
             measured.save(file, table)
+            products.choose_anew()  # by the new table, when kinds of products are compared
             print(f"kept in {file}")
+
+
+def _measure_kinds(device: torch.device) -> None:
+    from ..backends import cuda, kinds, tuning
+    from .verify.timing import turns
+
+    file = cuda.rankings_file(device)
+    kept.writable(file)
+    print("kinds of products, by a step of the iteration")
+    for what, tflops, rankings in tuning.measure(partial(turns, device=device.type, rounds=_ROUNDS), device):
+        if rankings is None:
+            _show(what, tflops)
+        else:
+            kinds.save(file, rankings)
+            for ranking in rankings:
+                print(f"  from {ranking.rows} rows on: {', '.join(ranking.kinds)}, the fastest first")
+            print(f"kept in {file}")
+
+
+def _show(what: str, tflops: float) -> None:
+    print(f"  {what:32}{tflops:8.1f} TFLOP/s", flush=True)

@@ -316,6 +316,12 @@ def _launch(
     return _Launch(vendor(shape, table), programs, addend, tiles, (*sizes, *strides), options)
 
 
+def choose_anew() -> None:
+    """Forget what was chosen by the table that was there before another was kept."""
+    _gpu.cache_clear()
+    _launch.cache_clear()
+
+
 def _product_in_fp32(a: Tensor, b: Tensor) -> Tensor:
     """The vendor's product of two matrices, not rounded to their dtype; what has no such product is converted."""
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a.float(), b.float())

@@ -11,8 +11,10 @@ import pytest
 import torch
 from emulated_gpu import compiling
 
+from muon_kernels import kept
+from muon_kernels.backends import triton as backend
 from muon_kernels.cli import main
-from muon_kernels.triton_kernels import configs, measured, tuning
+from muon_kernels.triton_kernels import configs, measured, products, tuning
 from muon_kernels.triton_kernels.configs import Config, Shape, choose, work
 
 
@@ -50,12 +52,31 @@ def test_what_is_measured_is_found_again(directory: Path, monkeypatch: pytest.Mo
             f"syrk {tile}, k = {k}" for tile in ("128x128x32", "64x64x64") for k in (64, 256)
         }
         file = measured.file_of(measured.name_of_gpu())
-        measured.writable(file)
+        kept.writable(file)
         measured.save(file, table)
         assert measured.table() == table
     assert list(directory.iterdir()) == [file]
     with compiling(90, 2, binary=False):
         assert measured.table() is configs.table(90), "another GPU's"
+
+
+def test_tune_keeps_a_table_and_goes_on_with_it(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is compared with triton afterwards is triton as later processes have it."""
+    table = configs.table(80)._replace(vendor_from=7)
+    for name in ("unavailable", "refuses"):
+        monkeypatch.setattr(backend, name, lambda *_: None)
+    monkeypatch.setattr(tuning, "measure", lambda _: iter([("gemm of 7, ours", 8.5, None), ("", 0.0, table)]))
+    with compiling(80, 2, binary=False):
+        products.choose_anew()
+        assert products._gpu(0)[0] is configs.table(80)
+        assert main(["tune"]) == 0
+        (file,) = directory.iterdir()
+        assert products._gpu(0)[0] == table == measured.table()
+    products.choose_anew()
+    printed = capsys.readouterr().out
+    assert "gemm of 7, ours" in printed and "8.5 TFLOP/s" in printed and f"kept in {file}" in printed
 
 
 def test_what_a_tile_takes_beside_its_k_decides_where_k_is_short() -> None:
@@ -126,7 +147,7 @@ def test_where_nothing_can_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "file").touch()
     monkeypatch.setenv("MUON_KERNELS_CACHE_DIR", str(tmp_path / "file"))
     with pytest.raises(RuntimeError, match=r"cannot be written .*; set MUON_KERNELS_CACHE_DIR to a directory"):
-        measured.writable(measured.file_of("GPU"))
+        kept.writable(measured.file_of("GPU"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

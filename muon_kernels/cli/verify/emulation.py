@@ -84,6 +84,10 @@ class OnTheCpu(cuda._Device):
         """Return that of the code that is executed."""
         return self._capability
 
+    def name(self, device: torch.device) -> str:
+        """Return a name that no GPU has, for which nothing is kept."""
+        return "executor of {}.{}".format(*self._capability)
+
     def stream(self, device: torch.device) -> int:
         """Return the only stream."""
         return 0
