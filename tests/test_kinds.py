@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from test_backends import chosen
 
 from muon_kernels.backends import cuda, kinds, tuning
 from muon_kernels.backends.kinds import Ranking
+from muon_kernels.cli import doctor
 from muon_kernels.step.plan import plan_for_shapes
 
 H200 = "NVIDIA H200"
@@ -76,6 +78,16 @@ def test_a_plan_says_it(monkeypatch: pytest.MonkeyPatch) -> None:
         "remarked",
         "cuda multiplies by wgmma from 1024 rows on, measured by tune",
     )
+
+
+def test_doctor_says_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds.save(kinds.file_of(H200), KEPT)
+    on_h200(monkeypatch, 1)
+    gpu = SimpleNamespace(name=H200, major=9, minor=0, total_memory=2**30)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    said = "fastest from 129 rows on triton, mma.sync, wgmma; from 1024 rows on wgmma, triton, mma.sync"
+    assert dict(doctor.facts())["  0, tuned"] == said
 
 
 def test_without_a_file_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,11 +191,16 @@ def kinds_there(device: torch.device) -> tuple[str, ...]:
     return (*_own_kinds(device), *([TRITON] if get(TRITON).unavailable() is None else []))
 
 
-def _ranking(device: torch.device, rows: int) -> Ranking | None:
-    """Return what `tune` found for so many rows on such a GPU; None where it did not run."""
+def rankings(device: torch.device) -> tuple[Ranking, ...]:
+    """Return what `tune` found on such a GPU; nothing where it did not run."""
     if device not in _device.rankings:
         _device.rankings[device] = kinds.load(rankings_file(device), partial(kinds_there, device))
-    return kinds.at(_device.rankings[device], rows)
+    return _device.rankings[device]
+
+
+def _ranking(device: torch.device, rows: int) -> Ranking | None:
+    """Return what `tune` found for so many rows; None where it did not run."""
+    return kinds.at(rankings(device), rows)
 
 
 def _kind(device: torch.device, rows: int) -> str:

@@ -24,6 +24,10 @@ class Ranking(NamedTuple):
     rows: int
     kinds: tuple[str, ...]
 
+    def __str__(self) -> str:
+        """Write it for a person."""
+        return f"from {self.rows} rows on {', '.join(self.kinds)}"
+
 
 def at(rankings: Sequence[Ranking], rows: int) -> Ranking | None:
     """Return the ranking for so many rows; None where nothing was measured."""

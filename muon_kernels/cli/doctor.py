@@ -16,7 +16,7 @@ import torch
 
 from .. import backends
 from .._version import __version__
-from ..backends import native
+from ..backends import cuda, native
 from ..step.plan import plan_for_shapes
 
 # (rows, columns, how many) of the hidden matrices of known models.
@@ -86,3 +86,5 @@ def facts() -> Iterator[tuple[str, str]]:
             f"  {index}",
             f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB",
         )
+        if kept := cuda.rankings(torch.device("cuda", index)):
+            yield f"  {index}, tuned", f"fastest {'; '.join(map(str, kept))}"

@@ -88,7 +88,7 @@ def _measure_kinds(device: torch.device) -> None:
         else:
             kinds.save(file, rankings)
             for ranking in rankings:
-                print(f"  from {ranking.rows} rows on: {', '.join(ranking.kinds)}, the fastest first")
+                print(f"  {ranking}, the fastest first")
             print(f"kept in {file}")
 
 
