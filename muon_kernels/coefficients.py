@@ -19,7 +19,6 @@ matrices with up to 8 rows a singular value below 0.6.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Real
 from typing import Any, NamedTuple
@@ -41,8 +40,7 @@ NS_STEPS = _NotGiven(DEFAULT_STEPS)
 _LARGEST = 1e38
 
 
-@dataclass(frozen=True)
-class CoefficientSet:
+class CoefficientSet(NamedTuple):
     """A published list of (a, b, c).
 
     Attributes:

@@ -7,6 +7,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ def file_of(name: str) -> Path:
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower())
     if base := os.environ.get("MUON_KERNELS_CACHE_DIR"):
         return Path(base) / f"{slug}.json"
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # who has no home has that
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # without a home a relative path
     return Path(caches) / "muon_kernels" / f"{slug}.json"
 
 
@@ -46,7 +47,8 @@ def save(file: Path, content: object) -> None:
         part.write_text(json.dumps(content, indent=1))
         part.replace(file)  # so that nobody reads half of it
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
         raise _unwritable(file, error) from None
 
 
@@ -54,18 +56,21 @@ def load(file: Path, what: str, read: Callable[[Any], T]) -> T | None:
     """Return what `read` makes of the content; None if there is no file, or with a warning if there is no `what` in it.
 
     Args:
-        file: of `file_of`.
-        what: it should be.
+        file: a path from `file_of`.
+        what: a file should hold; the warning names it.
         read: raises ValueError, TypeError or KeyError where the content is something else.
     """
     try:
         return read(json.loads(file.read_text()))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        warnings.warn(
-            f"{file} is no {what} ({type(error).__name__}: {error}) and is not used; "
-            "run python -m muon_kernels tune again, or delete it",
-            stacklevel=2,
-        )
-        return None
+    except OSError as error:
+        if not os.path.exists(file):  # nor where nobody may look
+            return None
+        problem: Exception = error
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        problem = error
+    warnings.warn(
+        f"{file} is no {what} ({type(problem).__name__}: {problem}) and is not used; "
+        "run python -m muon_kernels tune again, or delete it",
+        stacklevel=2,
+    )
+    return None

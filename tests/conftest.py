@@ -37,6 +37,12 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield name
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_kept(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What `tune` kept on this machine chooses nothing in tests."""
+    os.environ["MUON_KERNELS_CACHE_DIR"] = str(tmp_path_factory.mktemp("kept"))
+
+
 @pytest.fixture(autouse=True)
 def _two_threads() -> Iterator[None]:
     """Work is shared in every test, whatever the machine."""

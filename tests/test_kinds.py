@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -56,10 +57,13 @@ def test_what_was_kept_is_followed(monkeypatch: pytest.MonkeyPatch, rows: int, n
     assert kind(rows) == own
 
 
-def test_fewer_rows_than_were_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("proven", [False, True])
+def test_fewer_rows_than_were_timed(monkeypatch: pytest.MonkeyPatch, proven: bool) -> None:
+    """There "auto" takes cuda, also for what is not fused, and must not take what no GPU has run."""
+    monkeypatch.setattr(cuda, "_WGMMA_PROVEN", proven)
     kinds.save(kinds.file_of(H200), KEPT)
     assert on_h200(monkeypatch, 128) == ("cuda", ())
-    assert kind(128) == "wgmma"
+    assert kind(128) == ("wgmma" if proven else "mma.sync")
 
 
 def test_triton_may_be_faster_where_nothing_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +90,7 @@ def test_doctor_says_it(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = SimpleNamespace(name=H200, major=9, minor=0, total_memory=2**30)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
-    said = "fastest from 129 rows on triton, mma.sync, wgmma; from 1024 rows on wgmma, triton, mma.sync"
+    said = "fastest from 129 rows on: triton, mma.sync, wgmma; from 1024 rows on: wgmma, triton, mma.sync"
     assert dict(doctor.facts())["  0, tuned"] == said
 
 
@@ -166,7 +170,7 @@ def timing(seconds: Mapping[int, Mapping[str, list[float]]], monkeypatch: pytest
     asked: list[int] = []
 
     def runs(batch: int, m: int, device: torch.device) -> dict[str, Callable[[], torch.Tensor]]:
-        asked.append(m)
+        asked.extend([m] if m in seconds else [])  # which ragged matrices are not
         return {}
 
     monkeypatch.setattr(tuning, "_runs", runs)
@@ -195,21 +199,81 @@ def test_the_fastest_is_kept_from_where_it_is(monkeypatch: pytest.MonkeyPatch) -
     assert kinds.load(kinds.file_of(H200), lambda: ("wgmma", "mma.sync", "triton")) == found
 
 
-@pytest.mark.parametrize("wrong", [1.03, torch.nan])
+def runs_of(results: Mapping[str, torch.Tensor]) -> dict[str, Callable[[], torch.Tensor]]:
+    return {kind: lambda r=r: r for kind, r in results.items()}  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("wrong", [1.5, torch.nan])
 def test_what_is_wrong_is_not_ranked(monkeypatch: pytest.MonkeyPatch, wrong: float) -> None:
-    """However fast it is."""
+    """However fast it is, and though only one element is."""
     right = torch.ones(1, 4, 8, dtype=torch.bfloat16)
-    results = {"wgmma": right * wrong, "mma.sync": right, "triton": right}
-    monkeypatch.setattr(tuning, "_runs", lambda *_: {kind: lambda r=r: r for kind, r in results.items()})
+    results = {"wgmma": right.clone(), "mma.sync": right, "triton": right}
+    results["wgmma"][0, 3, 5] = wrong
+    monkeypatch.setattr(tuning, "_runs", lambda *_: runs_of(results))
     with pytest.raises(RuntimeError, match=r"products by wgmma and by mma\.sync differ on 1 of 4x8; python -m"):
         list(tuning.measure(pytest.fail, torch.device("cuda"), (4,), 1))  # type: ignore[arg-type]
+
+
+def test_what_is_wrong_in_ragged_matrices_is_not_ranked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def runs(batch: int, m: int, device: torch.device) -> dict[str, Callable[[], torch.Tensor]]:
+        right = torch.ones(batch, m, 2 * m, dtype=torch.bfloat16)
+        return runs_of({"wgmma": right * (1 if m == 8 else 2), "mma.sync": right})
+
+    monkeypatch.setattr(tuning, "_runs", runs)
+    with pytest.raises(RuntimeError, match=r"products by wgmma and by mma\.sync differ on 3 of 32x64; python -m"):
+        list(tuning.measure(pytest.fail, torch.device("cuda"), (8,), 1))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("took", "first"), [(0.99, "triton"), (0.95, "wgmma")])
+def test_what_is_expected_stays_unless_another_is_faster_than_noise(
+    monkeypatch: pytest.MonkeyPatch, took: float, first: str
+) -> None:
+    *_, (_, _, (ranking,)) = timing({256: {"triton": [1.0] * 3, "wgmma": [took] * 3}}, monkeypatch)
+    assert ranking.kinds[0] == first
+
+
+def nobody_may_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept; root, as whom tests may run, could."""
+    read_text = Path.read_text
+
+    def denied(self: Path, *args: Any, **options: Any) -> str:
+        if self.suffix == ".json":
+            raise PermissionError(13, "Permission denied")
+        return read_text(self, *args, **options)
+
+    monkeypatch.setattr(Path, "read_text", denied)
+
+
+@pytest.mark.parametrize("home", ["file", "hidden"])
+def test_where_there_is_no_place_for_a_file_nothing_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str
+) -> None:
+    """As of a service without a home."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MUON_KERNELS_CACHE_DIR", str(tmp_path / "file" / "below"))
+    if home == "hidden":
+        nobody_may_read(monkeypatch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert on_h200(monkeypatch, 1024)[0] == "triton"
+
+
+def test_a_file_that_may_not_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds.save(kinds.file_of(H200), KEPT)
+    nobody_may_read(monkeypatch)
+    with pytest.warns(UserWarning, match="PermissionError.*is not used"):
+        assert on_h200(monkeypatch, 1024)[0] == "triton"
 
 
 def test_kinds_that_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
     GPU = torch.device("cuda")
     on_h200(monkeypatch, 1)
+    assert cuda.kinds_there(GPU) == ("triton", "wgmma", "mma.sync")
+    monkeypatch.setattr(cuda, "_WGMMA_PROVEN", True)
     assert cuda.kinds_there(GPU) == ("wgmma", "mma.sync", "triton")
     on_h200(monkeypatch, 1, missing=("triton",), wgmma=False)
     assert cuda.kinds_there(GPU) == ("mma.sync",)
     chosen(monkeypatch, 1, (10, 0), wgmma=True)
-    assert cuda.kinds_there(GPU) == ("mma.sync", "triton"), "wgmma is 9.0's alone"
+    assert cuda.kinds_there(GPU) == ("triton", "mma.sync"), "wgmma is 9.0's alone"
+    chosen(monkeypatch, 1, (8, 0))
+    assert cuda.kinds_there(GPU) == ("mma.sync", "triton")

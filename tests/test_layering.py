@@ -132,34 +132,47 @@ def test_what_users_need_not_have_is_imported_by_the_cli_only() -> None:
             assert not [n for n in imports(path) if inside(n, "rich", "numpy", "pybind11", *own)], path
 
 
-IMPORT_SECONDS = 0.05
+# On a processor that takes so long for the yardstick, such as an EPYC of Zen 3; slower and busy ones in proportion.
+IMPORT_SECONDS, YARDSTICK_SECONDS = 0.05, 0.0073
 IMPORT = """
 import json, sys, time
 import torch
+
+METHODS = "".join(f"    def f{i}(self, a, b=1):\\n        return [x + {i} for x in range(a) if x % b]\\n" for i in range(40))
+
+def yardstick():
+    begin = time.process_time()
+    for _ in range(4):
+        exec(compile("class A:\\n" + METHODS, "yardstick", "exec"), {})
+    return time.process_time() - begin
+
 before = set(sys.modules)
+slow = yardstick()
 begin = time.process_time()
 import muon_kernels
 took = time.process_time() - begin
-print(json.dumps({"new": sorted(set(sys.modules) - before), "took": took, "all": sorted(sys.modules),
-                  "cuda": torch.cuda.is_initialized()}))
+slow = (slow + yardstick()) / 2
+print(json.dumps({"new": sorted(set(sys.modules) - before), "took": took, "yardstick": slow,
+                  "all": sorted(sys.modules), "cuda": torch.cuda.is_initialized()}))
 """
 
 
 @pytest.fixture(scope="module")
 def imported() -> dict[str, Any]:
-    """What `import muon_kernels` brings, and the least time that it takes the processor, busy or not.
+    """What `import muon_kernels` brings, and the least time that it takes the processor, beside a yardstick.
 
-    Others on a shared machine slow a processor to half, for minutes: up to ten times, until one is what is asked for.
+    Others on a shared machine slow a processor to half, for seconds: up to ten times, until one is what is asked for.
 
     With bytecode, which pip writes when it installs and the first of the three where it was told to leave it.
     """
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     command = [sys.executable, "-c", IMPORT]
-    best: dict[str, Any] = {"took": float("inf")}
+    best: dict[str, Any] = {"seconds": float("inf")}
     for _ in range(10):
         run = json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
-        best = min(best, run, key=lambda each: each["took"])
-        if best["took"] < IMPORT_SECONDS:
+        run["seconds"] = run["took"] * YARDSTICK_SECONDS / run["yardstick"]
+        best = min(best, run, key=lambda each: each["seconds"])
+        if best["seconds"] < IMPORT_SECONDS:
             break
     return best
 
@@ -182,7 +195,7 @@ def test_every_public_name_is_there_when_it_is_asked_for() -> None:
 
 
 def test_import_is_quick(imported: dict[str, Any]) -> None:
-    assert imported["took"] < IMPORT_SECONDS, imported["new"]
+    assert imported["seconds"] < IMPORT_SECONDS, imported
 
 
 def test_kernels_know_neither_torch_nor_python() -> None:

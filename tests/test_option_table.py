@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from array import array
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -103,6 +102,6 @@ def test_every_strategy_has_a_name() -> None:
 
 def test_what_prepare_is_told_makes_it_prepare_anew() -> None:
     """`schedule` comes of three options, and `momentum` of the optimizer."""
-    told = {field.name for field in fields(StepOptions)} - {"schedule", "stages", "momentum"}
+    told = set(StepOptions._fields) - {"schedule", "stages", "momentum"}
     told |= {stage.option for stage in STAGES}
     assert told | {"ns_coefficients", "ns_steps"} <= set(PREPARED_OPTIONS)

@@ -58,7 +58,7 @@ struct Run {
 };
 
 constexpr int kArgumentBytes = 32764;      // that a kernel can have, since CUDA 12.1
-constexpr int kShortArgumentBytes = 4096;  // and before
+constexpr int kShortArgumentBytes = 4096;  // that every driver takes
 constexpr int kOtherBytes = 256;           // of either, for what is not a list
 
 // A launch copies all of its arguments, used or not, and a graph's node keeps them: hence the short list.

@@ -141,7 +141,7 @@ __device__ void momentum_tile(const MomentumArguments& u, const Run<2>& run, con
             if (u.has_momentum && slice.has(begin + l)) store(momenta[begin + l], momentum[l]);
         }
     }
-    // After all reads, which the registers of its terms would wait for.
+    // Only now: between the reads its terms take registers that some architectures do not have.
     SumOfSquares squares;
 #pragma unroll
     for (int l = 0; l < LINES; ++l) {

@@ -66,7 +66,7 @@ struct Tile {
     static constexpr int CLUSTER = CLUSTER_, SHARE_N = BLOCK_N / CLUSTER;  // columns that a block loads
     static_assert(SHARE_N % BLOCK == 0);
     // Where the result is symmetric, rows and columns are cut into squares as high as a cluster.
-    static constexpr int SQUARE = CLUSTER * BLOCK_M, TILES_N = SQUARE / BLOCK_N;  // columns of tiles in one
+    static constexpr int SQUARE = CLUSTER * BLOCK_M, SQUARE_TILES_N = SQUARE / BLOCK_N;  // columns of tiles in one
     static_assert(SQUARE % BLOCK_N == 0);
     static constexpr int BLOCKS = 4;
     static_assert(BLOCK_M * BLOCK_N == BLOCKS * BLOCK * BLOCK * (PINGPONG ? 1 : CONSUMERS));
@@ -84,8 +84,8 @@ struct Tile {
     // Warps that free a stage.
     static constexpr int READERS = 4 * (PINGPONG ? 1 : CONSUMERS) * CLUSTER;
     // Tiles that are computed at about the same time share rows and columns, in L2: those of a square region.
-    static constexpr int SUPERTILE = 1024 / SQUARE;  // squares of a side, where the result is symmetric
-    static constexpr int GROUP = 12 / CLUSTER + 2;   // rows of clusters, where it is not
+    static constexpr int SUPERTILE = 1024 / SQUARE;                        // squares of a side of a symmetric result
+    static constexpr int GROUP = (BLOCK_N == 128 ? 1536 : 2048) / SQUARE;  // rows of clusters of another
 };
 
 using Pingpong = Tile<128, 128, 6, true, 1>;
@@ -172,8 +172,8 @@ __device__ __forceinline__ Place place_of(const Arguments& p, unsigned index) {
     const unsigned matrix = index / p.tiles, tile = index % p.tiles, of_cluster = tile / T::CLUSTER;
     int row, col;
     if (p.symmetric) {
-        triangular_place<T::SUPERTILE>(of_cluster / T::TILES_N, p.clusters_m, row, col);
-        col = col * T::TILES_N + of_cluster % T::TILES_N;
+        triangular_place<T::SUPERTILE>(of_cluster / T::SQUARE_TILES_N, p.clusters_m, row, col);
+        col = col * T::SQUARE_TILES_N + of_cluster % T::SQUARE_TILES_N;
     } else {
         grouped_place(of_cluster, T::GROUP, p.clusters_m, p.tiles_n, row, col);
     }
@@ -551,12 +551,12 @@ Kernel kernel() {
     return k;
 }
 
-int64_t clusters_of(const Kernel& k, const Product& p) { return ceil_div(p.out.rows, k.block_m * k.cluster); }
+int64_t cluster_rows_of(const Kernel& k, const Product& p) { return ceil_div(p.out.rows, k.block_m * k.cluster); }
 
 // Whole clusters of them, and whole squares where the result is symmetric: a tile beyond the edge, or above the
 // diagonal, has nothing to store.
 int64_t tiles_of(const Kernel& k, const Product& p) {
-    const int64_t rows = clusters_of(k, p);
+    const int64_t rows = cluster_rows_of(k, p);
     if (!p.symmetric) return k.cluster * rows * ceil_div(p.out.cols, k.block_n);
     return rows * (rows + 1) / 2 * k.cluster * (k.block_m * k.cluster / k.block_n);
 }
@@ -634,7 +634,7 @@ Arguments arguments(const Product& p, const Kernel& k) {
     Arguments args{};
     args.m = static_cast<int>(p.out.rows), args.n = static_cast<int>(p.out.cols);
     args.k_steps = static_cast<int>(ceil_div(p.a.cols, BLOCK_K));
-    args.clusters_m = static_cast<int>(clusters_of(k, p));
+    args.clusters_m = static_cast<int>(cluster_rows_of(k, p));
     args.tiles_n = static_cast<int>(ceil_div(p.out.cols, k.block_n));
     args.tiles = static_cast<unsigned>(tiles_of(k, p));
     args.all_tiles = static_cast<unsigned>(args.tiles * p.out.batch);

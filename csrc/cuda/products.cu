@@ -51,7 +51,7 @@ bool valid(const Product& p) {
            ceil_div(m, kSmallestTile) * ceil_div(n, kSmallestTile) <= INT_MAX / std::max<int64_t>(batch, 1);
 }
 
-// The only place that says which kernel multiplies. That for 9.0 runs on nothing else.
+// Which kernel multiplies: that for 9.0, which runs on nothing else, where it may and can.
 Launch launch_of(const Product& p, DType dtype, [[maybe_unused]] bool wgmma, const Device& device) {
 #ifdef MUON_KERNELS_SM90
     Launch launch;

@@ -92,7 +92,7 @@ class _Device:
 
     def __init__(self) -> None:
         self._loaded: set[torch.device] = set()
-        self.rankings: dict[torch.device, tuple[Ranking, ...]] = {}  # as kept, read when they are asked for
+        self.rankings: dict[str, tuple[Ranking, ...]] = {}  # by the GPU's name; as kept, read when they are asked for
 
     def load(self, device: torch.device) -> None:
         """Load all kernels before the first launch: a graph that is captured later may need one that never ran."""
@@ -106,8 +106,8 @@ _device = _Device()
 _NO_CODE = "muon_kernels was built without code for this GPU; reinstall it with MUON_KERNELS_CUDA_ARCHS={}{}"
 _DRIVER = "the driver is older than the nvcc that built muon_kernels; update it, or reinstall with an older nvcc"
 _ARGUMENTS = (
-    "kernels take 32 KiB of arguments, for which the driver must be of CUDA 12.1 (530) or newer (nvidia-smi shows it); "
-    "if it is, please report it"
+    "kernels take up to 32 KiB of arguments, for which the driver must be of CUDA 12.1 (530) or newer (nvidia-smi "
+    "shows it); if it is, please report it"
 )
 _EARLIER = "an earlier launch may be at fault, not only this one; CUDA_LAUNCH_BLOCKING=1 shows which"
 # By cudaError_t.
@@ -158,22 +158,34 @@ def refuses(device: torch.device, dtypes: Sequence[torch.dtype], workspace_dtype
 def prefers_instead(device: torch.device, rows: int, cols: int) -> tuple[str, str] | None:
     """Prefer Triton where it was faster when `tune` timed both, or else where it is expected to be.
 
-    It is where a GPU has tensor instructions that this backend does not use, and products take the time. On compute
-    capability 9.0 mma.sync reaches 63 % of the tensor cores' rate, wgmma all of it ("Dissecting the NVIDIA Hopper
-    Architecture", arXiv 2501.12084), which products use where the module was built with code for sm_90a; on 10.x it is
-    further from tcgen05. 12.x has neither. Up to 128 rows a step is one launch here and reads memory most of the time.
+    It is expected to be faster where a GPU has tensor instructions that this backend does not use, and products take
+    the time. On compute capability 9.0 mma.sync reaches 63 % of the tensor cores' rate, wgmma all of it ("Dissecting
+    the NVIDIA Hopper Architecture", arXiv 2501.12084), which products use where the module was built with code for
+    sm_90a; on 10.x it is further from tcgen05. 12.x has neither. Up to 128 rows a step is one launch here and reads
+    memory most of the time.
     """
     if ranking := _ranking(device, rows):
         faster = f"triton multiplies faster from {ranking.rows} rows on, measured by tune"
         return (TRITON, faster) if ranking.kinds[0] == TRITON else None
+    why = None if _few(rows) else _expects_triton(device)
+    return None if why is None else (TRITON, why)
+
+
+def _few(rows: int) -> bool:
+    """Return whether a step of matrices with so many rows is one launch, unless its options forbid it."""
+    return rows <= max(FUSED_ROWS.values())
+
+
+def _expects_triton(device: torch.device) -> str | None:
+    """Return why Triton is taken there unless something faster was measured; None where it is not."""
     major, minor = _device.capability(device)
-    if major not in _OWN_INSTRUCTIONS or rows <= max(FUSED_ROWS.values()):
+    if major not in _OWN_INSTRUCTIONS:
         return None
-    if WGMMA in _own_kinds(device):
+    if WGMMA in own_kinds(device):
         unproven = "cuda's kernels with wgmma have not run on a GPU yet; backend='cuda' takes them"
-        return None if _WGMMA_PROVEN else (TRITON, unproven)
+        return None if _WGMMA_PROVEN else unproven
     own = _OWN_INSTRUCTIONS[major]
-    return TRITON, f"on compute capability {major}.{minor} tensor cores are faster by {own}, which triton uses"
+    return f"on compute capability {major}.{minor} tensor cores are faster by {own}, which triton uses"
 
 
 def rankings_file(device: torch.device) -> Path:
@@ -181,38 +193,44 @@ def rankings_file(device: torch.device) -> Path:
     return kinds.file_of(_device.name(device))
 
 
-def _own_kinds(device: torch.device) -> tuple[str, ...]:
+def own_kinds(device: torch.device) -> tuple[str, ...]:
     """Return the kinds of this backend's products that can run there, the one expected to be faster first."""
     return (WGMMA, MMA) if _device.capability(device) == _HOPPER and _device.has_wgmma() else (MMA,)
 
 
 def kinds_there(device: torch.device) -> tuple[str, ...]:
-    """Return the kinds of products that can run there, Triton's among them."""
-    return (*_own_kinds(device), *([TRITON] if get(TRITON).unavailable() is None else []))
+    """Return the kinds of products that can run there, Triton's among them, the one expected to be faster first."""
+    own = own_kinds(device)
+    if get(TRITON).unavailable() is not None:
+        return own
+    return (TRITON, *own) if _expects_triton(device) else (*own, TRITON)
 
 
 def rankings(device: torch.device) -> tuple[Ranking, ...]:
     """Return what `tune` found on such a GPU; nothing where it did not run."""
-    if device not in _device.rankings:
-        _device.rankings[device] = kinds.load(rankings_file(device), partial(kinds_there, device))
-    return _device.rankings[device]
+    gpu = _device.name(device)
+    if gpu not in _device.rankings:
+        _device.rankings[gpu] = kinds.load(kinds.file_of(gpu), partial(kinds_there, device))
+    return _device.rankings[gpu]
 
 
 def _ranking(device: torch.device, rows: int) -> Ranking | None:
     """Return what `tune` found for so many rows; None where it did not run."""
-    return kinds.at(rankings(device), rows)
+    return kinds.ranking_for(rankings(device), rows)
 
 
 def _kind(device: torch.device, rows: int) -> str:
     """Return the kind by which this backend multiplies there."""
-    own, ranking = _own_kinds(device), _ranking(device, rows)
+    own, ranking = own_kinds(device), _ranking(device, rows)
+    if ranking is None and not _WGMMA_PROVEN and _few(rows):
+        return MMA  # "auto" takes this backend for so few rows
     return next(kind for kind in (*(ranking.kinds if ranking else ()), *own) if kind in own)
 
 
 @contextmanager
 def multiplying_by(kind: str, device: torch.device) -> Iterator[None]:
-    """Let programs that are made inside multiply by a kind, whatever is kept: `tune` compares them."""
-    before, _device.rankings = _device.rankings, {device: (Ranking(0, (kind,)),)}
+    """Let products that are prepared inside run by a kind, whatever is kept: `tune` and `verify` compare them."""
+    before, _device.rankings = _device.rankings, {_device.name(device): (Ranking(0, (kind,)),)}
     try:
         yield
     finally:
@@ -223,9 +241,9 @@ def remarks(device: torch.device, shape: tuple[int, int], workspace_dtype: torch
     """Say which instructions multiply what does not take the fused step, where there are several or `tune` chose."""
     if ranking := _ranking(device, shape[0]):
         return (f"cuda multiplies by {_kind(device, shape[0])} from {ranking.rows} rows on, measured by tune",)
-    if _device.capability(device) != _HOPPER or shape[0] <= max(FUSED_ROWS.values()):
+    if _device.capability(device) != _HOPPER or _few(shape[0]):
         return ()
-    if WGMMA in _own_kinds(device):
+    if WGMMA in own_kinds(device):
         return ("cuda multiplies by wgmma, the default with code for sm_90a",)
     return ("cuda multiplies by mma.sync: it was built without code for sm_90a",)
 

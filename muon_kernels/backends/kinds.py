@@ -18,7 +18,7 @@ TRITON, WGMMA, MMA = "triton", "wgmma", "mma.sync"
 class Ranking(NamedTuple):
     """The order of all kinds, the fastest first, for matrices with so many rows and more.
 
-    The others come after it because who names a backend chooses among those that it has.
+    A backend that somebody has named takes the first of its own.
     """
 
     rows: int
@@ -26,10 +26,10 @@ class Ranking(NamedTuple):
 
     def __str__(self) -> str:
         """Write it for a person."""
-        return f"from {self.rows} rows on {', '.join(self.kinds)}"
+        return f"from {self.rows} rows on: {', '.join(self.kinds)}"
 
 
-def at(rankings: Sequence[Ranking], rows: int) -> Ranking | None:
+def ranking_for(rankings: Sequence[Ranking], rows: int) -> Ranking | None:
     """Return the ranking for so many rows; None where nothing was measured."""
     return next((ranking for ranking in reversed(rankings) if ranking.rows <= rows), None)
 

@@ -1,7 +1,7 @@
 """Measure which products are fastest on this machine's GPU, and keep that for later processes.
 
-First, which tiles the Triton kernels are fastest in; then, where a GPU has several kinds of products, triton's and
-those of csrc/cuda by wgmma and by mma.sync, which of them is fastest from how many rows on.
+It first measures which tiles the Triton kernels are fastest in. Where a GPU has several kinds of products, triton's and
+those of csrc/cuda by wgmma and by mma.sync, it then measures which of them is fastest from how many rows on.
 
 Both are kept in MUON_KERNELS_CACHE_DIR, or else in muon_kernels below XDG_CACHE_HOME or ~/.cache. Without the first, a
 table by architecture is used that was counted, not measured; without the second, what is expected to be faster runs. A
@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from functools import partial
 
 import torch
 
 from .. import backends, kept
 
 _ROUNDS = 7  # of what is timed in turns
+_RUNS = 4  # of a graph: launches cost the host different times, which a step's queue hides
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure and keep what can be measured; return 0, or 1 where that cannot be done."""
     device = torch.accelerator.current_accelerator() or torch.device("cuda")
     reason = _reason("triton", device)
-    several = _several_kinds(device)
+    several = _kinds_to_compare(device)
     if reason is not None and not several:
         print(f"nothing can be measured: {reason}", file=sys.stderr)
         return 1
@@ -50,7 +50,7 @@ def _reason(name: str, device: torch.device) -> str | None:
     return backend.unavailable() or backend.refuses(device, [torch.bfloat16], torch.bfloat16)
 
 
-def _several_kinds(device: torch.device) -> bool:
+def _kinds_to_compare(device: torch.device) -> bool:
     """Return whether there are kinds of products to compare."""
     from ..backends import cuda
 
@@ -71,25 +71,34 @@ def _measure_tiles() -> None:
             _show(what, tflops)
         else:
             measured.save(file, table)
-            products.choose_anew()  # by the new table, when kinds of products are compared
+            products.forget_choices()  # the new table's are needed, when kinds of products are compared
             print(f"kept in {file}")
 
 
 def _measure_kinds(device: torch.device) -> None:
     from ..backends import cuda, kinds, tuning
-    from .verify.timing import turns
+    from .verify.timing import repeated, turns
+
+    def seconds(runs: tuning.Runs) -> dict[str, list[float]]:
+        graphs = {kind: repeated(run, _RUNS, device.type) for kind, run in runs.items()}
+        taken = turns(graphs, device.type, _ROUNDS)
+        return {kind: [s / _RUNS for s in each] for kind, each in taken.items()}
 
     file = cuda.rankings_file(device)
     kept.writable(file)
     print("kinds of products, by a step of the iteration")
-    for what, tflops, rankings in tuning.measure(partial(turns, device=device.type, rounds=_ROUNDS), device):
-        if rankings is None:
-            _show(what, tflops)
-        else:
+    try:
+        for what, tflops, rankings in tuning.measure(seconds, device):
+            if rankings is None:
+                _show(what, tflops)
+                continue
             kinds.save(file, rankings)
             for ranking in rankings:
                 print(f"  {ranking}, the fastest first")
             print(f"kept in {file}")
+    except tuning.DifferentResults:
+        file.unlink(missing_ok=True)  # it may rank first what has just been found wrong
+        raise
 
 
 def _show(what: str, tflops: float) -> None:

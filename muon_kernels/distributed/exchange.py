@@ -296,7 +296,7 @@ def _chosen(key: LotKey, options: StepOptions, strategy: type[OwnerRound]) -> _C
     plan = partial(
         plan_bucket,
         strategy.shapes(key)[0],
-        options=replace(options, stages=stages, ns_algorithm=strategy.algorithm(options.ns_algorithm, name)),
+        options=options._replace(stages=stages, ns_algorithm=strategy.algorithm(options.ns_algorithm, name)),
         backend=name,
         bytes_per_element=key.grad_dtype.itemsize + 4 * key.param_dtype.itemsize,
         stepped=False,

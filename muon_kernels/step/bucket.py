@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import cast
 
 import torch
@@ -50,7 +49,7 @@ def planned(key: BucketKey, members: Sequence[Seen], group_index: int, options: 
     bucket = plan_bucket(
         shape,
         sum(seen.matrices for seen in members),
-        replace(options, stages=stages),
+        options._replace(stages=stages),
         name,
         bytes_per_element=bytes_per_element(key, options.momentum) + 4 * options.master_weights,
         direction_bytes=key.grad_dtype.itemsize + key.momentum_dtype.itemsize,

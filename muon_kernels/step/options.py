@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -19,8 +18,7 @@ from ..stages import MasterWeights, SecondMoment, Stage, stages_of
 Coefficients = str | Sequence[float] | Sequence[Sequence[float]]
 
 
-@dataclass(frozen=True)
-class StepOptions:
+class StepOptions(NamedTuple):
     """Options of a group that `prepare` looks at, the same for all its parameters; see `Muon` for each.
 
     Attributes:
@@ -54,7 +52,7 @@ class StepOptions:
     @classmethod
     def of(cls, group: Mapping[str, Any], momentum: bool = True) -> StepOptions:
         """Make them of a group, which may lack those with a default here."""
-        names = {field.name for field in fields(cls)} - {"schedule", "stages", "momentum", "workspace_dtype"}
+        names = set(cls._fields) - {"schedule", "stages", "momentum", "workspace_dtype"}
         return cls(
             schedule=schedule_for(group["ns_coefficients"], group["ns_steps"], group["power"]),
             workspace_dtype=options.dtype_of(group.get("workspace_dtype", torch.bfloat16)),

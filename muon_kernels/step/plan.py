@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -65,8 +66,7 @@ class Bucket:
     packed: int = 0
 
 
-@dataclass(frozen=True)
-class Shared:
+class Shared(NamedTuple):
     """Matrices that several ranks step together, seen from one of them.
 
     Attributes:

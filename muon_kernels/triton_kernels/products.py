@@ -316,7 +316,7 @@ def _launch(
     return _Launch(vendor(shape, table), programs, addend, tiles, (*sizes, *strides), options)
 
 
-def choose_anew() -> None:
+def forget_choices() -> None:
     """Forget what was chosen by the table that was there before another was kept."""
     _gpu.cache_clear()
     _launch.cache_clear()

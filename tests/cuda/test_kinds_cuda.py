@@ -15,6 +15,8 @@ from muon_kernels import orthogonalize
 from muon_kernels.backends import cuda, kinds, tuning
 from muon_kernels.backends.kinds import Ranking
 from muon_kernels.cli import main
+from muon_kernels.cli.verify.emulation import place
+from muon_kernels.cli.verify.implementations import implementations
 from muon_kernels.step.plan import plan_for_shapes
 
 pytestmark = pytest.mark.skipif(standin.nvcc() is None, reason="no nvcc: kernels cannot be compiled")
@@ -68,6 +70,34 @@ def test_tune_compares_them(
     with running((9, 0)):
         (note,) = plan_for_shapes([(200, 200, 1)], backend="cuda").notes
     assert note.startswith("cuda multiplies by ") and note.endswith(" rows on, measured by tune")
+
+
+def test_what_was_kept_does_not_outlive_wrong_results(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu"))
+
+    def differ(*_: object) -> None:
+        raise tuning.DifferentResults("products by wgmma and by mma.sync differ")
+
+    monkeypatch.setattr(tuning, "measure", differ)
+    with running((9, 0)):
+        file = cuda.rankings_file(torch.device("cpu"))
+        kinds.save(file, [Ranking(1, ("wgmma", "mma.sync"))])
+        assert main(["tune"]) == 1
+    assert not file.exists() and "wgmma and by mma.sync differ" in capsys.readouterr().err
+
+
+def test_verify_checks_them_all(emulated_sm90: standin.Runtime) -> None:
+    """Whatever was kept."""
+    with place() as at, running((9, 0)) as runtime:
+        kinds.save(cuda.rankings_file(torch.device("cpu")), [Ranking(1, ("mma.sync", "wgmma"))])
+        found = {}
+        for each in implementations(at, torch.bfloat16):
+            since, X = len(runtime.log), torch.ones(1, 24, 40).bfloat16()
+            each.run(X, X, torch.empty(1, 24, 24).bfloat16(), b_transposed=True)
+            found[each.name] = multiplied(runtime, since)
+    assert found == {"cuda, wgmma": {True}, "cuda, mma.sync": {False}}
 
 
 def test_a_run_by_every_kind_does_the_same(emulated_sm90: standin.Runtime) -> None:

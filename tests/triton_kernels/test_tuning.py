@@ -69,12 +69,12 @@ def test_tune_keeps_a_table_and_goes_on_with_it(
         monkeypatch.setattr(backend, name, lambda *_: None)
     monkeypatch.setattr(tuning, "measure", lambda _: iter([("gemm of 7, ours", 8.5, None), ("", 0.0, table)]))
     with compiling(80, 2, binary=False):
-        products.choose_anew()
+        products.forget_choices()
         assert products._gpu(0)[0] is configs.table(80)
         assert main(["tune"]) == 0
         (file,) = directory.iterdir()
         assert products._gpu(0)[0] == table == measured.table()
-    products.choose_anew()
+    products.forget_choices()
     printed = capsys.readouterr().out
     assert "gemm of 7, ours" in printed and "8.5 TFLOP/s" in printed and f"kept in {file}" in printed
 

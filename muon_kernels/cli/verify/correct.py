@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ... import backends
+from ...backends import cuda
 from ...checks import Wrong, products, steps
 from .implementations import Implementation, implementations
 from .stage import Context, Place, Result
@@ -191,13 +192,17 @@ def _step_cases(context: Context, name: str) -> Iterator[Case]:
     here = Here(name, place.device)
     exact = partial(steps.steps_are_exact, here, shapes)
     yield Case(f"{name}: two steps", exact)
+    device = torch.device(place.device)
+    if name == "cuda" and len(own := cuda.own_kinds(device)) > 1:
+        for kind in own:
+            yield Case(f"{name}: two steps by {kind}", partial(_by_kind, kind, device, exact))
     yield Case(f"{name}: momentum is torch's to the bit", partial(steps.momentum_is_torchs, here, shapes))
     for shape in _ends(shapes):
         yield Case(f"{name}: zero and NaN, {shape[0]}x{shape[1]}", partial(steps.zero_and_nan, here, shape))
     for factor in (1e30, 1e-30):
         yield Case(f"{name}: gradients times {factor:g}", partial(exact, factor=factor, steps=1))
     yield Case(f"{name}: not contiguous", partial(exact, strided=True, steps=1))
-    if backends.get(name).refuses(torch.device(place.device), [torch.bfloat16], torch.bfloat16) is None:
+    if backends.get(name).refuses(device, [torch.bfloat16], torch.bfloat16) is None:
         yield Case(f"{name}: parameters in bf16", partial(exact, dtype=torch.bfloat16))
     yield Case(f"{name}: a learning rate on the device", partial(steps.lr_on_the_device, here, shapes))
     if place.device == "cuda":
@@ -212,6 +217,11 @@ def _step_cases(context: Context, name: str) -> Iterator[Case]:
     for coefficients, shape in context.sizes.zoo:
         what = f"{name}: all spectra, {coefficients}, {shape[0]}x{shape[1]}"
         yield Case(what, partial(steps.zoo, here, coefficients, shape))
+
+
+def _by_kind(kind: str, device: torch.device, check: Callable[[], None]) -> None:
+    with cuda.multiplying_by(kind, device):
+        check()
 
 
 def _ends(shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, int]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import backends
-from ...backends import cpu
+from ...backends import cpu, cuda
 from ...checks.products import Run, of_backend
 from .stage import Place
 
@@ -43,6 +43,10 @@ def implementations(place: Place, dtype: torch.dtype) -> Iterator[Implementation
             for isa in cpu.instruction_sets():
                 yield Implementation(f"cpu, {isa}", _forced(isa))
             continue
+        if name == "cuda" and len(own := cuda.own_kinds(torch.device(place.device))) > 1:
+            for kind in own:
+                yield Implementation(f"cuda, {kind}", _multiplied_by(kind), precise)
+            continue
         yield Implementation(name, of_backend(ops), precise)
         if name == "triton":
             yield from _tiles()
@@ -53,6 +57,16 @@ def _forced(isa: str) -> Run:
 
     def run(*operands: Tensor, **options: Any) -> None:
         with cpu.forced(isa):
+            inner(*operands, **options)
+
+    return run
+
+
+def _multiplied_by(kind: str) -> Run:
+    inner = of_backend(backends.get("cuda"))
+
+    def run(*operands: Tensor, **options: Any) -> None:
+        with cuda.multiplying_by(kind, operands[0].device):
             inner(*operands, **options)
 
     return run
