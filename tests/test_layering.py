@@ -138,7 +138,8 @@ IMPORT = """
 import json, sys, time
 import torch
 
-METHODS = "".join(f"    def f{i}(self, a, b=1):\\n        return [x + {i} for x in range(a) if x % b]\\n" for i in range(40))
+METHOD = "    def f{0}(self, a, b=1):\\n        return [x + {0} for x in range(a) if x % b]\\n"
+METHODS = "".join(METHOD.format(i) for i in range(40))
 
 def yardstick():
     begin = time.process_time()
