@@ -156,15 +156,15 @@ def test_a_result_is_symmetric_even_if_the_product_is_not(cuda: Products) -> Non
 
 
 @pytest.mark.parametrize(
-    ("tiles", "k", "multiprocessors", "count"),
-    [(PINGPONG, 8, 1, 66), (PAIR, 8, 10**6, 84), (WIDE, 456, 42, 42)],
+    ("tiles", "m", "k", "multiprocessors", "count"),
+    [(PINGPONG, 1300, 8, 1, 66), (PAIR, 2100, 8, 10**6, 180), (WIDE, 1300, 456, 42, 42)],
     ids=[TILES[t] for t in (PINGPONG, PAIR, WIDE)],
 )
 def test_many_tiles_of_a_triangle(
-    cuda: Products, tiles: tuple[int, int], k: int, multiprocessors: int, count: int
+    cuda: Products, tiles: tuple[int, int], m: int, k: int, multiprocessors: int, count: int
 ) -> None:
-    """Every tile is at its place, and only those of a triangle are computed: more supertiles than one of a side."""
-    X, out = placed(integers(1, 1300, k)), empty(1, 1300, 1300)
+    """Every tile is at its place, and only those of a triangle are computed: two and three supertiles of a side."""
+    X, out = placed(integers(1, m, k)), empty(1, m, m)
     cuda(X, X, out, b_transposed=True, symmetric=True, multiprocessors=multiprocessors)
     assert of(cuda.kernel) == tiles and cuda.log[-1].grid == (min(count, multiprocessors), 1, 1)
     assert torch.equal(out, exact(X, X, True).bfloat16()) and untouched(out)
