@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -126,6 +126,22 @@ class Exchange:
             buffer_bytes=self.buffer_bytes,
         )
 
+    def facts(self, team: object) -> list[tuple[str, str]]:
+        """Return what ranks would exchange and in which order, if it is with this team; see `Task.facts`."""
+        return self._facts if team is self.team else []
+
+    @cached_property
+    def _facts(self) -> list[tuple[str, str]]:
+        """What all ranks of the team have to have decided alike; made once, as rounds do not change."""
+        places, facts = {id(lot): i for i, lot in enumerate(self.lots)}, []
+        for lot in self.lots:
+            bucket, owners = lot.work.bucket, [[entry.param for entry in entries] for entries in lot.entries]
+            how = f"by {bucket.backend!r} in {bucket.workspace_dtype}, {lot.round_size} of an owner at a time"
+            facts += [(f"the step of {lot}", how), (f"the division of {lot} among owners", repr(owners))]
+            facts.append((f"the strategy for {lot}", lot.strategy.__name__))
+        order = [[(places[id(lot)], start) for lot, start in r.begun] for r in self.rounds]
+        return [*facts, ("the order of rounds", repr(order))]
+
     def reserve(self, workspace: Workspace) -> None:
         """Allocate the buffers, and room in the workspace for `works`."""
         self._allocate()
@@ -148,7 +164,7 @@ class Exchange:
     @property
     def lots(self) -> list[Lot]:
         """The lots that the rounds step, each once."""
-        lots = [lot for r in self.rounds for lot in ([r.lot] if isinstance(r, OwnerRound) else [c.lot for c in r.lots])]
+        lots = [lot for r in self.rounds for lot, _ in r.begun]
         return list({id(lot): lot for lot in lots}.values())
 
     def warm_up(self, grads: Sequence[Tensor], scalars: Scalars, workspace: Workspace) -> None:

@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 from ..stages import SecondMoment, Stage, stages_of
 from ..tensors import any_dtensor, is_dtensor
 from . import consensus
+from .agreement import Agreement
 from .balance import assign_owners
 from .placement import Placement, Team, Teams, placement_of, replicated, team_of
 
@@ -21,6 +22,7 @@ class Ranks:
     Attributes:
         placements: of the parameters that several ranks step together.
         teams: each with the parameters that it steps, in their order.
+        agreement: of these ranks about their steps.
     """
 
     def __init__(self, process_group: ProcessGroup | None = None) -> None:
@@ -31,6 +33,7 @@ class Ranks:
         """
         self.placements: dict[Tensor, Placement] = {}
         self.teams: dict[Team, list[Tensor]] = {}
+        self.agreement = Agreement()
         self._copies = None if process_group is None else team_of(process_group)
         self._teams = Teams()
         self._flatten: dict[Tensor, bool | None] = {}  # as DTensors were seen

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +16,7 @@ from ..checkpoint import STATE, check_checkpoint, check_state
 from ..closures import ClosureOptimizer
 from ..coefficients import NS_STEPS, resolve
 from ..distributed import consensus
+from ..distributed.agreement import Facts, options_of_groups
 from ..distributed.collectives import Failed
 from ..distributed.ranks import Ranks, check_shared
 from ..options import OPTIONS, check_keys, plain, settle
@@ -30,7 +30,7 @@ from ..step.workspace import Workspace
 from ..tensors import check_disjoint
 from .loading import fitted
 from .muon_checks import check_group, check_groups, check_muon_options, costs_of
-from .prepare import batches_of, prepared
+from .prepare import ReadyBatch, batches_of, prepared
 from .scalars import set_peak_lr
 from .stage_options import given_options, with_stage_options
 from .state import Writes
@@ -263,30 +263,56 @@ class Muon(ClosureOptimizer):
 
     def _update(self) -> None:
         """Step all groups: look at everything, get everything ready, then write."""
+        self.step_beside(lambda: None, list)
+
+    def step_beside(self, check: Callable[[], object], options: Callable[[], Facts]) -> None:
+        """Step all groups beside parameters of another optimizer, which steps these next.
+
+        Args:
+            check: raises where the other parameters cannot be stepped; then nothing is stepped, on any rank.
+            options: returns the options of their step, which have to be alike on all ranks.
+        """
+        self._run(self._ready(check, options))
+
+    def _ready(self, check: Callable[[], object], others: Callable[[], Facts]) -> Sequence[ReadyBatch]:
+        """Get a step ready, on all ranks that step together, and write nothing; see `step_beside`."""
         self._steps += 1
         self._ranks.refresh(self.param_groups)
+
+        def prepare(grad_of: Callable[[Tensor], Tensor | None]) -> tuple[list[ReadyBatch], list[Task]]:
+            check()
+            if self._ranks.teams:
+                check_groups(self.param_groups, self.defaults, self._ranks)
+            # State and memory that are made here must be usable outside of inference mode, too.
+            with torch.inference_mode(False), torch.no_grad():
+                batches = self._batches()
+                ready = [ReadyBatch(groups, numbers, *self._prepare(groups, grad_of)) for groups, numbers in batches]
+                for task in (task for batch in ready for task in batch.tasks):
+                    task.reserve(self._workspace)
+                for batch in ready:
+                    for task in batch.tasks:
+                        task.warm_up(batch.grads, batch.scalars, self._workspace)
+            return ready, [task for batch in ready for task in batch.tasks]
+
+        def options(params: Sequence[Tensor]) -> Facts:
+            return [*options_of_groups(self.param_groups, params, [*self.defaults, "step"]), *others()]
+
         try:
-            agreed = consensus.agree(
-                self._ranks.teams, partial(check_groups, self.param_groups, self.defaults, self._ranks)
-            )
+            found = self._ranks.agreement.reach(self._ranks.teams, prepare, options)
         except Failed as error:
             raise RuntimeError(
                 f"step {self._steps} of Muon did not begin: {error}; every rank has to call step, which GradScaler "
                 "leaves out where gradients of one rank alone are not finite: give all ranks the same before"
             ) from error
-        # State and memory that are made here must be usable outside of inference mode, too.
-        with torch.inference_mode(False), torch.no_grad():
-            batches = self._batches()
-            prepared = [self._prepare(groups, agreed.grad) for groups, _ in batches]
-            for task in (task for tasks, _, _ in prepared for task in tasks):
-                task.reserve(self._workspace)
-            for (tasks, grads, _), (_, numbers) in zip(prepared, batches, strict=True):
-                for task in tasks:
-                    task.warm_up(grads, numbers, self._workspace)
+        assert found is not None
+        return found
+
+    def _run(self, ready: Sequence[ReadyBatch]) -> None:
+        """Write what `_ready` has got ready."""
         # An interrupt is deferred only where this rank is alone: another rank may wait for this one for ever.
-        alone = not any(task.together for tasks, _, _ in prepared for task in tasks)
+        alone = not any(task.together for batch in ready for task in batch.tasks)
         with interrupts.held() if alone else nullcontext():
-            for (groups, numbers), (tasks, grads, new) in zip(batches, prepared, strict=True):
+            for groups, numbers, tasks, grads, new in ready:
                 self._keep(new)
                 for group in groups:
                     if numbers.seed is not None or group["strategy"] == "blocks":

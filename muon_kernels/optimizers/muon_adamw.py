@@ -14,6 +14,7 @@ from torch.optim import AdamW, Optimizer
 
 from ..checkpoint import check_checkpoint
 from ..closures import ClosureOptimizer
+from ..distributed.agreement import Facts, options_of
 from ..options import check_keys, plain, settle
 from ..step.plan import Plan
 from ..tensors import check_disjoint
@@ -135,18 +136,24 @@ class MuonAdamW(ClosureOptimizer):
     def _update(self) -> None:
         """Step Muon's half, then AdamW's, after both have been checked."""
         self._hand_over()
-        # Muon checks everything before it writes, so AdamW's half is checked here, before Muon steps.
-        for group in self._adamw.param_groups:
-            _settle(group)
-            check_group(group)
-            _check(group, self.state)
-            _unfuse(group, self.state)
-        # State that is made here must be usable outside of inference mode, too.
+        new: dict[Tensor, dict[str, Tensor]] = {}
+
+        def check() -> None:
+            # State that is made here must be usable outside of inference mode, too.
+            with torch.inference_mode(False):
+                for group in self._adamw.param_groups:
+                    _settle(group)
+                    check_group(group)
+                    _check(group, self.state)
+                    _unfuse(group, self.state)
+                    new.update(self._new_state(group, [p for p in group["params"] if p.grad is not None]))
+
+        def options() -> Facts:
+            named = [(f"AdamW's group {i}", group) for i, group in enumerate(self._adamw.param_groups)]
+            return [fact for name, group in named for fact in options_of(name, group, _ADAMW_OPTIONS)]
+
         with torch.inference_mode(False), torch.no_grad():
-            new: dict[Tensor, dict[str, Tensor]] = {}
-            for group in self._adamw.param_groups:
-                new |= self._new_state(group, [p for p in group["params"] if p.grad is not None])
-            _unhooked_step(self._muon)
+            self._muon.step_beside(check, options)
             for p, state in new.items():
                 self.state[p].update(state)
             _unhooked_step(self._adamw)

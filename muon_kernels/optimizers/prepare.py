@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -17,6 +17,24 @@ from ..step.work import Scalars, Task
 from ..tensors import any_dtensor, local
 from .scalars import scalars_of
 from .state import StateOfGroups, Writes
+
+
+class ReadyBatch(NamedTuple):
+    """Groups that are stepped as one, when nothing is left to do but to write.
+
+    Attributes:
+        groups: the groups.
+        scalars: the numbers that their step takes.
+        tasks: what is to be run.
+        grads: gradients, which tasks take.
+        writes: state that is to be kept before.
+    """
+
+    groups: list[dict[str, Any]]
+    scalars: Scalars
+    tasks: list[Task]
+    grads: list[Tensor]
+    writes: Writes
 
 
 def batches_of(groups: Sequence[dict[str, Any]], ranks: Ranks) -> list[tuple[list[dict[str, Any]], Scalars]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from .. import interrupts, options
 from ..checkpoint import check_checkpoint
 from ..closures import ClosureOptimizer
-from ..distributed import consensus
+from ..distributed.agreement import Facts, options_of_groups
 from ..distributed.exchange import divide
 from ..distributed.ranks import Ranks
 from ..powers import check_power
@@ -223,42 +223,52 @@ class SpectralAdam(ClosureOptimizer):
     def _update(self) -> None:
         """Step all groups: look at everything, get everything ready, then write."""
         self._ranks.refresh(self.param_groups)
-        if not self._ranks.teams:
+
+        def prepare(grad_of: Callable[[Tensor], Tensor | None]) -> tuple[_Ready, list[Task]]:
             self._check_gradients()
-        agreed, steps = consensus.agree(self._ranks.teams, self._check_gradients), []
-        # What is kept must be of use outside inference mode too.
-        with torch.inference_mode(False), torch.no_grad():
-            for group in self.param_groups:
-                grads: dict[Tensor, Tensor] = {}
-                for p in group["params"]:
-                    if (grad := agreed.grad(p)) is not None:
-                        grads[p] = local(grad)
-                params = list(grads)
-                matrices = [p for p in params if _iterated(p, group)]
-                rest = [p for p in params if not _iterated(p, group)]
-                updates = [torch.zeros_like(local(p), memory_format=torch.preserve_format) for p in matrices]
-                tasks = self._prepare(group, matrices, updates)
-                scalars = Scalars(group["lr"], group["weight_decay"], 0.0, False, True, 0.0, -1.0)
-                for task in tasks:
-                    task.reserve(self._workspace)
-                steps.append((group, grads, rest, matrices, updates, tasks, scalars))
-            for _, _, _, _, updates, tasks, scalars in steps:
-                for task in tasks:
-                    task.warm_up(updates, scalars, self._workspace)
-            self._begin(p for _, grads, *_ in steps for p in grads)
+            # What is kept must be of use outside inference mode too.
+            with torch.inference_mode(False), torch.no_grad():
+                batches = [self._batch(group, grad_of) for group in self.param_groups]
+                for batch in batches:
+                    for task in batch.tasks:
+                        task.warm_up(batch.updates, batch.scalars, self._workspace)
+                new = self._new_state(p for batch in batches for p in batch.grads)
+            return _Ready(batches, new), [task for batch in batches for task in batch.tasks]
+
+        def alike(params: Sequence[Tensor]) -> Facts:
+            return options_of_groups(self.param_groups, params, self.defaults)
+
+        ready = self._ranks.agreement.reach(self._ranks.teams, prepare, alike)
+        assert ready is not None
         # An interrupt is deferred only where this rank is alone: another rank may wait for this one for ever.
-        alone = not any(task.together for *_, tasks, _ in steps for task in tasks)
+        alone = not any(task.together for batch in ready.batches for task in batch.tasks)
         with interrupts.held() if alone else nullcontext():
-            for group, grads, rest, matrices, updates, tasks, scalars in steps:
+            self._keep(ready.new_state)
+            for group, grads, rest, matrices, updates, tasks, scalars in ready.batches:
                 self._adamw(group, grads, rest, [local(p) for p in rest], group["lr"], group["weight_decay"])
                 # A step of size 1 turns a parameter that is zero into -R.
                 self._adamw(group, grads, matrices, updates, 1.0, 0.0)
                 for task in tasks:
                     task.run(updates, scalars, self._workspace)
 
-    def _begin(self, params: Iterable[Tensor]) -> None:
-        """Make the state of the parameters that have none."""
-        new = {p: new_adamw_state(p) for p in params if not self.state.get(p)}
+    def _batch(self, group: dict[str, Any], grad_of: Callable[[Tensor], Tensor | None]) -> _Batch:
+        """Get the step of a group ready, but for its state."""
+        found = {p: grad_of(p) for p in group["params"]}
+        grads = {p: local(grad) for p, grad in found.items() if grad is not None}
+        matrices = [p for p in grads if _iterated(p, group)]
+        rest = [p for p in grads if not _iterated(p, group)]
+        updates = [torch.zeros_like(local(p), memory_format=torch.preserve_format) for p in matrices]
+        tasks = self._prepare(group, matrices, updates)
+        for task in tasks:
+            task.reserve(self._workspace)
+        scalars = Scalars(group["lr"], group["weight_decay"], 0.0, False, True, 0.0, -1.0)
+        return _Batch(group, grads, rest, matrices, updates, tasks, scalars)
+
+    def _new_state(self, params: Iterable[Tensor]) -> dict[Tensor, dict[str, Tensor]]:
+        """Return the state of the parameters that have none."""
+        return {p: new_adamw_state(p) for p in params if not self.state.get(p)}
+
+    def _keep(self, new: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
         for p, state in new.items():
             self.state[p].update(state)
 
@@ -266,7 +276,8 @@ class SpectralAdam(ClosureOptimizer):
     def init_state(self) -> None:
         """Make all state that there will be, as `Muon.init_state` does. Parameters are not changed."""
         with torch.inference_mode(False), torch.no_grad():
-            self._begin(p for group in self.param_groups for p in group["params"] if p.requires_grad)
+            params = (p for group in self.param_groups for p in group["params"] if p.requires_grad)
+            self._keep(self._new_state(params))
 
     def _adamw(
         self,
@@ -344,6 +355,33 @@ class SpectralAdam(ClosureOptimizer):
         for group in saved:
             _check_options({**self.defaults, **group}, self.defaults)
         super().load_state_dict(deepcopy({**state_dict, "param_groups": saved}))  # torch would share the moments
+
+
+class _Batch(NamedTuple):
+    """The step of a group.
+
+    Attributes:
+        group: the group.
+        grads: of all parameters that are stepped.
+        rest: what AdamW alone steps.
+        matrices: what is iterated; `updates`, of which `tasks` take AdamW's steps, belong to these.
+        scalars: the numbers of the tasks.
+    """
+
+    group: dict[str, Any]
+    grads: dict[Tensor, Tensor]
+    rest: list[Tensor]
+    matrices: list[Tensor]
+    updates: list[Tensor]
+    tasks: list[Task]
+    scalars: Scalars
+
+
+class _Ready(NamedTuple):
+    """A step when nothing is left to do but to write."""
+
+    batches: list[_Batch]
+    new_state: dict[Tensor, dict[str, Tensor]]
 
 
 def _check_saved(of: str, p: Tensor, state: Mapping[str, Any]) -> None:

@@ -196,6 +196,10 @@ class Local:
         """Implement `Task`."""
         return [work.bucket for work in self.works]
 
+    def facts(self, team: object) -> list[tuple[str, str]]:
+        """Implement `Task`: nothing is exchanged."""
+        return []
+
     def reserve(self, workspace: Workspace) -> None:
         """Implement `Task`."""
         for work in self.works:

@@ -159,6 +159,10 @@ class Task(Protocol):
         """Messages between ranks that a plan lists; None if there are none."""
         ...
 
+    def facts(self, team: object) -> list[tuple[str, str]]:
+        """Return what is exchanged with a team of ranks, as (name, value), the same on all of them."""
+        ...
+
     def reserve(self, workspace: Workspace) -> None:
         """Have the memory that it writes to."""
         ...

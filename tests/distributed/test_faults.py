@@ -119,7 +119,8 @@ def refuse(layout: str, kind: type) -> list[Any]:
 def test_what_one_rank_cannot_step_no_rank_steps(ranks: World, kind: type) -> None:
     first, second = ranks.run(2, refuse, "rows", kind)
     assert first == [
-        "RuntimeError: another rank cannot take this step, and says why; nothing has been stepped on this one",
+        "RuntimeError: rank 1 cannot take this step; nothing has been stepped on any rank. It says: ValueError: "
+        "Learning rate should be >= 0 but is: nan",
         True,
         0,
     ]

@@ -93,6 +93,11 @@ class OwnerRound:
         self.pending: Pending | None = None
 
     @property
+    def begun(self) -> list[tuple[Lot, int]]:
+        """The lot of this round, with the index of each owner's first matrix."""
+        return [(self.lot, self.start)]
+
+    @property
     def buffer_bytes(self) -> tuple[int, int]:
         """Bytes of `Buffers.slices` and of `Buffers.owned`."""
         share, replicas = self.share * self.sent[0].record, self.lot.key.team.replica_count

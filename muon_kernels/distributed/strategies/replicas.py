@@ -66,6 +66,11 @@ class ReplicaRound:
         return [bundle for copies in self.lots for bundle in copies.momenta]
 
     @property
+    def begun(self) -> list[tuple[Lot, int]]:
+        """The lots of this round, each with the index of every owner's first matrix."""
+        return [(copies.lot, copies.start) for copies in self.lots]
+
+    @property
     def buffer_bytes(self) -> tuple[int, int]:
         """Bytes of `Buffers.slices`, this rank's results, and of `Buffers.owned`, the results of all ranks."""
         return self.share, self.share * self.team.replica_count

@@ -1,0 +1,281 @@
+"""Ranks that would step otherwise than the others: all of them say which option, gradient or plan it is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from checks import needs
+from ranks import World
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+
+from muon_kernels import Muon, MuonAdamW, SpectralAdam, backends
+from muon_kernels.options import OPTIONS
+from muon_kernels.step.workspace import Workspace
+
+SHAPES = [(40, 64), (64, 24), (40, 64)]
+# Another value of each option, which a rank alone has.
+OTHER: dict[str, Any] = {
+    "lr": 0.2,
+    "weight_decay": 0.3,
+    "momentum": 0.9,
+    "nesterov": False,
+    "ns_coefficients": "polar_express",
+    "eps": 1e-6,
+    "ns_steps": 4,
+    "adjust_lr_fn": "match_rms_adamw",
+    "use_addmm": True,
+    "dampened": False,
+    "flatten": True,
+    "split": "heads(4)",
+    "transposed": True,
+    "ns_algorithm": "standard",
+    "backend": "eager",
+    "max_workspace_bytes": 40_000,
+    "workspace_dtype": "float16",
+    "momentum_dtype": "bfloat16",
+    "maximize": True,
+    "power": 0.5,
+    "weight_decay_form": "scheduled",
+    "peak_lr": 0.7,
+    "cautious": True,
+    "stochastic_rounding": True,
+    "sign_momentum": True,
+    "exact_rms": True,
+    "master_weights": True,
+    "second_moment": "neuron",
+    "beta2": 0.5,
+    "strategy": "blocks",
+    "block_period": 7,
+    "block_lr_ratio": 0.5,
+}
+# What the options of these need of the dtype or of each other, so that a rank can step with them.
+DTYPES = {"stochastic_rounding": torch.bfloat16, "master_weights": torch.bfloat16}
+
+
+def build(
+    layout: str, kind: Any = Muon, dtype: torch.dtype = torch.float32, shapes: Any = SHAPES, **options: Any
+) -> tuple[list[Tensor], Any]:
+    torch.manual_seed(0)
+    whole = [torch.randn(shape).to(dtype) for shape in shapes]
+    if layout == "group":
+        params = [torch.nn.Parameter(t) for t in whole]
+        options["process_group"] = dist.group.WORLD
+    else:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        params = [torch.nn.Parameter(distribute_tensor(t, mesh, [Shard(0)])) for t in whole]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    return params, kind(params, lr=0.1, **options)
+
+
+def here(t: Tensor) -> Tensor:
+    return t.detach().to_local() if isinstance(t, DTensor) else t.detach()
+
+
+def attempt(params: list[Tensor], optimizer: Any) -> tuple[str, bool]:
+    """(What a step said, or nothing; whether all stayed as it was.)"""
+    before = [here(p).clone() for p in params]
+    kept = {p: {key: here(t).clone() for key, t in state.items()} for p, state in optimizer.state.items()}
+    said = ""
+    try:
+        optimizer.step()
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+    same = all(torch.equal(a, here(p)) for a, p in zip(before, params, strict=True))
+    state = {p: {key: here(t) for key, t in of.items()} for p, of in optimizer.state.items()}
+    same &= kept.keys() == state.keys()
+    same = same and all(torch.equal(state[p][key], t) for p, of in kept.items() for key, t in of.items())
+    return said, same
+
+
+def differing(layout: str) -> dict[str, tuple[str, bool]]:
+    """What is said of each option that rank 1 alone has changed."""
+    found = {}
+    for name, value in OTHER.items():
+        params, optimizer = build(layout, dtype=DTYPES.get(name, torch.float32))
+        optimizer.step()
+        if dist.get_rank() == 1:
+            optimizer.param_groups[0][name] = value
+        found[name] = attempt(params, optimizer)
+    return found
+
+
+@pytest.mark.parametrize("layout", ["group", "rows"])
+def test_any_option_that_differs_is_named(ranks: World, layout: str) -> None:
+    """No value of an option on one rank harms another rank's process."""
+    assert OTHER.keys() == OPTIONS.keys()
+    for found in ranks.run(2, differing, layout):
+        for name, (said, same) in found.items():
+            assert same, name
+            assert said.startswith(f"ValueError: all ranks should step with the same options but {name} of group 0 is ")
+            assert " on rank 0, " in said and f"{OTHER[name]!r} on rank 1; nothing has been stepped" in said, said
+
+
+def vector_rates() -> tuple[str, bool]:
+    """AdamW's learning rate on rank 1 alone."""
+    params = [torch.nn.Parameter(torch.randn(8, 6, generator=torch.Generator().manual_seed(0))) for _ in range(2)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    groups: list[dict[str, Any]] = [{"params": [p], "use_muon": i == 0} for i, p in enumerate(params)]
+    optimizer = MuonAdamW(groups, muon_options={"process_group": dist.group.WORLD})
+    optimizer.step()
+    if dist.get_rank() == 1:
+        groups[1]["lr"] = 0.5
+    return attempt(params, optimizer)
+
+
+def test_options_of_adamw_are_the_same_too(ranks: World) -> None:
+    for said, same in ranks.run(2, vector_rates):
+        assert same and "lr of AdamW's group 0 is 0.001 on rank 0, 0.5 on rank 1" in said
+
+
+def only_seen_here(what: str, layout: str) -> tuple[str, bool, float]:
+    """Something that rank 1 alone finds when it gets ready."""
+    params, optimizer = build(layout, shapes=[(8, 6, 4), (8, 4, 4)], flatten=True)
+    optimizer.step()
+    nothing: Any = mock.patch.object(Workspace, "stacks", Workspace.stacks)
+    if dist.get_rank() == 1 and what == "strides":
+        grad = torch.ones_like(here(params[1])).mT  # rows of no matrix
+        params[1].grad = DTensor.from_local(grad, params[1].device_mesh, [Shard(0)], run_check=False)
+    if dist.get_rank() == 1 and what == "memory":
+        nothing = mock.patch.object(Workspace, "reserve", side_effect=RuntimeError("no memory is left"))
+    begun = time.monotonic()
+    with nothing:
+        return *attempt(params, optimizer), time.monotonic() - begun
+
+
+@pytest.mark.parametrize(("what", "layout"), [("strides", "rows"), ("memory", "rows"), ("memory", "group")])
+def test_what_only_one_rank_can_see_reaches_the_others(ranks: World, what: str, layout: str) -> None:
+    """In seconds, not at the timeout, which is 60 s here."""
+    (told, unmoved, waited), (said, same, _) = ranks.run(2, only_seen_here, what, layout)
+    assert same and unmoved and waited < 20
+    assert {"strides": "should be contiguous", "memory": "no memory is left"}[what] in said
+    assert told == f"RuntimeError: rank 1 cannot take this step; nothing has been stepped on any rank. It says: {said}"
+
+
+def other_plan(layout: str, what: str) -> tuple[str, bool]:
+    """A rank whose backend takes another workspace by default, or whose gradients are of another dtype."""
+    params, optimizer = build(layout, dtype=torch.bfloat16, shapes=4 * SHAPES, backend="eager")
+    optimizer.step()
+    other: Any = mock.patch.object(Workspace, "stacks", Workspace.stacks)
+    if dist.get_rank() == 1 and what == "workspace":
+        other = mock.patch.object(backends.get("eager"), "default_workspace_bytes", 1)
+        optimizer._tasks.clear()
+    if dist.get_rank() == 1 and what == "dtype":
+        params[1].grad_dtype = None
+        params[1].grad = params[1].grad.float()
+    with other:
+        return attempt(params, optimizer)
+
+
+@pytest.mark.parametrize("layout", ["group", "rows"])
+def test_plans_and_gradients_that_differ(ranks: World, layout: str) -> None:
+    for said, same in ranks.run(2, other_plan, layout, "workspace"):
+        assert same and said.startswith("ValueError: all ranks should plan the same exchange but the step of ")
+        assert "of an owner at a time on rank 0, " in said and "max_workspace_bytes" in said
+    for said, same in ranks.run(2, other_plan, layout, "dtype"):
+        assert same and "that of parameter 1 is torch.bfloat16" in said and "on rank 0, torch.float32" in said
+
+
+def messages(run: Callable[[], Any]) -> int:
+    """How often `run` asks all ranks for a maximum."""
+    count = 0
+    reduce = dist.all_reduce
+
+    def counted(t: Tensor, op: Any = dist.ReduceOp.SUM, **rest: Any) -> Any:
+        nonlocal count
+        count += op == dist.ReduceOp.MAX
+        return reduce(t, op, **rest)
+
+    with mock.patch.object(dist, "all_reduce", counted):
+        run()
+    return count
+
+
+# Of parameter 1 in each step: gradients on all ranks, on rank 1 alone, or on none.
+GIVEN = ["all", "one", "one", "none", "all", "all", "none", "none", "one", "one", "all"]
+
+
+def missing(layout: str) -> tuple[list[int], bool]:
+    """(Messages of each step, whether parameters are those of zeros in place of what is missing.)"""
+    params, optimizer = build(layout)
+    same, expected = build(layout)
+    counts, alike = [], True
+    for given in GIVEN:
+        for p in (params[1], same[1]):
+            p.grad = None if given == "none" else torch.full_like(p, float(given == "all" or dist.get_rank()))
+        if given == "one" and layout == "group":  # where copies share gradients, so rank 0's are zero as well
+            same[1].grad.zero_()
+            params[1].grad = torch.zeros_like(params[1]) if dist.get_rank() else None
+        elif given == "one" and not dist.get_rank():
+            params[1].grad = None
+        counts.append(messages(optimizer.step))
+        expected.step()
+        alike &= all(torch.equal(here(p), here(q)) for p, q in zip(params, same, strict=True))
+    return counts, alike
+
+
+@pytest.mark.parametrize("layout", ["group", "rows"])
+def test_gradients_that_come_and_go(ranks: World, layout: str) -> None:
+    """A second message only where ranks could not know from the step before who lacks a gradient."""
+    for counts, alike in ranks.run(2, missing, layout):
+        assert alike and counts == [1, 2, 1, 2, 1, 1, 1, 1, 2, 1, 1]
+
+
+def partial_gradients(lacking: bool) -> tuple[str, bool, bool]:
+    """Gradients that are still to be summed over ranks, as DTensor's own operations leave them."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    whole = torch.randn(12, 16, generator=torch.Generator().manual_seed(0))
+    p = torch.nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None))
+    q = torch.nn.Parameter(whole.clone())
+    optimizer, alone = Muon([p], lr=0.1, backend="cpu"), Muon([q], lr=0.1, backend="cpu")
+    mine = [torch.randn(12, 16, generator=torch.Generator().manual_seed(1 + r)) for r in range(2)]
+    p.grad = DTensor.from_local(mine[dist.get_rank()], mesh, [Partial()], run_check=False)
+    q.grad = mine[0] + mine[1]
+    if lacking and dist.get_rank():
+        p.grad = None
+    said, unmoved = attempt([p], optimizer)
+    alone.step()
+    return said, unmoved, torch.equal(p.detach().full_tensor(), q.detach())
+
+
+@needs.cpu_kernels
+def test_gradients_that_are_placed_otherwise(ranks: World) -> None:
+    """They are exchanged if all ranks have one; a rank that has none does not hang the others."""
+    for said, _, stepped in ranks.run(2, partial_gradients, False):
+        assert not said and stepped
+    for said, unmoved, _ in ranks.run(2, partial_gradients, True):
+        assert unmoved
+        assert "that of parameter 0 is torch.float32 placed (Partial(sum),) on rank 0, missing on rank 1" in said
+
+
+def of_spectral_adam() -> tuple[str, bool]:
+    params, optimizer = build("rows", kind=SpectralAdam)
+    optimizer.step()
+    if dist.get_rank() == 1:
+        optimizer.param_groups[0]["betas"] = (0.9, 0.9)
+    return attempt(params, optimizer)
+
+
+def test_options_of_spectral_adam(ranks: World) -> None:
+    for said, same in ranks.run(2, of_spectral_adam):
+        assert same and "betas of group 0 is (0.9, 0.95) on rank 0, (0.9, 0.9) on rank 1" in said
+
+
+def of_three() -> tuple[str, bool]:
+    params, optimizer = build("group")
+    optimizer.param_groups[0]["lr"] = 0.5 if dist.get_rank() == 1 else torch.tensor(0.1)
+    return attempt(params, optimizer)
+
+
+def test_ranks_are_listed_by_value(ranks: World) -> None:
+    for said, same in ranks.run(3, of_three):
+        assert same and "lr of group 0 is 0.10000000149011612 on ranks 0 and 2, 0.5 on rank 1; " in said
