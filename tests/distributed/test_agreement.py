@@ -185,6 +185,35 @@ def test_plans_and_gradients_that_differ(ranks: World, layout: str) -> None:
         assert same and "that of parameter 1 is torch.bfloat16" in said and "on rank 0, torch.float32" in said
 
 
+def later_plan(layout: str) -> tuple[str, bool]:
+    """As before, in a step of which rank 1 lacks a gradient: its plan is compared by the second message."""
+    params, optimizer = build(layout, shapes=4 * SHAPES, backend="eager")
+    optimizer.step()
+    if dist.get_rank() == 0:
+        return attempt(params, optimizer)
+    ones, params[1].grad = params[1].grad, None
+    first, tried, eager = optimizer._prepare, [], backends.get("eager")
+
+    def prepare(groups: Any, grad_of: Any) -> Any:
+        """The first time as rank 0 does, then in less memory."""
+        tried.append(groups)
+        if len(tried) == 1:
+            return first(groups, lambda p: ones if p is params[1] else grad_of(p))
+        optimizer._tasks.clear()
+        with mock.patch.object(eager, "default_workspace_bytes", 1):
+            return first(groups, grad_of)
+
+    with mock.patch.object(optimizer, "_prepare", prepare):
+        said = attempt(params, optimizer)
+    assert len(tried) == 2
+    return said
+
+
+def test_plans_are_compared_by_the_second_message_too(ranks: World) -> None:
+    for said, same in ranks.run(2, later_plan, "rows"):
+        assert same and said.startswith("ValueError: all ranks should plan the same exchange"), said
+
+
 def messages(run: Callable[[], Any]) -> int:
     """How often `run` asks all ranks for a maximum."""
     count = 0
@@ -268,6 +297,51 @@ def of_spectral_adam() -> tuple[str, bool]:
 def test_options_of_spectral_adam(ranks: World) -> None:
     for said, same in ranks.run(2, of_spectral_adam):
         assert same and "betas of group 0 is (0.9, 0.95) on rank 0, (0.9, 0.9) on rank 1" in said
+
+
+def of_groups(what: str) -> tuple[str, bool]:
+    """Rank 1 has another lr in the second group; parameters of the first may be its own."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    whole = [torch.randn(12, 16, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    shared = [torch.nn.Parameter(distribute_tensor(t, mesh, [Shard(0)], src_data_rank=None)) for t in whole]
+    if what == "a group of its own":
+        shared[1] = torch.nn.Parameter(whole[1])
+    for p in shared:
+        p.grad = torch.ones_like(p)
+    rates = 0.1, 0.3 if dist.get_rank() else 0.2
+    optimizer = Muon([{"params": [p], "lr": 0.1} for p in shared])
+    for group, lr in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = lr
+    return attempt(shared, optimizer)
+
+
+def test_options_of_a_second_group(ranks: World) -> None:
+    for said, same in ranks.run(2, of_groups, "shared"):
+        assert same and "lr of group 1 is 0.2 on rank 0, 0.3 on rank 1" in said
+
+
+def test_a_group_of_another_team_may_differ(ranks: World) -> None:
+    """What a rank steps alone is its own affair."""
+    for said, same in ranks.run(2, of_groups, "a group of its own"):
+        assert not said and not same
+
+
+def of_vectors() -> tuple[str, bool]:
+    """A gradient that AdamW's half cannot step, on rank 1 alone."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    params = [torch.nn.Parameter(distribute_tensor(torch.ones(12, 16), mesh, [Shard(0)])) for _ in range(2)]
+    optimizer = MuonAdamW([{"params": [p], "use_muon": i == 0} for i, p in enumerate(params)])
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    if dist.get_rank():
+        optimizer.param_groups[1]["betas"] = (1.5, 0.9)
+    return attempt(params, optimizer)
+
+
+def test_vectors_that_one_rank_cannot_step(ranks: World) -> None:
+    (told, unmoved), (said, same) = ranks.run(2, of_vectors)
+    assert unmoved and same and "rank 1 cannot take this step" in told and said in told and "beta" in said
 
 
 def of_three() -> tuple[str, bool]:
