@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ from .muon_checks import check_group, check_groups, check_muon_options, costs_of
 from .prepare import batches_of, prepared
 from .scalars import set_peak_lr
 from .stage_options import given_options, with_stage_options
-from .state import Writes
+from .state import Writes, check_copied, whole
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -350,28 +350,13 @@ class Muon(ClosureOptimizer):
         Raises:
             TypeError: with a process_group, which belongs to this process and shares the state with others.
         """
-        if self._ranks.owned:
-            raise TypeError(
-                "an optimizer with a process_group should not be copied or pickled, as ranks share its state; make "
-                "another one and load the state_dict() that all ranks have asked for"
-            )
+        check_copied(self._ranks)
         state: dict[str, Any] = super().__getstate__()
         return state
 
-    @contextmanager
-    def whole_state(self) -> Iterator[None]:
-        """Hold the state of other ranks, too, while this context lasts. All ranks have to enter it."""
-        whole = consensus.gathered(self._ranks.owned, self.state)
-        own = {p: self.state.get(p) for p in whole}
-        try:
-            self.state.update(whole)
-            yield
-        finally:
-            for p, state in own.items():
-                if state is None:
-                    del self.state[p]
-                else:
-                    self.state[p] = state
+    def whole_state(self) -> AbstractContextManager[None]:
+        """Return a context in which `state` has that of other ranks, too. All ranks have to enter it."""
+        return whole(self.state, self._ranks)
 
     def state_dict(self) -> dict[str, Any]:
         """Return a checkpoint. It has the whole state also where ranks share it; then all ranks have to call this."""

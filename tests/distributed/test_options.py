@@ -93,8 +93,6 @@ def compare(layout: str) -> list[str]:
                 continue
             options: dict[str, Any] = {"backend": "cpu"}
             if layout == "group":
-                if kind is SpectralAdam:
-                    continue
                 place, options["process_group"] = (lambda t: t), dist.group.WORLD
             else:
                 mesh, where = placements[layout]

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from muon_kernels import MuonAdamW
+from muon_kernels import MuonAdamW, SpectralAdam
 from muon_kernels.cli.demo import GPT
 
 
@@ -98,6 +98,66 @@ def test_resharding_of_second_moments(ranks: World, form: str, tmp_path: Path) -
         for found in ranks.run(size, train_norm, layout, 2, 4, str(tmp_path), form):
             for name in found:
                 torch.testing.assert_close(found[name], expected[name], rtol=0, atol=2e-4, msg=name)
+
+
+def adam(layout: str) -> tuple[list[nn.Parameter], SpectralAdam]:
+    """Matrices and a vector, before a first step."""
+    shapes = [(24, 40), (40, 24), (16, 16), (7,), (24, 40), (2, 8, 8)]
+    params = [nn.Parameter(torch.randn(s, generator=torch.Generator().manual_seed(i))) for i, s in enumerate(shapes)]
+    shared = {"process_group": dist.group.WORLD} if layout == "ddp" else {}
+    named = [(f"p{i}", p) for i, p in enumerate(params)]
+    return params, SpectralAdam(named, lr=0.1, **shared)
+
+
+def adam_steps(params: list[nn.Parameter], optimizer: SpectralAdam, start: int, stop: int) -> None:
+    for step in range(start, stop):
+        for i, p in enumerate(params):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i))
+        optimizer.step()
+
+
+def checkpoint_of_adam() -> list[bool]:
+    """A checkpoint under DDP against one process's; training from it on these ranks and on one; the state kept."""
+    one, alone = adam("one")
+    params, optimizer = adam("ddp")
+    for tensors, each in ((one, alone), (params, optimizer)):
+        adam_steps(tensors, each, 0, 2)
+    kept = sum("exp_avg" in s for s in optimizer.state.values())
+    saved, expected = copy.deepcopy(optimizer.state_dict()), alone.state_dict()
+    same = saved["state"].keys() == expected["state"].keys() and all(
+        own.keys() == saved["state"][i].keys()
+        and all(
+            torch.equal(t, saved["state"][i][key]) and t.device == saved["state"][i][key].device
+            for key, t in own.items()
+        )
+        for i, own in expected["state"].items()
+    )
+    found = [same, 1 < kept < len(params), kept == sum("exp_avg" in s for s in optimizer.state.values())]
+    adam_steps(one, alone, 2, 4)
+    for layout in ("ddp", "one"):
+        tensors, other = adam(layout)
+        for p, q in zip(tensors, params, strict=True):
+            p.data.copy_(q)
+        other.load_state_dict(saved)
+        if layout == "ddp":
+            found.append(kept == sum("exp_avg" in s for s in other.state.values()))
+        adam_steps(tensors, other, 2, 4)
+        found.append(all(map(torch.equal, tensors, one)))
+    try:
+        copy.deepcopy(optimizer)
+    except TypeError as error:
+        found.append("should not be copied" in str(error))
+    optimizer.param_groups[0]["power"] = 1.0
+    try:
+        optimizer.step()
+    except ValueError as error:
+        found.append("power should not become 1" in str(error))
+    return found
+
+
+def test_moments_of_an_owner(ranks: World) -> None:
+    """SpectralAdam under DDP: each matrix's moments are one rank's, and a checkpoint has them all."""
+    assert ranks.run(3, checkpoint_of_adam) == [[True] * 8] * 3
 
 
 def plain_checkpoint() -> tuple[bool, bool]:
