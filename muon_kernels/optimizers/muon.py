@@ -33,7 +33,7 @@ from .muon_checks import check_group, check_groups, check_muon_options, costs_of
 from .prepare import batches_of, prepared
 from .scalars import set_peak_lr
 from .stage_options import given_options, with_stage_options
-from .state import Writes, check_copied, whole
+from .state import Writes, check_copied, forget_others, whole
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -389,6 +389,4 @@ class Muon(ClosureOptimizer):
         super().load_state_dict(state_dict)
         for p, copy in copies:
             self.state[p].update(copy)
-        for p in self._ranks.owned:
-            if self._ranks.elsewhere(p):
-                self.state.pop(p, None)
+        forget_others(self.state, self._ranks)

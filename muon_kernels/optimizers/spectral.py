@@ -35,7 +35,7 @@ from ..tensors import check_dense, check_like, local
 from .adamw_checks import check_adamw_state, check_numbers, check_step_size, new_adamw_state
 from .muon import Muon
 from .muon_checks import cost_of
-from .state import check_copied, whole
+from .state import check_copied, forget_others, whole
 
 
 class SpectralMomentum(Muon):
@@ -365,9 +365,7 @@ class SpectralAdam(ClosureOptimizer):
         for group in saved:
             _check_options({**self.defaults, **group}, self.defaults)
         super().load_state_dict(deepcopy({**state_dict, "param_groups": saved}))  # torch would share the moments
-        for p in self._ranks.owned:
-            if self._ranks.elsewhere(p):
-                self.state.pop(p, None)
+        forget_others(self.state, self._ranks)
 
 
 def _check_saved(of: str, p: Tensor, state: Mapping[str, Any]) -> None:

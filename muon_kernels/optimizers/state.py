@@ -23,6 +23,18 @@ from ..tensors import check_momentum, is_dtensor
 Writes = list[tuple[Tensor, str, Tensor | None]]
 
 
+# State that every rank keeps of a parameter that has an owner, as every rank writes the parameter.
+_EVERYWHERE = ("mantissa",)
+
+
+def forget_others(state: MutableMapping[Tensor, Any], ranks: Ranks) -> None:
+    """Delete what other ranks keep from a state that a checkpoint has brought whole."""
+    for p in filter(ranks.elsewhere, ranks.owned):
+        state[p] = {key: t for key, t in state.pop(p, {}).items() if key in _EVERYWHERE}
+        if not state[p]:
+            del state[p]
+
+
 @contextmanager
 def whole(state: MutableMapping[Tensor, Any], ranks: Ranks) -> Iterator[None]:
     """Hold in `state` that of other ranks, too, while this context lasts. All ranks have to enter it.
@@ -33,10 +45,12 @@ def whole(state: MutableMapping[Tensor, Any], ranks: Ranks) -> Iterator[None]:
         RuntimeError: some rank does not enter it.
     """
     own = {p: state.get(p) for p in ranks.owned}
-    sent = {p: {key: t.to(p.device) for key, t in kept.items()} for p, kept in own.items() if kept}
-    for p, kept in consensus.gathered(ranks.owned, sent).items():
+    sent = {
+        p: {key: t.to(p.device) for key, t in kept.items() if key not in _EVERYWHERE} for p, kept in own.items() if kept
+    }
+    for p, found in consensus.gathered(ranks.owned, sent).items():
         if ranks.elsewhere(p):
-            state[p] = {key: t.cpu() if key == "step" else t for key, t in kept.items()}
+            state[p] = {**(own[p] or {}), **{key: t.cpu() if key == "step" else t for key, t in found.items()}}
     try:
         yield
     finally:

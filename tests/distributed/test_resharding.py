@@ -28,6 +28,8 @@ from muon_kernels.cli.demo import GPT
 def build(layout: str, **options: Any) -> tuple[nn.Module, MuonAdamW]:
     torch.manual_seed(0)
     model: nn.Module = GPT(40, 1, 4, CONTEXT)
+    if options.get("master_weights"):
+        model = model.bfloat16()
     if layout != "one":
         model = LAYOUTS[layout](model)
     shared = {"process_group": dist.group.WORLD} if layout == "ddp" else {}
@@ -37,7 +39,7 @@ def build(layout: str, **options: Any) -> tuple[nn.Module, MuonAdamW]:
 def give(model: nn.Module, step: int) -> None:
     """The same gradients in every layout."""
     for i, p in enumerate(model.parameters()):
-        grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(1000 * step + i))
+        grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(1000 * step + i)).to(p.dtype)
         if isinstance(p, DTensor):
             grad = distribute_tensor(grad, p.device_mesh, p.placements, src_data_rank=None)
         p.grad = grad
@@ -58,8 +60,12 @@ def train(layout: str, start: int, stop: int, folder: str, **options: Any) -> di
     if stop < 4:
         state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
         dcp.save(state, checkpoint_id=folder)
-    whole = {name.removeprefix("module."): full(p.detach()) for name, p in model.named_parameters()}
-    return {name: p for name, p in whole.items() if name.startswith("layers") and p.ndim == 2}
+    named = {name.removeprefix("module."): p for name, p in model.named_parameters()}
+    found = {name: full(p.detach()) for name, p in named.items() if name.startswith("layers") and p.ndim == 2}
+    for name in list(found):
+        if (lower := optimizer.state[named[name]].get("mantissa")) is not None:
+            found[f"{name}'s mantissa"] = full(lower.int())  # gloo has no int16
+    return found
 
 
 @pytest.mark.parametrize(
@@ -83,6 +89,23 @@ def test_resharding(ranks: World, saved: tuple[str, int], loaded: tuple[str, int
         assert found.keys() == expected.keys() and len(found) == 4
         for name in found:
             torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0, msg=name)
+
+
+def train_masters(layout: str, start: int, stop: int, folder: str) -> dict[str, Tensor]:
+    return train(layout, start, stop, folder, master_weights=True, lr=1e-4)
+
+
+@pytest.mark.parametrize("saved", ["fsdp", "ddp"])
+def test_resharding_of_masters(ranks: World, saved: str, tmp_path: Path) -> None:
+    """Steps are smaller than bf16 shows: without their lower halves, masters would not be these."""
+    ranks.run(2, train_masters, saved, 0, 2, str(tmp_path))
+    expected = ranks.run(1, train_masters, "one", 0, 4, str(tmp_path))[0]
+    assert len(expected) == 8
+    for layout, size in (("fsdp", 3), ("ddp", 2), ("one", 1)):
+        for found in ranks.run(size, train_masters, layout, 2, 4, str(tmp_path)):
+            assert found.keys() == expected.keys()
+            for name in found:
+                torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0, msg=name)
 
 
 def train_norm(layout: str, start: int, stop: int, folder: str, form: str) -> dict[str, Tensor]:

@@ -33,7 +33,7 @@ from ...newton_schulz import ALGORITHMS, Products, Square
 from ...step.counting import Counter, count_iteration
 from ...step.plan import Bucket
 from ..collectives import Pending
-from ..lots import Lot, LotKey, Momenta, holders
+from ..lots import Kept, Lot, LotKey, holders
 from ..placement import Team
 from ..slices import NORM_BYTES, Buffers, Rectangle, scale_of, shift_of
 from .owner import OwnerRound
@@ -224,9 +224,9 @@ class GramRound(OwnerRound):
             product_bytes=bucket.count * bytes_,
         )
 
-    def __init__(self, lot: Lot, start: int, params: Sequence[Tensor], momenta: Momenta) -> None:
+    def __init__(self, lot: Lot, start: int, kept: Kept) -> None:
         """Decide what is summed in a round; see `OwnerRound`."""
-        super().__init__(lot, start, params, momenta)
+        super().__init__(lot, start, kept)
         bucket = lot.work.bucket
         self.count = len(self.entries[lot.key.team.replica])
         self.packed = (self.count, *packed_size(lot.key.shape[0]))
