@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..stages.packed import Packed
 from ..stages.second_moment import SecondMoment
 from ..stages.stage import floats_for
 from ..step.operands import Operand, check
@@ -36,7 +37,7 @@ from ..step.work import Scalars, Task, Work
 from ..step.workspace import Workspace
 from . import second_moment
 from .balance import assign_owners
-from .lots import Entry, Lot, LotKey, Momenta, holders
+from .lots import Entry, Kept, Lot, LotKey, holders, numbers_for
 from .placement import Placement, Team
 from .shards import layouts, shards_of
 from .slices import (
@@ -103,7 +104,17 @@ class Exchange:
         if not self.rounds:
             return 0
         slices, owned, norms = self._sizes
-        return min(IN_FLIGHT, len(self.rounds)) * (slices + owned + NORM_BYTES * norms)
+        return min(IN_FLIGHT, len(self.rounds)) * (slices + owned + NORM_BYTES * norms) + 4 * self._numbers
+
+    @property
+    def _packed(self) -> list[Packed]:
+        """Parameters of the rounds that go through fp32 memory."""
+        return [packed for r in self.rounds for packed in r.packed if packed]
+
+    @property
+    def _numbers(self) -> int:
+        """Fp32 numbers of memory for what is packed: of one round, as no two unpack at a time."""
+        return max(map(numbers_for, self._packed), default=0)
 
     @property
     def state_bytes(self) -> int:
@@ -153,13 +164,15 @@ class Exchange:
             return
         device = self.works[0].device
         *sizes, count = self._sizes
+        numbers = torch.empty(self._numbers, dtype=torch.float32, device=device)
         for _ in range(min(IN_FLIGHT, len(self.rounds))):
             # Allocated as doubles, for alignment: norms are viewed as such.
             slices, owned = (
                 torch.empty(-(-size // NORM_BYTES), dtype=torch.float64, device=device).view(torch.uint8)
                 for size in sizes
             )
-            self._buffers.append(Buffers(slices, owned, torch.empty(count, dtype=torch.float64, device=device)))
+            norms = torch.empty(count, dtype=torch.float64, device=device)
+            self._buffers.append(Buffers(slices, owned, norms, numbers))
 
     @property
     def lots(self) -> list[Lot]:
@@ -168,8 +181,10 @@ class Exchange:
         return list({id(lot): lot for lot in lots}.values())
 
     def warm_up(self, grads: Sequence[Tensor], scalars: Scalars, workspace: Workspace) -> None:
-        """Raise RuntimeError where random bits would be captured in a CUDA graph; there is nothing to warm up."""
+        """Take the scratch memory of packing; raise RuntimeError where a CUDA graph would capture random bits."""
         check_uncaptured(self.works, scalars)
+        for packed in self._packed:
+            packed[0].reserve()
 
     def run(self, grads: Sequence[Tensor], scalars: Scalars, workspace: Workspace) -> None:
         """Step all matrices of the team, several rounds at a time; see `Task.run`.
@@ -252,15 +267,18 @@ def exchanges_of(
         if placement is not None:
             for key, owned in _entries(index, operand, placement, options, strategy):
                 by_key.setdefault(key, []).extend(owned)
-    params = [operand.param for operand in operands]
-    momenta = [operand.momentum for operand in operands] if options.momentum else None
+    kept = Kept(
+        [operand.param for operand in operands],
+        [operand.momentum for operand in operands] if options.momentum else None,
+        [operand.mantissa for operand in operands] if options.master_weights else None,
+    )
     exchanges = []
     for team in dict.fromkeys(key.team for key in by_key):
         of_team = {key: found for key, found in by_key.items() if key.team is team and found and min(key.shape)}
         lots = _assigned(team, of_team, options, strategy)
         cap = max((_cap(lot.work.bucket.backend, options.max_workspace_bytes) for lot in lots), default=0)
         rounds = _owner_rounds if team.shards else partial(_replica_rounds, share=share_bytes(cap, team.ranks))
-        exchanges.append(Exchange(team, rounds(lots, params, momenta)))
+        exchanges.append(Exchange(team, rounds(lots, kept)))
     return exchanges
 
 
@@ -277,7 +295,7 @@ def _entries(
         here = rectangles[placement.team.shard].elements > 0
         ats = [
             layouts(t, flatten, piece, batch, tall) if t is not None and here else [None] * batch
-            for t in (p, operand.momentum, g)
+            for t in (p, operand.momentum, g, operand.mantissa)
         ]
         form = options.second_moment
         views = [None] * batch if form is None or V is None or not here else second_moment.views(form, V, flatten)
@@ -285,8 +303,8 @@ def _entries(
         yield (
             key,
             [
-                (placement.owner, Entry(index, of_p, of_buffer, of_g, ratio, tall, view))
-                for of_p, of_buffer, of_g, view in zip(*ats, views, strict=True)
+                (placement.owner, Entry(index, of_p, of_buffer, of_g, ratio, tall, view, of_lower))
+                for of_p, of_buffer, of_g, of_lower, view in zip(*ats, views, strict=True)
             ],
         )
 
@@ -300,15 +318,16 @@ class _Choice(NamedTuple):
 
 
 def _chosen(key: LotKey, options: StepOptions, strategy: type[OwnerRound]) -> _Choice:
+    param_dtype = torch.float32 if options.master_weights else key.param_dtype
     name, notes = backends.choose(
-        options.backend, key.device, (key.grad_dtype, key.param_dtype), options.workspace_dtype, key.shape
+        options.backend, key.device, (key.grad_dtype, param_dtype), options.workspace_dtype, key.shape
     )
     reason = strategy.refuses(key)
     strategy = OwnerRound if reason else strategy
     if reason and len(holders(key)) > 1:
         notes += (reason,)
-    # Second moments of shards are applied outside of the stack, see `lots.normalized`.
-    stages = tuple(stage for stage in options.stages if not isinstance(stage, SecondMoment))
+    # What is done to shards is done outside of the stack, see `lots.normalized` and `lots.in_memory`.
+    stages = tuple(s for s in options.stages if not (isinstance(s, SecondMoment) or s.packed))
     plan = partial(
         plan_bucket,
         strategy.shapes(key)[0],
@@ -386,22 +405,22 @@ def _lot(
     return Lot(key, own, group_index, entries, round_size, strategy, owner_keeps_state)
 
 
-def _owner_rounds(lots: Sequence[Lot], params: Sequence[Tensor], momenta: Momenta) -> list[OwnerRound]:
+def _owner_rounds(lots: Sequence[Lot], kept: Kept) -> list[OwnerRound]:
     """Return the rounds of sharded lots; first those in which most ranks have a matrix to iterate."""
-    rounds = [lot.strategy(lot, i * lot.round_size, params, momenta) for lot in lots for i in range(lot.rounds)]
+    rounds = [lot.strategy(lot, i * lot.round_size, kept) for lot in lots for i in range(lot.rounds)]
     return sorted(rounds, key=lambda r: -sum(len(entries) > r.start for entries in r.lot.entries))
 
 
-def _replica_rounds(lots: Sequence[Lot], params: Sequence[Tensor], momenta: Momenta, share: int) -> list[ReplicaRound]:
+def _replica_rounds(lots: Sequence[Lot], kept: Kept, share: int) -> list[ReplicaRound]:
     """Return the rounds of replicated lots, joined until a share of results has `share` bytes, worth a collective."""
     rounds, waiting = [], []
     for lot in lots:
         for i in range(lot.rounds):
             waiting.append((lot, i * lot.round_size))
-            copies = ReplicaRound(waiting, params, momenta)
+            copies = ReplicaRound(waiting, kept)
             if copies.share >= share:
                 rounds.append(copies)
                 waiting = []
     if waiting:
-        rounds.append(ReplicaRound(waiting, params, momenta))
+        rounds.append(ReplicaRound(waiting, kept))
     return rounds

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..layout import Bundle, Layout, Matrices
+from ..stages.packed import Halves, Packed, floats, unpacked
 from ..stages.second_moment import SecondMoment
 from . import second_moment
 from .placement import Team
@@ -20,8 +22,21 @@ if TYPE_CHECKING:
     from ..step.work import Work
     from .strategies.owner import OwnerRound
 
-# One for each parameter, None where another rank keeps it; None for all where the direction is the gradient.
-Momenta = Sequence[Tensor | None] | None
+# Most fp32 numbers that packed matrices are unpacked to at a time, unless one matrix has more.
+_NUMBERS, _NUMBERS_ON_CPU = 1 << 24, 1 << 20
+
+
+class Kept(NamedTuple):
+    """Parameters and their state, in the order of a step's operands; of DTensors, this rank's shards.
+
+    Attributes:
+        momenta: None where another rank keeps it; None for all where the directions are the gradients.
+        mantissas: lower halves of the parameters; None for all without `master_weights`.
+    """
+
+    params: Sequence[Tensor]
+    momenta: Sequence[Tensor | None] | None
+    mantissas: Sequence[Tensor | None] | None
 
 
 class Entry(NamedTuple):
@@ -32,6 +47,7 @@ class Entry(NamedTuple):
         ratio: factor of its learning rate.
         tall: whether the parameter holds it transposed.
         moment: second moment of this rank's shard, in the orientation of the parameter, if it is kept here.
+        mantissa_at: layout of the parameter's lower half, with `master_weights`.
     """
 
     param: int
@@ -41,6 +57,7 @@ class Entry(NamedTuple):
     ratio: float
     tall: bool
     moment: Tensor | None
+    mantissa_at: Layout | None
 
 
 class LotKey(NamedTuple):
@@ -111,6 +128,56 @@ def bundle_of(tensors: Sequence[Tensor | None], entries: Sequence[Entry], which:
         assert tensor is not None and at is not None
         bundle.append(Matrices(tensor, at))
     return bundle
+
+
+def params_of(kept: Kept, entries: Sequence[Entry]) -> Bundle | Packed:
+    """Return the parameters of `entries`; with `master_weights`, the fp32 numbers of which they are halves."""
+    if kept.mantissas is None:
+        return bundle_of(kept.params, entries, "param_at")
+    uppers, lowers = (
+        bundle_of(tensors, entries, which)
+        for tensors, which in ((kept.params, "param_at"), (kept.mantissas, "mantissa_at"))
+    )
+    return Packed(
+        Halves(_as_kept(upper), upper.layout.transposed, _as_kept(lower))
+        for upper, lower in zip(uppers, lowers, strict=True)
+    )
+
+
+def _as_kept(matrices: Matrices) -> Tensor:
+    """Return (matrices, rows, cols) as the parameter has them, sharing its memory."""
+    seen = matrices.view()
+    return seen.mT if matrices.layout.transposed else seen
+
+
+def _at_once(packed: Packed) -> tuple[int, int]:
+    """Return how many of equal matrices are unpacked at a time, and the fp32 numbers of one."""
+    _, rows, cols = packed[0].stored.shape
+    each = floats(rows, cols)
+    most = _NUMBERS_ON_CPU if packed[0].stored.device.type == "cpu" else _NUMBERS
+    return min(len(packed), max(1, most // each)), each
+
+
+def numbers_for(matrices: Bundle | Packed | None) -> int:
+    """Return the fp32 numbers of memory in which `in_memory` unpacks matrices."""
+    return math.prod(_at_once(matrices)) if isinstance(matrices, Packed) and matrices else 0
+
+
+def in_memory(matrices: Bundle | Packed, numbers: Tensor) -> Iterator[tuple[slice, Sequence[Matrices]]]:
+    """Yield matrices that verbs can read and write, each time with their places among all; pack again what is written.
+
+    Args:
+        matrices: equal ones, each by itself. If they are not packed, they come all at a time.
+        numbers: fp32 memory of `numbers_for` them, or more.
+    """
+    if not isinstance(matrices, Packed):
+        yield slice(0, len(matrices)), matrices
+        return
+    count, each = _at_once(matrices)
+    for start in range(0, len(matrices), count):
+        some = Packed(matrices[start : start + count])
+        with unpacked(some, numbers[: len(some) * each].view(len(some), each), rehearsing=False) as seen:
+            yield slice(start, start + len(some)), seen
 
 
 def normalized(lot: Lot, entries: Sequence[Entry], X: Tensor, beta2: float, ratios: array[float]) -> array[float]:

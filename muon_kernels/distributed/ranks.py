@@ -119,10 +119,11 @@ class Ranks:
 
 def check_shared(group: Mapping[str, Any]) -> None:
     """Raise ValueError where a group of parameters that several ranks share has an option that is not for these."""
-    wanted = {"master_weights": False, "workspace_dtype": "bfloat16"}
-    for name, value in wanted.items():
-        if group[name] != value:
-            raise ValueError(f"{name} should be {value} for DTensors and with a process_group but is: {group[name]!r}")
+    if group["workspace_dtype"] != "bfloat16":
+        raise ValueError(
+            "workspace_dtype should be bfloat16 for DTensors and with a process_group but is: "
+            f"{group['workspace_dtype']!r}"
+        )
     split = group["split"]
     if group["second_moment"] and any(split.values() if isinstance(split, Mapping) else (split,)):
         raise ValueError(

@@ -41,11 +41,16 @@ class Rectangle(NamedTuple):
 
 @dataclass
 class Buffers:
-    """Buffers of one round, bytes: slices of matrices that are sharded here, of those owned here, and norms."""
+    """Buffers of one round: bytes for slices of what is sharded here and of what is owned here, norms, and fp32 memory.
+
+    Attributes:
+        numbers: for what is unpacked, see `lots.in_memory`; the same for all rounds.
+    """
 
     slices: Tensor
     owned: Tensor
     norms: Tensor
+    numbers: Tensor
 
 
 def record_bytes(elements: int) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,6 @@ from .. import interrupts
 from ..checkpoint import STATE, check_checkpoint, check_state
 from ..closures import ClosureOptimizer
 from ..coefficients import NS_STEPS, resolve
-from ..distributed import consensus
 from ..distributed.agreement import Facts, options_of_groups
 from ..distributed.collectives import Failed
 from ..distributed.ranks import Ranks, check_shared
@@ -33,7 +32,7 @@ from .muon_checks import check_group, check_groups, check_muon_options, costs_of
 from .prepare import ReadyBatch, batches_of, prepared
 from .scalars import set_peak_lr
 from .stage_options import given_options, with_stage_options
-from .state import Writes
+from .state import Writes, check_copied, forget_others, whole
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -376,28 +375,13 @@ class Muon(ClosureOptimizer):
         Raises:
             TypeError: with a process_group, which belongs to this process and shares the state with others.
         """
-        if self._ranks.owned:
-            raise TypeError(
-                "an optimizer with a process_group should not be copied or pickled, as ranks share its state; make "
-                "another one and load the state_dict() that all ranks have asked for"
-            )
+        check_copied(self._ranks)
         state: dict[str, Any] = super().__getstate__()
         return state
 
-    @contextmanager
-    def whole_state(self) -> Iterator[None]:
-        """Hold the state of other ranks, too, while this context lasts. All ranks have to enter it."""
-        whole = consensus.gathered(self._ranks.owned, self.state)
-        own = {p: self.state.get(p) for p in whole}
-        try:
-            self.state.update(whole)
-            yield
-        finally:
-            for p, state in own.items():
-                if state is None:
-                    del self.state[p]
-                else:
-                    self.state[p] = state
+    def whole_state(self) -> AbstractContextManager[None]:
+        """Return a context in which `state` has that of other ranks, too. All ranks have to enter it."""
+        return whole(self.state, self._ranks)
 
     def state_dict(self) -> dict[str, Any]:
         """Return a checkpoint. It has the whole state also where ranks share it; then all ranks have to call this."""
@@ -430,6 +414,4 @@ class Muon(ClosureOptimizer):
         super().load_state_dict(state_dict)
         for p, copy in copies:
             self.state[p].update(copy)
-        for p in self._ranks.owned:
-            if self._ranks.elsewhere(p):
-                self.state.pop(p, None)
+        forget_others(self.state, self._ranks)

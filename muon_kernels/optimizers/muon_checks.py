@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from ..distributed.ranks import Ranks, check_shared
 from ..layout import split_shape
 from ..options import check_options, check_together, dtype_of, settle
@@ -26,8 +28,27 @@ def check_muon_options(group: Mapping[str, Any]) -> None:
         raise ValueError(f"step of a group, which counts its steps, should be an int from 0 to 2^31 but is: {step!r}")
 
 
+def cost_of(p: Tensor, split: str | None, group: Mapping[str, Any]) -> int:
+    """Return the FLOPs of a step of a parameter of a group, which is cut as `split` says.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: it cannot be stepped with the group's options.
+    """
+    shapes = [split_shape(p.shape, group["flatten"], x) for x in pieces(p.shape, group["flatten"], split)]
+    return plan_for_shapes(
+        [(rows, cols, count) for count, rows, cols in shapes],
+        schedule=schedule_for(group["ns_coefficients"], group["ns_steps"], group["power"]),
+        device=p.device,
+        dtype=p.dtype,
+        backend=group["backend"],
+        ns_algorithm=group["ns_algorithm"],
+        max_workspace_bytes=group["max_workspace_bytes"],
+        workspace_dtype=dtype_of(group.get("workspace_dtype", "bfloat16")),
+    ).flops
+
+
 def costs_of(group: Mapping[str, Any]) -> list[int]:
-    """Return the FLOPs of a step of each parameter of a group.
+    """Return the FLOPs of a step of each parameter of a group of `Muon`.
 
     Raises:
         ValueError, TypeError, RuntimeError: a parameter cannot be stepped with the group's options.
@@ -40,18 +61,7 @@ def costs_of(group: Mapping[str, Any]) -> list[int]:
             check_rounding(p)
         if group["master_weights"]:
             check_master(p)
-        shapes = [split_shape(p.shape, group["flatten"], x) for x in pieces(p.shape, group["flatten"], split)]
-        plan = plan_for_shapes(
-            [(rows, cols, count) for count, rows, cols in shapes],
-            schedule=schedule_for(group["ns_coefficients"], group["ns_steps"], group["power"]),
-            device=p.device,
-            dtype=p.dtype,
-            backend=group["backend"],
-            ns_algorithm=group["ns_algorithm"],
-            max_workspace_bytes=group["max_workspace_bytes"],
-            workspace_dtype=dtype_of(group["workspace_dtype"]),
-        )
-        costs.append(plan.flops)
+        costs.append(cost_of(p, split, group))
     return costs
 
 

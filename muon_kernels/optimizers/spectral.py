@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer, ParamsT
 
@@ -33,6 +34,8 @@ from ..step.workspace import Workspace
 from ..tensors import check_dense, check_like, local
 from .adamw_checks import check_adamw_state, check_numbers, check_step_size, new_adamw_state
 from .muon import Muon
+from .muon_checks import cost_of
+from .state import check_copied, forget_others, whole
 
 
 class SpectralMomentum(Muon):
@@ -112,6 +115,8 @@ class SpectralAdam(ClosureOptimizer):
         adjust_lr_fn: as `Muon`'s, but None is the paper's: √max(1, A/B) for power 0, and 1 for others.
         flatten, split, transposed, ns_algorithm, backend, max_workspace_bytes: as `Muon`'s.
         maximize: whether to ascend.
+        process_group: as `Muon`'s: each rank steps a share of the matrices and keeps only the moments of that. Every
+            rank steps all other parameters.
 
     Raises:
         ValueError, TypeError: an argument that cannot be used, with what was expected.
@@ -136,6 +141,7 @@ class SpectralAdam(ClosureOptimizer):
         backend: str = "auto",
         max_workspace_bytes: int | None = None,
         maximize: bool = False,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         """Check everything. Allocate nothing yet: moments come with the first gradients."""
         if adjust_lr_fn is None and check_power(power):
@@ -160,7 +166,7 @@ class SpectralAdam(ClosureOptimizer):
         options.settle(defaults, defaults)
         _check_options(defaults, defaults)
         self._workspace, self._tasks = Workspace(), TaskCache()
-        self._ranks = Ranks()
+        self._ranks = Ranks(process_group)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -182,7 +188,8 @@ class SpectralAdam(ClosureOptimizer):
             for p in group["params"]:
                 check_dense("parameter", local(p))
             matrices = [p for p in group["params"] if _iterated(p, group)]
-            self._ranks.add({**group, "params": matrices}, [])
+            costs = [cost_of(p, split, group) for p, split in splits(group) if _iterated(p, group)]
+            self._ranks.add({**group, "params": matrices, "param_names": _names(group, matrices)}, costs)
             self._prepare(group, matrices, [local(p) for p in matrices])
         except Exception:
             del self.param_groups[before:]
@@ -209,6 +216,7 @@ class SpectralAdam(ClosureOptimizer):
         for group in self.param_groups:
             options.settle(group, self.defaults)
             _check_options(group, self.defaults)
+            self._ranks.check(group)
             for p in group["params"]:
                 if (grad := p.grad) is None:
                     continue
@@ -247,7 +255,8 @@ class SpectralAdam(ClosureOptimizer):
             for group, grads, rest, matrices, updates, tasks, scalars in ready.batches:
                 self._adamw(group, grads, rest, [local(p) for p in rest], group["lr"], group["weight_decay"])
                 # A step of size 1 turns a parameter that is zero into -R.
-                self._adamw(group, grads, matrices, updates, 1.0, 0.0)
+                own = [(p, u) for p, u in zip(matrices, updates, strict=True) if not self._ranks.elsewhere(p)]
+                self._adamw(group, grads, [p for p, _ in own], [update for _, update in own], 1.0, 0.0)
                 for task in tasks:
                     task.run(updates, scalars, self._workspace)
 
@@ -257,7 +266,8 @@ class SpectralAdam(ClosureOptimizer):
         grads = {p: local(grad) for p, grad in found.items() if grad is not None}
         matrices = [p for p in grads if _iterated(p, group)]
         rest = [p for p in grads if not _iterated(p, group)]
-        updates = [torch.zeros_like(local(p), memory_format=torch.preserve_format) for p in matrices]
+        # Nobody reads the update of a matrix that another rank steps: the parameter stands in its place.
+        updates = [p if self._ranks.elsewhere(p) else _zeros(p) for p in matrices]
         tasks = self._prepare(group, matrices, updates)
         for task in tasks:
             task.reserve(self._workspace)
@@ -265,8 +275,8 @@ class SpectralAdam(ClosureOptimizer):
         return _Batch(group, grads, rest, matrices, updates, tasks, scalars)
 
     def _new_state(self, params: Iterable[Tensor]) -> dict[Tensor, dict[str, Tensor]]:
-        """Return the state of the parameters that have none."""
-        return {p: new_adamw_state(p) for p in params if not self.state.get(p)}
+        """Return the state of the parameters that have none, here or on another rank."""
+        return {p: new_adamw_state(p) for p in params if not (self._ranks.elsewhere(p) or self.state.get(p))}
 
     def _keep(self, new: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
         for p, state in new.items():
@@ -330,11 +340,22 @@ class SpectralAdam(ClosureOptimizer):
             options.settle(group, self.defaults)
         self._ranks.refresh(self.param_groups)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what pickling and copying keep.
+
+        Raises:
+            TypeError: with a process_group, which belongs to this process and shares the state with others.
+        """
+        check_copied(self._ranks)
+        state: dict[str, Any] = super().__getstate__()
+        return state
+
     def state_dict(self) -> dict[str, Any]:
-        """Return a checkpoint, in plain values."""
+        """Return a checkpoint, in plain values; whole also where ranks share it, and then all have to call this."""
         for group in self.param_groups:
             options.settle(group, self.defaults)
-        return super().state_dict()
+        with whole(self.state, self._ranks):
+            return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class or of torch.optim.AdamW.
@@ -355,6 +376,7 @@ class SpectralAdam(ClosureOptimizer):
         for group in saved:
             _check_options({**self.defaults, **group}, self.defaults)
         super().load_state_dict(deepcopy({**state_dict, "param_groups": saved}))  # torch would share the moments
+        forget_others(self.state, self._ranks)
 
 
 class _Batch(NamedTuple):
@@ -386,6 +408,16 @@ class _Ready(NamedTuple):
 
 def _check_saved(of: str, p: Tensor, state: Mapping[str, Any]) -> None:
     check_adamw_state(of, p, state, saved=True)
+
+
+def _zeros(p: Tensor) -> Tensor:
+    return torch.zeros_like(local(p), memory_format=torch.preserve_format)
+
+
+def _names(group: Mapping[str, Any], params: Iterable[Tensor]) -> list[str]:
+    """Return the names of some parameters of a group, none where it has no names."""
+    names = dict(zip(group["params"], group.get("param_names", ()), strict=False))
+    return [names[p] for p in params if p in names]
 
 
 def _iterated(p: Tensor, group: dict[str, Any]) -> bool:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from ..distributed import consensus
 from ..distributed.ranks import Ranks
 from ..distributed.second_moment import create as create_shard
 from ..options import dtype_of
@@ -19,6 +21,53 @@ from ..tensors import check_momentum, is_dtensor
 
 # Writes into the state: (parameter, key, tensor), or None to delete the key.
 Writes = list[tuple[Tensor, str, Tensor | None]]
+
+
+# State that every rank keeps of a parameter that has an owner, as every rank writes the parameter.
+_EVERYWHERE = ("mantissa",)
+
+
+def forget_others(state: MutableMapping[Tensor, Any], ranks: Ranks) -> None:
+    """Delete what other ranks keep from a state that a checkpoint has brought whole."""
+    for p in filter(ranks.elsewhere, ranks.owned):
+        state[p] = {key: t for key, t in state.pop(p, {}).items() if key in _EVERYWHERE}
+        if not state[p]:
+            del state[p]
+
+
+@contextmanager
+def whole(state: MutableMapping[Tensor, Any], ranks: Ranks) -> Iterator[None]:
+    """Hold in `state` that of other ranks, too, while this context lasts. All ranks have to enter it.
+
+    Counts of steps, which torch keeps on the processor, travel on the parameter's device as all else does.
+
+    Raises:
+        RuntimeError: some rank does not enter it.
+    """
+    own = {p: state.get(p) for p in ranks.owned}
+    sent = {
+        p: {key: t.to(p.device) for key, t in kept.items() if key not in _EVERYWHERE} for p, kept in own.items() if kept
+    }
+    for p, found in consensus.gathered(ranks.owned, sent).items():
+        if ranks.elsewhere(p):
+            state[p] = {**(own[p] or {}), **{key: t.cpu() if key == "step" else t for key, t in found.items()}}
+    try:
+        yield
+    finally:
+        for p, kept in own.items():
+            if kept is not None:
+                state[p] = kept
+            else:
+                state.pop(p, None)
+
+
+def check_copied(ranks: Ranks) -> None:
+    """Raise TypeError where an optimizer has a process_group, which belongs to this process and shares the state."""
+    if ranks.owned:
+        raise TypeError(
+            "an optimizer with a process_group should not be copied or pickled, as ranks share its state; make "
+            "another one and load the state_dict() that all ranks have asked for"
+        )
 
 
 class StateOfGroups:

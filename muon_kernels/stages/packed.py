@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from .. import memory
 from ..layout import Layout, Matrices, split_shape, view
 from ..split import pieces
-from ..tensors import check_dense, check_like
+from ..tensors import check_dense, check_like, local
 from .stage import Stage
 
 BLOCK = 2048
@@ -375,5 +375,5 @@ def check_master(p: Tensor) -> None:
 
 def check_mantissa(name: str, mantissa: Any, p: Tensor) -> None:
     """Raise ValueError or TypeError unless `mantissa` can be the lower half of fp32 numbers whose upper half is `p`."""
-    check_dense(name, mantissa, (torch.int16,))
+    check_dense(name, local(mantissa), (torch.int16,))
     check_like(name, mantissa, p)

@@ -21,13 +21,15 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from muon_kernels import MuonAdamW
+from muon_kernels import MuonAdamW, SpectralAdam
 from muon_kernels.cli.demo import GPT
 
 
 def build(layout: str, **options: Any) -> tuple[nn.Module, MuonAdamW]:
     torch.manual_seed(0)
     model: nn.Module = GPT(40, 1, 4, CONTEXT)
+    if options.get("master_weights"):
+        model = model.bfloat16()
     if layout != "one":
         model = LAYOUTS[layout](model)
     shared = {"process_group": dist.group.WORLD} if layout == "ddp" else {}
@@ -37,7 +39,7 @@ def build(layout: str, **options: Any) -> tuple[nn.Module, MuonAdamW]:
 def give(model: nn.Module, step: int) -> None:
     """The same gradients in every layout."""
     for i, p in enumerate(model.parameters()):
-        grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(1000 * step + i))
+        grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(1000 * step + i)).to(p.dtype)
         if isinstance(p, DTensor):
             grad = distribute_tensor(grad, p.device_mesh, p.placements, src_data_rank=None)
         p.grad = grad
@@ -58,8 +60,12 @@ def train(layout: str, start: int, stop: int, folder: str, **options: Any) -> di
     if stop < 4:
         state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
         dcp.save(state, checkpoint_id=folder)
-    whole = {name.removeprefix("module."): full(p.detach()) for name, p in model.named_parameters()}
-    return {name: p for name, p in whole.items() if name.startswith("layers") and p.ndim == 2}
+    named = {name.removeprefix("module."): p for name, p in model.named_parameters()}
+    found = {name: full(p.detach()) for name, p in named.items() if name.startswith("layers") and p.ndim == 2}
+    for name in list(found):
+        if (lower := optimizer.state[named[name]].get("mantissa")) is not None:
+            found[f"{name}'s mantissa"] = full(lower.int())  # gloo has no int16
+    return found
 
 
 @pytest.mark.parametrize(
@@ -85,6 +91,23 @@ def test_resharding(ranks: World, saved: tuple[str, int], loaded: tuple[str, int
             torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0, msg=name)
 
 
+def train_masters(layout: str, start: int, stop: int, folder: str) -> dict[str, Tensor]:
+    return train(layout, start, stop, folder, master_weights=True, lr=1e-4)
+
+
+@pytest.mark.parametrize("saved", ["fsdp", "ddp"])
+def test_resharding_of_masters(ranks: World, saved: str, tmp_path: Path) -> None:
+    """Steps are smaller than bf16 shows: without their lower halves, masters would not be these."""
+    ranks.run(2, train_masters, saved, 0, 2, str(tmp_path))
+    expected = ranks.run(1, train_masters, "one", 0, 4, str(tmp_path))[0]
+    assert len(expected) == 8
+    for layout, size in (("fsdp", 3), ("ddp", 2), ("one", 1)):
+        for found in ranks.run(size, train_masters, layout, 2, 4, str(tmp_path)):
+            assert found.keys() == expected.keys()
+            for name in found:
+                torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0, msg=name)
+
+
 def train_norm(layout: str, start: int, stop: int, folder: str, form: str) -> dict[str, Tensor]:
     return train(layout, start, stop, folder, second_moment=form)
 
@@ -98,6 +121,66 @@ def test_resharding_of_second_moments(ranks: World, form: str, tmp_path: Path) -
         for found in ranks.run(size, train_norm, layout, 2, 4, str(tmp_path), form):
             for name in found:
                 torch.testing.assert_close(found[name], expected[name], rtol=0, atol=2e-4, msg=name)
+
+
+def adam(layout: str) -> tuple[list[nn.Parameter], SpectralAdam]:
+    """Matrices and a vector, before a first step."""
+    shapes = [(24, 40), (40, 24), (16, 16), (7,), (24, 40), (2, 8, 8)]
+    params = [nn.Parameter(torch.randn(s, generator=torch.Generator().manual_seed(i))) for i, s in enumerate(shapes)]
+    shared = {"process_group": dist.group.WORLD} if layout == "ddp" else {}
+    named = [(f"p{i}", p) for i, p in enumerate(params)]
+    return params, SpectralAdam(named, lr=0.1, **shared)
+
+
+def adam_steps(params: list[nn.Parameter], optimizer: SpectralAdam, start: int, stop: int) -> None:
+    for step in range(start, stop):
+        for i, p in enumerate(params):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i))
+        optimizer.step()
+
+
+def checkpoint_of_adam() -> list[bool]:
+    """A checkpoint under DDP against one process's; training from it on these ranks and on one; the state kept."""
+    one, alone = adam("one")
+    params, optimizer = adam("ddp")
+    for tensors, each in ((one, alone), (params, optimizer)):
+        adam_steps(tensors, each, 0, 2)
+    kept = sum("exp_avg" in s for s in optimizer.state.values())
+    saved, expected = copy.deepcopy(optimizer.state_dict()), alone.state_dict()
+    same = saved["state"].keys() == expected["state"].keys() and all(
+        own.keys() == saved["state"][i].keys()
+        and all(
+            torch.equal(t, saved["state"][i][key]) and t.device == saved["state"][i][key].device
+            for key, t in own.items()
+        )
+        for i, own in expected["state"].items()
+    )
+    found = [same, 1 < kept < len(params), kept == sum("exp_avg" in s for s in optimizer.state.values())]
+    adam_steps(one, alone, 2, 4)
+    for layout in ("ddp", "one"):
+        tensors, other = adam(layout)
+        for p, q in zip(tensors, params, strict=True):
+            p.data.copy_(q)
+        other.load_state_dict(saved)
+        if layout == "ddp":
+            found.append(kept == sum("exp_avg" in s for s in other.state.values()))
+        adam_steps(tensors, other, 2, 4)
+        found.append(all(map(torch.equal, tensors, one)))
+    try:
+        copy.deepcopy(optimizer)
+    except TypeError as error:
+        found.append("should not be copied" in str(error))
+    optimizer.param_groups[0]["power"] = 1.0
+    try:
+        optimizer.step()
+    except ValueError as error:
+        found.append("power should not become 1" in str(error))
+    return found
+
+
+def test_moments_of_an_owner(ranks: World) -> None:
+    """SpectralAdam under DDP: each matrix's moments are one rank's, and a checkpoint has them all."""
+    assert ranks.run(3, checkpoint_of_adam) == [[True] * 8] * 3
 
 
 def plain_checkpoint() -> tuple[bool, bool]:

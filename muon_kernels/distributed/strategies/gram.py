@@ -33,7 +33,7 @@ from ...newton_schulz import ALGORITHMS, Products, Square
 from ...step.counting import Counter, count_iteration
 from ...step.plan import Bucket
 from ..collectives import Pending
-from ..lots import Lot, LotKey, Momenta, holders
+from ..lots import Kept, Lot, LotKey, holders
 from ..placement import Team
 from ..slices import NORM_BYTES, Buffers, Rectangle, scale_of, shift_of
 from .owner import OwnerRound
@@ -224,12 +224,12 @@ class GramRound(OwnerRound):
             product_bytes=bucket.count * bytes_,
         )
 
-    def __init__(self, lot: Lot, start: int, params: Sequence[Tensor], momenta: Momenta) -> None:
+    def __init__(self, lot: Lot, start: int, kept: Kept) -> None:
         """Decide what is summed in a round; see `OwnerRound`."""
-        super().__init__(lot, start, params, momenta)
+        super().__init__(lot, start, kept)
         bucket = lot.work.bucket
         self.count = len(self.entries[lot.key.team.replica])
-        self.packed = (self.count, *packed_size(lot.key.shape[0]))
+        self._packed = (self.count, *packed_size(lot.key.shape[0]))
         self.visits = count(bucket.backend, bucket.algorithm, *bucket.shape, lot.work.schedule)[0]
         self._program: tuple[Stacks, Buffers, Callable[[], Tensor]] | None = None
 
@@ -244,7 +244,7 @@ class GramRound(OwnerRound):
 
     @property
     def _sum_bytes(self) -> int:
-        return math.prod(self.packed) * torch.float32.itemsize
+        return math.prod(self._packed) * torch.float32.itemsize
 
     @property
     def bytes_sent(self) -> int:
@@ -307,7 +307,7 @@ class GramRound(OwnerRound):
                 begin, offset = offset, offset + math.prod(size) * dtype.itemsize
                 return buffers.owned[begin:offset].view(dtype).view(size)
 
-            packed = take(torch.float32, *self.packed)
+            packed = take(torch.float32, *self._packed)
             diagonal = take(torch.float32, self.count, m) if ops.precise_squares else None
             rest = Square(take(work.bucket.workspace_dtype, self.count, m, m), diagonal)
 

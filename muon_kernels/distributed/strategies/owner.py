@@ -12,11 +12,12 @@ from torch import Tensor
 
 from ... import backends
 from ...coefficients import Schedule
-from ...layout import Bundle, Matrices
+from ...layout import Matrices
+from ...stages.packed import Packed
 from ...step.plan import Bucket
 from ...step.run import run_iteration
 from ..collectives import Pending, gather
-from ..lots import Lot, LotKey, Momenta, bundle_of, normalized
+from ..lots import Kept, Lot, LotKey, bundle_of, in_memory, normalized, params_of
 from ..placement import Team
 from ..slices import Buffers, Rectangle, Slices, end_of, gather_slices, in_turn, scale_of
 
@@ -63,13 +64,13 @@ class OwnerRound:
         """Return the form of the iteration, the same on all ranks; "auto" if each may choose."""
         return name
 
-    def __init__(self, lot: Lot, start: int, params: Sequence[Tensor], momenta: Momenta) -> None:
+    def __init__(self, lot: Lot, start: int, kept: Kept) -> None:
         """Decide what goes where in a round.
 
         Args:
             lot: the matrices.
             start: index of each owner's first matrix in this round.
-            params, momenta: this rank's shards; momenta are None where the direction is the gradient.
+            kept: this rank's shards.
         """
         self.lot, self.start = lot, start
         team, key = lot.key.team, lot.key
@@ -84,10 +85,10 @@ class OwnerRound:
         self.entries = [[entry for entries in replica for entry in entries] for replica in by_replica]
         there = bool(own.elements)
         self.momenta = [
-            None if momenta is None else bundle_of(momenta, entries if there else (), "momentum_at")
+            None if kept.momenta is None else bundle_of(kept.momenta, entries if there else (), "momentum_at")
             for entries in self.entries
         ]
-        self.params = [bundle_of(params, entries, "param_at") if there else Bundle() for entries in self.entries]
+        self.params = [params_of(kept, entries if there else ()) for entries in self.entries]
         self.ratios = [array("d", [entry.ratio for entry in entries]) for entries in self.entries]
         self.share = max(map(len, self.entries))
         self.pending: Pending | None = None
@@ -96,6 +97,11 @@ class OwnerRound:
     def begun(self) -> list[tuple[Lot, int]]:
         """The lot of this round, with the index of each owner's first matrix."""
         return [(self.lot, self.start)]
+
+    @property
+    def packed(self) -> list[Packed]:
+        """What goes through fp32 memory."""
+        return [params for params in self.params if isinstance(params, Packed)]
 
     @property
     def buffer_bytes(self) -> tuple[int, int]:
@@ -195,7 +201,7 @@ class OwnerRound:
             X = Slices(0, len(entries), self.sent[0].shard).of(share, dtype)
             # Called also where this rank has no shard: others wait for its sums.
             own = normalized(self.lot, entries, X, scalars.beta2, ratios)
-            if params:
-                options = scalars.apply_options(self.lot.group_index, index)
-                ops.apply_update(scalars.apply_update(params, X, own), options)
+            for at, seen in in_memory(params, buffers.numbers) if params else ():
+                options = scalars.apply_options(self.lot.group_index, index + at.start)
+                ops.apply_update(scalars.apply_update(seen, X[at], own[at]), options)
             index += len(ratios)

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from ... import backends
 from ...layout import Bundle, Matrices
+from ...stages.packed import Packed
 from ...stages.second_moment import normalize
 from ...step.run import run_iteration
 from ..collectives import Pending, gather
-from ..lots import Entry, Lot, Momenta, bundle_of, normalized
+from ..lots import Entry, Kept, Lot, bundle_of, in_memory, normalized, params_of
 from ..slices import Buffers, Rectangle, end_of, in_turn
 
 if TYPE_CHECKING:
@@ -29,28 +30,28 @@ class ReplicaRound:
     def __init__(
         self,
         lots: Sequence[tuple[Lot, int]],
-        params: Sequence[Tensor],
-        momenta: Momenta,
+        kept: Kept,
     ) -> None:
         """Decide who does what.
 
         Args:
             lots: each with the index of every owner's first matrix in this round.
-            params, momenta: the copies; the momentum of a matrix that another rank owns may be None.
+            kept: the copies; the momentum of a matrix that another rank owns may be None.
         """
+        momenta = kept.momenta
         self.team = lots[0][0].key.team
         self.lots = []
         for lot, start in lots:
             shares = [entries[start : start + lot.round_size] for entries in lot.entries]
             # Every rank keeps all momenta of copies that have no owner.
-            kept = [
+            keeps_all = [
                 momenta is not None and all(momenta[entry.param] is not None for entry in entries) for entries in shares
             ]
             own = [
                 None if momenta is None else bundle_of(momenta, entries if keeps else (), "momentum_at")
-                for entries, keeps in zip(shares, kept, strict=True)
+                for entries, keeps in zip(shares, keeps_all, strict=True)
             ]
-            copies = [bundle_of(params, entries, "param_at") for entries in shares]
+            copies = [params_of(kept, entries) for entries in shares]
             self.lots.append(_Copies(lot, start, shares, own, copies))
         # Where in its share each rank has the results of each lot.
         self.places = [
@@ -69,6 +70,11 @@ class ReplicaRound:
     def begun(self) -> list[tuple[Lot, int]]:
         """The lots of this round, each with the index of every owner's first matrix."""
         return [(copies.lot, copies.start) for copies in self.lots]
+
+    @property
+    def packed(self) -> list[Packed]:
+        """What goes through fp32 memory."""
+        return [params for copies in self.lots for params in copies.params if isinstance(params, Packed)]
 
     @property
     def buffer_bytes(self) -> tuple[int, int]:
@@ -137,9 +143,11 @@ class ReplicaRound:
                         ratios = array("d", map(mul, ratios, place.norms(results).tolist()))
                     else:
                         ratios = normalized(copies.lot, entries, X, scalars.beta2, ratios)
-                    backends.get(work.bucket.backend).apply_update(
-                        scalars.apply_update(params, X, ratios), scalars.apply_options(copies.lot.group_index, index)
-                    )
+                    for at, seen in in_memory(params, buffers.numbers):
+                        backends.get(work.bucket.backend).apply_update(
+                            scalars.apply_update(seen, X[at], ratios[at]),
+                            scalars.apply_options(copies.lot.group_index, index + at.start),
+                        )
                 index += len(entries)
 
 
@@ -150,4 +158,4 @@ class _Copies(NamedTuple):
     start: int
     shares: list[list[Entry]]
     momenta: list[Bundle | None]
-    params: list[Bundle]
+    params: list[Bundle | Packed]
