@@ -104,13 +104,17 @@ _PATIENCE = timedelta(seconds=60)
 
 
 def gathered(
-    owned: Mapping[Tensor, Placement], state: Mapping[Tensor, Mapping[str, Any]]
+    owned: Mapping[Tensor, Placement], state: Mapping[Tensor, Mapping[str, Any]], to: int | None = None
 ) -> dict[Tensor, dict[str, Any]]:
     """Gather the state of all parameters that have an owner. Every rank of the teams has to call this.
 
     Args:
         owned: the parameters that have an owner.
         state: this rank's state.
+        to: rank of the team that gets it; None for all.
+
+    Returns:
+        The state on ranks that get it, and nothing on others.
 
     Raises:
         RuntimeError: some rank does not call it.
@@ -126,7 +130,8 @@ def gathered(
         except Exception as error:
             raise RuntimeError(
                 f"state_dict() should be called on every rank of the process group, which share the state, but some "
-                f"did not within {_PATIENCE.seconds} s: {error}"
+                f"did not within {_PATIENCE.seconds} s: {error}; where only one rank saves, have all ranks call "
+                "consolidate_state_dict() before"
             ) from error
         own = [{key: (t.shape, t.dtype) for key, t in state.get(p, {}).items()} for p in params]
         everybody: list[Any] = [None] * group.size()
@@ -136,9 +141,17 @@ def gathered(
             assert owner is not None
             for key, (shape, dtype) in everybody[owner][i].items():
                 mine = owner == team.rank
+                if to is not None and team.rank not in (owner, to):
+                    continue
                 sent = state[p][key].contiguous() if mine else torch.empty(shape, dtype=dtype, device=p.device)
-                dist.broadcast(sent, group_src=owner, group=group)
-                found.setdefault(p, {})[key] = state[p][key] if mine else sent
+                if to is None:
+                    dist.broadcast(sent, group_src=owner, group=group)
+                elif mine and to != team.rank:
+                    dist.send(sent, group_dst=to, group=group)
+                elif not mine:
+                    dist.recv(sent, group_src=owner, group=group)
+                if to in (None, team.rank):
+                    found.setdefault(p, {})[key] = state[p][key] if mine else sent
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -16,6 +16,13 @@ from .balance import assign_owners
 from .placement import Placement, Team, Teams, placement_of, replicated, team_of
 
 
+class Consolidated(NamedTuple):
+    """State that one rank of the process group has got from the others, on the host; empty on these."""
+
+    to: int
+    state: dict[Tensor, dict[str, Tensor]]
+
+
 class Ranks:
     """Placements and teams of all parameters of an optimizer.
 
@@ -23,6 +30,7 @@ class Ranks:
         placements: of the parameters that several ranks step together.
         teams: each with the parameters that it steps, in their order.
         agreement: of these ranks about their steps.
+        consolidated: state of other ranks as it is since the last step, if it was asked for.
     """
 
     def __init__(self, process_group: ProcessGroup | None = None) -> None:
@@ -34,6 +42,7 @@ class Ranks:
         self.placements: dict[Tensor, Placement] = {}
         self.teams: dict[Team, list[Tensor]] = {}
         self.agreement = Agreement()
+        self.consolidated: Consolidated | None = None
         self._copies = None if process_group is None else team_of(process_group)
         self._teams = Teams()
         self._flatten: dict[Tensor, bool | None] = {}  # as DTensors were seen

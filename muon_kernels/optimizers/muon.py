@@ -32,7 +32,7 @@ from .muon_checks import check_group, check_groups, check_muon_options, costs_of
 from .prepare import ReadyBatch, batches_of, prepared
 from .scalars import set_peak_lr
 from .stage_options import given_options, with_stage_options
-from .state import Writes, check_copied, forget_others, whole
+from .state import Writes, check_copied, consolidate, forget_others, whole
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -310,6 +310,7 @@ class Muon(ClosureOptimizer):
         """Write what `_ready` has got ready."""
         # An interrupt is deferred only where this rank is alone: another rank may wait for this one for ever.
         alone = not any(task.together for batch in ready for task in batch.tasks)
+        self._ranks.consolidated = None
         with interrupts.held() if alone else nullcontext():
             for groups, numbers, tasks, grads, new in ready:
                 self._keep(new)
@@ -343,6 +344,7 @@ class Muon(ClosureOptimizer):
         with torch.inference_mode(False), torch.no_grad():
             trained = lambda p: p if p.requires_grad else None
             found = [self._prepare(groups, trained)[2] for groups, _ in self._batches()]
+        self._ranks.consolidated = None
         for new in found:
             self._keep(new)
 
@@ -383,8 +385,29 @@ class Muon(ClosureOptimizer):
         """Return a context in which `state` has that of other ranks, too. All ranks have to enter it."""
         return whole(self.state, self._ranks)
 
+    @torch.no_grad()
+    def consolidate_state_dict(self, to: int = 0) -> None:
+        """Bring the state that ranks share to one of them, which can then call `state_dict` alone until the next step.
+
+        As torch's ZeroRedundancyOptimizer does it, for trainers that save on one rank only. All ranks of the process
+        group have to call it. It costs the messages of a `state_dict` that all ranks call, to one rank only, and on
+        that rank host memory for the momenta of the others until the next step. On others `state_dict` raises until
+        then. Without a process_group it does nothing.
+
+        Args:
+            to: rank in the process group.
+
+        Raises:
+            ValueError: there is no such rank.
+            RuntimeError: some rank does not call it.
+        """
+        consolidate(self.state, self._ranks, to)
+
     def state_dict(self) -> dict[str, Any]:
-        """Return a checkpoint. It has the whole state also where ranks share it; then all ranks have to call this."""
+        """Return a checkpoint, of the whole state also where ranks share it.
+
+        Then all ranks have to call this, or one alone after `consolidate_state_dict`.
+        """
         self._settle()
         with self.whole_state():
             return super().state_dict()
@@ -415,3 +438,4 @@ class Muon(ClosureOptimizer):
         for p, copy in copies:
             self.state[p].update(copy)
         forget_others(self.state, self._ranks)
+        self._ranks.consolidated = None

@@ -186,6 +186,11 @@ class MuonAdamW(ClosureOptimizer):
         self._hand_over()
         return self._muon.plan()
 
+    def consolidate_state_dict(self, to: int = 0) -> None:
+        """Bring the state that ranks share to one of them; see `Muon.consolidate_state_dict`."""
+        self._hand_over()
+        self._muon.consolidate_state_dict(to)
+
     def state_dict(self) -> dict[str, Any]:
         """Return a checkpoint; see `Muon.state_dict`."""
         self._hand_over()

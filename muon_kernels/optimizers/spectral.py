@@ -35,7 +35,7 @@ from ..tensors import check_dense, check_like, local
 from .adamw_checks import check_adamw_state, check_numbers, check_step_size, new_adamw_state
 from .muon import Muon
 from .muon_checks import cost_of
-from .state import check_copied, forget_others, whole
+from .state import check_copied, consolidate, forget_others, whole
 
 
 class SpectralMomentum(Muon):
@@ -250,6 +250,7 @@ class SpectralAdam(ClosureOptimizer):
         assert ready is not None
         # An interrupt is deferred only where this rank is alone: another rank may wait for this one for ever.
         alone = not any(task.together for batch in ready.batches for task in batch.tasks)
+        self._ranks.consolidated = None
         with interrupts.held() if alone else nullcontext():
             self._keep(ready.new_state)
             for group, grads, rest, matrices, updates, tasks, scalars in ready.batches:
@@ -350,6 +351,11 @@ class SpectralAdam(ClosureOptimizer):
         state: dict[str, Any] = super().__getstate__()
         return state
 
+    @torch.no_grad()
+    def consolidate_state_dict(self, to: int = 0) -> None:
+        """Bring the state that ranks share to one of them; see `Muon.consolidate_state_dict`."""
+        consolidate(self.state, self._ranks, to)
+
     def state_dict(self) -> dict[str, Any]:
         """Return a checkpoint, in plain values; whole also where ranks share it, and then all have to call this."""
         for group in self.param_groups:
@@ -377,6 +383,7 @@ class SpectralAdam(ClosureOptimizer):
             _check_options({**self.defaults, **group}, self.defaults)
         super().load_state_dict(deepcopy({**state_dict, "param_groups": saved}))  # torch would share the moments
         forget_others(self.state, self._ranks)
+        self._ranks.consolidated = None
 
 
 class _Batch(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import consensus
-from ..distributed.ranks import Ranks
+from ..distributed.ranks import Consolidated, Ranks
 from ..distributed.second_moment import create as create_shard
 from ..options import dtype_of
 from ..stages.packed import check_momentum_scale, dequantized, quantized, scale_size
@@ -35,22 +35,54 @@ def forget_others(state: MutableMapping[Tensor, Any], ranks: Ranks) -> None:
             del state[p]
 
 
+def _of_others(state: Mapping[Tensor, Any], ranks: Ranks, to: int | None = None) -> dict[Tensor, dict[str, Tensor]]:
+    """Return the state that other ranks keep, on the rank `to` of the process group or on all. All have to call this.
+
+    Counts of steps, which torch keeps on the processor, travel on the parameter's device as all else does.
+    """
+    sent = {
+        p: {key: t.to(p.device) for key, t in state.get(p, {}).items() if key not in _EVERYWHERE} for p in ranks.owned
+    }
+    return {
+        p: {key: t.cpu() if key == "step" else t for key, t in found.items()}
+        for p, found in consensus.gathered(ranks.owned, sent, to).items()
+        if ranks.elsewhere(p)
+    }
+
+
+def consolidate(state: Mapping[Tensor, Any], ranks: Ranks, to: int) -> None:
+    """Bring the state that other ranks keep to one of them, where `whole` has it until the next step.
+
+    Raises:
+        ValueError: there is no such rank.
+        RuntimeError: some rank does not call this.
+    """
+    for team in {at.team for at in ranks.owned.values()}:
+        if isinstance(to, bool) or not isinstance(to, int) or not 0 <= to < team.ranks:
+            raise ValueError(f"to should be a rank of the process group, 0 to {team.ranks - 1}, but is: {to!r}")
+    found = _of_others(state, ranks, to)
+    on_host = {p: {key: t.cpu() for key, t in of.items()} for p, of in found.items()}
+    ranks.consolidated = Consolidated(to, on_host)
+
+
 @contextmanager
 def whole(state: MutableMapping[Tensor, Any], ranks: Ranks) -> Iterator[None]:
     """Hold in `state` that of other ranks, too, while this context lasts. All ranks have to enter it.
 
-    Counts of steps, which torch keeps on the processor, travel on the parameter's device as all else does.
+    After `consolidate` one of them enters it alone.
 
     Raises:
-        RuntimeError: some rank does not enter it.
+        RuntimeError: some rank does not enter it; or the state is consolidated on another rank.
     """
-    own = {p: state.get(p) for p in ranks.owned}
-    sent = {
-        p: {key: t.to(p.device) for key, t in kept.items() if key not in _EVERYWHERE} for p, kept in own.items() if kept
-    }
-    for p, found in consensus.gathered(ranks.owned, sent).items():
-        if ranks.elsewhere(p):
-            state[p] = {**(own[p] or {}), **{key: t.cpu() if key == "step" else t for key, t in found.items()}}
+    own, ready = {p: state.get(p) for p in ranks.owned}, ranks.consolidated
+    if ready is not None and own and all(at.team.rank != ready.to for at in ranks.owned.values()):
+        raise RuntimeError(
+            f"state_dict() should be called on rank {ready.to} of the process group, to which consolidate_state_dict() "
+            "brought the state; give it another rank, or leave it out and call state_dict() on all ranks"
+        )
+    others = _of_others(state, ranks) if ready is None else ready.state
+    for p, found in others.items():
+        state[p] = {**(own[p] or {}), **found}
     try:
         yield
     finally:

@@ -14,7 +14,7 @@ from checks import needs
 from ranks import World
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from muon_kernels import Muon, MuonAdamW, SpectralAdam, backends
 from muon_kernels.options import OPTIONS
@@ -259,7 +259,7 @@ def test_gradients_that_come_and_go(ranks: World, layout: str) -> None:
         assert alike and counts == [1, 2, 1, 2, 1, 1, 1, 1, 2, 1, 1]
 
 
-def partial_gradients(lacking: bool) -> tuple[str, bool, bool]:
+def partial_gradients(of_rank_1: str) -> tuple[str, bool, bool]:
     """Gradients that are still to be summed over ranks, as DTensor's own operations leave them."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     whole = torch.randn(12, 16, generator=torch.Generator().manual_seed(0))
@@ -269,8 +269,10 @@ def partial_gradients(lacking: bool) -> tuple[str, bool, bool]:
     mine = [torch.randn(12, 16, generator=torch.Generator().manual_seed(1 + r)) for r in range(2)]
     p.grad = DTensor.from_local(mine[dist.get_rank()], mesh, [Partial()], run_check=False)
     q.grad = mine[0] + mine[1]
-    if lacking and dist.get_rank():
+    if of_rank_1 == "missing" and dist.get_rank():
         p.grad = None
+    if of_rank_1 == "replicated" and dist.get_rank():
+        p.grad = DTensor.from_local(mine[1], mesh, [Replicate()], run_check=False)
     said, unmoved = attempt([p], optimizer)
     alone.step()
     return said, unmoved, torch.equal(p.detach().full_tensor(), q.detach())
@@ -279,11 +281,13 @@ def partial_gradients(lacking: bool) -> tuple[str, bool, bool]:
 @needs.cpu_kernels
 def test_gradients_that_are_placed_otherwise(ranks: World) -> None:
     """They are exchanged if all ranks have one; a rank that has none does not hang the others."""
-    for said, _, stepped in ranks.run(2, partial_gradients, False):
+    for said, _, stepped in ranks.run(2, partial_gradients, ""):
         assert not said and stepped
-    for said, unmoved, _ in ranks.run(2, partial_gradients, True):
-        assert unmoved
-        assert "that of parameter 0 is torch.float32 placed (Partial(sum),) on rank 0, missing on rank 1" in said
+    others = {"missing": "missing on rank 1", "replicated": "torch.float32 placed (Replicate(),) on rank 1"}
+    for other, text in others.items():
+        for said, unmoved, _ in ranks.run(2, partial_gradients, other):
+            assert unmoved
+            assert f"that of parameter 0 is torch.float32 placed (Partial(sum),) on rank 0, {text}" in said
 
 
 def of_spectral_adam() -> tuple[str, bool]:

@@ -313,6 +313,45 @@ def test_a_checkpoint_asked_for_on_one_rank(ranks: World) -> None:
     assert "state_dict() should be called on every rank" in ranks.outcomes(2, ask_alone)[0][1]
 
 
+def saved_alone(kind: type) -> list[Any]:
+    """What rank 2 has after consolidation, alone; what others say; and that a step makes it old."""
+    params, optimizer = build("group", kind=kind)
+    give(params)
+    optimizer.step()
+    whole = optimizer.state_dict()
+    optimizer.consolidate_state_dict(to=2)
+    before = torch.distributed.all_gather_object  # which nobody may call now
+    torch.distributed.all_gather_object = None  # type: ignore[assignment]
+    try:
+        found = optimizer.state_dict()
+        torch.testing.assert_close(found["state"], whole["state"], rtol=0, atol=0)
+        said = "" if found["state"] else "nothing"
+    except RuntimeError as error:
+        said = str(error)
+    finally:
+        torch.distributed.all_gather_object = before
+    again = build("group", kind=kind)[1]
+    optimizer.step()
+    stepped = optimizer.state_dict()  # of all ranks again
+    again.load_state_dict(stepped)
+    torch.testing.assert_close(again.state_dict()["state"], stepped["state"], rtol=0, atol=0)
+    try:
+        optimizer.consolidate_state_dict(to=3)
+    except ValueError as error:
+        return [said, str(error)]
+    return [said]
+
+
+@pytest.mark.parametrize("kind", [Muon, SpectralAdam], ids=lambda kind: kind.__name__)
+def test_a_checkpoint_on_one_rank_only(ranks: World, kind: type) -> None:
+    found = ranks.run(3, saved_alone, kind)
+    for _, wrong in found:
+        assert wrong == "to should be a rank of the process group, 0 to 2, but is: 3"
+    assert found[2][0] == ""
+    for said, _ in found[:2]:
+        assert said.startswith("state_dict() should be called on rank 2 of the process group, to which consolidate")
+
+
 class Turns:
     """A run of the demo that takes no time."""
 
