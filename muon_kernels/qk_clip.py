@@ -164,11 +164,18 @@ def _of_all_ranks(max_logits: Tensor, group: dist.ProcessGroup | None) -> Tensor
     largest = local(max_logits.detach()).to(torch.promote_types(max_logits.dtype, torch.float32))
     if group is None and not is_dtensor(max_logits):
         return largest
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group should be a torch.distributed.ProcessGroup that this rank is in but is: {group!r}")
     largest = largest.where(~largest.isnan(), math.inf)  # the maximum of a backend may lose a NaN
-    if is_dtensor(max_logits):
-        largest = _like(max_logits, largest).full_tensor()
-    if group is not None:
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    try:
+        if is_dtensor(max_logits):
+            largest = _like(max_logits, largest).full_tensor()
+        if group is not None:
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    except Exception as error:
+        raise RuntimeError(
+            f"qk_clip_ should be called on every rank that shares max_logits, but one did not take part: {error}"
+        ) from error
     return largest
 
 
