@@ -52,6 +52,13 @@ class Recorder:
     and whatever else the group's `flatten` makes (first, all others). It leaves out complex numbers and vectors, also
     those that are matrices of one row or column.
 
+    On several ranks, every one that has a part or a copy of the matrices makes a recorder, steps, and calls `record`
+    alike. All of them get the rows that one process would have, and rank 0 of them saves. DTensors say themselves
+    which ranks these are, of plain tensors `process_group` does. A recorded step puts the matrices of DTensors
+    together (`full_tensor`), one at a time, and each is decomposed on one rank; matrices that ranks have whole, as
+    copies or as experts, are not sent. Other steps send nothing. Plain tensors without a process group are each
+    rank's own: it records all of them, and saves them unless a DTensor makes another rank 0.
+
     Args:
         optimizer: optimizer whose steps are counted.
         named_parameters: (name, parameter) pairs. Other parameters, and all if None, have the names of the
@@ -59,14 +66,20 @@ class Recorder:
         every: positive int; the steps every, 2 every, 3 every ... are recorded.
         names: `fnmatch` patterns; a name has to match one. Leave out an embedding, whose decomposition takes long.
         tensors: those of "weight", "momentum" and "update" to record.
+        process_group: ranks that have the same plain tensors, as under DistributedDataParallel, for any optimizer.
+            None takes that of a `Muon`, `MuonAdamW` or `SpectralMomentum` that has one, where momenta are with their
+            owners.
 
     Attributes:
-        rows: rows of all recorded steps.
+        rows: rows of all recorded steps, on all ranks.
         step: number of steps that were done.
 
     Raises:
-        ValueError: there is nothing to record, a tensor is unknown, or `every` is below 1.
-        TypeError: `optimizer` is no optimizer, or `named_parameters` are no pairs.
+        ValueError: there is nothing to record, a tensor is unknown, `every` is below 1, a DTensor has partial sums, or
+            ranks differ in what they record. A recorded step raises as well if ranks differ; no row is added then.
+        TypeError: `optimizer` is no optimizer, `named_parameters` are no pairs, or `process_group` is none.
+        RuntimeError: a rank did not take part within the timeout of the process group, or could not decompose a
+            matrix; no row is added then. A recorded step raises it, too.
     """
 
     def __init__(
@@ -112,7 +125,11 @@ class Recorder:
         ]
 
     def record(self) -> None:
-        """Add rows of the weights and momenta as they are now, for instance before the first step."""
+        """Add rows of the weights and momenta as they are now, for instance before the first step.
+
+        Raises:
+            ValueError, RuntimeError: ranks differ, or one does not call it; see `Recorder`.
+        """
         self._record({})
 
     def remove(self) -> None:
@@ -122,12 +139,16 @@ class Recorder:
         self._before = {}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write all rows to a file; see `save`. On several ranks, that of rank 0 writes, and the others do nothing."""
+        """Write all rows to a file; see `save`.
+
+        Of several ranks that share the matrices, rank 0 writes, whether the others call this or not. Ranks that share
+        none, as stages of a pipeline, have records of their own and need paths of their own.
+        """
         if all(group.rank() == 0 for groups in self._teams() for group in groups):
             save(self.rows, path)
 
     def load(self, path: str | os.PathLike[str], step: int | None = None) -> None:
-        """Continue a saved recorder: take its rows and count steps from there.
+        """Continue a saved recorder: take its rows and count steps from there. On several ranks all do it.
 
         Args:
             path: file that `save` wrote.
