@@ -212,7 +212,7 @@ def fail_to_record(how: str) -> str:
         params, optimizer, recorder = recorder_of(8)
         if how == "recorded alone":
             if odd:
-                time.sleep(5)
+                time.sleep(3)
                 return "away"
             recorder.record()
         elif how == "another step":
@@ -252,7 +252,8 @@ SAID = {
 @pytest.mark.parametrize("how", SAID)
 def test_ranks_that_do_not_record_the_same_are_told(ranks: World, how: str) -> None:
     """All of them, in time. In a square of four ranks, one has another step; not all are in a group with it."""
-    found = ranks.outcomes(len(SAID[how]), fail_to_record, how, timeout=4)
+    ranks.run(2, dist.get_rank)  # so that processes are there when time counts
+    found = ranks.outcomes(len(SAID[how]), fail_to_record, how, timeout=2 if "alone" in how else 60)
     for (returned, said), expected in zip(found, SAID[how], strict=True):
         assert returned and said.startswith(expected), said
 
@@ -473,6 +474,7 @@ def test_logits_of_parts_of_batch_and_heads(ranks: World) -> None:
 
 
 def test_a_rank_that_does_not_clip(ranks: World) -> None:
+    ranks.run(2, dist.get_rank)
     (returned, said), _ = ranks.outcomes(2, absent, timeout=2)
     assert returned and said.startswith(
         "qk_clip_ should be called on every rank that shares max_logits, but one did not"
