@@ -174,7 +174,7 @@ def _of_all_ranks(max_logits: Tensor, group: dist.ProcessGroup | None) -> Tensor
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
     except Exception as error:
         raise RuntimeError(
-            f"qk_clip_ should be called on every rank that shares max_logits, but one did not take part: {error}"
+            f"qk_clip_ should be called on every rank that shares max_logits, but a collective failed: {error}"
         ) from error
     return largest
 

@@ -38,14 +38,14 @@ def answered(what: str, collective: Callable[..., T], *args: Any, **options: Any
     """Return what a function with a collective returns. If it fails, say in the error what it was for.
 
     Raises:
-        RuntimeError: a rank did not take part in time.
+        RuntimeError: it failed, as where a rank did not take part in time.
     """
     try:
         return collective(*args, **options)
     except Exception as error:
         raise RuntimeError(
-            f"{what} should be done on every rank that has a part or a copy of the matrices, but one of them did not "
-            f"take part: {error}"
+            f"{what} should be done on every rank that has a part or a copy of the matrices, but a collective "
+            f"of them failed: {error}"
         ) from error
 
 

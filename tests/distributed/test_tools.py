@@ -189,6 +189,27 @@ def test_copies_are_measured_once(ranks: World, kind: str) -> None:
     assert max(own for _, own, _ in found) <= 0.5 * found[0][2]
 
 
+def sent_for(where: str) -> set[str]:
+    """Names of the collectives that a record takes."""
+    line, square = placements()
+    shape, place_of = {
+        "experts": ((6, 4, 5), (line, [Shard(0)])),
+        "experts of copies": ((6, 4, 5), (square, [Replicate(), Shard(0)])),
+        "copies": ((4, 5), (line, [Replicate()])),
+        "rows": ((4, 5), (line, [Shard(0)])),
+    }[where]
+    recorder = spectra.Recorder(SGD([nn.Parameter(place(normal(*shape), place_of))]), every=1)
+    with CommDebugMode() as sent:
+        recorder.record()
+    return {str(name).split(".")[-1] for name, count in sent.get_comm_counts().items() if count}
+
+
+@pytest.mark.parametrize("where", ["experts", "experts of copies", "copies", "rows"])
+def test_only_parts_of_matrices_are_sent(ranks: World, where: str) -> None:
+    for names in ranks.run(4, sent_for, where):
+        assert names - {"allgather_", "allreduce_"} == ({"all_gather_into_tensor"} if where == "rows" else set())
+
+
 def recorder_of(rows: int, **options: Any) -> tuple[list[nn.Parameter], Optimizer, spectra.Recorder]:
     size = dist.get_world_size()
     where = (placements()[1], [Replicate(), Shard(0)]) if size == 4 else (init_device_mesh("cpu", (size,)), [Shard(0)])
@@ -212,7 +233,7 @@ def fail_to_record(how: str) -> str:
         params, optimizer, recorder = recorder_of(8)
         if how == "recorded alone":
             if odd:
-                time.sleep(3)
+                time.sleep(6)
                 return "away"
             recorder.record()
         elif how == "another step":
@@ -253,7 +274,7 @@ SAID = {
 def test_ranks_that_do_not_record_the_same_are_told(ranks: World, how: str) -> None:
     """All of them, in time. In a square of four ranks, one has another step; not all are in a group with it."""
     ranks.run(2, dist.get_rank)  # so that processes are there when time counts
-    found = ranks.outcomes(len(SAID[how]), fail_to_record, how, timeout=2 if "alone" in how else 60)
+    found = ranks.outcomes(len(SAID[how]), fail_to_record, how, timeout=4 if "alone" in how else 60)
     for (returned, said), expected in zip(found, SAID[how], strict=True):
         assert returned and said.startswith(expected), said
 
@@ -450,7 +471,7 @@ def logits_of_parts() -> None:
 
 def absent() -> str:
     if dist.get_rank() == 1:
-        time.sleep(3)
+        time.sleep(6)
         return ""
     q, k = normal(24, 10), normal(24, 10, seed=1)
     try:
@@ -475,7 +496,7 @@ def test_logits_of_parts_of_batch_and_heads(ranks: World) -> None:
 
 def test_a_rank_that_does_not_clip(ranks: World) -> None:
     ranks.run(2, dist.get_rank)
-    (returned, said), _ = ranks.outcomes(2, absent, timeout=2)
+    (returned, said), _ = ranks.outcomes(2, absent, timeout=4)
     assert returned and said.startswith(
-        "qk_clip_ should be called on every rank that shares max_logits, but one did not"
+        "qk_clip_ should be called on every rank that shares max_logits, but a collective failed"
     )
