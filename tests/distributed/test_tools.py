@@ -321,22 +321,21 @@ def weights_of_heads() -> dict[str, Tensor]:
     return {**found, "q": found["q"].bfloat16(), "master": found["q"], "fused": found["fused"].bfloat16()}
 
 
-def clip(w: dict[str, Tensor], maxima: Tensor, **options: Any) -> list[Tensor]:
-    """All kinds of weights."""
-    nope = torch.arange(6 * 7).view(6, 7)[:, :5].flatten()
-    rope = torch.arange(6 * 7).view(6, 7)[:, 5:].flatten().int()
-    fused, bias = w["fused"], w["fused_bias"]
+def clip(w: dict[str, Tensor], maxima: Tensor, pairs: bool) -> list[Tensor]:
+    """All kinds of weights; parts of them as pairs, or as views."""
+    fused, bias, latent = w["fused"], w["fused_bias"], w["latent"]
+    if pairs:
+        of_head = torch.arange(6 * 7).view(6, 7)
+        q, k = ([(t, slice(*at)) for t in (fused, bias)] for at in ((0, 24), (24, 32)))
+        nope, rope = [(latent, of_head[:, :5].flatten())], [(latent, of_head[:, 5:].flatten().int())]
+    else:
+        q, k = ([t[slice(*at)] for t in (fused, bias)] for at in ((0, 24), (24, 32)))
+        nope, rope = latent.view(6, 7, 10)[:, :5], latent.view(6, 7, 10)[:, 5:]
     return [
-        qk_clip_([w["q"], w["bias"], w["master"]], w["two"], maxima, kv_heads=2, alpha=0.3, **options),
-        qk_clip_(w["stacked"], w["one"], maxima, kv_heads=1, **options),
-        qk_clip_(
-            [(fused, slice(0, 24)), (bias, slice(0, 24))],
-            [(fused, slice(24, 32)), (bias, slice(24, 32))],
-            maxima,
-            kv_heads=2,
-            **options,
-        ),
-        qk_clip_([(w["latent"], nope)], w["latent_k"], maxima, q_rope=[(w["latent"], rope)], alpha=0.2, **options),
+        qk_clip_([w["q"], w["bias"], w["master"]], w["two"], maxima, kv_heads=2, alpha=0.3),
+        qk_clip_(w["stacked"], w["one"], maxima, kv_heads=1),
+        qk_clip_(q, k, maxima, kv_heads=2),
+        qk_clip_(nope, w["latent_k"], maxima, q_rope=rope, alpha=0.2),
     ]
 
 
@@ -355,13 +354,13 @@ def clip_everywhere() -> list[str]:
         )
     ]
     whole = weights_of_heads()
-    gammas = clip(whole, LOGITS)
+    gammas = clip(whole, LOGITS, pairs=False)
     wrong = []
     for where in cases:
         fits = [name for name, t in whole.items() if t.ndim > 1 or Shard(1) not in where[1]]
         ours = {name: place(t, where) if name in fits else t for name, t in weights_of_heads().items()}
         with CommDebugMode() as sent:
-            found = clip(ours, LOGITS)
+            found = clip(ours, LOGITS, pairs=True)
         if sent.get_total_counts():
             wrong.append(f"{where}: {sent.get_comm_counts()}")
         wrong += [f"{where}: γ" for a, b in zip(found, gammas, strict=True) if not torch.equal(a, b)]
@@ -375,7 +374,7 @@ def clip_everywhere() -> list[str]:
 
 def test_clipped_to_the_bits_of_whole_weights(ranks: World) -> None:
     before, after = weights_of_heads(), weights_of_heads()
-    clip(after, LOGITS)
+    clip(after, LOGITS, pairs=False)
     assert not any(torch.equal(before[name], after[name]) for name in before)
     for wrong in ranks.run(4, clip_everywhere):
         assert not wrong
