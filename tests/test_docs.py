@@ -82,6 +82,7 @@ def names() -> dict[str, Any]:
         layer.experts.gate_up = nn.Parameter(torch.randn(2, 32, 48))
     attention = nn.Module()
     attention.q_proj, attention.k_proj = nn.Linear(48, 48), nn.Linear(48, 48)
+    attention.qkv = nn.Linear(48, 96)
     attention.max_logits = torch.full((4,), 200.0)
     return {
         "__name__": "__main__",

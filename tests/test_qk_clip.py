@@ -108,6 +108,32 @@ def test_fused_projection_with_bias_and_master() -> None:
         assert t[2 * d :].equal(was[2 * d :])
 
 
+def test_rows_of_a_pair_are_those_of_a_slice() -> None:
+    """To the bit; a row of no head stays, whatever it is."""
+    d = HEADS * DIM
+    whole, bias = weights(3 * d, INNER, dtype=torch.bfloat16), weights(3 * d)
+    whole[2 * d], bias[-1] = math.nan, math.inf
+    ours = whole.clone(), bias.clone()
+    q, k = ([t[i : i + d] for t in (whole, bias)] for i in (0, d))
+    expected = qk_clip_(q, k, torch.tensor(LOGITS), alpha=0.3)
+    of_k = torch.arange(d, 2 * d, dtype=torch.int32)
+    found = qk_clip_([(t, slice(d)) for t in ours], [(t, of_k) for t in ours], torch.tensor(LOGITS), alpha=0.3)
+    assert found.equal(expected)
+    for t, was in zip(ours, (whole, bias), strict=True):
+        torch.testing.assert_close(t, was, rtol=0, atol=0, equal_nan=True)
+        assert t._version == 2
+
+
+def test_rows_of_a_pair_may_be_in_any_order() -> None:
+    """Heads that are interleaved in the weight."""
+    W, k = weights(HEADS * DIM, INNER), weights(HEADS, INNER, seed=1)
+    before = W.clone()
+    qk_clip_([(W, torch.arange(HEADS * DIM).view(DIM, HEADS).T.flatten())], k, torch.tensor(LOGITS))
+    in_order = before.view(DIM, HEADS, INNER).transpose(0, 1).flatten(0, 1)
+    wanted = clipped(in_order, [math.sqrt(g) for g in gammas(LOGITS, 100.0)])
+    assert_rounded_once(W.view(DIM, HEADS, INNER).transpose(0, 1).flatten(0, 1), wanted)
+
+
 def test_slices_of_a_chunk_and_any_strides() -> None:
     d = HEADS * DIM
     qkv = nn.Parameter(weights(INNER, 3 * d))
@@ -210,6 +236,17 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "slices that overlap": ({"q": Q[:18], "k": Q[6:24]}, ValueError, "k .* shares elements"),
     "no tensor": ({"k": 3}, TypeError, "k should be a tensor or a list of tensors but is: int"),
     "tau a text": ({"tau": "100"}, TypeError, "tau should be a number but is: '100'"),
+    "rows of a pair, a list": ({"q": [(Q, [0, 1])]}, TypeError, "rows of q should be a slice or .* but are: list"),
+    "rows of a pair, numbers": ({"q": [(Q, torch.ones(6))]}, TypeError, r"but are: torch.float32 of size \(6,\)"),
+    "rows of a pair, too far": ({"q": [(Q, torch.arange(19, 25))]}, ValueError, "from 0 to 23 but are from 19 to 24"),
+    "rows of a pair, negative": ({"q": [(Q, torch.arange(-1, 5))]}, ValueError, "from 0 to 23 but are from -1 to 4"),
+    "rows of a pair, twice": ({"q": [(Q, torch.tensor([0, 1, 2, 3, 4, 4]))]}, ValueError, "there once each, or they"),
+    "rows of a pair, elsewhere": ({"q": [(Q, torch.arange(6, device="meta"))]}, ValueError, "on the CPU, so that"),
+    "rows of a pair, too few": ({"q": [(Q, slice(0, 7))]}, ValueError, r"size: \(24, 10\), of which 7 rows were given"),
+    "rows of a pair, overlap": ({"q": [(Q, slice(0, 12))], "k": [(Q, slice(6, 18))]}, ValueError, "k .* scaled twice"),
+    "rows of a pair, and all": ({"q": [Q, (Q, slice(0, 6))]}, ValueError, "q .* would be scaled twice"),
+    "a pair outside of a list": ({"q": (Q, slice(0, 6))}, TypeError, "q should be a Tensor but is: slice"),
+    "a group that is none": ({"group": "world"}, TypeError, "group should be a torch.distributed.ProcessGroup"),
     "another device": ({"k": torch.ones(HEADS, 2, device="meta")}, ValueError, "device of max_logits, cpu, but is on"),
 }
 

@@ -122,7 +122,7 @@ def chunk(at: Range, count: int, index: int) -> Range:
     return min(start + index * size, stop), min(start + (index + 1) * size, stop)
 
 
-def _ranges(
+def ranges_at(
     shape: Sequence[int], mesh: Sequence[int], placements: Sequence[Any], dims: Sequence[int], at: Sequence[int]
 ) -> tuple[Range, ...]:
     """Return what the rank holds that is at the coordinates `at` along dimensions `dims` of the mesh."""
@@ -170,11 +170,11 @@ def placement_of(t: DTensor, flatten: bool | None, teams: Teams) -> Placement | 
         return None
     sizes, coordinate = tuple(mesh.shape), mesh.get_coordinate()
     assert coordinate is not None
-    own = _ranges(shape, sizes, placements, batched, [coordinate[i] for i in batched])
+    own = ranges_at(shape, sizes, placements, batched, [coordinate[i] for i in batched])
     whole = tuple(stop - start for start, stop in own)
     team = teams.get(mesh, tuple(sharded), tuple(repeated))
     everywhere = product(*(range(sizes[i]) for i in sharded))
-    shards = tuple(_ranges(whole, sizes, placements, sharded, at) for at in everywhere)
+    shards = tuple(ranges_at(whole, sizes, placements, sharded, at) for at in everywhere)
     held = tuple(stop - start for start, stop in shards[team.shard])
     if held != tuple(local(t).shape):
         raise ValueError(

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,20 @@ def describe(name: str, W: Tensor, *, tensor: str = "weight", step: int = 0, fla
     """
     check_dense(name, W)
     batch, rows, cols = split_shape(W.shape, flatten)
-    place = {"group": re.sub(r"(?<![^.])\d+(?![^.])", "*", name), "tensor": tensor, "rows": rows, "cols": cols}
     # One by one: float64 copies of a whole batch of experts are as large as the model.
+    measured = [torch.stack(summary(matrix)).tolist() for matrix in W.detach().reshape(batch, rows, cols)]
+    return make_rows(name, (rows, cols), measured, tensor, step)
+
+
+def make_rows(
+    name: str, size: tuple[int, int], measured: Iterable[Sequence[float]], tensor: str, step: int
+) -> list[Row]:
+    """Make the rows of one tensor from the quantities of its matrices, which are all of one size; see `describe`."""
+    group = re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+    place = {"group": group, "tensor": tensor, "rows": size[0], "cols": size[1]}
     return [
-        {"step": step, "name": name, "index": index, **place}
-        | dict(zip(QUANTITIES, torch.stack(summary(matrix)).tolist(), strict=True))
-        for index, matrix in enumerate(W.detach().reshape(batch, rows, cols))
+        {"step": step, "name": name, "index": index, **place} | dict(zip(QUANTITIES, numbers, strict=True))
+        for index, numbers in enumerate(measured)
     ]
 
 
