@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from muon_kernels import Muon, SpectralAdam
 from muon_kernels.cli.demo import training
-from muon_kernels.distributed import consensus
+from muon_kernels.distributed import collectives, consensus
 from muon_kernels.distributed.strategies.owner import OwnerRound
 from muon_kernels.distributed.strategies.replicas import ReplicaRound
 
@@ -79,6 +80,62 @@ def late() -> None:
 def test_a_rank_that_does_not_come(ranks: World) -> None:
     (returned, text), _ = ranks.outcomes(2, late, timeout=2)
     assert not returned and "step 1 of Muon did not begin: asking all ranks for their gradients" in text
+
+
+class Collectives:
+    """Calls `before` with its number ahead of every collective of this rank."""
+
+    def __init__(self, before: Callable[[int], object]) -> None:
+        self._before, self.count = before, 0
+
+    def __enter__(self) -> Collectives:
+        self._own = dist.all_reduce, dist.all_to_all_single, collectives._all_gather
+        dist.all_reduce, dist.all_to_all_single, collectives._all_gather = map(self._counted, self._own)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        dist.all_reduce, dist.all_to_all_single, collectives._all_gather = self._own
+
+    def _counted(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self._before(self.count)
+            self.count += 1
+            return call(*args, **kwargs)
+
+        return counted
+
+
+def late_at(layout: str, at: int | None, seconds: float) -> int:
+    """The number of collectives of a step; rank 1 comes late to one, or to all."""
+    params, optimizer = build(layout, backend="cpu")
+    give(params)
+    optimizer.step()
+
+    def before(index: int) -> None:
+        if dist.get_rank() == 1 and at in (None, index):
+            time.sleep(seconds)
+
+    with Collectives(before) as calls:
+        optimizer.step()
+    return calls.count
+
+
+@needs.cpu_kernels
+@pytest.mark.parametrize("layout", ["group", "rows"])
+def test_a_rank_that_is_late_at_any_collective(ranks: World, layout: str) -> None:
+    """Whichever it is, the other rank says in time which step and matrices it was about."""
+    count, _ = ranks.run(2, late_at, layout, None, 0.1)
+    assert count >= 2
+    for index in range(count):
+        begun = time.monotonic()
+        (returned, text), _ = ranks.outcomes(2, late_at, layout, index, 5.0, timeout=1.5)
+        assert time.monotonic() - begun < 30
+        if returned:  # the last results may have been on their way already
+            assert index == count - 1
+        elif index:
+            assert "step 2 of Muon is incomplete" in text and ("x 40x64" in text or "x 24x64" in text), (index, text)
+        else:
+            assert "step 2 of Muon did not begin: asking all ranks" in text
 
 
 def infinite_alone() -> list[int]:

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from checks import needs
 from ranks import World
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -128,3 +130,41 @@ def test_as_in_one_process(ranks: World, layout: str, size: int) -> None:
     if cut:  # what a rank keeps is its share of all momenta, give or take a matrix
         for rank in found:
             assert abs(rank["state"] - rank["all"] / cut) <= 4 * 40 * 40
+
+
+def pipelined() -> list[float]:
+    """Differences from one process after three steps of a pipeline of two stages, each sharded over two ranks."""
+    both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("stage", "data"))
+    index = both.get_local_rank("stage")
+    torch.manual_seed(index)
+    # Stages have other matrices, and another number of them.
+    layers = [nn.Linear(24, 32)] if index == 0 else [nn.Linear(32, 32), nn.Linear(32, 40)]
+    model = nn.Sequential(*layers, nn.ReLU())
+    alone = copy.deepcopy(model)
+    fully_shard(model, mesh=both["data"])
+    stage = PipelineStage(model, index, 2, torch.device("cpu"), group=both["stage"].get_group())
+    schedule = ScheduleGPipe(stage, n_microbatches=2, loss_fn=nn.functional.mse_loss)
+    groups = [[{"params": [p], "use_muon": p.ndim == 2} for p in each.parameters()] for each in (model, alone)]
+    optimizer, reference = (MuonAdamW(each, muon_options={"lr": 0.05, "backend": "cpu"}) for each in groups)
+    for step in range(3):
+        torch.manual_seed(10 * step + both.get_local_rank("data"))
+        batch, targets = torch.randn(4, 24), torch.randn(4, 40)
+        if index == 0:
+            schedule.step(batch)
+        else:
+            schedule.step(target=targets, losses=[])
+        for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+            q.grad = full(p.grad).clone()
+        optimizer.step()
+        reference.step()
+        optimizer.zero_grad()
+    pairs = zip(model.parameters(), alone.parameters(), strict=True)
+    return [float((full(p.detach()) - q.detach()).abs().max()) for p, q in pairs if p.ndim == 2]
+
+
+@needs.cpu_kernels
+def test_stages_of_a_pipeline(ranks: World) -> None:
+    """Ranks of one stage step together, whatever those of the other do."""
+    found = ranks.run(4, pipelined)
+    assert [len(matrices) for matrices in found] == [1, 1, 2, 2]
+    assert not any(difference for matrices in found for difference in matrices)
