@@ -48,7 +48,7 @@ FLOORS = (
     ("rules", "spectra", "stages", "triton_kernels"),
     ("backends", "checkpoint"),
     ("options",),
-    ("qk_clip", "step"),
+    ("adamw_options", "qk_clip", "step"),
     ("distributed",),
     ("optimizers",),
     ("checks",),
