@@ -18,7 +18,8 @@ from ranks import World
 from test_strategies import alone, normal, params_of, traffic
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
@@ -546,9 +547,11 @@ def refused_arguments() -> dict[str, str]:
     """What is said of arguments that cannot be used, by all ranks or by one of them."""
     params, rank = params_for(CUT, torch.float32), dist.get_rank()
     one = {"lr": -1.0} if rank == 1 else {}
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     acts: dict[str, Callable[[], object]] = {
         "two dtypes": lambda: ZeroMuon([*params, *params_for([(3, 4)], torch.bfloat16)]),
         "a vector": lambda: ZeroMuon([Parameter(torch.zeros(3))]),
+        "a DTensor": lambda: ZeroMuon([Parameter(distribute_tensor(params[0].detach(), mesh, [Shard(0)]))]),
         "a rate": lambda: ZeroMuon(params, lr=-1.0),
         "a workspace": lambda: ZeroMuon(params, max_workspace_bytes=1),
         "a momentum": lambda: ZeroMuon(params, momentum=float("nan")),
@@ -576,6 +579,7 @@ def test_arguments_that_cannot_be_used(ranks: World) -> None:
     expected = {
         "two dtypes": "of one dtype and on one device",
         "a vector": "at least 2 dimensions",
+        "a DTensor": "should be a tensor with memory of its own but is a DTensor without",
         "a rate": "Learning rate should be >= 0",
         "a workspace": "max_workspace_bytes should be at least",
         "a momentum": "momentum should be >= 0",

@@ -11,7 +11,7 @@ from torch.optim.adamw import adamw
 
 from ...adamw_options import check_cycled, check_group, checked_adamw, settle_adamw
 from ...tensors import check_dense, check_whole
-from .flat import Flat
+from .flat import Flat, lay_out
 from .muon import ZeroMuon
 from .optimizer import Half, ZeroOptimizer
 
@@ -103,7 +103,7 @@ class AdamWHalf(Half):
 
     def flat(self, group: Mapping[str, Any], ranks: int) -> Flat:
         """Return the layout of a group's parameters."""
-        return Flat([tuple(p.shape) for p in group["params"]], ranks)
+        return lay_out(tuple(tuple(p.shape) for p in group["params"]), ranks)
 
     def sliced(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         """Return the keys of the state that each rank keeps its slice of."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -183,3 +184,14 @@ class Flat:
                 begin = found.pop()[0].start
             found.append((slice(begin, end), key))
         return found
+
+
+@lru_cache(maxsize=256)
+def lay_out(
+    shapes: tuple[tuple[int, ...], ...],
+    ranks: int,
+    splits: tuple[str | None, ...] | None = None,
+    flatten: bool | None = None,
+) -> Flat:
+    """Return the layout of parameters, see `Flat`, made once for all steps."""
+    return Flat(shapes, ranks, splits, flatten)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from ...step.orthogonalize import orthogonalize, spectral_power
 from ...step.plan import plan_for_shapes
 from ...tensors import check_matrices
 from ..collectives import Pending
-from .flat import Flat, Matrix, length, meet
+from .flat import Flat, Matrix, lay_out, length, meet
 from .optimizer import Half, ZeroOptimizer
 
 _MOMENTUM = "momentum_buffer"
@@ -131,7 +132,7 @@ class MuonHalf(Half):
         check_options({name: group[name] for name in self.defaults if name in group})
         largest = torch.finfo(torch.float32).max
         shapes = []
-        for (p, split), transposed in zip(splits(group), transposes(group), strict=True):
+        for p, split, transposed in zip(group["params"], *_of_parameters(group), strict=True):
             check_matrices("parameter", p)
             for piece in pieces(tuple(p.shape), group["flatten"], split):
                 count, rows, cols = split_shape(tuple(p.shape), group["flatten"], piece)
@@ -152,8 +153,8 @@ class MuonHalf(Half):
 
     def flat(self, group: Mapping[str, Any], ranks: int) -> Flat:
         """Return the layout of a group's parameters; raise ValueError if there is none with its options."""
-        shapes = [tuple(p.shape) for p in group["params"]]
-        return Flat(shapes, ranks, [split for _, split in splits(group)], group["flatten"])
+        shapes = tuple(tuple(p.shape) for p in group["params"])
+        return lay_out(shapes, ranks, _of_parameters(group)[0], group["flatten"])
 
     def sliced(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         """Return the keys of the state that each rank keeps its slice of."""
@@ -199,7 +200,7 @@ class MuonHalf(Half):
         mine = [m for m in flat.matrices if present[m.param] and length(meet(m.at, own))]
         results = None if group["power"] == 1 else self._orthogonalized(group, flat, mine, gradient.bfloat16())
         lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
-        transposed = transposes(group)
+        transposed = _of_parameters(group)[1]
         for i, m in enumerate(mine):
             begin, end = meet(m.at, own)
             here = slice(begin - own[0], end - own[0])
@@ -239,6 +240,32 @@ class MuonHalf(Half):
             for i, result in zip(indices, _powers(group, torch.stack(matrices)), strict=True):
                 results[i] = result
         return results
+
+
+Named = str | tuple[tuple[str, str], ...] | None
+
+
+@lru_cache(maxsize=256)
+def _found(
+    count: int, names: tuple[str, ...] | None, split: Named, transposed: bool | tuple[str, ...]
+) -> tuple[tuple[str | None, ...], tuple[bool, ...]]:
+    """Return what `_of_parameters` does, for hashable values: matching names takes longer than a step on the host."""
+    group: dict[str, Any] = {"params": range(count), "transposed": transposed}
+    group["split"] = dict(split) if isinstance(split, tuple) else split
+    if names is not None:
+        group["param_names"] = names
+    return tuple(cut for _, cut in splits(group)), tuple(transposes(group))
+
+
+def _of_parameters(group: Mapping[str, Any]) -> tuple[tuple[str | None, ...], tuple[bool, ...]]:
+    """Return of each parameter of a group its split, and whether it is stored as (inputs, outputs)."""
+    names, split, transposed = group.get("param_names"), group["split"], group["transposed"]
+    return _found(
+        len(group["params"]),
+        None if names is None else tuple(names),
+        tuple(split.items()) if isinstance(split, Mapping) else split,
+        transposed if isinstance(transposed, bool) else tuple(transposed),
+    )
 
 
 def _ratio(group: Mapping[str, Any], shape: tuple[int, int], transposed: bool) -> float:
