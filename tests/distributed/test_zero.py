@@ -16,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 from checks import needs
 from ranks import World
 from test_strategies import alone, normal, params_of, traffic
+from test_traffic import written
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.device_mesh import init_device_mesh
@@ -26,7 +27,7 @@ from torch.optim import Optimizer
 from muon_kernels import Muon, MuonAdamW, param_groups
 from muon_kernels.checks.yardsticks import relative_error
 from muon_kernels.coefficients import resolve
-from muon_kernels.distributed import ZeroMuon, ZeroMuonAdamW
+from muon_kernels.distributed import ZeroMuon, ZeroMuonAdamW, collectives
 from muon_kernels.reference import muon_step
 from muon_kernels.split import blocks, equal, heads, qkv
 
@@ -252,17 +253,19 @@ def test_a_split_is_its_matrices(ranks: World, dtype: torch.dtype) -> None:
 
 def split_as_muon() -> dict[str, float]:
     """Relative distance of two steps' updates from those of `Muon` with the mean gradient."""
+    named = [[(name, Parameter(normal(*shape, seed=1))) for name, (shape, *_) in SPLITS.items()] for _ in range(2)]
+    options = {**ZERO_OPTIONS, "adjust_lr_fn": "spectral", "transposed": TURNED}
+    options["split"] = {name: split for name, (_, split, _) in SPLITS.items()}
+    zero, muon = ZeroMuon(named[0], **options), Muon(named[1], **options)
+    for step in range(2):
+        for i, ((_, p), (_, own)) in enumerate(zip(*named, strict=True)):
+            p.grad = gradient(p.shape, i, step, dist.get_rank())
+            own.grad = torch.stack([gradient(p.shape, i, step, r) for r in range(dist.get_world_size())]).mean(0)
+        zero.step()
+        muon.step()
     found = {}
-    for name, (shape, split, _) in SPLITS.items():
-        options = {**ZERO_OPTIONS, "adjust_lr_fn": "spectral", "split": split, "transposed": name in TURNED}
-        p, own = (Parameter(normal(*shape, seed=1)) for _ in range(2))
-        zero, muon = ZeroMuon([p], **options), Muon([own], **options)
-        for step in range(2):
-            p.grad = gradient(shape, 0, step, dist.get_rank())
-            own.grad = torch.stack([gradient(shape, 0, step, r) for r in range(dist.get_world_size())]).mean(0)
-            zero.step()
-            muon.step()
-        before = normal(*shape, seed=1)
+    for (name, p), (_, own) in zip(*named, strict=True):
+        before = normal(*p.shape, seed=1)
         found[name] = relative_error(p.detach() - before, own.detach().double() - before)
     return found
 
@@ -340,6 +343,37 @@ def test_vectors_are_torchs_adamw_of_the_mean_gradient(ranks: World, size: int) 
         ]
     for wrong in ranks.run(size, adamw_cases, cases):
         assert not wrong
+
+
+def sockets() -> tuple[int, int]:
+    """Bytes that a step hands to sockets beside its reductions, and what `bytes_sent` says of that."""
+    params, size = params_for([(96, 160)] * 7, torch.float32), dist.get_world_size()
+    vectors = params_for([(5000,)], torch.float32)
+    groups = [{"params": params, "use_muon": True}, {"params": vectors, "use_muon": False}]
+    optimizer = ZeroMuonAdamW(groups, muon_options=ZERO_OPTIONS)
+    for p in params_of(optimizer):
+        p.grad = torch.ones_like(p)
+    shares = [-(-n // size) for n in (7 * 96 * 160, 5000)]
+    optimizer.step()
+    dist.barrier()
+    before = written()
+    optimizer.step()
+    sent = written() - before
+    for share in shares:  # gloo writes twice what a ring does
+        into, everything = torch.empty(share), torch.empty(size * share)
+        dist.barrier()
+        before = written()
+        collectives._reduce_scatter(into, everything)
+        sent -= written() - before
+    return sent, optimizer.bytes_sent - sum(4 * (size - 1) * share for share in shares)
+
+
+@needs.cpu_kernels
+def test_counted_as_sockets_count(ranks: World) -> None:
+    """What is sent in a step, to the few hundred bytes that gloo writes with a message and the ranks agree by."""
+    for sent, expected in ranks.run(3, sockets):
+        assert expected > 4 * 7 * 96 * 160 * 2 / 3
+        assert abs(sent - expected) < 10_000
 
 
 class Net(torch.nn.Module):
@@ -562,6 +596,7 @@ def refused_arguments() -> dict[str, str]:
         "a power": lambda: ZeroMuon(params, power=1.5),
         "Muon's": lambda: ZeroMuon([{"params": params, "cautious": True}]),
         "AdamW's group": lambda: ZeroMuon([{"params": params, "use_muon": False}]),
+        "a frozen model": lambda: ZeroMuonAdamW(param_groups(Net().requires_grad_(False))),
         "no half": lambda: ZeroMuonAdamW([{"params": params}]),
         "captured": lambda: ZeroMuonAdamW([{"params": params, "use_muon": False, "capturable": True}]),
         "two betas": lambda: ZeroMuonAdamW(
@@ -590,6 +625,7 @@ def test_arguments_that_cannot_be_used(ranks: World) -> None:
         "a power": "power should be from 0 (orthogonal) to 1 (as it is) but is: 1.5",
         "Muon's": "a group has 'cautious', an option of Muon that ZeroMuon does not have; leave it out",
         "AdamW's group": "give groups with use_muon=False to ZeroMuonAdamW",
+        "a frozen model": "some group should have a parameter but none has; is the whole model frozen?",
         "no half": "a param group should have use_muon=True or use_muon=False",
         "captured": "AdamW's capturable should be False where ranks step together but is: True",
         "two betas": "should have betas or momentum, which is its first beta, but has both",

@@ -67,6 +67,11 @@ class ZeroMuonAdamW(ZeroOptimizer):
         # Defaults that schedulers read: OneCycleLR and CyclicLR, to see that `momentum` can be cycled, and others.
         defaults = {key: muon.defaults[key] for key in ("lr", "momentum")}
         super().__init__(params, defaults, muon.half.ranks)
+        if not any(group["params"] for group in self.param_groups):
+            raise ValueError(
+                "optimizer got an empty parameter list: some group should have a parameter but none has; "
+                "is the whole model frozen?"
+            )
 
     def _half(self, group: Mapping[str, Any]) -> Half:
         if not isinstance(group.get("use_muon"), bool):

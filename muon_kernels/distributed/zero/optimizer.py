@@ -150,16 +150,17 @@ class ZeroOptimizer(ClosureOptimizer):
 
     def _added(self, param_group: dict[str, Any]) -> Flat:
         """Add a group, check it, and return its layout."""
-        if isinstance(param_group, dict):  # else torch has a sentence for it
-            half = self._half(param_group)
-            half.check_new(param_group)
-            others = self.defaults.keys() - half.defaults.keys() - param_group.keys()
-            for key, value in half.defaults.items():
-                param_group.setdefault(key, value)
+        if not isinstance(param_group, dict):
+            raise TypeError(f"a param group should be a dict but is a {type(param_group).__name__}")
+        half = self._half(param_group)
+        half.check_new(param_group)
+        others = self.defaults.keys() - half.defaults.keys() - param_group.keys()
+        for key, value in half.defaults.items():
+            param_group.setdefault(key, value)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         for key in others:
-            group.pop(key, None)  # which torch took from the defaults of the other half
+            del group[key]  # which torch took from the defaults of the other half
         half.settle(group)
         params: list[Tensor] = group["params"]
         for p in params:
