@@ -56,7 +56,7 @@ from torch.optim import Optimizer
 
 from muon_kernels import Muon, MuonAdamW, SpectralAdam, SpectralMomentum, paper_optimizer
 from muon_kernels.backends import cpu
-from muon_kernels.distributed import ZeroMuon
+from muon_kernels.distributed import ZeroMuon, ZeroMuonAdamW
 
 # ------------------------------------------------------------------------------------------------------------- options
 
@@ -160,6 +160,13 @@ OPTIMIZERS: dict[str, Kind] = {
         thinned=4,
     ),
     "ZeroMuon": Kind(ZeroMuon, {"": ZeroMuon}, ["group"]),
+    "ZeroMuonAdamW": Kind(
+        ZeroMuonAdamW,
+        {"muon_options": ZeroMuon, "adamw_options": torch.optim.AdamW},
+        ["group"],
+        vectors=True,
+        thinned=8,
+    ),
 }
 # Not options, or of a layout.
 ARGUMENTS = {"params", "process_group", "muon_options", "adamw_options", "misplaced"}
@@ -420,7 +427,7 @@ def groups(case: Case, params: Mapping[str, nn.Parameter]) -> list[dict[str, Any
         found[1] |= {"lr": 0.02, "weight_decay": 0.3}
     if OPTIMIZERS[case.optimizer].vectors:
         found.append({"params": named(VECTORS)})
-    if case.optimizer == "MuonAdamW":
+    if case.optimizer.endswith("MuonAdamW"):
         for i, group in enumerate(found):
             group["use_muon"] = i + 1 < len(found)
     return found
@@ -440,8 +447,8 @@ def stepped(case: Case, variant: str, found: dict[str, str]) -> None:
     """Step a case and write down what it does."""
     tensors = {**MODELS[case.model](), **(normal(VECTORS, 5) if OPTIMIZERS[case.optimizer].vectors else {})}
     params = LAYOUTS[case.layout].place(tensors)
-    # ZeroMuon averages the gradients of its ranks.
-    seed = dist.get_rank() if case.optimizer == "ZeroMuon" else 0
+    # Those of ZeRO-1 average the gradients of their ranks.
+    seed = dist.get_rank() if case.optimizer.startswith("Zero") else 0
     optimizer = made(case, params, variant)
     if hasattr(optimizer, "plan"):
         found["plan"] = str(optimizer.plan())

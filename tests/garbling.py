@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from muon_kernels import Muon, MuonAdamW, SpectralAdam, SpectralMomentum
-from muon_kernels.distributed.zero import ZeroMuon
+from muon_kernels.distributed import ZeroMuon, ZeroMuonAdamW
 
 SHAPES = [(6, 4), (4, 6), (2, 3, 5), (3, 2, 2, 2)]
 
@@ -40,13 +40,13 @@ def _halves(params: list[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Par
     return params[: len(params) // 2], params[len(params) // 2 :]
 
 
-def _muon_adamw(**options: Any) -> Callable[[], Optimizer]:
+def _muon_adamw(kind: Callable[..., Optimizer] = MuonAdamW, **options: Any) -> Callable[[], Optimizer]:
     def make() -> Optimizer:
         params = _params(True)
         groups = [{"params": params[:4], "use_muon": True}, {"params": params[4:], "use_muon": False}]
         # A matrix that AdamW steps, for its layout can be another.
         groups.append({"params": [nn.Parameter(torch.ones(7, 5))], "use_muon": False})
-        return MuonAdamW(groups, **options)
+        return kind(groups, **options)
 
     return make
 
@@ -70,6 +70,11 @@ KINDS: dict[str, list[Callable[[], Optimizer]]] = {
     "ZeroMuon": [
         lambda: ZeroMuon([{"params": half} for half in _halves(_params(False))]),
         lambda: ZeroMuon(_params(False, torch.bfloat16), maximize=True),
+        lambda: ZeroMuon(_params(False)[:2], split="heads(2, dim=1)", transposed=True, power=0.5),
+    ],
+    "ZeroMuonAdamW": [
+        _muon_adamw(ZeroMuonAdamW),
+        _muon_adamw(ZeroMuonAdamW, adamw_options={"amsgrad": True, "foreach": True}),
     ],
     "MuonAdamW": [
         _muon_adamw(),

@@ -48,7 +48,7 @@ FLOORS = (
     ("rules", "stages", "triton_kernels"),
     ("backends", "checkpoint"),
     ("options",),
-    ("step",),
+    ("adamw_options", "step"),
     ("distributed",),
     ("optimizers", "qk_clip", "spectra"),
     ("checks",),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
@@ -33,8 +33,9 @@ class Pending:
             raise Failed(f"{self._what}: {error}") from error
 
 
-# The name since torch 2.13, which warns of the older name; earlier versions have the older name only.
+# The names since torch 2.13, which warns of the older names; earlier versions have the older names only.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def gather(into: Tensor, share: Tensor, team: Team, of: str) -> Pending:
@@ -43,3 +44,32 @@ def gather(into: Tensor, share: Tensor, team: Team, of: str) -> Pending:
         f"gathering the results of {of}",
         lambda: _all_gather(into, share, group=team.replicas, async_op=True),
     )
+
+
+def reduce_scatter(into: Tensor, everything: Tensor, group: dist.ProcessGroup, of: str) -> Pending:
+    """Begin to sum `everything` over the ranks of a group, of which each gets a share `into`; `of` is for an error."""
+    return Pending(f"reducing {of}", lambda: _reduce_scatter(into, everything, group=group, async_op=True))
+
+
+T = TypeVar("T")
+
+
+def on_all(group: dist.ProcessGroup, check: Callable[[], T]) -> T:
+    """Return what a check returns on this rank; all ranks have to call this.
+
+    Raises:
+        RuntimeError: the check raised on another rank. The rank where it raised raises the same again.
+    """
+    error: Exception | None = None
+    try:
+        found = check()
+    except Exception as refusal:  # to be raised when the others know
+        error = refusal
+    said: list[Any] = [None] * group.size()
+    dist.all_gather_object(said, None if error is None else f"{type(error).__name__}: {error}", group=group)
+    if error is not None:
+        raise error
+    for rank, text in enumerate(said):
+        if text is not None:
+            raise RuntimeError(f"nothing has been changed on this rank, as rank {rank} of the process group got {text}")
+    return found

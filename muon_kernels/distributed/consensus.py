@@ -1,30 +1,17 @@
-"""Agreement of ranks, before and while they step together."""
+"""What ranks that step together ask each other outside of steps: the same parameters, and each other's state."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..tensors import is_dtensor, local
-from .collectives import Failed
+from ..tensors import is_dtensor
 from .placement import Placement, Team
-
-
-class Agreed(NamedTuple):
-    """Facts about a step that all ranks share.
-
-    Attributes:
-        found_inf: whether to leave the step out.
-        grad: returns the gradient of a parameter: zeros where only other ranks have one, None where no rank has.
-    """
-
-    found_inf: bool
-    grad: Callable[[Tensor], Tensor | None]
 
 
 def teams_of(placements: Mapping[Tensor, Placement]) -> dict[Team, list[Tensor]]:
@@ -33,70 +20,6 @@ def teams_of(placements: Mapping[Tensor, Placement]) -> dict[Team, list[Tensor]]
     for p, placement in placements.items():
         teams.setdefault(placement.team, []).append(p)
     return teams
-
-
-def _reduced(values: list[int], team: Team, device: torch.device) -> list[int]:
-    """Return the maximum over all ranks of a team, value by value."""
-    numbers = torch.tensor(values, dtype=torch.int32, device=device)
-    try:
-        for group in team.groups:
-            dist.all_reduce(numbers, dist.ReduceOp.MAX, group=group)
-        reduced: list[int] = numbers.tolist()
-    except Exception as error:
-        raise Failed(f"asking all ranks for their gradients of {len(values) - 1} parameters: {error}") from error
-    return reduced
-
-
-def _grad(p: Tensor) -> Tensor | None:
-    grad = p.grad
-    if is_dtensor(p) and grad is not None:
-        if not is_dtensor(grad):
-            raise TypeError(f"the gradient of a DTensor should be one but is a {type(grad).__name__}")
-        if grad.placements != p.placements:
-            grad = grad.redistribute(p.device_mesh, p.placements)
-    return grad
-
-
-_FOUND_INF, _REFUSED = 1, 2  # ordered by severity: the all-reduce takes the maximum
-
-
-def agree(
-    teams: Mapping[Team, Sequence[Tensor]], check: Callable[[], object] = lambda: None, found_inf: Tensor | None = None
-) -> Agreed:
-    """Have all ranks of every team decide alike.
-
-    Args:
-        teams: each with the parameters that it steps together.
-        check: raises where this rank cannot step.
-        found_inf: what torch.amp.GradScaler found in this rank's gradients, if the step has to look at it.
-
-    Raises:
-        Failed: a rank did not answer.
-        RuntimeError: another rank cannot step. The rank that cannot raises what `check` raised.
-    """
-    if is_dtensor(found_inf):
-        found_inf = found_inf.full_tensor()
-    verdict = _FOUND_INF * (found_inf is not None and bool(found_inf))
-    present: set[Tensor] = set()
-    refusal: Exception | None = None
-    if teams:
-        try:
-            check()
-        except Exception as error:  # to be raised when the others know
-            refusal, verdict = error, _REFUSED
-    for team, params in teams.items():
-        verdict, *has = _reduced([verdict, *(p.grad is not None for p in params)], team, local(params[0]).device)
-        present.update(p for p, somewhere in zip(params, has, strict=True) if somewhere)
-    if refusal is not None:
-        raise refusal
-    if verdict == _REFUSED:
-        raise RuntimeError("another rank cannot take this step, and says why; nothing has been stepped on this one")
-
-    def grad(p: Tensor) -> Tensor | None:
-        grad = _grad(p)
-        return torch.zeros_like(p) if grad is None and p in present else grad
-
-    return Agreed(verdict == _FOUND_INF, grad if teams else _grad)
 
 
 # Where ranks share state, all have to ask for a checkpoint. One that asks alone gets an error after this time.

@@ -1,4 +1,4 @@
-"""Checks of what torch's AdamW steps: a group, its gradients and its state.
+"""Checks of what torch's AdamW steps: gradients and state; those of options are in adamw_options.py.
 
 torch finds faults while it steps, when some parameters have been stepped already, or never: the fused step reads and
 writes whatever lies at a moment's address. So everything is checked here, before anything is written.
@@ -12,53 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adamw_options import check_numbers as check_numbers
 from ..layout import overlaps_itself
 from ..options import check_number, on_host
 from ..tensors import DTYPES, check_dense, check_device, check_like, local
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 ADAMW_STATE = {"step", *MOMENTS, "max_exp_avg_sq"}
-_SWITCHES = ("amsgrad", "maximize", "capturable", "differentiable", "decoupled_weight_decay")
 _COMPLEX = (torch.complex64, torch.complex128, torch.complex32)
 _COUNTS = (torch.float32, torch.float64)
-
-
-def check_numbers(group: Mapping[str, Any], of: str = "") -> None:
-    """Raise ValueError or TypeError if a number of a group would fail a step, or make it NaN; `of` begins its name."""
-    check_number(f"{of}lr", group["lr"])
-    for key in ("weight_decay", "eps"):
-        check_number(of + key, group[key])
-        if isinstance(group[key], Tensor):
-            raise TypeError(f"{of}{key} should be a number but is a tensor: {group[key]}")
-    betas = group["betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise TypeError(f"{of}betas should be two numbers but are: {betas!r}")
-    for beta in betas:
-        check_number(f"each of {of}betas", beta)
-        if on_host(beta) and beta >= 1:
-            raise ValueError(f"each of {of}betas should be < 1 but is: {beta}")
-    if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
-        raise TypeError(f"{of}betas should be both numbers or both tensors but are: {betas!r}")
-
-
-def check_group(group: Mapping[str, Any]) -> None:
-    """Raise ValueError or TypeError unless torch's AdamW can step a group with these options."""
-    check_numbers(group, "AdamW's ")
-    for key in _SWITCHES:
-        if key in group and not isinstance(group[key], bool):
-            raise TypeError(f"AdamW's {key} should be True or False but is: {group[key]!r}")
-    for key in ("foreach", "fused"):
-        if group.get(key) is not None and not isinstance(group[key], bool):
-            raise TypeError(f"AdamW's {key} should be True, False or None but is: {group[key]!r}")
-    if group.get("differentiable"):
-        raise ValueError("AdamW's differentiable should be False, as Muon's step is not, but is: True")
-    if not group.get("decoupled_weight_decay", True):
-        raise ValueError("AdamW's decoupled_weight_decay should be True, or it is Adam, but is: False")
-    if group.get("fused") and group.get("foreach"):
-        raise ValueError("AdamW's fused and foreach should not both be True")
-    tensors = [name for name, x in (("lr", group["lr"]), ("betas", group["betas"][0])) if isinstance(x, Tensor)]
-    if group.get("foreach") and tensors and not group.get("capturable"):
-        raise ValueError(f"AdamW's {tensors[0]} should be a number with foreach=True but is a tensor")
 
 
 def check_gradient(p: Tensor, grad: Tensor) -> None:

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from ..adamw_options import ADAMW_OPTIONS, check_cycled, check_group, checked_adamw, settle_adamw
 from ..checkpoint import check_checkpoint
 from ..closures import ClosureOptimizer
 from ..distributed.agreement import Facts, options_of
-from ..options import check_keys, plain, settle
+from ..options import check_keys
 from ..step.plan import Plan
 from ..tensors import check_disjoint
 from .adamw_checks import (
     ADAMW_STATE,
     check_adamw_state,
     check_gradient,
-    check_group,
     check_step_size,
     new_adamw_state,
     same_layout,
@@ -32,9 +32,8 @@ from .muon import Muon
 __all__ = ["MuonAdamW"]
 
 _Groups = list[dict[str, Any]]
-_ADAMW_OPTIONS = inspect.signature(AdamW).parameters.keys() - {"params"}
 # Options of the groups of each half. `process_group` is for all groups of an optimizer.
-OPTIONS = {"Muon": inspect.signature(Muon).parameters.keys() - {"params", "process_group"}, "AdamW": _ADAMW_OPTIONS}
+OPTIONS = {"Muon": inspect.signature(Muon).parameters.keys() - {"params", "process_group"}, "AdamW": ADAMW_OPTIONS}
 
 
 class MuonAdamW(ClosureOptimizer):
@@ -85,7 +84,7 @@ class MuonAdamW(ClosureOptimizer):
             raise TypeError("params should be groups but is a module; give muon_kernels.param_groups(model)")
         # Either half may have no group, but an optimizer cannot be built without one.
         self._muon = Muon([{"params": []}], **(muon_options or {}))
-        self._adamw = _checked_adamw(adamw_options or {})
+        self._adamw = checked_adamw(adamw_options or {})
         # Defaults that schedulers read: OneCycleLR and CyclicLR, to see that `momentum` can be cycled, and others.
         super().__init__(params, defaults={key: self._muon.defaults[key] for key in ("lr", "momentum")})
         if not any(group["params"] for group in self.param_groups):
@@ -118,16 +117,12 @@ class MuonAdamW(ClosureOptimizer):
             self._muon.add_param_group(param_group)
             super().add_param_group(param_group)
             return
-        cycled, betas = "momentum" in param_group, param_group.get("betas")
-        if cycled and betas is not None and param_group["momentum"] != betas[0]:
-            raise ValueError(
-                "a group for AdamW should have betas or momentum, which is its first beta, but has both: "
-                f"betas={betas} and momentum={param_group['momentum']}"
-            )
+        cycled = "momentum" in param_group
+        check_cycled(param_group)
         check_keys(param_group, self._adamw.defaults)
         self._adamw.add_param_group(param_group)
-        _settle(param_group)
-        _checked_adamw({key: param_group[key] for key in _ADAMW_OPTIONS})
+        settle_adamw(param_group)
+        checked_adamw({key: param_group[key] for key in ADAMW_OPTIONS})
         _fuse(param_group)
         super().add_param_group(param_group)
         if not cycled:
@@ -142,7 +137,7 @@ class MuonAdamW(ClosureOptimizer):
             # State that is made here must be usable outside of inference mode, too.
             with torch.inference_mode(False):
                 for group in self._adamw.param_groups:
-                    _settle(group)
+                    settle_adamw(group)
                     check_group(group)
                     _check(group, self.state)
                     _unfuse(group, self.state)
@@ -150,7 +145,7 @@ class MuonAdamW(ClosureOptimizer):
 
         def options() -> Facts:
             named = [(f"AdamW's group {i}", group) for i, group in enumerate(self._adamw.param_groups)]
-            return [fact for name, group in named for fact in options_of(name, group, _ADAMW_OPTIONS)]
+            return [fact for name, group in named for fact in options_of(name, group, ADAMW_OPTIONS)]
 
         with torch.inference_mode(False), torch.no_grad():
             self._muon.step_beside(check, options)
@@ -163,7 +158,7 @@ class MuonAdamW(ClosureOptimizer):
         """Make all state that there will be, as `Muon.init_state` does. Parameters are not changed."""
         self._hand_over()
         for group in self._adamw.param_groups:
-            _settle(group)
+            settle_adamw(group)
             check_group(group)
         self._muon.init_state()
         with torch.inference_mode(False), torch.no_grad():
@@ -195,7 +190,7 @@ class MuonAdamW(ClosureOptimizer):
         """Return a checkpoint; see `Muon.state_dict`."""
         self._hand_over()
         for group in self._adamw.param_groups:
-            _settle(group)
+            settle_adamw(group)
         with self._muon.whole_state():
             return super().state_dict()
 
@@ -267,21 +262,6 @@ def _unhooked_step(optimizer: Optimizer) -> None:
     inspect.unwrap(type(optimizer).step, stop=lambda function: not hasattr(function, "hooked"))(optimizer)
 
 
-def _settle(group: dict[str, Any]) -> None:
-    """Write plain values into an AdamW group, and to its first beta the `momentum` that a scheduler has given it."""
-    settle(group, group.keys() & {*_ADAMW_OPTIONS, "momentum"})
-    betas = group["betas"]
-    if "momentum" in group and isinstance(betas, (tuple, list)):
-        group["betas"] = (group["momentum"], *betas[1:])
-
-
-def _checked_adamw(options: Mapping[str, Any]) -> AdamW:
-    """Return an AdamW without parameters; raise ValueError or TypeError for options that it refuses or overlooks."""
-    options = {key: plain(value) for key, value in options.items()}
-    check_group({"lr": 0.0, "weight_decay": 0.0, "eps": 0.0, "betas": (0.0, 0.0), **options})
-    return AdamW([{"params": []}], **options)
-
-
 def _checked_groups(checkpoint: dict[str, Any], adamw: AdamW) -> _Groups:
     """Return the AdamW groups of a checkpoint, options that they lack taken from `adamw`.
 
@@ -292,7 +272,7 @@ def _checked_groups(checkpoint: dict[str, Any], adamw: AdamW) -> _Groups:
     groups: _Groups = []
     for own, group in zip(adamw.param_groups, checkpoint["param_groups"], strict=False):
         groups.append({**{key: own[key] for key in adamw.defaults if key in own}, **group})
-        _settle(groups[-1])
+        settle_adamw(groups[-1])
         check_group(groups[-1])
         amsgrad.update(dict.fromkeys(own["params"], groups[-1]["amsgrad"]))
 
