@@ -186,6 +186,10 @@ Result apply_update(const ApplyUpdate& args, const ApplyOptions& options, DType 
 // The Gram form runs without a restart, which takes more bits than bf16 has: every number is a sum of `terms` bf16
 // numbers. Two hold 17 bits, three 22; how many a schedule needs is for the caller to know. Three are for at most 64
 // rows.
+//
+// With several parts the columns of a matrix are divided into as many, of ceil(ceil(cols / 32) / parts) * 32 columns
+// each, the last of what is left, and a step is two launches with a block for every part of every matrix: for few wide
+// matrices, which would keep as few multiprocessors busy.
 struct FusedStep {
     int64_t count;  // matrices, all rows x cols, rows <= cols
     int64_t rows;
@@ -195,6 +199,8 @@ struct FusedStep {
     const float* coefficients;  // [steps, 3], on the host
     int steps;
     int terms;
+    int parts;       // 1, or more as long as each has columns
+    void* partials;  // count * parts * fused_partial_bytes(rows) on the device, at 32 bytes; not used if parts is 1
 };
 Result fused_step(const FusedStep& args, const ApplyOptions& options, Stream stream);
 
@@ -203,6 +209,9 @@ Result fused_step(const FusedStep& args, const ApplyOptions& options, Stream str
 int64_t momentum_capacity();
 int64_t apply_capacity();
 int64_t fused_capacity();
+
+// What a part of a matrix leaves in memory between the two launches.
+int64_t fused_partial_bytes(int64_t rows);
 
 const char* error_string(int32_t error);
 

@@ -111,6 +111,8 @@ class cuda:
     @staticmethod
     def fused_capacity() -> int: ...
     @staticmethod
+    def fused_partial_bytes(rows: int, /) -> int: ...
+    @staticmethod
     def momentum_partials(update: MomentumUpdate, /) -> int: ...
     @staticmethod
     def momentum_update(update: MomentumUpdate, dtype: DType, partial: int, stream: int, /) -> None: ...
@@ -125,6 +127,8 @@ class cuda:
         apply: ApplyUpdate,
         coefficients: list[float],
         terms: int,
+        parts: int,
+        partials: int,
         options: ApplyOptions,
         stream: int,
         /,

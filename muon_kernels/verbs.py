@@ -86,6 +86,8 @@ class Step(NamedTuple):
         triples: coefficients that `iterate` uses, for a backend that iterates by itself.
         apply: its x is not used: the result is what `iterate` returns.
         options: of `apply`.
+        parts: of the columns of a matrix, as planned; see `Fused`.
+        partials: memory that the parts need, written; None to allocate.
     """
 
     momentum: MomentumUpdate
@@ -93,3 +95,5 @@ class Step(NamedTuple):
     triples: Sequence[tuple[float, float, float]]
     apply: ApplyUpdate
     options: ApplyOptions
+    parts: int = 1
+    partials: Tensor | None = None

@@ -214,6 +214,7 @@ PYBIND11_MODULE(_C, m) {
     cuda.def("momentum_capacity", &mk::cuda::momentum_capacity);
     cuda.def("apply_capacity", &mk::cuda::apply_capacity);
     cuda.def("fused_capacity", &mk::cuda::fused_capacity);
+    cuda.def("fused_partial_bytes", &mk::cuda::fused_partial_bytes);
     cuda.def("momentum_partials", &mk::cuda::momentum_partials);
     cuda.def("momentum_update", [](const mk::MomentumUpdate& u, mk::DType dtype, int64_t partial, int64_t stream) {
         const auto run = [&] { return mk::cuda::momentum_update(u, dtype, at<double>(partial), stream_at(stream)); };
@@ -228,10 +229,11 @@ PYBIND11_MODULE(_C, m) {
     cuda.def(
         "fused_step",
         [](int64_t count, int64_t rows, int64_t cols, const mk::MomentumUpdate& momentum, const mk::ApplyUpdate& apply,
-           const std::vector<float>& coefficients, int terms, const mk::ApplyOptions& options, int64_t stream) {
+           const std::vector<float>& coefficients, int terms, int parts, int64_t partials,
+           const mk::ApplyOptions& options, int64_t stream) {
             const mk::cuda::FusedStep step{
                 count, rows, cols, momentum, apply, coefficients.data(), static_cast<int>(coefficients.size() / 3),
-                terms
+                terms, parts, at<void>(partials)
             };
             check(without_gil([&] { return mk::cuda::fused_step(step, options, stream_at(stream)); }), "fused_step");
         }

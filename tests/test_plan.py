@@ -11,12 +11,15 @@ from checks import needs
 from torch import nn
 
 from muon_kernels import COEFFICIENTS, Muon, MuonAdamW, Plan, backends, memory
+from muon_kernels.backends import cuda
+from muon_kernels.backends.gpu import fused_parts
 from muon_kernels.coefficients import resolve
 from muon_kernels.distributed import exchange
 from muon_kernels.segments import segments
 from muon_kernels.step.plan import Bucket, plan_for_shapes
 
 SHAPES = [(16, 16), (24, 100), (48, 64), (33, 130), (64, 700), (1, 9)]
+GPUS = ("cuda", "triton")
 VERBS = ("momentum_update", "syrk", "syrkx", "gemm", "apply_update")
 
 
@@ -124,23 +127,49 @@ def test_launches_are_the_calls_made(backend: str, name: str, algorithm: str, mo
         assert calls["momentum_update"] == calls["apply_update"] == sum(len(b.chunks) for b in plan.buckets)
 
 
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize(
-    ("rows", "cols", "count", "fused"),
+    ("rows", "cols", "count", "parts", "triton"),
     [
-        (64, 768, 144, True),
-        (64, 64, 1, True),
-        (16, 1024, 64, True),
-        (64, 16384, 1, False),
-        (64, 16384, 8, False),
-        (64, 16384, 1000, True),
+        (64, 768, 144, 1, True),
+        (64, 64, 1, 1, True),
+        (16, 1024, 64, 1, True),
+        (64, 768, 12, 8, True),
+        (64, 16384, 1, 43, False),
+        (64, 16384, 8, 13, False),
+        (64, 16384, 1000, 1, True),
+        (128, 4096, 8, 13, False),
+        (128, 4096, 60, 1, False),
+        (128, 16384, 1, 0, False),
     ],
 )
 def test_few_wide_matrices_are_not_left_to_few_multiprocessors(
-    backend: str, rows: int, cols: int, count: int, fused: bool
+    rows: int, cols: int, count: int, parts: int, triton: bool
 ) -> None:
-    plan = plan_for_shapes([(rows, cols, count)], device="cuda", backend=backend, available=False)
-    assert [bucket.fused for bucket in plan.buckets] == [fused]
+    """On cuda in so many parts, or not fused; on triton whole or not at all."""
+    plans = {b: plan_for_shapes([(rows, cols, count)], device="cuda", backend=b, available=False) for b in GPUS}
+    (divided,), (whole,) = (plans[b].buckets for b in GPUS)
+    assert divided.fused * divided.parts == parts and (whole.fused, whole.parts) == (triton, 1)
+    if parts > 1:
+        assert divided.launches == 2 and divided.workspace_bytes == count * parts * cuda.partial_bytes(rows)
+        assert f"{parts} parts, and the fused step into two launches" in str(plans["cuda"])
+    elif parts:
+        assert divided.launches == -(-count // cuda.FUSED_CAPACITY) and divided.workspace_bytes == 0
+
+
+@pytest.mark.parametrize("rows", [1, 16, 64, 128])
+def test_every_part_has_columns_and_a_multiprocessor(rows: int) -> None:
+    for count in (1, 2, 7, 53, 54, 55, 108, 500):
+        for cols in {rows, 33, 128, 129, 1000, 4097, 2**20 + 1}:
+            parts, tiles = fused_parts(rows, cols, count), -(-cols // 32)
+            assert parts == 1 or ((parts - 1) * -(-tiles // parts) < tiles and parts * count <= 108)
+
+
+def test_parts_fit_into_the_workspace_that_there_may_be() -> None:
+    each = cuda.partial_bytes(64)
+    for cap, parts in ((12 * 8 * each, 8), (12 * 8 * each - 1, 6), (12 * each, 1), (1, 1)):
+        options: dict[str, Any] = {"backend": "cuda", "available": False, "max_workspace_bytes": cap}
+        (bucket,) = plan_for_shapes([(64, 768, 12)], device="cuda", **options).buckets
+        assert bucket.fused and bucket.parts == parts and bucket.workspace_bytes <= cap
 
 
 @needs.cpu_kernels

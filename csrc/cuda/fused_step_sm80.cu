@@ -1,6 +1,10 @@
 // A whole Muon step of a matrix by one block: the gradient, the momentum and the parameter stream through once or
 // twice, and the Newton-Schulz iteration, in its Gram form, never leaves the registers.
 //
+// Or by several, each with a part of the columns, in two launches: only the first and the last of all products are with
+// X. The first launch leaves the parts' R in memory. In the second every block adds them up, iterates as all of them do,
+// and updates its own columns.
+//
 // Warp w owns rows 16w .. 16w + 15 of every M x M matrix. R and Q stay in its registers as accumulators of mma, whose
 // layout is that of the next product's left operand; the right operand is the only matrix in shared memory.
 //
@@ -12,6 +16,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "../muon_kernels.h"
 #include "device.h"
@@ -27,6 +32,7 @@ constexpr int BLOCK_K = 32;    // columns of X in a tile
 constexpr int kUnit = 4;       // consecutive elements that a thread handles at once: 16 bytes of fp32
 constexpr int kUnits = 4;      // of a tile, per thread
 constexpr int kParameterBytes = 32764;
+constexpr int kMaxParts = 65535;  // of a grid's second side
 
 // Of a number, at most. R, Q and their product take 192 registers of 255 where there are 128 rows: no room for more.
 template <int M>
@@ -37,8 +43,14 @@ struct Matrix {
     double ratio;
 };
 
+// What a launch does of a step.
+enum class Stage : int32_t { whole, gram, update };
+
 struct Settings {
+    Stage stage;
     int rows, cols, steps, terms;
+    int part_cols;   // columns of a part, whole tiles; the last part has what is left
+    void* partials;  // a Partial for every part of every matrix, unless a stage is the whole step
     DType grad_dtype, momentum_dtype, param_dtype;
     bool has_momentum, nesterov, dampened, cautious;
     float grad_scale, mu, rest;  // rest = 1 - mu
@@ -500,8 +512,13 @@ struct Operands {
     const Settings& settings;
     const Matrix& matrix;
 
+    int begin, end;  // of the part's columns
+
     explicit __device__ Operands(const Arguments& args)
-        : settings(args.settings), matrix(args.matrices[opaque(blockIdx.x)]) {}
+        : settings(args.settings),
+          matrix(args.matrices[opaque(blockIdx.x)]),
+          begin(static_cast<int>(opaque(blockIdx.y)) * settings.part_cols),
+          end(begin + min(settings.part_cols, settings.cols - begin)) {}
     template <bool TALL>
     __device__ Span grad() const {
         return {matrix.grad, settings.grad_dtype, TALL};
@@ -517,6 +534,45 @@ struct Operands {
     __device__ bool tall() const { return matrix.param.row_stride == 1 && matrix.param.col_stride != 1; }
 };
 
+// What a part leaves for the second launch: its R, as its threads have it, and the exponent of its X.
+template <int M>
+struct alignas(32) Partial {
+    float4 R[M / 8][2 * M];
+    int exponent;
+};
+
+template <int M>
+__device__ Partial<M>* partials_of_matrix(const Settings& s) {
+    return static_cast<Partial<M>*>(s.partials) + blockIdx.x * gridDim.y;
+}
+
+template <int M>
+__device__ void leave(const Rows<M>& R, int exponent, Partial<M>& to) {
+#pragma unroll
+    for (int j = 0; j < M / 8; ++j) to.R[j][threadIdx.x] = make_float4(R[j][0], R[j][1], R[j][2], R[j][3]);
+    if (threadIdx.x == 0) to.exponent = exponent;
+}
+
+// R of all columns. Every block of a matrix adds in the same order, and so has the same bits.
+template <int M>
+__device__ void sum(Rows<M>& R, int& exponent, const Partial<M>* partials) {
+    __shared__ int maxima[M / kWarpRows];
+    const int parts = static_cast<int>(gridDim.y);
+    for (int part = threadIdx.x; part < parts; part += 2 * M) exponent = max(exponent, partials[part].exponent);
+    exponent = block_reduce<M>(exponent, maxima, [](int a, int b) { return max(a, b); });
+#pragma unroll(128 / M)
+    for (int part = 0; part < parts; ++part) {
+        const float shrink = power_of_two(max(partials[part].exponent - exponent, -126));
+#pragma unroll
+        for (int j = 0; j < M / 8; ++j) {
+            const float4 r = partials[part].R[j][threadIdx.x];
+            const float of_part[4] = {r.x, r.y, r.z, r.w};
+#pragma unroll
+            for (int i = 0; i < 4; ++i) R[j][i] += of_part[i] * shrink * shrink;
+        }
+    }
+}
+
 // The first pass: R = (X 2^-exponent) (X 2^-exponent)ᵀ. X may have any scale: it is taken times the power of two that
 // brings its largest element so far to [1, 2).
 template <int M, bool TALL>
@@ -526,8 +582,8 @@ __device__ void gram(Rows<M>& R, int& exponent, const Operands& on, uint32_t sha
     const Span grad = on.grad<TALL>(), momentum = on.momentum<TALL>();
     const SharedTile<M, TALL> tile{shared};
     Direction<M, TALL> x;
-    x.load(s, grad, momentum, 0, true);
-    for (int col = 0; col < s.cols; col += BLOCK_K) {
+    x.load(s, grad, momentum, on.begin, true);
+    for (int col = on.begin; col < on.end; col += BLOCK_K) {
         float d[kUnits][kUnit];
         uint32_t largest = 0;
         x.update_momentum(s, momentum, col);
@@ -539,7 +595,7 @@ __device__ void gram(Rows<M>& R, int& exponent, const Operands& on, uint32_t sha
                 largest = max(largest, __float_as_uint(fabsf(d[u][i])));
             }
         }
-        if (col + BLOCK_K < s.cols) x.load(s, grad, momentum, col + BLOCK_K, true);
+        if (col + BLOCK_K < on.end) x.load(s, grad, momentum, col + BLOCK_K, true);
         // Its barrier is also the one after which the tile may be written over.
         largest = block_reduce<M>(largest, maxima, [](uint32_t a, uint32_t b) { return max(a, b); });
         const int larger = min(static_cast<int>(largest >> 23) - 127, 126);
@@ -579,8 +635,8 @@ __device__ void apply(const Fragment<M> (&q)[M / 16], float scale, int exponent,
     const float decay = static_cast<float>(1 - lr * weight_decay), step_size = static_cast<float>(lr * on.matrix.ratio);
     const bool with_grad = !s.has_momentum || s.nesterov;
     D x;
-    x.load(s, grad, momentum, 0, with_grad);
-    for (int col = 0; col < s.cols; col += BLOCK_K) {
+    x.load(s, grad, momentum, on.begin, with_grad);
+    for (int col = on.begin; col < on.end; col += BLOCK_K) {
         __syncthreads();
 #pragma unroll
         for (int u = 0; u < kUnits; ++u) {
@@ -589,7 +645,7 @@ __device__ void apply(const Fragment<M> (&q)[M / 16], float scale, int exponent,
             for (int i = 0; i < kUnit; ++i) d[i] = x.at(s, u, i) * power_of_two(-exponent);
             tile.store(d, u, s.terms);
         }
-        if (col + BLOCK_K < s.cols) x.load(s, grad, momentum, col + BLOCK_K, with_grad);
+        if (col + BLOCK_K < on.end) x.load(s, grad, momentum, col + BLOCK_K, with_grad);
         __syncthreads();
 #pragma unroll 1
         for (int c = 0; c < BLOCK_K; c += 16) {
@@ -649,7 +705,7 @@ __device__ float reciprocal_norm(const Rows<M>& R, const Settings& s) {
 }
 
 // As many as registers allow without spilling.
-constexpr int blocks_per_multiprocessor(int m) { return m == 128 ? 1 : m == 64 ? 2 : m == 32 ? 6 : 12; }
+constexpr int blocks_per_multiprocessor(int m) { return m == 128 ? 1 : m == 64 ? 2 : m == 32 ? 6 : 13; }
 
 template <int M>
 __global__ void __launch_bounds__(2 * M, blocks_per_multiprocessor(M)) fused_step_kernel(
@@ -667,7 +723,12 @@ __global__ void __launch_bounds__(2 * M, blocks_per_multiprocessor(M)) fused_ste
     {
         int exponent = -126;
         const Operands on(args);
-        on.tall() ? gram<M, true>(R, exponent, on, memory) : gram<M, false>(R, exponent, on, memory);
+        if (s.stage == Stage::update) {
+            sum<M>(R, exponent, partials_of_matrix<M>(s));
+        } else {
+            on.tall() ? gram<M, true>(R, exponent, on, memory) : gram<M, false>(R, exponent, on, memory);
+        }
+        if (s.stage == Stage::gram) return leave<M>(R, exponent, partials_of_matrix<M>(s)[blockIdx.y]);
         if (threadIdx.x == 0) of_x.exponent = exponent;
     }
     const float scale = reciprocal_norm<M>(R, s);
@@ -695,7 +756,7 @@ constexpr int tile_bytes() {
 }
 
 template <int M>
-Result launch(const Arguments& args, int count, cudaStream_t stream) {
+Result launch(Arguments& args, int count, int parts, cudaStream_t stream) {
     const int square = args.settings.terms * Square<M>::kTermBytes;
     const int bytes = std::max(square, std::max(tile_bytes<M, false>(), tile_bytes<M, true>()));
     const auto kernel = known<fused_step_kernel<M>>();
@@ -704,20 +765,37 @@ Result launch(const Arguments& args, int count, cudaStream_t stream) {
             reported(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
         if (allowed.status != Status::ok) return allowed;
     }
-    kernel<<<count, 2 * M, bytes, stream>>>(args);
-    return launched();
+    const auto put = [&](Stage stage) {
+        args.settings.stage = stage;
+        kernel<<<dim3(count, parts), 2 * M, bytes, stream>>>(args);
+        return launched();
+    };
+    if (parts == 1) return put(Stage::whole);
+    const Result first = put(Stage::gram);
+    return first.status == Status::ok ? put(Stage::update) : first;
 }
 
-Result launch(const Arguments& args, int count, cudaStream_t stream) {
-    const int rows = args.settings.rows;
-    if (rows <= 16) return launch<16>(args, count, stream);
-    if (rows <= 32) return launch<32>(args, count, stream);
-    if (rows <= 64) return launch<64>(args, count, stream);
-    return launch<128>(args, count, stream);
+// f(a number of rows that there is a kernel for, as a type), the smallest that holds so many.
+template <typename F>
+auto with_rows(int64_t rows, F f) {
+    if (rows <= 16) return f(std::integral_constant<int, 16>{});
+    if (rows <= 32) return f(std::integral_constant<int, 32>{});
+    if (rows <= 64) return f(std::integral_constant<int, 64>{});
+    return f(std::integral_constant<int, 128>{});
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Columns of a part.
+int64_t part_cols(const FusedStep& f) { return ceil_div(ceil_div(f.cols, BLOCK_K), f.parts) * BLOCK_K; }
+
+// Whether every part has columns, and a place to leave what it finds in them.
+bool divided(const FusedStep& f) {
+    return f.parts == 1 || (f.parts > 1 && f.parts <= kMaxParts && (f.parts - 1) * part_cols(f) < f.cols && f.partials);
 }
 
 bool supported(const FusedStep& f, const ApplyOptions& options) {
-    return f.rows <= f.cols && f.rows <= kMaxRows && f.cols <= INT32_MAX - BLOCK_K && f.steps >= 1 &&
+    return divided(f) && f.rows <= f.cols && f.rows <= kMaxRows && f.cols <= INT32_MAX - BLOCK_K && f.steps >= 1 &&
            f.steps <= kMaxSteps && f.terms >= 2 && f.terms <= (f.rows > 64 ? kTerms<128> : kTerms<64>) &&
            !options.stochastic_rounding;
 }
@@ -725,6 +803,10 @@ bool supported(const FusedStep& f, const ApplyOptions& options) {
 }  // namespace
 
 int64_t fused_capacity() { return kCapacity; }
+
+int64_t fused_partial_bytes(int64_t rows) {
+    return with_rows(rows, [](auto m) { return static_cast<int64_t>(sizeof(Partial<m>)); });
+}
 
 Result fused_step(const FusedStep& f, const ApplyOptions& options, Stream stream) {
     if (!supported(f, options)) return {Status::invalid_argument, 0};
@@ -736,6 +818,8 @@ Result fused_step(const FusedStep& f, const ApplyOptions& options, Stream stream
     Settings& s = args.settings;
     s.rows = static_cast<int>(f.rows);
     s.cols = static_cast<int>(f.cols);
+    s.part_cols = static_cast<int>(part_cols(f));
+    s.partials = f.partials;
     s.steps = f.steps;
     s.terms = f.terms;
     s.grad_dtype = f.momentum.grad_dtype;
@@ -764,7 +848,9 @@ Result fused_step(const FusedStep& f, const ApplyOptions& options, Stream stream
                 f.apply.ratio[from]
             };
         }
-        const Result result = launch(args, count, static_cast<cudaStream_t>(stream));
+        const Result result = with_rows(f.rows, [&](auto m) {
+            return launch<m>(args, count, f.parts, static_cast<cudaStream_t>(stream));
+        });
         if (result.status != Status::ok) return result;
     }
     return {Status::ok, 0};

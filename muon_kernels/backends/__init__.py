@@ -30,12 +30,16 @@ class Fused(NamedTuple):
         launches: calls of a kernel.
         flops: executed for a matrix; None if they are those of its products.
         reads: of gradients and momenta.
+        parts: of the columns of a matrix, each stepped by a block of its own.
+        partial_bytes: what the parts of all matrices leave for one another, in the workspace.
     """
 
     slots: int
     launches: int = 1
     flops: int | None = None
     reads: int = 1
+    parts: int = 1
+    partial_bytes: int = 0
 
 
 class Backend(Products, Protocol):
@@ -107,9 +111,18 @@ class Backend(Products, Protocol):
         """Return the smallest and largest side of the tiles in which operands are read; None if that is not known."""
 
     def fused_plan(
-        self, rows: int, cols: int, count: int, schedule: Schedule, stochastic_rounding: bool = False
+        self,
+        rows: int,
+        cols: int,
+        count: int,
+        schedule: Schedule,
+        stochastic_rounding: bool = False,
+        room: int | None = None,
     ) -> Fused | None:
-        """Return the cost of stepping a bucket by `fused_step`; None if it is not stepped that way."""
+        """Return the cost of stepping a bucket by `fused_step`; None if it is not stepped that way.
+
+        `room`: bytes that partials may take; None for any.
+        """
 
     def fused_step(self, args: Step) -> None:
         """Do `momentum_update`, the iteration and `apply_update` in one call. Optional: see `fused_plan`."""

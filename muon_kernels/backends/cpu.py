@@ -211,7 +211,14 @@ def product_tiles() -> None:
     """Return None: panels suit the caches of a processor."""
 
 
-def fused_plan(rows: int, cols: int, count: int, schedule: Schedule, stochastic_rounding: bool = False) -> Fused | None:
+def fused_plan(
+    rows: int,
+    cols: int,
+    count: int,
+    schedule: Schedule,
+    stochastic_rounding: bool = False,
+    room: int | None = None,
+) -> Fused | None:
     """Give each thread a slot, where there are enough matrices to keep all threads busy to the end."""
     threads = torch.get_num_threads()
     return Fused(threads) if count >= 4 * threads else None

@@ -16,8 +16,8 @@ from ..coefficients import Schedule
 from ..newton_schulz import Square, square
 from ..verbs import ApplyOptions, ApplyUpdate, MomentumUpdate, Step
 from . import Fused, eager, get, kinds, native
+from .gpu import FUSED_TILE, fused_parts, fusing_pays
 from .gpu import default_workspace_bytes as default_workspace_bytes
-from .gpu import fusing_pays
 from .gpu import leading_dimension as leading_dimension
 from .gpu import precise_squares as precise_squares
 from .gpu import symmetric_products as symmetric_products
@@ -161,7 +161,7 @@ def prefers_instead(device: torch.device, rows: int, cols: int) -> tuple[str, st
     It is expected to be faster where a GPU has tensor instructions that this backend does not use, and products take
     the time. On compute capability 9.0 mma.sync reaches 63 % of the tensor cores' rate, wgmma all of it ("Dissecting
     the NVIDIA Hopper Architecture", arXiv 2501.12084), which products use where the module was built with code for
-    sm_90a; on 10.x it is further from tcgen05. 12.x has neither. Up to 128 rows a step is one launch here and reads
+    sm_90a; on 10.x it is further from tcgen05. 12.x has neither. Up to 128 rows a step is fused here and reads
     memory most of the time.
     """
     if ranking := _ranking(device, rows):
@@ -172,7 +172,7 @@ def prefers_instead(device: torch.device, rows: int, cols: int) -> tuple[str, st
 
 
 def _few(rows: int) -> bool:
-    """Return whether a step of matrices with so many rows is one launch, unless its options forbid it."""
+    """Return whether a step of matrices with so many rows is fused, unless its options forbid it."""
     return rows <= max(FUSED_ROWS.values())
 
 
@@ -368,25 +368,42 @@ def product_tiles() -> tuple[int, int]:
     return 64, 128
 
 
-def fused_plan(rows: int, cols: int, count: int, schedule: Schedule, stochastic_rounding: bool = False) -> Fused | None:
+def fused_plan(
+    rows: int,
+    cols: int,
+    count: int,
+    schedule: Schedule,
+    stochastic_rounding: bool = False,
+    room: int | None = None,
+) -> Fused | None:
     """Fuse where the smaller side fits on the chip, which needs no workspace but two visits to the longer one.
 
-    Not where few wide matrices would leave most of the chip idle. It rounds to nearest. A product is three or six of
-    bf16, of whole squares, and sizes are rounded up to tiles.
+    Few wide matrices, which would leave most of the chip idle, are divided along their columns. It rounds to nearest. A
+    product is three or six of bf16, of whole squares, and sizes are rounded up to tiles.
     """
     terms = terms_needed(schedule.triples, schedule.margin)
     if stochastic_rounding or terms is None or rows > FUSED_ROWS[terms] or cols >= 2**31 - 32:
         return None
-    if not fusing_pays(rows, cols, count):
+    most = None if room is None else room // max(1, count * partial_bytes(rows))
+    parts = fused_parts(rows, cols, count, most)
+    if not fusing_pays(rows, cols, count, parts):
         return None
-    m, n = max(16, 1 << (rows - 1).bit_length()), -(-cols // 32) * 32
-    parts, products = terms * (terms + 1) // 2, 4 * len(schedule.triples) - 3
+    m, n = max(16, 1 << (rows - 1).bit_length()), -(-cols // FUSED_TILE) * FUSED_TILE
+    of_terms, products = terms * (terms + 1) // 2, 4 * len(schedule.triples) - 3
     return Fused(
         slots=0,
-        launches=-(-count // FUSED_CAPACITY),
-        flops=parts * 2 * m * m * (2 * n + products * m),
+        launches=-(-count // FUSED_CAPACITY) * (2 if parts > 1 else 1),
+        flops=of_terms * 2 * m * m * (2 * n + parts * products * m),
         reads=2,
+        parts=parts,
+        partial_bytes=count * parts * partial_bytes(rows) if parts > 1 else 0,
     )
+
+
+def partial_bytes(rows: int) -> int:
+    """Return what a part of a matrix leaves for the others: a square in fp32, and an exponent in a sector."""
+    m: int = max(16, 1 << (rows - 1).bit_length())
+    return 4 * m * m + 32
 
 
 def fused_step(args: Step) -> None:
@@ -398,7 +415,12 @@ def fused_step(args: Step) -> None:
     after, options, _also_alive = _apply_arguments(args.apply, args.options, None, device)
     count, (_, m, n) = len(args.apply.ratio), momentum.x.shape
     coefficients = [c for triple in args.triples for c in triple]
-    terms = terms_needed(tuple(args.triples), momentum.margin)
+    terms, partials = terms_needed(tuple(args.triples), momentum.margin), args.partials
+    needed = count * args.parts * _C.cuda.fused_partial_bytes(m) if args.parts > 1 else 0
+    if needed and partials is None:
+        partials = torch.empty(needed, dtype=torch.uint8, device=device)
+    assert partials is None or needed <= partials.numel()
     with _launching((count, m, n), device) as stream:
-        _C.cuda.fused_step(count, m, n, before, after, coefficients, terms, options, stream)
+        where = native.pointer(partials)
+        _C.cuda.fused_step(count, m, n, before, after, coefficients, terms, args.parts, where, options, stream)
     torch.autograd.graph.increment_version([t.tensor for t in (*param, *momentum.momentum)])

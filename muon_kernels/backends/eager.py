@@ -90,7 +90,14 @@ def product_tiles() -> None:
     """Return None: torch chooses."""
 
 
-def fused_plan(rows: int, cols: int, count: int, schedule: Schedule, stochastic_rounding: bool = False) -> None:
+def fused_plan(
+    rows: int,
+    cols: int,
+    count: int,
+    schedule: Schedule,
+    stochastic_rounding: bool = False,
+    room: int | None = None,
+) -> None:
     """Return None: torch has nothing that runs a whole step."""
 
 

@@ -257,7 +257,14 @@ def product_tiles() -> tuple[int, int]:
     return min(sides), max(sides)
 
 
-def fused_plan(rows: int, cols: int, count: int, schedule: Schedule, stochastic_rounding: bool = False) -> Fused | None:
+def fused_plan(
+    rows: int,
+    cols: int,
+    count: int,
+    schedule: Schedule,
+    stochastic_rounding: bool = False,
+    room: int | None = None,
+) -> Fused | None:
     """Fuse where the smaller side fits on the chip, which needs no workspace but two visits to the longer one.
 
     Not where few wide matrices would leave most of the chip idle. It rounds to nearest.

@@ -150,7 +150,7 @@ class Estimate(NamedTuple):
 def _bucket(bucket: Bucket, kernels: Kernels, gpu: Gpu, schedule: Schedule) -> tuple[float, float]:
     """Return the seconds of a bucket's products, and of its passes."""
     if bucket.fused:
-        return fused_seconds(*bucket.shape, bucket.count), 0.0
+        return fused_seconds(*bucket.shape, bucket.count, bucket.parts), 0.0
     ops = backends.get(kernels.backend)
     counter = _Products(ops.symmetric_products, ops.precise_squares)
     count_iteration(counter, bucket.algorithm, *bucket.shape, schedule)
@@ -191,5 +191,5 @@ def _sources(kinds: Sequence[Kernels]) -> Iterator[str]:
     yield f"  memory: {_MEMORY.share:.0%} of its rate ({_MEMORY.source})"
     yield f"  gaps: {1e6 * _BOUNDARY.share:.1f} µs ({_BOUNDARY.source})"
     yield "  what a tile takes beside its k: 3.5 µs for 128 x 128, 4 for 128 x 256 (LeetCUDA 416, TLX 1038, H100)"
-    yield "  steps of one launch: 0.35 ms for 128 x 4096 on one multiprocessor, predicted"
+    yield "  fused steps: 0.35 ms for 128 x 4096 on one multiprocessor, predicted"
     yield "  FLOP/s, bytes/s and multiprocessors: NVIDIA's data sheet"

@@ -183,7 +183,7 @@ def traffic(plan: Plan, backend: str, schedule: Schedule) -> str:
     text = f"prologue and epilogue move {plan.bytes / 1e6:.0f} MB,"
     text += f" {plan.bytes / max(1, plan.least_bytes):.2f} of the least"
     if plan.bytes > plan.least_bytes:
-        text += " (steps of one launch read gradient and momentum twice)"
+        text += " (fused steps read gradient and momentum twice)"
     if plan.product_bytes:
         text += f";\nproducts {plan.product_bytes / 1e6:.0f} MB with each operand read once"
         if tiles := ops.product_tiles():

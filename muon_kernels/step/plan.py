@@ -41,11 +41,12 @@ class Bucket:
         product_bytes: traffic of the products if each operand is read and each result written once; none if fused.
         bytes: traffic of prologue and epilogue: gradients, momenta and parameters read, momenta and parameters written,
             and, unless fused, the workspace written and read once each. Where the backend reads twice, so counted; and
-            what signs, a second moment and what is packed take.
+            what the parts of matrices leave for one another, what signs, a second moment and what is packed take.
         least_bytes: the same if everything were read once.
         workspace_bytes: of all slots.
         packed: how many of momentum and parameter are kept in fewer bits and computed with in fp32 memory of the
             workspace.
+        parts: of the columns of a matrix in a fused step, which takes two launches where there are several.
     """
 
     shape: tuple[int, int]
@@ -64,6 +65,7 @@ class Bucket:
     least_bytes: int
     workspace_bytes: int
     packed: int = 0
+    parts: int = 1
 
 
 class Shared(NamedTuple):
@@ -180,6 +182,12 @@ class Plan:
         note = ["A launch is a call of a kernel; where it is one, the whole step is fused."]
         if any(b.shape[0] < b.shape[1] for b in self.buckets):
             note.append("A matrix taller than wide is stepped, and shown, as its transpose.")
+        note += [
+            f"Each of {b.count} x {b.shape[0]}x{b.shape[1]} is cut along its columns into {b.parts} parts, and the "
+            "fused step into two launches."
+            for b in self.buckets
+            if b.parts > 1
+        ]
         return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], *between, *note, *self.notes])
 
 
@@ -277,8 +285,9 @@ def plan_bucket(
     elements, cap = count_ * m * n, options.max_workspace_bytes
     fused = None
     if stepped and not stages and not schedule.weights:
-        fused = ops.fused_plan(m, n, count_, schedule, options.stochastic_rounding)
-    if fused is not None and fused.slots * each <= (ops.default_workspace_bytes if cap is None else cap):
+        fused = ops.fused_plan(m, n, count_, schedule, options.stochastic_rounding, cap)
+    needed = 0 if fused is None else fused.slots * each + fused.partial_bytes
+    if fused is not None and needed <= (ops.default_workspace_bytes if cap is None else cap):
         least = elements * bytes_per_element
         return replace(
             bucket,
@@ -287,9 +296,10 @@ def plan_bucket(
             slots=fused.slots,
             launches=fused.launches,
             flops=count_ * (flops if fused.flops is None else fused.flops),
-            bytes=least + elements * direction_bytes * (fused.reads - 1),
+            bytes=least + elements * direction_bytes * (fused.reads - 1) + fused.partial_bytes * (1 + fused.parts),
             least_bytes=least,
-            workspace_bytes=fused.slots * each,
+            workspace_bytes=needed,
+            parts=fused.parts,
         )
     chunks = chunk_counts(count_, each, cap, backend)
     least = elements * (bytes_per_element + 2 * size)

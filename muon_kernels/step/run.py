@@ -59,7 +59,8 @@ def run_iteration(work: Work, stacks: Stacks, scale: Tensor | None) -> Tensor:
 def _fused_step(work: Work, chunk: Chunk, grads: Sequence[Matrices], workspace: Workspace, scalars: Scalars) -> None:
     ops, schedule = backends.get(work.bucket.backend), work.schedule
     assert isinstance(chunk.params, Bundle) and isinstance(chunk.momenta, Bundle)
-    X, Y, squares, *_ = workspace.stacks(work, work.bucket.slots)
+    stacks = workspace.stacks(work, work.bucket.slots)
+    X, Y, squares, *_ = stacks
 
     def iterate(scale: Tensor) -> Tensor:
         return ALGORITHMS[work.bucket.algorithm].run(ops, X, Y, squares, scale, schedule)
@@ -71,6 +72,8 @@ def _fused_step(work: Work, chunk: Chunk, grads: Sequence[Matrices], workspace: 
             schedule.triples,
             scalars.apply_update(chunk.params, X, chunk.ratios),
             scalars.apply_options(work.group_index, chunk.chunk_index),
+            work.bucket.parts,
+            stacks.partials,
         )
     )
 

@@ -27,6 +27,7 @@ class Stacks(NamedTuple):
     scratch: Tensor  # (batch * scratch_bytes,) uint8
     stage_scratch: Tensor  # (batch * stage_floats,) fp32, see `Work`
     unpacked: Tensor | None  # (batch, floats) fp32, of momentum or parameters that are kept packed
+    partials: Tensor | None  # uint8, where the parts of a fused step's matrices meet
     derived: dict[str, Any]  # what is computed from them once
 
 
@@ -102,4 +103,5 @@ class Workspace:
         offset += -offset % 8  # stacks of a backend whose leading dimensions are odd
         numbers = (take(1, 1, dtype)[:, 0, 0] for dtype in (torch.float64, *[torch.float32] * 4))
         blend = Blend(*total, *numbers) if total else None
-        return Stacks(X, Y, squares, blend, scratch, stage_scratch, memory, {})
+        partials = block[offset : bucket.workspace_bytes] if bucket.parts > 1 else None
+        return Stacks(X, Y, squares, blend, scratch, stage_scratch, memory, partials, {})

@@ -7,11 +7,14 @@ import pytest
 import torch
 from checks.step import *  # noqa: F403
 from checks.step import stepped
+from emulated import on
 from ptx import standin
 from torch import nn
 
-from muon_kernels import Muon
+from muon_kernels import Muon, options
 from muon_kernels.backends import cuda
+from muon_kernels.checks.steps import captured_steps_replay
+from muon_kernels.step.plan import Bucket
 
 needs_nvcc = pytest.mark.skipif(standin.nvcc() is None, reason="no nvcc: kernels cannot be compiled")
 
@@ -32,6 +35,38 @@ def test_many_matrices_take_more_launches(emulated: standin.Runtime) -> None:
         muon.step()
         assert len(emulated.log) - before == muon.plan().launches
         assert muon.plan().buckets[0].fused == (columns == 3)
+
+
+@needs_nvcc
+def test_few_wide_matrices_are_stepped_in_parts(emulated: standin.Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the plan says, and captured; by one block each the momenta are the same to the bit, the parameters nearly."""
+    shapes = ((2, 16, 2061), (2061, 16))
+
+    def both() -> list[nn.Parameter]:
+        memory = torch.Generator().manual_seed(0)
+        params = [nn.Parameter(torch.randn(shape, generator=memory)) for shape in shapes]
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=memory)
+        muon = Muon(params, lr=0.1, backend="cuda")
+        before = len(emulated.log)
+        muon.step()
+        assert len(emulated.log) - before == muon.plan().launches
+        found.append((muon.plan().buckets[0], [muon.state[p]["momentum_buffer"] for p in params]))
+        return params
+
+    found: list[tuple[Bucket, list[torch.Tensor]]] = []
+    divided = both()
+    monkeypatch.setattr(cuda, "fused_parts", lambda *_: 1)
+    whole = both()
+    (bucket, momenta), (other, theirs) = found
+    assert (bucket.parts, bucket.launches, other.parts, other.launches) == (33, 2, 1, 1)
+    assert all(map(torch.equal, momenta, theirs))
+    for p, q in zip(divided, whole, strict=True):
+        assert not torch.equal(p, q), "sums of two orders"
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-5)
+    monkeypatch.undo()
+    monkeypatch.setattr(options, "on_host", lambda value: not isinstance(value, torch.Tensor))
+    captured_steps_replay(on(emulated), shapes)
 
 
 @needs_nvcc

@@ -64,6 +64,16 @@ def test_a_fused_step(profiled: Runtime, shape: tuple[int, ...], dtypes: tuple[t
 
 
 @needs_nvcc
+def test_a_fused_step_in_parts(profiled: Runtime) -> None:
+    """To the FLOP; the exponents of parts, which are read twice, are a sector of 33 in the plan."""
+    plan = step(profiled, (16, 2048), F32, F32).plan()
+    assert [b.parts for b in plan.buckets] == [32]
+    assert 1 <= asked(profiled) / plan.bytes < 1.03
+    tensor = [row for profile in profiled.profiles.values() for row in profile.rows if row.tensor]
+    assert sum(row.threads for row in tensor) // 32 * 16 * 8 * 16 * 2 == plan.flops
+
+
+@needs_nvcc
 @pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, F32)], ids=str)
 def test_a_step_in_products(profiled: Runtime, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     """Only partial norms (here below 0.1 %) and diagonals (below 3 %) are not in the formulas."""

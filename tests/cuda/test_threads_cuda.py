@@ -23,7 +23,9 @@ def test_others_run_while_a_verb_does(emulated: standin.Runtime, verb: str) -> N
         "products": lambda: _C.cuda.products(of.products, dtype, 0),
         "momentum_update": lambda: _C.cuda.momentum_update(of.momentum, dtype, partial.data_ptr(), 0),
         "apply_update": lambda: _C.cuda.apply_update(of.apply, of.options, dtype, 0),
-        "fused_step": lambda: _C.cuda.fused_step(1, m, n, of.momentum, of.apply, [1.5, -0.5, 0.0], 2, of.options, 0),
+        "fused_step": lambda: _C.cuda.fused_step(
+            1, m, n, of.momentum, of.apply, [1.5, -0.5, 0.0], 2, 1, 0, of.options, 0
+        ),
     }
     calls[verb]()  # the first time, the stand-in runtime runs Python to build the kernel
     assert runs_meanwhile(calls[verb])

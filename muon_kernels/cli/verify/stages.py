@@ -20,7 +20,7 @@ STAGES = (
     Stage("models", 90, "how fast are steps of real models?", time_steps),
     Stage("gaps", 40, "how long does the GPU wait between kernels?", gaps),
     Stage("passes", 25, "how near to a copy are the passes over memory?", passes),
-    Stage("fused", 20, "what do steps of one launch take?", fused),
+    Stage("fused", 20, "what do fused steps take?", fused),
     Stage("sanitizer", 90, "does NVIDIA's checker find errors?", sanitize, apart=True, explains=True),
     Stage("ncu", 45, "what do kernels wait for?", profile, apart=True),
 )

@@ -1,4 +1,4 @@
-"""Stages 7, 8 and 9: what a step's kernels take one by one, passes over memory, steps of one launch."""
+"""Stages 7, 8 and 9: what a step's kernels take one by one, passes over memory, fused steps."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def _matrices(t: Tensor) -> Matrices:
 
 
 def fused(context: Context) -> Result:
-    """Time steps of one launch by the number of matrices, and by their rows and columns."""
+    """Time fused steps by the number of matrices, and by their rows and columns."""
     sizes, device = context.sizes, context.place.device
     data: dict[str, Any] = {"clocks before": clocks(device), "us": {}}
     left_out = 0
@@ -152,7 +152,7 @@ def _crossed(columns: Sequence[int], counts: Sequence[int]) -> list[tuple[int, i
 
 
 def _fused(context: Context, name: str, rows: int, cols: int, count: int) -> float | None:
-    """Return the seconds of a step, replayed; None where the backend does not step such matrices in one launch."""
+    """Return the seconds of a step, replayed; None where the backend does not fuse the step of such matrices."""
     device = context.place.device
     muon = Muon(parameters([(rows, cols, count)], device), backend=name)
     muon.step()

@@ -63,7 +63,7 @@ class Sizes(NamedTuple):
         workloads: whose steps are timed.
         traced: those that are profiled.
         passes: shapes whose passes over memory are timed.
-        fused_rows: of matrices that are stepped in one launch.
+        fused_rows: of matrices whose step is fused.
         fused_columns: of these.
         fused_counts: how many.
         compiler: of torch.compile.
