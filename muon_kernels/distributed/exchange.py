@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..stages.packed import Packed
 from ..stages.second_moment import SecondMoment
 from ..stages.stage import floats_for
 from ..step.operands import Operand, check
@@ -37,7 +36,7 @@ from ..step.work import Scalars, Task, Work
 from ..step.workspace import Workspace
 from . import second_moment
 from .balance import assign_owners
-from .lots import Entry, Kept, Lot, LotKey, holders, numbers_for
+from .lots import Entry, Kept, Lot, LotKey, holders
 from .placement import Placement, Team
 from .shards import layouts, shards_of
 from .slices import (
@@ -107,14 +106,9 @@ class Exchange:
         return min(IN_FLIGHT, len(self.rounds)) * (slices + owned + NORM_BYTES * norms) + 4 * self._numbers
 
     @property
-    def _packed(self) -> list[Packed]:
-        """Parameters of the rounds that go through fp32 memory."""
-        return [packed for r in self.rounds for packed in r.packed if packed]
-
-    @property
     def _numbers(self) -> int:
-        """Fp32 numbers of memory for what is packed: of one round, as no two unpack at a time."""
-        return max(map(numbers_for, self._packed), default=0)
+        """Fp32 numbers of memory for what is done to shards: of one round, as no two do it at a time."""
+        return max((r.numbers for r in self.rounds), default=0)
 
     @property
     def state_bytes(self) -> int:
@@ -167,7 +161,7 @@ class Exchange:
     def warm_up(self, grads: Sequence[Tensor], scalars: Scalars, workspace: Workspace) -> None:
         """Take the scratch memory of packing; raise RuntimeError where a CUDA graph would capture random bits."""
         check_uncaptured(self.works, scalars)
-        for packed in self._packed:
+        for packed in (packed for r in self.rounds for packed in r.kept_packed if packed):
             packed[0].reserve()
 
     def run(self, grads: Sequence[Tensor], scalars: Scalars, workspace: Workspace) -> None:
@@ -219,10 +213,10 @@ def divide(
             alone[index] = operand
         elif options.power == 1:
             found = shards_of(placement, options.flatten, operand.split)
-            alone[index] = operand._replace(pieces=[(piece, shape) for piece, shape, _ in found])
+            alone[index] = operand._replace(pieces=[(piece, shape) for piece, shape, *_ in found])
         elif steps_shards and placement.team.shards is not None:
-            own = list(blocks.shard_shapes(placement, options.flatten, operand.split))
-            alone[index] = operand._replace(pieces=own, lr_factor=shard_lr_factor)
+            own, before = blocks.shard_shapes(placement, options.flatten, operand.split)
+            alone[index] = operand._replace(pieces=own, lr_factor=shard_lr_factor, first_part=before)
         else:
             together[-1] = placement
     exchanges = exchanges_of(operands, together, options, STRATEGIES[strategy]) if any(together) else []
@@ -270,19 +264,24 @@ def _entries(
     index: int, operand: Operand, placement: Placement, options: StepOptions, strategy: type[OwnerRound]
 ) -> Iterator[tuple[LotKey, list[tuple[int | None, Entry]]]]:
     """Yield the matrices of an operand by key, each with the rank that keeps its momentum; None if every rank does."""
-    p, g, V, flatten = operand.param, operand.grad, operand.second_moment, options.flatten
-    for piece, (batch, rows, cols), rectangles in shards_of(placement, flatten, operand.split):
+    p, g, V, flatten, before = operand.param, operand.grad, operand.second_moment, options.flatten, 0
+    for piece, (batch, rows, cols), rectangles, row_ranges in shards_of(placement, flatten, operand.split):
         tall = rows > cols or (rows == cols and strategy.turns(rectangles))
         if tall:
             rectangles = tuple(Rectangle(left, top, c, r) for top, left, r, c in rectangles)
-        key = LotKey(placement.team, (min(rows, cols), max(rows, cols)), rectangles, p.device, g.dtype, p.dtype)
+        form, shape = options.second_moment, (min(rows, cols), max(rows, cols))
+        by_rows = form == "neuron" and placement.owner is None
+        held = second_moment.RowsHeld(tall, row_ranges) if by_rows else None
+        key = LotKey(placement.team, shape, rectangles, p.device, g.dtype, p.dtype, held)
         here = rectangles[placement.team.shard].elements > 0
         ats = [
             layouts(t, flatten, piece, batch, tall) if t is not None and here else [None] * batch
             for t in (p, operand.momentum, g, operand.mantissa)
         ]
-        form = options.second_moment
-        views = [None] * batch if form is None or V is None or not here else second_moment.views(form, V, flatten)
+        views: list[Tensor | None] = [None] * batch
+        if form is not None and V is not None:
+            views = list(second_moment.views(form, V, p, flatten, piece, before, batch, tall))
+        before += 1 if piece is None else piece.parts
         ratio = operand.lr_ratio(options, rows, cols)
         yield (
             key,

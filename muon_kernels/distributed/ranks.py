@@ -121,12 +121,6 @@ def check_shared(group: Mapping[str, Any]) -> None:
             "workspace_dtype should be bfloat16 for DTensors and with a process_group but is: "
             f"{group['workspace_dtype']!r}"
         )
-    split = group["split"]
-    if group["second_moment"] and any(split.values() if isinstance(split, Mapping) else (split,)):
-        raise ValueError(
-            f"second_moment should be None for DTensors and with a process_group where parameters are split but is: "
-            f"{group['second_moment']!r}"
-        )
     for stage in stages_of(group):
         if type(stage).after is not Stage.after and not isinstance(stage, SecondMoment):
             raise ValueError(

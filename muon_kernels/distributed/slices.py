@@ -44,7 +44,7 @@ class Buffers:
     """Buffers of one round: bytes for slices of what is sharded here and of what is owned here, norms, and fp32 memory.
 
     Attributes:
-        numbers: for what is unpacked, see `lots.in_memory`; the same for all rounds.
+        numbers: for `lots.in_memory` and `lots.normalized`; the same for all rounds.
     """
 
     slices: Tensor

@@ -111,7 +111,7 @@ class StateOfGroups:
             self._write(p, found, mantissa=torch.zeros_like(p, dtype=torch.int16, memory_format=torch.preserve_format))
         if self._form is not None and found["second_momentum_buffer"] is None and not elsewhere:
             if is_dtensor(p):
-                moment: Tensor = create_shard(self._form, p, self._flatten)
+                moment: Tensor = create_shard(self._form, p, self._flatten, self._split_of[p])
             else:
                 moment = create(self._form, p, self._flatten, self._split_of[p])
             self._write(p, found, second_momentum_buffer=moment)

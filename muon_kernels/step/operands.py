@@ -45,6 +45,8 @@ class Operand(NamedTuple):
         transposed: whether it is stored as (inputs, outputs), see `Muon`.
         pieces: what of it is stepped as matrices; None: what `split` says.
         lr_factor: a factor of the learning rate beside that of the shape.
+        whole: size of the parameter of which this is a shard; None for the tensor's own.
+        first_part: index of the first of `pieces` among the parts that `split` makes of a row.
     """
 
     param: Tensor
@@ -57,6 +59,8 @@ class Operand(NamedTuple):
     transposed: bool = False
     pieces: Sequence[PieceShape] | None = None
     lr_factor: float = 1.0
+    whole: tuple[int, ...] | None = None
+    first_part: int = 0
 
     def lr_ratio(self, options: StepOptions, rows: int, cols: int) -> float:
         """Factor of the learning rate for a matrix of this size."""
@@ -149,7 +153,7 @@ def check(operands: Sequence[Operand], options: StepOptions) -> None:
         p, V, mantissa = operand.param, operand.second_moment, operand.mantissa
         if V is not None:
             form = cast(str, options.second_moment)
-            check_second_moment("second_momentum_buffer", V, form, p, options.flatten, operand.split)
+            check_second_moment("second_momentum_buffer", V, form, p, options.flatten, operand.split, operand.whole)
             check_device("second_momentum_buffer", V, p)
         if options.master_weights:
             check_master(p)
@@ -245,7 +249,7 @@ class Viewer:
     def _second_moments(
         self, operand: Operand, order: tuple[int, ...], split_into: Sequence[Piece | None]
     ) -> Iterator[Source | None]:
-        V, before = operand.second_moment, 0
+        V, before = operand.second_moment, operand.first_part
         for piece in split_into:
             if V is None:
                 yield None

@@ -17,7 +17,7 @@ from ...stages.packed import Packed
 from ...step.plan import Bucket
 from ...step.run import run_iteration
 from ..collectives import Pending, gather
-from ..lots import Kept, Lot, LotKey, bundle_of, in_memory, normalized, params_of
+from ..lots import Kept, Lot, LotKey, bundle_of, in_memory, normalized, numbers_for, numbers_for_moments, params_of
 from ..placement import Team
 from ..slices import Buffers, Rectangle, Slices, end_of, gather_slices, in_turn, scale_of
 
@@ -94,9 +94,14 @@ class OwnerRound:
         self.pending: Pending | None = None
 
     @property
-    def packed(self) -> list[Packed]:
+    def kept_packed(self) -> list[Packed]:
         """What goes through fp32 memory."""
         return [params for params in self.params if isinstance(params, Packed)]
+
+    @property
+    def numbers(self) -> int:
+        """Fp32 numbers of memory for what is done to shards, at most at a time."""
+        return max(*map(numbers_for, self.kept_packed), numbers_for_moments(self.lot, self.share), 0)
 
     @property
     def buffer_bytes(self) -> tuple[int, int]:
@@ -195,7 +200,7 @@ class OwnerRound:
         for params, entries, ratios, share in zip(self.params, self.entries, self.ratios, shares, strict=True):
             X = Slices(0, len(entries), self.sent[0].shard).of(share, dtype)
             # Called also where this rank has no shard: others wait for its sums.
-            own = normalized(self.lot, entries, X, scalars.beta2, ratios)
+            own = normalized(self.lot, entries, X, scalars.beta2, ratios, buffers.numbers)
             for at, seen in in_memory(params, buffers.numbers) if params else ():
                 options = scalars.apply_options(self.lot.group_index, index + at.start)
                 ops.apply_update(scalars.apply_update(seen, X[at], own[at]), options)

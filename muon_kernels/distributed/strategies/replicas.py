@@ -16,7 +16,7 @@ from ...stages.packed import Packed
 from ...stages.second_moment import normalize
 from ...step.run import run_iteration
 from ..collectives import Pending, gather
-from ..lots import Entry, Kept, Lot, bundle_of, in_memory, normalized, params_of
+from ..lots import Entry, Kept, Lot, bundle_of, in_memory, normalized, numbers_for, numbers_for_moments, params_of
 from ..slices import Buffers, Rectangle, end_of, in_turn
 
 if TYPE_CHECKING:
@@ -67,9 +67,15 @@ class ReplicaRound:
         return [bundle for copies in self.lots for bundle in copies.momenta]
 
     @property
-    def packed(self) -> list[Packed]:
+    def kept_packed(self) -> list[Packed]:
         """What goes through fp32 memory."""
         return [params for copies in self.lots for params in copies.params if isinstance(params, Packed)]
+
+    @property
+    def numbers(self) -> int:
+        """Fp32 numbers of memory for what is done to copies, at most at a time."""
+        moments = [numbers_for_moments(lot, max(map(len, shares))) for lot, _, shares, *_ in self.lots]
+        return max(*map(numbers_for, self.kept_packed), *moments, 0)
 
     @property
     def buffer_bytes(self) -> tuple[int, int]:
@@ -109,7 +115,7 @@ class ReplicaRound:
                 if rank == self.team.replica:
                     result = run_iteration(work, stacks, scale)
                     if copies.lot.second_moment is not None and copies.lot.owner_keeps_state:
-                        moments = [(V.mT if e.tall else V)[None] for e in entries for V in (e.moment,) if V is not None]
+                        moments = [e.moment for e in entries if e.moment is not None]
                         kept = normalize(copies.lot.second_moment, result, moments, scalars.beta2, stacks.stage_scratch)
                         own = place.norms(buffers.slices)
                         own.copy_(torch.tensor(kept or [1.0] * len(entries), dtype=torch.float64, device="cpu"))
@@ -137,7 +143,7 @@ class ReplicaRound:
                     if copies.lot.second_moment is not None and copies.lot.owner_keeps_state:
                         ratios = array("d", map(mul, ratios, place.norms(results).tolist()))
                     else:
-                        ratios = normalized(copies.lot, entries, X, scalars.beta2, ratios)
+                        ratios = normalized(copies.lot, entries, X, scalars.beta2, ratios, buffers.numbers)
                     for at, seen in in_memory(params, buffers.numbers):
                         backends.get(work.bucket.backend).apply_update(
                             scalars.apply_update(seen, X[at], ratios[at]),
