@@ -116,11 +116,6 @@ class Ranks:
 
 def check_shared(group: Mapping[str, Any]) -> None:
     """Raise ValueError where a group of parameters that several ranks share has an option that is not for these."""
-    if group["workspace_dtype"] != "bfloat16":
-        raise ValueError(
-            "workspace_dtype should be bfloat16 for DTensors and with a process_group but is: "
-            f"{group['workspace_dtype']!r}"
-        )
     for stage in stages_of(group):
         if type(stage).after is not Stage.after and not isinstance(stage, SecondMoment):
             raise ValueError(

@@ -19,7 +19,7 @@ from ...step.run import run_iteration
 from ..collectives import Pending, gather
 from ..lots import Kept, Lot, LotKey, bundle_of, in_memory, normalized, numbers_for, numbers_for_moments, params_of
 from ..placement import Team
-from ..slices import Buffers, Rectangle, Slices, end_of, gather_slices, in_turn, scale_of
+from ..slices import Buffers, Rectangle, Slices, end_of, gather_slices, in_turn, scale_of, to_half_norms
 
 if TYPE_CHECKING:
     from ...step.work import Scalars
@@ -140,8 +140,11 @@ class OwnerRound:
             norms = buffers.norms[: len(entries)]
             # Every replica keeps all momenta. Only its own share's directions are of use, so they come last.
             x = at.of(buffers.slices, work.bucket.workspace_dtype)
-            ops.momentum_update(scalars.momentum_update(directions, momenta, x, work.schedule.margin, norm=norms))
+            margin = work.schedule.margin
+            scale = ops.momentum_update(scalars.momentum_update(directions, momenta, x, margin, norm=norms))
             if replica == team.replica:
+                if scale is not None and x.dtype == torch.float16:
+                    to_half_norms(x, norms, scale, margin)
                 at.norms(buffers.slices).copy_(norms)
 
     def _exchange(
