@@ -29,7 +29,7 @@ def test_fp16_slices_of_any_norm(size: float) -> None:
     parts = [(Rectangle(top, 0, 8, 40), G[:, top : top + 8]) for top in (0, 8, 16)]
     received = []
     for n, (where, part) in enumerate(parts):
-        power = -math.floor(math.log2(size)) + (-6, 0, 5)[n]  # the norms are about 2^4
+        power = -math.floor(math.log2(size)) + (0, 3, 6)[n]  # elements are normal numbers of fp16
         x, norm, scale = written(part, power)
         to_half_norms(x, norm, scale, MARGIN)
         sizes = torch.linalg.vector_norm(x.double(), dim=(1, 2))
