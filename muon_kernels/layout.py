@@ -67,6 +67,10 @@ class Piece(NamedTuple):
     period: int
 
 
+# A piece of a parameter, or None for all of it, and (number of matrices, rows, cols).
+PieceShape = tuple[Piece | None, tuple[int, int, int]]
+
+
 def refs(matrices: Sequence[Matrices]) -> array[int]:
     """Return the addresses and strides of all matrices as kernels read them: csrc's MatrixRef[]."""
     if isinstance(matrices, Bundle) and "refs" in matrices.derived:

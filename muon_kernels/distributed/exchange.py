@@ -19,12 +19,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from .. import backends
+from ..layout import Bundle
+from ..stages.packed import Packed, Quantized, check_momentum_scale, scales_of
 from ..stages.second_moment import SecondMoment
 from ..stages.stage import floats_for
 from ..step.operands import Operand, check
@@ -38,7 +40,7 @@ from . import second_moment
 from .balance import assign_owners
 from .lots import Entry, Kept, Lot, LotKey, holders
 from .placement import Placement, Team
-from .shards import layouts, shards_of
+from .shards import layouts, pieces_held, shards_of
 from .slices import (
     AHEAD,
     IN_FLIGHT,
@@ -113,8 +115,7 @@ class Exchange:
     @property
     def state_bytes(self) -> int:
         """Bytes of the momenta that this rank keeps."""
-        kept = [matrix for r in self.rounds for bundle in r.momenta for matrix in bundle or ()]
-        return sum(at.batch * at.rows * at.cols * t.itemsize for t, at in kept)
+        return sum(_bytes_of(momenta) for r in self.rounds for momenta in r.momenta if momenta)
 
     @property
     def exchanged(self) -> Shared:
@@ -180,6 +181,12 @@ class Exchange:
                 rounds[i - LATE].end(scalars, buffers[(i - LATE) % IN_FLIGHT])
 
 
+def _bytes_of(momenta: Bundle | Packed) -> int:
+    if isinstance(momenta, Packed):
+        return sum(part.stored.nbytes + part.absmax.nbytes for part in momenta if isinstance(part, Quantized))
+    return sum(at.batch * at.rows * at.cols * t.itemsize for t, at in momenta)
+
+
 def divide(
     operands: Sequence[Operand],
     placements: Sequence[Placement | None] | None,
@@ -215,7 +222,7 @@ def divide(
             found = shards_of(placement, options.flatten, operand.split)
             alone[index] = operand._replace(pieces=[(piece, shape) for piece, shape, *_ in found])
         elif steps_shards and placement.team.shards is not None:
-            own, before = blocks.shard_shapes(placement, options.flatten, operand.split)
+            own, before = blocks.shard_shapes(operand.param, placement, options.flatten, operand.split)
             alone[index] = operand._replace(pieces=own, lr_factor=shard_lr_factor, first_part=before)
         else:
             together[-1] = placement
@@ -265,6 +272,7 @@ def _entries(
 ) -> Iterator[tuple[LotKey, list[tuple[int | None, Entry]]]]:
     """Yield the matrices of an operand by key, each with the rank that keeps its momentum; None if every rank does."""
     p, g, V, flatten, before = operand.param, operand.grad, operand.second_moment, options.flatten, 0
+    absmaxes = iter(_absmaxes(operand, placement, flatten))
     for piece, (batch, rows, cols), rectangles, row_ranges in shards_of(placement, flatten, operand.split):
         tall = rows > cols or (rows == cols and strategy.turns(rectangles))
         if tall:
@@ -282,14 +290,25 @@ def _entries(
         if form is not None and V is not None:
             views = list(second_moment.views(form, V, p, flatten, piece, before, batch, tall))
         before += 1 if piece is None else piece.parts
+        absmax = next(absmaxes, [None] * batch)
         ratio = operand.lr_ratio(options, rows, cols)
         yield (
             key,
             [
-                (placement.owner, Entry(index, of_p, of_buffer, of_g, ratio, tall, view, of_lower))
-                for of_p, of_buffer, of_g, of_lower, view in zip(*ats, views, strict=True)
+                (placement.owner, Entry(index, of_p, of_buffer, of_g, ratio, tall, view, of_lower, scale))
+                for of_p, of_buffer, of_g, of_lower, view, scale in zip(*ats, views, absmax, strict=True)
             ],
         )
+
+
+def _absmaxes(operand: Operand, placement: Placement, flatten: bool | None) -> list[list[Tensor | None]]:
+    """Return the absmax of every matrix of every piece of this rank's shard; nothing unless the momentum is of int8."""
+    if operand.momentum is None or operand.momentum.dtype != torch.int8:
+        return []
+    shapes = pieces_held(operand.param, placement, flatten, operand.split)
+    check_momentum_scale("momentum_scale", operand.momentum_scale, shapes)
+    scale = cast(Tensor, operand.momentum_scale)
+    return [[of_one[None] for of_one in own] for own in scales_of(scale, shapes, len(shapes))]
 
 
 class _Choice(NamedTuple):

@@ -7,13 +7,13 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import mul
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from ..layout import Bundle, Layout, Matrices
-from ..stages.packed import Halves, Packed, floats, unpacked
+from ..stages.packed import Halves, Packed, Quantized, floats, unpacked
 from ..stages.second_moment import SecondMoment, Whole, by_element, by_row
 from . import second_moment
 from .placement import Team
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 # Most fp32 numbers that packed matrices are unpacked to at a time, unless one matrix has more.
 _NUMBERS, _NUMBERS_ON_CPU = 1 << 24, 1 << 20
+
+
+_Seen = TypeVar("_Seen")
 
 
 class Kept(NamedTuple):
@@ -49,6 +52,7 @@ class Entry(NamedTuple):
         tall: whether the parameter holds it transposed.
         moment: second moment of this rank's shard, see `second_moment.views`, if it is kept here.
         mantissa_at: layout of the parameter's lower half, with `master_weights`.
+        absmax: (1, blocks) of an int8 momentum, if it is kept here.
     """
 
     param: int
@@ -59,6 +63,7 @@ class Entry(NamedTuple):
     tall: bool
     moment: Tensor | None
     mantissa_at: Layout | None
+    absmax: Tensor | None
 
 
 class LotKey(NamedTuple):
@@ -147,6 +152,19 @@ def params_of(kept: Kept, entries: Sequence[Entry]) -> Bundle | Packed:
     )
 
 
+def momenta_of(kept: Kept, entries: Sequence[Entry]) -> Bundle | Packed | None:
+    """Return the momenta of `entries`, which are here; None where the directions are the gradients."""
+    if kept.momenta is None:
+        return None
+    found = bundle_of(kept.momenta, entries, "momentum_at")
+    if not entries or entries[0].absmax is None:
+        return found
+    return Packed(
+        Quantized(_as_kept(codes), codes.layout.transposed, cast(Tensor, entry.absmax))
+        for codes, entry in zip(found, entries, strict=True)
+    )
+
+
 def _as_kept(matrices: Matrices) -> Tensor:
     """Return (matrices, rows, cols) as the parameter has them, sharing its memory."""
     seen = matrices.view()
@@ -166,15 +184,15 @@ def numbers_for(matrices: Bundle | Packed | None) -> int:
     return math.prod(_at_once(matrices)) if isinstance(matrices, Packed) and matrices else 0
 
 
-def in_memory(matrices: Bundle | Packed, numbers: Tensor) -> Iterator[tuple[slice, Sequence[Matrices]]]:
+def in_memory(matrices: _Seen | Packed, numbers: Tensor) -> Iterator[tuple[slice, _Seen | list[Matrices]]]:
     """Yield matrices that verbs can read and write, each time with their places among all; pack again what is written.
 
     Args:
-        matrices: equal ones, each by itself. If they are not packed, they come all at a time.
+        matrices: equal ones, each by itself, or None. If they are not packed, they come all at a time.
         numbers: fp32 memory of `numbers_for` them, or more.
     """
     if not isinstance(matrices, Packed):
-        yield slice(0, len(matrices)), matrices
+        yield slice(0, None), matrices
         return
     count, each = _at_once(matrices)
     for start in range(0, len(matrices), count):

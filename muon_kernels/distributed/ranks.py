@@ -122,5 +122,3 @@ def check_shared(group: Mapping[str, Any]) -> None:
                 f"{stage.option} should be {stage.choices[0]} for DTensors and with a process_group: its stage changes "
                 "results where parameters are updated, of which a rank has parts"
             )
-    if group["momentum_dtype"] == "int8":
-        raise ValueError("momentum_dtype should be floating-point for DTensors and with a process_group but is: int8")

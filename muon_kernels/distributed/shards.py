@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..layout import Layout, Piece, flattens, merged, split_shape, view
+from ..layout import Layout, Piece, PieceShape, flattens, merged, split_shape, view
 from ..split import pieces
+from ..stages.packed import pieces_of_shape
 from .placement import Placement, Range
 from .slices import Rectangle
 
@@ -77,6 +78,17 @@ def shards_of(placement: Placement, flatten: bool | None, split: str | None) -> 
             empty = top == bottom or left == right
             rectangles.append(Rectangle(0, 0, 0, 0) if empty else Rectangle(top, left, bottom - top, right - left))
         yield Shards(here, (batch, rows, cols), tuple(rectangles), tuple(row_ranges))
+
+
+def pieces_held(t: Tensor, placement: Placement | None, flatten: bool | None, split: str | None) -> list[PieceShape]:
+    """Return what this rank holds of every piece of a parameter, a part of it or not, of which `t` is its shard."""
+    if placement is None:
+        return pieces_of_shape(t.shape, flatten, split)
+    own = placement.team.shard
+    return [
+        (piece, (batch, rectangles[own].rows, rectangles[own].cols))
+        for piece, (batch, _, _), rectangles, _ in shards_of(placement, flatten, split)
+    ]
 
 
 def layouts(t: Tensor, flatten: bool | None, piece: Piece | None, batch: int, tall: bool) -> list[Layout]:

@@ -28,7 +28,7 @@ from ..step.run import plan_of
 from ..step.work import Scalars, Task
 from ..step.workspace import Workspace
 from ..tensors import check_disjoint
-from .loading import fitted
+from .loading import fitted, with_momenta
 from .muon_checks import check_group, check_groups, check_muon_options, costs_of
 from .prepare import batches_of, prepared
 from .scalars import set_peak_lr
@@ -356,7 +356,7 @@ class Muon(ClosureOptimizer):
 
     def whole_state(self) -> AbstractContextManager[None]:
         """Return a context in which `state` has that of other ranks, too. All ranks have to enter it."""
-        return whole(self.state, self._ranks)
+        return whole(self.state, self._ranks, self.param_groups)
 
     def state_dict(self) -> dict[str, Any]:
         """Return a checkpoint. It has the whole state also where ranks share it; then all ranks have to call this."""
@@ -378,6 +378,7 @@ class Muon(ClosureOptimizer):
             ValueError, TypeError: it is another optimizer's, or groups, sizes or options do not fit; nothing has been
                 changed then.
         """
+        state_dict = with_momenta(state_dict)
         states = check_checkpoint(state_dict, self.param_groups, "Muon", "ns_coefficients", check_state)
         self._settle()
         state_dict = fitted(state_dict, states, self.param_groups, self.defaults, self._ranks)

@@ -22,6 +22,8 @@ SHAPES = [(128, 256), (256, 64), (96, 96), (96, 96), (33, 70), (3, 50), (1, 40),
 SHAPES += [(6, 64, 48), (1, 16, 12), (0, 8), (0, 4, 4)]
 WHOLE = [*SHAPES[:7], (6, 64, 48)]
 SPLIT = [(96, 64), (96, 96), (48, 32)]
+# Of which no cut divides a block of 2048 elements: of rows on two or four ranks.
+EIGHT = [(256, 128), (128, 256), (128, 128), (6, 64, 48)]
 
 CASES: dict[str, tuple[type[Optimizer], list[tuple[int, ...]], dict[str, Any]]] = {
     "defaults": (Muon, SHAPES, {}),
@@ -43,6 +45,8 @@ CASES: dict[str, tuple[type[Optimizer], list[tuple[int, ...]], dict[str, Any]]] 
     "elements of queries": (Muon, SPLIT[:2], {"second_moment": "element", "split": qkv(4, 2)}),
     "rows of experts": (Muon, [(6, 40, 32), (3, 24, 96)], {"second_moment": "neuron", "split": equal(2, dim=1)}),
     "fp16 workspace": (Muon, SHAPES, {"workspace_dtype": torch.float16, "backend": "eager"}),
+    "int8 momentum": (Muon, EIGHT, {"momentum_dtype": torch.int8}),
+    "int8 momentum of heads": (Muon, [(128, 64)], {"momentum_dtype": torch.int8, "split": heads(4)}),
     "half power": (SpectralMomentum, SHAPES, {"power": 0.5}),
     "SGD": (SpectralMomentum, SHAPES, {"power": 1.0}),
     "quarter power of Adam": (SpectralAdam, SHAPES, {"power": 0.25}),
@@ -111,11 +115,13 @@ def compare(layout: str) -> list[str]:
             expected, alone = steps(case, lambda t: t, scale)
             whole = [t.full_tensor() if isinstance(t, DTensor) else t for t in found]
             # Partial sums of squares, of a row that is cut or of a matrix, are in fp32, and in another order. "eager"
-            # rounds slices twice.
+            # rounds slices twice. Blocks that are cut have another absmax.
             by_rows = ("group", "rows", "copies", "copies of rows")
             exact = {"neuron": by_rows, "element": ("group", "copies")}.get(own.get("second_moment"), (layout,))
+            if own.get("momentum_dtype") == torch.int8:
+                exact = ("group", "copies") if size == 3 else by_rows
             close = layout not in exact or own.get("backend") == "eager"
-            same = (lambda a, b: torch.allclose(a, b, rtol=0, atol=2e-4)) if close else torch.equal
+            same = (lambda a, b: torch.allclose(a, b, rtol=0, atol=3e-4)) if close else torch.equal
             if (
                 close and "second_moment" in own
             ):  # a constant factor of a moment would not show in the update, whose norm is kept

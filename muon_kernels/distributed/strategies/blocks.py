@@ -12,9 +12,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ...step.operands import PieceShape
+from torch import Tensor
+
+from ...layout import PieceShape
 from ..placement import Placement
-from ..shards import shards_of
+from ..shards import pieces_held
 
 
 def steps_shards(group: Mapping[str, Any]) -> bool:
@@ -22,14 +24,15 @@ def steps_shards(group: Mapping[str, Any]) -> bool:
     return group["strategy"] == "blocks" and bool(group.get("step", 0) % group["block_period"])
 
 
-def shard_shapes(placement: Placement, flatten: bool | None, split: str | None) -> tuple[list[PieceShape], int]:
+def shard_shapes(
+    shard: Tensor, placement: Placement, flatten: bool | None, split: str | None
+) -> tuple[list[PieceShape], int]:
     """Return what this rank holds of every piece of a parameter, and the number of parts in pieces before the first."""
     found: list[PieceShape] = []
     before = 0
-    for piece, (batch, _, _), rectangles, _ in shards_of(placement, flatten, split):
-        shard = rectangles[placement.team.shard]
-        if shard.elements:
-            found.append((piece, (batch, shard.rows, shard.cols)))
+    for piece, (batch, rows, cols) in pieces_held(shard, placement, flatten, split):
+        if rows * cols:
+            found.append((piece, (batch, rows, cols)))
         elif not found and piece is not None:
             before += piece.parts
     return found, before

@@ -17,7 +17,7 @@ from ...stages.packed import Packed
 from ...step.plan import Bucket
 from ...step.run import run_iteration
 from ..collectives import Pending, gather
-from ..lots import Kept, Lot, LotKey, bundle_of, in_memory, normalized, numbers_for, numbers_for_moments, params_of
+from ..lots import Kept, Lot, LotKey, in_memory, momenta_of, normalized, numbers_for, numbers_for_moments, params_of
 from ..placement import Team
 from ..slices import Buffers, Rectangle, Slices, end_of, gather_slices, in_turn, scale_of, to_half_norms
 
@@ -84,10 +84,7 @@ class OwnerRound:
         self.owned = len(here[team.shard])
         self.entries = [[entry for entries in replica for entry in entries] for replica in by_replica]
         there = bool(own.elements)
-        self.momenta = [
-            None if kept.momenta is None else bundle_of(kept.momenta, entries if there else (), "momentum_at")
-            for entries in self.entries
-        ]
+        self.momenta = [momenta_of(kept, entries if there else ()) for entries in self.entries]
         self.params = [params_of(kept, entries if there else ()) for entries in self.entries]
         self.ratios = [array("d", [entry.ratio for entry in entries]) for entries in self.entries]
         self.share = max(map(len, self.entries))
@@ -96,7 +93,7 @@ class OwnerRound:
     @property
     def kept_packed(self) -> list[Packed]:
         """What goes through fp32 memory."""
-        return [params for params in self.params if isinstance(params, Packed)]
+        return [packed for packed in (*self.params, *self.momenta) if isinstance(packed, Packed)]
 
     @property
     def numbers(self) -> int:
@@ -141,10 +138,12 @@ class OwnerRound:
             # Every replica keeps all momenta. Only its own share's directions are of use, so they come last.
             x = at.of(buffers.slices, work.bucket.workspace_dtype)
             margin = work.schedule.margin
-            scale = ops.momentum_update(scalars.momentum_update(directions, momenta, x, margin, norm=norms))
-            if replica == team.replica:
+            for i, seen in in_memory(momenta, buffers.numbers):
+                update = scalars.momentum_update(directions[i], seen, x[i], margin, norm=norms[i])
+                scale = ops.momentum_update(update)
                 if scale is not None and x.dtype == torch.float16:
-                    to_half_norms(x, norms, scale, margin)
+                    to_half_norms(x[i], norms[i], scale, margin)
+            if replica == team.replica:
                 at.norms(buffers.slices).copy_(norms)
 
     def _exchange(
