@@ -93,8 +93,6 @@ class Parts(Whole):
             self._own = slice(*own)
             self._cut_across = len(set(there)) < len(there)  # several ranks have parts of one row
             self._cut_along = any(rows != (0, height) for rows in there)
-            # The rest of a row's ranks know the same of it.
-            self._speaks = own[0] < own[1] and own not in ranges[:rank]
 
     def columns(self, here: int) -> int:
         """Implement `Whole.columns`."""
@@ -113,9 +111,9 @@ class Parts(Whole):
         if not self._cut_along:
             return super().kept_by_rows(squares, factor, before, after)
         both = squares.new_zeros(2, len(squares), self._height)
-        if self._speaks:
-            both[0, :, self._own] = squares.flatten(1)
-            both[1, :, self._own] = squares.mul_(factor).mul_(factor).flatten(1)
+        both[0, :, self._own] = squares.flatten(1)
+        both[1, :, self._own] = squares.mul_(factor).mul_(factor).flatten(1)
+        # Where several ranks have a row, each says the same of it: both sums are then so many times as large.
         dist.all_reduce(both, group=self._group)
         for rows, out in zip(both, (before, after), strict=True):
             torch.sum(rows[:, :, None], (1, 2), keepdim=True, out=out)
