@@ -67,6 +67,10 @@ class Piece(NamedTuple):
     period: int
 
 
+# A piece of a parameter, or None for all of it, and (number of matrices, rows, cols).
+PieceShape = tuple[Piece | None, tuple[int, int, int]]
+
+
 def refs(matrices: Sequence[Matrices]) -> array[int]:
     """Return the addresses and strides of all matrices as kernels read them: csrc's MatrixRef[]."""
     if isinstance(matrices, Bundle) and "refs" in matrices.derived:
@@ -108,7 +112,7 @@ def split_shape(shape: Sequence[int], flatten: bool | None, piece: Piece | None 
     return math.prod(shape[:-2]), shape[-2], shape[-1]
 
 
-def _merged(dims: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
+def merged(dims: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
     """Return the one (size, stride) that walks `dims` in order, or None if no single stride does."""
     if len(dims) == 1:
         return dims[0]
@@ -188,10 +192,10 @@ def layout(
     Returns None if no strides describe it, so that it has to be copied.
     """
     at = view(shape, stride, flatten, order, piece)
-    merged = _merged(at.batch), _merged(at.rows), _merged(at.cols)
-    if None in merged:
+    each = merged(at.batch), merged(at.rows), merged(at.cols)
+    if None in each:
         return None
-    (batch, batch_stride), (rows, row_stride), (cols, col_stride) = cast("tuple[tuple[int, int], ...]", merged)
+    (batch, batch_stride), (rows, row_stride), (cols, col_stride) = cast("tuple[tuple[int, int], ...]", each)
     if rows > cols:
         rows, cols, row_stride, col_stride, transposed = cols, rows, col_stride, row_stride, True
     else:

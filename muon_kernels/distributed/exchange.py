@@ -19,13 +19,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from .. import backends
-from ..stages.packed import Packed
+from ..layout import Bundle
+from ..stages.packed import Packed, Quantized, check_momentum_scale, scales_of
 from ..stages.second_moment import SecondMoment
 from ..stages.stage import floats_for
 from ..step.operands import Operand, check
@@ -37,9 +38,9 @@ from ..step.work import Scalars, Task, Work
 from ..step.workspace import Workspace
 from . import second_moment
 from .balance import assign_owners
-from .lots import Entry, Kept, Lot, LotKey, holders, numbers_for
+from .lots import Entry, Kept, Lot, LotKey, holders
 from .placement import Placement, Team
-from .shards import layouts, shards_of
+from .shards import layouts, pieces_held, shards_of
 from .slices import (
     AHEAD,
     IN_FLIGHT,
@@ -107,20 +108,14 @@ class Exchange:
         return min(IN_FLIGHT, len(self.rounds)) * (slices + owned + NORM_BYTES * norms) + 4 * self._numbers
 
     @property
-    def _packed(self) -> list[Packed]:
-        """Parameters of the rounds that go through fp32 memory."""
-        return [packed for r in self.rounds for packed in r.packed if packed]
-
-    @property
     def _numbers(self) -> int:
-        """Fp32 numbers of memory for what is packed: of one round, as no two unpack at a time."""
-        return max(map(numbers_for, self._packed), default=0)
+        """Fp32 numbers of memory for what is done to shards: of one round, as no two do it at a time."""
+        return max((r.numbers for r in self.rounds), default=0)
 
     @property
     def state_bytes(self) -> int:
         """Bytes of the momenta that this rank keeps."""
-        kept = [matrix for r in self.rounds for bundle in r.momenta for matrix in bundle or ()]
-        return sum(at.batch * at.rows * at.cols * t.itemsize for t, at in kept)
+        return sum(_bytes_of(momenta) for r in self.rounds for momenta in r.momenta if momenta)
 
     @property
     def exchanged(self) -> Shared:
@@ -183,7 +178,7 @@ class Exchange:
     def warm_up(self, grads: Sequence[Tensor], scalars: Scalars, workspace: Workspace) -> None:
         """Take the scratch memory of packing; raise RuntimeError where a CUDA graph would capture random bits."""
         check_uncaptured(self.works, scalars)
-        for packed in self._packed:
+        for packed in (packed for r in self.rounds for packed in r.kept_packed if packed):
             packed[0].reserve()
 
     def run(self, grads: Sequence[Tensor], scalars: Scalars, workspace: Workspace) -> None:
@@ -200,6 +195,12 @@ class Exchange:
                 rounds[i].iterate(scalars, workspace, buffers[i % IN_FLIGHT])
             if i >= LATE:
                 rounds[i - LATE].end(scalars, buffers[(i - LATE) % IN_FLIGHT])
+
+
+def _bytes_of(momenta: Bundle | Packed) -> int:
+    if isinstance(momenta, Packed):
+        return sum(part.stored.nbytes + part.absmax.nbytes for part in momenta if isinstance(part, Quantized))
+    return sum(at.batch * at.rows * at.cols * t.itemsize for t, at in momenta)
 
 
 def divide(
@@ -235,10 +236,10 @@ def divide(
             alone[index] = operand
         elif options.power == 1:
             found = shards_of(placement, options.flatten, operand.split)
-            alone[index] = operand._replace(pieces=[(piece, shape) for piece, shape, _ in found])
+            alone[index] = operand._replace(pieces=[(piece, shape) for piece, shape, *_ in found])
         elif steps_shards and placement.team.shards is not None:
-            own = list(blocks.shard_shapes(placement, options.flatten, operand.split))
-            alone[index] = operand._replace(pieces=own, lr_factor=shard_lr_factor)
+            own, before = blocks.shard_shapes(operand.param, placement, options.flatten, operand.split)
+            alone[index] = operand._replace(pieces=own, lr_factor=shard_lr_factor, first_part=before)
         else:
             together[-1] = placement
     exchanges = exchanges_of(operands, together, options, STRATEGIES[strategy]) if any(together) else []
@@ -286,27 +287,44 @@ def _entries(
     index: int, operand: Operand, placement: Placement, options: StepOptions, strategy: type[OwnerRound]
 ) -> Iterator[tuple[LotKey, list[tuple[int | None, Entry]]]]:
     """Yield the matrices of an operand by key, each with the rank that keeps its momentum; None if every rank does."""
-    p, g, V, flatten = operand.param, operand.grad, operand.second_moment, options.flatten
-    for piece, (batch, rows, cols), rectangles in shards_of(placement, flatten, operand.split):
+    p, g, V, flatten, before = operand.param, operand.grad, operand.second_moment, options.flatten, 0
+    absmaxes = iter(_absmaxes(operand, placement, flatten))
+    for piece, (batch, rows, cols), rectangles, row_ranges in shards_of(placement, flatten, operand.split):
         tall = rows > cols or (rows == cols and strategy.turns(rectangles))
         if tall:
             rectangles = tuple(Rectangle(left, top, c, r) for top, left, r, c in rectangles)
-        key = LotKey(placement.team, (min(rows, cols), max(rows, cols)), rectangles, p.device, g.dtype, p.dtype)
+        form, shape = options.second_moment, (min(rows, cols), max(rows, cols))
+        by_rows = form == "neuron" and placement.owner is None
+        held = second_moment.RowsHeld(tall, row_ranges) if by_rows else None
+        key = LotKey(placement.team, shape, rectangles, p.device, g.dtype, p.dtype, held)
         here = rectangles[placement.team.shard].elements > 0
         ats = [
             layouts(t, flatten, piece, batch, tall) if t is not None and here else [None] * batch
             for t in (p, operand.momentum, g, operand.mantissa)
         ]
-        form = options.second_moment
-        views = [None] * batch if form is None or V is None or not here else second_moment.views(form, V, flatten)
+        views: list[Tensor | None] = [None] * batch
+        if form is not None and V is not None:
+            views = list(second_moment.views(form, V, p, flatten, piece, before, batch, tall))
+        before += 1 if piece is None else piece.parts
+        absmax = next(absmaxes, [None] * batch)
         ratio = operand.lr_ratio(options, rows, cols)
         yield (
             key,
             [
-                (placement.owner, Entry(index, of_p, of_buffer, of_g, ratio, tall, view, of_lower))
-                for of_p, of_buffer, of_g, of_lower, view in zip(*ats, views, strict=True)
+                (placement.owner, Entry(index, of_p, of_buffer, of_g, ratio, tall, view, of_lower, scale))
+                for of_p, of_buffer, of_g, of_lower, view, scale in zip(*ats, views, absmax, strict=True)
             ],
         )
+
+
+def _absmaxes(operand: Operand, placement: Placement, flatten: bool | None) -> list[list[Tensor | None]]:
+    """Return the absmax of every matrix of every piece of this rank's shard; nothing unless the momentum is of int8."""
+    if operand.momentum is None or operand.momentum.dtype != torch.int8:
+        return []
+    shapes = pieces_held(operand.param, placement, flatten, operand.split)
+    check_momentum_scale("momentum_scale", operand.momentum_scale, shapes)
+    scale = cast(Tensor, operand.momentum_scale)
+    return [[of_one[None] for of_one in own] for own in scales_of(scale, shapes, len(shapes))]
 
 
 class _Choice(NamedTuple):

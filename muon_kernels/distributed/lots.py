@@ -6,14 +6,15 @@ import math
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from operator import mul
+from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from ..layout import Bundle, Layout, Matrices
-from ..stages.packed import Halves, Packed, floats, unpacked
-from ..stages.second_moment import SecondMoment
+from ..stages.packed import Halves, Packed, Quantized, floats, unpacked
+from ..stages.second_moment import SecondMoment, Whole, by_element, by_row
 from . import second_moment
 from .placement import Team
 from .slices import Rectangle
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 # Most fp32 numbers that packed matrices are unpacked to at a time, unless one matrix has more.
 _NUMBERS, _NUMBERS_ON_CPU = 1 << 24, 1 << 20
+
+
+_Seen = TypeVar("_Seen")
 
 
 class Kept(NamedTuple):
@@ -46,8 +50,9 @@ class Entry(NamedTuple):
         param: index of the parameter.
         ratio: factor of its learning rate.
         tall: whether the parameter holds it transposed.
-        moment: second moment of this rank's shard, in the orientation of the parameter, if it is kept here.
+        moment: second moment of this rank's shard, see `second_moment.views`, if it is kept here.
         mantissa_at: layout of the parameter's lower half, with `master_weights`.
+        absmax: (1, blocks) of an int8 momentum, if it is kept here.
     """
 
     param: int
@@ -58,6 +63,7 @@ class Entry(NamedTuple):
     tall: bool
     moment: Tensor | None
     mantissa_at: Layout | None
+    absmax: Tensor | None
 
 
 class LotKey(NamedTuple):
@@ -67,6 +73,7 @@ class LotKey(NamedTuple):
         team: the ranks that step them.
         shape: (rows, cols) of the whole matrix, rows <= cols.
         shards: what each rank of `team.shards` holds of it.
+        rows_held: rows of which each rank keeps the second moment, where every rank keeps those of its own.
     """
 
     team: Team
@@ -75,6 +82,7 @@ class LotKey(NamedTuple):
     device: torch.device
     grad_dtype: torch.dtype
     param_dtype: torch.dtype
+    rows_held: second_moment.RowsHeld | None
 
 
 def holders(key: LotKey) -> list[int]:
@@ -144,6 +152,19 @@ def params_of(kept: Kept, entries: Sequence[Entry]) -> Bundle | Packed:
     )
 
 
+def momenta_of(kept: Kept, entries: Sequence[Entry]) -> Bundle | Packed | None:
+    """Return the momenta of `entries`, which are here; None where the directions are the gradients."""
+    if kept.momenta is None:
+        return None
+    found = bundle_of(kept.momenta, entries, "momentum_at")
+    if not entries or entries[0].absmax is None:
+        return found
+    return Packed(
+        Quantized(_as_kept(codes), codes.layout.transposed, cast(Tensor, entry.absmax))
+        for codes, entry in zip(found, entries, strict=True)
+    )
+
+
 def _as_kept(matrices: Matrices) -> Tensor:
     """Return (matrices, rows, cols) as the parameter has them, sharing its memory."""
     seen = matrices.view()
@@ -163,15 +184,15 @@ def numbers_for(matrices: Bundle | Packed | None) -> int:
     return math.prod(_at_once(matrices)) if isinstance(matrices, Packed) and matrices else 0
 
 
-def in_memory(matrices: Bundle | Packed, numbers: Tensor) -> Iterator[tuple[slice, Sequence[Matrices]]]:
+def in_memory(matrices: _Seen | Packed, numbers: Tensor) -> Iterator[tuple[slice, _Seen | list[Matrices]]]:
     """Yield matrices that verbs can read and write, each time with their places among all; pack again what is written.
 
     Args:
-        matrices: equal ones, each by itself. If they are not packed, they come all at a time.
+        matrices: equal ones, each by itself, or None. If they are not packed, they come all at a time.
         numbers: fp32 memory of `numbers_for` them, or more.
     """
     if not isinstance(matrices, Packed):
-        yield slice(0, len(matrices)), matrices
+        yield slice(0, None), matrices
         return
     count, each = _at_once(matrices)
     for start in range(0, len(matrices), count):
@@ -180,31 +201,51 @@ def in_memory(matrices: Bundle | Packed, numbers: Tensor) -> Iterator[tuple[slic
             yield slice(start, start + len(some)), seen
 
 
-def normalized(lot: Lot, entries: Sequence[Entry], X: Tensor, beta2: float, ratios: array[float]) -> array[float]:
-    """Divide X, this rank's shards of results, by second moments; return the ratios to multiply them by."""
-    form, team = lot.second_moment, lot.key.team
+def _moments_at_once(lot: Lot) -> tuple[int, int]:
+    """Return how many matrices are divided by second moments at a time, the same on all ranks, and the scratch of one.
+
+    That is in fp32 numbers, for the largest shard of any rank.
+    """
+    stage, device = SecondMoment(cast(str, lot.second_moment)), lot.key.device
+    sizes = [(shard.rows, shard.cols) for shard in lot.key.shards]
+    each = max(stage.floats(min(size), max(size), device) for size in sizes)
+    return max(1, (_NUMBERS_ON_CPU if device.type == "cpu" else _NUMBERS) // each), each
+
+
+def numbers_for_moments(lot: Lot, matrices: int) -> int:
+    """Return the fp32 numbers of memory that `normalized` takes for so many matrices."""
+    if lot.second_moment is None or lot.owner_keeps_state or not matrices:
+        return 0
+    count, each = _moments_at_once(lot)
+    return min(count, matrices) * each
+
+
+def normalized(
+    lot: Lot, entries: Sequence[Entry], X: Tensor, beta2: float, ratios: array[float], numbers: Tensor
+) -> array[float]:
+    """Divide X, this rank's shards of results, by second moments; return the ratios to multiply them by.
+
+    `numbers` is fp32 memory of `numbers_for_moments`. All ranks that have shards have to call it, also without any.
+    """
+    form, key = lot.second_moment, lot.key
     if form is None:
         return ratios
-    own, (m, n) = array("d", ratios), lot.key.shape
-    top, left, height, width = lot.key.shards[team.shard]
-    for tall in (False, True):  # rows of the parameters are columns of X, or rows
-        chosen = [i for i, entry in enumerate(entries) if entry.tall == tall]
-        if not chosen:
-            continue
-        own_X = X[chosen] if height * width else X.new_empty(len(chosen), 0, 0)
-        kept = second_moment.normalize(
-            form,
-            own_X.mT if tall else own_X,
-            [entry.moment for entry in (entries[i] for i in chosen) if entry.moment is not None],
-            beta2,
-            rows=n if tall else m,
-            at=(left, left + width) if tall else (top, top + height),
-            width=m if tall else n,
-            whole_rows=all((shard.rows if tall else shard.cols) in (0, m if tall else n) for shard in lot.key.shards),
-            group=team.shards,
-        )
-        if height * width:
-            X[chosen] = own_X
-        for i, factor in zip(chosen, kept, strict=True):
-            own[i] *= factor
+    own, (m, n), held = array("d", ratios), key.shape, key.rows_held
+    tall = held is not None and held.tall
+    whole = Whole()
+    if key.team.shards is not None:
+        height, width = (n, m) if tall else (m, n)
+        if held is not None and not X.numel():  # the rank may have rows, but none of their columns
+            rows = held.ranges[key.team.shard]
+            X = X.reshape(len(X), *((0, rows[1] - rows[0]) if tall else (rows[1] - rows[0], 0)))
+        whole = second_moment.Parts(key.team.shards, held, key.team.shard, height, width)
+    count, each = _moments_at_once(lot)
+    for start in range(0, len(entries), count):
+        some = slice(start, min(start + count, len(entries)))
+        moments = [cast(Tensor, entry.moment) for entry in entries[some]]
+        scratch = numbers[: len(moments) * each]
+        if form == "neuron":
+            by_row(X[some], moments, beta2, -2 if tall else -1, scratch, whole)
+        elif kept := by_element(X[some], moments, beta2, scratch, whole):
+            own[some] = array("d", map(mul, own[some], kept))
     return own

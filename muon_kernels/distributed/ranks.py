@@ -128,22 +128,9 @@ class Ranks:
 
 def check_shared(group: Mapping[str, Any]) -> None:
     """Raise ValueError where a group of parameters that several ranks share has an option that is not for these."""
-    if group["workspace_dtype"] != "bfloat16":
-        raise ValueError(
-            "workspace_dtype should be bfloat16 for DTensors and with a process_group but is: "
-            f"{group['workspace_dtype']!r}"
-        )
-    split = group["split"]
-    if group["second_moment"] and any(split.values() if isinstance(split, Mapping) else (split,)):
-        raise ValueError(
-            f"second_moment should be None for DTensors and with a process_group where parameters are split but is: "
-            f"{group['second_moment']!r}"
-        )
     for stage in stages_of(group):
         if type(stage).after is not Stage.after and not isinstance(stage, SecondMoment):
             raise ValueError(
                 f"{stage.option} should be {stage.choices[0]} for DTensors and with a process_group: its stage changes "
                 "results where parameters are updated, of which a rank has parts"
             )
-    if group["momentum_dtype"] == "int8":
-        raise ValueError("momentum_dtype should be floating-point for DTensors and with a process_group but is: int8")

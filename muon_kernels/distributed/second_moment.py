@@ -1,110 +1,127 @@
 """The second moments of NorMuon and AdaMuon where ranks hold shards of a matrix; see stages/second_moment.py.
 
-Every rank keeps those of its own shard. Beside it, they need sums over the whole matrix: of squares before and after
-the division, two numbers a matrix; and, where columns are sharded, of the squares of each row, a number a row. These
-are added in another order than in one process, so results are the same to fp32's rounding.
+Every rank keeps those of its own shard; "neuron", which has one for each row, those of all rows that it has any of.
+Where ranks hold whole rows, they exchange sums of rows, and add these in the order of one process: the result is the
+same to the bit. The sums over a row that is cut, and over a matrix for "element", are of partial sums. They are added
+in another order, so the result is the same to fp32's rounding.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..layout import flattens
-from ..stages.second_moment import FORMS, shape_of
-from .placement import dim_of
+from ..layout import Matrices, Piece
+from ..stages.second_moment import Whole, piece_of_rows, shape_of, shape_of_shard
+from ..stages.sums import norm_kept
+from .placement import Range, dim_of
+from .shards import layouts
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
-def create(form: str, p: DTensor, flatten: bool | None) -> DTensor:
+def create(form: str, p: DTensor, flatten: bool | None, split: str | None) -> DTensor:
     """Return V of a DTensor that has not been stepped: zeros in fp32, sharded along rows as the parameter is."""
     if form == "element":
         return cast("DTensor", torch.zeros_like(p, dtype=torch.float32))
     module = sys.modules["torch.distributed.tensor"]  # p is from it
-    last, shape = p.ndim - 1, shape_of(form, p.shape, flatten, None)
+    last, shape = p.ndim - 1, shape_of(form, p.shape, flatten, split)
     rows_cut = [
         module.Replicate() if placement.is_replicate() or dim_of(placement, p.shape) == last else placement
         for placement in p.placements
     ]
-    own = torch.zeros(shape_of(form, p._local_tensor.shape, flatten, None), device=p.device, dtype=torch.float32)
+    size = shape_of_shard(form, p._local_tensor.shape, p.shape, flatten, split)
+    own = torch.zeros(size, device=p.device, dtype=torch.float32)
     stride = torch.empty(shape, device="meta").stride()
     made: DTensor = module.DTensor.from_local(own, p.device_mesh, rows_cut, run_check=False, shape=shape, stride=stride)
     return made
 
 
-def views(form: str, V: Tensor, flatten: bool | None) -> list[Tensor | None]:
-    """Return V of every matrix of this rank's shard, (rows, cols) for "element" or (rows, 1) for "neuron"."""
-    if form == "element" and flattens(V.shape, flatten):
-        V = V.view(1, V.shape[0], -1)
-    return list(V.view(-1, *V.shape[-2:]).unbind())
-
-
-_TINY = torch.finfo(torch.float32).tiny
-
-
-def normalize(
-    form: str,
-    X: Tensor,
-    moments: Sequence[Tensor],
-    beta2: float,
-    *,
-    rows: int,
-    at: tuple[int, int],
-    width: int,
-    whole_rows: bool,
-    group: dist.ProcessGroup | None,
-) -> list[float]:
-    """Update V and divide by it, in place; every rank of the group has to, one that has no part as well.
+def views(
+    form: str, V: Tensor, p: Tensor, flatten: bool | None, piece: Piece | None, before: int, batch: int, tall: bool
+) -> list[Tensor]:
+    """Return V of every matrix of a piece of this rank's shard, as `by_row` and `by_element` take it.
 
     Args:
         form: of `FORMS`.
-        X: (batch, m, n), this rank's parts of updates, as the parameters have them, not transposed; written.
-        moments: fp32, of every matrix, (m, n) for "element" and (m, 1) for "neuron"; written. None where this rank has
-            no part.
-        beta2: β₂.
-        rows: of the whole matrix.
-        at: (first, last + 1) of the rows of X in it.
-        width: columns of the whole matrix.
-        whole_rows: whether ranks that have any of a row have all of it.
-        group: the ranks that have the other parts; None if nobody has.
-
-    Returns:
-        One number a matrix, by which X is still to be multiplied.
+        V, p: this rank's shards of the second moment and of the parameter.
+        flatten: the option.
+        piece: of `p`.
+        before: number of parts in the pieces before.
+        batch: number of matrices.
+        tall: whether the parameter holds them transposed.
     """
-    batch, eps = len(X), FORMS[form].eps
-    sums = torch.zeros(2, batch, dtype=torch.float32, device=X.device)
-    if form == "neuron":
-        squares = X.float().square_().sum(-1)
-        complete = squares
-        if not whole_rows and group is not None:
-            of_all = squares.new_zeros(batch, rows)
-            of_all[:, at[0] : at[1]] = squares
-            dist.all_reduce(of_all, group=group)
-            complete = of_all[:, at[0] : at[1]]
-        factors = torch.empty_like(squares)
-        for V, square, factor in zip(moments, complete, factors, strict=bool(moments)):
-            V[:, 0].lerp_(square / width, 1 - beta2)
-            torch.sqrt(V[:, 0], out=factor).add_(eps).reciprocal_()
-        sums[0], sums[1] = squares.sum(1), (squares * factors * factors).sum(1)
-        X.copy_(X.float().mul_(factors[:, :, None]))
-    else:
-        for i, V in enumerate(moments):
-            U = X[i].float()
-            square = U * U
-            sums[0, i] = square.sum()
-            V.lerp_(square, 1 - beta2)
-            U.div_(torch.sqrt(V, out=square).add_(eps))
-            sums[1, i] = U.square().sum()
-            X[i].copy_(U)
-    if group is not None:
-        dist.all_reduce(sums, group=group)
-    before, after = sums
-    kept: list[float] = before.div_(after.clamp_(min=_TINY)).sqrt_().tolist()
-    return kept
+    if form == "element":
+        return [Matrices(V, at).view() for at in layouts(V, flatten, piece, batch, tall)]
+    at_rows = piece_of_rows(V, p.shape, flatten, piece, before)
+    return [Matrices(V, at).view() for at in layouts(V, False, at_rows, batch, tall)]
+
+
+class RowsHeld(NamedTuple):
+    """Rows of the parameter that each rank has any of.
+
+    Attributes:
+        tall: whether they are columns of the matrix that is no taller than wide.
+        ranges: by rank.
+    """
+
+    tall: bool
+    ranges: tuple[Range, ...]
+
+
+class Parts(Whole):
+    """Sums over matrices of which the ranks of a group have parts. All have to ask, one that has no part as well."""
+
+    def __init__(self, group: dist.ProcessGroup, held: RowsHeld | None, rank: int, height: int, width: int) -> None:
+        """Take what matrices have in common.
+
+        Args:
+            group: the ranks that have the parts.
+            held: their rows, for `by_row`.
+            rank: of this process in it.
+            height, width: rows and columns of the whole matrix, as the parameter has it.
+        """
+        self._group, self._height, self._width = group, height, width
+        if held is not None:
+            ranges, own = held.ranges, held.ranges[rank]
+            there = [rows for rows in ranges if rows[0] < rows[1]]
+            self._own = slice(*own)
+            self._cut_across = len(set(there)) < len(there)  # several ranks have parts of one row
+            self._cut_along = any(rows != (0, height) for rows in there)
+
+    def columns(self, here: int) -> int:
+        """Implement `Whole.columns`."""
+        return self._width
+
+    def complete(self, squares: Tensor) -> None:
+        """Implement `Whole.complete`: add the sums of the parts of a row."""
+        if self._cut_across:
+            of_all = squares.new_zeros(len(squares), self._height)
+            of_all[:, self._own] = squares.flatten(1)
+            dist.all_reduce(of_all, group=self._group)
+            squares.copy_(of_all[:, self._own].view(squares.shape))
+
+    def kept_by_rows(self, squares: Tensor, factor: Tensor, before: Tensor, after: Tensor) -> Tensor:
+        """Implement `Whole.kept_by_rows`: gather the sums of all rows, and add them as one process does."""
+        if not self._cut_along:
+            return super().kept_by_rows(squares, factor, before, after)
+        both = squares.new_zeros(2, len(squares), self._height)
+        both[0, :, self._own] = squares.flatten(1)
+        both[1, :, self._own] = squares.mul_(factor).mul_(factor).flatten(1)
+        # Where several ranks have a row, each says the same of it: both sums are then so many times as large.
+        dist.all_reduce(both, group=self._group)
+        for rows, out in zip(both, (before, after), strict=True):
+            torch.sum(rows[:, :, None], (1, 2), keepdim=True, out=out)
+        return norm_kept(before, after)
+
+    def add_up(self, before: Tensor, after: Tensor) -> None:
+        """Implement `Whole.add_up`."""
+        both = torch.stack([before, after])
+        dist.all_reduce(both, group=self._group)
+        before.copy_(both[0])
+        after.copy_(both[1])

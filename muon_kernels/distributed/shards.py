@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
+from typing import NamedTuple
 
 from torch import Tensor
 
-from ..layout import Layout, Piece, flattens, layout, split_shape
+from ..layout import Layout, Piece, PieceShape, flattens, merged, split_shape, view
 from ..split import pieces
+from ..stages.packed import pieces_of_shape
 from .placement import Placement, Range
 from .slices import Rectangle
 
@@ -18,14 +21,24 @@ def _overlap(a: Range, b: Range) -> Range:
     return (start - a[0], stop - a[0]) if start < stop else (0, 0)
 
 
-def shards_of(
-    placement: Placement, flatten: bool | None, split: str | None
-) -> Iterator[tuple[Piece | None, tuple[int, int, int], tuple[Rectangle, ...]]]:
-    """Yield, for every piece of a parameter that is stepped as equal matrices, what each rank holds of them.
+class Shards(NamedTuple):
+    """Equal matrices that a parameter or a piece of it is stepped as, and what each rank holds of them.
 
-    Yields:
-        The piece of this rank's shard; (batch, rows, cols) of the whole matrices; every rank's rectangle of (rows,
-        cols).
+    Attributes:
+        piece: of this rank's shard.
+        shape: (batch, rows, cols) of the whole matrices.
+        rectangles: of (rows, cols), by rank.
+        rows: the rows of which each rank holds elements, be it in another piece.
+    """
+
+    piece: Piece | None
+    shape: tuple[int, int, int]
+    rectangles: tuple[Rectangle, ...]
+    rows: tuple[Range, ...]
+
+
+def shards_of(placement: Placement, flatten: bool | None, split: str | None) -> Iterator[Shards]:
+    """Yield, for every piece of a parameter that is stepped as equal matrices, what each rank holds of them.
 
     Raises:
         ValueError: `split` divides the dimension along which the parameter is sharded into pieces that are not
@@ -45,7 +58,7 @@ def shards_of(
                 f"split={split!r} should cut another dimension than {piece.dim}, along which the parameter of size "
                 f"{whole} is sharded, or to parts that are contiguous"
             )
-        rectangles = []
+        rectangles, row_ranges = [], []
         for rank, shard in enumerate(placement.shards):
             # The rows and columns of this piece that the rank holds.
             spans = {row: (0, rows), col: (0, cols)}
@@ -61,9 +74,21 @@ def shards_of(
                 elif dim == row or not flattens(whole, flatten):
                     spans[dim] = shard[dim]
             (top, bottom), (left, right) = spans[row], spans[col]
+            row_ranges.append(spans[row])
             empty = top == bottom or left == right
             rectangles.append(Rectangle(0, 0, 0, 0) if empty else Rectangle(top, left, bottom - top, right - left))
-        yield here, (batch, rows, cols), tuple(rectangles)
+        yield Shards(here, (batch, rows, cols), tuple(rectangles), tuple(row_ranges))
+
+
+def pieces_held(t: Tensor, placement: Placement | None, flatten: bool | None, split: str | None) -> list[PieceShape]:
+    """Return what this rank holds of every piece of a parameter, a part of it or not, of which `t` is its shard."""
+    if placement is None:
+        return pieces_of_shape(t.shape, flatten, split)
+    own = placement.team.shard
+    return [
+        (piece, (batch, rectangles[own].rows, rectangles[own].cols))
+        for piece, (batch, _, _), rectangles, _ in shards_of(placement, flatten, split)
+    ]
 
 
 def layouts(t: Tensor, flatten: bool | None, piece: Piece | None, batch: int, tall: bool) -> list[Layout]:
@@ -73,17 +98,15 @@ def layouts(t: Tensor, flatten: bool | None, piece: Piece | None, batch: int, ta
         ValueError: `t` is not contiguous, so that no strides describe it.
     """
     order = tuple(range(1, t.ndim)) if flattens(t.shape, flatten) else ()
-    found = []
-    for i in range(batch):
-        at = layout(tuple(t.shape), t.stride(), flatten, order, piece, i, i + 1)
-        if at is None:
-            raise ValueError(
-                f"the part of a sharded parameter, gradient or momentum should be contiguous but of size "
-                f"{tuple(t.shape)} one has strides: {t.stride()}"
-            )
-        if at.transposed != tall:
-            at = at._replace(
-                rows=at.cols, cols=at.rows, row_stride=at.col_stride, col_stride=at.row_stride, transposed=tall
-            )
-        found.append(at)
+    seen = view(t.shape, t.stride(), flatten, order, piece)
+    rows, cols = merged(seen.rows), merged(seen.cols)
+    if rows is None or cols is None:
+        raise ValueError(
+            f"the part of a sharded parameter, its gradient or state should be contiguous but of size "
+            f"{tuple(t.shape)} one has strides: {t.stride()}"
+        )
+    (m, row_stride), (n, col_stride) = (cols, rows) if tall else (rows, cols)
+    places = product(*(range(0, size * stride, stride) if stride else [0] * size for size, stride in seen.batch))
+    found = [Layout(1, m, n, seen.offset + sum(place), 0, row_stride, col_stride, tall) for place in places]
+    assert len(found) == batch
     return found

@@ -44,7 +44,7 @@ class Buffers:
     """Buffers of one round: bytes for slices of what is sharded here and of what is owned here, norms, and fp32 memory.
 
     Attributes:
-        numbers: for what is unpacked, see `lots.in_memory`; the same for all rounds.
+        numbers: for `lots.in_memory` and `lots.normalized`; the same for all rounds.
     """
 
     slices: Tensor
@@ -126,12 +126,40 @@ def end_of(slices: Sequence[Slices]) -> int:
 # Exponents beyond which `momentum_update` writes a matrix times a power of two; see csrc/muon_kernels.h.
 _UNSCALED = 30
 
+# Exponent that the norms of fp16 directions are brought to. Squares of these are numbers in fp16, and so are elements
+# of 2^-20 of the norm, with all their bits.
+_HALF = 7
 
-def shift_of(norms: Tensor) -> Tensor:
-    """Return the exponent of the power of two by which `momentum_update` multiplies matrices of these norms."""
+
+def shift_of(norms: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the exponent of the power of two by which directions of these norms are multiplied.
+
+    In bf16 that is `momentum_update`'s. fp16 has no room for the norms that bf16 leaves as they are: there it brings
+    every norm to [2^6, 2^7), see `to_half_norms`.
+    """
     exponent = torch.frexp(norms)[1]
-    outside = norms.isfinite() & (norms != 0) & ((norms < 2.0**-_UNSCALED) | (norms > 2.0**_UNSCALED))
-    return (1 - exponent).where(outside, 0)
+    sound = norms.isfinite() & (norms != 0)
+    if dtype == torch.float16:
+        return (_HALF - exponent).where(sound, 0)
+    return (1 - exponent).where(sound & ((norms < 2.0**-_UNSCALED) | (norms > 2.0**_UNSCALED)), 0)
+
+
+def to_half_norms(x: Tensor, norms: Tensor, scale: Tensor, margin: float) -> None:
+    """Multiply fp16 directions by powers of two that bring their norms to [2^6, 2^7).
+
+    A GPU's `momentum_update` has multiplied them by one that depends on the tiles it cut them to, of which only `scale`
+    tells.
+
+    Args:
+        x: (count, rows, cols) fp16, written.
+        norms: (count,) fp64, of the directions.
+        scale: (count,) fp32, what brings the norm of x to 1/margin.
+        margin: of the coefficient set.
+    """
+    sound = norms.isfinite() & (norms != 0)
+    written = (scale.double() * norms * margin).where(sound, 1.0).log2_().round_().neg_()
+    power = torch.exp2(shift_of(norms, x.dtype) - written)
+    x.mul_(power.float()[:, None, None])  # which may be below fp16's range
 
 
 def scale_of(norms: Tensor, shift: Tensor, eps: float, margin: float) -> Tensor:
@@ -155,13 +183,14 @@ def gather_slices(
         (count,) norms of the directions in double, and the exponents of the powers of two that X was multiplied by.
     """
     norms = torch.stack([norms for _, _, norms in received]).square_().sum(0).sqrt_()
-    shift = shift_of(norms)
+    shift = shift_of(norms, X.dtype)
     for (top, left, rows, cols), slices, of_slice in received:
         target = X[:, top : top + rows, left : left + cols]
         if scaled:
             target.copy_(slices.float().mul_((of_slice / norms).nan_to_num_(0.0).float()[:, None, None]))
             continue
-        power = torch.ldexp(torch.ones_like(norms), shift - shift_of(of_slice))
+        power = torch.ldexp(torch.ones_like(norms), shift - shift_of(of_slice, X.dtype))
+        power = power.where(of_slice != 0, 1.0)  # infinity times zero is none
         if X.device.type == "cpu" and bool((power == 1).all()):
             target.copy_(slices)
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +12,26 @@ from ..checkpoint import check_precision
 from ..distributed.ranks import Ranks, check_shared
 from ..options import settled_checkpoint
 from ..split import pieces
-from ..stages.packed import check_mantissa, check_momentum_scale
+from ..stages.packed import check_mantissa, check_momentum_scale, pieces_of_shape
 from ..stages.second_moment import check_second_moment
 from ..step.options import splits, transposes
+from ..tensors import is_dtensor
 from .muon_checks import check_muon_options
+from .state import VALUES
+
+
+def with_momenta(state_dict: Any) -> Any:
+    """Return a checkpoint in which the numbers of int8 momenta of DTensors are momenta; the next step converts them."""
+    state = state_dict.get("state") if isinstance(state_dict, Mapping) else None
+    if not isinstance(state, Mapping) or not all(isinstance(kept, Mapping) for kept in state.values()):
+        return state_dict  # which is no checkpoint
+    if not any(VALUES in kept for kept in state.values()):
+        return state_dict
+    named = {
+        index: {"momentum_buffer" if key == VALUES else key: t for key, t in kept.items()}
+        for index, kept in state.items()
+    }
+    return {**state_dict, "state": named}
 
 
 def fitted(
@@ -64,8 +80,14 @@ def fitted(
                 state = state_of.get(p, {})
                 # State may be of another precision than the group's: it is from before the option was changed.
                 if "momentum_buffer" in state and state["momentum_buffer"].dtype == torch.int8:
-                    scale = state.get("momentum_scale")
-                    check_momentum_scale("momentum_scale", scale, p, loaded["flatten"], split)
+                    if is_dtensor(p):
+                        raise ValueError(
+                            f"the momentum of a DTensor in a checkpoint should be {VALUES}, as DTensors' own have it, "
+                            "but is momentum_buffer of int8, whose blocks are of another cut: load it where it was "
+                            "saved, and change momentum_dtype there"
+                        )
+                    shapes = pieces_of_shape(p.shape, loaded["flatten"], split)
+                    check_momentum_scale("momentum_scale", state.get("momentum_scale"), shapes)
                 if "mantissa" in state:
                     check_mantissa("mantissa", state["mantissa"], p)
                 V, form = state.get("second_momentum_buffer"), loaded["second_moment"]

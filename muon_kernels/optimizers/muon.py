@@ -27,7 +27,7 @@ from ..step.run import plan_of
 from ..step.work import Scalars, Task
 from ..step.workspace import Workspace
 from ..tensors import check_disjoint
-from .loading import fitted
+from .loading import fitted, with_momenta
 from .muon_checks import check_group, check_groups, check_muon_options, costs_of
 from .prepare import ReadyBatch, batches_of, prepared
 from .scalars import set_peak_lr
@@ -383,7 +383,7 @@ class Muon(ClosureOptimizer):
 
     def whole_state(self) -> AbstractContextManager[None]:
         """Return a context in which `state` has that of other ranks, too. All ranks have to enter it."""
-        return whole(self.state, self._ranks)
+        return whole(self.state, self._ranks, self.param_groups)
 
     @torch.no_grad()
     def consolidate_state_dict(self, to: int = 0) -> None:
@@ -426,6 +426,7 @@ class Muon(ClosureOptimizer):
             ValueError, TypeError: it is another optimizer's, or groups, sizes or options do not fit; nothing has been
                 changed then.
         """
+        state_dict = with_momenta(state_dict)
         states = check_checkpoint(state_dict, self.param_groups, "Muon", "ns_coefficients", check_state)
         self._settle()
         state_dict = fitted(state_dict, states, self.param_groups, self.defaults, self._ranks)

@@ -14,7 +14,7 @@ from ..step.cache import TaskCache
 from ..step.operands import Operand
 from ..step.options import StepOptions, alike, settled, splits, transposes
 from ..step.work import Scalars, Task
-from ..tensors import any_dtensor, local
+from ..tensors import any_dtensor, is_dtensor, local
 from .scalars import scalars_of
 from .state import StateOfGroups, Writes
 
@@ -103,6 +103,7 @@ def prepared(
     momenta, scales = column("momentum_buffer"), column("momentum_scale", wanted.int8)
     mantissas = column("mantissa", group["master_weights"])
     moments = column("second_momentum_buffer", group["second_moment"] is not None)
+    wholes = [tuple(p.shape) if is_dtensor(p) else None for p in params] if spread else [None] * len(params)
     if spread:
         params, grads = list(map(local, params)), list(map(local, grads))
 
@@ -111,10 +112,11 @@ def prepared(
         said = [(split, turned) for (p, split), turned in named if grad_of(p) is not None]
         none = [None] * len(params)
         kept = zip(params, grads, momenta, scales or none, mantissas or none, moments or none, strict=True)
+        named_of = zip(kept, said, wholes, strict=True)
         return divide(
             [
-                Operand(p, g, momentum, scale, mantissa, moment, *words)
-                for (p, g, momentum, scale, mantissa, moment), words in zip(kept, said, strict=True)
+                Operand(p, g, momentum, scale, mantissa, moment, *words, whole=whole)
+                for (p, g, momentum, scale, mantissa, moment), words, whole in named_of
             ],
             placements,
             StepOptions.of(group),

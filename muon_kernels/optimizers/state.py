@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -13,11 +14,13 @@ from torch import Tensor
 from ..distributed import consensus
 from ..distributed.ranks import Consolidated, Ranks
 from ..distributed.second_moment import create as create_shard
+from ..distributed.shards import pieces_held
+from ..layout import PieceShape
 from ..options import dtype_of
 from ..stages.packed import check_momentum_scale, dequantized, quantized, scale_size
 from ..stages.second_moment import create
 from ..step.options import splits
-from ..tensors import check_momentum, is_dtensor
+from ..tensors import any_dtensor, check_momentum, is_dtensor, local
 
 # Writes into the state: (parameter, key, tensor), or None to delete the key.
 Writes = list[tuple[Tensor, str, Tensor | None]]
@@ -65,24 +68,59 @@ def consolidate(state: Mapping[Tensor, Any], ranks: Ranks, to: int) -> None:
     ranks.consolidated = Consolidated(to, on_host)
 
 
+# Key under which a checkpoint has the numbers of a DTensor's int8 momentum: with another cut, codes mean nothing.
+VALUES = "momentum_values"
+
+
+def _like(p: Tensor, shard: Tensor) -> Tensor:
+    """Return a DTensor placed as `p` of which `shard` is this rank's; where `p` is none, `shard` itself."""
+    if not is_dtensor(p):
+        return shard
+    module = sys.modules["torch.distributed.tensor"]  # p is from it
+    at = {"run_check": False, "shape": p.shape, "stride": p.stride()}
+    made: Tensor = module.DTensor.from_local(shard, p.device_mesh, p.placements, **at)
+    return made
+
+
+def _with_values(
+    state: Mapping[Tensor, Any], ranks: Ranks, groups: Sequence[Mapping[str, Any]]
+) -> dict[Tensor, dict[str, Any]]:
+    """Return the state of the DTensors whose momentum is of int8, with numbers in place of it."""
+    found: dict[Tensor, dict[str, Any]] = {}
+    for group in groups:
+        for p, split in splits(group) if any_dtensor(group["params"]) else ():
+            codes = state.get(p, {}).get("momentum_buffer")
+            if is_dtensor(codes) and codes.dtype == torch.int8:
+                kept = dict(state[p])
+                del kept["momentum_buffer"]
+                pieces = pieces_held(local(p), ranks.placement(p), group["flatten"], split)
+                numbers = dequantized(local(codes), kept.pop("momentum_scale"), group["flatten"], pieces)
+                found[p] = {**kept, VALUES: _like(p, numbers)}
+    return found
+
+
 @contextmanager
-def whole(state: MutableMapping[Tensor, Any], ranks: Ranks) -> Iterator[None]:
+def whole(state: MutableMapping[Tensor, Any], ranks: Ranks, groups: Sequence[Mapping[str, Any]] = ()) -> Iterator[None]:
     """Hold in `state` that of other ranks, too, while this context lasts. All ranks have to enter it.
 
-    After `consolidate` one of them enters it alone.
+    Int8 momenta of DTensors in `groups` are there as numbers, which fit any cut. Where they are cut as before, or to
+    whole blocks, the same codes come of them again. After `consolidate` one rank enters it alone.
 
     Raises:
         RuntimeError: some rank does not enter it; or the state is consolidated on another rank.
     """
-    own, ready = {p: state.get(p) for p in ranks.owned}, ranks.consolidated
-    if ready is not None and own and all(at.team.rank != ready.to for at in ranks.owned.values()):
+    ready = ranks.consolidated
+    if ready is not None and ranks.owned and all(at.team.rank != ready.to for at in ranks.owned.values()):
         raise RuntimeError(
             f"state_dict() should be called on rank {ready.to} of the process group, to which consolidate_state_dict() "
             "brought the state; give it another rank, or leave it out and call state_dict() on all ranks"
         )
+    values = _with_values(state, ranks, groups)
+    own = {p: state.get(p) for p in (*ranks.owned, *values)}
     others = _of_others(state, ranks) if ready is None else ready.state
     for p, found in others.items():
         state[p] = {**(own[p] or {}), **found}
+    state.update(values)
     try:
         yield
     finally:
@@ -143,7 +181,7 @@ class StateOfGroups:
             self._write(p, found, mantissa=torch.zeros_like(p, dtype=torch.int16, memory_format=torch.preserve_format))
         if self._form is not None and found["second_momentum_buffer"] is None and not elsewhere:
             if is_dtensor(p):
-                moment: Tensor = create_shard(self._form, p, self._flatten)
+                moment: Tensor = create_shard(self._form, p, self._flatten, self._split_of[p])
             else:
                 moment = create(self._form, p, self._flatten, self._split_of[p])
             self._write(p, found, second_momentum_buffer=moment)
@@ -155,20 +193,26 @@ class StateOfGroups:
         momentum = torch.zeros_like(p, dtype=self._dtype or grad.dtype, memory_format=format_)
         self._write(p, found, momentum_buffer=momentum)
         if self.int8:
-            blocks = scale_size(p.shape, self._flatten, self._split_of[p])
+            blocks = scale_size(self._pieces(p))
             self._write(p, found, momentum_scale=torch.zeros(blocks, dtype=torch.float32, device=p.device))
 
     def _convert(self, p: Tensor, grad: Tensor, found: dict[str, Tensor | None]) -> None:
         momentum, scale = cast(Tensor, found["momentum_buffer"]), found["momentum_scale"]
-        flatten, split = self._flatten, self._split_of[p]
-        check_momentum(momentum, p)
+        pieces = self._pieces(p)
+        check_momentum(local(momentum), local(p))
         if self.int8:
-            momentum, scale = quantized(momentum, flatten, split)
+            codes, scale = quantized(local(momentum), self._flatten, pieces)
+            momentum = _like(p, codes)
         else:
-            check_momentum_scale("momentum_scale", scale, p, flatten, split)
-            numbers = torch.empty_like(p, dtype=self._dtype or grad.dtype, memory_format=torch.preserve_format)
-            momentum, scale = numbers.copy_(dequantized(momentum, cast(Tensor, scale), flatten, split)), None
+            check_momentum_scale("momentum_scale", scale, pieces)
+            numbers = dequantized(local(momentum), cast(Tensor, scale), self._flatten, pieces)
+            momentum = torch.empty_like(p, dtype=self._dtype or grad.dtype, memory_format=torch.preserve_format)
+            local(momentum).copy_(numbers)
+            scale = None
         self._write(p, found, momentum_buffer=momentum, momentum_scale=scale)
+
+    def _pieces(self, p: Tensor) -> list[PieceShape]:
+        return pieces_held(local(p), self._ranks.placement(p), self._flatten, self._split_of[p])
 
     def _write(self, p: Tensor, found: dict[str, Tensor | None], **made: Tensor | None) -> None:
         found.update(made)

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import memory
-from ..layout import Layout, Matrices, split_shape, view
+from ..layout import Layout, Matrices, PieceShape, split_shape, view
 from ..split import pieces
 from ..tensors import check_dense, check_like, local
 from .stage import Stage
@@ -100,26 +100,29 @@ def decode_(x: Tensor, absmax: Tensor) -> None:
     F.threshold(x.div_(127), (_NAN + 0.5) / 127, math.nan, inplace=True).mul_(absmax.unsqueeze(-1))
 
 
-def scale_size(shape: Sequence[int], flatten: bool | None, split: str | None) -> int:
-    """Return the number of blocks of a parameter with this `split`."""
-    shapes = [split_shape(shape, flatten, piece) for piece in pieces(tuple(shape), flatten, split)]
-    return sum(count * blocks_in(rows * cols) for count, rows, cols in shapes)
+def pieces_of_shape(shape: Sequence[int], flatten: bool | None, split: str | None) -> list[PieceShape]:
+    """Return the pieces of a parameter of this size, whose blocks are counted in this order."""
+    return [(piece, split_shape(shape, flatten, piece)) for piece in pieces(tuple(shape), flatten, split)]
 
 
-def scales_of(scale: Tensor, shape: Sequence[int], flatten: bool | None, split: str | None, count: int) -> list[Tensor]:
+def scale_size(shapes: Sequence[PieceShape]) -> int:
+    """Return the number of blocks of a parameter in these pieces."""
+    return sum(count * blocks_in(rows * cols) for _, (count, rows, cols) in shapes)
+
+
+def scales_of(scale: Tensor, shapes: Sequence[PieceShape], count: int) -> list[Tensor]:
     """Return the absmax of each of `count` pieces of a parameter, (matrices, blocks), as views of `scale`, that of all.
 
     Equal parts of the parameter may be stepped as one piece or as separate ones, as strides want it. Their absmax stays
     at the same place here.
     """
-    together, start = pieces(tuple(shape), flatten, split), 0
+    start = 0
     found: list[Tensor] = []
-    for piece in together:
-        matrices, rows, cols = split_shape(shape, flatten, piece)
+    for piece, (matrices, rows, cols) in shapes:
         blocks = blocks_in(rows * cols)
         stop = start + matrices * blocks
         own = scale[start:stop].view(matrices, blocks)
-        if piece is not None and count > len(together):
+        if piece is not None and count > len(shapes):
             found += own.view(matrices // piece.parts, piece.parts, blocks).unbind(1)
         else:
             found.append(own)
@@ -230,21 +233,21 @@ class Quantized(NamedTuple):
         memory.take(self.stored.device, *self._wanted(*_largest_chunk(self.stored)))
 
 
-def quantized(numbers: Tensor, flatten: bool | None, split: str | None) -> tuple[Tensor, Tensor]:
-    """Return new codes and absmax of the floating-point momentum of a parameter with this `split`."""
+def quantized(numbers: Tensor, flatten: bool | None, shapes: Sequence[PieceShape]) -> tuple[Tensor, Tensor]:
+    """Return new codes and absmax of the floating-point momentum of a parameter in these pieces."""
     codes = torch.empty(numbers.shape, dtype=torch.int8, device=numbers.device)
-    absmax = torch.zeros(scale_size(numbers.shape, flatten, split), dtype=torch.float32, device=numbers.device)
-    for own, at, values in _by_piece(absmax, codes, numbers, flatten, split):
+    absmax = torch.zeros(scale_size(shapes), dtype=torch.float32, device=numbers.device)
+    for own, at, values in _by_piece(absmax, codes, numbers, flatten, shapes):
         found = Quantized(torch.empty(values.shape, dtype=torch.int8, device=values.device), False, own)
         found.pack(values.float().flatten(1))
         at.copy_(found.stored.view_as(at))
     return codes, absmax
 
 
-def dequantized(codes: Tensor, absmax: Tensor, flatten: bool | None, split: str | None) -> Tensor:
+def dequantized(codes: Tensor, absmax: Tensor, flatten: bool | None, shapes: Sequence[PieceShape]) -> Tensor:
     """Return the fp32 numbers, in a new tensor, that the results of `quantized` stand for."""
     numbers = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
-    for own, at, values in _by_piece(absmax, numbers, codes, flatten, split):
+    for own, at, values in _by_piece(absmax, numbers, codes, flatten, shapes):
         found = torch.empty(values.shape, dtype=torch.float32, device=values.device)
         Quantized(values, False, own).unpack(found.flatten(1))
         at.copy_(found.view_as(at))
@@ -252,18 +255,17 @@ def dequantized(codes: Tensor, absmax: Tensor, flatten: bool | None, split: str 
 
 
 def _by_piece(
-    absmax: Tensor, out: Tensor, given: Tensor, flatten: bool | None, split: str | None
+    absmax: Tensor, out: Tensor, given: Tensor, flatten: bool | None, shapes: Sequence[PieceShape]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield, for each piece that has elements, its absmax, its view of `out`, and its elements of `given`.
 
     These are (matrices, rows, cols), a view where strides allow it.
     """
-    together = pieces(tuple(given.shape), flatten, split)
     order = tuple(range(1, given.ndim))  # blocks are along logical rows, whatever the strides
-    for piece, own in zip(together, scales_of(absmax, given.shape, flatten, split, len(together)), strict=True):
+    for (piece, shape), own in zip(shapes, scales_of(absmax, shapes, len(shapes)), strict=True):
         places = [view(t.shape, t.stride(), flatten, order, piece).of(t) for t in (out, given)]
         if own.numel():
-            yield own, places[0], places[1].reshape(split_shape(given.shape, flatten, piece))
+            yield own, places[0], places[1].reshape(shape)
 
 
 class Halves(NamedTuple):
@@ -347,15 +349,15 @@ def unpacked(matrices: _Seen | Packed, numbers: Tensor | None, rehearsing: bool)
             part.pack(values)
 
 
-def check_momentum_scale(name: str, scale: Any, p: Tensor, flatten: bool | None, split: str | None) -> None:
-    """Raise ValueError or TypeError unless `scale` can be the absmax of an int8 momentum of `p`."""
+def check_momentum_scale(name: str, scale: Any, shapes: Sequence[PieceShape]) -> None:
+    """Raise ValueError or TypeError unless `scale` can be the absmax of an int8 momentum in these pieces."""
     if scale is None:
         raise ValueError(
             f"{name} should be in the state beside a momentum_buffer of int8 but is not; delete that from the state to "
             "start anew"
         )
     check_dense(name, scale)
-    expected = (scale_size(p.shape, flatten, split),)
+    expected = (scale_size(shapes),)
     if scale.shape != expected or scale.dtype != torch.float32:
         raise ValueError(
             f"{name} should be of size {expected}, one for every block of each matrix, and float32 but is of size "

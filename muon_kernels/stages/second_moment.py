@@ -136,26 +136,58 @@ class SecondMoment(Stage):
         return ratios if kept is None else array("d", map(mul, ratios, kept))
 
 
-def _by_row(X: Tensor, moments: Sequence[Tensor], beta2: float, eps: float, scratch: Tensor) -> None:
-    dim = -1 if moments[0].shape[-1] == 1 else -2
-    batch, rows = len(X), X.shape[-3 - dim]
+class Whole:
+    """Sums over matrices that are here as wholes. Of parts, `distributed.second_moment.Parts` asks other ranks."""
+
+    def columns(self, here: int) -> int:
+        """Return the length of a row, of which `here` elements are here."""
+        return here
+
+    def complete(self, squares: Tensor) -> None:
+        """Bring the sums of squares of rows, (batch, rows, 1) or (batch, 1, rows), to those of whole rows."""
+
+    def kept_by_rows(self, squares: Tensor, factor: Tensor, before: Tensor, after: Tensor) -> Tensor:
+        """Return what keeps the norms of matrices whose rows are multiplied by `factor`; see `norm_kept`.
+
+        Args:
+            squares: sums of squares of whole rows; overwritten.
+            factor: of each row, of the same size.
+            before, after: (batch, 1, 1), overwritten.
+        """
+        torch.sum(squares, (1, 2), keepdim=True, out=before)
+        torch.sum(squares.mul_(factor).mul_(factor), (1, 2), keepdim=True, out=after)
+        return norm_kept(before, after)
+
+    def add_up(self, before: Tensor, after: Tensor) -> None:
+        """Bring sums of squares, (batch, 1, 1) each, to those of whole matrices."""
+
+
+def by_row(X: Tensor, moments: Sequence[Tensor], beta2: float, dim: int, scratch: Tensor, whole: Whole) -> None:
+    """Divide X by the roots of `moments`, one a row; see `normalize`.
+
+    Args:
+        X, moments, beta2, scratch: see `normalize`; of parts of matrices, what is here.
+        dim: along which X holds rows of the parameter, -1 or -2.
+        whole: sums over the whole matrices.
+    """
+    batch, rows, eps = len(X), X.shape[-3 - dim], FORMS["neuron"].eps
     sizes = batch * rows, batch * rows, batch, batch
     block, *own = torch.split(scratch, [scratch.numel() - sum(sizes), *sizes])
     shape = (batch, rows, 1) if dim == -1 else (batch, 1, rows)
     squares, V, before, after = own[0].view(shape), own[1].view(shape), own[2].view(-1, 1, 1), own[3].view(-1, 1, 1)
     sums_of_squares(X, dim, squares, V, block)
-    torch.sum(squares, (1, 2), keepdim=True, out=before)
+    whole.complete(squares)
     torch.cat(list(moments), out=V)
-    V.mul_(beta2).add_(squares, alpha=(1 - beta2) / X.shape[dim])
+    V.mul_(beta2).add_(squares, alpha=(1 - beta2) / whole.columns(X.shape[dim]))
     for moment, new in zip(moments, torch.split(V, [len(v) for v in moments]), strict=True):
         moment.copy_(new)
     factor = V.sqrt_().add_(eps).reciprocal_()
-    torch.sum(squares.mul_(factor).mul_(factor), (1, 2), keepdim=True, out=after)
-    multiply(X, factor.mul_(norm_kept(before, after)), block)
+    multiply(X, factor.mul_(whole.kept_by_rows(squares, factor, before, after)), block)
 
 
-def _by_element(X: Tensor, moments: Sequence[Tensor], beta2: float, eps: float, scratch: Tensor) -> Tensor:
-    """Divide X by the roots of `moments`; return the factors, (batch, 1, 1), that bring back its norms."""
+def by_element(X: Tensor, moments: Sequence[Tensor], beta2: float, scratch: Tensor, whole: Whole) -> list[float] | None:
+    """Divide X by the roots of `moments`, one an element; see `normalize`, and `by_row` for `whole`."""
+    eps = FORMS["element"].eps
     block, *own = torch.split(scratch, [scratch.numel() - 3 * len(X)] + [len(X)] * 3)
     before, after, partial = (x.view(-1, 1, 1) for x in own)
     before.zero_(), after.zero_()
@@ -174,7 +206,12 @@ def _by_element(X: Tensor, moments: Sequence[Tensor], beta2: float, eps: float, 
             add_sum(torch.mul(U, U, out=square), (1, 2), own_after, own_part)
             x[matrices, rows].copy_(U)
         start = stop
-    return norm_kept(before, after)
+    whole.add_up(before, after)
+    kept = norm_kept(before, after)
+    if in_cache(X.device):
+        return kept.flatten().tolist()
+    X.mul_(kept)
+    return None
 
 
 def normalize(form: str, X: Tensor, moments: Sequence[Tensor], beta2: float, scratch: Tensor) -> list[float] | None:
@@ -192,26 +229,40 @@ def normalize(form: str, X: Tensor, moments: Sequence[Tensor], beta2: float, scr
         A factor for each matrix, by which X is still to be multiplied: on a processor that is cheaper where X is used.
             None where X is the result.
     """
-    eps = FORMS[form].eps
     if form == "element":
-        kept = _by_element(X, moments, beta2, eps, scratch)
-        if in_cache(X.device):
-            return kept.flatten().tolist()
-        X.mul_(kept)
-        return None
+        return by_element(X, moments, beta2, scratch, Whole())
     start = 0
-    for _, run in groupby(moments, key=lambda V: V.shape[-1] == 1):  # matrices of one orientation
+    for is_row, run in groupby(moments, key=lambda V: V.shape[-1] == 1):  # matrices of one orientation
         same = list(run)
         stop = start + sum(map(len, same))
-        _by_row(X[start:stop], same, beta2, eps, scratch)
+        by_row(X[start:stop], same, beta2, -1 if is_row else -2, scratch, Whole())
         start = stop
     return None
 
 
-def check_second_moment(name: str, V: Any, form: str, p: Tensor, flatten: bool | None, split: str | None) -> None:
-    """Raise ValueError or TypeError unless V can be the second moment of `p`."""
+def shape_of_shard(
+    form: str, shape: Sequence[int], whole: Sequence[int], flatten: bool | None, split: str | None
+) -> tuple[int, ...]:
+    """Return the size of V of a shard of size `shape` of a parameter of size `whole`; see `shape_of`.
+
+    A rank that has any of a row keeps what "neuron" has of all its parts.
+    """
+    own = shape_of(form, shape, flatten, None)
+    return own if form == "element" else (*own[:-1], shape_of(form, whole, flatten, split)[-1])
+
+
+def check_second_moment(
+    name: str,
+    V: Any,
+    form: str,
+    p: Tensor,
+    flatten: bool | None,
+    split: str | None,
+    whole: Sequence[int] | None = None,
+) -> None:
+    """Raise ValueError or TypeError unless V can be the second moment of `p`, a parameter or a shard of such a size."""
     check_dense(name, local(V))
-    expected = shape_of(form, p.shape, flatten, split)
+    expected = shape_of_shard(form, p.shape, whole or p.shape, flatten, split)
     if V.shape != expected or V.dtype != torch.float32:
         raise ValueError(
             f"{name} should be of size {expected} and float32 for second_moment={form!r} but is of size "

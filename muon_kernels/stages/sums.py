@@ -34,6 +34,8 @@ def floats_of_block(m: int, n: int, device: torch.device) -> int:
 def in_blocks(X: Tensor, numbers: int) -> Iterator[tuple[slice, slice]]:
     """Yield (matrices, rows) of X, block by block of at most `numbers` elements."""
     batch, m, n = X.shape
+    if not X.numel():
+        return
     rows = max(1, min(numbers, BLOCK_ON_CPU if in_cache(X.device) else BLOCK) // n)
     matrices = max(1, rows // m)
     for i in range(0, batch, matrices):
@@ -49,16 +51,32 @@ def in_fp32(X: Tensor, scratch: Tensor) -> Tensor:
 def sums_of_squares(X: Tensor, dim: int | tuple[int, int], out: Tensor, partial: Tensor, scratch: Tensor) -> None:
     """Write the sums of X² along `dim`, which is -1, -2 or (-2, -1) and stays with size 1, to `out`.
 
-    `partial`, of the size of `out`, is overwritten, and so is `scratch`, fp32.
+    `partial`, of the size of `out`, is overwritten, and so is `scratch`, fp32. On a processor a row or a column has the
+    same sum whatever stands beside it: ranks that hold some of them have the bits of one process.
     """
     if not in_cache(X.device):
         torch.linalg.vector_norm(X, dim=dim, keepdim=True, dtype=torch.float32, out=out)
         out.square_()
         return
     out.zero_()
+    if dim == -2:  # by columns, to add their rows in an order that torch.sum does not have: it depends on the place
+        turned = X.mT
+        for matrices, cols in in_blocks(turned, scratch.numel()):
+            out[matrices, :, cols].copy_(_sum_of_rows(in_fp32(X[matrices, :, cols], scratch).square_()))
+        return
     for matrices, rows in in_blocks(X, scratch.numel()):
         own = matrices, rows if dim == -1 else slice(None)
         add_sum(in_fp32(X[matrices, rows], scratch).square_(), dim, out[own], partial[own])
+
+
+def _sum_of_rows(x: Tensor) -> Tensor:
+    """Return the sums over the rows of every matrix, (batch, 1, n), in the place of its first row."""
+    rows = x.shape[1]
+    while rows > 1:
+        half = rows // 2
+        x[:, :half].add_(x[:, rows - half : rows])
+        rows -= half
+    return x[:, :1]
 
 
 def add_sum(x: Tensor, dim: int | tuple[int, int], out: Tensor, partial: Tensor) -> None:

@@ -9,17 +9,14 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ..layout import Layout, Matrices, Piece, View, column_order, flattens, layout, split_shape, view
+from ..layout import Layout, Matrices, Piece, PieceShape, View, column_order, flattens, layout, split_shape, view
 from ..scaling import lr_ratio
 from ..split import pieces
-from ..stages.packed import check_mantissa, check_master, check_momentum_scale, scales_of
+from ..stages.packed import check_mantissa, check_master, check_momentum_scale, pieces_of_shape, scales_of
 from ..stages.second_moment import check_second_moment, piece_of_rows
 from ..tensors import check_dense, check_device, check_disjoint, check_like, check_momentum
 from .options import StepOptions, check_rounding
 from .work import Span
-
-# A piece of a parameter, or None for all of it, and (number of matrices, rows, cols).
-PieceShape = tuple[Piece | None, tuple[int, int, int]]
 
 
 class BucketKey(NamedTuple):
@@ -45,6 +42,8 @@ class Operand(NamedTuple):
         transposed: whether it is stored as (inputs, outputs), see `Muon`.
         pieces: what of it is stepped as matrices; None: what `split` says.
         lr_factor: a factor of the learning rate beside that of the shape.
+        whole: size of the parameter of which this is a shard; None for the tensor's own.
+        first_part: index of the first of `pieces` among the parts that `split` makes of a row.
     """
 
     param: Tensor
@@ -57,11 +56,17 @@ class Operand(NamedTuple):
     transposed: bool = False
     pieces: Sequence[PieceShape] | None = None
     lr_factor: float = 1.0
+    whole: tuple[int, ...] | None = None
+    first_part: int = 0
 
     def lr_ratio(self, options: StepOptions, rows: int, cols: int) -> float:
         """Factor of the learning rate for a matrix of this size."""
         shape = (cols, rows) if self.transposed else (rows, cols)
         return lr_ratio(options.adjust_lr_fn, *shape) * self.lr_factor
+
+    def pieces_in_blocks(self, flatten: bool | None) -> Sequence[PieceShape]:
+        """Return the pieces in whose order an int8 momentum has its absmax."""
+        return pieces_of_shape(self.param.shape, flatten, self.split) if self.pieces is None else self.pieces
 
     def bucket_key(self, rows: int, cols: int) -> BucketKey:
         """The bucket that a matrix of this size goes to."""
@@ -149,7 +154,7 @@ def check(operands: Sequence[Operand], options: StepOptions) -> None:
         p, V, mantissa = operand.param, operand.second_moment, operand.mantissa
         if V is not None:
             form = cast(str, options.second_moment)
-            check_second_moment("second_momentum_buffer", V, form, p, options.flatten, operand.split)
+            check_second_moment("second_momentum_buffer", V, form, p, options.flatten, operand.split, operand.whole)
             check_device("second_momentum_buffer", V, p)
         if options.master_weights:
             check_master(p)
@@ -189,7 +194,7 @@ def piece_shapes(operand: Operand, options: StepOptions) -> tuple[tuple[int, ...
                 "momentum_buffer should be floating-point where power is 1, which is SGD in torch, but is of int8; "
                 "delete it from the state to start anew"
             )
-        check_momentum_scale("momentum_scale", operand.momentum_scale, p, flatten, operand.split)
+        check_momentum_scale("momentum_scale", operand.momentum_scale, operand.pieces_in_blocks(flatten))
         check_device("momentum_scale", cast(Tensor, operand.momentum_scale), p)
         if order:  # blocks are along rows as everybody sees them, whatever the strides
             order = tuple(range(1, p.ndim))
@@ -221,7 +226,7 @@ class Viewer:
         absmaxes: list[Tensor | None] = [None] * len(shapes)
         if momentum is not None and momentum.dtype == torch.int8:
             scale = cast(Tensor, operand.momentum_scale)
-            absmaxes = list(scales_of(scale, p.shape, flatten, operand.split, len(shapes)))
+            absmaxes = list(scales_of(scale, operand.pieces_in_blocks(flatten), len(shapes)))
         moments = self._second_moments(operand, order, [piece for piece, _ in shapes])
         for (piece, (count, rows, cols)), absmax, moment in zip(shapes, absmaxes, moments, strict=True):
             grad, at = source_of(g, flatten, order, piece)
@@ -245,7 +250,7 @@ class Viewer:
     def _second_moments(
         self, operand: Operand, order: tuple[int, ...], split_into: Sequence[Piece | None]
     ) -> Iterator[Source | None]:
-        V, before = operand.second_moment, 0
+        V, before = operand.second_moment, operand.first_part
         for piece in split_into:
             if V is None:
                 yield None

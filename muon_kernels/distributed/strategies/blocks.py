@@ -9,12 +9,14 @@ or the whole matrix's, and `block_lr_ratio` multiplies it in steps of shards. Th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from ...layout import Piece
+from torch import Tensor
+
+from ...layout import PieceShape
 from ..placement import Placement
-from ..shards import shards_of
+from ..shards import pieces_held
 
 
 def steps_shards(group: Mapping[str, Any]) -> bool:
@@ -23,10 +25,14 @@ def steps_shards(group: Mapping[str, Any]) -> bool:
 
 
 def shard_shapes(
-    placement: Placement, flatten: bool | None, split: str | None
-) -> Iterator[tuple[Piece | None, tuple[int, int, int]]]:
-    """Yield (piece, (batch, rows, cols)) of what this rank holds of a parameter, for every piece of it."""
-    for piece, (batch, _, _), rectangles in shards_of(placement, flatten, split):
-        shard = rectangles[placement.team.shard]
-        if shard.elements:
-            yield piece, (batch, shard.rows, shard.cols)
+    shard: Tensor, placement: Placement, flatten: bool | None, split: str | None
+) -> tuple[list[PieceShape], int]:
+    """Return what this rank holds of every piece of a parameter, and the number of parts in pieces before the first."""
+    found: list[PieceShape] = []
+    before = 0
+    for piece, (batch, rows, cols) in pieces_held(shard, placement, flatten, split):
+        if rows * cols:
+            found.append((piece, (batch, rows, cols)))
+        elif not found and piece is not None:
+            before += piece.parts
+    return found, before

@@ -292,7 +292,7 @@ class GramRound(OwnerRound):
         if ops.normalizes:
             scale.copy_((own / norms).where(norms != 0, 0.0))
         else:
-            scale.copy_(scale_of(norms, shift_of(own), scalars.eps, work.schedule.margin))
+            scale.copy_(scale_of(norms, shift_of(own, X.dtype), scalars.eps, work.schedule.margin))
         slices.copy_(self._together(stacks, scale, buffers)()[:, : slices.shape[1]])
 
     def _together(self, stacks: Stacks, scale: Tensor, buffers: Buffers) -> Callable[[], Tensor]:

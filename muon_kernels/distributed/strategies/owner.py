@@ -17,9 +17,9 @@ from ...stages.packed import Packed
 from ...step.plan import Bucket
 from ...step.run import run_iteration
 from ..collectives import Pending, gather
-from ..lots import Kept, Lot, LotKey, bundle_of, in_memory, normalized, params_of
+from ..lots import Kept, Lot, LotKey, in_memory, momenta_of, normalized, numbers_for, numbers_for_moments, params_of
 from ..placement import Team
-from ..slices import Buffers, Rectangle, Slices, end_of, gather_slices, in_turn, scale_of
+from ..slices import Buffers, Rectangle, Slices, end_of, gather_slices, in_turn, scale_of, to_half_norms
 
 if TYPE_CHECKING:
     from ...step.work import Scalars
@@ -84,10 +84,7 @@ class OwnerRound:
         self.owned = len(here[team.shard])
         self.entries = [[entry for entries in replica for entry in entries] for replica in by_replica]
         there = bool(own.elements)
-        self.momenta = [
-            None if kept.momenta is None else bundle_of(kept.momenta, entries if there else (), "momentum_at")
-            for entries in self.entries
-        ]
+        self.momenta = [momenta_of(kept, entries if there else ()) for entries in self.entries]
         self.params = [params_of(kept, entries if there else ()) for entries in self.entries]
         self.ratios = [array("d", [entry.ratio for entry in entries]) for entries in self.entries]
         self.share = max(map(len, self.entries))
@@ -99,9 +96,14 @@ class OwnerRound:
         return [(self.lot, self.start)]
 
     @property
-    def packed(self) -> list[Packed]:
+    def kept_packed(self) -> list[Packed]:
         """What goes through fp32 memory."""
-        return [params for params in self.params if isinstance(params, Packed)]
+        return [packed for packed in (*self.params, *self.momenta) if isinstance(packed, Packed)]
+
+    @property
+    def numbers(self) -> int:
+        """Fp32 numbers of memory for what is done to shards, at most at a time."""
+        return max(*map(numbers_for, self.kept_packed), numbers_for_moments(self.lot, self.share), 0)
 
     @property
     def buffer_bytes(self) -> tuple[int, int]:
@@ -140,7 +142,12 @@ class OwnerRound:
             norms = buffers.norms[: len(entries)]
             # Every replica keeps all momenta. Only its own share's directions are of use, so they come last.
             x = at.of(buffers.slices, work.bucket.workspace_dtype)
-            ops.momentum_update(scalars.momentum_update(directions, momenta, x, work.schedule.margin, norm=norms))
+            margin = work.schedule.margin
+            for i, seen in in_memory(momenta, buffers.numbers):
+                update = scalars.momentum_update(directions[i], seen, x[i], margin, norm=norms[i])
+                scale = ops.momentum_update(update)
+                if scale is not None and x.dtype == torch.float16:
+                    to_half_norms(x[i], norms[i], scale, margin)
             if replica == team.replica:
                 at.norms(buffers.slices).copy_(norms)
 
@@ -200,7 +207,7 @@ class OwnerRound:
         for params, entries, ratios, share in zip(self.params, self.entries, self.ratios, shares, strict=True):
             X = Slices(0, len(entries), self.sent[0].shard).of(share, dtype)
             # Called also where this rank has no shard: others wait for its sums.
-            own = normalized(self.lot, entries, X, scalars.beta2, ratios)
+            own = normalized(self.lot, entries, X, scalars.beta2, ratios, buffers.numbers)
             for at, seen in in_memory(params, buffers.numbers) if params else ():
                 options = scalars.apply_options(self.lot.group_index, index + at.start)
                 ops.apply_update(scalars.apply_update(seen, X[at], own[at]), options)

@@ -16,12 +16,12 @@ from ...stages.packed import Packed
 from ...stages.second_moment import normalize
 from ...step.run import run_iteration
 from ..collectives import Pending, gather
-from ..lots import Entry, Kept, Lot, bundle_of, in_memory, normalized, params_of
+from ..lots import Entry, Kept, Lot, in_memory, momenta_of, normalized, numbers_for, numbers_for_moments, params_of
 from ..slices import Buffers, Rectangle, end_of, in_turn
 
 if TYPE_CHECKING:
-    from ...step.work import Scalars
-    from ...step.workspace import Workspace
+    from ...step.work import Scalars, Work
+    from ...step.workspace import Stacks, Workspace
 
 
 class ReplicaRound:
@@ -47,10 +47,7 @@ class ReplicaRound:
             keeps_all = [
                 momenta is not None and all(momenta[entry.param] is not None for entry in entries) for entries in shares
             ]
-            own = [
-                None if momenta is None else bundle_of(momenta, entries if keeps else (), "momentum_at")
-                for entries, keeps in zip(shares, keeps_all, strict=True)
-            ]
+            own = [momenta_of(kept, entries if keeps else ()) for entries, keeps in zip(shares, keeps_all, strict=True)]
             copies = [params_of(kept, entries) for entries in shares]
             self.lots.append(_Copies(lot, start, shares, own, copies))
         # Where in its share each rank has the results of each lot.
@@ -62,7 +59,7 @@ class ReplicaRound:
         self.pending: Pending | None = None
 
     @property
-    def momenta(self) -> list[Bundle | None]:
+    def momenta(self) -> list[Bundle | Packed | None]:
         """Momenta of all ranks' matrices; None or empty where they are not kept here."""
         return [bundle for copies in self.lots for bundle in copies.momenta]
 
@@ -72,9 +69,16 @@ class ReplicaRound:
         return [(copies.lot, copies.start) for copies in self.lots]
 
     @property
-    def packed(self) -> list[Packed]:
+    def kept_packed(self) -> list[Packed]:
         """What goes through fp32 memory."""
-        return [params for copies in self.lots for params in copies.params if isinstance(params, Packed)]
+        found = [packed for copies in self.lots for packed in (*copies.params, *copies.momenta)]
+        return [packed for packed in found if isinstance(packed, Packed)]
+
+    @property
+    def numbers(self) -> int:
+        """Fp32 numbers of memory for what is done to copies, at most at a time."""
+        moments = [numbers_for_moments(lot, max(map(len, shares))) for lot, _, shares, *_ in self.lots]
+        return max(*map(numbers_for, self.kept_packed), *moments, 0)
 
     @property
     def buffer_bytes(self) -> tuple[int, int]:
@@ -99,7 +103,6 @@ class ReplicaRound:
         """Orthogonalize this rank's share and begin to send it to the others."""
         for copies, place in zip(self.lots, self.places[self.team.replica], strict=True):
             work, dtype = copies.lot.work, copies.lot.work.bucket.workspace_dtype
-            ops = backends.get(work.bucket.backend)
             turns = [r for r in range(self.team.replica_count) if r != self.team.replica] + [self.team.replica]
             for rank in turns:  # this rank's share last: of the others' only momenta are updated
                 momenta, entries = copies.momenta[rank], copies.shares[rank]
@@ -107,14 +110,11 @@ class ReplicaRound:
                     continue
                 stacks = workspace.stacks(work, len(entries))
                 grads = [Matrices(self.grads[e.param], e.grad_at) for e in entries if e.grad_at is not None]
-                norms = None if stacks.blend is None else stacks.blend.norms
-                scale = ops.momentum_update(
-                    scalars.momentum_update(grads, momenta, stacks.X, work.schedule.margin, stacks.scratch, norms)
-                )
+                scale = _directions(work, scalars, grads, momenta, stacks, buffers.numbers)
                 if rank == self.team.replica:
                     result = run_iteration(work, stacks, scale)
                     if copies.lot.second_moment is not None and copies.lot.owner_keeps_state:
-                        moments = [(V.mT if e.tall else V)[None] for e in entries for V in (e.moment,) if V is not None]
+                        moments = [e.moment for e in entries if e.moment is not None]
                         kept = normalize(copies.lot.second_moment, result, moments, scalars.beta2, stacks.stage_scratch)
                         own = place.norms(buffers.slices)
                         own.copy_(torch.tensor(kept or [1.0] * len(entries), dtype=torch.float64, device="cpu"))
@@ -142,7 +142,7 @@ class ReplicaRound:
                     if copies.lot.second_moment is not None and copies.lot.owner_keeps_state:
                         ratios = array("d", map(mul, ratios, place.norms(results).tolist()))
                     else:
-                        ratios = normalized(copies.lot, entries, X, scalars.beta2, ratios)
+                        ratios = normalized(copies.lot, entries, X, scalars.beta2, ratios, buffers.numbers)
                     for at, seen in in_memory(params, buffers.numbers):
                         backends.get(work.bucket.backend).apply_update(
                             scalars.apply_update(seen, X[at], ratios[at]),
@@ -151,11 +151,36 @@ class ReplicaRound:
                 index += len(entries)
 
 
+def _directions(
+    work: Work,
+    scalars: Scalars,
+    grads: Sequence[Matrices],
+    momenta: Bundle | Packed | None,
+    stacks: Stacks,
+    numbers: Tensor,
+) -> Tensor | None:
+    """Update momenta and write the directions to the stack; return their scale, at the same place in every step."""
+    ops, norms = backends.get(work.bucket.backend), None if stacks.blend is None else stacks.blend.norms
+    if not isinstance(momenta, Packed):
+        return ops.momentum_update(
+            scalars.momentum_update(grads, momenta, stacks.X, work.schedule.margin, stacks.scratch, norms)
+        )
+    found: Tensor | None = None
+    for i, seen in in_memory(momenta, numbers):
+        norm = None if norms is None else norms[i]
+        update = scalars.momentum_update(grads[i], seen, stacks.X[i], work.schedule.margin, norm=norm)
+        if (scale := ops.momentum_update(update)) is not None:
+            kept = torch.empty(len(grads), dtype=torch.float32, device=stacks.X.device)
+            found = stacks.derived.setdefault("scale", kept)
+            found[i] = scale
+    return found
+
+
 class _Copies(NamedTuple):
     """Matrices of a lot in a round, listed by the rank that does them."""
 
     lot: Lot
     start: int
     shares: list[list[Entry]]
-    momenta: list[Bundle | None]
+    momenta: list[Bundle | Packed | None]
     params: list[Bundle | Packed]
