@@ -16,7 +16,8 @@ from muon_kernels import backends
 from muon_kernels.backends import BACKENDS
 from muon_kernels.cli import COMMANDS, demo, estimate, main
 from muon_kernels.cli.demo import training
-from muon_kernels.cli.ledger import MODELS, ledger
+from muon_kernels.cli.ledger import ledger
+from muon_kernels.cli.models import MODELS
 from muon_kernels.coefficients import resolve
 from muon_kernels.step.plan import plan_for_shapes
 
@@ -331,7 +332,7 @@ def test_ctrl_c_skips_the_held_out_loss(
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_the_ledger_keeps_its_promises(backend: str) -> None:
     """The figures of README, on a machine without anything."""
-    gpt2, heads = ledger(MODELS["gpt2"]), ledger(MODELS["heads"])
+    gpt2, heads = ledger(MODELS["gpt2"].shapes), ledger(MODELS["heads"].shapes)
     ours, torchs = gpt2[f"muon_kernels, {backend}"], gpt2["torch.optim.Muon"]
     assert torchs.launches > 1000 and ours.launches <= 60
     assert ours.flops <= 0.4576 * torchs.flops

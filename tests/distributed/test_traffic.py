@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from muon_kernels import Muon
-from muon_kernels.cli.ledger import MODELS
+from muon_kernels.cli.models import MODELS
 from muon_kernels.coefficients import resolve
 from muon_kernels.distributed import traffic
 from muon_kernels.distributed.balance import assign_owners, least_load
@@ -180,7 +180,7 @@ WHOLE = ["gpt2", "llama-7b", "moonlight-16b", "experts"]
 @pytest.mark.parametrize("model", WHOLE)
 def test_the_figures_to_reach(model: str, ranks: int) -> None:
     """4 bytes an element of a rank's part; a rank keeps its share of the momenta, give or take a matrix."""
-    shapes = MODELS[model]
+    shapes = MODELS[model].shapes
     count, largest = elements(shapes), max(m * n for m, n, _ in shapes)
     fsdp, ddp = owners(shapes, Mesh(rows=ranks)), owners(shapes, Mesh(replicas=ranks))
     assert sum(cost.sent for cost in fsdp) <= 4 * count
@@ -209,8 +209,8 @@ def test_where_no_deal_is_better_the_even_one_is_kept() -> None:
 def test_the_slowest_owner(model: str, ranks: int) -> None:
     """At most 1.1 times the mean, or what no deal of whole matrices is below."""
     for mesh in (Mesh(rows=ranks), Mesh(replicas=ranks)):
-        flops = [cost.flops for cost in owners(MODELS[model], mesh)]
-        each = traffic.flops(MODELS[model])
+        flops = [cost.flops for cost in owners(MODELS[model].shapes, mesh)]
+        each = traffic.flops(MODELS[model].shapes)
         assert sum(flops) == sum(each)
         assert max(flops) <= max(1.1 * sum(each) / ranks, least_load(each, ranks))
 
@@ -237,7 +237,7 @@ def fits(sizes: tuple[int, ...], counts: tuple[int, ...], bins: int, cap: int) -
 @pytest.mark.parametrize("ranks", [7, 13, 15, 16, 20, 25, 28, 32, 37, 48])
 def test_near_the_best_deal_there_is(ranks: int) -> None:
     """GPT-2's 48 matrices on rank counts that do not suit them."""
-    each = traffic.flops(MODELS["gpt2"])
+    each = traffic.flops(MODELS["gpt2"].shapes)
     sizes = tuple(sorted(set(each), reverse=True))
     counts = tuple(each.count(size) for size in sizes)
     totals = [0] * ranks
@@ -290,7 +290,7 @@ def test_a_deal_minds_what_ranks_have_and_may_have() -> None:
 
 
 def test_many_matrices_are_dealt_soon() -> None:
-    each = traffic.flops(MODELS["moonlight-16b"])
+    each = traffic.flops(MODELS["moonlight-16b"].shapes)
     assert len(each) > 5000
     start = time.process_time()
     assign_owners(each, 1024)
@@ -298,7 +298,7 @@ def test_many_matrices_are_dealt_soon() -> None:
 
 
 def test_moonlight_has_the_parameters_of_its_paper() -> None:
-    assert round(elements(MODELS["moonlight-16b"]) / 1e9, 2) == 15.29
+    assert round(elements(MODELS["moonlight-16b"].shapes) / 1e9, 2) == 15.29
 
 
 def test_sums_and_blocks() -> None:
@@ -322,7 +322,7 @@ def test_sums_and_blocks() -> None:
 @pytest.mark.parametrize("mesh", [Mesh(replicas=16), Mesh(rows=2, replicas=8), Mesh(rows=16)])
 def test_held_memory_has_a_limit(mesh: Mesh) -> None:
     """All rounds' buffers, of what 16 replicas gather, and the workspace: the cap, or the largest matrix of each."""
-    for cost in owners(MODELS["moonlight-16b"], mesh, backend="cuda"):
+    for cost in owners(MODELS["moonlight-16b"].shapes, mesh, backend="cuda"):
         assert 0 < cost.workspace + cost.buffers <= (1 << 30) + IN_FLIGHT * 2 * 11264 * 2048 * (1 + mesh.replicas)
     assert share_bytes(1 << 30, 2) == 16 << 20
     # A set for each round in flight, of a share and of all that are gathered
