@@ -21,7 +21,7 @@ PAGE = Path(__file__).with_name("SCALING.md")
 GPU = GPUS["h100"]
 RANKS = scale.RANKS[1:]
 ESTIMATED = ("moonlight-16b", "llama-70b", "deepseek-v3")
-DEALT = (2, 4, 8, 16, 24, 32, 48, *RANKS)
+DEALT = (2, 4, 8, 16, 24, 32, 48, 64, 128, *RANKS[1:])
 
 
 def slowest() -> Iterator[str]:
@@ -50,7 +50,7 @@ def estimated(name: str) -> Iterator[str]:
     found = scale.rows(model, RANKS, GPU, schedule)
     yield from scale.markdown(scale.HEAD, [scale.cells(row, model, GPU, schedule) for row in found])
     yield ""
-    yield from (f"- {sentence}" for sentence in scale.remarks(model, found))
+    yield from (f"- {sentence}" for sentence in scale.remarks(model, found, GPU))
 
 
 SECTIONS = {

@@ -11,6 +11,7 @@ matrix, the estimates for A100 are 6.4 ms against 6.29 at 4096x4096, 1.10 agains
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from torch import Tensor
@@ -32,6 +33,7 @@ class Gpu(NamedTuple):
         bytes: of memory, a second.
         capability: of compute, as 10 times major plus minor.
         nvlink: bytes/s to the GPUs of its node, one way; 0 if it has none.
+        memory: bytes.
     """
 
     flops: float
@@ -39,16 +41,17 @@ class Gpu(NamedTuple):
     capability: int
     multiprocessors: int
     name: str
-    nvlink: float = 0.0
+    nvlink: float
+    memory: float
 
 
 GPUS = {
-    "a100": Gpu(312e12, 2.039e12, 80, 108, "A100 80GB SXM", 300e9),
-    "h100": Gpu(989e12, 3.35e12, 90, 132, "H100 SXM", 450e9),
-    "h200": Gpu(989e12, 4.8e12, 90, 132, "H200 SXM", 450e9),
-    "4090": Gpu(165e12, 1.008e12, 89, 128, "GeForce RTX 4090"),
-    "5090": Gpu(209.5e12, 1.792e12, 120, 170, "GeForce RTX 5090"),
-    "b200": Gpu(2250e12, 8.0e12, 100, 148, "B200 SXM", 900e9),
+    "a100": Gpu(312e12, 2.039e12, 80, 108, "A100 80GB SXM", 300e9, 80e9),
+    "h100": Gpu(989e12, 3.35e12, 90, 132, "H100 SXM", 450e9, 80e9),
+    "h200": Gpu(989e12, 4.8e12, 90, 132, "H200 SXM", 450e9, 141e9),
+    "4090": Gpu(165e12, 1.008e12, 89, 128, "GeForce RTX 4090", 0, 24e9),
+    "5090": Gpu(209.5e12, 1.792e12, 120, 170, "GeForce RTX 5090", 0, 32e9),
+    "b200": Gpu(2250e12, 8.0e12, 100, 148, "B200 SXM", 900e9, 180e9),
 }
 GPUS["rtx4090"] = GPUS["4090"]  # its name in 0.1.0
 
@@ -151,10 +154,17 @@ class Estimate(NamedTuple):
 
 def _products(bucket: Bucket, batch: int, kernels: Kernels, gpu: Gpu, schedule: Schedule) -> float:
     """Return the seconds of the products of `batch` of a bucket's matrices at a time."""
-    ops = backends.get(kernels.backend)
+    shapes = _shapes(kernels.backend, bucket.algorithm, *bucket.shape, schedule)
+    return sum(product_seconds(shape._replace(batch=batch), kernels, gpu) for shape in shapes)
+
+
+@lru_cache(maxsize=256)
+def _shapes(backend: str, algorithm: str, m: int, n: int, schedule: Schedule) -> list[Shape]:
+    """Return the products of one matrix's iteration."""
+    ops = backends.get(backend)
     counter = _Products(ops.symmetric_products, ops.precise_squares)
-    count_iteration(counter, bucket.algorithm, *bucket.shape, schedule)
-    return sum(product_seconds(shape._replace(batch=batch), kernels, gpu) for shape in counter.shapes)
+    count_iteration(counter, algorithm, m, n, schedule)
+    return counter.shapes
 
 
 def pass_seconds(bytes_: float, gpu: Gpu) -> float:

@@ -42,14 +42,21 @@ class Row(NamedTuple):
 
     Attributes:
         beside: bytes that a rank sends besides, for gradients and parameters, whatever the optimizer.
+        parameters: bytes of what a rank has of them between passes, in bf16.
         cost: the most that any rank has, field by field.
     """
 
     ranks: int
     name: str
     beside: float
+    parameters: float
     cost: Cost
     timeline: Timeline
+
+    @property
+    def memory(self) -> float:
+        """Return the least bytes that a rank needs: parameters, state and what a step holds; no gradients."""
+        return self.parameters + self.cost.state + self.cost.workspace + self.cost.buffers
 
 
 class Layouts:
@@ -64,24 +71,27 @@ class Layouts:
     def rows(self) -> Iterator[Row]:
         """Yield the estimate of every layout that these ranks allow."""
         zero, ddp, fsdp = (self._ring(each * elements(self.shapes)) for each in BESIDE.values())
-        yield self._row("AdamW, ZeRO-1", zero, [traffic.adamw(self.shapes, self.ranks)], self._adamw())
-        yield self._row("AdamW, FSDP2", fsdp, [traffic.adamw(self.shapes, self.ranks)], self._adamw())
-        yield self._row("gathered, ZeRO-1", zero, *self._gathered())
-        yield self._row("ZeroMuon, ZeRO-1", zero, *self._sliced())
-        yield self._row("padded, FSDP2", fsdp, *self._padded())
-        yield self._row("owners, FSDP2", fsdp, *self._owners(self.shapes, Mesh(rows=self.ranks)))
+        adamw = [traffic.adamw(self.shapes, self.ranks)], self._adamw()
+        yield self._row("AdamW, ZeRO-1", zero, 1, *adamw)
+        yield self._row("AdamW, FSDP2", fsdp, self.ranks, *adamw)
+        yield self._row("gathered, ZeRO-1", zero, 1, *self._gathered())
+        yield self._row("ZeroMuon, ZeRO-1", zero, 1, *self._sliced())
+        yield self._row("padded, FSDP2", fsdp, self.ranks, *self._padded())
+        yield self._row("owners, FSDP2", fsdp, self.ranks, *self._owners(self.shapes, Mesh(rows=self.ranks)))
         if self.ranks > HYBRID and self.ranks % HYBRID == 0:
             mesh = Mesh(rows=HYBRID, replicas=self.ranks // HYBRID)
-            yield self._row(f"owners, HSDP of {HYBRID}", self._hybrid(mesh), *self._owners(self.shapes, mesh))
+            owners = self._owners(self.shapes, mesh)
+            yield self._row(f"owners, HSDP of {HYBRID}", self._hybrid(mesh), HYBRID, *owners)
         if self.model.experts and self.ranks % EXPERTS == 0:
-            yield self._row(f"owners, EP of {EXPERTS}", *self._expert_parallel())
-        yield self._row("owners, DDP", ddp, *self._owners(self.shapes, Mesh(replicas=self.ranks)))
+            beside, costs, timeline = self._expert_parallel()
+            yield self._row(f"owners, EP of {EXPERTS}", beside, self.ranks, costs, timeline)
+        yield self._row("owners, DDP", ddp, 1, *self._owners(self.shapes, Mesh(replicas=self.ranks)))
         parallel = self._hybrid(Mesh(cols=TENSOR, replicas=self.ranks // TENSOR)) - self._of(TENSOR, BESIDE["FSDP2"])
-        yield self._row(f"sums of X Xᵀ, TP of {TENSOR}", parallel, *self._sums())
-        yield self._row(f"MuonBP of {PERIOD}, TP of {TENSOR}", parallel, *self._blockwise())
+        yield self._row(f"sums of X Xᵀ, TP of {TENSOR}", parallel, TENSOR, *self._sums())
+        yield self._row(f"MuonBP of {PERIOD}, TP of {TENSOR}", parallel, TENSOR, *self._blockwise())
 
-    def _row(self, name: str, beside: float, costs: list[Cost], timeline: Timeline) -> Row:
-        return Row(self.ranks, name, beside, largest(costs), timeline)
+    def _row(self, name: str, beside: float, shards: int, costs: list[Cost], timeline: Timeline) -> Row:
+        return Row(self.ranks, name, beside, 2 * elements(self.shapes) / shards, largest(costs), timeline)
 
     def _ring(self, bytes_: float) -> float:
         return bytes_ * (self.ranks - 1) / self.ranks
@@ -185,7 +195,7 @@ class Layouts:
         return traffic.owners(shapes, mesh, schedule=schedule, backend=backend), overlapped(stages)
 
     def _expert_parallel(self) -> tuple[float, list[Cost], Timeline]:
-        """Return (beside, costs, timeline) where 64 ranks share the experts of a layer, and FSDP2 shards the rest.
+        """Return (bytes beside, costs, timeline) where 64 ranks share the experts, and FSDP2 shards the rest.
 
         Copies of a group's experts are cut along their rows over every 64th rank. On 64 ranks nothing of them travels.
         """

@@ -154,24 +154,30 @@ class Network(NamedTuple):
 
 
 class Loads(NamedTuple):
-    """What each rank sends to owners in a round, or owners send back: bytes and messages, inside and between nodes.
+    """What each rank sends to owners and gets as an owner in a round; float64, by rank. On the way back both swap.
 
     Attributes:
-        near, far, messages: of the busier of a rank's two directions; float64, by rank.
+        sent_near, sent_far, got_near, got_far: bytes inside a node and between nodes.
+        sends, gets: messages between nodes.
     """
 
-    near: Tensor
-    far: Tensor
-    messages: Tensor
+    sent_near: Tensor
+    sent_far: Tensor
+    got_near: Tensor
+    got_far: Tensor
+    sends: Tensor
+    gets: Tensor
 
     def seconds(self, network: Network) -> Seconds:
-        """Return the time until the last rank has all."""
-        each = {*zip(self.near.tolist(), self.far.tolist(), self.messages.tolist(), strict=True)}
+        """Return the time until the last rank has all; of a rank's two directions the busier counts."""
+        near, far = self.sent_near.maximum(self.got_near), self.sent_far.maximum(self.got_far)
+        messages = self.sends.maximum(self.gets)
+        each = {*zip(near.tolist(), far.tolist(), messages.tolist(), strict=True)}
         return max((network.all_to_all(*load) for load in each), key=lambda s: s.both)
 
 
 def loads(records: list[int], taken: list[int], near: int) -> Loads:
-    """Return what the ranks of one replica exchange in a round; the way back is the same with directions swapped.
+    """Return what the ranks of one replica exchange in a round.
 
     Args:
         records: bytes of a slice, by shard.
@@ -187,7 +193,11 @@ def loads(records: list[int], taken: list[int], near: int) -> Loads:
         return torch.zeros(count, dtype=torch.float64).index_add_(0, node, values)[node]
 
     holds, owns = (record > 0).double(), (own > 0).double()
-    sent_near, sent_far = (here(own) - own) * record, (own.sum() - here(own)) * record
-    got_near, got_far = own * (here(record) - record), own * (record.sum() - here(record))
-    to, by = (owns.sum() - here(owns)) * holds, (holds.sum() - here(holds)) * owns
-    return Loads(torch.maximum(sent_near, got_near), torch.maximum(sent_far, got_far), torch.maximum(to, by))
+    return Loads(
+        sent_near=(here(own) - own) * record,
+        sent_far=(own.sum() - here(own)) * record,
+        got_near=own * (here(record) - record),
+        got_far=own * (record.sum() - here(record)),
+        sends=(owns.sum() - here(owns)) * holds,
+        gets=(holds.sum() - here(holds)) * owns,
+    )

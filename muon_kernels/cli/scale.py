@@ -18,7 +18,7 @@ TOKENS = Fact(4096, "tokens of a rank in a step, assumed")
 MFU = Fact(0.4, "of the GPU's FLOP/s; arXiv 2407.21783, table 4: 38 to 43 % on 8,192 and 16,384 H100")
 HEAD = (
     *("ranks (nodes)", "layout", "sends, MB", "beside, MB", "keeps, MB", "holds, MB", "GFLOP", "/ mean", "calls"),
-    *("est. exchange, ms", "of it latency", "est. iteration, ms", "est. step, ms", "est. of training"),
+    *("est. exchange, ms", "of it latency", "est. iteration, ms", "est. step, ms", "est. of training", "fits"),
 )
 
 
@@ -56,6 +56,7 @@ def cells(row: Row, model: Model, gpu: Gpu, schedule: Schedule) -> list[str]:
         f"{timeline.iterating * 1e3:,.1f}",
         f"{step * 1e3:,.1f}",
         f"{step / (step + training_seconds(model, gpu)):.1%}",
+        "yes" if row.memory <= gpu.memory else "no",
     ]
 
 
@@ -72,6 +73,7 @@ def assumptions(model: Model, gpu: Gpu) -> Iterator[str]:
         yield f"  shapes: {model.source}"
     yield f"  {TOKENS.value}: {TOKENS.source}"
     yield f"  {MFU.value:.0%}: {MFU.source}"
+    yield f"  fits: {gpu.memory / 1e9:g} GB (data sheet) have bf16 parameters, what is kept and held; no gradients"
     yield f"  {gpu.nvlink:g}: bytes/s of a GPU to its node, one way; data sheet of {gpu.name}: half of NVLink's"
     for fact in FACTS.values():
         yield f"  {fact.value:g}: {fact.source}"
@@ -96,7 +98,7 @@ def text(model: Model, ranks: Sequence[int], gpu: Gpu, schedule: Schedule) -> It
         )
         yield "  ".join(padded).rstrip()
     yield ""
-    yield from remarks(model, found)
+    yield from remarks(model, found, gpu)
 
 
 def markdown(head: Sequence[str], table: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -105,34 +107,40 @@ def markdown(head: Sequence[str], table: Sequence[Sequence[str]]) -> Iterator[st
         yield f"| {' | '.join(line)} |"
 
 
-def remarks(model: Model, found: Sequence[Row]) -> Iterator[str]:
+def remarks(model: Model, found: Sequence[Row], gpu: Gpu) -> Iterator[str]:
     """Yield sentences about the estimates: what is hidden, how even the owners are, which layout is fastest."""
     owners = [row for row in found if row.name == "owners, FSDP2"]
-    late = [row for row in owners if row.timeline.exchange.both > row.timeline.computing]
-    if late:
+    if (late := _from(owners, [row.timeline.exchange.both > row.timeline.computing for row in owners])) is not None:
         yield (
-            f"Under FSDP2 the exchange is estimated to take longer than a rank computes from {late[0].ranks} ranks on, "
-            "so that it is no longer hidden."
+            f"Under FSDP2 the exchange of owners is estimated to take longer than the slowest rank computes from "
+            f"{late.ranks} ranks on: it is no longer hidden."
         )
-    waits = [r for r in owners if r.timeline.exchange.latency > r.timeline.exchange.bytes]
-    if waits:
-        yield f"From {waits[0].ranks} ranks on more than half of the estimated exchange is latency."
-    matrices = sum(count for *_, count in model.shapes)
-    fewer = [row for row in owners if row.ranks > matrices]
-    if fewer:
-        over = fewer[0].cost.flops * fewer[0].ranks / sum(traffic.flops(model.shapes))
+    waits = [row.timeline.exchange.latency > row.timeline.exchange.bytes for row in owners]
+    if (waiting := _from(owners, waits)) is not None:
+        yield f"From {waiting.ranks} ranks on more than half of that exchange is estimated to be latency."
+    matrices, once = sum(count for *_, count in model.shapes), sum(traffic.flops(model.shapes))
+    if (fewer := _from(owners, [row.ranks > matrices for row in owners])) is not None:
         yield (
-            f"On {fewer[0].ranks} ranks there are fewer matrices, {matrices}, than ranks: some have none, and the "
-            f"slowest has {over:.2f} times the mean."
+            f"From {fewer.ranks} ranks on there are more ranks than the {matrices} matrices: some have none, and the "
+            f"slowest has {fewer.cost.flops * fewer.ranks / once:.2f} times the mean."
         )
     for ranks in dict.fromkeys(row.ranks for row in found):
-        best = min(
-            (r for r in found if r.ranks == ranks and not r.name.startswith(("AdamW", "MuonBP"))),
-            key=lambda r: r.timeline.seconds,
-        )
-        yield (
-            f"Estimated fastest whole Muon on {ranks} ranks: {best.name}, {best.timeline.seconds * 1e3:,.1f} ms a step."
-        )
+        whole = [r for r in found if r.ranks == ranks and not r.name.startswith(("AdamW", "MuonBP"))]
+        fitting = [row for row in whole if row.memory <= gpu.memory]
+        best = min(fitting, key=lambda row: row.timeline.seconds, default=None)
+        if best is None:
+            yield f"On {ranks} ranks no layout of whole Muon fits."
+        else:
+            milliseconds = f"{best.timeline.seconds * 1e3:,.1f} ms a step"
+            yield f"Estimated fastest whole Muon that fits {ranks} ranks: {best.name}, {milliseconds}."
+
+
+def _from(rows: Sequence[Row], holds: Sequence[bool]) -> Row | None:
+    """Return the first row from which on it holds for all; None if it does not for the last."""
+    first = None
+    for row, does in zip(rows, holds, strict=True):
+        first = (first or row) if does else None
+    return first
 
 
 def slowest(model: Model, ranks: Sequence[int]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from heapq import heapify, heappop, heappush
+from itertools import accumulate
 
 # Up to this multiple of the mean the result of LPT is kept: it gives every rank about as many pieces of each cost, so
 # that ranks also send and wait less.
@@ -52,10 +53,10 @@ def least_load(costs: Sequence[int], ranks: int, loads: Sequence[int] = ()) -> i
     It is the largest of: the mean; what a rank has already; and, for any k, the sum of the k + 1 cheapest of the
     k·ranks + 1 costliest pieces, since some rank has to take k + 1 of these.
     """
-    falling = sorted(costs, reverse=True)
-    bound = max(-(-(sum(falling) + sum(loads)) // ranks), max(loads, default=0))
-    for k in range((len(falling) - 1) // ranks + 1 if falling else 0):
-        bound = max(bound, sum(falling[k * (ranks - 1) : k * ranks + 1]))
+    before = [0, *accumulate(sorted(costs, reverse=True))]  # the costs of the so many costliest
+    bound = max(-(-(before[-1] + sum(loads)) // ranks), max(loads, default=0))
+    for k in range((len(costs) - 1) // ranks + 1 if costs else 0):
+        bound = max(bound, before[k * ranks + 1] - before[k * (ranks - 1)])
     return bound
 
 
@@ -71,7 +72,7 @@ def _longest_first(
     Of equal ranks it is the first. A heap finds it: thousands of ranks are not looked through for each of thousands of
     pieces.
     """
-    owners, total = [0] * len(costs), list(loads)
+    owners, total = [0] * len(order), [*loads]
     heap = [(load, rank) for rank, load in enumerate(total)]
     heapify(heap)
     for i in order:

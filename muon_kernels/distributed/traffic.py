@@ -13,6 +13,9 @@ from functools import cached_property, lru_cache
 from itertools import product
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 from .. import backends
 from ..coefficients import DEFAULT, Schedule, resolve
 from ..segments import segments
@@ -51,13 +54,13 @@ class Mesh(NamedTuple):
 
     def rectangles(self, rows: int, cols: int) -> list[Rectangle]:
         """Return the rectangle of a matrix that each of the shards holds."""
-        found = []
         down = [chunk((0, rows), self.rows, i) for i in range(self.rows)]
         across = [chunk((0, cols), self.cols, j) for j in range(self.cols)]
-        for (top, bottom), (left, right) in product(down, across):
-            empty = top == bottom or left == right
-            found.append(Rectangle(0, 0, 0, 0) if empty else Rectangle(top, left, bottom - top, right - left))
-        return found
+        empty = Rectangle(0, 0, 0, 0)
+        return [
+            empty if top == bottom or left == right else Rectangle(top, left, bottom - top, right - left)
+            for (top, bottom), (left, right) in product(down, across)
+        ]
 
 
 class Cost(NamedTuple):
@@ -217,10 +220,14 @@ def rounds(
     return sorted(_sliced(lots), key=lambda each: each.taken.count(0))
 
 
-def _multiplied(lots: Sequence[_Lot], rank: int) -> tuple[int, int]:
-    """Return the bytes of workspace and the FLOPs of a rank."""
-    workspace = max((min(lot.round_size, lot.owned[rank]) * lot.plan.workspace_bytes for lot in lots), default=0)
-    return workspace, sum(lot.owned[rank] * lot.plan.flops for lot in lots)
+def _multiplied(lots: Sequence[_Lot]) -> tuple[Tensor, Tensor]:
+    """Return the bytes of workspace and the FLOPs of every rank."""
+    workspace, flops = (torch.zeros(len(lots[0].owned), dtype=torch.int64) for _ in range(2))
+    for lot in lots:
+        owned = torch.tensor(lot.owned)
+        workspace = workspace.maximum(owned.clamp_max(lot.round_size) * lot.plan.workspace_bytes)
+        flops += owned * lot.plan.flops
+    return workspace, flops
 
 
 def _norms(lots: Sequence[_Lot]) -> int:
@@ -254,44 +261,42 @@ def _joined(lots: Sequence[_Lot]) -> list[CopiedRound]:
 def _copied(lots: Sequence[_Lot], mesh: Mesh, state_bytes: int) -> list[Cost]:
     """Return the costs where every rank has copies: each does its share and all gather the results."""
     shares, norms = [joined.share for joined in _joined(lots)], _norms(lots)
+    workspace, flops = _multiplied(lots)
+    held = torch.tensor([[lot.shards[0].elements * n for n in lot.owned] for lot in lots]).sum(0)
+    sent = sum(shares) * (mesh.ranks - 1)
+    buffers = min(IN_FLIGHT, len(shares)) * (max(shares) * (1 + mesh.ranks) + norms)
+    return _by_rank(torch.tensor(sent), state_bytes * held, workspace, torch.tensor(buffers), flops, len(shares))
+
+
+def _by_rank(
+    sent: Tensor, state: Tensor, workspace: Tensor, buffers: Tensor, flops: Tensor, collectives: int
+) -> list[Cost]:
+    """Return the costs of every rank; `sent` and `buffers` may be one number for all."""
+    columns = (each.expand_as(flops).tolist() for each in (sent, state, workspace, buffers, flops))
     return [
-        Cost(
-            sent=sum(shares) * (mesh.ranks - 1),
-            state=state_bytes * sum(lot.owned[rank] * lot.shards[0].elements for lot in lots),
-            workspace=_multiplied(lots, rank)[0],
-            buffers=min(IN_FLIGHT, len(shares)) * (max(shares) * (1 + mesh.ranks) + norms),
-            flops=_multiplied(lots, rank)[1],
-            collectives=len(shares),
-        )
-        for rank in range(mesh.ranks)
+        Cost(sent_, state_, workspace_, buffers_, flops_, collectives)
+        for sent_, state_, workspace_, buffers_, flops_ in zip(*columns, strict=True)
     ]
 
 
 def _sharded(lots: Sequence[_Lot], mesh: Mesh, state_bytes: int) -> list[Cost]:
     """Return the costs where each rank sends its slices to owners and gets slices of the results back."""
-    sent, slices, owned, sliced = [0] * mesh.ranks, [0] * mesh.ranks, [0] * mesh.ranks, _sliced(lots)
+    sent, slices, owned, state = (torch.zeros(mesh.ranks, dtype=torch.int64) for _ in range(4))
+    sliced = _sliced(lots)
     for each in sliced:
-        by_replica, whole = each.by_replica, sum(each.records)
-        share = max(by_replica)
-        for rank, own in enumerate(each.taken):
-            replica, shard = divmod(rank, mesh.shards)
-            here, record = by_replica[replica], each.records[shard]
-            sent[rank] += (here - own) * record + own * (whole - record) + (mesh.replicas - 1) * share * record
-            slices[rank] = max(slices[rank], share * record)
-            owned[rank] = max(owned[rank], own * whole, (mesh.replicas > 1) * mesh.replicas * share * record)
-    counts, norms = [sum(lot.owned) for lot in lots], _norms(lots)
-    return [
-        Cost(
-            sent=sent[rank],
-            state=state_bytes
-            * sum(n * lot.shards[rank % mesh.shards].elements for n, lot in zip(counts, lots, strict=True)),
-            workspace=_multiplied(lots, rank)[0],
-            buffers=min(IN_FLIGHT, len(sliced)) * (slices[rank] + owned[rank] + norms),
-            flops=_multiplied(lots, rank)[1],
-            collectives=len(sliced) * (2 + (mesh.replicas > 1)),
-        )
-        for rank in range(mesh.ranks)
-    ]
+        own, whole, share = torch.tensor(each.taken), sum(each.records), max(each.by_replica)
+        here = torch.tensor(each.by_replica).repeat_interleave(mesh.shards)
+        record = torch.tensor(each.records).repeat(mesh.replicas)
+        sent += (here - own) * record + own * (whole - record) + (mesh.replicas - 1) * share * record
+        slices = slices.maximum(share * record)
+        owned = owned.maximum(own * whole).maximum((mesh.replicas > 1) * mesh.replicas * share * record)
+    for lot in lots:
+        held = torch.tensor([shard.elements for shard in lot.shards]).repeat(mesh.replicas)
+        state += state_bytes * sum(lot.owned) * held
+    buffers = min(IN_FLIGHT, len(sliced)) * (slices + owned + _norms(lots))
+    workspace, flops = _multiplied(lots)
+    collectives = len(sliced) * (2 + (mesh.replicas > 1))
+    return _by_rank(sent, state, workspace, buffers, flops, collectives)
 
 
 def flops(shapes: Shapes, *, schedule: Schedule | None = None, backend: str = "cuda") -> list[int]:
