@@ -92,7 +92,8 @@ def test_replicas_on_two_nodes(by_hand: None) -> None:
     assert stage.out == Seconds(72 / 50, 3.0)
     # A ring of two ranks in two nodes: half of 144 bytes over one card at 10 bytes/s, of which it reaches half.
     assert stage.gather == Seconds(72 / 5, 5.0)
-    passes = (14 + 10) * 32 / 100
+    passes = (14 + 10) * 32 / 100  # every replica has all momenta and parameters of its half
+    assert (stage.update + stage.apply).tolist() == pytest.approx([passes] * 4)
     assert overlapped([stage]).seconds == pytest.approx(passes + 2 * 4.44 + 8.12 + 19.4)
 
 
@@ -193,7 +194,8 @@ def test_batches_are_estimated_as_the_ledger_of_one_gpu_does() -> None:
     gpu, schedule = GPUS["h100"], resolve(DEFAULT)
     plan = traffic.plan_of(4096, 1024, schedule=schedule, backend="triton")
     one, eight = (iteration_seconds(plan, count, gpu, schedule) for count in (1, 8))
-    assert one < eight < 8 * one  # a few tiles leave multiprocessors without any
+    gaps = plan.launches * 1.2e-6
+    assert one < eight and eight - gaps < 0.9 * 8 * (one - gaps)  # a few tiles leave multiprocessors without any
     assert 8 * plan.flops / gpu.flops < eight
     assert Step(gpu, Network(gpu.nvlink), schedule).iterations(plan, [8, 0, 1]).tolist() == [eight, 0, one]
 
