@@ -16,7 +16,10 @@ from muon_kernels import backends
 from muon_kernels.backends import BACKENDS
 from muon_kernels.cli import COMMANDS, demo, estimate, main
 from muon_kernels.cli.demo import training
-from muon_kernels.cli.ledger import MODELS, ledger
+from muon_kernels.cli.layouts import LAYOUTS
+from muon_kernels.cli.ledger import ledger
+from muon_kernels.cli.models import MODELS
+from muon_kernels.cli.network import FACTS
 from muon_kernels.coefficients import resolve
 from muon_kernels.step.plan import plan_for_shapes
 
@@ -331,7 +334,7 @@ def test_ctrl_c_skips_the_held_out_loss(
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_the_ledger_keeps_its_promises(backend: str) -> None:
     """The figures of README, on a machine without anything."""
-    gpt2, heads = ledger(MODELS["gpt2"]), ledger(MODELS["heads"])
+    gpt2, heads = ledger(MODELS["gpt2"].shapes), ledger(MODELS["heads"].shapes)
     ours, torchs = gpt2[f"muon_kernels, {backend}"], gpt2["torch.optim.Muon"]
     assert torchs.launches > 1000 and ours.launches <= 60
     assert ours.flops <= 0.4576 * torchs.flops
@@ -371,13 +374,26 @@ def test_the_ledger_of_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     """Of 8 matrices of 768x3072, one for each of 8 ranks: 2 bytes an element of a part to 7 others, and 2 back."""
     assert main(["ledger", "--shape", "768x3072x8", "--ranks", "64"]) == 0
     out = capsys.readouterr().out
-    assert "a model, not a measurement" in out
-    rows = {(line[:5].strip(), line[7:29].strip()): line[29:].split() for line in out.splitlines()}
-    sent, _, state, _, _, ratio, calls, _ = rows["8", "owners, FSDP2"]
+    assert out.splitlines()[1].startswith("estimates, not measurements: H100 SXM")
+    rows = {tuple(cells[:2]): cells[2:] for line in out.splitlines() if len(cells := re.split("  +", line)) > 12}
+    head = rows["ranks (nodes)", "layout"]
+    assert [name for name in head if name.endswith("ms") or "training" in name] == head[7:8] + head[9:12]
+    assert all(name.startswith("est. ") for name in head[7:8] + head[9:12])
+    sent, _, state, _, _, ratio, calls, *_ = rows["8 (1)", "owners, FSDP2"]
     assert float(sent) == round(4 * 768 * 3072 * 7 / 8 / 1e6)
     assert float(state) == round(4 * 768 * 3072 / 1e6) and (ratio, calls) == ("1.00", "2")
-    sent, beside, state, *_ = rows["64", "AdamW, ZeRO-1"]
+    sent, beside, state, *_ = rows["64 (8)", "AdamW, ZeRO-1"]
     assert sent == "0" and float(state) == round(768 * 3072 * 8 * 8 / 64 / 1e6)
     assert float(beside) == round(8 * 8 * 768 * 3072 * 63 / 64 / 1e6)
-    assert rows["64", "gathered, ZeRO-1"][5] == "64.00" and rows["64", "owners, DDP"][5] == "8.00"
-    assert len([key for key in rows if key[0] in ("8", "64")]) == 14
+    assert rows["64 (8)", "gathered, ZeRO-1"][5] == "64.00" and rows["64 (8)", "owners, DDP"][5] == "8.00"
+    assert len([key for key in rows if key[0] in ("8 (1)", "64 (8)")]) == 18
+    for fact in FACTS.values():
+        assert fact.source in out
+    assert {name for ranks, name in rows if ranks == "64 (8)"} <= LAYOUTS.keys()
+
+
+def test_the_ledger_of_ranks_is_of_gpus_with_nvlink(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ledger", "experts", "--ranks", "8", "--device", "4090"]) == 2
+    assert capsys.readouterr().err == (
+        "--ranks should be of a GPU with NVLink (a100, h100, h200, b200) but is of: 4090\n"
+    )

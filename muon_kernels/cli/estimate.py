@@ -11,6 +11,7 @@ matrix, the estimates for A100 are 6.4 ms against 6.29 at 4096x4096, 1.10 agains
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from torch import Tensor
@@ -31,6 +32,8 @@ class Gpu(NamedTuple):
         flops: dense bf16 FLOP/s with fp32 accumulation.
         bytes: of memory, a second.
         capability: of compute, as 10 times major plus minor.
+        nvlink: bytes/s to the GPUs of its node, one way; 0 if it has none.
+        memory: bytes.
     """
 
     flops: float
@@ -38,15 +41,17 @@ class Gpu(NamedTuple):
     capability: int
     multiprocessors: int
     name: str
+    nvlink: float
+    memory: float
 
 
 GPUS = {
-    "a100": Gpu(312e12, 2.039e12, 80, 108, "A100 80GB SXM"),
-    "h100": Gpu(989e12, 3.35e12, 90, 132, "H100 SXM"),
-    "h200": Gpu(989e12, 4.8e12, 90, 132, "H200 SXM"),
-    "4090": Gpu(165e12, 1.008e12, 89, 128, "GeForce RTX 4090"),
-    "5090": Gpu(209.5e12, 1.792e12, 120, 170, "GeForce RTX 5090"),
-    "b200": Gpu(2250e12, 8.0e12, 100, 148, "B200 SXM"),
+    "a100": Gpu(312e12, 2.039e12, 80, 108, "A100 80GB SXM", 300e9, 80e9),
+    "h100": Gpu(989e12, 3.35e12, 90, 132, "H100 SXM", 450e9, 80e9),
+    "h200": Gpu(989e12, 4.8e12, 90, 132, "H200 SXM", 450e9, 141e9),
+    "4090": Gpu(165e12, 1.008e12, 89, 128, "GeForce RTX 4090", 0, 24e9),
+    "5090": Gpu(209.5e12, 1.792e12, 120, 170, "GeForce RTX 5090", 0, 32e9),
+    "b200": Gpu(2250e12, 8.0e12, 100, 148, "B200 SXM", 900e9, 180e9),
 }
 GPUS["rtx4090"] = GPUS["4090"]  # its name in 0.1.0
 
@@ -147,19 +152,42 @@ class Estimate(NamedTuple):
         return self.products + self.passes + self.boundaries
 
 
+def _products(bucket: Bucket, batch: int, kernels: Kernels, gpu: Gpu, schedule: Schedule) -> float:
+    """Return the seconds of the products of `batch` of a bucket's matrices at a time."""
+    shapes = _shapes(kernels.backend, bucket.algorithm, *bucket.shape, schedule)
+    return sum(product_seconds(shape._replace(batch=batch), kernels, gpu) for shape in shapes)
+
+
+@lru_cache(maxsize=256)
+def _shapes(backend: str, algorithm: str, m: int, n: int, schedule: Schedule) -> list[Shape]:
+    """Return the products of one matrix's iteration."""
+    ops = backends.get(backend)
+    counter = _Products(ops.symmetric_products, ops.precise_squares)
+    count_iteration(counter, algorithm, m, n, schedule)
+    return counter.shapes
+
+
+def pass_seconds(bytes_: float, gpu: Gpu) -> float:
+    """Estimate the time in which a GPU moves so many bytes of its memory."""
+    return bytes_ / (gpu.bytes * _MEMORY.share)
+
+
+def iteration_seconds(bucket: Bucket, batch: int, gpu: Gpu, schedule: Schedule) -> float:
+    """Estimate the time of the iteration on `batch` of a bucket's matrices at a time, by the kernels of its backend.
+
+    Where a backend has several kinds of kernels for the GPU, it is the first of `kernels_on`. The norm and the gaps
+    between launches are in it, the passes over gradients and parameters are not.
+    """
+    kernels = next(kind for kind in kernels_on(gpu) if kind.backend == bucket.backend)
+    return _products(bucket, batch, kernels, gpu, schedule) + bucket.launches * _BOUNDARY.share
+
+
 def _bucket(bucket: Bucket, kernels: Kernels, gpu: Gpu, schedule: Schedule) -> tuple[float, float]:
     """Return the seconds of a bucket's products, and of its passes."""
     if bucket.fused:
         return fused_seconds(*bucket.shape, bucket.count, bucket.parts), 0.0
-    ops = backends.get(kernels.backend)
-    counter = _Products(ops.symmetric_products, ops.precise_squares)
-    count_iteration(counter, bucket.algorithm, *bucket.shape, schedule)
-    products = sum(
-        product_seconds(shape._replace(batch=batch), kernels, gpu)
-        for batch in bucket.chunks
-        for shape in counter.shapes
-    )
-    return products, bucket.bytes / (gpu.bytes * _MEMORY.share)
+    products = sum(_products(bucket, batch, kernels, gpu, schedule) for batch in bucket.chunks)
+    return products, pass_seconds(bucket.bytes, gpu)
 
 
 def estimate(plan: Plan, kernels: Kernels, gpu: Gpu, schedule: Schedule) -> Estimate:

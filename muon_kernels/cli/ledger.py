@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,47 +20,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .. import backends
 from ..coefficients import COEFFICIENTS, DEFAULT, Schedule, resolve
-from ..distributed.traffic import alternatives, flops, largest
 from ..newton_schulz import Square
 from ..step.counting import Counter, count_iteration
 from ..step.plan import Plan, plan_for_shapes
-from . import estimate
-from .estimate import GPUS, Gpu
-
-Shapes = Sequence[tuple[int, int, int]]
-
-# (rows, columns, how many) of the hidden matrices of known models.
-MODELS: dict[str, Shapes] = {
-    "gpt2": [(2304, 768, 12), (768, 768, 12), (3072, 768, 12), (768, 3072, 12)],
-    "heads": [(64, 768, 108)],
-    "llama-1b": [(2048, 2048, 32), (512, 2048, 32), (8192, 2048, 32), (2048, 8192, 16)],
-    "experts": [(1024, 384, 32)],
-    "llama-7b": [(4096, 4096, 128), (11008, 4096, 64), (4096, 11008, 32)],
-    "llama-70b": [(8192, 8192, 160), (1024, 8192, 160), (28672, 8192, 160), (8192, 28672, 80)],
-    # By its published configuration: the 15.29 billion parameters beside embeddings of arXiv 2502.16982.
-    "moonlight-16b": [
-        *[
-            (3072, 2048, 27),
-            (576, 2048, 27),
-            (4096, 512, 27),
-            (2048, 2048, 27),
-        ],  # latent attention: q, kv down and up, o
-        *[(11264, 2048, 2), (2048, 11264, 1)],  # the first layer's MLP
-        *[(64, 2048, 26), (1408, 2048, 26 * 128), (2048, 1408, 26 * 64)],  # router and experts of the others
-        *[(2816, 2048, 26 * 2), (2048, 2816, 26)],  # and the two experts that all tokens share, as one
-    ],
-}
-
-
-class Network(NamedTuple):
-    """Assumptions about each rank's connection: bytes/s that it sends, and seconds that a collective takes besides."""
-
-    bytes: float = 50e9  # 400 Gbit/s
-    latency: float = 20e-6
-
-
-# Share of a GPU's peak that products are assumed to reach.
-ATTAINED = 0.5
+from . import estimate, scale
+from .estimate import GPUS
+from .models import MODELS, Model, Shapes
 
 
 class Cost(NamedTuple):
@@ -224,7 +190,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--launch-us", type=_microseconds, default=2.0, help="assumed time of a launch by one thread, default: 2 µs"
     )
     parser.add_argument(
-        "--ranks", type=_ranks, metavar="N", help="instead, what each of 8 ... N ranks sends, keeps and multiplies"
+        "--ranks", type=_ranks, metavar="N", help="instead, estimates of a step on 8 ... N ranks, by layout"
     )
 
 
@@ -252,49 +218,19 @@ def _ranks(text: str) -> int:
     return value
 
 
-def scaling(shapes: Shapes, ranks: int, gpu: Gpu, schedule: Schedule, network: Network) -> Iterator[str]:
-    """Yield a line of a table for every way to step matrices on `ranks` ranks; see distributed/traffic.py."""
-    once = sum(flops(shapes, schedule=schedule))
-    for name, beside, costs in alternatives(shapes, ranks, schedule=schedule):
-        most = largest(costs)
-        seconds = most.flops / gpu.flops / ATTAINED + most.sent / network.bytes + most.collectives * network.latency
-        yield (
-            f"{ranks:5}  {name:22}{most.sent / 1e6:10.0f}{beside / 1e6:10.0f}{most.state / 1e6:9.0f}"
-            f"{(most.workspace + most.buffers) / 1e6:9.0f}{most.flops / 1e9:11.0f}{most.flops * ranks / once:9.2f}"
-            f"{most.collectives:9.0f}{seconds * 1e3:9.1f}"
-        )
-
-
-def _show_ranks(args: argparse.Namespace, shapes: Shapes, schedule: Schedule) -> None:
-    gpu, network = GPUS[args.gpu], Network()
-    print(" + ".join(f"{c} of {m}x{n}" for m, n, c in shapes))
-    print(f"a model, not a measurement: {ATTAINED:.0%} of {args.gpu}'s {gpu.flops / 1e12:.0f} TFLOP/s,", end=" ")
-    print(
-        f"{network.bytes / 1e9:.0f} GB/s a rank, {network.latency * 1e6:.0f} µs a collective, nothing at the same time"
-    )
-    print(
-        "MB a step that a rank sends for the optimizer, and beside, for gradients and parameters; MB that it keeps and"
-    )
-    print("holds; GFLOP of the slowest rank, and times the mean if every matrix is multiplied once\n")
-    print(
-        f"ranks  {'':22}{'sends':>10}{'beside':>10}{'keeps':>9}{'holds':>9}{'GFLOP':>11}{'/ mean':>9}{'calls':>9}"
-        f"{'ms':>9}"
-    )
-    ranks = 8
-    while ranks < args.ranks:
-        print("\n".join(scaling(shapes, ranks, gpu, schedule, network)), end="\n\n")
-        ranks *= 8
-    print("\n".join(scaling(shapes, args.ranks, gpu, schedule, network)))
-
-
 def run(args: argparse.Namespace) -> int:
     """Print the table; return 0."""
-    shapes: Shapes = args.shape or MODELS[args.model]
-    schedule = resolve(args.ns_coefficients)
+    model = Model(args.shape) if args.shape else MODELS[args.model]
+    shapes, schedule, gpu = model.shapes, resolve(args.ns_coefficients), GPUS[args.gpu]
     if args.ranks:
-        _show_ranks(args, shapes, schedule)
+        if not gpu.nvlink:
+            linked = ", ".join(name for name, each in GPUS.items() if each.nvlink)
+            print(f"--ranks should be of a GPU with NVLink ({linked}) but is of: {args.gpu}", file=sys.stderr)
+            return 2
+        print(" + ".join(f"{c} of {m}x{n}" for m, n, c in shapes))
+        print("\n".join(scale.text(model, scale.ladder(args.ranks), gpu, schedule)))
         return 0
-    gpu, costs = GPUS[args.gpu], ledger(shapes, schedule)
+    costs = ledger(shapes, schedule)
     base = costs["torch.optim.Muon"]
     print(" + ".join(f"{c} of {m}x{n}" for m, n, c in shapes))
     print(f"least time on {args.gpu}: {gpu.flops / 1e12:.0f} TFLOP/s, {gpu.bytes / 1e12:.2f} TB/s,", end=" ")

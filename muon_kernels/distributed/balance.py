@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from heapq import heapify, heappop, heappush
+from itertools import accumulate
 
 # Up to this multiple of the mean the result of LPT is kept: it gives every rank about as many pieces of each cost, so
 # that ranks also send and wait less.
@@ -31,10 +33,7 @@ def assign_owners(
     order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
     everybody = range(ranks)
     candidates = [(among[i] if among else None) or everybody for i in range(len(costs))]
-    owners, total = [0] * len(costs), before.copy()
-    for i in order:
-        owners[i] = min(candidates[i], key=total.__getitem__)
-        total[owners[i]] += costs[i]
+    owners, total = _longest_first(costs, order, candidates, everybody, before)
     low, high = least_load(costs, ranks, before), max(total)
     for _ in range(_TRIES if high * ranks > _GOOD * sum(total) else 0):
         if low >= high:
@@ -54,11 +53,39 @@ def least_load(costs: Sequence[int], ranks: int, loads: Sequence[int] = ()) -> i
     It is the largest of: the mean; what a rank has already; and, for any k, the sum of the k + 1 cheapest of the
     k·ranks + 1 costliest pieces, since some rank has to take k + 1 of these.
     """
-    falling = sorted(costs, reverse=True)
-    bound = max(-(-(sum(falling) + sum(loads)) // ranks), max(loads, default=0))
-    for k in range((len(falling) - 1) // ranks + 1 if falling else 0):
-        bound = max(bound, sum(falling[k * (ranks - 1) : k * ranks + 1]))
+    before = [0, *accumulate(sorted(costs, reverse=True))]  # the costs of the so many costliest
+    bound = max(-(-(before[-1] + sum(loads)) // ranks), max(loads, default=0))
+    for k in range((len(costs) - 1) // ranks + 1 if costs else 0):
+        bound = max(bound, before[k * ranks + 1] - before[k * (ranks - 1)])
     return bound
+
+
+def _longest_first(
+    costs: Sequence[int],
+    order: Sequence[int],
+    candidates: Sequence[Sequence[int]],
+    everybody: Sequence[int],
+    loads: Sequence[int],
+) -> tuple[list[int], list[int]]:
+    """Return (owners, the load of every rank) if each piece, in `order`, goes to the rank that has the least so far.
+
+    Of equal ranks it is the first. A heap finds it: thousands of ranks are not looked through for each of thousands of
+    pieces.
+    """
+    owners, total = [0] * len(order), [*loads]
+    heap = [(load, rank) for rank, load in enumerate(total)]
+    heapify(heap)
+    for i in order:
+        if candidates[i] is everybody:
+            while heap[0][0] != total[heap[0][1]]:  # it has got a piece since
+                heappop(heap)
+            owner = heap[0][1]
+        else:
+            owner = min(candidates[i], key=total.__getitem__)
+        owners[i] = owner
+        total[owner] += costs[i]
+        heappush(heap, (total[owner], owner))
+    return owners, total
 
 
 def _first_fit(

@@ -7,10 +7,14 @@ summed, twice that. Gradients and parameters travel besides, whatever the optimi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import lru_cache, partial
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import product
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from .. import backends
 from ..coefficients import DEFAULT, Schedule, resolve
@@ -50,12 +54,13 @@ class Mesh(NamedTuple):
 
     def rectangles(self, rows: int, cols: int) -> list[Rectangle]:
         """Return the rectangle of a matrix that each of the shards holds."""
-        found = []
-        for i, j in product(range(self.rows), range(self.cols)):
-            (top, bottom), (left, right) = chunk((0, rows), self.rows, i), chunk((0, cols), self.cols, j)
-            empty = top == bottom or left == right
-            found.append(Rectangle(0, 0, 0, 0) if empty else Rectangle(top, left, bottom - top, right - left))
-        return found
+        down = [chunk((0, rows), self.rows, i) for i in range(self.rows)]
+        across = [chunk((0, cols), self.cols, j) for j in range(self.cols)]
+        empty = Rectangle(0, 0, 0, 0)
+        return [
+            empty if top == bottom or left == right else Rectangle(top, left, bottom - top, right - left)
+            for (top, bottom), (left, right) in product(down, across)
+        ]
 
 
 class Cost(NamedTuple):
@@ -78,30 +83,28 @@ class Cost(NamedTuple):
     collectives: float
 
 
-class _Lot(NamedTuple):
+@dataclass(eq=False)
+class _Lot:
     """Equal matrices that are sharded in the same way.
 
     Attributes:
         plan: of one matrix.
         shards: what each shard holds.
-        owned: number of matrices that each owner has.
+        owned: number of matrices that each owner has; all are there before a property is asked for.
+        cap: bytes that a round may take.
     """
 
     plan: Bucket
     shards: tuple[Rectangle, ...]
     owned: list[int]
+    cap: int
 
-    @property
-    def cap(self) -> int:
-        """Bytes that a round may take."""
-        return backends.get(self.plan.backend).default_workspace_bytes
-
-    @property
+    @cached_property
     def records(self) -> list[int]:
         """Bytes of a slice, by shard."""
         return [record_bytes(shard.elements) for shard in self.shards]
 
-    @property
+    @cached_property
     def round_size(self) -> int:
         """Number of one owner's matrices in a round."""
         (m, n), replicas = self.plan.shape, len(self.owned) // len(self.shards)
@@ -114,14 +117,55 @@ class _Lot(NamedTuple):
         return [[max(0, min(size, n - start)) for n in self.owned] for start in range(0, max(self.owned), size)]
 
 
+class SlicedRound(NamedTuple):
+    """Round of matrices that are cut: slices go to owners, and slices of the results come back.
+
+    Attributes:
+        plan: of one matrix.
+        elements, records: of a slice and its bytes, by shard.
+        taken: number of matrices, by owner.
+    """
+
+    plan: Bucket
+    elements: list[int]
+    records: list[int]
+    taken: list[int]
+
+    @property
+    def by_replica(self) -> list[int]:
+        """Number of matrices of each replica; if there are several, they gather shares of as many as the largest."""
+        shards = len(self.records)
+        return [sum(self.taken[i : i + shards]) for i in range(0, len(self.taken), shards)]
+
+
+class CopiedRound(NamedTuple):
+    """Round of matrices of which every rank has copies.
+
+    Attributes:
+        works: the plan of one matrix and the number of matrices by owner, of each lot.
+        share: bytes that every rank sends to each of the others.
+    """
+
+    works: list[tuple[Bucket, list[int]]]
+    share: int
+
+
 @lru_cache(maxsize=1024)
 def _plan(m: int, n: int, schedule: Schedule, backend: str) -> Bucket:
     """Return the plan of one matrix."""
     return plan_bucket((m, n), 1, StepOptions(schedule), backend, bytes_per_element=0, stepped=False)
 
 
-def _assigned(shapes: Shapes, mesh: Mesh, schedule: Schedule, backend: str) -> list[_Lot]:
+def _assigned(shapes: Shapes, mesh: Mesh, schedule: Schedule | None, backend: str) -> list[_Lot]:
     """Return lots with their owners, assigned as ranks.py does for copies and exchange.py for sharded matrices."""
+    cap = backends.get(backend).default_workspace_bytes
+    return _dealt(tuple(shapes), mesh, schedule or resolve(DEFAULT), backend, cap)
+
+
+@lru_cache(maxsize=4)
+def _dealt(
+    shapes: tuple[tuple[int, int, int], ...], mesh: Mesh, schedule: Schedule, backend: str, cap: int
+) -> list[_Lot]:
     lots: dict[tuple[int, int, tuple[Rectangle, ...]], _Lot] = {}
     members: list[list[tuple[_Lot, int]]] = []  # of equal matrices, their lot and cost
     for rows, cols, count in shapes:
@@ -129,7 +173,7 @@ def _assigned(shapes: Shapes, mesh: Mesh, schedule: Schedule, backend: str) -> l
         if rows > cols:
             shards = [Rectangle(left, top, c, r) for top, left, r, c in shards]
         plan = _plan(m, n, schedule, backend)
-        lot = lots.setdefault((m, n, tuple(shards)), _Lot(plan, tuple(shards), [0] * mesh.ranks))
+        lot = lots.setdefault((m, n, tuple(shards)), _Lot(plan, tuple(shards), [0] * mesh.ranks, cap))
         cost = plan.flops
         if mesh.shards == 1:
             cost = plan_for_shapes([(m, n, 1)], schedule=schedule, backend=backend, available=False).flops
@@ -162,80 +206,108 @@ def owners(
         schedule, backend: as in a step.
         state_bytes: bytes of an element of the momentum.
     """
-    lots = _assigned(shapes, mesh, schedule or resolve(DEFAULT), backend)
+    lots = _assigned(shapes, mesh, schedule, backend)
     return (_copied if mesh.shards == 1 else _sharded)(lots, mesh, state_bytes)
 
 
-def _multiplied(lots: Sequence[_Lot], rank: int) -> tuple[int, int]:
-    """Return the bytes of workspace and the FLOPs of a rank."""
-    workspace = max((min(lot.round_size, lot.owned[rank]) * lot.plan.workspace_bytes for lot in lots), default=0)
-    return workspace, sum(lot.owned[rank] * lot.plan.flops for lot in lots)
+def rounds(
+    shapes: Shapes, mesh: Mesh, *, schedule: Schedule | None = None, backend: str = "cuda"
+) -> list[SlicedRound] | list[CopiedRound]:
+    """Return the rounds of which `owners` counts the costs, in the order in which they begin."""
+    lots = _assigned(shapes, mesh, schedule, backend)
+    if mesh.shards == 1:
+        return _joined(lots)
+    return sorted(_sliced(lots), key=lambda each: each.taken.count(0))
 
 
-def _in_flight(rounds: int, slices: int, owned: int, lots: Sequence[_Lot]) -> int:
-    norms = NORM_BYTES * max(max(lot.owned) for lot in lots) * len(lots[0].shards)
-    return min(IN_FLIGHT, rounds) * (slices + owned + norms)
+def _multiplied(lots: Sequence[_Lot]) -> tuple[Tensor, Tensor]:
+    """Return the bytes of workspace and the FLOPs of every rank."""
+    workspace, flops = (torch.zeros(len(lots[0].owned), dtype=torch.int64) for _ in range(2))
+    for lot in lots:
+        owned = torch.tensor(lot.owned)
+        workspace = workspace.maximum(owned.clamp_max(lot.round_size) * lot.plan.workspace_bytes)
+        flops += owned * lot.plan.flops
+    return workspace, flops
+
+
+def _norms(lots: Sequence[_Lot]) -> int:
+    """Return the bytes of the norms in a set of buffers."""
+    return NORM_BYTES * max(max(lot.owned) for lot in lots) * len(lots[0].shards)
+
+
+def _sliced(lots: Sequence[_Lot]) -> list[SlicedRound]:
+    return [
+        SlicedRound(lot.plan, [shard.elements for shard in lot.shards], lot.records, taken)
+        for lot in lots
+        for taken in lot.rounds
+    ]
+
+
+def _joined(lots: Sequence[_Lot]) -> list[CopiedRound]:
+    """Return the rounds of copies, joined until a share is worth a collective."""
+    ranks = len(lots[0].owned)
+    found, waiting, enough = [], CopiedRound([], 0), share_bytes(max(lot.cap for lot in lots), ranks)
+    own = [0] * ranks
+    for lot in lots:
+        for taken in lot.rounds:
+            own = [before + n * lot.records[0] for before, n in zip(own, taken, strict=True)]
+            waiting = CopiedRound([*waiting.works, (lot.plan, taken)], max(own))
+            if waiting.share >= enough:
+                found.append(waiting)
+                waiting, own = CopiedRound([], 0), [0] * ranks
+    return [*found, waiting] if waiting.share else found
 
 
 def _copied(lots: Sequence[_Lot], mesh: Mesh, state_bytes: int) -> list[Cost]:
-    """Return the costs where every rank has copies: each does its share and all gather the results.
+    """Return the costs where every rank has copies: each does its share and all gather the results."""
+    shares, norms = [joined.share for joined in _joined(lots)], _norms(lots)
+    workspace, flops = _multiplied(lots)
+    held = torch.tensor([[lot.shards[0].elements * n for n in lot.owned] for lot in lots]).sum(0)
+    sent = sum(shares) * (mesh.ranks - 1)
+    buffers = min(IN_FLIGHT, len(shares)) * (max(shares) * (1 + mesh.ranks) + norms)
+    return _by_rank(torch.tensor(sent), state_bytes * held, workspace, torch.tensor(buffers), flops, len(shares))
 
-    Rounds are joined until a share is worth a collective.
-    """
-    shares, waiting, enough = [], [0] * mesh.ranks, share_bytes(max(lot.cap for lot in lots), mesh.ranks)
-    for lot in lots:
-        for taken in lot.rounds:
-            waiting = [before + n * lot.records[0] for before, n in zip(waiting, taken, strict=True)]
-            if max(waiting) >= enough:
-                shares.append(max(waiting))
-                waiting = [0] * mesh.ranks
-    if any(waiting):
-        shares.append(max(waiting))
+
+def _by_rank(
+    sent: Tensor, state: Tensor, workspace: Tensor, buffers: Tensor, flops: Tensor, collectives: int
+) -> list[Cost]:
+    """Return the costs of every rank; `sent` and `buffers` may be one number for all."""
+    columns = (each.expand_as(flops).tolist() for each in (sent, state, workspace, buffers, flops))
     return [
-        Cost(
-            sent=sum(shares) * (mesh.ranks - 1),
-            state=state_bytes * sum(lot.owned[rank] * lot.shards[0].elements for lot in lots),
-            workspace=_multiplied(lots, rank)[0],
-            buffers=_in_flight(len(shares), max(shares), max(shares) * mesh.ranks, lots),
-            flops=_multiplied(lots, rank)[1],
-            collectives=len(shares),
-        )
-        for rank in range(mesh.ranks)
+        Cost(sent_, state_, workspace_, buffers_, flops_, collectives)
+        for sent_, state_, workspace_, buffers_, flops_ in zip(*columns, strict=True)
     ]
 
 
 def _sharded(lots: Sequence[_Lot], mesh: Mesh, state_bytes: int) -> list[Cost]:
     """Return the costs where each rank sends its slices to owners and gets slices of the results back."""
-    sent, slices, owned, rounds = [0] * mesh.ranks, [0] * mesh.ranks, [0] * mesh.ranks, 0
+    sent, slices, owned, state = (torch.zeros(mesh.ranks, dtype=torch.int64) for _ in range(4))
+    sliced = _sliced(lots)
+    for each in sliced:
+        own, whole, share = torch.tensor(each.taken), sum(each.records), max(each.by_replica)
+        here = torch.tensor(each.by_replica).repeat_interleave(mesh.shards)
+        record = torch.tensor(each.records).repeat(mesh.replicas)
+        sent += (here - own) * record + own * (whole - record) + (mesh.replicas - 1) * share * record
+        slices = slices.maximum(share * record)
+        owned = owned.maximum(own * whole).maximum((mesh.replicas > 1) * mesh.replicas * share * record)
     for lot in lots:
-        records, whole = lot.records, sum(lot.records)
-        for taken in lot.rounds:
-            rounds += 1
-            by_replica = [sum(taken[r * mesh.shards : (r + 1) * mesh.shards]) for r in range(mesh.replicas)]
-            share = max(by_replica)
-            for rank, own in enumerate(taken):
-                replica, shard = divmod(rank, mesh.shards)
-                here, record = by_replica[replica], records[shard]
-                sent[rank] += (here - own) * record + own * (whole - record) + (mesh.replicas - 1) * share * record
-                slices[rank] = max(slices[rank], share * record)
-                owned[rank] = max(owned[rank], own * whole, (mesh.replicas > 1) * mesh.replicas * share * record)
-    return [
-        Cost(
-            sent=sent[rank],
-            state=state_bytes * sum(sum(lot.owned) * lot.shards[rank % mesh.shards].elements for lot in lots),
-            workspace=_multiplied(lots, rank)[0],
-            buffers=_in_flight(rounds, slices[rank], owned[rank], lots),
-            flops=_multiplied(lots, rank)[1],
-            collectives=rounds * (2 + (mesh.replicas > 1)),
-        )
-        for rank in range(mesh.ranks)
-    ]
+        held = torch.tensor([shard.elements for shard in lot.shards]).repeat(mesh.replicas)
+        state += state_bytes * sum(lot.owned) * held
+    buffers = min(IN_FLIGHT, len(sliced)) * (slices + owned + _norms(lots))
+    workspace, flops = _multiplied(lots)
+    collectives = len(sliced) * (2 + (mesh.replicas > 1))
+    return _by_rank(sent, state, workspace, buffers, flops, collectives)
 
 
 def flops(shapes: Shapes, *, schedule: Schedule | None = None, backend: str = "cuda") -> list[int]:
     """Return the FLOPs of every matrix."""
     plans = [(_plan(*sorted((m, n)), schedule or resolve(DEFAULT), backend), count) for m, n, count in shapes]
     return [plan.flops for plan, count in plans for _ in range(count)]
+
+
+def plan_of(rows: int, cols: int, *, schedule: Schedule | None = None, backend: str = "cuda") -> Bucket:
+    """Return the plan of one matrix's iteration."""
+    return _plan(*sorted((rows, cols)), schedule or resolve(DEFAULT), backend)
 
 
 def elements(shapes: Shapes) -> int:
@@ -259,7 +331,8 @@ def adamw(shapes: Shapes, ranks: int) -> Cost:
 def gathered(shapes: Shapes, ranks: int, *, schedule: Schedule | None = None, backend: str = "cuda") -> Cost:
     """Return the cost of Muon under ZeRO-1 by Algorithm 1 of https://arxiv.org/abs/2502.16982.
 
-    Every rank gathers every matrix's direction in bf16, orthogonalizes it, and keeps its slice of the result.
+    Every rank gathers every matrix's direction in bf16, orthogonalizes it, and keeps its slice of the result. See
+    `sliced` for the cheaper reading, in which a rank gathers only the matrices that its slice has elements of.
     """
     schedule = schedule or resolve(DEFAULT)
     plans = [(_plan(*sorted((m, n)), schedule, backend), count) for m, n, count in shapes]
@@ -271,6 +344,55 @@ def gathered(shapes: Shapes, ranks: int, *, schedule: Schedule | None = None, ba
         flops=sum(count * plan.flops for plan, count in plans),
         collectives=sum(count for _, _, count in shapes),
     )
+
+
+def sliced(shapes: Shapes, ranks: int, *, schedule: Schedule | None = None, backend: str = "cuda") -> list[Cost]:
+    """Return the costs of every rank of `ZeroMuon`: its slice of all parameters is one run of their elements.
+
+    It gathers, in one collective, those matrices of which its slice has any element, and multiplies them; matrices at
+    the borders of slices are multiplied by several ranks. `collectives` leaves out those that are `BESIDE`.
+    """
+    schedule = schedule or resolve(DEFAULT)
+    share = -(-elements(shapes) // ranks)
+    sent, flops_, workspace, held = [0] * ranks, [0] * ranks, [0] * ranks, [0] * ranks
+    start = 0
+    for rows, cols, count in shapes:
+        plan, size = _plan(*sorted((rows, cols)), schedule, backend), rows * cols
+        for _ in range(count):
+            first, last = start // share, (start + size - 1) // share
+            for rank in range(first, last + 1):
+                own = min((rank + 1) * share, start + size) - max(rank * share, start)
+                sent[rank] += 2 * own * (last - first)
+                flops_[rank] += plan.flops
+                workspace[rank] = max(workspace[rank], plan.workspace_bytes)
+                held[rank] += 2 * size
+            start += size
+    return [Cost(sent[r], 4 * share, workspace[r], held[r], flops_[r], 1) for r in range(ranks)]
+
+
+def padded(shapes: Shapes, ranks: int, *, schedule: Schedule | None = None, backend: str = "cuda") -> Cost:
+    """Return the cost where every kind of matrix is exchanged at once, filled up with zeros to a multiple of the ranks.
+
+    Each rank gets as many whole matrices, and as many rows of each. https://github.com/microsoft/dion does so under
+    FSDP2 (01287d7, megabatch_base.py). What it holds are inputs and outputs of an exchange of one kind; three kinds may
+    be under way.
+    """
+    schedule = schedule or resolve(DEFAULT)
+    sent = state = flops = 0.0
+    workspace = buffers = 0
+    for rows, cols, count in shapes:
+        each, slice_ = padding(rows, cols, count, ranks)
+        plan = _plan(*sorted((rows, cols)), schedule, backend)
+        sent += 2 * each * slice_ * (ranks - 1)
+        state += 4 * count * rows * cols / ranks
+        flops += each * plan.flops
+        workspace, buffers = max(workspace, each * plan.workspace_bytes), max(buffers, 2 * each * slice_ * ranks)
+    return Cost(sent, state, workspace, buffers, flops, 2 * len(shapes))
+
+
+def padding(rows: int, cols: int, count: int, ranks: int) -> tuple[int, int]:
+    """Return how many of such matrices each rank gets, zeros among them, and the bytes of a rank's rows of one."""
+    return -(-count // ranks), 2 * -(-rows // ranks) * cols
 
 
 def gram(shapes: Shapes, ranks: int, *, schedule: Schedule | None = None, backend: str = "cuda") -> Cost:
@@ -322,23 +444,3 @@ def blockwise(
 def largest(costs: Sequence[Cost]) -> Cost:
     """Return the most that any rank has, field by field."""
     return Cost(*map(max, zip(*costs, strict=True)))
-
-
-def alternatives(
-    shapes: Shapes, ranks: int, *, schedule: Schedule | None = None, backend: str = "cuda"
-) -> Iterator[tuple[str, float, list[Cost]]]:
-    """Yield (name, bytes that a rank sends beside, costs of every rank or of any) of each implementation.
-
-    Nodes have 8 ranks.
-    """
-    of = partial(owners, shapes, schedule=schedule, backend=backend)
-    zero, ddp, fsdp = (_ring(each * elements(shapes), ranks) for each in BESIDE.values())
-    hybrid = _ring(BESIDE["FSDP2"] * elements(shapes), 8) + 2 * _ring(4 * elements(shapes) / 8, ranks // 8)
-    parallel = 2 * _ring(4 * elements(shapes) / 8, ranks // 8)
-    yield "AdamW, ZeRO-1", zero, [adamw(shapes, ranks)]
-    yield "gathered, ZeRO-1", zero, [gathered(shapes, ranks, schedule=schedule, backend=backend)]
-    yield "owners, DDP", ddp, of(Mesh(replicas=ranks))
-    yield "owners, FSDP2", fsdp, of(Mesh(rows=ranks))
-    yield "owners, FSDP2 in a node", hybrid, of(Mesh(rows=8, replicas=ranks // 8))
-    yield "sums of X Xᵀ, TP of 8", parallel, [gram(shapes, 8, schedule=schedule, backend=backend)]
-    yield "MuonBP of 5, TP of 8", parallel, blockwise(shapes, Mesh(cols=8), 5, schedule=schedule, backend=backend)
