@@ -19,8 +19,8 @@ from muon_kernels.cli.network import FACTS, NOTHING, Group, Network, Protocol, S
 from muon_kernels.cli.overlap import Stage, Step, Timeline, in_turn, overlapped
 from muon_kernels.coefficients import DEFAULT, resolve
 from muon_kernels.distributed import traffic
-from muon_kernels.distributed.flat import Flat, length, meet
 from muon_kernels.distributed.traffic import Mesh, elements, rounds
+from muon_kernels.distributed.zero.flat import Flat, length, meet
 
 # Two nodes of two GPUs, with rates and latencies that are easy to multiply by hand.
 SMALL = Network(
@@ -166,7 +166,7 @@ def test_slices_are_those_of_zeromuon(ranks: int) -> None:
     """What each rank sends is what `ZeroMuon.bytes_sent` counts beside gradients and parameters."""
     shapes = [(8, 12, 5), (20, 4, 2), (7, 7, 3)]
     params = [nn.Parameter(torch.empty(m, n, device="meta")) for m, n, count in shapes for _ in range(count)]
-    flat = Flat(params, None, ranks)
+    flat = Flat([tuple(p.shape) for p in params], ranks, [None] * len(params))
     costs = traffic.sliced(shapes, ranks)
     whole = [
         2 * sum(length(meet(flat.needed[r], flat.slices[rank])) for r in range(ranks) if r != rank)

@@ -1,4 +1,4 @@
-"""Slices of fp16 directions, as a GPU's kernels write them, put together on their owner."""
+"""What a rank does to its own shards: fp16 slices as a GPU's kernels write them, sums of columns, packed masters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from muon_kernels.distributed import lots
+from muon_kernels.distributed.lots import Entry, Kept, in_memory, numbers_for, params_of
 from muon_kernels.distributed.slices import Rectangle, gather_slices, scale_of, shift_of, to_half_norms
+from muon_kernels.layout import Layout
+from muon_kernels.stages.sums import sums_of_squares
 
 MARGIN, EPS = 1.02, 1e-7
 
@@ -54,3 +58,42 @@ def test_fp16_slices_that_are_not_sound() -> None:
     found = scale_of(norms, shift, EPS, MARGIN)
     assert not X[0].any() and found[0] == 0 and found[1:].isnan().all()
     assert shift_of(norm, torch.float16).tolist() == [0, 0, 0]
+
+
+def test_a_column_has_one_sum() -> None:
+    """Whatever stands beside it: ranks that hold some columns of a stack have the bits of one process."""
+    X = torch.randn(2, 37, 203, generator=torch.Generator().manual_seed(0)).bfloat16()
+    of = lambda x: sums_of(x, -2)
+    whole = of(X)
+    for cut in (1, 66, 101, 202):
+        assert torch.equal(torch.cat([of(X[..., :cut]), of(X[..., cut:])], -1), whole)
+    torch.testing.assert_close(whole.double(), X.double().square().sum(-2, keepdim=True), rtol=1e-6, atol=0)
+
+
+def sums_of(x: Tensor, dim: int) -> Tensor:
+    out, partial = torch.empty(2, *x.sum(dim, keepdim=True).shape)
+    sums_of_squares(x, dim, out, partial, torch.empty(1000))
+    return out
+
+
+@pytest.mark.parametrize("tall", [False, True])
+def test_masters_in_pieces(tall: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is unpacked once, in the orientation that verbs see, and packed again; a few at a time."""
+    monkeypatch.setattr(lots, "_NUMBERS_ON_CPU", 250)
+    shape = (5, 12, 8) if tall else (5, 8, 12)
+    at = Layout(1, 8, 12, 0, 0, *((1, 8) if tall else (12, 1)), tall)
+    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    upper, lower = torch.zeros(shape, dtype=torch.bfloat16), torch.zeros(shape, dtype=torch.int16)
+    entries = [Entry(i, at, None, None, 1.0, tall, None, at, None) for i in range(5)]
+    packed = params_of(Kept(list(upper), None, list(lower)), entries)
+    for step in (0, 1):
+        calls = 0
+        for some, seen in in_memory(packed, torch.empty(numbers_for(packed))):
+            calls += 1
+            for i, matrices in zip(range(5)[some], seen, strict=True):
+                wide = numbers[i].mT if tall else numbers[i]
+                if step:
+                    assert torch.equal(matrices.view()[0], wide)
+                matrices.view()[0].copy_(wide)
+        assert calls == 3  # of two, of 96 numbers each
+    assert torch.equal(upper, numbers.bfloat16())

@@ -97,7 +97,7 @@ class OwnerRound:
 
     @property
     def kept_packed(self) -> list[Packed]:
-        """What goes through fp32 memory."""
+        """Parameters and momenta that go through fp32 memory."""
         return [packed for packed in (*self.params, *self.momenta) if isinstance(packed, Packed)]
 
     @property

@@ -70,7 +70,7 @@ class ReplicaRound:
 
     @property
     def kept_packed(self) -> list[Packed]:
-        """What goes through fp32 memory."""
+        """Parameters and momenta that go through fp32 memory."""
         found = [packed for copies in self.lots for packed in (*copies.params, *copies.momenta)]
         return [packed for packed in found if isinstance(packed, Packed)]
 
