@@ -124,9 +124,8 @@ def compare(layout: str) -> list[str]:
                 exact = ("group", "copies") if size == 3 else by_rows
             close = layout not in exact or own.get("backend") == "eager"
             same = (lambda a, b: torch.allclose(a, b, rtol=0, atol=3e-4)) if close else torch.equal
-            if (
-                close and "second_moment" in own
-            ):  # a constant factor of a moment would not show in the update, whose norm is kept
+            # A constant factor of a moment would not show in the update, whose norm is kept.
+            if close and "second_moment" in own:
                 wanted = kept(alone, "second_momentum_buffer")
                 for i, V in kept(optimizer, "second_momentum_buffer").items():
                     torch.testing.assert_close(V, wanted[i], rtol=1e-3, atol=1e-6)
