@@ -133,6 +133,7 @@ def test_launches_are_the_calls_made(backend: str, name: str, algorithm: str, mo
         (64, 768, 144, 1, True),
         (64, 64, 1, 1, True),
         (16, 1024, 64, 1, True),
+        (16, 1024, 1, 1, True),
         (64, 768, 12, 8, True),
         (64, 16384, 1, 43, False),
         (64, 16384, 8, 13, False),

@@ -31,13 +31,14 @@ def fused_parts(rows: int, cols: int, count: int, most: int | None = None) -> in
 
     Of several each walks fewer columns, on a multiprocessor that has nothing else to do, but adds up the Gram matrices
     of all. One, in a single launch, unless several save a quarter: a prediction is no more exact. All parts have
-    columns, in whole tiles. `most`: that there is memory for; None for any number.
+    columns, in whole tiles, since of numbers of parts that walk as far the least has least to add.
+
+    `most`: that there is memory for; None for any number.
     """
     tiles = -(-cols // FUSED_TILE)
     idle = _MULTIPROCESSORS // max(1, count)
     most = max(1, min(tiles, idle, idle if most is None else most))
-    even = {-(-tiles // -(-tiles // parts)) for parts in range(1, most + 1)}
-    best = min(even, key=lambda parts: (fused_seconds(rows, cols, count, parts), parts))
+    best = min(range(1, most + 1), key=lambda parts: fused_seconds(rows, cols, count, parts))
     saves = fused_seconds(rows, cols, count, best) <= 0.75 * fused_seconds(rows, cols, count)
     return best if saves else 1
 
