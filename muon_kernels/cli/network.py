@@ -154,9 +154,9 @@ class Network(NamedTuple):
 
 
 class Loads(NamedTuple):
-    """What each rank sends to owners and gets as an owner in a round; float64, by rank. On the way back both swap.
+    """Bytes and messages that each rank sends to owners, and gets as one, in a round. On the way back both swap.
 
-    Attributes:
+    Attributes, float64 by rank:
         sent_near, sent_far, got_near, got_far: bytes inside a node and between nodes.
         sends, gets: messages between nodes.
     """
