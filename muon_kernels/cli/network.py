@@ -156,8 +156,8 @@ class Network(NamedTuple):
 class Loads(NamedTuple):
     """Bytes and messages that each rank sends to owners, and gets as one, in a round. On the way back both swap.
 
-    Attributes, float64 by rank:
-        sent_near, sent_far, got_near, got_far: bytes inside a node and between nodes.
+    Attributes:
+        sent_near, sent_far, got_near, got_far: bytes inside a node and between nodes; float64, by rank.
         sends, gets: messages between nodes.
     """
 
