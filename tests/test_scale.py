@@ -264,6 +264,14 @@ def test_remarks_say_from_which_ranks_on() -> None:
     assert "fits" not in "\n".join(scale.remarks(model, found, gpu._replace(memory=1.0))).replace("Muon fits.", "")
 
 
+def test_from_where_on_something_holds() -> None:
+    """To the last; what holds on few ranks only is not said."""
+    rows = list(Layouts(MODELS["experts"], 8, GPUS["h100"], resolve(DEFAULT), Network(450e9)).rows())[:3]
+    first, second, third = rows
+    assert scale._from(rows, [False, True, True]) is second and scale._from(rows, [True, False, True]) is third
+    assert scale._from(rows, [True, True, True]) is first and scale._from(rows, [True, True, False]) is None
+
+
 PAGE = write_scaling.PAGE.read_text()
 
 

@@ -25,7 +25,7 @@ class Model(NamedTuple):
 
     @property
     def shapes(self) -> Shapes:
-        """All matrices."""
+        """List of all matrices."""
         return [*self.dense, *self.experts]
 
 

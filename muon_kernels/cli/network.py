@@ -154,10 +154,10 @@ class Network(NamedTuple):
 
 
 class Loads(NamedTuple):
-    """What each rank sends to owners and gets as an owner in a round; float64, by rank. On the way back both swap.
+    """Bytes and messages that each rank sends to owners, and gets as one, in a round. On the way back both swap.
 
     Attributes:
-        sent_near, sent_far, got_near, got_far: bytes inside a node and between nodes.
+        sent_near, sent_far, got_near, got_far: bytes inside a node and between nodes; float64, by rank.
         sends, gets: messages between nodes.
     """
 

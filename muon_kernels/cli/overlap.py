@@ -127,7 +127,7 @@ def in_turn(parts: Iterable[tuple[int, Seconds, float]]) -> Timeline:
 
 
 class Step(NamedTuple):
-    """What a time depends on: the GPU, its network, and coefficients. Times of batches are kept."""
+    """Conditions of a step: the GPU, its network, and coefficients. Times of batches are kept."""
 
     gpu: Gpu
     network: Network
