@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adamw_options import check_numbers as check_numbers
 from ..layout import overlaps_itself
 from ..options import check_number, on_host
 from ..tensors import DTYPES, check_dense, check_device, check_like, local

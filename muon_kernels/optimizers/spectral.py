@@ -18,6 +18,7 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from .. import interrupts, options
+from ..adamw_options import check_numbers
 from ..checkpoint import check_checkpoint
 from ..closures import ClosureOptimizer
 from ..distributed.agreement import Facts, options_of_groups
@@ -32,7 +33,7 @@ from ..step.run import plan_of
 from ..step.work import Scalars, Task
 from ..step.workspace import Workspace
 from ..tensors import check_dense, check_like, local
-from .adamw_checks import check_adamw_state, check_numbers, check_step_size, new_adamw_state
+from .adamw_checks import check_adamw_state, check_step_size, new_adamw_state
 from .muon import Muon
 from .muon_checks import cost_of
 from .state import check_copied, consolidate, forget_others, whole
