@@ -227,13 +227,20 @@ PYBIND11_MODULE(_C, m) {
         }
     );
     cuda.def(
-        "fused_step",
-        [](int64_t count, int64_t rows, int64_t cols, const mk::MomentumUpdate& momentum, const mk::ApplyUpdate& apply,
-           const std::vector<float>& coefficients, int terms, int parts, int64_t partials,
-           const mk::ApplyOptions& options, int64_t stream) {
+        "fused_step", [](int64_t count, int64_t rows, int64_t cols, const mk::MomentumUpdate& momentum,
+                         const mk::ApplyUpdate& apply, const std::vector<float>& coefficients, int terms, int parts,
+                         int64_t partials, const mk::ApplyOptions& options, int64_t stream) {
             const mk::cuda::FusedStep step{
-                count, rows, cols, momentum, apply, coefficients.data(), static_cast<int>(coefficients.size() / 3),
-                terms, parts, at<void>(partials)
+                count,
+                rows,
+                cols,
+                momentum,
+                apply,
+                coefficients.data(),
+                static_cast<int>(coefficients.size() / 3),
+                terms,
+                parts,
+                at<void>(partials)
             };
             check(without_gil([&] { return mk::cuda::fused_step(step, options, stream_at(stream)); }), "fused_step");
         }

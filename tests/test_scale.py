@@ -173,7 +173,7 @@ def test_slices_are_those_of_zeromuon(ranks: int) -> None:
         for rank in range(ranks)
     ]
     assert [cost.sent for cost in costs] == whole and any(whole)
-    assert [cost.buffers for cost in costs] == [2 * length(needed) for needed in flat.needed]
+    assert [cost.buffers for cost in costs] == [2 * length(needed) + 4 * ranks * flat.share for needed in flat.needed]
     touched = [sum(bool(length(meet(m.at, own))) for m in flat.matrices) for own in flat.slices]
     assert sum(cost.flops > 0 for cost in costs) == sum(n > 0 for n in touched)
     square = traffic.sliced([(8, 8, 6)], 4)  # a rank has one and a half: of its two matrices one is shared

@@ -2,8 +2,8 @@
 // twice, and the Newton-Schulz iteration, in its Gram form, never leaves the registers.
 //
 // Or by several, each with a part of the columns, in two launches: only the first and the last of all products are with
-// X. The first launch leaves the parts' R in memory. In the second every block adds them up, iterates as all of them do,
-// and updates its own columns.
+// X. The first launch leaves the parts' R in memory. In the second every block adds them up, iterates as all of them
+// do, and updates its own columns.
 //
 // Warp w owns rows 16w .. 16w + 15 of every M x M matrix. R and Q stay in its registers as accumulators of mma, whose
 // layout is that of the next product's left operand; the right operand is the only matrix in shared memory.

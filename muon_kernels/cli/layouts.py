@@ -14,7 +14,18 @@ from ..step.plan import Bucket
 from .estimate import Gpu, kernels_on
 from .models import Model
 from .network import NOTHING, Network
-from .overlap import ADAMW_BYTES, APPLY_BYTES, COPY_BYTES, UPDATE_BYTES, Stage, Step, Timeline, in_turn, overlapped
+from .overlap import (
+    ADAMW_BYTES,
+    APPLY_BYTES,
+    COPY_BYTES,
+    FLAT_BYTES,
+    UPDATE_BYTES,
+    Stage,
+    Step,
+    Timeline,
+    in_turn,
+    overlapped,
+)
 
 HYBRID = EXPERTS = 64  # ranks that share a copy under hybrid sharding, and that share the experts of a layer
 TENSOR = 8  # ranks of a tensor-parallel group, a node's
@@ -136,13 +147,13 @@ class Layouts:
         costs = traffic.sliced(self.shapes, self.ranks, schedule=self.step.schedule, backend=self.backend)
         share = -(-elements(self.shapes) // self.ranks)
         far = self.ranks > self.step.network.node
-        most = max(max(cost.sent, cost.buffers - 2 * share) for cost in costs)
+        most = max(max(cost.sent, cost.buffers - 4 * share * self.ranks - 2 * share) for cost in costs)
         spread = min(self.ranks - 1, 2 * -(-max(rows * cols for rows, cols, _ in self.shapes) // share))
         exchange = self.step.network.all_to_all(*((0, most, spread) if far else (most, 0, 0)))
         each = max(self._of_slices())
         return costs, self._with_passes(
             Timeline(exchange.both + each, each, each, exchange),
-            self._own_passes(),
+            self._own_passes() + self.step.passing(FLAT_BYTES * elements(self.shapes)),
         )
 
     def _of_slices(self) -> list[float]:

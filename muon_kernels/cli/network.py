@@ -1,6 +1,7 @@
 """Time that messages between GPUs take, by published rates: NVLink inside a node, InfiniBand or RoCE between nodes.
 
-A collective takes its bytes over a rate, and latency. Rings and trees are timed as NCCL's own tuner does. Nothing here
+A collective takes its bytes over a rate, and latency. Rings are timed as NCCL's own
+tuner does, and trees with the bandwidth of rings, of which they reach less. Nothing here
 was measured by us, and no collective is slowed by another or by what is multiplied meanwhile.
 """
 
@@ -23,7 +24,7 @@ class Fact(NamedTuple):
 _TUNER = "NCCL 2.28.7, src/graph/tuning.cc"
 FACTS = {
     "node": Fact(8, "GPUs in a node; NVIDIA DGX H100 data sheet"),
-    "far": Fact(50e9, "bytes/s of a GPU to other nodes, one way; DGX H100 data sheet: 400 Gb/s, InfiniBand or RoCE"),
+    "far": Fact(50e9, "bytes/s of a GPU to other nodes, one way, whatever the GPU; DGX H100 data sheet: 400 Gb/s"),
     "all_to_all_near": Fact(0.96, "of NVLink; DeepEP V1 (docs/legacy.md): 153 of 160 GB/s among 8 H800"),
     "all_to_all_far": Fact(0.86, "of the network; DeepEP V1: 43 of 50 GB/s among 16 H800"),
     "begin": Fact(8.4e-6, f"seconds of any send; {_TUNER}: Simple"),
@@ -52,7 +53,9 @@ PROTOCOLS = {
     "LL": Protocol((6.6e-6, 0.6e-6, 2.7e-6), (6.8e-6, 0.6e-6, 5.0e-6), 0.5, (141e9, 45e9, 35e9)),
     "LL128": Protocol((14e-6, 1.9e-6, 4.0e-6), (14e-6, 1.25e-6, 8.5e-6), 0.92, (math.inf, math.inf, math.inf)),
 }
-PROTOCOLS_SOURCE = f"{_TUNER}: Hopper's LL and LL128, whichever is faster; rings, and trees for sums"
+PROTOCOLS_SOURCE = (
+    f"{_TUNER}: Hopper's LL and LL128, whichever is faster; rings, and for sums trees with their bandwidth"
+)
 
 
 class Seconds(NamedTuple):

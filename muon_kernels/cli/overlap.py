@@ -27,6 +27,8 @@ from .network import NOTHING, Group, Network, Seconds, loads
 UPDATE_BYTES, APPLY_BYTES, COPY_BYTES = 4 + 2 * 4 + 2, 2 + 2 * 4, 2 * (2 + 2)
 # fp32 gradient read; parameter and two moments read and written.
 ADAMW_BYTES = 4 + 3 * 2 * 4
+# Of all elements under ZeRO-1: bf16 gradients copied to a flat fp32 buffer, and gathered bf16 parameters from one.
+FLAT_BYTES = (2 + 4) + 2 * 2
 
 
 class Stage(NamedTuple):

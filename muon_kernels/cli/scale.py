@@ -98,7 +98,7 @@ def text(model: Model, ranks: Sequence[int], gpu: Gpu, schedule: Schedule) -> It
         )
         yield "  ".join(padded).rstrip()
     yield ""
-    yield from remarks(model, found, gpu)
+    yield from remarks(model, found, gpu, schedule)
 
 
 def markdown(head: Sequence[str], table: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -107,7 +107,7 @@ def markdown(head: Sequence[str], table: Sequence[Sequence[str]]) -> Iterator[st
         yield f"| {' | '.join(line)} |"
 
 
-def remarks(model: Model, found: Sequence[Row], gpu: Gpu) -> Iterator[str]:
+def remarks(model: Model, found: Sequence[Row], gpu: Gpu, schedule: Schedule | None = None) -> Iterator[str]:
     """Yield sentences about the estimates: what is hidden, how even the owners are, which layout is fastest."""
     owners = [row for row in found if row.name == "owners, FSDP2"]
     if (late := _from(owners, [row.timeline.exchange.both > row.timeline.computing for row in owners])) is not None:
@@ -118,7 +118,8 @@ def remarks(model: Model, found: Sequence[Row], gpu: Gpu) -> Iterator[str]:
     waits = [row.timeline.exchange.latency > row.timeline.exchange.bytes for row in owners]
     if (waiting := _from(owners, waits)) is not None:
         yield f"From {waiting.ranks} ranks on more than half of that exchange is estimated to be latency."
-    matrices, once = sum(count for *_, count in model.shapes), sum(traffic.flops(model.shapes))
+    flops = traffic.flops(model.shapes, schedule=schedule, backend=kernels_on(gpu)[0].backend)
+    matrices, once = sum(count for *_, count in model.shapes), sum(flops)
     if (fewer := _from(owners, [row.ranks > matrices for row in owners])) is not None:
         yield (
             f"From {fewer.ranks} ranks on there are more ranks than the {matrices} matrices: some have none, and the "

@@ -179,6 +179,8 @@ class Agreement:
         left_out = found_inf is not None and bool(found_inf)
         if not teams:
             return None if left_out else prepare(_placed)[0]
+        # The widest team comes last, so that it hears what its ranks have heard in others.
+        teams = dict(sorted(teams.items(), key=lambda item: item[0].ranks))
         proposal = _Proposal(prepare, options, _FOUND_INF if left_out else _READY)
         proposal.make(teams, self._partly, first=True)
         partly: dict[Tensor, int] = {}
@@ -188,8 +190,9 @@ class Agreement:
             partly.update((p, kind) for p, kind, some in zip(params, seen.kinds, seen.partly, strict=True) if some)
             if seen.verdict == _UNREADY or not self._foresaw(params, seen):
                 unforeseen[team] = params
+                proposal.verdict = max(proposal.verdict, _UNREADY)
             elif seen.verdict == _READY and not seen.plans_alike:
-                proposal.disputed[team] = params
+                proposal.dispute(team, params)
         self._partly = partly
         proposal.settle_disputes()
         if proposal.verdict == _FOUND_INF:
@@ -198,7 +201,7 @@ class Agreement:
             proposal.make(unforeseen, partly, first=False)
             for team, params in unforeseen.items():
                 if not proposal.compare(team, params).plans_alike:
-                    proposal.disputed[team] = params
+                    proposal.dispute(team, params)
             proposal.settle_disputes()
         return proposal.prepared
 
@@ -231,7 +234,6 @@ class _Proposal(Generic[Prepared]):
         self.disputed: dict[Team, Sequence[Tensor]] = {}
         self._tasks: Sequence[Task] = ()
         self._refusal: Exception | None = None
-        self._unready: set[Team] = set()
 
     def make(self, teams: Mapping[Team, Sequence[Tensor]], partly: Mapping[Tensor, int], first: bool) -> None:
         """Prepare the step, with gradients of these kinds in place of those that only other ranks have.
@@ -239,6 +241,7 @@ class _Proposal(Generic[Prepared]):
         Gradients that are placed otherwise than their parameters are exchanged, of which all ranks have to know: not
         before the first message.
         """
+        self.prepared, self._tasks = None, ()  # to be given back before as much is made again
         found: dict[Tensor, Tensor | None] = {}
 
         def grad(p: Tensor) -> Tensor | None:
@@ -249,17 +252,15 @@ class _Proposal(Generic[Prepared]):
             return found[p]
 
         try:
-            if first:
-                self._unready = {
-                    team for team, params in teams.items() if max(map(_kind, params), default=0) >= _PLACED_OTHERWISE
-                }
-            else:
-                self._unready = set()
+            if first and any(_kind(p) >= _PLACED_OTHERWISE for params in teams.values() for p in params):
+                self.verdict = max(self.verdict, _UNREADY)
+                return
+            if not first:
+                self.verdict = _READY
                 for params in teams.values():  # in the order in which all ranks do it
                     for p in params:
                         grad(p)
-            if not self._unready:
-                self.prepared, self._tasks = self._prepare(grad)
+            self.prepared, self._tasks = self._prepare(grad)
         except Exception as error:  # to be raised when the others know
             self._refusal, self.verdict = error, _REFUSED
 
@@ -268,21 +269,28 @@ class _Proposal(Generic[Prepared]):
         refused = self._refusal is not None
         seen = _exchange(
             team,
-            max(self.verdict, _UNREADY if team in self._unready else _READY),
+            self.verdict,
             0 if refused else _digest(self._options(params)),
-            0 if refused or team in self._unready else _digest(self._plan(team)),
+            0 if self.prepared is None else _digest(self._plan(team)),
             [0 if refused else _kind(p) for p in params],
             local(params[0]).device,
         )
         if seen.verdict >= _FOUND_INF:
             self.verdict = max(self.verdict, seen.verdict)
         if seen.verdict == _REFUSED or not seen.options_alike or not all(seen.kinds_alike) or seen.lost:
-            self.disputed[team] = params
+            self.dispute(team, params)
         return seen
+
+    def dispute(self, team: Team, params: Sequence[Tensor]) -> None:
+        """Note that the ranks of a team do not step; the next teams hear of it."""
+        self.disputed[team] = params
+        self.verdict = _REFUSED
 
     def _plan(self, team: Team) -> Facts:
         """Return what this rank would exchange with a team."""
-        return [fact for task in self._tasks for fact in task.facts(team)]
+        found = [task.facts(team) for task in self._tasks]
+        exchanges = enumerate(facts for facts in found if facts)
+        return [(f"{name} of exchange {i}", value) for i, facts in exchanges for name, value in facts]
 
     def settle_disputes(self) -> None:
         """Raise, on every rank of a team that is disputed, what is the matter. All of them have to call this."""

@@ -74,16 +74,18 @@ def gathered(
                 elif not mine:
                     dist.recv(sent, group_src=owner, group=group)
                 if to in (None, team.rank):
-                    found.setdefault(p, {})[key] = state[p][key] if mine else sent
+                    # One rank may have no room on its device for what all others keep.
+                    found.setdefault(p, {})[key] = state[p][key] if mine else sent if to is None else sent.cpu()
     return found
 
 
-def check_alike(placements: Mapping[Tensor, Placement], group: Mapping[str, Any]) -> None:
+def check_alike(placements: Mapping[Tensor, Placement], group: Mapping[str, Any], also: Team | None = None) -> None:
     """Raise ValueError, on every rank, unless all ranks of a team gave the same parameters and options.
 
     Args:
         placements: of the parameters of a group.
         group: the group.
+        also: a team that compares its options even where this rank has no parameter of it.
     """
     names = dict(zip(group["params"], group.get("param_names", ()), strict=False))
     options = {
@@ -91,7 +93,8 @@ def check_alike(placements: Mapping[Tensor, Placement], group: Mapping[str, Any]
         for key, value in sorted(group.items())
         if key not in ("params", "param_names")
     }
-    for team, params in teams_of(placements).items():
+    teams = teams_of(placements) | ({} if also is None or placements else {also: []})
+    for team, params in teams.items():
         own = [f"{key}={value}" for key, value in options.items()]
         for i, p in enumerate(params):
             where = f", placements {p.placements}" if is_dtensor(p) else ""

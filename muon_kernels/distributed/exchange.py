@@ -140,11 +140,14 @@ class Exchange:
     def _facts(self) -> list[tuple[str, str]]:
         """What all ranks of the team have to have decided alike; made once, as rounds do not change."""
         places, facts = {id(lot): i for i, lot in enumerate(self.lots)}, []
-        for lot in self.lots:
-            bucket, owners = lot.work.bucket, [[entry.param for entry in entries] for entries in lot.entries]
+        # Counted among the team's: how many others a rank steps beside them is its own affair.
+        params = {entry.param for lot in self.lots for entries in lot.entries for entry in entries}
+        number = {param: i for i, param in enumerate(sorted(params))}
+        for i, lot in enumerate(self.lots):
+            bucket, owners = lot.work.bucket, [[number[entry.param] for entry in entries] for entries in lot.entries]
             how = f"by {bucket.backend!r} in {bucket.workspace_dtype}, {lot.round_size} of an owner at a time"
-            facts += [(f"the step of {lot}", how), (f"the division of {lot} among owners", repr(owners))]
-            facts.append((f"the strategy for {lot}", lot.strategy.__name__))
+            facts += [(f"the step of {lot}, lot {i}", how), (f"the division among owners of lot {i}", repr(owners))]
+            facts.append((f"the strategy of lot {i}", lot.strategy.__name__))
         order = [[(places[id(lot)], start) for lot, start in r.begun] for r in self.rounds]
         return [*facts, ("the order of rounds", repr(order))]
 

@@ -351,6 +351,9 @@ def sliced(shapes: Shapes, ranks: int, *, schedule: Schedule | None = None, back
 
     It gathers, in one collective, those matrices of which its slice has any element, and multiplies them; matrices at
     the borders of slices are multiplied by several ranks. `collectives` leaves out those that are `BESIDE`.
+
+    Parameters are of bf16, so a rank keeps momentum and master copies in fp32. It holds what it gathers and, in fp32,
+    all gradients.
     """
     schedule = schedule or resolve(DEFAULT)
     share = -(-elements(shapes) // ranks)
@@ -367,7 +370,8 @@ def sliced(shapes: Shapes, ranks: int, *, schedule: Schedule | None = None, back
                 workspace[rank] = max(workspace[rank], plan.workspace_bytes)
                 held[rank] += 2 * size
             start += size
-    return [Cost(sent[r], 4 * share, workspace[r], held[r], flops_[r], 1) for r in range(ranks)]
+    whole = 4 * share * ranks
+    return [Cost(sent[r], 8 * share, workspace[r], held[r] + whole, flops_[r], 1) for r in range(ranks)]
 
 
 def padded(shapes: Shapes, ranks: int, *, schedule: Schedule | None = None, backend: str = "cuda") -> Cost:

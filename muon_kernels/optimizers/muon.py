@@ -273,6 +273,10 @@ class Muon(ClosureOptimizer):
         """
         self._run(self._ready(check, options))
 
+    def shares(self, group: Mapping[str, Any]) -> bool:
+        """Whether other ranks may have parameters of a group, too."""
+        return self._ranks.shares(group["params"])
+
     def _ready(self, check: Callable[[], object], others: Callable[[], Facts]) -> Sequence[ReadyBatch]:
         """Get a step ready, on all ranks that step together, and write nothing; see `step_beside`."""
         self._steps += 1

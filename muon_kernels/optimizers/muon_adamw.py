@@ -144,7 +144,8 @@ class MuonAdamW(ClosureOptimizer):
                     new.update(self._new_state(group, [p for p in group["params"] if p.grad is not None]))
 
         def options() -> Facts:
-            named = [(f"AdamW's group {i}", group) for i, group in enumerate(self._adamw.param_groups)]
+            shared = filter(self._muon.shares, self._adamw.param_groups)
+            named = [(f"AdamW's group {i}", group) for i, group in enumerate(shared)]
             return [fact for name, group in named for fact in options_of(name, group, ADAMW_OPTIONS)]
 
         with torch.inference_mode(False), torch.no_grad():

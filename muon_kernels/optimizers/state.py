@@ -96,6 +96,8 @@ def _with_values(
                 pieces = pieces_held(local(p), ranks.placement(p), group["flatten"], split)
                 numbers = dequantized(local(codes), kept.pop("momentum_scale"), group["flatten"], pieces)
                 found[p] = {**kept, VALUES: _like(p, numbers)}
+            elif is_dtensor(codes) and group.get("momentum_dtype") == "int8":  # loaded, and not stepped since
+                found[p] = {VALUES if key == "momentum_buffer" else key: t for key, t in state[p].items()}
     return found
 
 

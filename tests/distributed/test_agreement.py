@@ -330,6 +330,39 @@ def test_a_group_of_another_team_may_differ(ranks: World) -> None:
         assert not said and not same
 
 
+def of_two_teams(how: str) -> tuple[str, bool]:
+    """A parameter of which ranks have parts beside one of which they have copies, or one that is rank 0's own."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    whole = [torch.randn(12, 16, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    first = distribute_tensor(whole[0], mesh, [Shard(0)], src_data_rank=None)
+    second = distribute_tensor(whole[1], mesh, [Replicate()], src_data_rank=None)
+    params = [torch.nn.Parameter(first), torch.nn.Parameter(second)]
+    plain = [torch.nn.Parameter(t.clone()) for t in whole[:2]]
+    if how == "own" and dist.get_rank() == 0:
+        params.insert(0, torch.nn.Parameter(whole[2]))
+    optimizer, alone = Muon(params, lr=0.1, backend="cpu"), Muon(plain, lr=0.1, backend="cpu")
+    for p in (*params, *plain):
+        p.grad = torch.ones_like(p)
+    if how == "missing":  # zeros in place of rank 1's part
+        if dist.get_rank() == 1:
+            params[0].grad = None
+        plain[0].grad[6:] = 0
+    if how == "lr" and dist.get_rank() == 1:
+        optimizer.param_groups[0]["lr"] = 0.3
+    said, unmoved = attempt(params, optimizer)
+    alone.step()
+    same = [torch.equal(p.detach().full_tensor(), q.detach()) for p, q in zip(params[-2:], plain, strict=True)]
+    return said, unmoved if said else all(same)
+
+
+@needs.cpu_kernels
+@pytest.mark.parametrize("how", ["missing", "own", "lr"])
+def test_two_teams_of_the_same_ranks(ranks: World, how: str) -> None:
+    """What is missing in one, or is a rank's own, is no difference in the other."""
+    for said, right in ranks.run(2, of_two_teams, how):
+        assert right and bool(said) == (how == "lr"), said
+
+
 def of_vectors() -> tuple[str, bool]:
     """A gradient that AdamW's half cannot step, on rank 1 alone."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))

@@ -104,7 +104,7 @@ FULL = Sizes(
     products=(*_PRODUCTS, Operands(-2, 136, 200, 16), Operands(-2, 129, 201, 2), Operands(1, 1032, 776, 16)),
     biased=(4096, 14336, 65536),
     squares=(17, 72, 129, 264),
-    steps=(*_STEPS, (768, 3072), (1024, 1024)),
+    steps=(*_STEPS, (64, 2048), (2048, 64), (768, 3072), (1024, 1024)),  # the two of 64 in parts, if fused
     zoo=(
         *((name, shape) for name in ("keller", "polar_express", "you6") for shape in ((64, 256), (129, 300))),
         *(("keller", (520, 600)), ("keller", (1024, 2048))),

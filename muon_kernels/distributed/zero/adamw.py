@@ -11,6 +11,7 @@ from torch.optim.adamw import adamw
 
 from ...adamw_options import check_cycled, check_group, checked_adamw, settle_adamw
 from ...tensors import check_dense, check_whole
+from ..collectives import on_all
 from .flat import Flat, lay_out
 from .muon import ZeroMuon
 from .optimizer import Half, ZeroOptimizer
@@ -62,7 +63,7 @@ class ZeroMuonAdamW(ZeroOptimizer):
             )
         # Either half may have no group, but an optimizer cannot be built without one.
         muon = ZeroMuon([{"params": []}], **(muon_options or {}))
-        adamw_defaults = checked_adamw(adamw_options or {}).defaults
+        adamw_defaults = on_all(muon.half.ranks, lambda: checked_adamw(adamw_options or {}).defaults)
         self._halves: dict[bool, Half] = {True: muon.half, False: AdamWHalf(adamw_defaults, muon.half.ranks)}
         # Defaults that schedulers read: OneCycleLR and CyclicLR, to see that `momentum` can be cycled, and others.
         defaults = {key: muon.defaults[key] for key in ("lr", "momentum")}

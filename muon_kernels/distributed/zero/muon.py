@@ -20,7 +20,7 @@ from ...step.options import Coefficients, schedule_for, splits, transposes
 from ...step.orthogonalize import orthogonalize, spectral_power
 from ...step.plan import plan_for_shapes
 from ...tensors import check_matrices
-from ..collectives import Pending
+from ..collectives import Pending, on_all
 from .flat import Flat, Matrix, lay_out, length, meet
 from .optimizer import Half, ZeroOptimizer
 
@@ -84,9 +84,7 @@ class ZeroMuon(ZeroOptimizer):
         group = process_group if process_group is not None else dist.group.WORLD
         if group is None:
             raise ValueError("process_group should be one, or torch.distributed initialized before, but is: None")
-        if ns_steps is NS_STEPS:  # a checkpoint must hold a plain number
-            ns_steps = len(resolve(plain(ns_coefficients), ns_steps).triples)
-        defaults: dict[str, Any] = {
+        given: dict[str, Any] = {
             "lr": lr,
             "weight_decay": weight_decay,
             "momentum": momentum,
@@ -105,7 +103,7 @@ class ZeroMuon(ZeroOptimizer):
             "maximize": maximize,
             "power": power,
         }
-        settle(defaults, defaults)
+        defaults = on_all(group, lambda: _settled(given))
         self.half = MuonHalf(defaults, group)
         super().__init__(params, defaults, group)
 
@@ -116,6 +114,14 @@ class ZeroMuon(ZeroOptimizer):
                 "use_muon=False to ZeroMuonAdamW"
             )
         return self.half
+
+
+def _settled(options: dict[str, Any]) -> dict[str, Any]:
+    """Return options in plain values, which a checkpoint can hold."""
+    if options["ns_steps"] is NS_STEPS:
+        options["ns_steps"] = len(resolve(plain(options["ns_coefficients"]), NS_STEPS).triples)
+    settle(options, options)
+    return options
 
 
 class MuonHalf(Half):

@@ -148,7 +148,7 @@ class ZeroOptimizer(ClosureOptimizer):
         try:
             flat = on_all(self._group, lambda: self._added(param_group))
             group = self.param_groups[-1]
-            consensus.check_alike({p: replicated(self._team, p.shape, 0) for p in group["params"]}, group)
+            consensus.check_alike({p: replicated(self._team, p.shape, 0) for p in group["params"]}, group, self._team)
         except Exception:
             del self.param_groups[before:]
             raise
@@ -290,7 +290,7 @@ class ZeroOptimizer(ClosureOptimizer):
         size = length(flat.slices[rank])
         present = [g is not None for g in grads]
         state = {key: local(t) for key, t in self.state[params[0]].items()}
-        gradient = self._averaged(flat, grads, device).mul_(grad_scale)[:size]
+        gradient = self._averaged(flat, grads, device, grad_scale)[:size]
         updated = state[MASTER] if MASTER in state else flat.slice_of(params, rank)
         self._half(group).step(group, flat, state, present, gradient, updated)
         share = torch.zeros(flat.share, dtype=params[0].dtype, device=device)
@@ -299,22 +299,28 @@ class ZeroOptimizer(ClosureOptimizer):
         gather(gathered, share, self._team, "all ranks").wait()
         flat.read(gathered, params, present)
 
-    def _averaged(self, flat: Flat, grads: Sequence[Tensor | None], device: torch.device) -> Tensor:
-        """Return this rank's slice of the mean gradients in fp32, with room for the longest slice."""
+    def _averaged(self, flat: Flat, grads: Sequence[Tensor | None], device: torch.device, grad_scale: float) -> Tensor:
+        """Return this rank's slice of the mean of scaled gradients in fp32, with room for the longest slice."""
         ranks = self._group.size()
         everything = torch.empty(ranks * flat.share, dtype=torch.float32, device=device)
         flat.fill(everything, grads)
+        if grad_scale != 1:  # of this rank: where one alone overflows, GradScaler comes to another scale on each
+            everything.mul_(grad_scale)
         gradient = torch.empty(flat.share, dtype=torch.float32, device=device)
         reduce_scatter(gradient, everything, self._group, "gradients").wait()
         return gradient.div_(ranks)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return a checkpoint, in plain values: this rank's slices as DTensors, and for each group its layout."""
+        """Return a checkpoint, in plain values: copies of this rank's slices as DTensors, and each group's layout.
+
+        What torch.distributed.checkpoint loads into them is in use only after `load_state_dict` has found that it fits.
+        """
         for group in self.param_groups:
             self._half(group).settle(group)
         found: dict[str, Any] = super().state_dict()
         for group, flat in zip(found["param_groups"], self._flats, strict=True):
             group["layout"] = list(flat.layout)
+        found["state"] = {index: {key: t.clone() for key, t in kept.items()} for index, kept in found["state"].items()}
         return found
 
     @torch.no_grad()
