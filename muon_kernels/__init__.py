@@ -20,8 +20,9 @@ from .step.plan import Plan
 if TYPE_CHECKING:
     from . import spectra
     from .optimizers.muon_adamw import MuonAdamW
+    from .optimizers.paper import paper_optimizer
     from .optimizers.param_groups import param_groups
-    from .optimizers.spectral import SpectralAdam, SpectralMomentum, paper_optimizer
+    from .optimizers.spectral import SpectralAdam, SpectralMomentum
     from .qk_clip import max_logits, qk_clip_
 
 __all__ = [
@@ -46,7 +47,7 @@ _MODULES = {
     "SpectralAdam": "optimizers.spectral",
     "SpectralMomentum": "optimizers.spectral",
     "max_logits": "qk_clip",
-    "paper_optimizer": "optimizers.spectral",
+    "paper_optimizer": "optimizers.paper",
     "param_groups": "optimizers.param_groups",
     "qk_clip_": "qk_clip",
     "spectra": "spectra",

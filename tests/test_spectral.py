@@ -16,7 +16,7 @@ from muon_kernels import Muon, SpectralAdam, SpectralMomentum, paper_optimizer, 
 from muon_kernels.backends import unavailable
 from muon_kernels.coefficients import resolve
 from muon_kernels.newton_schulz import ALGORITHMS, Square
-from muon_kernels.optimizers.spectral import PAPER
+from muon_kernels.optimizers.paper import PAPER
 from muon_kernels.powers import TRIPLES, error, fit, fit_weights, schedule_of
 from muon_kernels.split import equal
 from muon_kernels.step.counting import Counter, count, count_iteration

@@ -94,7 +94,7 @@ def _described(p: Tensor) -> str:
 
 
 class _Seen(NamedTuple):
-    """What all ranks of a team see of each other.
+    """View that all ranks of a team have of each other.
 
     Attributes:
         verdict: the most severe.
@@ -320,7 +320,7 @@ class _Proposal(Generic[Prepared]):
 
 
 class _Said(NamedTuple):
-    """What a rank says of a step that it cannot take, or takes otherwise than others."""
+    """Words of a rank about a step that it cannot take, or takes otherwise than others."""
 
     refusal: str
     options: Facts

@@ -1,4 +1,4 @@
-"""What ranks that step together ask each other outside of steps: the same parameters, and each other's state."""
+"""Questions of ranks to one another outside of steps: for the same parameters, and for each other's state."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ class Exchange:
 
     @cached_property
     def _facts(self) -> list[tuple[str, str]]:
-        """What all ranks of the team have to have decided alike; made once, as rounds do not change."""
+        """Decisions that all ranks of the team have to have made alike; rounds do not change, so neither do these."""
         places, facts = {id(lot): i for i, lot in enumerate(self.lots)}, []
         # Counted among the team's: how many others a rank steps beside them is its own affair.
         params = {entry.param for lot in self.lots for entries in lot.entries for entry in entries}

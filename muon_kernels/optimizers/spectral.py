@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim.adamw import adamw
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from .. import interrupts, options
 from ..adamw_options import check_numbers
@@ -437,38 +437,3 @@ def _check_options(group: Mapping[str, Any], known: Iterable[str]) -> None:
     check_numbers(group)
     names = [name for name in known if name in group and name not in ("lr", "weight_decay", "eps")]
     options.check_options({name: group[name] for name in names})
-
-
-# (class, power) by the paper's names.
-PAPER: dict[str, tuple[type[Optimizer], float]] = {
-    "msgd": (SpectralMomentum, 1.0),
-    "msgd_s": (SpectralMomentum, 0.5),
-    "msgd_q": (SpectralMomentum, 0.25),
-    "msgd_z": (SpectralMomentum, 0.0),
-    "adam": (SpectralAdam, 1.0),
-    "adam_s": (SpectralAdam, 0.5),
-    "adam_q": (SpectralAdam, 0.25),
-    "adam_z": (SpectralAdam, 0.0),
-}
-
-
-def paper_optimizer(name: str, params: ParamsT, lr: float | Tensor, **options: Any) -> Optimizer:
-    """Return one of the eight optimizers of arXiv 2602.04669 by its name, with its settings.
-
-    Args:
-        name: "msgd", "msgd_s", "msgd_q", "msgd_z", "adam", "adam_s", "adam_q" or "adam_z".
-        params: of `SpectralMomentum` or `SpectralAdam`; the former's should be matrices, and the paper gives others to
-            AdamW.
-        lr: learning rate.
-        options: other keywords of the two classes.
-
-    Returns:
-        The optimizer, a `SpectralMomentum` or a `SpectralAdam`.
-
-    Raises:
-        ValueError: an unknown name, or what the optimizer raises.
-    """
-    if name not in PAPER:
-        raise ValueError(f"name should be one of {', '.join(map(repr, PAPER))} but is: {name!r}")
-    kind, power = PAPER[name]
-    return kind(params, lr=lr, power=power, **options)  # type: ignore[call-arg]
