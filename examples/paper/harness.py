@@ -27,7 +27,7 @@ from torch.optim.lr_scheduler import LambdaLR
 import muon_kernels
 from muon_kernels import backends, spectra
 from muon_kernels.cli import demo
-from muon_kernels.optimizers.spectral import PAPER
+from muon_kernels.optimizers.paper import PAPER
 from muon_kernels.split import equal
 
 CONTEXT = 64

@@ -177,7 +177,7 @@ def test_what_one_rank_cannot_step_no_rank_steps(ranks: World, kind: type) -> No
     first, second = ranks.run(2, refuse, "rows", kind)
     assert first == [
         "RuntimeError: rank 1 cannot take this step; nothing has been stepped on any rank. It says: ValueError: "
-        "Learning rate should be >= 0 but is: nan",
+        f"{'Learning rate' if kind is Muon else 'lr'} should be >= 0 but is: nan",
         True,
         0,
     ]
@@ -325,7 +325,7 @@ def changed(how: str) -> tuple[bool, str]:
             elif step == 0 and how == "a group's power":
                 optimizer.param_groups[0]["power"] = 1.0
             elif step == 0:
-                optimizer.param_groups[0]["momentum_dtype"] = torch.int8
+                optimizer.param_groups[0]["momentum_dtype"] = alone.param_groups[0]["momentum_dtype"] = torch.int8
         except (TypeError, ValueError) as error:
             said = str(error)
             break

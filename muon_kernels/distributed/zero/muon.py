@@ -21,6 +21,7 @@ from ...step.orthogonalize import orthogonalize, spectral_power
 from ...step.plan import plan_for_shapes
 from ...tensors import check_matrices
 from ..collectives import Pending, on_all
+from ..placement import team_of
 from .flat import Flat, Matrix, lay_out, length, meet
 from .optimizer import Half, ZeroOptimizer
 
@@ -103,6 +104,7 @@ class ZeroMuon(ZeroOptimizer):
             "maximize": maximize,
             "power": power,
         }
+        team_of(group)  # raises unless it is one
         defaults = on_all(group, lambda: _settled(given))
         self.half = MuonHalf(defaults, group)
         super().__init__(params, defaults, group)
