@@ -127,5 +127,6 @@ def test_in_words() -> None:
             plan_for_shapes(shapes, device="cuda", backend="cuda", available=False), "cuda", resolve("keller")
         )
 
-    assert "1.40 of the least" in words((64, 768, 9)) and "products" not in words((64, 768, 9))
+    assert "1.40 of the least" in words((64, 768, 108)) and "products" not in words((64, 768, 108))
+    assert "2.60 of the least" in words((64, 768, 9))  # in parts, which leave squares for one another
     assert "1.00 of the least" in words((768, 768, 9)) and "they load 1623 to 2895 MB" in words((768, 768, 9))
