@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from muon_kernels import Muon, backends, options
 from muon_kernels.backends import cpu, cuda, eager
+from muon_kernels.backends.gpu import fused_parts
 from muon_kernels.checks import Wrong, agree, products, steps, within
 from muon_kernels.cli import main, verify
 from muon_kernels.cli.verify import correct, emulation, facts, models, report, steppers, sweeps, timing, tools, traces
@@ -1014,6 +1015,12 @@ def test_lines() -> None:
 
 def test_nothing_was_run() -> None:
     assert report.verdict([Record(0, "facts", "?", "stopped")]) == "nothing was run"
+
+
+def test_steps_on_a_gpu_include_parts_of_columns() -> None:
+    """Wide and tall, so that neither layout runs for the first time in a training."""
+    divided = [s for s in FULL.steps if len(s) == 2 and min(s) <= 128 and fused_parts(min(s), max(s), 1) > 1]
+    assert any(m < n for m, n in divided) and any(m > n for m, n in divided)
 
 
 def test_workloads_of_a_gpu_are_whole_models() -> None:

@@ -700,3 +700,22 @@ def test_steps_that_cannot_be_taken(ranks: World) -> None:
 def test_flat_slices_need_a_group() -> None:
     with pytest.raises(ValueError, match="process_group should be one"):
         ZeroMuon([Parameter(torch.zeros(2, 2))])
+
+
+def scaled_apart(powers: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """A parameter after a step by gradients that each rank has scaled by its own power of two, and by 1; its copy."""
+    results = []
+    for power in (powers[dist.get_rank()], 0):
+        p = Parameter(torch.ones(6, 8))
+        optimizer = ZeroMuon([p], lr=0.1, backend="eager")
+        p.grad = torch.randn(6, 8, generator=torch.Generator().manual_seed(dist.get_rank())) * 2.0**power
+        optimizer.grad_scale = torch.tensor(2.0**power)  # as GradScaler does for the duration of a step
+        optimizer.step()
+        results.append(p.detach())
+    return results[0], results[1]
+
+
+def test_ranks_with_other_scales(ranks: World) -> None:
+    """Where one rank alone has overflowed, its GradScaler has a smaller scale from then on."""
+    for scaled, plain in ranks.run(2, scaled_apart, (4, 9)):
+        assert torch.equal(scaled, plain)
