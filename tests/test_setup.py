@@ -121,3 +121,13 @@ def test_what_is_compiled_is_said_where_a_user_sees_it(
     monkeypatch.setattr(setup_py.sys.stderr, "isatty", lambda: True, raising=False)
     setup_py.cuda_options()
     assert not (tmp_path / "another").exists(), "stderr is the terminal"
+
+
+def test_every_package_is_installed() -> None:
+    """An editable install finds them whether or not they are listed."""
+    from setuptools.config.pyprojecttoml import read_configuration
+
+    root = Path(__file__).parents[1]
+    listed = read_configuration(root / "pyproject.toml")["tool"]["setuptools"]["packages"]
+    written = [path.parent.relative_to(root).parts for path in (root / "muon_kernels").rglob("__init__.py")]
+    assert sorted(listed) == sorted(map(".".join, written))
