@@ -25,8 +25,8 @@ Shape = tuple[int, ...]
 Place = Callable[[Tensor, int], Tensor]
 
 
-def _mesh(*sizes: int) -> DeviceMesh:
-    return init_device_mesh("cpu", sizes, mesh_dim_names=("a", "b")[: len(sizes)])
+def _mesh(*sizes: int, names: str = "ab") -> DeviceMesh:
+    return init_device_mesh("cpu", sizes, mesh_dim_names=tuple(names[: len(sizes)]))
 
 
 def _on(mesh: DeviceMesh, placements_of: Callable[[Shape, int], Sequence[Any]]) -> Place:
@@ -50,15 +50,16 @@ def _whole_parts(shape: Shape, own: Mapping[str, Any]) -> int:
 
 def _fsdp_and_tp(own: Mapping[str, Any]) -> Place:
     """What fully_shard makes of tensor-parallel parameters; it is asked once a shape which elements a rank holds."""
-    both, found = _mesh(2, dist.get_world_size() // 2), dict[tuple[Shape, int], DTensor]()
+    # Under names of its own: torch keeps in mind the groups of a mesh that looks the same, also when they are gone.
+    both, found = _mesh(2, dist.get_world_size() // 2, names="dt"), dict[tuple[Shape, int], DTensor]()
 
     def place(t: Tensor, i: int) -> Tensor:
         dim = _of_tensor_parallel(t.shape, i, own)
         if (t.shape, dim) not in found:
             numbers = torch.arange(t.numel(), dtype=torch.float32).view(t.shape)
             module = nn.Module()
-            module.weight = nn.Parameter(distribute_tensor(numbers, both["b"], [Shard(dim)], src_data_rank=None))
-            fully_shard(module, mesh=both["a"])
+            module.weight = nn.Parameter(distribute_tensor(numbers, both["t"], [Shard(dim)], src_data_rank=None))
+            fully_shard(module, mesh=both["d"])
             found[t.shape, dim] = module.weight
         at = found[t.shape, dim]
         mine = t.flatten()[at.to_local().detach().long()]
@@ -175,6 +176,8 @@ ROUNDED: dict[str, Mapping[str, Sequence[int]]] = {
     "int8 momentum": {**ROWS_CUT, "uneven rows": (3,)},
     "int8 momentum of wide rows": ROWS_CUT,
     "int8 momentum of heads": {"uneven rows": (3,), "columns": (2, 3, 4), "rows and columns": (4,), "gram": (3,)},
+    # The mean of three equal gradients is not always the same number.
+    "SGD": {"ZeRO-1": (3,)},
 }
 # Cases of which no matrix is summed by "gram": parts that the cut leaves whole, or cuts along their shorter side; SGD.
 NOT_SUMMED = ("rows of heads", "heads", "thirds", "grouped queries", "convolutions", "SGD", "int8 momentum of heads")
@@ -210,4 +213,6 @@ def claim(case: str, kind: type, own: Mapping[str, Any], layout: str, size: int)
     rounded = size in ROUNDED.get(case, {}).get(layout, ())
     if layout == "gram":
         rounded |= size > 1 and case not in NOT_SUMMED
-    return ROUNDING if rounded or layout == "ZeRO-1" else BITS
+    if layout == "ZeRO-1":
+        rounded |= own.get("power") != 1
+    return ROUNDING if rounded else BITS

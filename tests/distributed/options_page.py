@@ -42,7 +42,8 @@ What is rounded:
 - `momentum_dtype=torch.int8` keeps the largest magnitude of every 2048 elements. A cut within these makes it another.
 - `strategy="gram"` sums Gram matrices. What is not cut along its longer side goes to owners, with the bits of one
   process.
-- ZeRO-1 rounds directions to bf16 before their norm is taken. With `power=1` it has other operations in fp32.
+- ZeRO-1 rounds directions to bf16 before their norm is taken. With `power=1` nothing is rounded but
+  the mean of three gradients.
 """
 
 
