@@ -1,6 +1,6 @@
 """The ways in which ranks hold parameters, and what a step of an option is in each: test_options.py runs all of it.
 
-`python tests/distributed/options_page.py` writes docs/distributed-options.md from the same.
+`PYTHONPATH=tests python tests/distributed/options_page.py` writes docs/distributed-options.md from the same.
 """
 
 from __future__ import annotations

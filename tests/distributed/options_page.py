@@ -1,6 +1,6 @@
 """The page about options on several ranks, from what test_options.py runs.
 
-PYTHONPATH=tests:tests/distributed python tests/distributed/options_page.py > docs/distributed-options.md
+PYTHONPATH=tests python tests/distributed/options_page.py > docs/distributed-options.md
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ HEAD = """# Options on several ranks
 
 What a step of each option is in each layout, on a CPU, beside that of one process with the same gradients.
 `tests/distributed/test_options.py` runs every cell and compares. It fails as well where a cell says "rounding" and
-none is seen. `python tests/distributed/options_page.py` writes this page from its tables.
+none is seen. `PYTHONPATH=tests python tests/distributed/options_page.py` writes this page from its tables.
 
 - **bits**: bit for bit that of one process.
 - **rounding**: the same but for the order of sums or for one rounding more, see below the table.

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from checks import needs
-from option_layouts import LAYOUTS, REFUSED, Place, claim, placed
+from option_layouts import LAYOUTS, REFUSED, ROUNDED, Place, claim, placed
 from ranks import World
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -268,6 +268,9 @@ def test_as_in_one_process(ranks: World, size: int, run: str) -> None:
 
 
 def test_every_option_has_a_case() -> None:
-    """Or is a layout, see LAYOUTS."""
+    """Or is a layout, see LAYOUTS; and what is claimed is claimed of cases and layouts that there are."""
+    for case, layouts in ROUNDED.items():
+        assert case in CASES and layouts.keys() <= LAYOUTS.keys()
+        assert all(set(sizes) <= set(LAYOUTS[name].sizes) for name, sizes in layouts.items())
     given = set().union(*(own for _, _, own in CASES.values()))
     assert OPTIONS.keys() - given <= {"lr", "strategy", "block_period", "block_lr_ratio", "stochastic_rounding"}
