@@ -141,23 +141,23 @@ LAYOUTS: dict[str, Layout] = {
         "stacks cut by `Shard(0)`: every rank has whole matrices",
         lambda shape, size, own: _is_stack(shape, own),
     ),
-    "columns": Layout("columns", (1, 2, 3, 4), "`Shard(1)` and `Shard(-1)`"),
-    "replicated DTensors": Layout("copies", (2, 4), "`Replicate()`"),
+    "columns": Layout("columns", (2, 3, 4), "`Shard(1)` and `Shard(-1)`"),
+    "replicated DTensors": Layout("copies", (4,), "`Replicate()`"),
     "HSDP": Layout("copies of rows", (2, 4), "`[Replicate(), Shard(0)]` on two times half of the ranks"),
-    "TP": Layout("TP", (2, 4), "rows and columns in turn, as `ColwiseParallel` and `RowwiseParallel` cut"),
+    "TP": Layout("TP", (4,), "rows and columns in turn, as `ColwiseParallel` and `RowwiseParallel` cut"),
     "rows and columns": Layout("rows and columns", (4,), "`[Shard(0), Shard(1)]` on two times two ranks"),
     "FSDP2 and TP": Layout("FSDP2 and TP", (4,), "`fully_shard` of tensor-parallel parameters, two times two ranks"),
-    "gram": Layout("gram", (1, 2, 3, 4), '`strategy="gram"`, the longer dimension cut'),
-    "blocks": Layout("blocks", (1, 2, 3, 4), '`strategy="blocks"`: a step of parts is that of each part alone'),
+    "gram": Layout("gram", (2, 3, 4), '`strategy="gram"`, the longer dimension cut'),
+    "blocks": Layout("blocks", (2, 3, 4), '`strategy="blocks"`: a step of parts is that of each part alone'),
     "ZeRO-1": Layout("ZeRO-1", (1, 2, 3, 4), "`ZeroMuonAdamW`, the mean gradient being that of one process"),
 }
 
 # Numbers of ranks on which the layouts cut a matrix; and those on which they cut its rows.
 CUT = {
     **{"even rows": (2, 3, 4), "uneven rows": (2, 3, 4), "empty shards": (3, 4), "columns": (2, 3, 4), "HSDP": (4,)},
-    **{"TP": (2, 4), "rows and columns": (4,), "FSDP2 and TP": (4,), "blocks": (2, 3, 4)},
+    **{"TP": (4,), "rows and columns": (4,), "FSDP2 and TP": (4,), "blocks": (2, 3, 4)},
 }
-ROWS_CUT = {"columns": (2, 3, 4), "TP": (2, 4), "rows and columns": (4,), "FSDP2 and TP": (4,)}
+ROWS_CUT = {"columns": (2, 3, 4), "TP": (4,), "rows and columns": (4,), "FSDP2 and TP": (4,)}
 
 # The numbers of ranks on which a case is that of one process to rounding only. On all others it has its bits.
 ROUNDED: dict[str, Mapping[str, Sequence[int]]] = {
@@ -192,14 +192,14 @@ REFUSED = {
 }
 
 
-def refusal(kind: type, own: Mapping[str, Any], layout: str, size: int) -> str | None:
+def refusal(kind: type, own: Mapping[str, Any], layout: str) -> str | None:
     """A key of REFUSED, or None."""
     strategy = layout in ("gram", "blocks")
     refused = [
         layout == "ZeRO-1" and not own.keys() - {"backend"} <= inspect.signature(ZeroMuon).parameters.keys(),
         strategy and kind is SpectralAdam,
         layout == "gram" and bool({"sign_momentum", "exact_rms"} & own.keys()),
-        layout in ("columns", "rows and columns") and bool(own.get("flatten")) and size > 1,
+        layout in ("columns", "rows and columns") and bool(own.get("flatten")),
     ]
     return next((text for text, here in zip(REFUSED, refused, strict=True) if here), None)
 
@@ -208,11 +208,11 @@ def claim(case: str, kind: type, own: Mapping[str, Any], layout: str, size: int)
     """What the page says of a case: BITS, ROUNDING, a key of REFUSED, or None where there is no such thing."""
     if layout == "ZeRO-1" and kind is SpectralAdam:
         return None  # ZeRO-1 has the formulas of Muon and of AdamW
-    if reason := refusal(kind, own, layout, size):
+    if reason := refusal(kind, own, layout):
         return reason
     rounded = size in ROUNDED.get(case, {}).get(layout, ())
     if layout == "gram":
-        rounded |= size > 1 and case not in NOT_SUMMED
+        rounded |= case not in NOT_SUMMED
     if layout == "ZeRO-1":
         rounded |= own.get("power") != 1
     return ROUNDING if rounded else BITS

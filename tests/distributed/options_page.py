@@ -23,7 +23,7 @@ none is seen. `PYTHONPATH=tests python tests/distributed/options_page.py` writes
 - **refused**: raises on all ranks before anything is written, for the reason below the table.
 - A dash: no matrix of the case can be like that, or the optimizer has no such thing.
 
-"Rounding on 3" is bits on other numbers of ranks. These are all that the layout names.
+"Rounding on 3" is bits on the other numbers of ranks that the layout names. On one rank all DTensors are the same.
 
 | layout | what it is | ranks |
 |---|---|---|

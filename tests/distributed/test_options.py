@@ -102,11 +102,14 @@ def shapes_of(case: str) -> list[tuple[int, ...]]:
     return CASES[case][1] + MORE_SHAPES.get(case, [])
 
 
+def initial(case: str) -> list[Tensor]:
+    dtype = torch.bfloat16 if CASES[case][2].get("master_weights") else torch.float32
+    return [(random(shape, i) * 0.1).to(dtype) for i, shape in enumerate(shapes_of(case))]
+
+
 def begin(case: str, place: Place, make: Callable[..., Optimizer]) -> tuple[list[nn.Parameter], Optimizer]:
     kind, _, own = CASES[case]
-    dtype = torch.bfloat16 if own.get("master_weights") else torch.float32
-    whole = [(random(shape, i) * 0.1).to(dtype) for i, shape in enumerate(shapes_of(case))]
-    params = [nn.Parameter(place(t, i)) for i, t in enumerate(whole)]
+    params = [nn.Parameter(place(t, i)) for i, t in enumerate(initial(case))]
     return params, make(params, kind, {"lr": 0.02, "backend": "cpu", **own})
 
 
@@ -203,14 +206,13 @@ def stepped(case: str, run: str, scale: float) -> list[str]:
     """Of each parameter whether the steps are those of one process: "bits", "rounding", or what is wrong."""
     place, (expected, by_itself) = placed(run, CASES[case][2]), alone(case, scale)
     params, optimizer = begin(case, place, makers(run))
-    start = [t.clone() for t in whole(params, optimizer)]
     for step in range(1 if run == "blocks" else STEPS):
         give(case, params, step, place, scale)
         optimizer.step()
     wanted = expected[0 if run == "blocks" else -1]
     # Divided by their own size, elements near zero may have another sign.
     most = LOOSE.get(run, CLOSE) * (2 if CASES[case][2].get("second_moment") == "element" else 1)
-    pairs = zip(whole(params, optimizer), wanted, start, strict=True)
+    pairs = zip(whole(params, optimizer), wanted, initial(case), strict=True)
     found = [nearness(p, own, most, own - before) for p, own, before in pairs]
     if run == "blocks":
         return worst(found, as_parts(case, params, optimizer, place, scale))
