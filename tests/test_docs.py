@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import options_page
 import pytest
 import torch
 import torch.distributed as dist
@@ -198,3 +199,8 @@ def test_links_of_a_readme_lead_somewhere(page: str, least: int) -> None:
 def test_the_readme_says_how_to_test() -> None:
     command = "python -m pytest -n auto --dist loadfile\n"
     assert command in (ROOT / "README.md").read_text() and command in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_page_of_options_on_ranks_is_what_the_tests_run() -> None:
+    """`PYTHONPATH=tests python tests/distributed/options_page.py` writes it anew."""
+    assert (ROOT / "docs" / "distributed-options.md").read_text() == options_page.page()

@@ -85,7 +85,7 @@ def check_alike(placements: Mapping[Tensor, Placement], group: Mapping[str, Any]
     Args:
         placements: of the parameters of a group.
         group: the group.
-        also: a team that compares its options even where this rank has no parameter of it.
+        also: a team that compares what it was given even where this rank has no parameter of it.
     """
     names = dict(zip(group["params"], group.get("param_names", ()), strict=False))
     options = {
@@ -93,7 +93,8 @@ def check_alike(placements: Mapping[Tensor, Placement], group: Mapping[str, Any]
         for key, value in sorted(group.items())
         if key not in ("params", "param_names")
     }
-    teams = teams_of(placements) | ({} if also is None or placements else {also: []})
+    none: dict[Team, list[Tensor]] = {} if also is None else {also: []}
+    teams = none | teams_of(placements)
     for team, params in teams.items():
         own = [f"{key}={value}" for key, value in options.items()]
         for i, p in enumerate(params):
@@ -104,6 +105,18 @@ def check_alike(placements: Mapping[Tensor, Placement], group: Mapping[str, Any]
             dist.all_gather_object(everybody, own, group=process_group)
             for rank, other in enumerate(everybody):
                 _compare(rank, everybody[0], other)
+
+
+def check_counts(group: dist.ProcessGroup, count: int) -> None:
+    """Raise ValueError, on every rank, unless all ranks of a process group give an optimizer as many param groups."""
+    counts: list[Any] = [None] * group.size()
+    dist.all_gather_object(counts, count, group=group)
+    for rank, other in enumerate(counts):
+        if other != counts[0]:
+            raise ValueError(
+                f"all ranks should give the optimizer as many param groups but rank {rank} of the process group gave "
+                f"{other} where rank 0 gave {counts[0]}"
+            )
 
 
 def _compare(rank: int, first: list[str], other: list[str]) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -11,9 +11,12 @@ from torch.distributed import ProcessGroup
 from ..stages import SecondMoment, Stage, stages_of
 from ..tensors import any_dtensor, is_dtensor
 from . import consensus
-from .agreement import Agreement
+from .agreement import Agreement, Facts, GradOf, Prepared
 from .balance import assign_owners
 from .placement import Placement, Team, Teams, placement_of, replicated, team_of
+
+if TYPE_CHECKING:
+    from ..step.work import Task
 
 
 class Consolidated(NamedTuple):
@@ -86,9 +89,37 @@ class Ranks:
             for (p, cost), owner in zip(plain, owners, strict=True):
                 placements[p] = replicated(self._copies, p.shape, owner)
                 loads[owner] += cost
-        consensus.check_alike(placements, group)
+        consensus.check_alike(placements, group, self._copies)
         self._take(group, placements)
         self._loads = loads
+
+    def agree(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        prepare: Callable[[GradOf], tuple[Prepared, Sequence[Task]]],
+        options: Callable[[Sequence[Tensor]], Facts],
+    ) -> Prepared:
+        """Look at DTensors again, see `refresh`, and have all ranks prepare the same step, see `Agreement.reach`.
+
+        Another `flatten` may make other teams, which wait for ever where not all ranks have it. So in a step before
+        which it has changed, ranks compare it first, in the teams that they have been in.
+        """
+        changed = self._changed(groups)
+
+        def look_again(_: GradOf) -> tuple[None, list[Task]]:
+            self.refresh(groups)
+            return None, []
+
+        def with_changes(params: Sequence[Tensor]) -> Facts:
+            meshes = {p.device_mesh for p in params if is_dtensor(p)}
+            here = [g for g in changed if any(is_dtensor(p) and p.device_mesh in meshes for p in g["params"])]
+            return [*options(params), *((f"new flatten {i}", repr(group["flatten"])) for i, group in enumerate(here))]
+
+        if changed:
+            self.agreement.reach(self.teams, look_again, with_changes)
+        found = self.agreement.reach(self.teams, prepare, options)
+        assert found is not None
+        return found
 
     def refresh(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Look again at DTensors that are new, or whose group has another `flatten` now.
@@ -96,13 +127,17 @@ class Ranks:
         Raises:
             ValueError: a parameter is placed in a way that cannot be stepped, or an option is not for several ranks.
         """
-        for group in groups:
-            if not any_dtensor(group["params"]):
-                continue
-            for p in group["params"]:
-                if is_dtensor(p) and self._flatten.get(p, "unseen") is not group["flatten"]:
-                    self._take(group, self._placed(group))
-                    break
+        for group in self._changed(groups):
+            self._take(group, self._placed(group))
+
+    def _changed(self, groups: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """Return the groups that have a DTensor which was not seen with their `flatten`."""
+        return [
+            group
+            for group in groups
+            if any_dtensor(group["params"])
+            and any(is_dtensor(p) and self._flatten.get(p, "unseen") is not group["flatten"] for p in group["params"])
+        ]
 
     def check(self, group: Mapping[str, Any]) -> None:
         """Raise ValueError if a group's `power` has become 1, where no owner would keep a share of the momenta."""

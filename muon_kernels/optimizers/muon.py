@@ -280,7 +280,6 @@ class Muon(ClosureOptimizer):
     def _ready(self, check: Callable[[], object], others: Callable[[], Facts]) -> Sequence[ReadyBatch]:
         """Get a step ready, on all ranks that step together, and write nothing; see `step_beside`."""
         self._steps += 1
-        self._ranks.refresh(self.param_groups)
 
         def prepare(grad_of: Callable[[Tensor], Tensor | None]) -> tuple[list[ReadyBatch], list[Task]]:
             check()
@@ -301,14 +300,12 @@ class Muon(ClosureOptimizer):
             return [*options_of_groups(self.param_groups, params, [*self.defaults, "step"]), *others()]
 
         try:
-            found = self._ranks.agreement.reach(self._ranks.teams, prepare, options)
+            return self._ranks.agree(self.param_groups, prepare, options)
         except Failed as error:
             raise RuntimeError(
                 f"step {self._steps} of Muon did not begin: {error}; every rank has to call step, which GradScaler "
                 "leaves out where gradients of one rank alone are not finite: give all ranks the same before"
             ) from error
-        assert found is not None
-        return found
 
     def _run(self, ready: Sequence[ReadyBatch]) -> None:
         """Write what `_ready` has got ready."""

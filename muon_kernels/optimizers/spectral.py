@@ -231,7 +231,6 @@ class SpectralAdam(ClosureOptimizer):
 
     def _update(self) -> None:
         """Step all groups: look at everything, get everything ready, then write."""
-        self._ranks.refresh(self.param_groups)
 
         def prepare(grad_of: Callable[[Tensor], Tensor | None]) -> tuple[_Ready, list[Task]]:
             self._check_gradients()
@@ -247,8 +246,7 @@ class SpectralAdam(ClosureOptimizer):
         def alike(params: Sequence[Tensor]) -> Facts:
             return options_of_groups(self.param_groups, params, self.defaults)
 
-        ready = self._ranks.agreement.reach(self._ranks.teams, prepare, alike)
-        assert ready is not None
+        ready = self._ranks.agree(self.param_groups, prepare, alike)
         # An interrupt is deferred only where this rank is alone: another rank may wait for this one for ever.
         alone = not any(task.together for batch in ready.batches for task in batch.tasks)
         self._ranks.consolidated = None

@@ -63,9 +63,7 @@ def consolidate(state: Mapping[Tensor, Any], ranks: Ranks, to: int) -> None:
     for team in {at.team for at in ranks.owned.values()}:
         if isinstance(to, bool) or not isinstance(to, int) or not 0 <= to < team.ranks:
             raise ValueError(f"to should be a rank of the process group, 0 to {team.ranks - 1}, but is: {to!r}")
-    found = _of_others(state, ranks, to)
-    on_host = {p: {key: t.cpu() for key, t in of.items()} for p, of in found.items()}
-    ranks.consolidated = Consolidated(to, on_host)
+    ranks.consolidated = Consolidated(to, _of_others(state, ranks, to))
 
 
 # Key under which a checkpoint has the numbers of a DTensor's int8 momentum: with another cut, codes mean nothing.

@@ -214,6 +214,48 @@ def test_plans_are_compared_by_the_second_message_too(ranks: World) -> None:
         assert same and said.startswith("ValueError: all ranks should plan the same exchange"), said
 
 
+def of_a_wider_team() -> tuple[str, bool, float]:
+    """Ranks in pairs that each share a parameter, of which all share another; rank 1 fails at its second preparation.
+
+    Of the pair's it lacks a gradient, which is why there is one. In the team of all nothing is amiss but that.
+    """
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pairs", "pair"))
+    everybody = init_device_mesh("cpu", (4,))
+    whole = [torch.randn(12, 16, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    params = [
+        torch.nn.Parameter(distribute_tensor(t, on, [Shard(0)], src_data_rank=None))
+        for t, on in zip(whole, (mesh["pair"], everybody), strict=True)
+    ]
+    optimizer = Muon(params, lr=0.1)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    first, tried = optimizer._prepare, []
+
+    def prepare(*args: Any) -> Any:
+        tried.append(args)
+        if len(tried) > 1:
+            raise RuntimeError("no memory is left")
+        return first(*args)
+
+    if dist.get_rank() == 1:
+        params[0].grad = None
+        optimizer._prepare = prepare
+    begun = time.monotonic()
+    said, same = attempt(params, optimizer)
+    assert dist.get_rank() != 1 or len(tried) == 2
+    return said, same, time.monotonic() - begun
+
+
+def test_a_wider_team_hears_of_the_second_message(ranks: World) -> None:
+    """In seconds: a rank that does not hear of it begins to step, and waits for those that do not until the timeout."""
+    for rank, (returned, found) in enumerate(ranks.outcomes(4, of_a_wider_team, timeout=15)):
+        assert returned, found
+        said, same, waited = found
+        assert same and waited < 10
+        assert ("no memory is left" in said) and ("rank 1 cannot take this step" in said) == (rank != 1), said
+
+
 def messages(run: Callable[[], Any]) -> int:
     """How often `run` asks all ranks for a maximum."""
     count = 0
@@ -361,6 +403,37 @@ def test_two_teams_of_the_same_ranks(ranks: World, how: str) -> None:
     """What is missing in one, or is a rank's own, is no difference in the other."""
     for said, right in ranks.run(2, of_two_teams, how):
         assert right and bool(said) == (how == "lr"), said
+
+
+def flattened(before: bool | None, after: bool | None, whose: list[int], kind: type) -> tuple[str, bool, float]:
+    """`flatten` of a stack changes on some ranks, beside a matrix that they share; its cut is of experts or of rows."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    whole = [torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in ((12, 16), (6, 4, 5))]
+    params = [torch.nn.Parameter(distribute_tensor(t, mesh, [Shard(0)], src_data_rank=None)) for t in whole]
+    optimizer = kind([{"params": params[:1]}, {"params": params[1:], "flatten": before}], lr=0.1)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    if dist.get_rank() in whose:
+        optimizer.param_groups[1]["flatten"] = after
+    begun = time.monotonic()
+    return *attempt(params, optimizer), time.monotonic() - begun
+
+
+@pytest.mark.parametrize("kind", [Muon, SpectralAdam], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(("before", "after"), [(None, True), (True, None)])
+def test_teams_that_one_rank_alone_would_make_or_leave(
+    ranks: World, before: bool | None, after: bool | None, kind: type
+) -> None:
+    """It is said in the teams that there have been; where all ranks have changed, they step in those that there are."""
+    for returned, found in ranks.outcomes(2, flattened, before, after, [1], kind, timeout=15):
+        assert returned, found
+        said, same, waited = found
+        assert same and waited < 10
+        text = "new flatten 0" if before is None else "flatten of group 1"
+        assert f"but {text} is {'missing' if before is None else before} on rank 0, {after} on rank 1" in said, said
+    for said, same, _ in ranks.run(2, flattened, before, after, [0, 1], kind):
+        assert not said and not same
 
 
 def of_vectors() -> tuple[str, bool]:

@@ -409,6 +409,67 @@ def test_a_checkpoint_on_one_rank_only(ranks: World, kind: type) -> None:
         assert said.startswith("state_dict() should be called on rank 2 of the process group, to which consolidate")
 
 
+def on_the_way() -> list[str]:
+    """What rank 1 does with the state of others as it comes: messages, and moves to the host."""
+    params, optimizer = build("group", 2 * SHAPES)
+    give(params)
+    optimizer.step()
+    done: list[str] = []
+    got: list[Tensor] = []
+    receive, to_host = dist.recv, Tensor.cpu
+
+    def received(t: Tensor, **rest: Any) -> Any:
+        done.append("received")
+        got.append(t)
+        return receive(t, **rest)
+
+    def moved(t: Tensor) -> Tensor:
+        done.extend("moved" for other in got if t is other)  # torch moves its messages, too
+        return to_host(t)
+
+    dist.recv, Tensor.cpu = received, moved  # type: ignore[assignment, method-assign]
+    try:
+        optimizer.consolidate_state_dict(to=1)
+    finally:
+        dist.recv, Tensor.cpu = receive, to_host  # type: ignore[method-assign]
+    return done
+
+
+def test_consolidated_state_goes_to_the_host(ranks: World) -> None:
+    """Piece by piece: a GPU need not have room for what all ranks keep, nor for two pieces."""
+    others, found = ranks.run(2, on_the_way)
+    assert others == []
+    assert len(found) >= 4 and found == ["received", "moved"] * (len(found) // 2)
+
+
+def of_empty_groups(what: str) -> str:
+    """What is said where rank 1 alone has no parameter in a second group, or another option in an empty one."""
+    params, alone = [torch.nn.Parameter(torch.ones(4, 6)) for _ in range(2)], dist.get_rank() == 1
+    group: dict[str, Any] = {"params": params[1:]}
+    if what == "no parameter" and alone:
+        group["params"] = []
+    elif what == "an option":
+        group = {"params": [], "momentum": 0.5 if alone else 0.9}
+    try:
+        Muon([{"params": params[:1]}, group], process_group=dist.group.WORLD)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("no parameter", "gave nothing more where rank 0 gave parameter 0 of size (4, 6)"),
+        ("an option", "gave momentum=0.5 where rank 0 gave momentum=0.9"),
+        ("nothing", ""),
+    ],
+)
+def test_groups_that_are_empty_on_one_rank(ranks: World, what: str, said: str) -> None:
+    for returned, text in ranks.outcomes(2, of_empty_groups, what, timeout=10):
+        assert returned and said in text and bool(text) == bool(said), text
+
+
 class Turns:
     """A run of the demo that takes no time."""
 

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from checks import needs
+from option_layouts import LAYOUTS, REFUSED, ROUNDED, Place, claim, placed
 from ranks import World
-from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from muon_kernels import Muon, SpectralAdam, SpectralMomentum
-from muon_kernels.distributed import lots
+from muon_kernels.distributed import ZeroMuon, ZeroMuonAdamW, lots
+from muon_kernels.options import OPTIONS
 from muon_kernels.split import blocks, equal, heads, qkv
 
+STEPS = 3
+# Of the way that a parameter goes: what rounding may change, and where the iteration has another order of operations,
+# sums of Gram matrices or directions that are rounded before their norm is taken.
+CLOSE, LOOSE = 0.02, {"gram": 0.03, "ZeRO-1": 0.03}
 # Wide, tall, square, odd, fewer rows than ranks, one row, many equal ones, stacks, empty ones.
 SHAPES = [(128, 256), (256, 64), (96, 96), (96, 96), (33, 70), (3, 50), (1, 40), *[(24, 40)] * 5]
 SHAPES += [(6, 64, 48), (1, 16, 12), (0, 8), (0, 4, 4)]
@@ -58,6 +66,31 @@ CASES: dict[str, tuple[type[Optimizer], list[tuple[int, ...]], dict[str, Any]]] 
     "unequal blocks": (Muon, [(96, 64)], {"split": blocks(64, 32)}),
     "convolutions": (Muon, [(32, 3, 5, 5), (24, 16, 3)], {"flatten": True}),
 }
+# What CASES leave out: cuts that are uneven or leave a rank without rows, and stacks, of splits.
+MORE_SHAPES: dict[str, list[tuple[int, ...]]] = {
+    "elements": [(4, 24 + 8 * i) for i in range(6)] + [(rows, 24) for rows in (6, 9, 35, 37, 41, 43)],
+    "fp16 workspace": [(4, 40)],
+    "rows of heads": [(3, 24, 20)],
+    "rows of quarters": [(33, 24), (1, 40), (3, 24, 20)],
+    "elements of queries": [(8 * i, 24) for i in (1, 2, 3, 4, 5, 6, 7, 9)] + [(3, 32, 20)],
+    "heads": [(3, 24, 20)],
+    "thirds": [(33, 24), (3, 40), (3, 24, 20)],
+    "columns": [(33, 24), (1, 40), (3, 24, 20)],
+    "grouped queries": [(8, 24), (3, 32, 20)],
+    "unequal blocks": [(3, 96, 20)],
+}
+WIDE = [(8, 2048), (5, 2048), (1, 2048), (3, 2, 2048)]
+SMALL = [(24, 40), (33, 24), (1, 40), (3, 24, 20)]
+CASES |= {
+    "scheduled decay": (Muon, SMALL, {"weight_decay_form": "scheduled", "peak_lr": 0.05, "use_addmm": True}),
+    "three steps": (Muon, SMALL, {"ns_steps": 3, "eps": 1e-3}),
+    "slow squares": (Muon, SMALL, {"second_moment": "neuron", "beta2": 0.99}),
+    "int8 momentum of wide rows": (
+        Muon,
+        [(8, 2048), (5, 2048), (1, 2048), (3, 2, 2048)],
+        {"momentum_dtype": torch.int8},
+    ),
+}
 SCALES = {"": 1.0, "tiny gradients": 1e-25, "huge gradients": 1e25}
 
 
@@ -65,90 +98,181 @@ def random(shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def steps(case: str, place: Any, scale: float, **options: Any) -> tuple[list[Tensor], Optimizer]:
-    """Three steps with the same gradients wherever the parameters are; a gradient is missing in the second."""
-    kind, shapes, own = CASES[case]
-    dtype = torch.bfloat16 if own.get("master_weights") else torch.float32
-    params = [torch.nn.Parameter(place((random(shape, i) * 0.1).to(dtype))) for i, shape in enumerate(shapes)]
-    optimizer = kind(params, **{"lr": 0.02, "backend": "cpu", **own, **options})  # type: ignore[call-arg]
-    for step in range(3):
-        for i, p in enumerate(params):
-            p.grad = None if step == 1 and i == 1 else place((random(shapes[i], 100 + 10 * step + i) * scale).to(dtype))
+def shapes_of(case: str) -> list[tuple[int, ...]]:
+    return CASES[case][1] + MORE_SHAPES.get(case, [])
+
+
+def initial(case: str) -> list[Tensor]:
+    dtype = torch.bfloat16 if CASES[case][2].get("master_weights") else torch.float32
+    return [(random(shape, i) * 0.1).to(dtype) for i, shape in enumerate(shapes_of(case))]
+
+
+def begin(case: str, place: Place, make: Callable[..., Optimizer]) -> tuple[list[nn.Parameter], Optimizer]:
+    kind, _, own = CASES[case]
+    params = [nn.Parameter(place(t, i)) for i, t in enumerate(initial(case))]
+    return params, make(params, kind, {"lr": 0.02, "backend": "cpu", **own})
+
+
+def give(case: str, params: Sequence[Tensor], step: int, place: Place, scale: float) -> None:
+    """The same gradients wherever the parameters are; one is missing in the second step."""
+    for i, p in enumerate(params):
+        grad = (random(shapes_of(case)[i], 100 + 10 * step + i) * scale).to(p.dtype)
+        p.grad = None if step == 1 and i == 1 else place(grad, i)
+
+
+@cache
+def alone(case: str, scale: float) -> tuple[list[list[Tensor]], Optimizer]:
+    """Parameters after each step in one process, and the optimizer; the ranks are processes that many tests share."""
+    here: Place = lambda t, i: t.clone()
+    params, optimizer = begin(case, here, lambda params, kind, own: kind(params, **own))
+    found = []
+    for step in range(STEPS):
+        give(case, params, step, here, scale)
         optimizer.step()
-    return [p.detach() for p in params], optimizer
+        found.append([t.clone() for t in whole(params, optimizer)])
+    return found, optimizer
 
 
-def kept(optimizer: Optimizer, key: str) -> dict[int, Tensor]:
+def kept(optimizer: Optimizer, params: Sequence[Tensor], key: str) -> dict[int, Tensor]:
     """What this rank keeps under a key of the state, whole, by the index of the parameter."""
-    found = {i: optimizer.state.get(p, {}).get(key) for i, p in enumerate(optimizer.param_groups[0]["params"])}
+    found = {i: optimizer.state.get(p, {}).get(key) for i, p in enumerate(params)}
     wide = {i: t.int() if t.dtype == torch.int16 else t for i, t in found.items() if t is not None}  # gloo has no int16
     return {i: t.full_tensor() if isinstance(t, DTensor) else t for i, t in wide.items()}
 
 
-def compare(layout: str) -> list[str]:
-    """The cases in which a rank's result differs from one process's."""
-    size = dist.get_world_size()
-    one = init_device_mesh("cpu", (size,), mesh_dim_names=("a",))
-    placements: dict[str, tuple[Any, list[Any]]] = {
-        "rows": (one, [Shard(0)]),
-        "columns": (one, [Shard(1)]),
-        "last": (one, [Shard(-1)]),
-        "copies": (one, [Replicate()]),
-    }
-    if size == 4:
-        two = init_device_mesh("cpu", (2, 2), mesh_dim_names=("b", "c"))
-        placements["copies of rows"] = two, [Replicate(), Shard(0)]
-        placements["rows and columns"] = two, [Shard(0), Shard(1)]
+def zero(params: Sequence[nn.Parameter], kind: type[Optimizer], own: dict[str, Any]) -> Optimizer:
+    """ZeroMuonAdamW with what `kind` would have been given, its defaults too."""
+    if kind is SpectralMomentum:
+        group = kind(params, **own).param_groups[0]
+        own = {key: group[key] for key in inspect.signature(ZeroMuon).parameters if key in group}
+    return ZeroMuonAdamW([{"params": params, "use_muon": True, **own}])
+
+
+def makers(run: str) -> Callable[..., Optimizer]:
+    options: dict[str, Any] = {}
+    if run == "group":
+        options = {"process_group": dist.group.WORLD}
+    elif run in ("gram", "blocks"):
+        options = {"strategy": run} | ({"block_period": STEPS} if run == "blocks" else {})
+    return zero if run == "ZeRO-1" else lambda params, kind, own: kind(params, **own, **options)
+
+
+def whole(params: Sequence[Tensor], optimizer: Optimizer) -> list[Tensor]:
+    """Parameters, in fp32 where there are masters, whose other half every rank keeps."""
+    found = [p.detach().full_tensor() if isinstance(p, DTensor) else p.detach() for p in params]
+    lower = kept(optimizer, params, "mantissa")
+    return [
+        ((t.view(torch.int16).int() << 16) + lower[i]).view(torch.float32) if i in lower else t
+        for i, t in enumerate(found)
+    ]
+
+
+def nearness(found: Tensor, expected: Tensor, most: float, way: Tensor | None = None) -> str:
+    """How far apart they are: "rounding" is at most `most` of the norm of `way`, or of what is expected."""
+    if torch.equal(found, expected):
+        return "bits"
+    apart = float((found - expected).norm() / (expected if way is None else way).norm())
+    return "rounding" if apart <= most else f"wrong: {apart:.3g} apart"
+
+
+def worst(*found: list[str]) -> list[str]:
+    """Of each parameter what is said that is worst; in the order of the alphabet."""
+    return list(map(max, zip(*found, strict=True)))
+
+
+def as_parts(case: str, params: Sequence[Tensor], optimizer: Optimizer, place: Place, scale: float) -> list[str]:
+    """Steps after the first of "blocks", of each rank's parts beside parameters of its own that are these."""
+    here = lambda t: t.detach().to_local() if isinstance(t, DTensor) else t.detach()
+    kind, _, own = CASES[case]
+    parts = [nn.Parameter(here(p).clone()) for p in params]
+    apart = kind(parts, **{"lr": 0.02, "backend": "cpu", **own})
+    for p, part in zip(params, parts, strict=True):
+        apart.state[part] = {key: here(t).clone() for key, t in optimizer.state[p].items()}
+    for step in range(1, STEPS):
+        give(case, params, step, place, scale)
+        for p, part in zip(params, parts, strict=True):
+            part.grad = None if p.grad is None else here(p.grad).clone()
+        optimizer.step()
+        apart.step()
+    found = ["bits" if torch.equal(here(p), part) else "wrong: a part" for p, part in zip(params, parts, strict=True)]
+    for i, (p, part) in enumerate(zip(params, parts, strict=True)):
+        for key, t in apart.state[part].items():
+            if not torch.equal(t, here(optimizer.state[p][key])):
+                found[i] = f"wrong: {key} of a part"
+    return found
+
+
+def stepped(case: str, run: str, scale: float) -> list[str]:
+    """Of each parameter whether the steps are those of one process: "bits", "rounding", or what is wrong."""
+    place, (expected, by_itself) = placed(run, CASES[case][2]), alone(case, scale)
+    params, optimizer = begin(case, place, makers(run))
+    for step in range(1 if run == "blocks" else STEPS):
+        give(case, params, step, place, scale)
+        optimizer.step()
+    wanted = expected[0 if run == "blocks" else -1]
+    # Divided by their own size, elements near zero may have another sign.
+    most = LOOSE.get(run, CLOSE) * (2 if CASES[case][2].get("second_moment") == "element" else 1)
+    pairs = zip(whole(params, optimizer), wanted, initial(case), strict=True)
+    found = [nearness(p, own, most, own - before) for p, own, before in pairs]
+    if run == "blocks":
+        return worst(found, as_parts(case, params, optimizer, place, scale))
+    # A constant factor of a moment would not show in the update, whose norm is kept.
+    squares = kept(by_itself, list(by_itself.state), "second_momentum_buffer")
+    for i, V in kept(optimizer, params, "second_momentum_buffer").items():
+        found[i] = max(found[i], nearness(V, squares[i], 2 * most))
+    return found
+
+
+def results(run: str, cases: Sequence[str]) -> dict[str, list[str] | str]:
+    """Of each case what `stepped` says, of the worst scale, or what an error says."""
     lots._NUMBERS_ON_CPU = 2000  # several matrices at a time, and not all
-    different = []
-    for case, (_, _, own) in CASES.items():
-        for name, scale in SCALES.items():
-            if name and case not in ("defaults", "half power"):
-                continue
-            options: dict[str, Any] = {}
-            if layout == "group":
-                place, options["process_group"] = (lambda t: t), dist.group.WORLD
-            else:
-                mesh, where = placements[layout]
-                if own.get("flatten") and layout not in ("rows", "copies", "copies of rows"):
-                    continue  # refused
-                place = lambda t, mesh=mesh, where=where: distribute_tensor(t, mesh, where, src_data_rank=None)
-            found, optimizer = steps(case, place, scale, **options)
-            expected, alone = steps(case, lambda t: t, scale)
-            whole = [t.full_tensor() if isinstance(t, DTensor) else t for t in found]
-            # Partial sums of squares, of a row that is cut or of a matrix, are in fp32, and in another order. "eager"
-            # rounds slices twice. Blocks that are cut have another absmax.
-            by_rows = ("group", "rows", "copies", "copies of rows")
-            exact = {"neuron": by_rows, "element": ("group", "copies")}.get(own.get("second_moment"), (layout,))
-            if own.get("momentum_dtype") == torch.int8:
-                exact = ("group", "copies") if size == 3 else by_rows
-            close = layout not in exact or own.get("backend") == "eager"
-            same = (lambda a, b: torch.allclose(a, b, rtol=0, atol=3e-4)) if close else torch.equal
-            # A constant factor of a moment would not show in the update, whose norm is kept.
-            if close and "second_moment" in own:
-                wanted = kept(alone, "second_momentum_buffer")
-                for i, V in kept(optimizer, "second_momentum_buffer").items():
-                    torch.testing.assert_close(V, wanted[i], rtol=1e-3, atol=1e-6)
-            if own.get("master_weights"):  # which the parameters show half of; every rank keeps all
-                lower, wanted = kept(optimizer, "mantissa"), kept(alone, "mantissa")
-                assert lower.keys() == wanted.keys()
-                whole, expected = [*whole, *lower.values()], [*expected, *wanted.values()]
-            if not all(map(same, whole, expected)):
-                different.append(f"{case} {name}")
-    return different
+    found: dict[str, list[str] | str] = {}
+    for case in cases:
+        scales = SCALES.values() if case in ("defaults", "half power") else [1.0]
+        try:
+            found[case] = worst(*(stepped(case, run, scale) for scale in scales))
+        except (ValueError, TypeError) as error:
+            found[case] = f"{type(error).__name__}: {error}"
+    return found
 
 
-LAYOUTS = {
-    2: ("group", "rows", "columns", "last"),
-    3: ("group", "rows", "columns"),
-    4: ("group", "rows", "copies", "copies of rows", "rows and columns"),
-}
+RUNS = sorted({(size, at.run) for at in LAYOUTS.values() for size in at.sizes})
+
+
+def mistakes(case: str, layout: str, size: int, found: list[str] | str) -> list[str]:
+    """What the claim about a case in a layout has that is not so; `found` is what `results` said, of all parameters."""
+    kind, _, own = CASES[case]
+    claimed = claim(case, kind, own, layout, size)
+    if isinstance(found, str):
+        return [] if REFUSED.get(claimed or "", "nothing") in found else [f"{claimed} but {found}"]
+    here = [t for t, shape in zip(found, shapes_of(case), strict=True) if LAYOUTS[layout].has(shape, size, own)]
+    # A claim of rounding that is none would hide an error of rounding.
+    return [] if not here or max(here) == claimed else [f"{claimed} but {here}"]
 
 
 @needs.cpu_kernels
-@pytest.mark.parametrize(
-    ("size", "layout"), [(size, layout) for size, layouts in LAYOUTS.items() for layout in layouts]
-)
-def test_as_in_one_process(ranks: World, size: int, layout: str) -> None:
-    for different in ranks.run(size, compare, layout):
-        assert not different
+@pytest.mark.parametrize(("size", "run"), RUNS)
+def test_as_in_one_process(ranks: World, size: int, run: str) -> None:
+    """Each case is exactly what the page says: of the parameters that a layout has, one is as far off as that."""
+    layouts = [name for name, at in LAYOUTS.items() if at.run == run and size in at.sizes]
+    cases = [case for case, (kind, _, own) in CASES.items() if claim(case, kind, own, layouts[0], size) is not None]
+    found, *others = ranks.run(size, results, run, cases)
+    wrong = {}
+    for case in cases:
+        same = found[case]
+        for other in others:
+            assert isinstance(same, str) == isinstance(other[case], str), (case, same, other[case])
+            same = same if isinstance(same, str) else worst(same, other[case])
+        for layout in layouts:
+            if said := mistakes(case, layout, size, same):
+                wrong[f"{case}, {layout}"] = said
+    assert wrong == {}
+
+
+def test_every_option_has_a_case() -> None:
+    """Or is a layout, see LAYOUTS; and what is claimed is claimed of cases and layouts that there are."""
+    for case, layouts in ROUNDED.items():
+        assert case in CASES and layouts.keys() <= LAYOUTS.keys()
+        assert all(set(sizes) <= set(LAYOUTS[name].sizes) for name, sizes in layouts.items())
+    given = set().union(*(own for _, _, own in CASES.values()))
+    assert OPTIONS.keys() - given <= {"lr", "strategy", "block_period", "block_lr_ratio", "stochastic_rounding"}

@@ -80,6 +80,8 @@ def train(layout: str, start: int, stop: int, folder: str, **options: Any) -> di
         (("ddp", 3), ("ddp", 2)),
         (("ddp", 2), ("one", 1)),
         (("one", 1), ("ddp", 2)),
+        (("fsdp and tp", 4), ("tp", 2)),
+        (("tp", 4), ("fsdp", 3)),
     ],
     ids=lambda what: f"{what[0]}-{what[1]}",
 )
@@ -160,6 +162,50 @@ def test_resharding_of_int8_momentum(ranks: World, tmp_path: Path) -> None:
     for saved, size, layout, key in (("rows", 1, "one", "momentum_buffer"), ("ddp", 2, "rows", "momentum_values")):
         for returned, said in ranks.outcomes(size, eight_bits, layout, 2, 4, str(tmp_path / saved)):
             assert not returned and "Missing key in checkpoint state_dict" in said and key in said
+
+
+def eight_bits_again(layout: str) -> list[bool]:
+    """Whether int8 momentum that is loaded is saved, before any step, with the values that it has; and then steps."""
+
+    def build() -> tuple[list[nn.Parameter], Muon]:
+        whole = [torch.randn(s, generator=torch.Generator().manual_seed(sum(s))) for s in [(50, 70), (70, 50)]]
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        place = lambda t: distribute_tensor(t, mesh, [Shard(0)], src_data_rank=None) if layout == "rows" else t
+        shared = {"process_group": dist.group.WORLD} if layout == "ddp" else {}
+        params = [nn.Parameter(place(t)) for t in whole]
+        return params, Muon(params, lr=0.1, momentum_dtype=torch.int8, **shared)
+
+    def step(params: list[nn.Parameter], optimizer: Muon) -> None:
+        for i, p in enumerate(params):
+            p.grad = torch.full_like(p, 0.1 * (i + 1))
+        optimizer.step()
+
+    params, optimizer = build()
+    for _ in range(3):
+        step(params, optimizer)
+    saved, found = copy.deepcopy(optimizer.state_dict()), []
+    for _ in range(2):  # loaded, saved, loaded, saved
+        others, other = build()
+        for p, q in zip(others, params, strict=True):
+            p.data.copy_(q.data)
+        other.load_state_dict(saved)
+        again = copy.deepcopy(other.state_dict())
+        pairs = [(a, again["state"][i].get(key)) for i, of in saved["state"].items() for key, a in of.items()]
+        found += [
+            bool(pairs),
+            all(b is not None and a.dtype == b.dtype and torch.equal(full(a), full(b)) for a, b in pairs),
+        ]
+        saved = again
+    step(params, optimizer)
+    step(others, other)
+    return [*found, all(torch.equal(full(p.detach()), full(q.detach())) for p, q in zip(params, others, strict=True))]
+
+
+@pytest.mark.parametrize("layout", ["one", "rows", "ddp"])
+def test_int8_momentum_keeps_its_values(ranks: World, layout: str) -> None:
+    """Also where no step has made codes of the numbers in between."""
+    size = 1 if layout == "one" else 2
+    assert ranks.run(size, eight_bits_again, layout) == [[True] * 5] * size
 
 
 def adam(layout: str) -> tuple[list[nn.Parameter], SpectralAdam]:

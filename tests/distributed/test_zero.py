@@ -643,6 +643,102 @@ def test_arguments_that_cannot_be_used(ranks: World) -> None:
             assert expected[name] in text, (name, text)
 
 
+def refused_alone() -> dict[str, str]:
+    """What is said of arguments that rank 1 alone gives."""
+    params, alone = params_for(CUT, torch.float32), dist.get_rank() == 1
+
+    def make(first: Any = None, second: Any = None, count: int = 2, **arguments: Any) -> None:
+        groups = [{"params": params[:2], "use_muon": True}, {"params": params[2:], "use_muon": False}]
+        if alone:
+            groups = [{**groups[0], **(first or {})}, {**groups[1], **(second or {})}][:count]
+        ZeroMuonAdamW(groups if count else [], **(arguments if alone else {}))
+
+    acts: dict[str, Callable[[], object]] = {
+        "Muon's rate": lambda: make(muon_options={"lr": -1.0}),
+        "no option of Muon": lambda: make(muon_options={"learning_rate": 1.0}),
+        "AdamW's betas": lambda: make(adamw_options={"betas": (0.9, 1.5)}),
+        "misplaced": lambda: make(lr=0.1),
+        "no half": lambda: make(first={"use_muon": None}),
+        "a split": lambda: make(first={"split": heads(7)}),
+        "captured": lambda: make(second={"capturable": True}),
+        "no parameter": lambda: make(second={"params": []}),
+        "another option": lambda: make(second={"lr": 0.5}),
+        "a group less": lambda: make(count=1),
+        "no group": lambda: ZeroMuonAdamW([] if alone else [{"params": params, "use_muon": True}]),
+        "a module": lambda: ZeroMuon(Net() if alone else params),  # type: ignore[arg-type]
+        "one tensor": lambda: ZeroMuon(params[0] if alone else params[:1]),  # type: ignore[arg-type]
+    }
+    return {name: outcome(act) for name, act in acts.items()}
+
+
+def test_arguments_of_one_rank_are_refused_by_all(ranks: World) -> None:
+    """At once: none of them waits for the other until the timeout."""
+    expected = {
+        "Muon's rate": "Learning rate should be >= 0 but is: -1.0",
+        "no option of Muon": "got an unexpected keyword argument 'learning_rate'",
+        "AdamW's betas": "1.5",
+        "misplaced": "but ZeroMuonAdamW was given: lr",
+        "no half": "a param group should have use_muon=True or use_muon=False",
+        "a split": "split='heads(7)' should divide dimension 0",
+        "captured": "AdamW's capturable should be False",
+        "no parameter": "rank 1 of the process group gave nothing more where rank 0 gave parameter 0",
+        "another option": "rank 1 of the process group gave lr=0.5 where rank 0 gave lr=0.001",
+        "a group less": "many param groups but rank 1 of the process group gave 1 where rank 0 gave 2",
+        "no group": "optimizer got an empty parameter list",
+        "a module": "params should be parameters or groups but is a module",
+        "one tensor": "params should be parameters or groups but is one tensor",
+    }
+    for rank, (returned, found) in enumerate(ranks.outcomes(2, refused_alone, timeout=10)):
+        assert returned, found
+        assert found.keys() == expected.keys()
+        for name, text in found.items():
+            assert expected[name] in text, (rank, name, text)
+            of_another = text.startswith("nothing has been changed on this rank, as rank 1 of the process group got")
+            assert of_another == (rank == 0 and "where rank 0 gave" not in text), (rank, name, text)
+
+
+def written_over() -> list[str]:
+    """What writing to a checkpoint, or to one that has been loaded, changes in an optimizer; nothing should."""
+    params, optimizer = of_both(torch.bfloat16, split=CUTS)
+    for i, p in enumerate(params):
+        p.grad = gradient(p.shape, i, 0, 0).bfloat16()
+    optimizer.step()
+
+    def seen() -> list[Any]:
+        state = [t.to_local() if isinstance(t, DTensor) else t for of in optimizer.state.values() for t in of.values()]
+        return [
+            *(t.clone() for t in state),
+            str(optimizer.param_groups),
+            str([flat.layout for flat in optimizer._flats]),
+        ]
+
+    def spoil(checkpoint: dict[str, Any]) -> None:
+        for t in (t for of in checkpoint["state"].values() for t in of.values()):
+            (t.to_local() if isinstance(t, DTensor) else t).fill_(7.0)
+        for group in checkpoint["param_groups"]:
+            group["lr"] = 7.0
+            group["layout"].append("spoilt")
+            group["params"].append(99)
+
+    changed = []
+    for what in ("saved", "loaded"):
+        checkpoint = optimizer.state_dict()
+        if what == "loaded":
+            optimizer.load_state_dict(checkpoint)
+        before = seen()
+        spoil(checkpoint)
+        after = seen()
+        same = [torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(before, after, strict=True)]
+        changed += [] if all(same) else [f"{what}: {same}"]
+    return changed
+
+
+@needs.cpu_kernels
+def test_checkpoints_are_copies(ranks: World) -> None:
+    for changed in ranks.run(2, written_over):
+        assert changed == []
+
+
 def refused_steps() -> dict[str, str]:
     """What is said of steps that cannot be taken, by all ranks or by one of them."""
     params, optimizer = of_both(torch.float32, split=CUTS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -14,7 +15,7 @@ from ...tensors import check_dense, check_whole
 from ..collectives import on_all
 from .flat import Flat, lay_out
 from .muon import ZeroMuon
-from .optimizer import Half, ZeroOptimizer
+from .optimizer import Half, ZeroOptimizer, group_of
 
 
 class ZeroMuonAdamW(ZeroOptimizer):
@@ -56,14 +57,20 @@ class ZeroMuonAdamW(ZeroOptimizer):
         **misplaced: NoReturn,
     ) -> None:
         """Check everything and make the state."""
-        if misplaced:
-            raise TypeError(
-                "options should be in muon_options={...} or adamw_options={...} but ZeroMuonAdamW was given: "
-                f"{', '.join(misplaced)}"
-            )
+        of_muon = dict(muon_options or {})
+
+        def checked() -> dict[str, Any]:
+            if misplaced:
+                raise TypeError(
+                    "options should be in muon_options={...} or adamw_options={...} but ZeroMuonAdamW was given: "
+                    f"{', '.join(misplaced)}"
+                )
+            inspect.signature(ZeroMuon).bind([], **of_muon)
+            return checked_adamw(adamw_options or {}).defaults
+
+        adamw_defaults = on_all(group_of(of_muon.get("process_group")), checked)
         # Either half may have no group, but an optimizer cannot be built without one.
-        muon = ZeroMuon([{"params": []}], **(muon_options or {}))
-        adamw_defaults = on_all(muon.half.ranks, lambda: checked_adamw(adamw_options or {}).defaults)
+        muon = ZeroMuon([{"params": []}], **of_muon)
         self._halves: dict[bool, Half] = {True: muon.half, False: AdamWHalf(adamw_defaults, muon.half.ranks)}
         # Defaults that schedulers read: OneCycleLR and CyclicLR, to see that `momentum` can be cycled, and others.
         defaults = {key: muon.defaults[key] for key in ("lr", "momentum")}

@@ -21,9 +21,8 @@ from ...step.orthogonalize import orthogonalize, spectral_power
 from ...step.plan import plan_for_shapes
 from ...tensors import check_matrices
 from ..collectives import Pending, on_all
-from ..placement import team_of
 from .flat import Flat, Matrix, lay_out, length, meet
-from .optimizer import Half, ZeroOptimizer
+from .optimizer import Half, ZeroOptimizer, group_of
 
 _MOMENTUM = "momentum_buffer"
 
@@ -82,9 +81,7 @@ class ZeroMuon(ZeroOptimizer):
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         """Check everything and make the state."""
-        group = process_group if process_group is not None else dist.group.WORLD
-        if group is None:
-            raise ValueError("process_group should be one, or torch.distributed initialized before, but is: None")
+        group = group_of(process_group)
         given: dict[str, Any] = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -104,7 +101,6 @@ class ZeroMuon(ZeroOptimizer):
             "maximize": maximize,
             "power": power,
         }
-        team_of(group)  # raises unless it is one
         defaults = on_all(group, lambda: _settled(given))
         self.half = MuonHalf(defaults, group)
         super().__init__(params, defaults, group)

@@ -109,6 +109,31 @@ class Half(ABC):
         """
 
 
+def group_of(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """Return the process group that is asked for; None asks for all ranks.
+
+    Raises:
+        ValueError: there is none.
+        TypeError: it is no process group.
+    """
+    group = process_group if process_group is not None else dist.group.WORLD
+    if group is None:
+        raise ValueError("process_group should be one, or torch.distributed initialized before, but is: None")
+    team_of(group)
+    return group
+
+
+def _listed(params: ParamsT) -> list[Any]:
+    """Return the parameters or groups of an optimizer as a list; raise where torch does, for all ranks to hear of."""
+    if isinstance(params, (nn.Module, Tensor)):
+        kind = "a module" if isinstance(params, nn.Module) else "one tensor"
+        raise TypeError(f"params should be parameters or groups but is {kind}; give its parameters, or a list")
+    found = list(params)
+    if not found:
+        raise ValueError("optimizer got an empty parameter list: give it a parameter or a group")
+    return found
+
+
 class ZeroOptimizer(ClosureOptimizer):
     """Base of the optimizers whose state is cut into equal slices of a flat buffer for each group."""
 
@@ -120,14 +145,14 @@ class ZeroOptimizer(ClosureOptimizer):
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], process_group: dist.ProcessGroup) -> None:
         """Check everything and make the state."""
-        if isinstance(params, nn.Module):
-            raise TypeError("params should be parameters or groups but is a module; give its parameters")
+        given = on_all(process_group, lambda: _listed(params))
+        consensus.check_counts(process_group, len(given) if isinstance(given[0], dict) else 1)
         self._group = process_group
         self._team = team_of(process_group)
         self._agreement = Agreement()
         self._flats: list[Flat] = []
         self._steps = 0
-        super().__init__(params, defaults)
+        super().__init__(given, defaults)
 
     @abstractmethod
     def _half(self, group: Mapping[str, Any]) -> Half:
