@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -32,6 +33,11 @@ class Ranks(NamedTuple):
         if dist.is_initialized():
             dist.all_reduce(value)
         return value.item() / self.count
+
+    def wait(self) -> None:
+        """Wait for all ranks."""
+        if dist.is_initialized():
+            dist.barrier()
 
 
 @contextmanager
@@ -62,6 +68,11 @@ def started(parallel: str | None = None) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
+def whole(value: Tensor) -> Tensor:
+    """Return a number that FSDP2 keeps in parts, such as the norm of gradients, as a plain tensor."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
 def shard(model: nn.Module, layers: Any) -> None:
     """Shard a model over all ranks by FSDP2, in place: each layer by itself, and the rest together."""
     for layer in layers:
@@ -70,11 +81,9 @@ def shard(model: nn.Module, layers: Any) -> None:
 
 
 @contextmanager
-def last_of(step: nn.Module, last: bool) -> Iterator[None]:
-    """Sum gradients over the ranks in the last backward pass of a step only, where there are several."""
-    if isinstance(step, FSDPModule):
-        step.set_requires_gradient_sync(last)
-        yield
-        return
-    with nullcontext() if last or not isinstance(step, DistributedDataParallel) else step.no_sync():
+def summed(net: nn.Module, last: bool) -> Iterator[None]:
+    """Average gradients over the ranks in the last backward pass of a step only, where they are several."""
+    if isinstance(net, FSDPModule):
+        net.set_requires_gradient_sync(last)
+    with net.no_sync() if isinstance(net, DistributedDataParallel) and not last else nullcontext():
         yield

@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .gpt import GPTConfig
+from .ranks import Ranks
+
 # First bytes of files that are often taken for token files.
 OTHER_FORMATS = {
     b"\x93NUMPY": "a numpy file; write numpy.load(path).astype('uint16').tofile(new)",
@@ -38,9 +41,7 @@ def open_tokens(path: Path, vocab_size: int, block_size: int) -> np.memmap:
         if start.startswith(magic):
             raise ValueError(f"{path} should hold uint16 tokens and nothing else but is {what}")
     if size % 2:
-        raise ValueError(
-            f"{path} should hold tokens of 2 bytes but has an odd number of bytes, {size}; was it cut off?"
-        )
+        raise ValueError(f"{path} should hold tokens of 2 bytes but has an odd number of bytes: {size}; is it cut off?")
     if size // 2 < block_size + 1:
         raise ValueError(
             f"{path} should hold at least block_size + 1 = {block_size + 1} tokens but holds {size // 2}; "
@@ -65,10 +66,11 @@ class Batches:
 
     Attributes:
         position: number of windows that have been drawn. With the seed this is all that a checkpoint needs.
+        tokens: number of tokens.
     """
 
     def __init__(self, tokens: np.ndarray, block_size: int, seed: int = 0) -> None:
-        self.position = 0
+        self.position, self.tokens = 0, len(tokens)
         self._tokens, self._length, self._seed = tokens, block_size + 1, seed
         self._windows = (len(tokens) - 1) // block_size
         self._epoch = -1
@@ -95,3 +97,12 @@ class Batches:
 
     def _window(self, start: int) -> Tensor:
         return torch.from_numpy(self._tokens[start : start + self._length].astype(np.int64))
+
+
+def read_folder(folder: Path, config: GPTConfig, held_out: int, seed: int, here: Ranks) -> tuple[Batches, Tensor]:
+    """Return the batches of train.bin, and this rank's part of `held_out` windows of val.bin."""
+    train, val = (
+        open_tokens(folder / f"{name}.bin", config.vocab_size, config.block_size) for name in ("train", "val")
+    )
+    evenly = Batches(val, config.block_size).evenly(held_out, here.rank, here.count)
+    return Batches(train, config.block_size, seed), evenly
