@@ -14,7 +14,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
 import pytest
+import torchvision_operators
 from ranks import World, world
+
+torchvision_operators.declare()
 
 
 @pytest.fixture(autouse=True)

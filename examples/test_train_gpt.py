@@ -136,9 +136,7 @@ def stopped(more: str, folder: str, at: int) -> None:
 @pytest.mark.parametrize("name", ["muon", "adamw", "msgd_s", "adam_z"])
 def test_resumes_to_the_bit(name: str, data: Path) -> None:
     """A training that stops after its third step goes on from its checkpoint of the second, in the next epoch."""
-    more = (
-        f"--optimizer {name} --steps 5 --batch-size 60"  # of 249 windows a step draws 120: an epoch ends in the third
-    )
+    more = f"--optimizer {name} --steps 5 --batch-size 60"  # 120 of 249 windows a step: step 3 ends an epoch
     whole = run(f"{more} --out whole")
     stopped(more, str(data.parent), 3)
     assert [row["step"] for row in logs.read(Path("out/log.jsonl"))] == [1, 2, 2, 3]

@@ -19,12 +19,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from common import checkpoints, logs, ranks
 from common.gpt import GPT, GPT2_124M, TINY, loss_of
+from common.presets import RATES, RUN, TINY_RATES, TINY_RUN, Rates
 from common.tokens import read_folder
 from prepare_tokens import standard_library
 from torch import Tensor, nn
@@ -35,31 +35,6 @@ import muon_kernels
 from muon_kernels.split import equal
 
 
-class Rates(NamedTuple):
-    """Learning rate of matrices, that of what else there is, and the weight decay."""
-
-    lr: float
-    lr_vector: float
-    weight_decay: float
-
-
-# Of the eight: the authors' configurations. Of AdamW: nanoGPT's. Muon takes AdamW's over, see match_rms_adamw.
-RATES = {
-    "muon": Rates(6e-4, 6e-4, 0.1),
-    "adamw": Rates(6e-4, 6e-4, 0.1),
-    "msgd": Rates(5.0, 3e-4, 0.0),
-    "msgd_s": Rates(0.2, 3e-4, 0.0),
-    "msgd_q": Rates(0.04, 3e-4, 0.0),
-    "msgd_z": Rates(7e-3, 3e-4, 0.0),
-    "adam": Rates(4e-3, 3e-4, 0.0),
-    "adam_s": Rates(1e-2, 3e-4, 0.0),
-    "adam_q": Rates(2e-2, 6e-4, 0.0),
-    "adam_z": Rates(7e-3, 3e-4, 0.0),
-}
-TINY_RATES = RATES
-# Of 20 000 steps on 491,520 tokens each; the paper has 200 000.
-RUN = {"steps": 20_000, "warmup": 1000, "batch_size": 12, "accumulate": 40, "eval_every": 1000, "eval_batches": 200}
-TINY_RUN = {"steps": 300, "warmup": 20, "batch_size": 8, "accumulate": 2, "eval_every": 100, "eval_batches": 16}
 # What decides the numbers of a training; a checkpoint of others is refused.
 DECISIVE = ("optimizer", *Rates._fields, "steps", "warmup", "batch_size", "accumulate", "clip", "dtype", "seed")
 

@@ -39,7 +39,7 @@ class Log:
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self._bars.stop()
 
-    def step(self, step: int, **numbers: float) -> None:
+    def step(self, step: int, **numbers: Any) -> None:
         """Write the numbers of a step, `loss` among them, and move the bar on."""
         self._bars.update(self._bar, completed=step, note=f"loss {numbers['loss']:.3f}")
         self.write({"step": step, **numbers})

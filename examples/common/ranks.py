@@ -40,6 +40,9 @@ class Ranks(NamedTuple):
             dist.barrier()
 
 
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
 @contextmanager
 def started(parallel: str | None = None) -> Iterator[Ranks]:
     """Join the processes that torchrun has started, if it has, and leave them in the end.

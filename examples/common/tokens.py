@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .gpt import GPTConfig
-from .ranks import Ranks
+from .ranks import ALONE, Ranks
 
 # First bytes of files that are often taken for token files.
 OTHER_FORMATS = {
@@ -99,8 +99,14 @@ class Batches:
         return torch.from_numpy(self._tokens[start : start + self._length].astype(np.int64))
 
 
-def read_folder(folder: Path, config: GPTConfig, held_out: int, seed: int, here: Ranks) -> tuple[Batches, Tensor]:
-    """Return the batches of train.bin, and this rank's part of `held_out` windows of val.bin."""
+def read_folder(
+    folder: Path, config: GPTConfig, held_out: int, seed: int, here: Ranks = ALONE
+) -> tuple[Batches, Tensor]:
+    """Return the batches of train.bin, and this rank's part of `held_out` windows of val.bin.
+
+    Raises:
+        FileNotFoundError, ValueError: as `open_tokens`.
+    """
     train, val = (
         open_tokens(folder / f"{name}.bin", config.vocab_size, config.block_size) for name in ("train", "val")
     )
