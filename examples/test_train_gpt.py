@@ -301,6 +301,15 @@ def test_a_training_is_not_spoiled(more: str, message: str, data: Path) -> None:
     assert contents("out") == before and not Path("none").exists()
 
 
+def test_a_training_without_a_checkpoint_yet(data: Path) -> None:
+    stopped("", str(data.parent), 1)
+    with pytest.raises(FileExistsError, match="it has no checkpoint yet, so remove it, or give another --out"):
+        run()
+    with pytest.raises(FileNotFoundError, match="holds none; begin a training without --resume"):
+        run("--resume")
+    assert [row["step"] for row in logs.read(Path("out/log.jsonl"))] == [1]
+
+
 def test_what_ranks_cannot_share(data: Path, processes: World) -> None:
     for found, what in processes.outcomes(2, on_ranks, "--accumulate 3 --parallel ddp", str(data.parent)):
         assert not found and "should be multiples of the 2 ranks" in what

@@ -34,7 +34,6 @@ from torch.optim import AdamW, Optimizer
 import muon_kernels
 from muon_kernels.split import equal
 
-
 # What decides the numbers of a training; a checkpoint of others is refused.
 DECISIVE = ("optimizer", *Rates._fields, "steps", "warmup", "batch_size", "accumulate", "clip", "dtype", "seed")
 
@@ -101,6 +100,7 @@ def train(args: argparse.Namespace, here: ranks.Ranks) -> None:
     batches, held_out = read_folder(data, config, args.batch_size * args.eval_batches, args.seed, here)
     decisive = {key: getattr(args, key) for key in DECISIVE} | asdict(config) | {"tokens": batches.tokens}
     about, checkpoint = checkpoints.begin(args.out, args.resume, decisive)
+    here.wait()  # until all have looked: the first rank writes there
 
     torch.manual_seed(args.seed)
     model = GPT(config).to(here.device)

@@ -76,12 +76,13 @@ def begin(folder: Path, resume: bool, config: dict[str, Any]) -> tuple[dict[str,
     newest = latest(folder)
     if not resume:
         if newest is not None or (folder / "log.jsonl").exists():
-            raise FileExistsError(
-                f"{folder} should be new but holds a training; go on with it by --resume, or give another --out"
-            )
+            mend = "go on with it by --resume" if newest else "it has no checkpoint yet, so remove it"
+            raise FileExistsError(f"{folder} should be new but holds a training; {mend}, or give another --out")
         return {"step": 0, "position": 0, "config": config}, None
     if newest is None:
-        raise FileNotFoundError(f"{folder} should hold a checkpoint to go on from but holds none; leave out --resume")
+        raise FileNotFoundError(
+            f"{folder} should hold a checkpoint to go on from but holds none; begin a training without --resume"
+        )
     about: dict[str, Any] = json.loads((newest / ABOUT).read_text())
     was = about["config"]
     pairs = {key: (was.get(key), config.get(key)) for key in {**was, **config}}
