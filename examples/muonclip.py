@@ -83,7 +83,7 @@ def draw(runs: dict[str, Path], tau: float, to: Path) -> None:
         window = max(1, len(rows) // 50)
         logits.plot([row["step"] for row in rows], [row["max_logit"] for row in rows], label=name)
         losses.plot(*logs.running([(row["step"], row["loss"]) for row in rows], window), label=name)
-    logits.axhline(tau, color="black", linewidth=0.8, linestyle=":")
+    logits.axhline(tau, color="black", linewidth=1, linestyle=":", label=f"tau = {tau:g}")
     logits.set_ylabel("largest attention logit", fontsize=13)
     logits.set_yscale("log")
     losses.set_ylabel("training loss, nats per byte", fontsize=13)

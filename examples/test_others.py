@@ -296,7 +296,7 @@ def test_plots_of_several(capsys: pytest.CaptureFixture[str]) -> None:
     rows: list[dict[str, Any]] = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "val_loss": 1.5}]
     for name in ("a", "b"):
         with logs.Log(Path(name, "log.jsonl"), 0, 2) as log:
-            for row in rows:
+            for row in rows if name == "a" else rows[:2]:  # the second is not through yet
                 log.write(row)
     plot_log.main(["a", "b"])
     assert Path("losses.png").read_bytes().startswith(b"\x89PNG")

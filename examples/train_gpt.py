@@ -105,7 +105,8 @@ def train(args: argparse.Namespace, here: ranks.Ranks) -> None:
     torch.manual_seed(args.seed)
     model = GPT(config).to(here.device)
     if args.compile:
-        model.compile()
+        for block in model.transformer.h:
+            block.compile()
     if args.parallel == "fsdp":
         ranks.shard(model, model.transformer.h)
     optimizer = make_optimizer(args, model)
@@ -157,9 +158,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--clip", type=float, default=1.0, help="largest norm of the gradients (default: 1)")
     default = "bfloat16" if torch.cuda.is_available() else "float32"
     add("--dtype", choices=("bfloat16", "float32"), default=default, help=f"of products; here: {default}")
-    add("--compile", action="store_true", help="compile the model by torch.compile")
+    add("--compile", action="store_true", help="compile the layers by torch.compile")
     add("--seed", type=int, default=0, help="of the model and the order of the text (default: 0)")
     args = parser.parse_args(argv)
+    if args.data is None and not args.tiny:
+        parser.error("--data should be a folder of token files, which prepare_tokens.py makes; or begin with --tiny")
     rates = (TINY_RATES if args.tiny else RATES)[args.optimizer]
     for name, value in {**rates._asdict(), **(TINY_RUN if args.tiny else RUN)}.items():
         if getattr(args, name) is None:

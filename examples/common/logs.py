@@ -74,7 +74,9 @@ def draw(logs: Mapping[str, Path], to: Path) -> None:
         held_out = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
         steps, means = running(losses, max(1, len(losses) // 50))
         (line,) = axes.plot(steps, means, label=f"{name}, training", linewidth=1.6)
-        axes.plot(*zip(*held_out, strict=True), "o--", color=line.get_color(), label=f"{name}, held out", markersize=5)
+        if held_out:
+            style = {"color": line.get_color(), "label": f"{name}, held out", "markersize": 5}
+            axes.plot(*zip(*held_out, strict=True), "o--", **style)
     axes.set_xlabel("step", fontsize=13)
     axes.set_ylabel("loss, nats per token", fontsize=13)
     axes.tick_params(labelsize=12)
