@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import sys
 from pathlib import Path
@@ -34,6 +35,25 @@ def small(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "TINY", SMALL)
     Path("runs").mkdir()
     data.rename("runs/python-bytes")
+
+
+# ---- all of them ----
+
+FOLDER = Path(__file__).parent
+SCRIPTS = sorted(path.name for path in FOLDER.glob("*.py") if not path.name.startswith(("test_", "conftest")))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_are_short_and_say_how_to_run_them(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if name == "finetune_lora.py":
+        pytest.importorskip("peft", reason="peft is not installed")
+    text = (FOLDER / name).read_text()
+    assert len(text.splitlines()) < 200
+    assert f"| [{name}]({name}) |" in (FOLDER / "README.md").read_text()
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(name.removesuffix(".py")).main(["--help"])
+    help_text = capsys.readouterr().out
+    assert not stopped.value.code and f"examples/{name}" in help_text and text.splitlines()[0].strip('"') in help_text
 
 
 # ---- moe.py ----
