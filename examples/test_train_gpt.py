@@ -221,16 +221,17 @@ def test_two_ranks_train_what_one_does(parallel: str, name: str, data: Path, pro
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_ranks_resume(parallel: str, data: Path, processes: World) -> None:
-    """To the bit on two, and to rounding on one."""
+    """To the bit in the same way on two, and to rounding in the other way and on one."""
     folder, more = str(data.parent), f"--parallel {parallel}"
     whole, _ = processes.run(2, on_ranks, f"{more} --out whole", folder)
-    for out in ("two", "one"):
+    for out in ("two", "other", "one"):
         processes.run(2, stopped, f"{more} --out {out}", folder, 2)
     again, _ = processes.run(2, on_ranks, f"{more} --out two --resume", folder)
     assert again == whole
     assert all(torch.equal(p, weights("whole")[name]) for name, p in weights("two").items())
-    alone = run("--out one --resume")
-    assert near(alone, whole, 2e-3)
+    other_way = {"ddp": "fsdp", "fsdp": "ddp"}[parallel]
+    other, _ = processes.run(2, on_ranks, f"--parallel {other_way} --out other --resume", folder)
+    assert near(other, whole, 2e-3) and near(run("--out one --resume"), whole, 2e-3)
 
 
 # ---- bad input ----
@@ -251,6 +252,10 @@ BAD: dict[str, tuple[Any, str]] = {
     "short": (lambda path: tokens(path, b"\1\0" * 16), r"17 tokens but holds 16; give more text or a smaller --block"),
     "npy": (npy, r"is a numpy file; write numpy.load\(path\)"),
     "header": (lambda path: tokens(path, np.array([20240520] + [1] * 400, np.int32).tobytes()), "llm.c's .* tail -c"),
+    "int32": (
+        lambda path: np.arange(1, 90, dtype=np.int32).tofile(path),
+        r"every second one is 0, as if they had 4; write numpy.fromfile\(path, 'int32'\)",
+    ),
     "zip": (lambda path: np.savez(path.open("wb"), np.zeros(400, np.uint16)), "a zip archive"),
     "gzip": (lambda path: tokens(path, b"\x1f\x8b\x08" + b"\0" * 401), "compressed by gzip"),
     "vocabulary": (

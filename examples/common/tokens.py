@@ -48,6 +48,11 @@ def open_tokens(path: Path, vocab_size: int, block_size: int) -> np.memmap:
             "give more text or a smaller --block-size"
         )
     tokens = np.memmap(path, dtype=np.uint16, mode="r")
+    if tokens[:CHUNK:2].any() and not tokens[1:CHUNK:2].any():
+        raise ValueError(
+            f"{path} should hold tokens of 2 bytes but every second one is 0, as if they had 4; "
+            "write numpy.fromfile(path, 'int32').astype('uint16').tofile(new)"
+        )
     for first in range(0, len(tokens), CHUNK):
         chunk = tokens[first : first + CHUNK]
         if (largest := int(chunk.max())) >= vocab_size:
