@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from ..rules import Rule
+from ..split import equal, matching
+from .muon_adamw import OPTIONS, MuonAdamW
+from .param_groups import param_groups
 from .spectral import SpectralAdam, SpectralMomentum
 
 # (class, power) by the paper's names.
@@ -21,24 +26,116 @@ PAPER: dict[str, tuple[type[Optimizer], float]] = {
     "adam_z": (SpectralAdam, 0.0),
 }
 
+_MATRIX = Rule("matrix of the paper", "Muon", when=lambda place: place.param.ndim > 1)
+_FUSED = equal(3)
+_OF_MATRICES_ONLY = OPTIONS["Muon"] - OPTIONS["AdamW"]
 
-def paper_optimizer(name: str, params: ParamsT, lr: float | Tensor, **options: Any) -> Optimizer:
-    """Return one of the eight optimizers of arXiv 2602.04669 by its name, with its settings.
+_Group = dict[str, Any]
+
+
+def paper_optimizer(
+    name: str,
+    params: nn.Module | ParamsT,
+    lr: float | Tensor,
+    *,
+    lr_vector: float | Tensor = 3e-4,
+    split: str | Mapping[str, str] | None = "auto",
+    **options: Any,
+) -> Optimizer:
+    """Return one of the eight optimizers of arXiv 2602.04669 by its name, with its settings, for a whole model.
+
+        optimizer = paper_optimizer("msgd_q", model, lr=0.04)
+
+    As in the authors' code, every parameter of two or more dimensions is a matrix, embeddings and heads too. All others
+    are vectors, which torch's AdamW steps at `lr_vector`, with betas (0.9, 0.95) and no weight decay. To step only
+    hidden matrices by powers, and AdamW's parameters of `param_groups` as vectors, give `param_groups(model)`.
+
+    Source: github.com/Ocram7/BeyondMuon, optimizer_factory.py and optimizers/spectral_ns.py.
 
     Args:
         name: "msgd", "msgd_s", "msgd_q", "msgd_z", "adam", "adam_s", "adam_q" or "adam_z".
-        params: of `SpectralMomentum` or `SpectralAdam`; the former's should be matrices, and the paper gives others to
-            AdamW.
-        lr: learning rate.
-        options: other keywords of the two classes.
+        params: a model, parameters, (name, parameter) pairs, or groups of them. An option in a group holds for its
+            matrices and vectors and wins over the same option below. `use_muon=False` in a group makes all its
+            parameters vectors.
+        lr: learning rate of matrices.
+        lr_vector: learning rate of vectors. The authors' configurations have 3e-4, and 6e-4 for "adam_q".
+        split: "auto" cuts fused projections of queries, keys and values, as the authors' configurations do: matrices
+            with three times as many rows as columns, and of a model also what `param_groups(split="auto")` knows. Else
+            the option of `Muon`; None cuts nothing. A split or `transposed` in a group wins.
+        options: other keywords of `SpectralMomentum` or `SpectralAdam`, for matrices; those of `SpectralAdam` which
+            vectors have, such as `betas`, for both.
 
     Returns:
-        The optimizer, a `SpectralMomentum` or a `SpectralAdam`.
+        A `SpectralAdam` for the names with "adam". For those with "msgd" a `SpectralMomentum` if there are only
+            matrices, else a `MuonAdamW` that has its options.
 
     Raises:
         ValueError: an unknown name, or what the optimizer raises.
+        TypeError: what the optimizer raises.
     """
     if name not in PAPER:
         raise ValueError(f"name should be one of {', '.join(map(repr, PAPER))} but is: {name!r}")
     kind, power = PAPER[name]
-    return kind(params, lr=lr, power=power, **options)  # type: ignore[call-arg]
+    matrices: list[_Group] = []
+    vectors: list[_Group] = []
+    for group in _groups(params, split):
+        _divide(group, split == "auto", matrices, vectors)
+    options = {"lr": lr, "power": power, "split": None if split == "auto" else split, **options}
+    vectors = [{"lr": lr_vector, "weight_decay": 0.0, **group} for group in vectors]
+    if kind is SpectralAdam:
+        # At power 1 it is AdamW for matrices too, which `use_muon=False` may have made vectors.
+        return SpectralAdam([*matrices, *({**group, "power": 1.0} for group in vectors)], **options)
+    if not vectors:
+        return SpectralMomentum(matrices, **options)
+    ranks = {"process_group": options.pop("process_group", None)}
+    return MuonAdamW(
+        [
+            *({**group, "use_muon": True} for group in matrices),
+            *({**group, "use_muon": False} for group in vectors),
+        ],
+        muon_options={**SpectralMomentum([{"params": []}], **options).defaults, **ranks},
+        adamw_options={"betas": (0.9, 0.95)},
+    )
+
+
+def _groups(params: nn.Module | ParamsT, split: str | Mapping[str, str] | None) -> Iterable[_Group]:
+    """Return parameters, in whatever form they are given, as groups."""
+    if isinstance(params, nn.Module):
+        return param_groups(params, rules=[_MATRIX], split="auto" if split == "auto" else None)
+    if isinstance(params, Tensor):
+        raise TypeError("params should be a model, or an iterable of parameters or groups, but is one tensor")
+    entries: list[Any] = list(params)
+    return entries if entries and isinstance(entries[0], dict) else [{"params": entries}]
+
+
+def _divide(group: _Group, cut: bool, matrices: list[_Group], vectors: list[_Group]) -> None:
+    """Append the parts of a group: its matrices, those of them that are fused projections to `cut`, and its vectors."""
+    options = {key: value for key, value in group.items() if key not in ("params", "param_names", "use_muon")}
+    given = group["params"]
+    params = [given] if isinstance(given, Tensor) else list(given)
+    if "param_names" in group:
+        params = list(zip(group["param_names"], params, strict=True))
+    whole: list[Any] = []
+    fused: list[Any] = []
+    rest: list[Any] = []
+    for entry in params:
+        at, p = entry if isinstance(entry, tuple) else ("", entry)
+        own = any(_applies(options.get(key), at) for key in ("split", "transposed"))
+        if p.ndim < 2 or group.get("use_muon") is False:
+            rest.append(entry)
+        elif cut and not own and p.ndim == 2 and p.shape[0] == 3 * p.shape[1]:
+            fused.append(entry)
+        else:
+            whole.append(entry)
+    plain = {key: value for key, value in options.items() if key not in ("split", "transposed")}
+    matrices += [{**options, "params": whole}] if whole else []
+    matrices += [{**plain, "params": fused, "split": _FUSED}] if fused else []
+    vector_options = {key: value for key, value in options.items() if key not in _OF_MATRICES_ONLY}
+    vectors += [{**vector_options, "params": rest}] if rest else []
+
+
+def _applies(option: Any, name: str) -> bool:
+    """Whether the option `split` or `transposed` of a group is about the parameter of this name."""
+    if option is None or isinstance(option, bool | str):
+        return bool(option)
+    return any(matching(pattern, [name]) for pattern in option)

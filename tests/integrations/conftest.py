@@ -6,20 +6,11 @@ from collections.abc import Iterator
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="")
 
 import pytest
-import torch
+import torchvision_operators
 from ranks import World, world
 from tiny import another_accelerator
 
-try:
-    import torchvision  # noqa: F401
-except ImportError:
-    pass
-except RuntimeError:
-    # PyPI's torchvision is built for torch with CUDA. Beside a torch without, its operators are missing, and their
-    # declarations are all that timm, lightning and peft need in order to import it.
-    declarations = torch.library.Library("torchvision", "DEF")
-    declarations.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    declarations.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+torchvision_operators.declare()
 
 
 @pytest.fixture(autouse=True)
