@@ -19,17 +19,17 @@ class Failed(RuntimeError):
 
 
 @contextmanager
-def doing(what: str, group: dist.ProcessGroup, since: float | None = None) -> Iterator[None]:
+def doing(what: str, group: dist.ProcessGroup, since: float | None = None) -> Iterator[float]:
     """Raise Failed where a collective fails: with `what` it was doing, and the ranks that are missing.
 
     Args:
         what: begins the error.
         group: the ranks of the collective.
-        since: when this rank came to it, in seconds since the epoch; None for now.
+        since: when this rank came to it, in seconds since the epoch, which is yielded; None for now.
     """
     since = time.time() if since is None else since
     try:
-        yield
+        yield since
     except Exception as error:
         raise Failed(f"{what}: {error}{missing(group, since)}") from error
 
@@ -39,13 +39,13 @@ class Pending:
 
     def __init__(self, what: str, group: dist.ProcessGroup | None, begin: Callable[[], Any]) -> None:
         assert group is not None
-        self._doing, self._since = (what, group), time.time()
-        with doing(*self._doing, self._since):
+        with doing(what, group) as since:
             self._work = begin()
+        self._doing = what, group, since
 
     def wait(self) -> None:
         """Wait until the collective has completed; raise Failed if it does not."""
-        with doing(*self._doing, self._since):
+        with doing(*self._doing):
             self._work.wait()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -20,7 +21,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from muon_kernels import Muon, SpectralAdam
 from muon_kernels.cli.demo import training
-from muon_kernels.distributed import collectives, consensus
+from muon_kernels.distributed import agreement, collectives, consensus, second_moment
 from muon_kernels.distributed.strategies.owner import OwnerRound
 from muon_kernels.distributed.strategies.replicas import ReplicaRound
 
@@ -63,6 +64,7 @@ def test_a_rank_that_dies(ranks: World, layout: str, where: str) -> None:
     if where == "end":  # it has done its part; who needs no more of it may end well
         return
     for returned, text in ((first, said), (third, too)):
+        assert "; missing: rank 1, not heard of within 5 s" in text
         assert not returned and "RuntimeError: step 2 of Muon is incomplete" in text
         assert "x 40x64" in text or "x 24x64" in text, text
         assert "go on from the last checkpoint" in text
@@ -80,6 +82,7 @@ def late() -> None:
 def test_a_rank_that_does_not_come(ranks: World) -> None:
     (returned, text), _ = ranks.outcomes(2, late, timeout=2)
     assert not returned and "step 1 of Muon did not begin: asking all ranks for their gradients" in text
+    assert "; missing: rank 1, not heard of within 5 s" in text
 
 
 class Collectives:
@@ -89,20 +92,20 @@ class Collectives:
         self._before, self.count = before, 0
 
     def __enter__(self) -> Collectives:
-        self._own = dist.all_reduce, dist.all_to_all_single, collectives._all_gather
-        dist.all_reduce, dist.all_to_all_single, collectives._all_gather = map(self._counted, self._own)
+        self._own = collectives.doing
+        for module in (collectives, agreement, second_moment):
+            module.doing = self._counted
         return self
 
     def __exit__(self, *_: object) -> None:
-        dist.all_reduce, dist.all_to_all_single, collectives._all_gather = self._own
+        for module in (collectives, agreement, second_moment):
+            module.doing = self._own
 
-    def _counted(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*args: Any, **kwargs: Any) -> Any:
+    def _counted(self, what: str, group: Any, since: float | None = None) -> Any:
+        if since is None:  # it begins
             self._before(self.count)
             self.count += 1
-            return call(*args, **kwargs)
-
-        return counted
+        return self._own(what, group, since)
 
 
 def late_at(layout: str, at: int | None, seconds: float) -> int:
@@ -128,8 +131,10 @@ def test_a_rank_that_is_late_at_any_collective(ranks: World, layout: str) -> Non
     assert count >= 2
     for index in range(count):
         begun = time.monotonic()
-        (returned, text), _ = ranks.outcomes(2, late_at, layout, index, 5.0, timeout=1.5)
+        (returned, text), (_, too) = ranks.outcomes(2, late_at, layout, index, 4.0, timeout=1.5)
         assert time.monotonic() - begun < 30
+        for failure in [text] * (not returned) + [too] * (index < count - 1):
+            assert re.search(r"; rank 1 came last, [345]\.\d s after the first", failure), (index, failure)
         if returned:  # the last results may have been on their way already
             assert index == count - 1
         elif index:
