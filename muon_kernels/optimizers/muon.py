@@ -354,10 +354,13 @@ class Muon(ClosureOptimizer):
 
     @torch.no_grad()
     def plan(self) -> Plan:
-        """Return what a step does if every parameter has a gradient of its own dtype. `print` it for a table."""
+        """Return what a step does if every parameter has a gradient of its own dtype. `print` it for a table.
+
+        After a step it also has the time that steps take the host, `Plan.host_seconds`.
+        """
         tasks = [task for groups, _ in self._batches() for task in self._prepare(groups, lambda p: p)[0]]
         self._tasks.clear()  # tasks hold momentum buffers, which the first step will make anew
-        return plan_of(tasks)
+        return plan_of(tasks, self.host_seconds)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickle or a checkpoint, torch.optim.Muon's too. Options that it lacks are as in the constructor."""

@@ -50,7 +50,8 @@ class World:
         self._tasks = 0
 
     def _start(self, count: int) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")  # which imports once; it has run nothing, so it has no threads
+        context.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "muon_kernels"])
         before = len(self._ranks)
         while len(self._ranks) < count:
             here, there = context.Pipe()
