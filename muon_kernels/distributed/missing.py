@@ -25,7 +25,7 @@ class _Call:
     """A roll call of a process group.
 
     Attributes:
-        heard: whether the store has taken this rank's word.
+        answered: whether the store has said who is absent.
         absent: the other ranks of the group of which there is no word.
         words: of each rank the name of the group in which a collective has failed, and when the rank came to it, in
             seconds since the epoch; none unless all ranks have given theirs.
@@ -34,7 +34,7 @@ class _Call:
     def __init__(self, store: Any, ranks: Sequence[int], word: tuple[str, float]) -> None:
         """Take the store of all ranks, the numbers of those of the group, and this one's word."""
         self._store, self._ranks, self._word = store, ranks, word
-        self.heard = False
+        self.answered = False
         self.absent = [rank for rank in ranks if rank != dist.get_rank()]
         self.words: dict[int, tuple[str, float]] = {}
 
@@ -42,14 +42,13 @@ class _Call:
         """Give this rank's word and wait for the others'; end early where the store is gone."""
         try:
             self._store.set(_key(dist.get_rank()), json.dumps(self._word))
-            self.heard, end = True, time.monotonic() + _PATIENCE
-            while self.absent and time.monotonic() < end:
-                if self._silent(self.absent):
-                    time.sleep(0.05)
-                    continue
+            end = time.monotonic() + _PATIENCE
+            while (absent := self._silent(self.absent)) and time.monotonic() < end:
+                self.absent, self.answered = absent, True
+                time.sleep(0.05)
+            if not absent:
                 self.words = {rank: tuple(json.loads(self._store.get(_key(rank)))) for rank in self._ranks}
-                self.absent = []
-            self.absent = self._silent(self.absent)
+            self.absent, self.answered = absent, True
         except Exception:  # the store may be on the rank that died; what was heard before stays known
             return
 
@@ -81,7 +80,7 @@ def missing(group: dist.ProcessGroup, since: float) -> str:
     asking = Thread(target=call.run, daemon=True)  # which may wait for a store that hangs
     asking.start()
     asking.join(2 * _PATIENCE)
-    if not call.heard:
+    if not call.answered:
         return "; which rank is missing is not known, as the store of the process group does not answer"
     if call.absent:
         return f"; missing: {names(call.absent)}, not heard of within {_PATIENCE:g} s"
