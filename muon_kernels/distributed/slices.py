@@ -185,12 +185,12 @@ def gather_slices(
     of_slices = torch.stack([norms for _, _, norms in received])
     norms = of_slices.square().sum(0).sqrt_()
     if X.device.type == "cpu" and not scaled and X.dtype != torch.float16 and _unscaled(of_slices, norms):
-        for (top, left, rows, cols), slices, _ in received:
-            X[:, top : top + rows, left : left + cols].copy_(slices)
+        for where, slices, _ in received:
+            _part(X, where).copy_(slices)
         return norms, torch.zeros_like(norms)
     shift = shift_of(norms, X.dtype)
-    for (top, left, rows, cols), slices, of_slice in received:
-        target = X[:, top : top + rows, left : left + cols]
+    for where, slices, of_slice in received:
+        target = _part(X, where)
         if scaled:
             target.copy_(slices.float().mul_((of_slice / norms).nan_to_num_(0.0).float()[:, None, None]))
             continue
@@ -198,6 +198,11 @@ def gather_slices(
         power = power.where(of_slice != 0, 1.0)  # infinity times zero is none
         torch.mul(slices, power.to(X.dtype)[:, None, None], out=target)
     return norms, shift
+
+
+def _part(X: Tensor, where: Rectangle) -> Tensor:
+    top, left, rows, cols = where
+    return X[:, top : top + rows, left : left + cols]
 
 
 def _unscaled(of_slices: Tensor, norms: Tensor) -> bool:
