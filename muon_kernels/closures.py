@@ -1,9 +1,12 @@
-"""The part of an optimizer's `step` that is the same for all of them: a closure is asked for the loss first."""
+"""The part of an optimizer's `step` that is the same for all: a closure is asked for the loss, and steps are timed."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import deque
 from collections.abc import Callable
+from statistics import median
+from time import perf_counter
 from typing import overload
 
 import torch
@@ -38,8 +41,16 @@ class ClosureOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        begun = perf_counter()
         self._update()
+        self.__dict__.setdefault("_durations", deque(maxlen=32)).append(perf_counter() - begun)
         return loss
+
+    @property
+    def host_seconds(self) -> float | None:
+        """Median of the seconds that the last 32 steps of this object took the host; see `Plan.host_seconds`."""
+        durations = self.__dict__.get("_durations")
+        return median(durations) if durations else None
 
     @abstractmethod
     def _update(self) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 _PLAIN = {Tensor, nn.Parameter}
+_IS_DTENSOR: dict[type, bool] = dict.fromkeys(_PLAIN, False)
 
 
 def is_dtensor(t: Any) -> TypeGuard[DTensor]:
@@ -22,10 +23,10 @@ def is_dtensor(t: Any) -> TypeGuard[DTensor]:
 
     Does not import torch.distributed.tensor, which takes a second: without that module there are no DTensors.
     """
-    if type(t) in _PLAIN:  # asked several times of every tensor in every step
-        return False
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(t, module.DTensor)
+    found = _IS_DTENSOR.get(type(t))  # asked several times of every tensor in every step
+    if found is None and (module := sys.modules.get("torch.distributed.tensor")) is not None:
+        found = _IS_DTENSOR[type(t)] = issubclass(type(t), module.DTensor)
+    return bool(found)
 
 
 def any_dtensor(tensors: Iterable[Tensor]) -> bool:

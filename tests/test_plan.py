@@ -1,5 +1,6 @@
 """The plan says what a step does: FLOPs and launches against formulas and against the calls that are made."""
 
+import copy
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import torch
 from checks import needs
 from torch import nn
 
-from muon_kernels import COEFFICIENTS, Muon, MuonAdamW, Plan, backends, memory
+from muon_kernels import COEFFICIENTS, Muon, MuonAdamW, Plan, SpectralAdam, backends, memory
 from muon_kernels.backends import cuda
 from muon_kernels.backends.gpu import fused_parts
 from muon_kernels.coefficients import resolve
@@ -282,6 +283,40 @@ def test_plan_only_looks(backend: str) -> None:
     buffers = [muon.state[p]["momentum_buffer"].clone() for p in params]
     muon.plan()
     assert all(torch.equal(muon.state[p]["momentum_buffer"], b) for p, b in zip(params, buffers, strict=True))
+
+
+@pytest.mark.parametrize("kind", [Muon, MuonAdamW, SpectralAdam], ids=lambda kind: kind.__name__)
+def test_the_hosts_time_is_the_median_of_the_last_steps(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that a step moves by its number of seconds, and a closure by an hour, which is not the step's."""
+    p = nn.Parameter(torch.ones(4, 6))
+    optimizer = kind([{"params": [p], "use_muon": True}]) if kind is MuonAdamW else kind([p])
+    clock, steps, update = [0.0], [0], kind._update
+
+    def closure() -> float:
+        clock[0] += 3600.0
+        p.grad = torch.ones_like(p)
+        return 0.0
+
+    def slow(self: Any) -> None:
+        update(self)
+        steps[0] += 1
+        clock[0] += 100.0 if steps[0] == 2 else steps[0]
+
+    monkeypatch.setattr(kind, "_update", slow)
+    monkeypatch.setattr("muon_kernels.closures.perf_counter", lambda: clock[0])
+    assert optimizer.plan().host_seconds is None and "host" not in str(optimizer.plan())
+    for _ in range(3):
+        optimizer.step(closure)
+    assert optimizer.plan().host_seconds == 3.0
+    assert "The host took 3000.00 ms for a step, the median of the last." in str(optimizer.plan())
+    for _ in range(32):
+        optimizer.step(closure)
+    assert optimizer.plan().host_seconds == 19.5  # of steps 4 to 35
+    assert copy.deepcopy(optimizer).plan().host_seconds is None
+    with pytest.raises(ValueError, match="should be >= 0"):
+        optimizer.param_groups[0]["lr"] = -1.0
+        optimizer.step()
+    assert len(optimizer._durations) == 32 and optimizer.host_seconds == 19.5
 
 
 def test_a_plan_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

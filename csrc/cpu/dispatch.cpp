@@ -63,6 +63,16 @@ struct ThreadScratch {
     void* of(int thread) const { return data + thread * stride; }
 };
 
+// Multiplications, and elements, that are worth a thread of their own: some microseconds. To wake a thread takes as
+// long; where several processes share the processor, as ranks do, the one that waits may wait for a time slice.
+constexpr int64_t kProductOfThread = 1 << 18, kElementsOfThread = 1 << 15;
+
+int threads_worth(int threads, int64_t work, int64_t of_thread) {
+    return static_cast<int>(std::clamp<int64_t>(work / of_thread, 1, std::max(threads, 1)));
+}
+
+int64_t multiplications(const Product& p) { return p.out.batch * p.out.rows * p.out.cols * (p.has_b() ? p.a.cols : 1); }
+
 bool same_shape(const Stack& s, int64_t batch, int64_t rows, int64_t cols) {
     return !s.data || (s.batch == batch && s.rows == rows && s.cols == cols && s.row_stride >= s.cols);
 }
@@ -183,8 +193,12 @@ Status products(Isa isa, const Product* list, int count, int threads) {
     if (!kernels) return Status::unsupported_isa;
     const int64_t bytes = scratch_bytes(*kernels, list, count), batch = count ? list[0].out.batch : 0;
     if (bytes < 0) return Status::invalid_argument;
-    int64_t tasks = 0;  // of the product that has most
-    for (int i = 0; i < count; ++i) tasks = std::max(tasks, kernels->product_tasks(list[i]));
+    int64_t tasks = 0, work = 0;  // tasks of the product that has most
+    for (int i = 0; i < count; ++i) {
+        tasks = std::max(tasks, kernels->product_tasks(list[i]));
+        work += multiplications(list[i]);
+    }
+    threads = threads_worth(threads, work, kProductOfThread);
     const ThreadScratch scratch(bytes, static_cast<int>(std::min<int64_t>(threads, tasks)));
     if (!scratch.data) return Status::out_of_memory;
     if (batch >= 4 * threads) {
@@ -194,7 +208,8 @@ Status products(Isa isa, const Product* list, int count, int threads) {
         return Status::ok;
     }
     for (int i = 0; batch && i < count; ++i) {
-        parallel_for(threads, kernels->product_tasks(list[i]), [&](int64_t task, int thread) {
+        const int sharing = threads_worth(threads, multiplications(list[i]), kProductOfThread);
+        parallel_for(sharing, kernels->product_tasks(list[i]), [&](int64_t task, int thread) {
             kernels->product_task(list[i], task, scratch.of(thread));
         });
     }
@@ -208,6 +223,7 @@ Status momentum_update(Isa isa, const MomentumUpdate& args, int threads) {
     const ThreadScratch scratch(batch * blocks * static_cast<int64_t>(sizeof(double)), 1);
     if (!scratch.data) return Status::out_of_memory;
     double* partial = static_cast<double*>(scratch.of(0));
+    threads = threads_worth(threads, batch * args.x.rows * args.x.cols, kElementsOfThread);
     parallel_for(threads, batch * blocks, [&](int64_t task, int) {
         kernels->momentum_block(args, task / blocks, task % blocks, &partial[task]);
     });
@@ -223,6 +239,7 @@ Status apply_update(Isa isa, const ApplyUpdate& args, const ApplyOptions& option
     const Kernels* kernels = supported_kernels(isa);
     if (!kernels) return Status::unsupported_isa;
     const int64_t blocks = kernels->apply_blocks(args);
+    threads = threads_worth(threads, args.x.batch * args.x.rows * args.x.cols, kElementsOfThread);
     parallel_for(threads, args.x.batch * blocks, [&](int64_t task, int) {
         kernels->apply_block(args, options, task / blocks, task % blocks);
     });
@@ -237,7 +254,9 @@ Status fused_step(Isa isa, const Step& args, int threads) {
     for (int i = 0; i < args.product_count; ++i) {
         if (args.products[i].out.batch != slots) return Status::invalid_argument;
     }
-    threads = std::min<int>(threads, static_cast<int>(slots));
+    int64_t work = 0;
+    for (int i = 0; i < args.product_count; ++i) work += multiplications(args.products[i]) / slots * args.count;
+    threads = threads_worth(std::min<int>(threads, static_cast<int>(slots)), work, kProductOfThread);
     const ThreadScratch scratch(bytes, threads);
     if (!scratch.data) return Status::out_of_memory;
     parallel_for(threads, args.count, [&](int64_t matrix, int slot) {

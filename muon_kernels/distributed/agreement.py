@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..tensors import is_dtensor, local
-from .collectives import Failed
+from .collectives import doing
+from .missing import names
 from .placement import Team
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Added to the kind of a gradient that is placed otherwise than its parameter.
 _PLACED_OTHERWISE = 1 << 8
 _ABSENT = 1 << 62  # more than the number of any kind
+# Types of options whose text is their value.
+_SCALARS = frozenset((bool, float, int, str, type(None)))
 
 
 def options_of(which: str, group: Mapping[str, Any], keys: Iterable[str]) -> Facts:
@@ -52,6 +55,8 @@ def options_of_groups(groups: Sequence[Mapping[str, Any]], params: Sequence[Tens
 
 
 def _text(value: Any) -> str:
+    if type(value) in _SCALARS:  # most are, and every step asks
+        return repr(value)
     if isinstance(value, Tensor):  # whose own text is rounded
         value = value.tolist()
     if isinstance(value, Mapping):
@@ -69,18 +74,22 @@ def _kind(p: Tensor) -> int:
     grad = p.grad
     if grad is None:
         return 0
-    if is_dtensor(p) and not is_dtensor(grad):
-        raise TypeError(f"the gradient of a DTensor should be one but is a {type(grad).__name__}")
     kind = 1 + _DTYPES.index(grad.dtype) if grad.dtype in _DTYPES else 1 + len(_DTYPES)
-    if is_dtensor(p) and is_dtensor(grad) and grad.placements != p.placements:
-        kind += _PLACED_OTHERWISE * (1 + crc32(repr(grad.placements).encode()))
+    if is_dtensor(p) and _placed_otherwise(p, grad):
+        kind += _PLACED_OTHERWISE * (1 + crc32(repr(cast("DTensor", grad).placements).encode()))
     return kind
+
+
+def _placed_otherwise(p: DTensor, grad: Tensor) -> bool:
+    if not is_dtensor(grad):
+        raise TypeError(f"the gradient of a DTensor should be one but is a {type(grad).__name__}")
+    return grad.placements != p.placements
 
 
 def _placed(p: Tensor) -> Tensor | None:
     """Return the gradient of a parameter, placed as the parameter is."""
     grad = p.grad
-    if is_dtensor(p) and _kind(p) >= _PLACED_OTHERWISE:
+    if grad is not None and is_dtensor(p) and _placed_otherwise(p, grad):
         return cast("DTensor", grad).redistribute(p.device_mesh, p.placements)
     return grad
 
@@ -122,12 +131,11 @@ def _exchange(team: Team, verdict: int, options: int, plan: int, kinds: Sequence
     lowest = [-kind if kind else -_ABSENT for kind in kinds]  # negatives, of which the maximum is the minimum
     said = [verdict, options, -options, plan, -plan, *kinds, *lowest, *(int(not kind) for kind in kinds)]
     numbers = torch.tensor(said, dtype=torch.int64, device=device)
-    try:
-        for group in team.groups:
+    for group in team.groups:
+        with doing(f"asking all ranks for their gradients of {len(kinds)} parameters", group):
             dist.all_reduce(numbers, dist.ReduceOp.MAX, group=group)
-        worst, most, least, most_plan, least_plan, *of_kinds = numbers.tolist()
-    except Exception as error:
-        raise Failed(f"asking all ranks for their gradients of {len(kinds)} parameters: {error}") from error
+            heard = numbers.tolist()  # where a device would tell of what has failed
+    worst, most, least, most_plan, least_plan, *of_kinds = heard
     n = len(kinds)
     largest, smallest, missing = of_kinds[:n], of_kinds[n : 2 * n], of_kinds[2 * n :]
     partly = [bool(kind and lacks) for kind, lacks in zip(largest, missing, strict=True)]
@@ -233,6 +241,7 @@ class _Proposal(Generic[Prepared]):
         self.prepared: Prepared | None = None
         self.disputed: dict[Team, Sequence[Tensor]] = {}
         self._tasks: Sequence[Task] = ()
+        self._kinds: dict[Team, list[int]] = {}
         self._refusal: Exception | None = None
 
     def make(self, teams: Mapping[Team, Sequence[Tensor]], partly: Mapping[Tensor, int], first: bool) -> None:
@@ -242,17 +251,19 @@ class _Proposal(Generic[Prepared]):
         before the first message.
         """
         self.prepared, self._tasks = None, ()  # to be given back before as much is made again
-        found: dict[Tensor, Tensor | None] = {}
+        found: dict[int, Tensor | None] = {}  # by id: a Tensor's hash takes longer
 
         def grad(p: Tensor) -> Tensor | None:
-            if p not in found:
-                found[p] = _placed(p)
-                if found[p] is None and p in partly:
-                    found[p] = torch.zeros_like(p, dtype=_DTYPES[partly[p] - 1])
-            return found[p]
+            if id(p) not in found:
+                placed = _placed(p)
+                if placed is None and p in partly:
+                    placed = torch.zeros_like(p, dtype=_DTYPES[partly[p] - 1])
+                found[id(p)] = placed
+            return found[id(p)]
 
         try:
-            if first and any(_kind(p) >= _PLACED_OTHERWISE for params in teams.values() for p in params):
+            self._kinds.update((team, [_kind(p) for p in params]) for team, params in teams.items())
+            if first and any(kind >= _PLACED_OTHERWISE for kinds in self._kinds.values() for kind in kinds):
                 self.verdict = max(self.verdict, _UNREADY)
                 return
             if not first:
@@ -272,7 +283,7 @@ class _Proposal(Generic[Prepared]):
             self.verdict,
             0 if refused else _digest(self._options(params)),
             0 if self.prepared is None else _digest(self._plan(team)),
-            [0 if refused else _kind(p) for p in params],
+            [0] * len(params) if refused else self._kinds[team],
             local(params[0]).device,
         )
         if seen.verdict >= _FOUND_INF:
@@ -314,7 +325,8 @@ class _Proposal(Generic[Prepared]):
         everybody = {dist.get_rank(): own}
         for group in team.groups:
             gathered: list[Any] = [None] * group.size()
-            dist.all_gather_object(gathered, everybody, group=group)
+            with doing("asking all ranks what keeps them from a step", group):
+                dist.all_gather_object(gathered, everybody, group=group)
             everybody = {rank: said for some in gathered for rank, said in some.items()}
         return dict(sorted(everybody.items()))
 
@@ -369,12 +381,4 @@ def _by_rank(values: Mapping[int, str]) -> str:
     ranks: dict[str, list[int]] = {}
     for rank, value in values.items():
         ranks.setdefault(value, []).append(rank)
-    return ", ".join(f"{value} on {_ranks(of)}" for value, of in ranks.items())
-
-
-def _ranks(numbers: Sequence[int]) -> str:
-    if len(numbers) == 1:
-        return f"rank {numbers[0]}"
-    if len(numbers) > 4:
-        return f"{len(numbers)} ranks from {numbers[0]} to {numbers[-1]}"
-    return f"ranks {', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
+    return ", ".join(f"{value} on {names(of)}" for value, of in ranks.items())

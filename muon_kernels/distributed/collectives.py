@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
+from .missing import missing
 from .placement import Team
 
 
@@ -15,22 +18,35 @@ class Failed(RuntimeError):
     """A collective that did not complete."""
 
 
-class Pending:
-    """A collective under way. If it fails, `what` tells in the error what it was doing."""
+@contextmanager
+def doing(what: str, group: dist.ProcessGroup, since: float | None = None) -> Iterator[float]:
+    """Raise Failed where a collective fails: with `what` it was doing, and the ranks that are missing.
 
-    def __init__(self, what: str, begin: Callable[[], Any]) -> None:
-        self._what = what
-        self._work = self._do(begin)
+    Args:
+        what: begins the error.
+        group: the ranks of the collective.
+        since: when this rank came to it, in seconds since the epoch, which is yielded; None for now.
+    """
+    since = time.time() if since is None else since
+    try:
+        yield since
+    except Exception as error:
+        raise Failed(f"{what}: {error}{missing(group, since)}") from error
+
+
+class Pending:
+    """A collective of a group under way. If it fails, `what` tells in the error what it was doing."""
+
+    def __init__(self, what: str, group: dist.ProcessGroup | None, begin: Callable[[], Any]) -> None:
+        assert group is not None
+        with doing(what, group) as since:
+            self._work = begin()
+        self._doing = what, group, since
 
     def wait(self) -> None:
         """Wait until the collective has completed; raise Failed if it does not."""
-        self._do(self._work.wait)
-
-    def _do(self, run: Callable[[], Any]) -> Any:
-        try:
-            return run()
-        except Exception as error:
-            raise Failed(f"{self._what}: {error}") from error
+        with doing(*self._doing):
+            self._work.wait()
 
 
 # The names since torch 2.13, which warns of the older names; earlier versions have the older names only.
@@ -42,13 +58,14 @@ def gather(into: Tensor, share: Tensor, team: Team, of: str) -> Pending:
     """Begin to gather the `share` of every replica in `into`, on all of them; `of` names the matrices in an error."""
     return Pending(
         f"gathering the results of {of}",
+        team.replicas,
         lambda: _all_gather(into, share, group=team.replicas, async_op=True),
     )
 
 
 def reduce_scatter(into: Tensor, everything: Tensor, group: dist.ProcessGroup, of: str) -> Pending:
     """Begin to sum `everything` over the ranks of a group, of which each gets a share `into`; `of` is for an error."""
-    return Pending(f"reducing {of}", lambda: _reduce_scatter(into, everything, group=group, async_op=True))
+    return Pending(f"reducing {of}", group, lambda: _reduce_scatter(into, everything, group=group, async_op=True))
 
 
 T = TypeVar("T")

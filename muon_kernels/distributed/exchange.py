@@ -72,7 +72,7 @@ class Exchange:
         self.team, self.rounds = team, list(rounds)
         self._buffers: list[Buffers] = []
 
-    @property
+    @cached_property
     def works(self) -> list[Work]:
         """The iteration on this rank of every lot."""
         return [lot.work for lot in self.lots]
@@ -172,7 +172,7 @@ class Exchange:
             norms = torch.empty(count, dtype=torch.float64, device=device)
             self._buffers.append(Buffers(slices, owned, norms, numbers))
 
-    @property
+    @cached_property
     def lots(self) -> list[Lot]:
         """The lots that the rounds step, each once."""
         lots = [lot for r in self.rounds for lot, _ in r.begun]
@@ -246,7 +246,7 @@ def divide(
         else:
             together[-1] = placement
     exchanges = exchanges_of(operands, together, options, STRATEGIES[strategy]) if any(together) else []
-    return [Local(prepare(list(alone.values()), options), list(alone)), *exchanges]
+    return [*([Local(prepare(list(alone.values()), options), list(alone))] if alone else []), *exchanges]
 
 
 def exchanges_of(

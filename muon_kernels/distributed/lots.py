@@ -238,7 +238,7 @@ def normalized(
         if held is not None and not X.numel():  # the rank may have rows, but none of their columns
             rows = held.ranges[key.team.shard]
             X = X.reshape(len(X), *((0, rows[1] - rows[0]) if tall else (rows[1] - rows[0], 0)))
-        whole = second_moment.Parts(key.team.shards, held, key.team.shard, height, width)
+        whole = second_moment.Parts(key.team.shards, held, key.team.shard, height, width, str(lot))
     count, each = _moments_at_once(lot)
     for start in range(0, len(entries), count):
         some = slice(start, min(start + count, len(entries)))

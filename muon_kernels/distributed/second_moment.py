@@ -18,6 +18,7 @@ from torch import Tensor
 from ..layout import Matrices, Piece
 from ..stages.second_moment import Whole, piece_of_rows, shape_of, shape_of_shard
 from ..stages.sums import norm_kept
+from .collectives import doing
 from .placement import Range, dim_of
 from .shards import layouts
 
@@ -77,7 +78,9 @@ class RowsHeld(NamedTuple):
 class Parts(Whole):
     """Sums over matrices of which the ranks of a group have parts. All have to ask, one that has no part as well."""
 
-    def __init__(self, group: dist.ProcessGroup, held: RowsHeld | None, rank: int, height: int, width: int) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, held: RowsHeld | None, rank: int, height: int, width: int, of: str
+    ) -> None:
         """Take what matrices have in common.
 
         Args:
@@ -85,7 +88,9 @@ class Parts(Whole):
             held: their rows, for `by_row`.
             rank: of this process in it.
             height, width: rows and columns of the whole matrix, as the parameter has it.
+            of: names the matrices in an error.
         """
+        self._of = of
         self._group, self._height, self._width = group, height, width
         if held is not None:
             ranges, own = held.ranges, held.ranges[rank]
@@ -93,6 +98,10 @@ class Parts(Whole):
             self._own = slice(*own)
             self._cut_across = len(set(there)) < len(there)  # several ranks have parts of one row
             self._cut_along = any(rows != (0, height) for rows in there)
+
+    def _sum(self, squares: Tensor) -> None:
+        with doing(f"summing second moments of {self._of}", self._group):
+            dist.all_reduce(squares, group=self._group)
 
     def columns(self, here: int) -> int:
         """Implement `Whole.columns`."""
@@ -103,7 +112,7 @@ class Parts(Whole):
         if self._cut_across:
             of_all = squares.new_zeros(len(squares), self._height)
             of_all[:, self._own] = squares.flatten(1)
-            dist.all_reduce(of_all, group=self._group)
+            self._sum(of_all)
             squares.copy_(of_all[:, self._own].view(squares.shape))
 
     def kept_by_rows(self, squares: Tensor, factor: Tensor, before: Tensor, after: Tensor) -> Tensor:
@@ -114,7 +123,7 @@ class Parts(Whole):
         both[0, :, self._own] = squares.flatten(1)
         both[1, :, self._own] = squares.mul_(factor).mul_(factor).flatten(1)
         # Where several ranks have a row, each says the same of it: both sums are then so many times as large.
-        dist.all_reduce(both, group=self._group)
+        self._sum(both)
         for rows, out in zip(both, (before, after), strict=True):
             torch.sum(rows[:, :, None], (1, 2), keepdim=True, out=out)
         return norm_kept(before, after)
@@ -122,6 +131,6 @@ class Parts(Whole):
     def add_up(self, before: Tensor, after: Tensor) -> None:
         """Implement `Whole.add_up`."""
         both = torch.stack([before, after])
-        dist.all_reduce(both, group=self._group)
+        self._sum(both)
         before.copy_(both[0])
         after.copy_(both[1])

@@ -182,17 +182,29 @@ def gather_slices(
     Returns:
         (count,) norms of the directions in double, and the exponents of the powers of two that X was multiplied by.
     """
-    norms = torch.stack([norms for _, _, norms in received]).square_().sum(0).sqrt_()
+    of_slices = torch.stack([norms for _, _, norms in received])
+    norms = of_slices.square().sum(0).sqrt_()
+    if X.device.type == "cpu" and not scaled and X.dtype != torch.float16 and _unscaled(of_slices, norms):
+        for where, slices, _ in received:
+            _part(X, where).copy_(slices)
+        return norms, torch.zeros_like(norms)
     shift = shift_of(norms, X.dtype)
-    for (top, left, rows, cols), slices, of_slice in received:
-        target = X[:, top : top + rows, left : left + cols]
+    for where, slices, of_slice in received:
+        target = _part(X, where)
         if scaled:
             target.copy_(slices.float().mul_((of_slice / norms).nan_to_num_(0.0).float()[:, None, None]))
             continue
         power = torch.ldexp(torch.ones_like(norms), shift - shift_of(of_slice, X.dtype))
         power = power.where(of_slice != 0, 1.0)  # infinity times zero is none
-        if X.device.type == "cpu" and bool((power == 1).all()):
-            target.copy_(slices)
-        else:
-            torch.mul(slices, power.to(X.dtype)[:, None, None], out=target)
+        torch.mul(slices, power.to(X.dtype)[:, None, None], out=target)
     return norms, shift
+
+
+def _part(X: Tensor, where: Rectangle) -> Tensor:
+    top, left, rows, cols = where
+    return X[:, top : top + rows, left : left + cols]
+
+
+def _unscaled(of_slices: Tensor, norms: Tensor) -> bool:
+    """Whether `shift_of` is 0 for all slices in bf16, and for the matrices of which they are; no NaN is in between."""
+    return bool(of_slices.min() >= 2.0**-_UNSCALED) and bool(norms.max() <= 2.0**_UNSCALED)

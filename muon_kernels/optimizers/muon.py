@@ -28,7 +28,7 @@ from ..step.work import Scalars, Task
 from ..step.workspace import Workspace
 from ..tensors import check_disjoint
 from .loading import fitted, with_momenta
-from .muon_checks import check_group, check_groups, check_muon_options, costs_of
+from .muon_checks import check_gradients, check_group, check_muon_options, costs_of
 from .prepare import ReadyBatch, batches_of, prepared
 from .scalars import set_peak_lr
 from .stage_options import given_options, with_stage_options
@@ -283,11 +283,11 @@ class Muon(ClosureOptimizer):
 
         def prepare(grad_of: Callable[[Tensor], Tensor | None]) -> tuple[list[ReadyBatch], list[Task]]:
             check()
-            if self._ranks.teams:
-                check_groups(self.param_groups, self.defaults, self._ranks)
             # State and memory that are made here must be usable outside of inference mode, too.
             with torch.inference_mode(False), torch.no_grad():
                 batches = self._batches()
+                if self._ranks.teams:
+                    check_gradients(self.param_groups)
                 ready = [ReadyBatch(groups, numbers, *self._prepare(groups, grad_of)) for groups, numbers in batches]
                 for task in (task for batch in ready for task in batch.tasks):
                     task.reserve(self._workspace)
@@ -351,10 +351,13 @@ class Muon(ClosureOptimizer):
 
     @torch.no_grad()
     def plan(self) -> Plan:
-        """Return what a step does if every parameter has a gradient of its own dtype. `print` it for a table."""
+        """Return what a step does if every parameter has a gradient of its own dtype. `print` it for a table.
+
+        After a step it also has the time that steps take the host, `Plan.host_seconds`.
+        """
         tasks = [task for groups, _ in self._batches() for task in self._prepare(groups, lambda p: p)[0]]
         self._tasks.clear()  # tasks hold momentum buffers, which the first step will make anew
-        return plan_of(tasks)
+        return plan_of(tasks, self.host_seconds)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickle or a checkpoint, torch.optim.Muon's too. Options that it lacks are as in the constructor."""

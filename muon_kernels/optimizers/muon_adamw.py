@@ -6,6 +6,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -178,9 +179,9 @@ class MuonAdamW(ClosureOptimizer):
         }
 
     def plan(self) -> Plan:
-        """Return what the next step does with the Muon groups; see `Muon.plan`."""
+        """Return what the next step does with the Muon groups, and the host's time of whole steps; see `Muon.plan`."""
         self._hand_over()
-        return self._muon.plan()
+        return replace(self._muon.plan(), host_seconds=self.host_seconds)
 
     def consolidate_state_dict(self, to: int = 0) -> None:
         """Bring the state that ranks share to one of them; see `Muon.consolidate_state_dict`."""

@@ -74,10 +74,9 @@ def check_group(group: dict[str, Any], defaults: Mapping[str, Any], ranks: Ranks
         ranks.check(group)
 
 
-def check_groups(groups: Sequence[dict[str, Any]], defaults: Mapping[str, Any], ranks: Ranks) -> None:
-    """Raise ValueError or TypeError unless options and gradients can be stepped, before other ranks wait for this."""
+def check_gradients(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError or TypeError unless gradients can be stepped, before other ranks wait for this one."""
     for group in groups:
-        check_group(group, defaults, ranks)
         for p in group["params"]:
             if p.grad is not None:
                 check_dense("gradient", local(p.grad))

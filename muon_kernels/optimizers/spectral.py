@@ -325,7 +325,7 @@ class SpectralAdam(ClosureOptimizer):
             matrices = [p for p in group["params"] if _iterated(p, group)]
             tasks += self._prepare(group, matrices, [local(p) for p in matrices])
         self._tasks.clear()
-        return plan_of(tasks)
+        return plan_of(tasks, self.host_seconds)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickle or a checkpoint. Options that it lacks are as in the constructor."""

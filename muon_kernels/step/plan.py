@@ -8,7 +8,7 @@ code: the iteration itself is run over a backend that only counts.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -114,11 +114,16 @@ class Plan:
         buckets: equal matrices; of those that several ranks step together, this one's.
         notes: what "auto" could not use here, and how to fix it.
         shared: what other ranks have a part in.
+        host_seconds: the host's time for a step, from the call of `step` to its return without the time of a closure:
+            the median of the last 32 steps of this optimizer, None before the first. On a GPU that is the time to issue
+            a step, which the GPU may take longer for. On a CPU the step has been done then, and on several ranks the
+            time includes that of waiting for others.
     """
 
     buckets: tuple[Bucket, ...]
     notes: tuple[str, ...] = ()
     shared: tuple[Shared, ...] = ()
+    host_seconds: float | None = field(default=None, compare=False)
 
     @property
     def launches(self) -> int:
@@ -163,6 +168,8 @@ class Plan:
     def __str__(self) -> str:
         """A table with a row for every bucket."""
         between = [str(s) for s in self.shared if s.matrices]
+        if self.host_seconds is not None:
+            between.append(f"The host took {1e3 * self.host_seconds:.2f} ms for a step, the median of the last.")
         if not self.buckets:
             return "\n".join([*between, *self.notes]) or "nothing to do: Muon was given no matrix"
         rows = [("matrices", "algorithm", "backend", "launches", "FLOPs", "bytes moved", "workspace")]

@@ -170,13 +170,13 @@ def check_uncaptured(works: Sequence[Work], scalars: Scalars) -> None:
             )
 
 
-def plan_of(tasks: Iterable[Task]) -> Plan:
-    """Return the plan of a step of these tasks, as far as this rank does it."""
+def plan_of(tasks: Iterable[Task], host_seconds: float | None) -> Plan:
+    """Return the plan of a step of these tasks, as far as this rank does it, with the time that the last steps took."""
     ordered = sorted(tasks, key=lambda task: task.together)
     notes = dict.fromkeys(note for task in ordered for work in task.works for note in work.notes)
     buckets = [bucket for task in ordered for bucket in task.buckets]
     exchanged = [shared for task in ordered if (shared := task.exchanged) is not None]
-    return Plan(tuple(buckets), tuple(notes), tuple(exchanged))
+    return Plan(tuple(buckets), tuple(notes), tuple(exchanged), host_seconds)
 
 
 class Local:

@@ -72,10 +72,11 @@ class Workspace:
     def stacks(self, work: Work, batch: int) -> Stacks:
         """Return views for a chunk of `batch` matrices. Repeated calls return the same tensors."""
         key = work.bucket, work.schedule, batch, work.device, work.stage_floats
-        if key not in self._stacks:
+        found = self._stacks.get(key)
+        if found is None:
             with torch.inference_mode(False):  # what is kept must be of use outside inference mode too
-                self._stacks[key] = self._carve(*key)
-        return self._stacks[key]
+                found = self._stacks[key] = self._carve(*key)
+        return found
 
     def _carve(self, bucket: Bucket, schedule: Schedule, batch: int, device: torch.device, stage_floats: int) -> Stacks:
         m, n = bucket.shape

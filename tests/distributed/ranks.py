@@ -16,6 +16,7 @@ import torch.multiprocessing as mp
 
 def _serve(connection: Connection) -> None:
     torch.set_num_threads(1)
+    connection.send("ready")
     while True:
         task = connection.recv()
         if task is None:
@@ -49,12 +50,17 @@ class World:
         self._tasks = 0
 
     def _start(self, count: int) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")  # which imports once; it has run nothing, so it has no threads
+        context.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "muon_kernels"])
+        before = len(self._ranks)
         while len(self._ranks) < count:
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(there,), daemon=True)
             process.start()
+            there.close()  # or the end of the process would not be heard of
             self._ranks.append((process, here))
+        for _, connection in self._ranks[before:]:
+            connection.recv()  # imports take seconds, which are no part of a test's timeout
 
     def outcomes(
         self, size: int, function: Callable[..., Any], *args: Any, timeout: float = 60

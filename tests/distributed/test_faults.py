@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
+import re
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +23,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from muon_kernels import Muon, SpectralAdam
 from muon_kernels.cli.demo import training
-from muon_kernels.distributed import collectives, consensus
+from muon_kernels.distributed import agreement, collectives, consensus, missing, second_moment
 from muon_kernels.distributed.strategies.owner import OwnerRound
 from muon_kernels.distributed.strategies.replicas import ReplicaRound
 
@@ -47,6 +50,7 @@ def die_in(layout: str, where: str) -> None:
     params, optimizer = build(layout)
     give(params)
     optimizer.step()
+    missing._PATIENCE = 1.0
     if dist.get_rank() == 1:
         for kind in (OwnerRound, ReplicaRound):
             setattr(kind, where, lambda *_: os._exit(1))
@@ -63,6 +67,7 @@ def test_a_rank_that_dies(ranks: World, layout: str, where: str) -> None:
     if where == "end":  # it has done its part; who needs no more of it may end well
         return
     for returned, text in ((first, said), (third, too)):
+        assert "; missing: rank 1, not heard of within 1 s" in text
         assert not returned and "RuntimeError: step 2 of Muon is incomplete" in text
         assert "x 40x64" in text or "x 24x64" in text, text
         assert "go on from the last checkpoint" in text
@@ -71,8 +76,9 @@ def test_a_rank_that_dies(ranks: World, layout: str, where: str) -> None:
 def late() -> None:
     params, optimizer = build("rows")
     give(params)
+    missing._PATIENCE = 1.0
     if dist.get_rank() == 1:
-        time.sleep(8)
+        time.sleep(4)
         return
     optimizer.step()
 
@@ -80,6 +86,7 @@ def late() -> None:
 def test_a_rank_that_does_not_come(ranks: World) -> None:
     (returned, text), _ = ranks.outcomes(2, late, timeout=2)
     assert not returned and "step 1 of Muon did not begin: asking all ranks for their gradients" in text
+    assert "; missing: rank 1, not heard of within 1 s" in text
 
 
 class Collectives:
@@ -89,31 +96,34 @@ class Collectives:
         self._before, self.count = before, 0
 
     def __enter__(self) -> Collectives:
-        self._own = dist.all_reduce, dist.all_to_all_single, collectives._all_gather
-        dist.all_reduce, dist.all_to_all_single, collectives._all_gather = map(self._counted, self._own)
+        self._own = collectives.doing
+        for module in (collectives, agreement, second_moment):
+            module.doing = self._counted
         return self
 
     def __exit__(self, *_: object) -> None:
-        dist.all_reduce, dist.all_to_all_single, collectives._all_gather = self._own
+        for module in (collectives, agreement, second_moment):
+            module.doing = self._own
 
-    def _counted(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*args: Any, **kwargs: Any) -> Any:
+    def _counted(self, what: str, group: Any, since: float | None = None) -> Any:
+        if since is None:  # it begins
             self._before(self.count)
             self.count += 1
-            return call(*args, **kwargs)
-
-        return counted
+        return self._own(what, group, since)
 
 
-def late_at(layout: str, at: int | None, seconds: float) -> int:
-    """The number of collectives of a step; rank 1 comes late to one, or to all."""
-    params, optimizer = build(layout, backend="cpu")
+def missing_at(layout: str, at: int | None, how: str) -> int:
+    """The number of collectives of a step; rank 1 comes late to one of them, or to all, hangs or dies."""
+    params, optimizer = build(layout, backend="cpu", second_moment="neuron" if how == "dies" else None)
     give(params)
     optimizer.step()
+    missing._PATIENCE = 5.0 if how == "is late" else 0.5
 
     def before(index: int) -> None:
         if dist.get_rank() == 1 and at in (None, index):
-            time.sleep(seconds)
+            if how == "dies" and at is not None:
+                os._exit(1)
+            time.sleep(0.1 if at is None else 3.0)
 
     with Collectives(before) as calls:
         optimizer.step()
@@ -122,20 +132,85 @@ def late_at(layout: str, at: int | None, seconds: float) -> int:
 
 @needs.cpu_kernels
 @pytest.mark.parametrize("layout", ["group", "rows"])
-def test_a_rank_that_is_late_at_any_collective(ranks: World, layout: str) -> None:
-    """Whichever it is, the other rank says in time which step and matrices it was about."""
-    count, _ = ranks.run(2, late_at, layout, None, 0.1)
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("is late", r"; rank 1 came last, [234]\.\d s after the first"),
+        ("hangs", r"; missing: rank 1, not heard of within 0\.5 s"),
+        ("dies", r"; missing: rank 1, not heard of within 0\.5 s"),
+    ],
+    ids=["late", "hangs", "dies"],
+)
+def test_a_rank_that_is_missing_at_any_collective(ranks: World, layout: str, how: str, said: str) -> None:
+    """Whichever it is, the other rank says in time which step, matrices and rank it is about."""
+    count, _ = ranks.run(2, missing_at, layout, None, how)
     assert count >= 2
     for index in range(count):
         begun = time.monotonic()
-        (returned, text), _ = ranks.outcomes(2, late_at, layout, index, 5.0, timeout=1.5)
+        timeout = 20.0 if how == "dies" else 1.5  # what dies is noticed at once
+        (returned, text), (_, of_late) = ranks.outcomes(2, missing_at, layout, index, how, timeout=timeout)
         assert time.monotonic() - begun < 30
         if returned:  # the last results may have been on their way already
             assert index == count - 1
-        elif index:
+            continue
+        assert re.search(said, text), (index, text)
+        if how == "is late":  # and hears why it was not waited for
+            assert re.search(said, of_late), (index, of_late)
+        if index:
             assert "step 2 of Muon is incomplete" in text and ("x 40x64" in text or "x 24x64" in text), (index, text)
         else:
             assert "step 2 of Muon did not begin: asking all ranks" in text
+
+
+class Hanging:
+    """A store that takes a word and does not answer."""
+
+    def set(self, key: str, value: str) -> None: ...
+
+    def check(self, keys: list[str]) -> bool:
+        time.sleep(60)
+        return True
+
+
+def said_by(store: Any, words: dict[int, tuple[str, float]], monkeypatch: pytest.MonkeyPatch) -> str:
+    """What is said on rank 0 of the ranks 0, 2, 5 and 7, of which others have given their words."""
+    for rank, word in words.items():
+        store.set(missing._key(rank), json.dumps(word))
+    everybody = SimpleNamespace(get_group_store=lambda: store)
+    fake = SimpleNamespace(
+        group=SimpleNamespace(WORLD=everybody), get_rank=lambda: 0, get_process_group_ranks=lambda group: [0, 2, 5, 7]
+    )
+    monkeypatch.setattr(missing, "dist", fake)
+    monkeypatch.setattr(missing, "_PATIENCE", 0.3)
+    return missing.missing(SimpleNamespace(group_name="own"), 100.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({}, "; missing: ranks 2, 5 and 7, not heard of within 0.3 s"),
+        ({5: ("own", 100.0), 7: ("own", 100.0)}, "; missing: rank 2, not heard of within 0.3 s"),
+        ({2: ("own", 100.0), 5: ("own", 101.6), 7: ("own", 99.0)}, "; rank 5 came last, 2.6 s after the first"),
+        ({2: ("own", 100.0), 5: ("own", 100.1), 7: ("own", 99.9)}, "; all ranks came to it, and it failed on all"),
+        (
+            {2: ("own", 100.0), 5: ("copies", 1.0), 7: ("own", 100.0)},
+            "; missing: rank 5, where a collective with other ranks has failed",
+        ),
+    ],
+)
+def test_what_is_said_of_ranks_that_are_missing(
+    words: dict[int, tuple[str, float]], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert said_by(dist.HashStore(), words, monkeypatch) == said
+
+
+def test_a_store_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be on the rank that died; the error comes all the same, in twice the time."""
+    unknown = "; which rank is missing is not known, as the store of the process group does not answer"
+    assert said_by(None, {}, monkeypatch) == unknown
+    begun = time.monotonic()
+    assert said_by(Hanging(), {}, monkeypatch) == unknown
+    assert time.monotonic() - begun < 20
 
 
 def infinite_alone() -> list[int]:
@@ -251,7 +326,7 @@ def test_a_nan_on_one_rank_skips_the_step_of_all(ranks: World) -> None:
             assert moved == [True, False, True] and scales == [16.0, 8.0, 16.0] and finite
 
 
-def missing(layout: str) -> tuple[bool, bool]:
+def lacking(layout: str) -> tuple[bool, bool]:
     """A gradient that only one rank has, and one that none has, against zeros and nothing in their place."""
     params, optimizer = build(layout)
     give(params)
@@ -270,7 +345,7 @@ def missing(layout: str) -> tuple[bool, bool]:
 
 
 def test_gradients_that_some_ranks_lack(ranks: World) -> None:
-    assert ranks.run(3, missing, "rows") == [(True, True)] * 3
+    assert ranks.run(3, lacking, "rows") == [(True, True)] * 3
 
 
 def begun(layout: str) -> tuple[bool, bool, bool]:

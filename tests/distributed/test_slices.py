@@ -60,6 +60,32 @@ def test_fp16_slices_that_are_not_sound() -> None:
     assert shift_of(norm, torch.float16).tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("size", [2.0**-40, 2.0**-10, 2.0**31])
+def test_bf16_slices_of_any_norm(size: float) -> None:
+    """Slices come times a power of two where their own norm is far from 1; the matrix has one power, its norm's."""
+    G = torch.randn(4, 8, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).bfloat16().double()
+    G[0, 4:] *= size  # one slice
+    G[1] *= size
+    G[2, :4] = 0
+    G[3, 0, 0] = torch.nan
+    received, kept = [], []
+    for top in (0, 4):
+        part = G[:, top : top + 4]
+        norm = torch.linalg.vector_norm(part, dim=(1, 2))
+        power = shift_of(norm, torch.bfloat16)
+        received.append((Rectangle(top, 0, 4, 12), (part * torch.exp2(power)[:, None, None]).bfloat16(), norm))
+        kept.append(int((power != 0).sum()))
+    assert any(kept) == (size != 2.0**-10)
+    for some in ([0, 1, 2, 3], [1]):
+        X = torch.empty(len(some), 8, 12, dtype=torch.bfloat16)
+        norms, shift = gather_slices([(at, x[some], norm[some]) for at, x, norm in received], X, scaled=False)
+        whole = torch.linalg.vector_norm(G[some], dim=(1, 2))
+        torch.testing.assert_close(norms, whole, rtol=1e-15, atol=0, equal_nan=True)
+        assert shift.tolist() == shift_of(whole, torch.bfloat16).tolist()
+        found = X.double() * torch.exp2(-shift.double())[:, None, None]
+        torch.testing.assert_close(found, G[some], rtol=0, atol=0, equal_nan=True)
+
+
 def test_a_column_has_one_sum() -> None:
     """Whatever stands beside it: ranks that hold some columns of a stack have the bits of one process."""
     X = torch.randn(2, 37, 203, generator=torch.Generator().manual_seed(0)).bfloat16()

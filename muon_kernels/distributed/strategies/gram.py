@@ -271,6 +271,7 @@ class GramRound(OwnerRound):
     def _sum(self, numbers: Tensor, what: str) -> Pending:
         return Pending(
             f"summing {what} of {self.lot}",
+            self.lot.key.team.shards,
             lambda: dist.all_reduce(numbers, group=self.lot.key.team.shards, async_op=True),
         )
 

@@ -156,6 +156,7 @@ class OwnerRound:
     ) -> Pending:
         return Pending(
             f"exchanging {what} of {self.lot}",
+            self.lot.key.team.shards,
             lambda: dist.all_to_all_single(
                 target[: end_of(received)],
                 source[: end_of(sent)],

@@ -226,6 +226,7 @@ class MuonHalf(Half):
         whole = torch.empty(length(needed), dtype=torch.bfloat16, device=direction.device)
         Pending(
             "gathering matrices",
+            self.ranks,
             lambda: dist.all_to_all_single(
                 whole,
                 sent,
