@@ -18,7 +18,8 @@ from muon_kernels.cli.models import MODELS, Model
 from muon_kernels.cli.network import FACTS, NOTHING, Group, Network, Protocol, Seconds, loads
 from muon_kernels.cli.overlap import Stage, Step, Timeline, in_turn, overlapped
 from muon_kernels.coefficients import DEFAULT, resolve
-from muon_kernels.distributed import traffic
+from muon_kernels.distributed import alternatives, traffic
+from muon_kernels.distributed.gathers import Run
 from muon_kernels.distributed.traffic import Mesh, elements, rounds
 from muon_kernels.distributed.zero.flat import Flat, length, meet
 
@@ -98,14 +99,22 @@ def test_replicas_on_two_nodes(by_hand: None) -> None:
 
 
 def test_copies_on_two_nodes(by_hand: None) -> None:
-    """Four copies: rank 0 does it, and all gather four shares of 136 bytes by two cards a node: 408 at 10 a second."""
+    """Four copies: rank 0 does it and sends 136 bytes around by two cards a node, at 10 a second."""
     (each,) = rounds([(8, 8, 1)], Mesh(replicas=4))
-    assert isinstance(each, traffic.CopiedRound) and each.share == 136
-    stage = Step(SLOW, SMALL, resolve(DEFAULT)).copied(each, SMALL.group(4))
-    assert stage.back == Seconds(40.8, 1 + 2 * 2 + 4)
+    assert isinstance(each, traffic.CopiedRound) and each.shares == [136, 0, 0, 0]
+    step = Step(SLOW, SMALL, resolve(DEFAULT))
+    stage = step.copied(each, SMALL.group(4))
+    assert stage.back == Seconds(13.6, 1 + 2 * 2 + 4)
     # Its momentum is updated by its owner only, whose result is copied once; all update 64 elements.
     assert stage.iterate.tolist() == pytest.approx([3 + 64 * (14 + 4) / 100, 0, 0, 0])
-    assert overlapped([stage]).seconds == pytest.approx(14.52 + 49.8 + 6.4)
+    assert overlapped([stage]).seconds == pytest.approx(14.52 + 22.6 + 6.4)
+    # Shares of 10 and 20 bytes, the second a hop later; then equal ones of 10, three quarters of which a rank gets.
+    parts = [[Run(0, 0, 0, 1), Run(2, 0, 0, 2)], [Run(rank, 0, 0, 1) for rank in range(4)]]
+    assert step.gathered(parts[:1], [10], SMALL.group(4)) == Seconds(
+        3.0, pytest.approx(1 + (4 - 4 / 3) * 2 + 4 / 3 * 4)
+    )
+    assert step.gathered(parts, [10], SMALL.group(4)).bytes == 6.0
+    assert SMALL.broadcast(80, 1, SMALL.group(1)) == NOTHING
 
 
 def test_rings_and_trees(by_hand: None) -> None:
@@ -167,7 +176,7 @@ def test_slices_are_those_of_zeromuon(ranks: int) -> None:
     shapes = [(8, 12, 5), (20, 4, 2), (7, 7, 3)]
     params = [nn.Parameter(torch.empty(m, n, device="meta")) for m, n, count in shapes for _ in range(count)]
     flat = Flat([tuple(p.shape) for p in params], ranks, [None] * len(params))
-    costs = traffic.sliced(shapes, ranks)
+    costs = alternatives.sliced(shapes, ranks)
     whole = [
         2 * sum(length(meet(flat.needed[r], flat.slices[rank])) for r in range(ranks) if r != rank)
         for rank in range(ranks)
@@ -176,18 +185,18 @@ def test_slices_are_those_of_zeromuon(ranks: int) -> None:
     assert [cost.buffers for cost in costs] == [2 * length(needed) + 4 * ranks * flat.share for needed in flat.needed]
     touched = [sum(bool(length(meet(m.at, own))) for m in flat.matrices) for own in flat.slices]
     assert sum(cost.flops > 0 for cost in costs) == sum(n > 0 for n in touched)
-    square = traffic.sliced([(8, 8, 6)], 4)  # a rank has one and a half: of its two matrices one is shared
+    square = alternatives.sliced([(8, 8, 6)], 4)  # a rank has one and a half: of its two matrices one is shared
     assert [cost.flops / traffic.flops([(8, 8, 1)])[0] for cost in square] == [2, 2, 2, 2]
     assert [cost.sent for cost in square] == [64, 64, 64, 64]
 
 
 def test_padding() -> None:
     """Three of 6x4 on four ranks are four; 2 rows of 4 in bf16 go to three others, and back."""
-    assert traffic.padding(6, 4, 3, 4) == (1, 16)
-    cost = traffic.padded([(6, 4, 3)], 4)
+    assert alternatives.padding(6, 4, 3, 4) == (1, 16)
+    cost = alternatives.padded([(6, 4, 3)], 4)
     assert (cost.sent, cost.collectives, cost.buffers) == (2 * 16 * 3, 2, 2 * 64)
     assert cost.flops == traffic.flops([(6, 4, 1)])[0]
-    assert traffic.padded([(8, 4, 8)], 4).sent == 2 * 2 * 16 * 3
+    assert alternatives.padded([(8, 4, 8)], 4).sent == 2 * 2 * 16 * 3
 
 
 def test_batches_are_estimated_as_the_ledger_of_one_gpu_does() -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ..coefficients import Schedule
-from ..distributed import traffic
+from ..distributed import alternatives, traffic
 from ..distributed.traffic import BESIDE, CopiedRound, Cost, Mesh, Shapes, elements, largest
 from ..step.plan import Bucket
 from .estimate import Gpu, kernels_on
@@ -82,7 +82,7 @@ class Layouts:
     def rows(self) -> Iterator[Row]:
         """Yield the estimate of every layout that these ranks allow."""
         zero, ddp, fsdp = (self._ring(each * elements(self.shapes)) for each in BESIDE.values())
-        adamw = [traffic.adamw(self.shapes, self.ranks)], self._adamw()
+        adamw = [alternatives.adamw(self.shapes, self.ranks)], self._adamw()
         yield self._row("AdamW, ZeRO-1", zero, 1, *adamw)
         yield self._row("AdamW, FSDP2", fsdp, self.ranks, *adamw)
         yield self._row("gathered, ZeRO-1", zero, 1, *self._gathered())
@@ -131,7 +131,7 @@ class Layouts:
         for rows, cols, count in self.shapes:
             seconds = self.step.iteration(self._plan(rows, cols), 1)
             parts.append((count, self.step.network.gather(2 * rows * cols, group), seconds))
-        cost = traffic.gathered(self.shapes, self.ranks, schedule=self.step.schedule, backend=self.backend)
+        cost = alternatives.gathered(self.shapes, self.ranks, schedule=self.step.schedule, backend=self.backend)
         return [cost], self._with_passes(in_turn(parts), self._own_passes())
 
     def _plan(self, rows: int, cols: int) -> Bucket:
@@ -144,7 +144,7 @@ class Layouts:
 
     def _sliced(self) -> tuple[list[Cost], Timeline]:
         """Return what `ZeroMuon` costs: one exchange, of neighbours in other nodes at worst, then all is multiplied."""
-        costs = traffic.sliced(self.shapes, self.ranks, schedule=self.step.schedule, backend=self.backend)
+        costs = alternatives.sliced(self.shapes, self.ranks, schedule=self.step.schedule, backend=self.backend)
         share = -(-elements(self.shapes) // self.ranks)
         far = self.ranks > self.step.network.node
         most = max(max(cost.sent, cost.buffers - 4 * share * self.ranks - 2 * share) for cost in costs)
@@ -174,7 +174,7 @@ class Layouts:
         network, group = self.step.network, self.step.network.group(self.ranks)
         stages = []
         for rows, cols, count in self.shapes:
-            each, slice_ = traffic.padding(rows, cols, count, self.ranks)
+            each, slice_ = alternatives.padding(rows, cols, count, self.ranks)
             others, far = each * slice_ * (group.near - 1), self.ranks - group.near
             exchange = network.all_to_all(others, each * slice_ * far, far)
             passed = count * rows * cols / self.ranks
@@ -185,7 +185,7 @@ class Layouts:
                 for x in (self.step.passing(UPDATE_BYTES * passed), seconds, self.step.passing(APPLY_BYTES * passed))
             )
             stages.append(Stage(update, exchange, iterate, exchange, NOTHING, apply))
-        cost = traffic.padded(self.shapes, self.ranks, schedule=self.step.schedule, backend=self.backend)
+        cost = alternatives.padded(self.shapes, self.ranks, schedule=self.step.schedule, backend=self.backend)
         return [cost], overlapped(stages)
 
     def _owners(self, shapes: Shapes, mesh: Mesh, stride: int = 1) -> tuple[list[Cost], Timeline]:
@@ -233,11 +233,11 @@ class Layouts:
     def _sums(self) -> tuple[list[Cost], Timeline]:
         """Return what sums of Gram matrices cost; each is waited for, as the next product needs it."""
         network = self.step.network
-        cost = traffic.gram(self.shapes, TENSOR, schedule=self.step.schedule, backend=self.backend)
+        cost = alternatives.gram(self.shapes, TENSOR, schedule=self.step.schedule, backend=self.backend)
         exchange, iterating = NOTHING, 0.0
         for rows, cols, count in self.shapes:
             m, n = min(rows, cols), -(-max(rows, cols) // TENSOR)
-            one = traffic.gram([(rows, cols, 1)], TENSOR, schedule=self.step.schedule, backend=self.backend)
+            one = alternatives.gram([(rows, cols, 1)], TENSOR, schedule=self.step.schedule, backend=self.backend)
             summed = network.reduce(4 * m * m, network.group(TENSOR))
             exchange = exchange.plus(summed.times(count * one.collectives))
             iterating += count * self.step.iteration(self._plan(m, n), 1)
@@ -247,7 +247,7 @@ class Layouts:
     def _blockwise(self) -> tuple[list[Cost], Timeline]:
         """Return the mean over a period: one step of owners, and the others of each rank's own parts."""
         mesh = Mesh(cols=TENSOR)
-        costs = traffic.blockwise(self.shapes, mesh, PERIOD, schedule=self.step.schedule, backend=self.backend)
+        costs = alternatives.blockwise(self.shapes, mesh, PERIOD, schedule=self.step.schedule, backend=self.backend)
         _, whole = self._owners(self.shapes, mesh)
         alone = 0.0
         for rows, cols, count in self.shapes:

@@ -89,12 +89,12 @@ class Collectives:
         self._before, self.count = before, 0
 
     def __enter__(self) -> Collectives:
-        self._own = dist.all_reduce, dist.all_to_all_single, collectives._all_gather
-        dist.all_reduce, dist.all_to_all_single, collectives._all_gather = map(self._counted, self._own)
+        self._own = dist.all_reduce, dist.all_to_all_single, collectives._gather
+        dist.all_reduce, dist.all_to_all_single, collectives._gather = map(self._counted, self._own)
         return self
 
     def __exit__(self, *_: object) -> None:
-        dist.all_reduce, dist.all_to_all_single, collectives._all_gather = self._own
+        dist.all_reduce, dist.all_to_all_single, collectives._gather = self._own
 
     def _counted(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:

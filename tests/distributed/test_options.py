@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.optim import Optimizer
 
 from muon_kernels import Muon, SpectralAdam, SpectralMomentum
-from muon_kernels.distributed import lots
+from muon_kernels.distributed import exchange, lots
 from muon_kernels.split import blocks, equal, heads, qkv
 
 # Wide, tall, square, odd, fewer rows than ranks, one row, many equal ones, stacks, empty ones.
@@ -100,6 +100,7 @@ def compare(layout: str) -> list[str]:
         placements["copies of rows"] = two, [Replicate(), Shard(0)]
         placements["rows and columns"] = two, [Shard(0), Shard(1)]
     lots._NUMBERS_ON_CPU = 2000  # several matrices at a time, and not all
+    exchange.part_bytes = lambda cap: cap // 4000  # parts of a few results; of one each in many rounds
     different = []
     for case, (_, _, own) in CASES.items():
         for name, scale in SCALES.items():
