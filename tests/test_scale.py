@@ -108,7 +108,7 @@ def test_copies_on_two_nodes(by_hand: None) -> None:
     # Its momentum is updated by its owner only, whose result is copied once; all update 64 elements.
     assert stage.iterate.tolist() == pytest.approx([3 + 64 * (14 + 4) / 100, 0, 0, 0])
     assert overlapped([stage]).seconds == pytest.approx(14.52 + 22.6 + 6.4)
-    # Shares of 10 and 20 bytes, the second a hop later; then equal ones of 10, three quarters of which a rank gets.
+    # Shares of 10 and 20 bytes, the second a hop later; then equal ones, three quarters of which a rank gets.
     parts = [[Run(0, 0, 0, 1), Run(2, 0, 0, 2)], [Run(rank, 0, 0, 1) for rank in range(4)]]
     assert step.gathered(parts[:1], [10], SMALL.group(4)) == Seconds(
         3.0, pytest.approx(1 + (4 - 4 / 3) * 2 + 4 / 3 * 4)

@@ -88,15 +88,15 @@ class Layouts:
         yield self._row("gathered, ZeRO-1", zero, 1, *self._gathered())
         yield self._row("ZeroMuon, ZeRO-1", zero, 1, *self._sliced())
         yield self._row("padded, FSDP2", fsdp, self.ranks, *self._padded())
-        yield self._row("owners, FSDP2", fsdp, self.ranks, *self._owners(self.shapes, Mesh(rows=self.ranks)))
+        yield self._row("owners, FSDP2", fsdp, self.ranks, *self.owners(self.shapes, Mesh(rows=self.ranks)))
         if self.ranks > HYBRID and self.ranks % HYBRID == 0:
             mesh = Mesh(rows=HYBRID, replicas=self.ranks // HYBRID)
-            owners = self._owners(self.shapes, mesh)
+            owners = self.owners(self.shapes, mesh)
             yield self._row(f"owners, HSDP of {HYBRID}", self._hybrid(mesh), HYBRID, *owners)
         if self.model.experts and self.ranks % EXPERTS == 0:
             beside, costs, timeline = self._expert_parallel()
             yield self._row(f"owners, EP of {EXPERTS}", beside, self.ranks, costs, timeline)
-        yield self._row("owners, DDP", ddp, 1, *self._owners(self.shapes, Mesh(replicas=self.ranks)))
+        yield self._row("owners, DDP", ddp, 1, *self.owners(self.shapes, Mesh(replicas=self.ranks)))
         parallel = self._hybrid(Mesh(cols=TENSOR, replicas=self.ranks // TENSOR)) - self._of(TENSOR, BESIDE["FSDP2"])
         yield self._row(f"sums of X Xᵀ, TP of {TENSOR}", parallel, TENSOR, *self._sums())
         yield self._row(f"MuonBP of {PERIOD}, TP of {TENSOR}", parallel, TENSOR, *self._blockwise())
@@ -129,12 +129,13 @@ class Layouts:
         group = self.step.network.group(self.ranks)
         parts = []
         for rows, cols, count in self.shapes:
-            seconds = self.step.iteration(self._plan(rows, cols), 1)
+            seconds = self.step.iteration(self.plan(rows, cols), 1)
             parts.append((count, self.step.network.gather(2 * rows * cols, group), seconds))
         cost = alternatives.gathered(self.shapes, self.ranks, schedule=self.step.schedule, backend=self.backend)
         return [cost], self._with_passes(in_turn(parts), self._own_passes())
 
-    def _plan(self, rows: int, cols: int) -> Bucket:
+    def plan(self, rows: int, cols: int) -> Bucket:
+        """Return the plan of one matrix."""
         return traffic.plan_of(rows, cols, schedule=self.step.schedule, backend=self.backend)
 
     @staticmethod
@@ -165,7 +166,7 @@ class Layouts:
             for rank in range(start // share, (stop - 1) // share + 1):
                 begin, end = max(rank * share, start), min((rank + 1) * share, stop)
                 touched = -(-(end - start) // size) - (begin - start) // size
-                seconds[rank] += self.step.iteration(self._plan(rows, cols), touched)
+                seconds[rank] += self.step.iteration(self.plan(rows, cols), touched)
             start = stop
         return seconds
 
@@ -178,7 +179,7 @@ class Layouts:
             others, far = each * slice_ * (group.near - 1), self.ranks - group.near
             exchange = network.all_to_all(others, each * slice_ * far, far)
             passed = count * rows * cols / self.ranks
-            seconds = self.step.iteration(self._plan(rows, cols), each)
+            seconds = self.step.iteration(self.plan(rows, cols), each)
             seconds += self.step.passing(COPY_BYTES * each * rows * cols)
             update, iterate, apply = (
                 torch.tensor([x], dtype=torch.float64)
@@ -188,7 +189,7 @@ class Layouts:
         cost = alternatives.padded(self.shapes, self.ranks, schedule=self.step.schedule, backend=self.backend)
         return [cost], overlapped(stages)
 
-    def _owners(self, shapes: Shapes, mesh: Mesh, stride: int = 1) -> tuple[list[Cost], Timeline]:
+    def owners(self, shapes: Shapes, mesh: Mesh, stride: int = 1) -> tuple[list[Cost], Timeline]:
         """Return what this package costs on a mesh of every `stride`-th rank; shards of a replica come first."""
         network = self.step.network
         shards, replicas = network.group(mesh.shards, stride), network.group(mesh.replicas, mesh.shards * stride)
@@ -210,10 +211,10 @@ class Layouts:
 
         Copies of a group's experts are cut along their rows over every 64th rank. On 64 ranks nothing of them travels.
         """
-        dense, time = self._owners(self.model.dense, Mesh(rows=self.ranks))
+        dense, time = self.owners(self.model.dense, Mesh(rows=self.ranks))
         own = [(rows, cols, count // EXPERTS) for rows, cols, count in self.model.experts]
         shards = self.ranks // EXPERTS
-        of_experts, more = self._owners(own, Mesh(rows=shards), EXPERTS)
+        of_experts, more = self.owners(own, Mesh(rows=shards), EXPERTS)
         both = [
             Cost(
                 a.sent + b.sent,
@@ -240,7 +241,7 @@ class Layouts:
             one = alternatives.gram([(rows, cols, 1)], TENSOR, schedule=self.step.schedule, backend=self.backend)
             summed = network.reduce(4 * m * m, network.group(TENSOR))
             exchange = exchange.plus(summed.times(count * one.collectives))
-            iterating += count * self.step.iteration(self._plan(m, n), 1)
+            iterating += count * self.step.iteration(self.plan(m, n), 1)
         timeline = Timeline(exchange.both + iterating, iterating, iterating, exchange)
         return [cost], self._with_passes(timeline, self._own_passes() * self.ranks / TENSOR)
 
@@ -248,11 +249,11 @@ class Layouts:
         """Return the mean over a period: one step of owners, and the others of each rank's own parts."""
         mesh = Mesh(cols=TENSOR)
         costs = alternatives.blockwise(self.shapes, mesh, PERIOD, schedule=self.step.schedule, backend=self.backend)
-        _, whole = self._owners(self.shapes, mesh)
+        _, whole = self.owners(self.shapes, mesh)
         alone = 0.0
         for rows, cols, count in self.shapes:
             part = mesh.rectangles(rows, cols)[0]
-            alone += self.step.iteration(self._plan(part.rows, part.cols), count)
+            alone += self.step.iteration(self.plan(part.rows, part.cols), count)
         passes = self._own_passes() * self.ranks / TENSOR
         blocks = Timeline(alone + passes, alone, alone + passes, NOTHING)
         return costs, whole.times(1 / PERIOD).after(blocks.times((PERIOD - 1) / PERIOD))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .. import backends
 from ..coefficients import DEFAULT, Schedule, resolve
 from ..segments import segments
-from .traffic import Cost, Mesh, Shapes, elements, owners, plan_of
+from .traffic import Cost, Mesh, Shapes, elements, owners, plan_of, plan_part
 
 
 def _ring(bytes_: float, ranks: int) -> float:
@@ -104,7 +104,7 @@ def gram(shapes: Shapes, ranks: int, *, schedule: Schedule | None = None, backen
     workspace = buffers = 0
     for rows, cols, count in shapes:
         m, n = min(rows, cols), -(-max(rows, cols) // ranks)
-        plan = plan_of(m, n, schedule=schedule, backend=backend)
+        plan = plan_part(m, n, schedule, backend)
         sums = len(schedule.triples)
         if plan.algorithm == "gram":
             sums = len(segments(schedule, m, backends.get(backend).precise_squares))

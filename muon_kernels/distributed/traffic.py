@@ -159,8 +159,8 @@ class CopiedRound(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _plan(m: int, n: int, schedule: Schedule, backend: str) -> Bucket:
-    """Return the plan of one matrix."""
+def plan_part(m: int, n: int, schedule: Schedule, backend: str) -> Bucket:
+    """Return the plan of m x n, the columns of a matrix of m rows that a rank has; they may be fewer than the rows."""
     return plan_bucket((m, n), 1, StepOptions(schedule), backend, bytes_per_element=0, stepped=False)
 
 
@@ -180,7 +180,7 @@ def _dealt(
         m, n, shards = min(rows, cols), max(rows, cols), mesh.rectangles(rows, cols)
         if rows > cols:
             shards = [Rectangle(left, top, c, r) for top, left, r, c in shards]
-        plan = _plan(m, n, schedule, backend)
+        plan = plan_part(m, n, schedule, backend)
         lot = lots.setdefault((m, n, tuple(shards)), _Lot(plan, tuple(shards), [0] * mesh.ranks, cap))
         cost = plan.flops
         if mesh.shards == 1:
@@ -327,13 +327,13 @@ def _sharded(lots: Sequence[_Lot], mesh: Mesh, state_bytes: int) -> list[Cost]:
 
 def flops(shapes: Shapes, *, schedule: Schedule | None = None, backend: str = "cuda") -> list[int]:
     """Return the FLOPs of every matrix."""
-    plans = [(_plan(*sorted((m, n)), schedule or resolve(DEFAULT), backend), count) for m, n, count in shapes]
+    plans = [(plan_part(*sorted((m, n)), schedule or resolve(DEFAULT), backend), count) for m, n, count in shapes]
     return [plan.flops for plan, count in plans for _ in range(count)]
 
 
 def plan_of(rows: int, cols: int, *, schedule: Schedule | None = None, backend: str = "cuda") -> Bucket:
     """Return the plan of one matrix's iteration."""
-    return _plan(*sorted((rows, cols)), schedule or resolve(DEFAULT), backend)
+    return plan_part(*sorted((rows, cols)), schedule or resolve(DEFAULT), backend)
 
 
 def elements(shapes: Shapes) -> int:

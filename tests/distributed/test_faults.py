@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,11 +17,12 @@ from checks import needs
 from ranks import World
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from muon_kernels import Muon, SpectralAdam
 from muon_kernels.cli.demo import training
-from muon_kernels.distributed import collectives, consensus
+from muon_kernels.distributed import collectives, consensus, exchange
+from muon_kernels.distributed.lots import Results
 from muon_kernels.distributed.strategies.owner import OwnerRound
 from muon_kernels.distributed.strategies.replicas import ReplicaRound
 
@@ -80,6 +82,34 @@ def late() -> None:
 def test_a_rank_that_does_not_come(ranks: World) -> None:
     (returned, text), _ = ranks.outcomes(2, late, timeout=2)
     assert not returned and "step 1 of Muon did not begin: asking all ranks for their gradients" in text
+
+
+def raises_once(hybrid: bool) -> list[Tensor]:
+    """Parameters after a step that stops, on all ranks, where the first results are applied, and one that does not."""
+    if hybrid:
+        mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("b", "c"))
+        place = [Replicate(), Shard(0)]
+        params = [torch.nn.Parameter(distribute_tensor(torch.eye(40, 64), mesh, place)) for _ in range(3)]
+        optimizer = Muon(params, lr=0.1)
+    else:
+        params, optimizer = build("group")
+    give(params)
+    with (
+        mock.patch.object(exchange, "part_bytes", lambda cap: 1),  # several parts are under way, and others wait
+        mock.patch.object(Results, "apply", side_effect=MemoryError),
+        pytest.raises(MemoryError),
+    ):
+        optimizer.step()
+    optimizer.step()
+    return [p.detach().full_tensor() if isinstance(p, DTensor) else p.detach() for p in params]
+
+
+@pytest.mark.parametrize(("hybrid", "size"), [(False, 3), (True, 4)])
+def test_a_step_after_one_that_raised(ranks: World, hybrid: bool, size: int) -> None:
+    """Results of the first are not taken for the second's."""
+    first, *others = ranks.run(size, raises_once, hybrid)
+    for i, p in enumerate(first):
+        assert p.isfinite().all() and all(torch.equal(p, other[i]) for other in others)
 
 
 class Collectives:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -85,6 +86,11 @@ def kept(optimizer: Optimizer, key: str) -> dict[int, Tensor]:
     return {i: t.full_tensor() if isinstance(t, DTensor) else t for i, t in wide.items()}
 
 
+def in_parts() -> Any:
+    """Replicas gather parts of a few results; fewer, where there are many rounds."""
+    return mock.patch.object(exchange, "part_bytes", lambda cap: max(4000, cap // 4000))
+
+
 def compare(layout: str) -> list[str]:
     """The cases in which a rank's result differs from one process's."""
     size = dist.get_world_size()
@@ -100,7 +106,6 @@ def compare(layout: str) -> list[str]:
         placements["copies of rows"] = two, [Replicate(), Shard(0)]
         placements["rows and columns"] = two, [Shard(0), Shard(1)]
     lots._NUMBERS_ON_CPU = 2000  # several matrices at a time, and not all
-    exchange.part_bytes = lambda cap: cap // 4000  # parts of a few results; of one each in many rounds
     different = []
     for case, (_, _, own) in CASES.items():
         for name, scale in SCALES.items():
@@ -114,7 +119,8 @@ def compare(layout: str) -> list[str]:
                 if own.get("flatten") and layout not in ("rows", "copies", "copies of rows"):
                     continue  # refused
                 place = lambda t, mesh=mesh, where=where: distribute_tensor(t, mesh, where, src_data_rank=None)
-            found, optimizer = steps(case, place, scale, **options)
+            with in_parts():
+                found, optimizer = steps(case, place, scale, **options)
             expected, alone = steps(case, lambda t: t, scale)
             whole = [t.full_tensor() if isinstance(t, DTensor) else t for t in found]
             # Partial sums of squares, of a row that is cut or of a matrix, are in fp32, and in another order. "eager"
@@ -153,3 +159,27 @@ LAYOUTS = {
 def test_as_in_one_process(ranks: World, size: int, layout: str) -> None:
     for different in ranks.run(size, compare, layout):
         assert not different
+
+
+def rounded(hybrid: bool) -> list[Tensor]:
+    """Bf16 copies of a matrix after a step with equal gradients."""
+    options: dict[str, Any] = {"process_group": dist.group.WORLD}
+    place = lambda t: t.clone()
+    if hybrid:
+        mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("b", "c"))
+        options, place = {}, lambda t: distribute_tensor(t, mesh, [Replicate(), Shard(0)], src_data_rank=None)
+    params = [torch.nn.Parameter(place(random((24, 40), 0).bfloat16())) for _ in range(7)]
+    for p in params:
+        p.grad = place(random((24, 40), 1).bfloat16())
+    with in_parts():
+        Muon(params, lr=0.001, stochastic_rounding=True, max_workspace_bytes=8_000_000, **options).step()
+    return [p.detach().full_tensor() if isinstance(p, DTensor) else p.detach() for p in params]
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_every_matrix_has_other_bits(ranks: World, hybrid: bool) -> None:
+    """Parts begin where the last ones ended; all ranks round alike."""
+    first, *others = ranks.run(4, rounded, hybrid)
+    for i, p in enumerate(first):
+        assert all(torch.equal(p, other[i]) for other in others)
+        assert not any(torch.equal(p, q) for q in first[:i])
