@@ -35,8 +35,11 @@ def build(layout: str, shapes: Any = SHAPES, kind: type = Muon, **options: Any) 
     if layout == "group":
         params = [torch.nn.Parameter(t) for t in whole]
         return params, kind(params, lr=0.1, process_group=dist.group.WORLD, **options)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    params = [torch.nn.Parameter(distribute_tensor(t, mesh, [Shard(0)])) for t in whole]
+    hybrid = layout == "hybrid"
+    size = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (2, size // 2) if hybrid else (size,), mesh_dim_names=("a", "b")[: 1 + hybrid])
+    placements = [Replicate(), Shard(0)] if hybrid else [Shard(0)]
+    params = [torch.nn.Parameter(distribute_tensor(t, mesh, placements)) for t in whole]
     return params, kind(params, lr=0.1, **options)
 
 
@@ -70,6 +73,28 @@ def test_a_rank_that_dies(ranks: World, layout: str, where: str) -> None:
         assert "go on from the last checkpoint" in text
 
 
+def die_in_a_gather(hybrid: bool) -> None:
+    params, optimizer = build("hybrid" if hybrid else "group")
+    give(params)
+    optimizer.step()
+    if dist.get_rank() == 1:
+        collectives._gather = lambda *_: os._exit(1)
+    optimizer.step()
+
+
+@pytest.mark.parametrize(("hybrid", "size"), [(False, 3), (True, 4)])
+def test_a_rank_that_dies_in_a_gather(ranks: World, hybrid: bool, size: int) -> None:
+    """All that need its results say so; under hybrid sharding the ranks of its shard, and who waits for these."""
+    begun = time.monotonic()
+    found = ranks.outcomes(size, die_in_a_gather, hybrid, timeout=10)
+    assert time.monotonic() - begun < 60
+    assert not found[1][0]
+    for rank in [0, 2] if not hybrid else [3]:
+        returned, text = found[rank]
+        assert not returned and "RuntimeError: step 2 of Muon is incomplete" in text
+        assert "gathering the results of the bucket of" in text
+
+
 def late() -> None:
     params, optimizer = build("rows")
     give(params)
@@ -86,13 +111,7 @@ def test_a_rank_that_does_not_come(ranks: World) -> None:
 
 def raises_once(hybrid: bool) -> list[Tensor]:
     """Parameters after a step that stops, on all ranks, where the first results are applied, and one that does not."""
-    if hybrid:
-        mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("b", "c"))
-        place = [Replicate(), Shard(0)]
-        params = [torch.nn.Parameter(distribute_tensor(torch.eye(40, 64), mesh, place)) for _ in range(3)]
-        optimizer = Muon(params, lr=0.1)
-    else:
-        params, optimizer = build("group")
+    params, optimizer = build("hybrid" if hybrid else "group")
     give(params)
     with (
         mock.patch.object(exchange, "part_bytes", lambda cap: 1),  # several parts are under way, and others wait
