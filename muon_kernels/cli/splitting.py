@@ -23,8 +23,7 @@ from ..distributed.strategies.gram import GramRound, count
 from ..distributed.traffic import CopiedRound, Mesh, SlicedRound
 from ..step.options import StepOptions
 from ..step.plan import Bucket, plan_bucket
-from ..triton_kernels.configs import Shape
-from .estimate import Gpu, kernels_on, product_seconds
+from .estimate import Gpu, square_seconds
 from .layouts import Layouts, Row
 from .models import Model
 from .network import Network
@@ -87,9 +86,8 @@ class Splitting:
         if not matrices:
             return 0.0
         m, cols = kind.plan.shape
-        kernels = kernels_on(self.step.gpu)[0]
         # The second product of a visit returns what rounding took from the first, see strategies/gram.py.
-        again = product_seconds(Shape(matrices, m, m, cols, True), kernels, self.step.gpu)
+        again = square_seconds(m, cols, matrices, self.step.gpu)
         summed = self.network.reduce(matrices * 2 * m * (m + 1), self.network.group(kind.between)).both
         return self.step.iteration(kind.plan, matrices) + kind.visits * (again + summed)
 
