@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from muon_kernels.cli import scale
+from muon_kernels.cli import scale, splitting
 from muon_kernels.cli.estimate import GPUS
 from muon_kernels.cli.layouts import LAYOUTS
 from muon_kernels.cli.models import MODELS
@@ -21,6 +21,7 @@ PAGE = Path(__file__).with_name("SCALING.md")
 GPU = GPUS["h100"]
 RANKS = scale.RANKS[1:]
 ESTIMATED = ("moonlight-16b", "llama-70b", "deepseek-v3")
+SMALL, SHARED = (8, 16, 32, 48, 64, 1024), (8, *RANKS)
 DEALT = (2, 4, 8, 16, 24, 32, 48, 64, 128, *RANKS[1:])
 
 
@@ -53,9 +54,19 @@ def estimated(name: str) -> Iterator[str]:
     yield from (f"- {sentence}" for sentence in scale.remarks(model, found, GPU))
 
 
+def shared() -> Iterator[str]:
+    """Yield the table of steps in which ranks of a node share matrices."""
+    table = []
+    for name in ("gpt2", *ESTIMATED):
+        found = scale.rows(MODELS[name], SHARED if name != "gpt2" else SMALL, GPU, resolve(DEFAULT))
+        table += [[name, *line] for line in splitting.lines(MODELS[name], found, GPU, resolve(DEFAULT))]
+    yield from scale.markdown(("model", *splitting.HEAD), table)
+
+
 SECTIONS = {
     "slowest": slowest,
     "layouts": layouts,
+    "shared": shared,
     **{name: lambda name=name: estimated(name) for name in ESTIMATED},
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from operator import mul
 from pathlib import Path
 
 import pytest
@@ -12,15 +13,18 @@ import write_scaling
 from torch import nn
 
 from muon_kernels.cli import network, overlap, scale
-from muon_kernels.cli.estimate import GPUS, Gpu, iteration_seconds
+from muon_kernels.cli.estimate import GPUS, Gpu, iteration_seconds, kernels_on, product_seconds
 from muon_kernels.cli.layouts import LAYOUTS, Layouts
 from muon_kernels.cli.models import MODELS, Model
 from muon_kernels.cli.network import FACTS, NOTHING, Group, Network, Protocol, Seconds, loads
 from muon_kernels.cli.overlap import Stage, Step, Timeline, in_turn, overlapped
+from muon_kernels.cli.splitting import Splitting
 from muon_kernels.coefficients import DEFAULT, resolve
-from muon_kernels.distributed import traffic
+from muon_kernels.distributed import alternatives, traffic
+from muon_kernels.distributed.gathers import Run
 from muon_kernels.distributed.traffic import Mesh, elements, rounds
 from muon_kernels.distributed.zero.flat import Flat, length, meet
+from muon_kernels.triton_kernels.configs import Shape
 
 # Two nodes of two GPUs, with rates and latencies that are easy to multiply by hand.
 SMALL = Network(
@@ -98,14 +102,22 @@ def test_replicas_on_two_nodes(by_hand: None) -> None:
 
 
 def test_copies_on_two_nodes(by_hand: None) -> None:
-    """Four copies: rank 0 does it, and all gather four shares of 136 bytes by two cards a node: 408 at 10 a second."""
+    """Four copies: rank 0 does it and sends 136 bytes around by two cards a node, at 10 a second."""
     (each,) = rounds([(8, 8, 1)], Mesh(replicas=4))
-    assert isinstance(each, traffic.CopiedRound) and each.share == 136
-    stage = Step(SLOW, SMALL, resolve(DEFAULT)).copied(each, SMALL.group(4))
-    assert stage.back == Seconds(40.8, 1 + 2 * 2 + 4)
+    assert isinstance(each, traffic.CopiedRound) and each.shares == [136, 0, 0, 0]
+    step = Step(SLOW, SMALL, resolve(DEFAULT))
+    stage = step.copied(each, SMALL.group(4))
+    assert stage.back == Seconds(13.6, 1 + 2 * 2 + 4)
     # Its momentum is updated by its owner only, whose result is copied once; all update 64 elements.
     assert stage.iterate.tolist() == pytest.approx([3 + 64 * (14 + 4) / 100, 0, 0, 0])
-    assert overlapped([stage]).seconds == pytest.approx(14.52 + 49.8 + 6.4)
+    assert overlapped([stage]).seconds == pytest.approx(14.52 + 22.6 + 6.4)
+    # Shares of 10 and 20 bytes, the second a hop later; then equal ones, three quarters of which a rank gets.
+    parts = [[Run(0, 0, 0, 1), Run(2, 0, 0, 2)], [Run(rank, 0, 0, 1) for rank in range(4)]]
+    assert step.gathered(parts[:1], [10], SMALL.group(4)) == Seconds(
+        3.0, pytest.approx(1 + (4 - 4 / 3) * 2 + 4 / 3 * 4)
+    )
+    assert step.gathered(parts, [10], SMALL.group(4)).bytes == 6.0
+    assert SMALL.broadcast(80, 1, SMALL.group(1)) == NOTHING
 
 
 def test_rings_and_trees(by_hand: None) -> None:
@@ -167,7 +179,7 @@ def test_slices_are_those_of_zeromuon(ranks: int) -> None:
     shapes = [(8, 12, 5), (20, 4, 2), (7, 7, 3)]
     params = [nn.Parameter(torch.empty(m, n, device="meta")) for m, n, count in shapes for _ in range(count)]
     flat = Flat([tuple(p.shape) for p in params], ranks, [None] * len(params))
-    costs = traffic.sliced(shapes, ranks)
+    costs = alternatives.sliced(shapes, ranks)
     whole = [
         2 * sum(length(meet(flat.needed[r], flat.slices[rank])) for r in range(ranks) if r != rank)
         for rank in range(ranks)
@@ -176,18 +188,18 @@ def test_slices_are_those_of_zeromuon(ranks: int) -> None:
     assert [cost.buffers for cost in costs] == [2 * length(needed) + 4 * ranks * flat.share for needed in flat.needed]
     touched = [sum(bool(length(meet(m.at, own))) for m in flat.matrices) for own in flat.slices]
     assert sum(cost.flops > 0 for cost in costs) == sum(n > 0 for n in touched)
-    square = traffic.sliced([(8, 8, 6)], 4)  # a rank has one and a half: of its two matrices one is shared
+    square = alternatives.sliced([(8, 8, 6)], 4)  # a rank has one and a half: of its two matrices one is shared
     assert [cost.flops / traffic.flops([(8, 8, 1)])[0] for cost in square] == [2, 2, 2, 2]
     assert [cost.sent for cost in square] == [64, 64, 64, 64]
 
 
 def test_padding() -> None:
     """Three of 6x4 on four ranks are four; 2 rows of 4 in bf16 go to three others, and back."""
-    assert traffic.padding(6, 4, 3, 4) == (1, 16)
-    cost = traffic.padded([(6, 4, 3)], 4)
+    assert alternatives.padding(6, 4, 3, 4) == (1, 16)
+    cost = alternatives.padded([(6, 4, 3)], 4)
     assert (cost.sent, cost.collectives, cost.buffers) == (2 * 16 * 3, 2, 2 * 64)
     assert cost.flops == traffic.flops([(6, 4, 1)])[0]
-    assert traffic.padded([(8, 4, 8)], 4).sent == 2 * 2 * 16 * 3
+    assert alternatives.padded([(8, 4, 8)], 4).sent == 2 * 2 * 16 * 3
 
 
 def test_batches_are_estimated_as_the_ledger_of_one_gpu_does() -> None:
@@ -239,6 +251,51 @@ def test_experts_that_are_whole_do_not_travel() -> None:
     assert half[0].sent == half[1].sent == 16 * 64 * 2 + 8
     assert row(128, "owners, EP of 64").cost.sent == max(cost.sent for cost in more) + half[0].sent
     assert row(128, "owners, EP of 64").cost.state == 4 * 128 * 64 + 4 * 16 * 64
+
+
+def test_shared_matrices_are_dealt_to_neighbours() -> None:
+    """Each kind's as often as they are, to as many ranks as share one, which have equal parts of it."""
+    splitting = Splitting(MODELS["llama-70b"], 1024, GPUS["h100"], resolve(DEFAULT))
+    assert splitting.best is not None
+    kinds, taken = splitting.best
+    assert sorted((kind.rows, kind.cols, kind.matrices) for kind in kinds) == sorted(MODELS["llama-70b"].shapes)
+    assert {(kind.rows, kind.cols) for kind in kinds if kind.between > 1} == {(28672, 8192), (8192, 28672)}
+    for kind, own in zip(kinds, taken, strict=True):
+        assert sum(own) == kind.matrices * kind.between
+        teams = [own[i : i + kind.between] for i in range(0, 1024, kind.between)]
+        assert all(len({*team}) == 1 for team in teams)
+    each = [splitting.seconds(kind, 1) for kind in kinds]
+    loads = [sum(map(mul, each, own)) for own in zip(*taken, strict=True)]
+    assert max(loads) == pytest.approx(splitting.dealt(kinds)[1], rel=1e-6)
+    assert max(loads) < splitting.dealt(splitting.kinds(1))[1]
+
+
+def test_a_shared_matrix_takes_its_sums() -> None:
+    """An iteration on 3584 columns; at each of two visits their product again, and a sum of half of 8192² in fp32."""
+    splitting = Splitting(MODELS["llama-70b"], 64, GPUS["h100"], resolve(DEFAULT))
+    assert splitting.best is None  # ranks have about the same
+    kind, gpu = splitting.kinds(8)[0], GPUS["h100"]
+    assert kind.plan.shape == (8192, 3584) and (kind.between, kind.visits) == (8, 2)
+    again = product_seconds(Shape(3, 8192, 8192, 3584, True), kernels_on(gpu)[0], gpu)
+    summed = splitting.network.reduce(3 * 4 * 8192 * 8193 / 2, splitting.network.group(8)).both
+    iteration = splitting.step.iteration(kind.plan, 3)
+    assert splitting.seconds(kind, 3) == pytest.approx(iteration + 2 * (again + summed))
+    assert splitting.seconds(kind, 0) == 0
+    for sharded in (True, False):  # all of them on the first team, which also copies and, of copies, updates momenta
+        stages = list(splitting.stages([kind._replace(matrices=1)], [[1] * 8 + [0] * 56], sharded))
+        passes = (overlap.COPY_BYTES if sharded else overlap.UPDATE_BYTES + overlap.COPY_BYTES // 2) * 8192 * 3584
+        expected = [splitting.seconds(kind, 1) + splitting.step.passing(passes)] * 8 + [0] * 56
+        assert len(stages) == 1 and stages[0].iterate.tolist() == pytest.approx(expected)
+
+
+def test_what_is_shared_on_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of GPT-2 and of Llama 70B on 1,024 ranks; the others take long."""
+    monkeypatch.setattr(write_scaling, "ESTIMATED", ("llama-70b",))
+    monkeypatch.setattr(write_scaling, "SHARED", (64, 1024))
+    printed, page = list(write_scaling.shared()), section("shared")
+    assert [line for line in printed if line not in page] == []
+    assert sum("28672x8192 and 8192x28672, 2 ranks a matrix" in line for line in printed) == 2
+    assert all(line.endswith("| none |  |") for line in printed if line.startswith("| gpt2"))
 
 
 def test_a_training_step() -> None:

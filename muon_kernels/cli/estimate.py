@@ -134,6 +134,11 @@ def product_seconds(shape: Shape, kernels: Kernels, gpu: Gpu) -> float:
     return max(multiplying, 2 * shape.batch * elements / (gpu.bytes * _MEMORY.share))
 
 
+def square_seconds(m: int, n: int, batch: int, gpu: Gpu) -> float:
+    """Estimate the time of X Xᵀ for so many X of m x n, by the first of `kernels_on`."""
+    return product_seconds(Shape(batch, m, m, n, True), kernels_on(gpu)[0], gpu)
+
+
 def _work(config: Config, shape: Shape, gpu: Gpu) -> float:
     return work(config, shape, gpu.multiprocessors)
 

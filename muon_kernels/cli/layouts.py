@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ..coefficients import Schedule
-from ..distributed import traffic
+from ..distributed import alternatives, traffic
 from ..distributed.traffic import BESIDE, CopiedRound, Cost, Mesh, Shapes, elements, largest
 from ..step.plan import Bucket
 from .estimate import Gpu, kernels_on
@@ -82,21 +82,21 @@ class Layouts:
     def rows(self) -> Iterator[Row]:
         """Yield the estimate of every layout that these ranks allow."""
         zero, ddp, fsdp = (self._ring(each * elements(self.shapes)) for each in BESIDE.values())
-        adamw = [traffic.adamw(self.shapes, self.ranks)], self._adamw()
+        adamw = [alternatives.adamw(self.shapes, self.ranks)], self._adamw()
         yield self._row("AdamW, ZeRO-1", zero, 1, *adamw)
         yield self._row("AdamW, FSDP2", fsdp, self.ranks, *adamw)
         yield self._row("gathered, ZeRO-1", zero, 1, *self._gathered())
         yield self._row("ZeroMuon, ZeRO-1", zero, 1, *self._sliced())
         yield self._row("padded, FSDP2", fsdp, self.ranks, *self._padded())
-        yield self._row("owners, FSDP2", fsdp, self.ranks, *self._owners(self.shapes, Mesh(rows=self.ranks)))
+        yield self._row("owners, FSDP2", fsdp, self.ranks, *self.owners(self.shapes, Mesh(rows=self.ranks)))
         if self.ranks > HYBRID and self.ranks % HYBRID == 0:
             mesh = Mesh(rows=HYBRID, replicas=self.ranks // HYBRID)
-            owners = self._owners(self.shapes, mesh)
+            owners = self.owners(self.shapes, mesh)
             yield self._row(f"owners, HSDP of {HYBRID}", self._hybrid(mesh), HYBRID, *owners)
         if self.model.experts and self.ranks % EXPERTS == 0:
             beside, costs, timeline = self._expert_parallel()
             yield self._row(f"owners, EP of {EXPERTS}", beside, self.ranks, costs, timeline)
-        yield self._row("owners, DDP", ddp, 1, *self._owners(self.shapes, Mesh(replicas=self.ranks)))
+        yield self._row("owners, DDP", ddp, 1, *self.owners(self.shapes, Mesh(replicas=self.ranks)))
         parallel = self._hybrid(Mesh(cols=TENSOR, replicas=self.ranks // TENSOR)) - self._of(TENSOR, BESIDE["FSDP2"])
         yield self._row(f"sums of X Xᵀ, TP of {TENSOR}", parallel, TENSOR, *self._sums())
         yield self._row(f"MuonBP of {PERIOD}, TP of {TENSOR}", parallel, TENSOR, *self._blockwise())
@@ -129,12 +129,13 @@ class Layouts:
         group = self.step.network.group(self.ranks)
         parts = []
         for rows, cols, count in self.shapes:
-            seconds = self.step.iteration(self._plan(rows, cols), 1)
+            seconds = self.step.iteration(self.plan(rows, cols), 1)
             parts.append((count, self.step.network.gather(2 * rows * cols, group), seconds))
-        cost = traffic.gathered(self.shapes, self.ranks, schedule=self.step.schedule, backend=self.backend)
+        cost = alternatives.gathered(self.shapes, self.ranks, schedule=self.step.schedule, backend=self.backend)
         return [cost], self._with_passes(in_turn(parts), self._own_passes())
 
-    def _plan(self, rows: int, cols: int) -> Bucket:
+    def plan(self, rows: int, cols: int) -> Bucket:
+        """Return the plan of one matrix."""
         return traffic.plan_of(rows, cols, schedule=self.step.schedule, backend=self.backend)
 
     @staticmethod
@@ -144,7 +145,7 @@ class Layouts:
 
     def _sliced(self) -> tuple[list[Cost], Timeline]:
         """Return what `ZeroMuon` costs: one exchange, of neighbours in other nodes at worst, then all is multiplied."""
-        costs = traffic.sliced(self.shapes, self.ranks, schedule=self.step.schedule, backend=self.backend)
+        costs = alternatives.sliced(self.shapes, self.ranks, schedule=self.step.schedule, backend=self.backend)
         share = -(-elements(self.shapes) // self.ranks)
         far = self.ranks > self.step.network.node
         most = max(max(cost.sent, cost.buffers - 4 * share * self.ranks - 2 * share) for cost in costs)
@@ -165,7 +166,7 @@ class Layouts:
             for rank in range(start // share, (stop - 1) // share + 1):
                 begin, end = max(rank * share, start), min((rank + 1) * share, stop)
                 touched = -(-(end - start) // size) - (begin - start) // size
-                seconds[rank] += self.step.iteration(self._plan(rows, cols), touched)
+                seconds[rank] += self.step.iteration(self.plan(rows, cols), touched)
             start = stop
         return seconds
 
@@ -174,21 +175,21 @@ class Layouts:
         network, group = self.step.network, self.step.network.group(self.ranks)
         stages = []
         for rows, cols, count in self.shapes:
-            each, slice_ = traffic.padding(rows, cols, count, self.ranks)
+            each, slice_ = alternatives.padding(rows, cols, count, self.ranks)
             others, far = each * slice_ * (group.near - 1), self.ranks - group.near
             exchange = network.all_to_all(others, each * slice_ * far, far)
             passed = count * rows * cols / self.ranks
-            seconds = self.step.iteration(self._plan(rows, cols), each)
+            seconds = self.step.iteration(self.plan(rows, cols), each)
             seconds += self.step.passing(COPY_BYTES * each * rows * cols)
             update, iterate, apply = (
                 torch.tensor([x], dtype=torch.float64)
                 for x in (self.step.passing(UPDATE_BYTES * passed), seconds, self.step.passing(APPLY_BYTES * passed))
             )
             stages.append(Stage(update, exchange, iterate, exchange, NOTHING, apply))
-        cost = traffic.padded(self.shapes, self.ranks, schedule=self.step.schedule, backend=self.backend)
+        cost = alternatives.padded(self.shapes, self.ranks, schedule=self.step.schedule, backend=self.backend)
         return [cost], overlapped(stages)
 
-    def _owners(self, shapes: Shapes, mesh: Mesh, stride: int = 1) -> tuple[list[Cost], Timeline]:
+    def owners(self, shapes: Shapes, mesh: Mesh, stride: int = 1) -> tuple[list[Cost], Timeline]:
         """Return what this package costs on a mesh of every `stride`-th rank; shards of a replica come first."""
         network = self.step.network
         shards, replicas = network.group(mesh.shards, stride), network.group(mesh.replicas, mesh.shards * stride)
@@ -210,10 +211,10 @@ class Layouts:
 
         Copies of a group's experts are cut along their rows over every 64th rank. On 64 ranks nothing of them travels.
         """
-        dense, time = self._owners(self.model.dense, Mesh(rows=self.ranks))
+        dense, time = self.owners(self.model.dense, Mesh(rows=self.ranks))
         own = [(rows, cols, count // EXPERTS) for rows, cols, count in self.model.experts]
         shards = self.ranks // EXPERTS
-        of_experts, more = self._owners(own, Mesh(rows=shards), EXPERTS)
+        of_experts, more = self.owners(own, Mesh(rows=shards), EXPERTS)
         both = [
             Cost(
                 a.sent + b.sent,
@@ -233,26 +234,26 @@ class Layouts:
     def _sums(self) -> tuple[list[Cost], Timeline]:
         """Return what sums of Gram matrices cost; each is waited for, as the next product needs it."""
         network = self.step.network
-        cost = traffic.gram(self.shapes, TENSOR, schedule=self.step.schedule, backend=self.backend)
+        cost = alternatives.gram(self.shapes, TENSOR, schedule=self.step.schedule, backend=self.backend)
         exchange, iterating = NOTHING, 0.0
         for rows, cols, count in self.shapes:
             m, n = min(rows, cols), -(-max(rows, cols) // TENSOR)
-            one = traffic.gram([(rows, cols, 1)], TENSOR, schedule=self.step.schedule, backend=self.backend)
+            one = alternatives.gram([(rows, cols, 1)], TENSOR, schedule=self.step.schedule, backend=self.backend)
             summed = network.reduce(4 * m * m, network.group(TENSOR))
             exchange = exchange.plus(summed.times(count * one.collectives))
-            iterating += count * self.step.iteration(self._plan(m, n), 1)
+            iterating += count * self.step.iteration(self.plan(m, n), 1)
         timeline = Timeline(exchange.both + iterating, iterating, iterating, exchange)
         return [cost], self._with_passes(timeline, self._own_passes() * self.ranks / TENSOR)
 
     def _blockwise(self) -> tuple[list[Cost], Timeline]:
         """Return the mean over a period: one step of owners, and the others of each rank's own parts."""
         mesh = Mesh(cols=TENSOR)
-        costs = traffic.blockwise(self.shapes, mesh, PERIOD, schedule=self.step.schedule, backend=self.backend)
-        _, whole = self._owners(self.shapes, mesh)
+        costs = alternatives.blockwise(self.shapes, mesh, PERIOD, schedule=self.step.schedule, backend=self.backend)
+        _, whole = self.owners(self.shapes, mesh)
         alone = 0.0
         for rows, cols, count in self.shapes:
             part = mesh.rectangles(rows, cols)[0]
-            alone += self.step.iteration(self._plan(part.rows, part.cols), count)
+            alone += self.step.iteration(self.plan(part.rows, part.cols), count)
         passes = self._own_passes() * self.ranks / TENSOR
         blocks = Timeline(alone + passes, alone, alone + passes, NOTHING)
         return costs, whole.times(1 / PERIOD).after(blocks.times((PERIOD - 1) / PERIOD))

@@ -120,6 +120,16 @@ class Network(NamedTuple):
         moved, hops = total * (group.ranks - 1) / group.ranks, group.ranks - 1
         return min((self._ring(p, moved, hops, group) for p in PROTOCOLS.values()), key=lambda s: s.both)
 
+    def broadcast(self, total: float, senders: int, group: Group) -> Seconds:
+        """Return the time in which some ranks send `total` bytes to all, by broadcasts that are launched together.
+
+        They are taken to follow one another around a ring; NCCL's tuner does not say how they do.
+        """
+        if group.ranks == 1:
+            return NOTHING
+        hops = group.ranks - 2 + senders
+        return min((self._ring(p, total, hops, group) for p in PROTOCOLS.values()), key=lambda s: s.both)
+
     def reduce(self, total: float, group: Group) -> Seconds:
         """Return the time in which `total` bytes are summed over all ranks, and all get the sums: by ring or tree."""
         if group.ranks == 1:
@@ -135,7 +145,7 @@ class Network(NamedTuple):
 
     def _ring(self, protocol: Protocol, moved: float, hops: int, group: Group) -> Seconds:
         begin, near, far = protocol.ring
-        between = (group.nodes - 1) * (hops // (group.ranks - 1))
+        between = (group.nodes - 1) * hops / (group.ranks - 1)
         return Seconds(moved / self._rate(protocol, group), begin + (hops - between) * near + between * far)
 
     def _rate(self, protocol: Protocol, group: Group) -> float:

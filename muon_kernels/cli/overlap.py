@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..coefficients import Schedule
+from ..distributed.gathers import Run
 from ..distributed.slices import AHEAD, LATE
 from ..distributed.traffic import CopiedRound, SlicedRound
 from ..step.plan import Bucket
@@ -159,15 +160,30 @@ class Step(NamedTuple):
         # Every replica keeps all momenta and parameters of its shard.
         held = torch.tensor(each.elements, dtype=torch.float64).repeat(replicas.ranks) * sum(each.taken)
         owned = torch.tensor(each.taken, dtype=torch.float64) * m * n
-        share = max(each.by_replica) * max(each.records)
+        largest = max(each.records)
         return Stage(
             update=held * self.passing(UPDATE_BYTES),
             out=exchanged,
             iterate=self.iterations(each.plan, each.taken) + owned * self.passing(COPY_BYTES),
             back=exchanged,
-            gather=self.network.gather(share * replicas.ranks, replicas),
+            gather=self.gathered(each.parts, [largest], replicas),
             apply=held * self.passing(APPLY_BYTES),
         )
+
+    def gathered(self, parts: Sequence[Sequence[Run]], records: Sequence[int], replicas: Group) -> Seconds:
+        """Return the time in which replicas gather parts of results, one after the other; `records` is by lot."""
+        found = NOTHING
+        for part in parts:
+            shares = [0] * replicas.ranks
+            for run in part:
+                shares[run.replica] += run.matrices * records[run.lot]
+            senders = sum(share > 0 for share in shares)
+            equal = len({*shares}) == 1
+            network, total = self.network, sum(shares)
+            found = found.plus(
+                network.gather(total, replicas) if equal else network.broadcast(total, senders, replicas)
+            )
+        return found
 
     def copied(self, each: CopiedRound, replicas: Group) -> Stage:
         """Return the times of a round of copies: each rank does its share, and all gather the results."""
@@ -181,7 +197,7 @@ class Step(NamedTuple):
             update=nothing,
             out=NOTHING,
             iterate=iterate,
-            back=self.network.gather(each.share * replicas.ranks, replicas),
+            back=self.gathered(each.parts, each.records, replicas),
             gather=NOTHING,
             apply=nothing + everything * self.passing(APPLY_BYTES),
         )

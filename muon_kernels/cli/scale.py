@@ -8,6 +8,7 @@ from ..coefficients import Schedule
 from ..distributed import traffic
 from ..distributed.balance import assign_owners, least_load
 from ..distributed.traffic import elements
+from . import splitting
 from .estimate import Gpu, kernels_on
 from .layouts import LAYOUTS, Layouts, Row
 from .models import Model
@@ -87,18 +88,28 @@ def text(model: Model, ranks: Sequence[int], gpu: Gpu, schedule: Schedule) -> It
     yield from (f"  {name}: {meaning}" for name, meaning in LAYOUTS.items())
     yield ""
     found = rows(model, ranks, gpu, schedule)
-    table = [list(HEAD), *(cells(row, model, gpu, schedule) for row in found)]
+    yield from _aligned(HEAD, [cells(row, model, gpu, schedule) for row in found])
+    yield ""
+    yield from remarks(model, found, gpu, schedule)
+    yield ""
+    yield "if ranks of a node shared the costliest matrices, which is not written"
+    yield from _aligned(splitting.HEAD, list(splitting.lines(model, found, gpu, schedule)))
+
+
+def _aligned(head: Sequence[str], lines: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Yield the lines of a table for a terminal, with a gap before each number of ranks."""
+    table = [list(head), *map(list, lines)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for line, row in zip(table, [None, *found], strict=True):
-        if row is not None and row.name == found[0].name:
+    before = head[0]
+    for line in table:
+        if line[0] != before:
             yield ""
+        before = line[0]
         padded = (
             cell.ljust(width) if i < 2 else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         )
         yield "  ".join(padded).rstrip()
-    yield ""
-    yield from remarks(model, found, gpu, schedule)
 
 
 def markdown(head: Sequence[str], table: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -47,6 +47,18 @@ def assign_owners(
     return owners
 
 
+def deal(costs: Sequence[int], shards: int, replicas: int, among: Sequence[Sequence[int] | None]) -> list[int]:
+    """Return the owner of each piece of work among replicas of so many shards, see `assign_owners`.
+
+    Of ranks that have as much the first of each replica comes first, so that all replicas get about as many matrices:
+    what they gather of one another then is of about equal shares.
+    """
+    order = [replica * shards + shard for shard in range(shards) for replica in range(replicas)]
+    places = {rank: place for place, rank in enumerate(order)}
+    candidates = [None if some is None else [places[rank] for rank in some] for some in among]
+    return [order[place] for place in assign_owners(costs, len(order), among=candidates)]
+
+
 def least_load(costs: Sequence[int], ranks: int, loads: Sequence[int] = ()) -> int:
     """Return a lower bound of the largest load, however the pieces are assigned.
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -54,13 +55,55 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def gather(into: Tensor, share: Tensor, team: Team, of: str) -> Pending:
-    """Begin to gather the `share` of every replica in `into`, on all of them; `of` names the matrices in an error."""
-    return Pending(
-        f"gathering the results of {of}",
-        team.replicas,
-        lambda: _all_gather(into, share, group=team.replicas, async_op=True),
+class _Each:
+    """Collectives under way, of one group."""
+
+    def __init__(self, works: Iterable[Any]) -> None:
+        self._works = list(works)
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+
+
+def _gather(into: Tensor, share: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> Any:
+    """Begin to gather shares of these sizes; what differs between backends is here.
+
+    NCCL gathers equal shares in a ring, and broadcasts unequal ones in one launch. Gloo takes no unequal shares; its
+    gather of equal ones makes a copy of them all and takes longer than a broadcast of each.
+    """
+    views = torch.split(into, list(sizes))
+    if _backend(group, into.device) == "nccl":
+        if len({*sizes}) == 1:
+            return _all_gather(into, share, group=group, async_op=True)
+        return dist.all_gather(list(views), share, group=group, async_op=True)
+    views[group.rank()].copy_(share)
+    return _Each(
+        dist.broadcast(view, dist.get_global_rank(group, rank), group=group, async_op=True)
+        for rank, view in enumerate(views)
+        if len(view)
     )
+
+
+def _backend(group: dist.ProcessGroup, device: torch.device) -> str | None:
+    """Return the name of the backend that sends tensors on this kind of device."""
+    of_kinds = (pair.split(":") for pair in dist.get_backend_config(group).split(","))
+    return {kind: name for kind, name in of_kinds}.get(device.type)
+
+
+def gather(into: Tensor, share: Tensor, sizes: Sequence[int], team: Team, of: str) -> Pending:
+    """Begin to gather the `share` of every replica in `into`, one after the other, on all of them.
+
+    Args:
+        into: as long as all shares; written.
+        share: this rank's, as long as `sizes` says.
+        sizes: lengths of the shares of all replicas.
+        team: the ranks.
+        of: names what is gathered in an error.
+    """
+    assert team.replicas is not None
+    group = team.replicas
+    return Pending(f"gathering the results of {of}", group, lambda: _gather(into, share, sizes, group))
 
 
 def reduce_scatter(into: Tensor, everything: Tensor, group: dist.ProcessGroup, of: str) -> Pending:

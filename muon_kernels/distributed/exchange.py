@@ -16,17 +16,17 @@ before it rounds them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import backends
 from ..layout import Bundle
-from ..stages.packed import Packed, Quantized, check_momentum_scale, scales_of
+from ..stages.packed import Packed, Quantized
 from ..stages.second_moment import SecondMoment
 from ..stages.stage import floats_for
 from ..step.operands import Operand, check
@@ -36,18 +36,17 @@ from ..step.prepare import prepare
 from ..step.run import Local, check_uncaptured
 from ..step.work import Scalars, Task, Work
 from ..step.workspace import Workspace
-from . import second_moment
-from .balance import assign_owners
-from .lots import Entry, Kept, Lot, LotKey, holders
+from .balance import deal
+from .gathers import GATHERS, Gathers, part_bytes
+from .lots import Entry, Kept, Lot, LotKey, holders, matrices_of
 from .placement import Placement, Team
-from .shards import layouts, pieces_held, shards_of
+from .shards import shards_of
 from .slices import (
     AHEAD,
     IN_FLIGHT,
     LATE,
     NORM_BYTES,
     Buffers,
-    Rectangle,
     bytes_in_flight,
     matrices_in_round,
     share_bytes,
@@ -71,6 +70,7 @@ class Exchange:
         """Take the rounds of a team; allocate nothing yet."""
         self.team, self.rounds = team, list(rounds)
         self._buffers: list[Buffers] = []
+        self._gathers: Gathers | None = None
 
     @cached_property
     def works(self) -> list[Work]:
@@ -105,7 +105,14 @@ class Exchange:
         if not self.rounds:
             return 0
         slices, owned, norms = self._sizes
-        return min(IN_FLIGHT, len(self.rounds)) * (slices + owned + NORM_BYTES * norms) + 4 * self._numbers
+        own = min(IN_FLIGHT, len(self.rounds)) * (slices + owned + NORM_BYTES * norms)
+        return own + math.prod(self._gathered) + 4 * self._numbers
+
+    @property
+    def _gathered(self) -> tuple[int, int]:
+        """Number of parts that replicas gather at a time, and the bytes of the largest."""
+        sizes = [sum(part.sizes) for r in self.rounds for part in r.parts]
+        return min(GATHERS, len(sizes)), max(sizes, default=0)
 
     @property
     def _numbers(self) -> int:
@@ -163,14 +170,17 @@ class Exchange:
         device = self.works[0].device
         *sizes, count = self._sizes
         numbers = torch.empty(self._numbers, dtype=torch.float32, device=device)
-        for _ in range(min(IN_FLIGHT, len(self.rounds))):
+
+        def take(size: int) -> Tensor:
             # Allocated as doubles, for alignment: norms are viewed as such.
-            slices, owned = (
-                torch.empty(-(-size // NORM_BYTES), dtype=torch.float64, device=device).view(torch.uint8)
-                for size in sizes
-            )
+            return torch.empty(-(-size // NORM_BYTES), dtype=torch.float64, device=device).view(torch.uint8)
+
+        parts, size = self._gathered
+        gathers = self._gathers = Gathers(self.team, [take(size) for _ in range(parts)])
+        for _ in range(min(IN_FLIGHT, len(self.rounds))):
+            slices, owned = map(take, sizes)
             norms = torch.empty(count, dtype=torch.float64, device=device)
-            self._buffers.append(Buffers(slices, owned, norms, numbers))
+            self._buffers.append(Buffers(slices, owned, norms, numbers, gathers))
 
     @cached_property
     def lots(self) -> list[Lot]:
@@ -191,6 +201,8 @@ class Exchange:
             Failed: a collective did not complete; some matrices may be stepped and others not.
         """
         rounds, buffers = self.rounds, self._buffers
+        if self._gathers is not None:
+            self._gathers.clear()
         for i in range(-AHEAD, len(rounds) + LATE):
             if 0 <= i + AHEAD < len(rounds):
                 rounds[i + AHEAD].begin(grads, scalars, buffers[(i + AHEAD) % IN_FLIGHT])
@@ -269,7 +281,7 @@ def exchanges_of(
     by_key: dict[LotKey, list[tuple[int | None, Entry]]] = {}
     for index, (operand, placement) in enumerate(zip(operands, placements, strict=True)):
         if placement is not None:
-            for key, owned in _entries(index, operand, placement, options, strategy):
+            for key, owned in matrices_of(index, operand, placement, options, strategy):
                 by_key.setdefault(key, []).extend(owned)
     kept = Kept(
         [operand.param for operand in operands],
@@ -284,50 +296,6 @@ def exchanges_of(
         rounds = _owner_rounds if team.shards else partial(_replica_rounds, share=share_bytes(cap, team.ranks))
         exchanges.append(Exchange(team, rounds(lots, kept)))
     return exchanges
-
-
-def _entries(
-    index: int, operand: Operand, placement: Placement, options: StepOptions, strategy: type[OwnerRound]
-) -> Iterator[tuple[LotKey, list[tuple[int | None, Entry]]]]:
-    """Yield the matrices of an operand by key, each with the rank that keeps its momentum; None if every rank does."""
-    p, g, V, flatten, before = operand.param, operand.grad, operand.second_moment, options.flatten, 0
-    absmaxes = iter(_absmaxes(operand, placement, flatten))
-    for piece, (batch, rows, cols), rectangles, row_ranges in shards_of(placement, flatten, operand.split):
-        tall = rows > cols or (rows == cols and strategy.turns(rectangles))
-        if tall:
-            rectangles = tuple(Rectangle(left, top, c, r) for top, left, r, c in rectangles)
-        form, shape = options.second_moment, (min(rows, cols), max(rows, cols))
-        by_rows = form == "neuron" and placement.owner is None
-        held = second_moment.RowsHeld(tall, row_ranges) if by_rows else None
-        key = LotKey(placement.team, shape, rectangles, p.device, g.dtype, p.dtype, held)
-        here = rectangles[placement.team.shard].elements > 0
-        ats = [
-            layouts(t, flatten, piece, batch, tall) if t is not None and here else [None] * batch
-            for t in (p, operand.momentum, g, operand.mantissa)
-        ]
-        views: list[Tensor | None] = [None] * batch
-        if form is not None and V is not None:
-            views = list(second_moment.views(form, V, p, flatten, piece, before, batch, tall))
-        before += 1 if piece is None else piece.parts
-        absmax = next(absmaxes, [None] * batch)
-        ratio = operand.lr_ratio(options, rows, cols)
-        yield (
-            key,
-            [
-                (placement.owner, Entry(index, of_p, of_buffer, of_g, ratio, tall, view, of_lower, scale))
-                for of_p, of_buffer, of_g, of_lower, view, scale in zip(*ats, views, absmax, strict=True)
-            ],
-        )
-
-
-def _absmaxes(operand: Operand, placement: Placement, flatten: bool | None) -> list[list[Tensor | None]]:
-    """Return the absmax of every matrix of every piece of this rank's shard; nothing unless the momentum is of int8."""
-    if operand.momentum is None or operand.momentum.dtype != torch.int8:
-        return []
-    shapes = pieces_held(operand.param, placement, flatten, operand.split)
-    check_momentum_scale("momentum_scale", operand.momentum_scale, shapes)
-    scale = cast(Tensor, operand.momentum_scale)
-    return [[of_one[None] for of_one in own] for own in scales_of(scale, shapes, len(shapes))]
 
 
 class _Choice(NamedTuple):
@@ -378,7 +346,7 @@ def _assigned(
             costs.append(cost)
             # A matrix of which only one rank holds elements stays there.
             among.append([owner] if owner is not None else nearby if len(held) == 1 else anywhere)
-    owners = iter(assign_owners(costs, team.ranks, among=among))
+    owners = iter(deal(costs, team.shard_count, team.replica_count, among))
     lots: list[Lot] = []
     group_index = 0
     for key, entries in by_key.items():
@@ -414,7 +382,7 @@ def _lot(
         return workspace_bytes(bucket.backend, bucket.algorithm, m, n, schedule) + scratch
 
     cap = _cap(bucket.backend, options.max_workspace_bytes)
-    round_size = matrices_in_round(largest, bytes_in_flight(each(m, n), m * n, key.team.replica_count), cap)
+    round_size = matrices_in_round(largest, bytes_in_flight(each(m, n), m * n, key.team.shards is not None), cap)
     chunks = tuple(min(round_size, owned - start) for start in range(0, owned, round_size))
     # Where every rank keeps the momenta of all copies, it updates all of them, in the workspace.
     slots = round_size if key.team.shards is None and not owner_keeps_state else max(chunks, default=0)
@@ -423,7 +391,7 @@ def _lot(
     )
     stage_floats = floats_for(in_stack, *held, key.device)
     own = Work(bucket, notes, schedule, key.device, [], stages, stage_floats=stage_floats)
-    return Lot(key, own, group_index, entries, round_size, strategy, owner_keeps_state)
+    return Lot(key, own, group_index, entries, round_size, strategy, owner_keeps_state, part_bytes(cap))
 
 
 def _owner_rounds(lots: Sequence[Lot], kept: Kept) -> list[OwnerRound]:

@@ -12,15 +12,19 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 
+from .. import backends
 from ..layout import Bundle, Layout, Matrices
-from ..stages.packed import Halves, Packed, Quantized, floats, unpacked
+from ..stages.packed import Halves, Packed, Quantized, check_momentum_scale, floats, scales_of, unpacked
 from ..stages.second_moment import SecondMoment, Whole, by_element, by_row
 from . import second_moment
-from .placement import Team
-from .slices import Rectangle
+from .placement import Placement, Team
+from .shards import layouts, pieces_held, shards_of
+from .slices import Rectangle, record_bytes
 
 if TYPE_CHECKING:
-    from ..step.work import Work
+    from ..step.operands import Operand
+    from ..step.options import StepOptions
+    from ..step.work import Scalars, Work
     from .strategies.owner import OwnerRound
 
 # Most fp32 numbers that packed matrices are unpacked to at a time, unless one matrix has more.
@@ -102,6 +106,7 @@ class Lot:
         round_size: matrices of one owner in a round.
         strategy: class of the rounds, where the matrices are sharded.
         owner_keeps_state: whether only the owner keeps the state of a matrix.
+        part_bytes: of what replicas gather at once, see gathers.py.
     """
 
     key: LotKey
@@ -111,6 +116,17 @@ class Lot:
     round_size: int
     strategy: type[OwnerRound]
     owner_keeps_state: bool
+    part_bytes: int
+
+    @property
+    def here(self) -> bool:
+        """Whether this rank holds elements of the matrices."""
+        return self.key.shards[self.key.team.shard].elements > 0
+
+    @property
+    def largest_record(self) -> int:
+        """Bytes of the results of one matrix for the rank that holds most of it."""
+        return max(record_bytes(shard.elements) for shard in self.key.shards)
 
     @property
     def second_moment(self) -> str | None:
@@ -126,6 +142,91 @@ class Lot:
         """Return the lot's name in an error."""
         m, n = self.key.shape
         return f"the bucket of {sum(map(len, self.entries))} x {m}x{n}"
+
+
+def matrices_of(
+    index: int, operand: Operand, placement: Placement, options: StepOptions, strategy: type[OwnerRound]
+) -> Iterator[tuple[LotKey, list[tuple[int | None, Entry]]]]:
+    """Yield the matrices of an operand by key, each with the rank that keeps its momentum; None if every rank does."""
+    p, g, V, flatten, before = operand.param, operand.grad, operand.second_moment, options.flatten, 0
+    absmaxes = iter(_absmaxes(operand, placement, flatten))
+    for piece, (batch, rows, cols), rectangles, row_ranges in shards_of(placement, flatten, operand.split):
+        tall = rows > cols or (rows == cols and strategy.turns(rectangles))
+        if tall:
+            rectangles = tuple(Rectangle(left, top, c, r) for top, left, r, c in rectangles)
+        form, shape = options.second_moment, (min(rows, cols), max(rows, cols))
+        by_rows = form == "neuron" and placement.owner is None
+        held = second_moment.RowsHeld(tall, row_ranges) if by_rows else None
+        key = LotKey(placement.team, shape, rectangles, p.device, g.dtype, p.dtype, held)
+        here = rectangles[placement.team.shard].elements > 0
+        ats = [
+            layouts(t, flatten, piece, batch, tall) if t is not None and here else [None] * batch
+            for t in (p, operand.momentum, g, operand.mantissa)
+        ]
+        views: list[Tensor | None] = [None] * batch
+        if form is not None and V is not None:
+            views = list(second_moment.views(form, V, p, flatten, piece, before, batch, tall))
+        before += 1 if piece is None else piece.parts
+        absmax = next(absmaxes, [None] * batch)
+        ratio = operand.lr_ratio(options, rows, cols)
+        yield (
+            key,
+            [
+                (placement.owner, Entry(index, of_p, of_buffer, of_g, ratio, tall, view, of_lower, scale))
+                for of_p, of_buffer, of_g, of_lower, view, scale in zip(*ats, views, absmax, strict=True)
+            ],
+        )
+
+
+def _absmaxes(operand: Operand, placement: Placement, flatten: bool | None) -> list[list[Tensor | None]]:
+    """Return the absmax of every matrix of every piece of this rank's shard; nothing unless the momentum is of int8."""
+    if operand.momentum is None or operand.momentum.dtype != torch.int8:
+        return []
+    shapes = pieces_held(operand.param, placement, flatten, operand.split)
+    check_momentum_scale("momentum_scale", operand.momentum_scale, shapes)
+    scale = cast(Tensor, operand.momentum_scale)
+    return [[of_one[None] for of_one in own] for own in scales_of(scale, shapes, len(shapes))]
+
+
+class Results(NamedTuple):
+    """Matrices of a lot whose results come at once.
+
+    Attributes:
+        lot: theirs.
+        first: index of the first among all of the lot; for the random bits of stochastic rounding.
+        ratios: of `entries`.
+        params: what this rank has of them; nothing where it has no shard.
+    """
+
+    lot: Lot
+    first: int
+    entries: Sequence[Entry]
+    ratios: array[float]
+    params: Bundle | Packed
+
+    @classmethod
+    def of(cls, lot: Lot, kept: Kept, first: int, entries: Sequence[Entry]) -> Results:
+        """Return the matrices of `entries`, which follow one another in the lot."""
+        ratios = array("d", [entry.ratio for entry in entries])
+        return cls(lot, first, entries, ratios, params_of(kept, entries if lot.here else ()))
+
+    def apply(self, X: Tensor, scalars: Scalars, numbers: Tensor, sizes: Tensor | None = None) -> None:
+        """Update the parameters; all ranks that have shards have to call this, also without any.
+
+        Args:
+            X: (matrices, rows, cols), this rank's shards of the results; it may be written.
+            scalars: of the step.
+            numbers: fp32 memory of `numbers_for` the parameters, and of `numbers_for_moments`.
+            sizes: (matrices,) factors of the ratios, where the owner has divided by second moments; None for none.
+        """
+        if sizes is None:
+            ratios = normalized(self.lot, self.entries, X, scalars.beta2, self.ratios, numbers)
+        else:
+            ratios = array("d", map(mul, self.ratios, sizes.tolist()))
+        ops = backends.get(self.lot.work.bucket.backend)
+        for at, seen in in_memory(self.params, numbers) if self.params else ():
+            options = scalars.apply_options(self.lot.group_index, self.first + at.start)
+            ops.apply_update(scalars.apply_update(seen, X[at], ratios[at]), options)
 
 
 def bundle_of(tensors: Sequence[Tensor | None], entries: Sequence[Entry], which: str) -> Bundle:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .gathers import Gathers
 
 NORM_BYTES = 8  # bytes of a double
 
@@ -45,12 +48,14 @@ class Buffers:
 
     Attributes:
         numbers: for `lots.in_memory` and `lots.normalized`; the same for all rounds.
+        gathers: what replicas gather; the same for all rounds.
     """
 
     slices: Tensor
     owned: Tensor
     norms: Tensor
     numbers: Tensor
+    gathers: Gathers
 
 
 def record_bytes(elements: int) -> int:
@@ -64,9 +69,12 @@ def matrices_in_round(owned: int, bytes_each: int, cap: int) -> int:
     return -(-owned // rounds)
 
 
-def bytes_in_flight(workspace_bytes: int, elements: int, replicas: int) -> int:
-    """Return the bytes that a round takes for one matrix of each owner: workspace, and buffers for every replica's."""
-    return workspace_bytes + IN_FLIGHT * 2 * elements * (1 + replicas)
+def bytes_in_flight(workspace_bytes: int, elements: int, sharded: bool) -> int:
+    """Return the bytes that rounds take for one matrix of each owner: workspace, and buffers of all rounds under way.
+
+    What is sharded comes to the owner in slices, and its own slices go out; of copies an owner has its results only.
+    """
+    return workspace_bytes + IN_FLIGHT * 2 * elements * (1 + sharded)
 
 
 def share_bytes(cap: int, ranks: int) -> int:

@@ -1,8 +1,9 @@
 """Costs of a step of several ranks, bytes and FLOPs, by formula: for any number of ranks, without any of them.
 
-`owners` counts what exchange.py does, to the byte; the other functions count what other implementations do. Bytes sent
-are those of a ring: where B bytes are gathered or scattered over N ranks, each sends B (N - 1) / N; where they are
-summed, twice that. Gradients and parameters travel besides, whatever the optimizer: see `BESIDE`.
+`owners` counts what exchange.py does, to the byte; alternatives.py counts what other implementations do. Bytes sent are
+those of a ring: where B bytes are gathered or scattered over N ranks, each sends B (N - 1) / N; of unequal shares it
+sends all but the next rank's; where bytes are summed it sends 2 B (N - 1) / N. Gradients and parameters travel besides,
+whatever the optimizer: see `BESIDE`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import product
+from operator import mul
 from typing import NamedTuple
 
 import torch
@@ -18,10 +20,10 @@ from torch import Tensor
 
 from .. import backends
 from ..coefficients import DEFAULT, Schedule, resolve
-from ..segments import segments
 from ..step.options import StepOptions
 from ..step.plan import Bucket, plan_bucket, plan_for_shapes
-from .balance import assign_owners
+from .balance import deal
+from .gathers import GATHERS, Run, cut, part_bytes
 from .placement import chunk
 from .slices import IN_FLIGHT, NORM_BYTES, Rectangle, bytes_in_flight, matrices_in_round, record_bytes, share_bytes
 
@@ -107,8 +109,8 @@ class _Lot:
     @cached_property
     def round_size(self) -> int:
         """Number of one owner's matrices in a round."""
-        (m, n), replicas = self.plan.shape, len(self.owned) // len(self.shards)
-        return matrices_in_round(max(self.owned), bytes_in_flight(self.plan.workspace_bytes, m * n, replicas), self.cap)
+        (m, n), sharded = self.plan.shape, len(self.shards) > 1
+        return matrices_in_round(max(self.owned), bytes_in_flight(self.plan.workspace_bytes, m * n, sharded), self.cap)
 
     @property
     def rounds(self) -> list[list[int]]:
@@ -124,18 +126,16 @@ class SlicedRound(NamedTuple):
         plan: of one matrix.
         elements, records: of a slice and its bytes, by shard.
         taken: number of matrices, by owner.
+        by_replica: number of matrices, by replica.
+        parts: in which several replicas gather the results.
     """
 
     plan: Bucket
     elements: list[int]
     records: list[int]
     taken: list[int]
-
-    @property
-    def by_replica(self) -> list[int]:
-        """Number of matrices of each replica; if there are several, they gather shares of as many as the largest."""
-        shards = len(self.records)
-        return [sum(self.taken[i : i + shards]) for i in range(0, len(self.taken), shards)]
+    by_replica: list[int]
+    parts: list[list[Run]]
 
 
 class CopiedRound(NamedTuple):
@@ -143,16 +143,24 @@ class CopiedRound(NamedTuple):
 
     Attributes:
         works: the plan of one matrix and the number of matrices by owner, of each lot.
-        share: bytes that every rank sends to each of the others.
+        records: bytes of a result, by lot.
+        shares: bytes of the results of every rank.
+        parts: in which they are gathered.
     """
 
     works: list[tuple[Bucket, list[int]]]
-    share: int
+    records: list[int]
+    shares: list[int]
+    parts: list[list[Run]]
+
+    def bytes_of(self, part: list[Run]) -> int:
+        """Return the bytes of a part."""
+        return sum(run.matrices * self.records[run.lot] for run in part)
 
 
 @lru_cache(maxsize=1024)
-def _plan(m: int, n: int, schedule: Schedule, backend: str) -> Bucket:
-    """Return the plan of one matrix."""
+def plan_part(m: int, n: int, schedule: Schedule, backend: str) -> Bucket:
+    """Return the plan of m x n, the columns of a matrix of m rows that a rank has; they may be fewer than the rows."""
     return plan_bucket((m, n), 1, StepOptions(schedule), backend, bytes_per_element=0, stepped=False)
 
 
@@ -172,7 +180,7 @@ def _dealt(
         m, n, shards = min(rows, cols), max(rows, cols), mesh.rectangles(rows, cols)
         if rows > cols:
             shards = [Rectangle(left, top, c, r) for top, left, r, c in shards]
-        plan = _plan(m, n, schedule, backend)
+        plan = plan_part(m, n, schedule, backend)
         lot = lots.setdefault((m, n, tuple(shards)), _Lot(plan, tuple(shards), [0] * mesh.ranks, cap))
         cost = plan.flops
         if mesh.shards == 1:
@@ -188,9 +196,8 @@ def _dealt(
         alone = mesh.shards > 1 and len(holders) == 1
         nearby = [r * mesh.shards + holders[0] for r in range(mesh.replicas)] if alone else None
         among += [nearby] * len(equal)
-    for (lot, _), owner in zip(
-        pieces, assign_owners([cost for _, cost in pieces], mesh.ranks, among=among), strict=True
-    ):
+    owners = deal([cost for _, cost in pieces], mesh.shards, mesh.replicas, among)
+    for (lot, _), owner in zip(pieces, owners, strict=True):
         lot.owned[owner] += 1
     return list(lots.values())
 
@@ -235,44 +242,60 @@ def _norms(lots: Sequence[_Lot]) -> int:
     return NORM_BYTES * max(max(lot.owned) for lot in lots) * len(lots[0].shards)
 
 
+def _copied_round(taken: Sequence[tuple[_Lot, list[int]]]) -> CopiedRound:
+    """Return the round of these lots, each with the number of matrices by owner."""
+    records, counts = [lot.records[0] for lot, _ in taken], list(zip(*(own for _, own in taken), strict=True))
+    shares = [sum(map(mul, own, records)) for own in counts]
+    parts = cut(counts, records, part_bytes(max(lot.cap for lot, _ in taken)))
+    return CopiedRound([(lot.plan, own) for lot, own in taken], records, shares, parts)
+
+
 def _sliced(lots: Sequence[_Lot]) -> list[SlicedRound]:
-    return [
-        SlicedRound(lot.plan, [shard.elements for shard in lot.shards], lot.records, taken)
-        for lot in lots
-        for taken in lot.rounds
-    ]
+    found = []
+    for lot in lots:
+        shards = len(lot.shards)
+        for taken in lot.rounds:
+            by_replica = [sum(taken[i : i + shards]) for i in range(0, len(taken), shards)]
+            several, record = len(by_replica) > 1, max(lot.records)
+            parts = cut([[count] for count in by_replica], [record], part_bytes(lot.cap)) if several else []
+            sizes = [shard.elements for shard in lot.shards]
+            found.append(SlicedRound(lot.plan, sizes, lot.records, taken, by_replica, parts))
+    return found
 
 
 def _joined(lots: Sequence[_Lot]) -> list[CopiedRound]:
     """Return the rounds of copies, joined until a share is worth a collective."""
     ranks = len(lots[0].owned)
-    found, waiting, enough = [], CopiedRound([], 0), share_bytes(max(lot.cap for lot in lots), ranks)
-    own = [0] * ranks
+    found: list[CopiedRound] = []
+    waiting: list[tuple[_Lot, list[int]]] = []
+    own, enough = [0] * ranks, share_bytes(max(lot.cap for lot in lots), ranks)
     for lot in lots:
         for taken in lot.rounds:
+            waiting.append((lot, taken))
             own = [before + n * lot.records[0] for before, n in zip(own, taken, strict=True)]
-            waiting = CopiedRound([*waiting.works, (lot.plan, taken)], max(own))
-            if waiting.share >= enough:
-                found.append(waiting)
-                waiting, own = CopiedRound([], 0), [0] * ranks
-    return [*found, waiting] if waiting.share else found
+            if max(own) >= enough:
+                found.append(_copied_round(waiting))
+                waiting, own = [], [0] * ranks
+    return [*found, _copied_round(waiting)] if waiting else found
 
 
 def _copied(lots: Sequence[_Lot], mesh: Mesh, state_bytes: int) -> list[Cost]:
     """Return the costs where every rank has copies: each does its share and all gather the results."""
-    shares, norms = [joined.share for joined in _joined(lots)], _norms(lots)
+    joined, norms = _joined(lots), _norms(lots)
     workspace, flops = _multiplied(lots)
     held = torch.tensor([[lot.shards[0].elements * n for n in lot.owned] for lot in lots]).sum(0)
-    sent = sum(shares) * (mesh.ranks - 1)
-    buffers = min(IN_FLIGHT, len(shares)) * (max(shares) * (1 + mesh.ranks) + norms)
-    return _by_rank(torch.tensor(sent), state_bytes * held, workspace, torch.tensor(buffers), flops, len(shares))
+    shares = torch.tensor([each.shares for each in joined])
+    sizes = [each.bytes_of(part) for each in joined for part in each.parts]
+    sent = (shares.sum(1, keepdim=True) - shares.roll(-1, 1)).sum(0)
+    buffers = min(IN_FLIGHT, len(joined)) * (shares.amax(0) + norms) + min(GATHERS, len(sizes)) * max(sizes)
+    return _by_rank(sent, state_bytes * held, workspace, buffers, flops, len(sizes))
 
 
 def _by_rank(
     sent: Tensor, state: Tensor, workspace: Tensor, buffers: Tensor, flops: Tensor, collectives: int
 ) -> list[Cost]:
-    """Return the costs of every rank; `sent` and `buffers` may be one number for all."""
-    columns = (each.expand_as(flops).tolist() for each in (sent, state, workspace, buffers, flops))
+    """Return the costs of every rank."""
+    columns = (each.tolist() for each in (sent, state, workspace, buffers, flops))
     return [
         Cost(sent_, state_, workspace_, buffers_, flops_, collectives)
         for sent_, state_, workspace_, buffers_, flops_ in zip(*columns, strict=True)
@@ -281,168 +304,41 @@ def _by_rank(
 
 def _sharded(lots: Sequence[_Lot], mesh: Mesh, state_bytes: int) -> list[Cost]:
     """Return the costs where each rank sends its slices to owners and gets slices of the results back."""
-    sent, slices, owned, state = (torch.zeros(mesh.ranks, dtype=torch.int64) for _ in range(4))
+    sent, slices, owned, gathered, state = (torch.zeros(mesh.ranks, dtype=torch.int64) for _ in range(5))
     sliced = _sliced(lots)
     for each in sliced:
         own, whole, share = torch.tensor(each.taken), sum(each.records), max(each.by_replica)
         here = torch.tensor(each.by_replica).repeat_interleave(mesh.shards)
         record = torch.tensor(each.records).repeat(mesh.replicas)
-        sent += (here - own) * record + own * (whole - record) + (mesh.replicas - 1) * share * record
+        sent += (here - own) * record + own * (whole - record)
+        if mesh.replicas > 1:
+            sent += (sum(each.by_replica) - here.roll(-mesh.shards)) * record
+            gathered = gathered.maximum(max(sum(run.matrices for run in part) for part in each.parts) * record)
         slices = slices.maximum(share * record)
-        owned = owned.maximum(own * whole).maximum((mesh.replicas > 1) * mesh.replicas * share * record)
+        owned = owned.maximum(own * whole)
     for lot in lots:
         held = torch.tensor([shard.elements for shard in lot.shards]).repeat(mesh.replicas)
         state += state_bytes * sum(lot.owned) * held
-    buffers = min(IN_FLIGHT, len(sliced)) * (slices + owned + _norms(lots))
+    parts = sum(len(each.parts) for each in sliced)
+    buffers = min(IN_FLIGHT, len(sliced)) * (slices + owned + _norms(lots)) + min(GATHERS, parts) * gathered
     workspace, flops = _multiplied(lots)
-    collectives = len(sliced) * (2 + (mesh.replicas > 1))
-    return _by_rank(sent, state, workspace, buffers, flops, collectives)
+    return _by_rank(sent, state, workspace, buffers, flops, 2 * len(sliced) + parts)
 
 
 def flops(shapes: Shapes, *, schedule: Schedule | None = None, backend: str = "cuda") -> list[int]:
     """Return the FLOPs of every matrix."""
-    plans = [(_plan(*sorted((m, n)), schedule or resolve(DEFAULT), backend), count) for m, n, count in shapes]
+    plans = [(plan_part(*sorted((m, n)), schedule or resolve(DEFAULT), backend), count) for m, n, count in shapes]
     return [plan.flops for plan, count in plans for _ in range(count)]
 
 
 def plan_of(rows: int, cols: int, *, schedule: Schedule | None = None, backend: str = "cuda") -> Bucket:
     """Return the plan of one matrix's iteration."""
-    return _plan(*sorted((rows, cols)), schedule or resolve(DEFAULT), backend)
+    return plan_part(*sorted((rows, cols)), schedule or resolve(DEFAULT), backend)
 
 
 def elements(shapes: Shapes) -> int:
     """Return the number of elements of all parameters."""
     return sum(rows * cols * count for rows, cols, count in shapes)
-
-
-def _ring(bytes_: float, ranks: int) -> float:
-    """Return the bytes that a rank sends where so many are gathered or scattered."""
-    return bytes_ * (ranks - 1) / ranks
-
-
-def adamw(shapes: Shapes, ranks: int) -> Cost:
-    """Return the cost of AdamW under ZeRO-1, whose state is two moments in fp32 of a slice of all parameters.
-
-    It sends nothing but what is `BESIDE`.
-    """
-    return Cost(0, 8 * elements(shapes) / ranks, 0, 0, 0, 0)
-
-
-def gathered(shapes: Shapes, ranks: int, *, schedule: Schedule | None = None, backend: str = "cuda") -> Cost:
-    """Return the cost of Muon under ZeRO-1 by Algorithm 1 of https://arxiv.org/abs/2502.16982.
-
-    Every rank gathers every matrix's direction in bf16, orthogonalizes it, and keeps its slice of the result. See
-    `sliced` for the cheaper reading, in which a rank gathers only the matrices that its slice has elements of.
-    """
-    schedule = schedule or resolve(DEFAULT)
-    plans = [(_plan(*sorted((m, n)), schedule, backend), count) for m, n, count in shapes]
-    return Cost(
-        sent=_ring(2 * elements(shapes), ranks),
-        state=4 * elements(shapes) / ranks,
-        workspace=max(plan.workspace_bytes for plan, _ in plans),
-        buffers=max(2 * m * n for m, n, _ in shapes),
-        flops=sum(count * plan.flops for plan, count in plans),
-        collectives=sum(count for _, _, count in shapes),
-    )
-
-
-def sliced(shapes: Shapes, ranks: int, *, schedule: Schedule | None = None, backend: str = "cuda") -> list[Cost]:
-    """Return the costs of every rank of `ZeroMuon`: its slice of all parameters is one run of their elements.
-
-    It gathers, in one collective, those matrices of which its slice has any element, and multiplies them; matrices at
-    the borders of slices are multiplied by several ranks. `collectives` leaves out those that are `BESIDE`.
-
-    Parameters are of bf16, so a rank keeps momentum and master copies in fp32. It holds what it gathers and, in fp32,
-    all gradients.
-    """
-    schedule = schedule or resolve(DEFAULT)
-    share = -(-elements(shapes) // ranks)
-    sent, flops_, workspace, held = [0] * ranks, [0] * ranks, [0] * ranks, [0] * ranks
-    start = 0
-    for rows, cols, count in shapes:
-        plan, size = _plan(*sorted((rows, cols)), schedule, backend), rows * cols
-        for _ in range(count):
-            first, last = start // share, (start + size - 1) // share
-            for rank in range(first, last + 1):
-                own = min((rank + 1) * share, start + size) - max(rank * share, start)
-                sent[rank] += 2 * own * (last - first)
-                flops_[rank] += plan.flops
-                workspace[rank] = max(workspace[rank], plan.workspace_bytes)
-                held[rank] += 2 * size
-            start += size
-    whole = 4 * share * ranks
-    return [Cost(sent[r], 8 * share, workspace[r], held[r] + whole, flops_[r], 1) for r in range(ranks)]
-
-
-def padded(shapes: Shapes, ranks: int, *, schedule: Schedule | None = None, backend: str = "cuda") -> Cost:
-    """Return the cost where every kind of matrix is exchanged at once, filled up with zeros to a multiple of the ranks.
-
-    Each rank gets as many whole matrices, and as many rows of each. https://github.com/microsoft/dion does so under
-    FSDP2 (01287d7, megabatch_base.py). What it holds are inputs and outputs of an exchange of one kind; three kinds may
-    be under way.
-    """
-    schedule = schedule or resolve(DEFAULT)
-    sent = state = flops = 0.0
-    workspace = buffers = 0
-    for rows, cols, count in shapes:
-        each, slice_ = padding(rows, cols, count, ranks)
-        plan = _plan(*sorted((rows, cols)), schedule, backend)
-        sent += 2 * each * slice_ * (ranks - 1)
-        state += 4 * count * rows * cols / ranks
-        flops += each * plan.flops
-        workspace, buffers = max(workspace, each * plan.workspace_bytes), max(buffers, 2 * each * slice_ * ranks)
-    return Cost(sent, state, workspace, buffers, flops, 2 * len(shapes))
-
-
-def padding(rows: int, cols: int, count: int, ranks: int) -> tuple[int, int]:
-    """Return how many of such matrices each rank gets, zeros among them, and the bytes of a rank's rows of one."""
-    return -(-count // ranks), 2 * -(-rows // ranks) * cols
-
-
-def gram(shapes: Shapes, ranks: int, *, schedule: Schedule | None = None, backend: str = "cuda") -> Cost:
-    """Return the cost where each rank multiplies its shard of the longer side and A = Σ Xᵢ Xᵢᵀ is summed in fp32.
-
-    That takes 4 m² bytes each time that A is made of X: for every step in the standard form, for every segment in the
-    Gram form. Polynomials of A are every rank's own. https://github.com/NVIDIA-NeMo/Emerging-Optimizers ("distributed")
-    does so.
-    """
-    schedule = schedule or resolve(DEFAULT)
-    sent = state = flops = collectives = 0.0
-    workspace = buffers = 0
-    for rows, cols, count in shapes:
-        m, n = min(rows, cols), -(-max(rows, cols) // ranks)
-        plan = _plan(m, n, schedule, backend)
-        sums = len(schedule.triples)
-        if plan.algorithm == "gram":
-            sums = len(segments(schedule, m, backends.get(backend).precise_squares))
-        sent += count * sums * 2 * _ring(4 * m * m, ranks)
-        state += count * 4 * m * n
-        flops += count * plan.flops
-        collectives += count * sums
-        workspace, buffers = max(workspace, plan.workspace_bytes), max(buffers, 4 * m * m)
-    return Cost(sent, state, workspace, buffers, flops, collectives)
-
-
-def blockwise(
-    shapes: Shapes, mesh: Mesh, period: int, *, schedule: Schedule | None = None, backend: str = "cuda"
-) -> list[Cost]:
-    """Return the costs of MuonBP (https://arxiv.org/abs/2510.16981), the mean over a period of steps.
-
-    One step of `period` has owners; in the others each rank orthogonalizes its own shards.
-    """
-    schedule = schedule or resolve(DEFAULT)
-    alone = [0.0] * mesh.ranks
-    for rows, cols, count in shapes:
-        for rank, shard in enumerate(mesh.rectangles(rows, cols) * mesh.replicas):
-            alone[rank] += count * _plan(*sorted((shard.rows, shard.cols)), schedule, backend).flops
-    return [
-        whole._replace(
-            sent=whole.sent / period,
-            flops=(whole.flops + (period - 1) * blocks) / period,
-            collectives=whole.collectives / period,
-        )
-        for whole, blocks in zip(owners(shapes, mesh, schedule=schedule, backend=backend), alone, strict=True)
-    ]
 
 
 def largest(costs: Sequence[Cost]) -> Cost:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,11 +20,12 @@ from checks import needs
 from ranks import World
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from muon_kernels import Muon, SpectralAdam
 from muon_kernels.cli.demo import training
-from muon_kernels.distributed import agreement, collectives, consensus, missing, second_moment
+from muon_kernels.distributed import agreement, collectives, consensus, exchange, missing, second_moment
+from muon_kernels.distributed.lots import Results
 from muon_kernels.distributed.strategies.owner import OwnerRound
 from muon_kernels.distributed.strategies.replicas import ReplicaRound
 
@@ -36,8 +38,11 @@ def build(layout: str, shapes: Any = SHAPES, kind: type = Muon, **options: Any) 
     if layout == "group":
         params = [torch.nn.Parameter(t) for t in whole]
         return params, kind(params, lr=0.1, process_group=dist.group.WORLD, **options)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    params = [torch.nn.Parameter(distribute_tensor(t, mesh, [Shard(0)])) for t in whole]
+    hybrid = layout == "hybrid"
+    size = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (2, size // 2) if hybrid else (size,), mesh_dim_names=("a", "b")[: 1 + hybrid])
+    placements = [Replicate(), Shard(0)] if hybrid else [Shard(0)]
+    params = [torch.nn.Parameter(distribute_tensor(t, mesh, placements)) for t in whole]
     return params, kind(params, lr=0.1, **options)
 
 
@@ -73,6 +78,28 @@ def test_a_rank_that_dies(ranks: World, layout: str, where: str) -> None:
         assert "go on from the last checkpoint" in text
 
 
+def die_in_a_gather(hybrid: bool) -> None:
+    params, optimizer = build("hybrid" if hybrid else "group")
+    give(params)
+    optimizer.step()
+    if dist.get_rank() == 1:
+        collectives._gather = lambda *_: os._exit(1)
+    optimizer.step()
+
+
+@pytest.mark.parametrize(("hybrid", "size"), [(False, 3), (True, 4)])
+def test_a_rank_that_dies_in_a_gather(ranks: World, hybrid: bool, size: int) -> None:
+    """All that need its results say so; under hybrid sharding the ranks of its shard, and who waits for these."""
+    begun = time.monotonic()
+    found = ranks.outcomes(size, die_in_a_gather, hybrid, timeout=10)
+    assert time.monotonic() - begun < 60
+    assert not found[1][0]
+    for rank in [0, 2] if not hybrid else [3]:
+        returned, text = found[rank]
+        assert not returned and "RuntimeError: step 2 of Muon is incomplete" in text
+        assert "gathering the results of the bucket of" in text
+
+
 def late() -> None:
     params, optimizer = build("rows")
     give(params)
@@ -87,6 +114,28 @@ def test_a_rank_that_does_not_come(ranks: World) -> None:
     (returned, text), _ = ranks.outcomes(2, late, timeout=2)
     assert not returned and "step 1 of Muon did not begin: asking all ranks for their gradients" in text
     assert "; missing: rank 1, not heard of within 1 s" in text
+
+
+def raises_once(hybrid: bool) -> list[Tensor]:
+    """Parameters after a step that stops, on all ranks, where the first results are applied, and one that does not."""
+    params, optimizer = build("hybrid" if hybrid else "group")
+    give(params)
+    with (
+        mock.patch.object(exchange, "part_bytes", lambda cap: 1),  # several parts are under way, and others wait
+        mock.patch.object(Results, "apply", side_effect=MemoryError),
+        pytest.raises(MemoryError),
+    ):
+        optimizer.step()
+    optimizer.step()
+    return [p.detach().full_tensor() if isinstance(p, DTensor) else p.detach() for p in params]
+
+
+@pytest.mark.parametrize(("hybrid", "size"), [(False, 3), (True, 4)])
+def test_a_step_after_one_that_raised(ranks: World, hybrid: bool, size: int) -> None:
+    """Results of the first are not taken for the second's."""
+    first, *others = ranks.run(size, raises_once, hybrid)
+    for i, p in enumerate(first):
+        assert p.isfinite().all() and all(torch.equal(p, other[i]) for other in others)
 
 
 class Collectives:

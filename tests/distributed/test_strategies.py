@@ -47,7 +47,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def traffic() -> Iterator[list[tuple[str, int]]]:
     """(name, bytes that this rank sends) of every collective on numbers that are not int; reductions as in a ring."""
     found: list[tuple[str, int]] = []
-    before = dist.all_reduce, dist.all_to_all_single, collectives._all_gather, collectives._reduce_scatter
+    before = dist.all_reduce, dist.all_to_all_single, collectives._gather, collectives._reduce_scatter
 
     def all_reduce(t: Tensor, *args: Any, group: Any = None, **rest: Any) -> Any:
         if t.is_floating_point():
@@ -58,21 +58,21 @@ def traffic() -> Iterator[list[tuple[str, int]]]:
         found.append(("all_to_all", (sum(sent) - sent[group.rank()]) * t.itemsize))
         return before[1](out, t, received, sent, group=group, **rest)
 
-    def all_gather(out: Tensor, t: Tensor, group: Any = None, **rest: Any) -> Any:
-        found.append(("all_gather", (group.size() - 1) * t.numel() * t.itemsize))
-        return before[2](out, t, group=group, **rest)
+    def all_gather(out: Tensor, t: Tensor, sizes: Sequence[int], group: Any) -> Any:
+        found.append(("all_gather", (sum(sizes) - sizes[(group.rank() + 1) % group.size()]) * t.itemsize))
+        return before[2](out, t, sizes, group)
 
     def reduce_scatter(out: Tensor, t: Tensor, *args: Any, group: Any = None, **rest: Any) -> Any:
         found.append(("reduce_scatter", (group.size() - 1) * out.numel() * t.itemsize))
         return before[3](out, t, *args, group=group, **rest)
 
     dist.all_reduce, dist.all_to_all_single = all_reduce, all_to_all  # type: ignore[assignment]
-    collectives._all_gather, collectives._reduce_scatter = all_gather, reduce_scatter
+    collectives._gather, collectives._reduce_scatter = all_gather, reduce_scatter
     try:
         yield found
     finally:
         dist.all_reduce, dist.all_to_all_single = before[0], before[1]
-        collectives._all_gather, collectives._reduce_scatter = before[2], before[3]
+        collectives._gather, collectives._reduce_scatter = before[2], before[3]
 
 
 def cut(t: Tensor, mesh: DeviceMesh, placements: Sequence[Any]) -> DTensor:

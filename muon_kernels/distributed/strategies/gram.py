@@ -236,11 +236,9 @@ class GramRound(OwnerRound):
     @property
     def buffer_bytes(self) -> tuple[int, int]:
         """Bytes of `Buffers.slices`, this rank's shards, and of `Buffers.owned`, sums of squares."""
-        team, share = self.lot.key.team, self.share * self.sent[0].record
-        gathered = share * team.replica_count * (team.replica_count > 1)
         m = self.lot.key.shape[0]
         squares = self._sum_bytes + self.count * m * (4 + self.lot.work.bucket.workspace_dtype.itemsize * m)
-        return share, max(squares + -squares % NORM_BYTES, gathered)  # buffers are of doubles
+        return self.share * self.sent[0].record, squares + -squares % NORM_BYTES  # buffers are of doubles
 
     @property
     def _sum_bytes(self) -> int:
@@ -249,15 +247,14 @@ class GramRound(OwnerRound):
     @property
     def bytes_sent(self) -> int:
         """Bytes that this rank sends to others if a sum is reduced and then gathered, as in a ring."""
-        team = self.lot.key.team
+        ranks = self.lot.key.team.shard_count
         sums = [self.count * torch.float64.itemsize] + self.visits * [self._sum_bytes]
-        out = sum(2 * (team.shard_count - 1) * size // team.shard_count for size in sums)
-        return out + (team.replica_count - 1) * self.share * self.sent[0].record
+        return sum(2 * (ranks - 1) * size // ranks for size in sums) + self.sent_to_replicas
 
     @property
     def collectives(self) -> int:
         """Number of collectives in a round."""
-        return 1 + self.visits + (self.lot.key.team.replicas is not None)
+        return 1 + self.visits + len(self.parts)
 
     def begin(self, grads: Sequence[Tensor], scalars: Scalars, buffers: Buffers) -> None:
         """Update momenta and begin to sum the squares of norms."""

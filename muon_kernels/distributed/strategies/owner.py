@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,8 +16,9 @@ from ...layout import Matrices
 from ...stages.packed import Packed
 from ...step.plan import Bucket
 from ...step.run import run_iteration
-from ..collectives import Pending, gather
-from ..lots import Kept, Lot, LotKey, in_memory, momenta_of, normalized, numbers_for, numbers_for_moments, params_of
+from ..collectives import Pending
+from ..gathers import Part, parts_of, sent_by
+from ..lots import Kept, Lot, LotKey, Results, in_memory, momenta_of, numbers_for, numbers_for_moments
 from ..placement import Team
 from ..slices import Buffers, Rectangle, Slices, end_of, gather_slices, in_turn, scale_of, to_half_norms
 
@@ -83,12 +84,26 @@ class OwnerRound:
         self.received = in_turn([(len(here[team.shard]), shard) for shard in key.shards])
         self.owned = len(here[team.shard])
         self.entries = [[entry for entries in replica for entry in entries] for replica in by_replica]
-        there = bool(own.elements)
-        self.momenta = [momenta_of(kept, entries if there else ()) for entries in self.entries]
-        self.params = [params_of(kept, entries if there else ()) for entries in self.entries]
-        self.ratios = [array("d", [entry.ratio for entry in entries]) for entries in self.entries]
+        self.momenta = [momenta_of(kept, entries if lot.here else ()) for entries in self.entries]
         self.share = max(map(len, self.entries))
+        self.shares = [Slices(0, len(entries), own) for entries in self.entries]
+        self.parts: list[Part] = []
+        if team.replicas is not None:
+            places = [[share] for share in self.shares]
+            self.parts = parts_of(places, [lot.largest_record], lot.part_bytes, team.replica)
+        self.results = self._results(kept)
         self.pending: Pending | None = None
+
+    def _results(self, kept: Kept) -> list[Results]:
+        """Return the matrices that are updated in turn: those of each run of what replicas gather, or all."""
+        lot, index = self.lot, self.start * self.lot.key.team.ranks
+        if not self.parts:
+            return [Results.of(lot, kept, index, entries) for entries in self.entries]
+        before, found = [0, *accumulate(map(len, self.entries))], []
+        for run, _ in (each for part in self.parts for each in part.runs):
+            entries = self.entries[run.replica][run.start : run.start + run.matrices]
+            found.append(Results.of(lot, kept, index + before[run.replica] + run.start, entries))
+        return found
 
     @property
     def begun(self) -> list[tuple[Lot, int]]:
@@ -98,7 +113,9 @@ class OwnerRound:
     @property
     def kept_packed(self) -> list[Packed]:
         """Parameters and momenta that go through fp32 memory."""
-        return [packed for packed in (*self.params, *self.momenta) if isinstance(packed, Packed)]
+        return [
+            packed for packed in (*(each.params for each in self.results), *self.momenta) if isinstance(packed, Packed)
+        ]
 
     @property
     def numbers(self) -> int:
@@ -108,8 +125,7 @@ class OwnerRound:
     @property
     def buffer_bytes(self) -> tuple[int, int]:
         """Bytes of `Buffers.slices` and of `Buffers.owned`."""
-        share, replicas = self.share * self.sent[0].record, self.lot.key.team.replica_count
-        return max(end_of(self.sent), share), max(end_of(self.received), share * replicas * (replicas > 1))
+        return self.share * self.sent[0].record, end_of(self.received)
 
     @property
     def bytes_sent(self) -> int:
@@ -117,12 +133,17 @@ class OwnerRound:
         team = self.lot.key.team
         out = end_of(self.sent) - self.sent[team.shard].bytes
         back = end_of(self.received) - self.received[team.shard].bytes
-        return out + back + (team.replica_count - 1) * self.share * self.sent[0].record
+        return out + back + self.sent_to_replicas
+
+    @property
+    def sent_to_replicas(self) -> int:
+        """Bytes of results that this rank sends to replicas, its own and those that it passes on in a ring."""
+        return sent_by(self.lot.key.team.replica, [share.bytes for share in self.shares])
 
     @property
     def collectives(self) -> int:
         """Number of collectives in a round."""
-        return 2 + (self.lot.key.team.replicas is not None)
+        return 2 + len(self.parts)
 
     def begin(self, grads: Sequence[Tensor], scalars: Scalars, buffers: Buffers) -> None:
         """Update momenta and begin to send slices of the directions to their owners."""
@@ -135,7 +156,7 @@ class OwnerRound:
         ops = backends.get(work.bucket.backend)
         for replica in [r for r in range(team.replica_count) if r != team.replica] + [team.replica]:
             entries, momenta = self.entries[replica], self.momenta[replica]
-            if not self.params[replica] or (momenta is None and replica != team.replica):
+            if not (entries and self.lot.here) or (momenta is None and replica != team.replica):
                 continue
             at = Slices(0, len(entries), self.sent[0].shard)
             directions = [Matrices(grads[e.param], e.grad_at) for e in entries if e.grad_at is not None]
@@ -197,19 +218,10 @@ class OwnerRound:
         if self.pending is not None:
             self.pending.wait()
             self.pending = None
-        team, work = self.lot.key.team, self.lot.work
-        ops, dtype = backends.get(work.bucket.backend), work.bucket.workspace_dtype
-        size, shares = self.share * self.sent[0].record, [buffers.slices]
-        if team.replicas is not None:
-            gathered = buffers.owned[: team.replica_count * size]  # what was in it has gone
-            gather(gathered, buffers.slices[:size], team, str(self.lot)).wait()
-            shares = list(torch.split(gathered, size)) if size else [gathered] * team.replica_count
-        index = self.start * team.ranks
-        for params, entries, ratios, share in zip(self.params, self.entries, self.ratios, shares, strict=True):
-            X = Slices(0, len(entries), self.sent[0].shard).of(share, dtype)
-            # Called also where this rank has no shard: others wait for its sums.
-            own = normalized(self.lot, entries, X, scalars.beta2, ratios, buffers.numbers)
-            for at, seen in in_memory(params, buffers.numbers) if params else ():
-                options = scalars.apply_options(self.lot.group_index, index + at.start)
-                ops.apply_update(scalars.apply_update(seen, X[at], own[at]), options)
-            index += len(ratios)
+        dtype = self.lot.work.bucket.workspace_dtype
+        found: Iterable[tuple[Slices, Tensor]] = [(self.shares[0], buffers.slices)]
+        if self.parts:
+            buffers.gathers.offer(buffers.slices, self.parts, str(self.lot))
+            found = ((place, memory) for _, place, memory in buffers.gathers.take(self.parts))
+        for results, (place, memory) in zip(self.results, found, strict=True):
+            results.apply(place.of(memory, dtype), scalars, buffers.numbers)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
-from operator import mul
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -15,8 +13,8 @@ from ...layout import Bundle, Matrices
 from ...stages.packed import Packed
 from ...stages.second_moment import normalize
 from ...step.run import run_iteration
-from ..collectives import Pending, gather
-from ..lots import Entry, Kept, Lot, in_memory, momenta_of, normalized, numbers_for, numbers_for_moments, params_of
+from ..gathers import Run, parts_of, sent_by
+from ..lots import Entry, Kept, Lot, Results, in_memory, momenta_of, numbers_for, numbers_for_moments
 from ..slices import Buffers, Rectangle, end_of, in_turn
 
 if TYPE_CHECKING:
@@ -48,15 +46,21 @@ class ReplicaRound:
                 momenta is not None and all(momenta[entry.param] is not None for entry in entries) for entries in shares
             ]
             own = [momenta_of(kept, entries if keeps else ()) for entries, keeps in zip(shares, keeps_all, strict=True)]
-            copies = [params_of(kept, entries) for entries in shares]
-            self.lots.append(_Copies(lot, start, shares, own, copies))
+            self.lots.append(_Copies(lot, start, shares, own))
         # Where in its share each rank has the results of each lot.
         self.places = [
             in_turn([(len(copies.shares[rank]), Rectangle(0, 0, *copies.lot.key.shape)) for copies in self.lots])
             for rank in range(self.team.replica_count)
         ]
         self.share = max(map(end_of, self.places))
-        self.pending: Pending | None = None
+        records, most = [lot.largest_record for lot, _ in lots], max(lot.part_bytes for lot, _ in lots)
+        self.parts = parts_of(self.places, records, most, self.team.replica)
+        self.results = [self._results(kept, run) for part in self.parts for run, _ in part.runs]
+
+    def _results(self, kept: Kept, run: Run) -> Results:
+        lot, start, shares, _ = self.lots[run.lot]
+        before = start * self.team.replica_count + sum(map(len, shares[: run.replica]))
+        return Results.of(lot, kept, before + run.start, shares[run.replica][run.start : run.start + run.matrices])
 
     @property
     def momenta(self) -> list[Bundle | Packed | None]:
@@ -71,7 +75,7 @@ class ReplicaRound:
     @property
     def kept_packed(self) -> list[Packed]:
         """Parameters and momenta that go through fp32 memory."""
-        found = [packed for copies in self.lots for packed in (*copies.params, *copies.momenta)]
+        found = [each.params for each in self.results] + self.momenta
         return [packed for packed in found if isinstance(packed, Packed)]
 
     @property
@@ -82,18 +86,18 @@ class ReplicaRound:
 
     @property
     def buffer_bytes(self) -> tuple[int, int]:
-        """Bytes of `Buffers.slices`, this rank's results, and of `Buffers.owned`, the results of all ranks."""
-        return self.share, self.share * self.team.replica_count
+        """Bytes of `Buffers.slices`, this rank's results, and of `Buffers.owned`, of which copies need nothing."""
+        return end_of(self.places[self.team.replica]), 0
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes that this rank sends to others."""
-        return self.share * (self.team.replica_count - 1)
+        """Bytes that this rank sends to others, its own results and those that it passes on in a ring."""
+        return sent_by(self.team.replica, [end_of(own) for own in self.places])
 
     @property
     def collectives(self) -> int:
         """Number of collectives in a round."""
-        return 1
+        return len(self.parts)
 
     def begin(self, grads: Sequence[Tensor], scalars: Scalars, buffers: Buffers) -> None:
         """Remember the gradients; there is nothing to send yet."""
@@ -119,36 +123,14 @@ class ReplicaRound:
                         own = place.norms(buffers.slices)
                         own.copy_(torch.tensor(kept or [1.0] * len(entries), dtype=torch.float64, device="cpu"))
                     place.of(buffers.slices, dtype).copy_(result)
-        self.pending = gather(
-            buffers.owned[: self.share * self.team.replica_count],
-            buffers.slices[: self.share],
-            self.team,
-            " and ".join(str(copies.lot) for copies in self.lots),
-        )
+        buffers.gathers.offer(buffers.slices, self.parts, " and ".join(str(copies.lot) for copies in self.lots))
 
     def end(self, scalars: Scalars, buffers: Buffers) -> None:
         """Update parameters with the results of all ranks."""
-        assert self.pending is not None
-        self.pending.wait()
-        self.pending = None
-        for i, copies in enumerate(self.lots):
-            work, dtype = copies.lot.work, copies.lot.work.bucket.workspace_dtype
-            index = copies.start * self.team.replica_count
-            for rank, (params, entries) in enumerate(zip(copies.params, copies.shares, strict=True)):
-                if entries:
-                    results = buffers.owned[rank * self.share : (rank + 1) * self.share]
-                    place = self.places[rank][i]
-                    X, ratios = place.of(results, dtype), array("d", [entry.ratio for entry in entries])
-                    if copies.lot.second_moment is not None and copies.lot.owner_keeps_state:
-                        ratios = array("d", map(mul, ratios, place.norms(results).tolist()))
-                    else:
-                        ratios = normalized(copies.lot, entries, X, scalars.beta2, ratios, buffers.numbers)
-                    for at, seen in in_memory(params, buffers.numbers):
-                        backends.get(work.bucket.backend).apply_update(
-                            scalars.apply_update(seen, X[at], ratios[at]),
-                            scalars.apply_options(copies.lot.group_index, index + at.start),
-                        )
-                index += len(entries)
+        for results, (_, place, memory) in zip(self.results, buffers.gathers.take(self.parts), strict=True):
+            lot = results.lot
+            sizes = place.norms(memory) if lot.second_moment is not None and lot.owner_keeps_state else None
+            results.apply(place.of(memory, lot.work.bucket.workspace_dtype), scalars, buffers.numbers, sizes)
 
 
 def _directions(
@@ -183,4 +165,3 @@ class _Copies(NamedTuple):
     start: int
     shares: list[list[Entry]]
     momenta: list[Bundle | Packed | None]
-    params: list[Bundle | Packed]

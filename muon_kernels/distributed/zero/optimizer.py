@@ -321,7 +321,7 @@ class ZeroOptimizer(ClosureOptimizer):
         share = torch.zeros(flat.share, dtype=params[0].dtype, device=device)
         share[:size].copy_(updated)
         gathered = torch.empty(ranks * flat.share, dtype=params[0].dtype, device=device)
-        gather(gathered, share, self._team, "all ranks").wait()
+        gather(gathered, share, [flat.share] * ranks, self._team, "all ranks").wait()
         flat.read(gathered, params, present)
 
     def _averaged(self, flat: Flat, grads: Sequence[Tensor | None], device: torch.device, grad_scale: float) -> Tensor:
