@@ -1,0 +1,50 @@
+"""What the processes of a pool do. It is a module of its own so that they can import it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+from configs import Config, Result
+
+_device = "cpu"
+
+
+def begin(device: str, threads: int) -> None:
+    """Set a process up."""
+    import torch
+
+    global _device
+    _device = device
+    torch.set_num_threads(threads)
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")
+
+
+def work(task: Any) -> Result:
+    """Run a task."""
+    result: Result = task.run(_device)
+    return result
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Measurement of the seconds that a step of a training takes."""
+
+    of: Config
+    steps: int = 8
+
+    def run(self, device: str) -> Result:
+        """Train a little; return the median seconds of a step, without the first ones."""
+        from training import Training
+
+        marks = [time.perf_counter()]
+        for step in Training(self.of, device).steps():
+            marks.append(time.perf_counter())
+            if step == self.steps:
+                break
+        taken = [after - before for before, after in pairwise(marks)]
+        return {"config": asdict(self), "seconds": median(taken[2:] or taken)}
