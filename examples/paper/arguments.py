@@ -15,7 +15,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("--size", choices=SCALES, default="laptop", help="models and text (default: laptop)")
     parser.add_argument("--bytes", type=float, help="bytes a parameter (default: 80, about 20 tokens)")
-    parser.add_argument("--seeds", type=int, help="number of seeds of all that is reported (default: 3)")
+    parser.add_argument("--seeds", type=int, help="number of seeds of all that is reported (default: 4)")
     parser.add_argument("--text", help='train on this file instead of on "both" (the fine-tuning excepted)')
     parser.add_argument("--out", type=Path, help=f"folder for results, report and figures (default: {HERE})")
 

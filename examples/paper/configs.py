@@ -9,6 +9,9 @@ from typing import Any
 
 Result = dict[str, Any]
 
+# Fields of the rows of spectra.
+SPECTRA = ("step", "name", "index", "group", "tensor", "svd_entropy", "condition", "rms")
+
 
 @dataclass(frozen=True)
 class Config:

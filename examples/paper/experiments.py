@@ -85,7 +85,7 @@ class Scale:
     bytes: float = 80.0
     over: int = 6
     experts: int = 8
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2, 3)
     context: int = 64
     batch: int = 16
     held_out: int = 102_400

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from configs import Config, Result
+from configs import SPECTRA, Config, Result
 
 # Of a line. Raise it when a result gets other fields, or a config's field another meaning.
 FORMAT = 2
@@ -61,7 +61,7 @@ class Results:
         for number, line in enumerate(lines, 1):
             result = self._read(line, number)
             self._done[key(result["kind"], result["config"])] = done = Future()
-            done.set_result(result)
+            done.set_result(_with_fields(result))
 
     def _read(self, line: bytes, number: int) -> Result:
         try:
@@ -128,7 +128,7 @@ class Results:
             self._free += 1
             try:
                 result = {"format": FORMAT, "kind": type(task).__name__, **of.result()}
-                line = json.dumps(result, allow_nan=False)
+                line = json.dumps(_without_fields(result), allow_nan=False)
                 with self.path.open("a") as file:
                     file.write(line + "\n")
             except BaseException as error:
@@ -136,9 +136,23 @@ class Results:
                 # The whole stops, and goes on where it was when it is started again.
                 self._drop(error)
                 return
-            done.set_result(json.loads(line))
+            done.set_result(_with_fields(json.loads(line)))
             self._start()
         self.say(f"{task}{_summary(result)}")
+
+
+def _without_fields(result: Result) -> Result:
+    """Return a result whose rows of spectra are without the names of their fields, which are most of the file."""
+    if "spectra" not in result:
+        return result
+    return {**result, "spectra": [[row[field] for field in SPECTRA] for row in result["spectra"]]}
+
+
+def _with_fields(result: Result) -> Result:
+    """Undo `_without_fields`."""
+    if "spectra" not in result:
+        return result
+    return {**result, "spectra": [dict(zip(SPECTRA, row, strict=True)) for row in result["spectra"]]}
 
 
 def _summary(result: Result) -> str:

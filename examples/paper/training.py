@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from configs import Config, Result, active, schedule, tokens
+from configs import SPECTRA, Config, Result, active, schedule, tokens
 from models import Logits, Output, loads, model, weight_rms
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -27,7 +27,6 @@ from muon_kernels.split import equal
 
 BETAS = (0.9, 0.95)
 CURVE = 24  # points of a curve
-SPECTRA = ("step", "name", "index", "group", "tensor", "svd_entropy", "condition", "rms")
 # Learning rate of all that is no matrix, in the second paper's comparison. Its 3e-4 is for a thousand times more steps.
 VECTOR_LR = 3e-3
 # Of prose every third document is held out: the tenth of `demo.parted` would be 11 kB.
