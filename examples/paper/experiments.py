@@ -22,7 +22,7 @@ from configs import Config, Result, Run, active, loss
 
 DECAY = 0.1  # of [1]
 TUNING = 1000
-FIRST_LR = {"adamw": 16e-3, "muon": 32e-3}
+FIRST_LR = {"adamw": 32e-3, "muon": 64e-3}
 MOVES = 24
 
 # Learning rates to try first: the best of [2] for GPT-2 and 100 billion tokens.

@@ -53,7 +53,7 @@ def _figure(found: Found, figures: Path) -> str:
             axes.plot([], [], color="black", linestyle=":", label="bf16")
             axes.set(xlabel="step")
         panels[0].axhline(0, color="black", linewidth=0.8)
-        panels[0].set(ylabel="training loss less that of Muon with decay, nats")
+        panels[0].set(ylabel="training loss less Muon's (decay), nats")
         panels[1].set(ylabel="mean RMS of the layers' matrices")
         panels[2].set(ylabel="RMS of the last layer's output", yscale="log")
 

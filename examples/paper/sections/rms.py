@@ -91,7 +91,8 @@ def _figure(found: Rms, figures: Path) -> str:
                 by_step = _by_step(found.targets[target], group)
                 band(axes, list(by_step), [estimate(x) for x in by_step.values()], group, color=color, **style)
             axes.axhline(0.2, color="black", linewidth=0.8)
-            axes.set(xlabel="step", ylabel="RMS of the update / learning rate", ylim=(0, None))
+            axes.set(xlabel="step", ylabel="RMS of the update / learning rate")
+            axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
 
     return figure(figures / "rms.png", ["AdamW", 'Muon, "match_rms_adamw", keller'], draw)
 

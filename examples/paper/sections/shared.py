@@ -81,7 +81,7 @@ def figure(
     titles: Sequence[str],
     draw: Callable[[Sequence[Any]], object],
     columns: int | None = None,
-    size: tuple[float, float] = (5.4, 4.4),
+    size: tuple[float, float] = (5.4, 4.8),
     share: bool = False,
     legends: bool = True,
 ) -> str:
@@ -123,15 +123,15 @@ def figure(
             if axes.get_xlabel() == "step":
                 axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
             if legends:
-                legend(axes)
+                axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
         path.parent.mkdir(exist_ok=True)
         picture.savefig(path)
     return f"![{', '.join(titles)}](figures/{path.name})\n\n"
 
 
 def legend(axes: Any) -> None:
-    """Add the legend, on white, for it may lie on curves."""
-    axes.legend(loc="best", framealpha=0.85, edgecolor="none")
+    """Add the legend of a panel below all panels, where it hides no curve."""
+    axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
 
 
 def rates_axis(axes: Any, rates: Sequence[float], label: str) -> None:
