@@ -226,6 +226,8 @@ def test_targets_and_rules(rms: str, target: float) -> None:
     of = models.model(config)
     before = {name: p.detach().clone() for name, p in of.named_parameters()}
     (optimizer,) = training.optimizers(config, of)
+    for group in optimizer.param_groups:
+        assert group["lr"] * group["weight_decay"] == pytest.approx(0.5 * 0.1)
     of(torch.randint(256, (64, 65))).backward()
     optimizer.step()
     for name, p in of.layers.named_parameters(prefix="layers"):
