@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -275,6 +276,32 @@ def test_the_longest_goes_first_and_an_error_stops_all(tmp_path: Path) -> None:
     assert order == [40, 30, 20]
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
     assert Results(tmp_path / "results.jsonl").has(replace(TINY, steps=30))
+
+
+def test_a_stop_ends_what_waits_and_what_would_come(tmp_path: Path) -> None:
+    started, go_on = threading.Event(), threading.Event()
+
+    def work(task: Config) -> Result:
+        started.set()
+        assert go_on.wait(60)
+        return fake(task)
+
+    def a_search(kept: Results) -> None:
+        kept([replace(TINY, seed=1)])
+        kept([replace(TINY, seed=2)])
+
+    with ThreadPoolExecutor(1) as pool, ThreadPoolExecutor(2) as threads:
+        kept = Results(tmp_path / "results.jsonl", pool, work, say=lambda _: None)
+        search = threads.submit(a_search, kept)
+        assert started.wait(60)
+        waiting = threads.submit(kept, [replace(TINY, seed=3)])
+        while not kept._waiting:
+            time.sleep(0.01)
+        kept.stop()
+        go_on.set()
+        for future in (search, waiting):
+            assert isinstance(future.exception(60), KeyboardInterrupt)
+    assert [json.loads(line)["config"]["seed"] for line in kept.path.read_text().splitlines()] == [1], "it is kept"
 
 
 def test_a_kill_loses_nothing_that_was_done(tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ class Results:
     ) -> None:
         self.path, self.pool, self.work, self.say = path, pool, work, say
         self._free = workers
+        self._stopped: BaseException | None = None
         self._lock = threading.RLock()  # again by the same thread, where the pool runs a task at once
         self._waiting: list[tuple[float, int, Any, Future[Result]]] = []
         self._done: dict[str, Future[Result]] = {}
@@ -86,11 +87,12 @@ class Results:
         return future is not None and future.done()
 
     def stop(self) -> None:
-        """Begin no other task; what waits for one raises KeyboardInterrupt."""
+        """Begin no other task, now or later; what asks for one that is missing raises KeyboardInterrupt."""
         with self._lock:
             self._drop(KeyboardInterrupt())
 
     def _drop(self, error: BaseException) -> None:
+        self._stopped = error
         waiting, self._waiting = self._waiting, []
         for *_, done in waiting:
             done.set_exception(error)
@@ -111,6 +113,8 @@ class Results:
         if name not in self._done:
             if self.pool is None:
                 raise LookupError(f"{self.path} should have every result but lacks: {task}; run.py makes it")
+            if self._stopped is not None:
+                raise self._stopped
             self._done[name] = Future()
             heapq.heappush(self._waiting, (-task.cost, len(self._done), task, self._done[name]))
         return self._done[name]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import signal
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 
@@ -65,12 +66,16 @@ def main(given: Sequence[str] | None = None) -> None:
         if args.estimate:
             print(estimate.report(scale, names, results.has, pool, args.workers))
             return
+
+        def interrupt(*_: object) -> None:
+            results.stop()  # or the threads of `together` would go on
+            raise KeyboardInterrupt
+
+        before = signal.signal(signal.SIGINT, interrupt)
         try:
             together(lambda name: EXPERIMENTS[name](results, scale), names)
-        except KeyboardInterrupt:
-            results.stop()
-            raise
         finally:
+            signal.signal(signal.SIGINT, before)
             report.write(out, scale)
 
 
