@@ -14,6 +14,7 @@ from functools import cache, partial
 import measure
 import pytest
 import torch
+from papers_power import papers_power
 from torch import Tensor
 
 from muon_kernels import orthogonalize, spectral_power
@@ -22,34 +23,6 @@ from muon_kernels import orthogonalize, spectral_power
 SHAPES = [(4, 768, 3072), (8, 768, 768), (2, 2048, 2048), (16, 384, 1024), (128, 64, 768), (512, 64, 64)]
 POWERS = (0.5, 0.25)
 ROUNDS = 5
-
-
-def papers_power(G: Tensor, p: float) -> Tensor:
-    """Return the power of G by arXiv 2602.04669, batched.
-
-    15 coupled fp32 steps give (G Gᵀ)^-½ and 15 more its root; p = 1/4 takes twice that.
-    """
-    if p == 0.25:
-        return papers_power(papers_power(G, 0.5), 0.5)
-
-    def coupled(A: Tensor) -> tuple[Tensor, Tensor]:
-        n = A.shape[-1]
-        eye = torch.eye(n, device=A.device).expand_as(A)
-        A = A + (1e-6 + 1e-4 * A.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None] / n) * eye
-        s = torch.linalg.vector_norm(A, dim=(-2, -1), keepdim=True)
-        Y, Z = A / s, eye
-        for step in range(15):
-            T = 0.5 * (3 * eye - Z @ Y)
-            Y, Z = Y @ T, T @ Z
-            if step in (5, 10, 14):
-                Y, Z = (Y + Y.mT) / 2, (Z + Z.mT) / 2
-        return s.sqrt() * Y, Z / s.sqrt()
-
-    tall = G.shape[-2] > G.shape[-1]
-    X = G.mT if tall else G
-    H, _ = coupled(coupled(X @ X.mT)[1])
-    result = H @ X
-    return result.mT if tall else result
 
 
 RUNS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -16,7 +16,8 @@ AdjustLr = Callable[[int, int], float]
 ADJUST_LR: dict[str, AdjustLr] = {
     # sqrt(max(1, rows / cols)): https://github.com/KellerJordan/Muon
     "original": lambda rows, cols: math.sqrt(max(1.0, rows / max(cols, 1))),
-    # 0.2 sqrt(max(rows, cols)), the RMS of AdamW's updates: https://arxiv.org/abs/2502.16982, eq. 4
+    # 0.2 sqrt(max(rows, cols)), for the RMS of AdamW's updates: https://arxiv.org/abs/2502.16982, eq. 4. What is not
+    # quite orthogonal comes to another RMS: docs/options.md has it by coefficient set.
     "match_rms_adamw": lambda rows, cols: 0.2 * math.sqrt(max(rows, cols)),
     # sqrt(rows / cols), the RMS-to-RMS operator norm is lr: https://arxiv.org/abs/2310.17813
     # torch.optim.Muon has it from torch 2.14 on, by the longer name. Earlier ones read either name as "none".

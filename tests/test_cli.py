@@ -15,7 +15,7 @@ from checks import needs
 from muon_kernels import backends
 from muon_kernels.backends import BACKENDS
 from muon_kernels.cli import COMMANDS, demo, estimate, main
-from muon_kernels.cli.demo import training
+from muon_kernels.cli.demo import display, training
 from muon_kernels.cli.layouts import LAYOUTS
 from muon_kernels.cli.ledger import ledger
 from muon_kernels.cli.models import MODELS
@@ -40,6 +40,7 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         losses = [float(cell) for cell in re.findall(r"\b\d\.\d{4}\b", row)]
         assert len(losses) == 2 and all(2 < loss < 7 for loss in losses), row
     assert "apart" in out
+    assert display.CANNOT_TELL in " ".join(out.split())
 
     pixels = image.imread(tmp_path / "new" / "muon_demo.png")[..., :3]
     for name, style in demo.STYLES.items():
@@ -264,7 +265,7 @@ def test_a_demo_on_a_machine_that_slows_down(
     assert main(["demo", "--minutes", "4"]) == 0
     (steps,) = set(drawn.values())
     assert 60 < steps < 100 and clock.now - 1000 < 240
-    assert f"{steps} of 160 steps, all that 4 minutes allow" in capsys.readouterr().out
+    assert f"{steps} of 160 steps, all that fits in 4 minutes" in capsys.readouterr().out
     assert max(clock.rates) == 1 and clock.rates[-1] < 0.1
 
 
@@ -278,7 +279,17 @@ def test_one_core_has_twice_the_time(
 ) -> None:
     Seconds(monkeypatch, 40.0)
     assert main(["demo", "--threads", str(threads)]) == 0
-    assert f"all that {minutes} minutes allow" in capsys.readouterr().out
+    assert f"all that fits in {minutes} minutes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("given", "said"), [("1", "1 minute"), ("0.5", "0.5 minutes"), ("2", "2 minutes")])
+def test_one_minute_is_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], drawn: dict[str, int], given: str, said: str
+) -> None:
+    Seconds(monkeypatch, 10.0)
+    assert main(["demo", "--minutes", given]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"in {said} at most" in out and f"all that fits in {said}" in out
 
 
 @pytest.fixture

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from muon_kernels import COEFFICIENTS, Muon
+from muon_kernels import COEFFICIENTS, Muon, spectra
 from muon_kernels.checks.matrices import SPECTRA, make
+from muon_kernels.coefficients import NS_STEPS, resolve
+from muon_kernels.reference import newton_schulz
 from muon_kernels.split import equal
 from muon_kernels.stages import STAGES, ExactRms, exact_rms, sums
 
@@ -20,7 +25,7 @@ SHAPES = [(40, 40), (24, 100), (100, 24), (24, 100), (1, 7), (3, 16, 20)]
 def update(p: nn.Parameter, **options: Any) -> Tensor:
     """What a step of lr 1 takes from a parameter, in doubles."""
     before = p.detach().clone()
-    Muon([p], lr=1.0, weight_decay=0.0, momentum=0.0, adjust_lr_fn="none", **options).step()
+    Muon([p], lr=1.0, weight_decay=0.0, momentum=0.0, **{"adjust_lr_fn": "none", **options}).step()
     return before.double() - p.detach().double()
 
 
@@ -61,6 +66,43 @@ def test_the_rms_is_what_match_rms_adamw_says(backend: str) -> None:
     muon = Muon([p], lr=0.5, weight_decay=0.0, adjust_lr_fn="match_rms_adamw", exact_rms=True, backend=backend)
     muon.step()
     assert float(p.detach().double().square().mean().sqrt()) == pytest.approx(0.2 * 0.5, rel=2**-9)
+
+
+NORMAL_SHAPES = [(64, 64), (256, 64), (64, 256), (128, 1024), (300, 200)]
+
+
+@pytest.mark.parametrize("name", COEFFICIENTS)
+def test_the_rms_of_a_set_is_what_float64_says_and_what_the_docs_say(name: str) -> None:
+    """Of "match_rms_adamw", for independent normal gradients; and 0.2 with exact_rms."""
+    schedule = resolve(name, NS_STEPS)
+    found = []
+    for shape, seed in itertools.product(NORMAL_SHAPES, range(3)):
+        G = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        factor = 0.2 * math.sqrt(max(shape))
+        found.append(spectra.rms(newton_schulz(G.double(), schedule.triples, schedule.margin)).item() * factor)
+        plain, exact = (
+            update(with_gradient(G), adjust_lr_fn="match_rms_adamw", ns_coefficients=name, exact_rms=value)
+            for value in (False, True)
+        )
+        assert spectra.rms(plain).item() == pytest.approx(found[-1], rel=2**-8)
+        assert spectra.rms(exact).item() == pytest.approx(0.2, rel=2**-8)
+    page = (Path(__file__).parents[1] / "docs" / "options.md").read_text()
+    said = re.search(rf'^\| `"{name}".*?\| \S+–\S+ \| ([0-9.–]+) \|', page, re.MULTILINE)
+    assert said is not None
+    low, high = said[1].split("–") if "–" in said[1] else (said[1], said[1])
+    assert (f"{min(found):.2f}", f"{max(found):.2f}") == (low, high)
+
+
+def test_the_rms_of_low_rank_is_what_the_docs_say() -> None:
+    generator = torch.Generator().manual_seed(0)
+    G = torch.randn(64, 4, generator=generator) @ torch.randn(4, 256, generator=generator)
+    plain, exact = (
+        update(with_gradient(G), adjust_lr_fn="match_rms_adamw", ns_coefficients="you6", exact_rms=value)
+        for value in (False, True)
+    )
+    # Rounding is of full rank, and adds to √(4/64).
+    assert 0.05 < spectra.rms(plain).item() < 0.07
+    assert spectra.rms(exact).item() == pytest.approx(0.2, rel=2**-8)
 
 
 def test_zero_stays_zero_and_nan_stays_where_it_is(backend: str) -> None:

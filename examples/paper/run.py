@@ -1,65 +1,82 @@
 """Train what three papers compare, at a size for a laptop's processor; REPORT.md has the results.
 
-    python examples/paper/run.py all
-    python examples/paper/run.py all --quick --out /tmp/quick
-    python examples/paper/run.py powers --steps 500 --out /tmp/longer
+    python examples/paper/run.py
+    python examples/paper/run.py --estimate
+    python examples/paper/run.py --size quick --out /tmp/quick
+    python examples/paper/run.py scaling --size 10m --text corpus.txt --out /tmp/10m
 
-A training is appended to results.jsonl when it is done, and is not done again if it is there already. After an
-interruption, start the same command once more. At the end, REPORT.md and its figures are written of the experiments
-that are complete.
+A result is appended to results.jsonl when it is there, and is not made again. After an interruption, start the same
+command once more: what was going on is begun anew, all else is kept. At the end, REPORT.md and its figures are written
+of the experiments that are complete.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+import multiprocessing
+import os
+import signal
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 
-import experiments
+import arguments
+import estimate
 import report
-import torch
-from harness import Results
-
-HERE = Path(__file__).parent
-EXPERIMENTS: dict[str, Sequence[Callable[..., Any]]] = {
-    "powers": [experiments.powers],
-    "scaling": [experiments.scaling, experiments.over_trained],
-    "finetune": [experiments.finetune],
-    "entropy": [experiments.entropy],
-    "clip": [experiments.clip],
-}
+from experiments import EXPERIMENTS, together
+from results import Results
+from workers import begin, work
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def device(name: str | None, size: str) -> str:
+    """Return the device: that which was named, or a GPU for sizes that need one where there is one."""
+    if name is None and size in ("laptop", "quick"):
+        return "cpu"
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda needs a GPU that torch can use, and torch finds none")
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", choices=[*EXPERIMENTS, "all"])
     parser.add_argument(
-        "--steps", type=int, help="steps of a training of the middle size (default: 240 for powers, else 480)"
+        "experiments", nargs="*", metavar="experiment", help=f"of {', '.join(EXPERIMENTS)}; all if none"
     )
-    parser.add_argument("--quick", action="store_true", help="do a few steps of tiny models, to see whether it runs")
-    parser.add_argument("--out", type=Path, help=f"folder for results, report and figures (default: {HERE})")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
-    args = parser.parse_args(arguments)
-    scale = experiments.QUICK if args.quick else experiments.Scale()
-    if args.steps is not None:
-        if args.steps < 2:
-            parser.error(f"--steps should be >= 2 but is: {args.steps}")
-        scale = replace(scale, powers=args.steps, steps=args.steps)
-    if args.out is None and scale != experiments.Scale():
-        parser.error("--quick and --steps need --out, so that the report stays of the whole")
-    out = args.out or HERE
+    arguments.add(parser)
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU for 10m and 124m, if there is one")
+    parser.add_argument("--workers", type=int, default=2, help="trainings at the same time (default: 2)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each (default: 1)")
+    parser.add_argument("--estimate", action="store_true", help="measure steps, print the time of what is missing")
+    args = parser.parse_args(given)
+    if unknown := [name for name in args.experiments if name not in EXPERIMENTS]:
+        parser.error(f"experiment should be one of {', '.join(EXPERIMENTS)} but is: {unknown[0]}")
+    if min(args.workers, args.threads) < 1:
+        parser.error(f"--workers and --threads should be >= 1 but are: {args.workers} and {args.threads}")
+    scale, out = arguments.scale_and_folder(parser, args)
+    names = args.experiments or list(EXPERIMENTS)
     out.mkdir(parents=True, exist_ok=True)
 
-    torch.set_num_threads(args.threads)
-    results = Results(out / "results.jsonl")
-    for name, parts in EXPERIMENTS.items():
-        if args.experiment in (name, "all"):
-            print(name, flush=True)
-            for part in parts:
-                part(results, scale)
-    report.write(out, scale)
+    # Threads that spin would take the time of the other workers.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    where = device(args.device, args.size)
+    context = multiprocessing.get_context("spawn")  # the kernels' threads do not survive a fork
+    with ProcessPoolExecutor(args.workers, context, begin, (where, args.threads)) as pool:
+        results = Results(out / "results.jsonl", pool, work, args.workers)
+        if args.estimate:
+            print(estimate.report(scale, names, results.has, pool, args.workers))
+            return
+
+        def interrupt(*_: object) -> None:
+            results.stop()  # or the threads of `together` would go on
+            raise KeyboardInterrupt
+
+        before = signal.signal(signal.SIGINT, interrupt)
+        try:
+            together(lambda name: EXPERIMENTS[name](results, scale), names)
+        finally:
+            signal.signal(signal.SIGINT, before)
+            report.write(out, scale)
 
 
 if __name__ == "__main__":

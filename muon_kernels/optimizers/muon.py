@@ -73,10 +73,11 @@ class Muon(ClosureOptimizer):
         eps: smallest divisor in the normalisation, after an exact scaling of the norm to [1, 2); so it matters for zero
             only.
         ns_steps: number of steps; if not given, 5 or a named set's own number.
-        adjust_lr_fn: ratio(A, B). None or "original": √max(1, A/B). "match_rms_adamw": 0.2·√max(A, B). "spectral":
-            √(A/B), which groups hold by torch's name "spectral_unclamped". "none": 1. Or a pure function of (A, B) at
-            the top level of a module, whose answers are kept from step to step; groups and checkpoints hold its name,
-            and a checkpoint is loaded only where the group has the same function.
+        adjust_lr_fn: ratio(A, B). None or "original": √max(1, A/B). "match_rms_adamw": 0.2·√max(A, B), for updates of
+            RMS 0.2·lr, which "keller" falls short of by a tenth or more; see `exact_rms`. "spectral": √(A/B), which
+            groups hold by torch's name "spectral_unclamped". "none": 1. Or a pure function of (A, B) at the top level
+            of a module, whose answers are kept from step to step; groups and checkpoints hold its name, and a
+            checkpoint is loaded only where the group has the same function.
         use_addmm: accepted because torch.optim.Muon has it, to fuse products; here they always are.
         dampened: False updates the momentum as Moonlight does, without the factor 1 - μ.
         flatten: True flattens parameters of three dimensions, too; False flattens none.

@@ -34,7 +34,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .display import STYLES, comparison, plot, progress, table
+from .display import CANNOT_TELL, STYLES, comparison, plot, progress, table
 from .model import GPT, MLP, Block
 from .text import BATCH, CONTEXT, batches, even_batches, parted, prose, source_code
 from .training import BESIDE_MUON_OPTIONS, MUON_OPTIONS, OPTIMIZERS, Clock, Run, train
@@ -139,6 +139,10 @@ def _minutes(text: str) -> float:
     return value
 
 
+def _spoken(minutes: float) -> str:
+    return "1 minute" if minutes == 1 else f"{minutes:g} minutes"
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -164,7 +168,7 @@ def _run(args: argparse.Namespace, names: Sequence[str]) -> int:
     # The first pass of a process sets things up, which should count in no run's times.
     model(next(batches(text, 1))).backward()
     shared = f", {ranks} ranks" if args.fsdp else ""
-    limit = f", in {minutes:g} minutes at most" if minutes < inf else ""
+    limit = f", in {_spoken(minutes)} at most" if minutes < inf else ""
     console.print(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters, "
         f"{len(text) / 1e6:.1f} MB of text, {torch.get_num_threads()} threads{shared}, "
@@ -183,7 +187,8 @@ def _run(args: argparse.Namespace, names: Sequence[str]) -> int:
     if done:
         interrupted |= not _evaluated(runs, even_batches(held_out), console)
         console.print(table(runs))
-        why = "stopped by Ctrl-C" if clock.left() == -inf else f"all that {minutes:g} minutes allow"
+        console.print(CANNOT_TELL)
+        why = "stopped by Ctrl-C" if clock.left() == -inf else f"all that fits in {_spoken(minutes)}"
         _explain(runs, f"{done} of {steps} steps, {why}" if done < steps else "", console)
         if rank == 0:
             args.out.mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,8 @@ STYLES: dict[str, dict[str, Any]] = {
     "AdamW": {"color": "#6b6b6b", "linewidth": 1.6, "linestyle": "--"},
 }
 
+CANNOT_TELL = "One seed, the first steps, single bytes: this cannot tell which optimizer is better for your model."
+
 
 @contextmanager
 def progress(runs: Sequence[Run], steps: int, console: Console) -> Iterator[Callable[[Run], None]]:
