@@ -25,7 +25,7 @@ from .kinds import MMA, TRITON, WGMMA, Ranking
 from .terms import terms_needed
 
 # Matrices of a launch, csrc's momentum_capacity() and so on, for plans made on a machine without the module.
-MOMENTUM_CAPACITY, APPLY_CAPACITY, FUSED_CAPACITY = 406, 677, 392
+MOMENTUM_CAPACITY, APPLY_CAPACITY, FUSED_CAPACITY = 369, 580, 392
 # Most rows of `fused_step`, by the terms of a number. Registers hold R, Q and their product.
 FUSED_ROWS = {2: 128, 3: 64}
 # Tensor instructions, by major compute capability, that take the place of mma.sync.
@@ -340,8 +340,9 @@ def _apply_arguments(
     lr, lr_tensor = _on_device(args.lr, device)
     weight_decay, decay_tensor = _on_device(args.weight_decay, device)
     update, alive = native.apply_update(_C, args, x, lr, weight_decay)
-    chosen = _C.ApplyOptions(native.pointer(lr_tensor), native.pointer(decay_tensor), *options)
-    return update, chosen, (alive, lr_tensor, decay_tensor)
+    on_device = native.pointer(lr_tensor), native.pointer(decay_tensor)
+    chosen, numbers = native.apply_options(_C, options, *on_device)
+    return update, chosen, (alive, lr_tensor, decay_tensor, numbers)
 
 
 def apply_update(args: ApplyUpdate, options: ApplyOptions = ApplyOptions()) -> None:

@@ -251,7 +251,7 @@ class Muon(ClosureOptimizer):
         self, groups: Sequence[dict[str, Any]], grad_of: Callable[[Tensor], Tensor | None]
     ) -> tuple[list[Task], list[Tensor], Writes]:
         """Return the tasks of a step of `groups`, its gradients, and what it would write into the state."""
-        return prepared(groups, grad_of, self.state, self._ranks, self._tasks)
+        return prepared(groups, self.param_groups, grad_of, self.state, self._ranks, self._tasks)
 
     def _keep(self, writes: Writes) -> None:
         for p, key, tensor in writes:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ..distributed.exchange import divide
+from ..distributed.placement import batch_ranges
 from ..distributed.ranks import Ranks
 from ..distributed.strategies import blocks
 from ..step.cache import TaskCache
+from ..step.numbers import first_numbers, numbers_of
 from ..step.operands import Operand
 from ..step.options import StepOptions, alike, settled, splits, transposes
 from ..step.work import Scalars, Task
@@ -40,18 +43,18 @@ class ReadyBatch(NamedTuple):
 def batches_of(groups: Sequence[dict[str, Any]], ranks: Ranks) -> list[tuple[list[dict[str, Any]], Scalars]]:
     """Return the groups that a step does as one, because nothing that matters to it differs between them.
 
-    Groups stay by themselves whose steps are counted, and those of parameters that other ranks have shards or copies
-    of: ranks have not agreed on the numbers of these.
+    Groups stay by themselves that have steps of two kinds, and those of parameters that other ranks have shards or
+    copies of: ranks have not agreed on the numbers of these.
 
     Returns:
         Lists of groups, each with the numbers that their step takes.
     """
     batches: list[tuple[list[dict[str, Any]], Scalars]] = []
     by_numbers: dict[Scalars, list[list[dict[str, Any]]]] = {}
-    for i, group in enumerate(groups):
-        scalars = scalars_of(group, i)
+    for group in groups:
+        scalars = scalars_of(group)
         shared = bool(ranks.teams) and ranks.shares(group["params"])
-        alone = shared or scalars.seed is not None or group["strategy"] == "blocks"
+        alone = shared or group["strategy"] == "blocks"
         others = [] if alone else by_numbers.setdefault(scalars, [])
         batch = next((same for same in others if alike(same[0], group)), None)
         if batch is not None:
@@ -64,6 +67,7 @@ def batches_of(groups: Sequence[dict[str, Any]], ranks: Ranks) -> list[tuple[lis
 
 def prepared(
     groups: Sequence[dict[str, Any]],
+    among: Sequence[dict[str, Any]],
     grad_of: Callable[[Tensor], Tensor | None],
     state_of: Mapping[Tensor, Mapping[str, Any]],
     ranks: Ranks,
@@ -73,6 +77,7 @@ def prepared(
 
     Args:
         groups: groups that are stepped as one.
+        among: all groups of the optimizer.
         grad_of: returns the gradient of a parameter, or None.
         state_of: the optimizer's state.
         ranks: the ranks that step parameters together.
@@ -84,8 +89,8 @@ def prepared(
     group, wanted, nothing = groups[0], StateOfGroups(groups, ranks), dict[str, Any]()
     candidates = [p for each in groups for p in each["params"]]
     spread = bool(ranks.placements) or any_dtensor(candidates)  # most are not: spare them the questions
-    params, grads, states = [], [], []
-    for p in candidates:
+    params, grads, states, firsts = [], [], [], []
+    for p, first in zip(candidates, _first_numbers(groups, among), strict=True):
         if (grad := grad_of(p)) is None:
             continue
         state = state_of.get(p, nothing)
@@ -94,6 +99,7 @@ def prepared(
         params.append(p)
         grads.append(grad)
         states.append(state)
+        firsts.append(first)
     placements = [ranks.placement(p) for p in params] if spread else None
 
     def column(key: str, wanted: bool = True) -> list[Tensor | None]:
@@ -103,7 +109,7 @@ def prepared(
     momenta, scales = column("momentum_buffer"), column("momentum_scale", wanted.int8)
     mantissas = column("mantissa", group["master_weights"])
     moments = column("second_momentum_buffer", group["second_moment"] is not None)
-    wholes = [tuple(p.shape) if is_dtensor(p) else None for p in params] if spread else [None] * len(params)
+    given = params
     if spread:
         params, grads = list(map(local, params)), list(map(local, grads))
 
@@ -112,12 +118,12 @@ def prepared(
         said = [(split, turned) for (p, split), turned in named if grad_of(p) is not None]
         none = [None] * len(params)
         kept = zip(params, grads, momenta, scales or none, mantissas or none, moments or none, strict=True)
-        named_of = zip(kept, said, wholes, strict=True)
+        operands = [
+            Operand(p, g, momentum, scale, mantissa, moment, *words)
+            for (p, g, momentum, scale, mantissa, moment), words in zip(kept, said, strict=True)
+        ]
         return divide(
-            [
-                Operand(p, g, momentum, scale, mantissa, moment, *words, whole=whole)
-                for (p, g, momentum, scale, mantissa, moment), words, whole in named_of
-            ],
+            list(map(partial(_placed, flatten=group["flatten"]), operands, given, firsts)),
             placements,
             StepOptions.of(group),
             strategy=group["strategy"],
@@ -127,5 +133,25 @@ def prepared(
 
     steps_shards = blocks.steps_shards(group)
     own = momenta, moments, scales, mantissas
-    tasks = cache.get((id(group), steps_shards), params, grads, own, settled(groups), make)
+    decided = {**settled(groups), "numbers": firsts}
+    tasks = cache.get((id(group), steps_shards), params, grads, own, decided, make)
     return tasks, grads, wanted.writes
+
+
+def _first_numbers(groups: Sequence[dict[str, Any]], among: Sequence[dict[str, Any]]) -> list[int] | list[None]:
+    """Return for every parameter of `groups` the number of its first matrix, None without stochastic rounding."""
+    if not groups[0]["stochastic_rounding"]:
+        return [None] * sum(len(group["params"]) for group in groups)
+    index = {id(group): i for i, group in enumerate(among)}
+    return [number for group in groups for number in first_numbers(group, index[id(group)])]
+
+
+def _placed(operand: Operand, p: Tensor, first: int | None, flatten: bool | None) -> Operand:
+    """Return an operand with the size of the whole parameter `p`, and the numbers of what this rank has of it.
+
+    Without stochastic rounding `first`, the number of its first matrix, is None, and there are no numbers.
+    """
+    held = batch_ranges(p, flatten) if is_dtensor(p) else None
+    whole = None if held is None else tuple(p.shape)
+    numbers = () if first is None else numbers_of(first, tuple(p.shape), flatten, operand.split, held)
+    return operand._replace(whole=whole, numbers=numbers)

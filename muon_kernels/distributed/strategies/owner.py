@@ -203,12 +203,11 @@ class OwnerRound:
             gathered = buffers.owned[: team.replica_count * size]  # what was in it has gone
             gather(gathered, buffers.slices[:size], team, str(self.lot)).wait()
             shares = list(torch.split(gathered, size)) if size else [gathered] * team.replica_count
-        index = self.start * team.ranks
         for params, entries, ratios, share in zip(self.params, self.entries, self.ratios, shares, strict=True):
             X = Slices(0, len(entries), self.sent[0].shard).of(share, dtype)
             # Called also where this rank has no shard: others wait for its sums.
             own = normalized(self.lot, entries, X, scalars.beta2, ratios, buffers.numbers)
+            numbers = [entry.number for entry in entries]
             for at, seen in in_memory(params, buffers.numbers) if params else ():
-                options = scalars.apply_options(self.lot.group_index, index + at.start)
+                options = scalars.apply_options(numbers[at], self.lot.key.window)
                 ops.apply_update(scalars.apply_update(seen, X[at], own[at]), options)
-            index += len(ratios)
