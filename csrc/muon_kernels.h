@@ -120,7 +120,7 @@ struct ApplyOptions {
     bool cautious = false;             // decay only where update and parameter have the same sign (update * param >= 0)
     bool stochastic_rounding = false;  // of bf16 parameters
     uint64_t seed = 0;
-    const int64_t* number = nullptr;  // [x.batch] on the host, of every matrix; absent: 0, 1, 2, ...
+    const int32_t* number = nullptr;  // [x.batch] on the host, each from 0 to 2^30 - 1; absent: 0, 1, 2, ...
     Window window;
 };
 

@@ -68,7 +68,7 @@ class ApplyOptions(NamedTuple):
         stochastic_rounding: of bf16 parameters; others are rounded to nearest. The random bits depend on the seed, the
             matrix's number and the place in the whole matrix alone, and are the same on every backend; csrc says which.
         seed: of these, 64 bits.
-        number: of every matrix; None for 0, 1, 2 and so on.
+        number: of every matrix, from 0 to 2^30 - 1; None for 0, 1, 2 and so on.
         window: where the matrices are in the whole ones.
     """
 

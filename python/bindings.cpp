@@ -168,7 +168,7 @@ PYBIND11_MODULE(_C, m) {
                         int64_t number, int64_t top, int64_t left, int64_t cols, bool turned) {
                 return mk::ApplyOptions{
                     at<const float>(lr),       at<const float>(weight_decay), cautious, stochastic_rounding, seed,
-                    at<const int64_t>(number), {top, left, cols, turned}
+                    at<const int32_t>(number), {top, left, cols, turned}
                 };
             })
         );

@@ -30,7 +30,7 @@ struct RandomBits {
     int64_t blocks;  // in two rows of the whole
     bool even;       // x begins with a block
 
-    __device__ RandomBits(const ApplyArguments& u, int64_t number)
+    __device__ RandomBits(const ApplyArguments& u, uint32_t number)
         : window(u.options.window),
           state(mixed(u.options.seed + number)),
           blocks(((window.cols ? window.cols : u.x.cols) + 1) / 2),

@@ -25,7 +25,7 @@ from .kinds import MMA, TRITON, WGMMA, Ranking
 from .terms import terms_needed
 
 # Matrices of a launch, csrc's momentum_capacity() and so on, for plans made on a machine without the module.
-MOMENTUM_CAPACITY, APPLY_CAPACITY, FUSED_CAPACITY = 369, 580, 392
+MOMENTUM_CAPACITY, APPLY_CAPACITY, FUSED_CAPACITY = 406, 677, 392
 # Most rows of `fused_step`, by the terms of a number. Registers hold R, Q and their product.
 FUSED_ROWS = {2: 128, 3: 64}
 # Tensor instructions, by major compute capability, that take the place of mma.sync.

@@ -115,7 +115,7 @@ def apply_update(
 def apply_options(_C: ModuleType, options: ApplyOptions, lr: int = 0, weight_decay: int = 0) -> tuple[object, object]:
     """Return csrc's ApplyOptions, with addresses of numbers on the device, and what must live as long."""
     *plain, number, (top, left, cols, turned) = options
-    numbers = number if number is None or isinstance(number, array) else array("q", number)
+    numbers = number if number is None or isinstance(number, array) else array("i", number)
     at = 0 if numbers is None else address(numbers)
     return _C.ApplyOptions(lr, weight_decay, *plain, at, top, left, cols or 0, turned), numbers
 

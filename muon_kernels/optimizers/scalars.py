@@ -63,6 +63,6 @@ def _lr_and_decay(group: dict[str, Any]) -> tuple[float | Tensor, float | Tensor
 def _seed(group: dict[str, Any]) -> int:
     """Return the seed for one step's stochastic rounding.
 
-    Numbers of matrices are added to it, see numbers.py: sums are unique for 2^24 steps and 2^16 groups.
+    The numbers of matrices, which have 30 bits, are added to it; see numbers.py.
     """
-    return (int(group.get("step", 0)) << 40) % 2**64
+    return int(group.get("step", 0)) << 30

@@ -75,7 +75,7 @@ def chunks_of(members: Sequence[Seen], bucket: Bucket, quantized: bool, options:
         momenta: Bundle | Packed | None = None
         if options.momentum:
             momenta = Packed() if quantized else Bundle()
-        chunk = Chunk(params, momenta, [], array("d"), [], array("q"))
+        chunk = Chunk(params, momenta, [], array("d"), [], array("i"))
         for span in spans:
             _add(chunk, span, members[span.piece], options)
         chunks.append(chunk)

@@ -7,7 +7,6 @@ without a gradient, and the matrices of one as the whole parameter has them, how
 from __future__ import annotations
 
 import math
-from array import array
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -16,8 +15,9 @@ from ..layout import flattens
 from ..split import pieces
 from .options import splits
 
-# Bits of a number that count the matrices of a group; those above are the group's index.
-_BITS = 24
+# Numbers are below this; in the lower of their bits they count the matrices of a group.
+NUMBERS = 1 << 30
+_BITS_IN_GROUP = 18
 
 
 @lru_cache(maxsize=65536)
@@ -30,9 +30,9 @@ def _stack_of(shape: tuple[int, ...], flatten: bool | None, split: str | None) -
 def first_numbers(group: Mapping[str, Any], index: int) -> list[int]:
     """Return the number of the first matrix of every parameter of a group, which has this index among all groups.
 
-    Numbers are unique for 2^24 matrices a group.
+    Modulo `NUMBERS` they are unique in 2^12 groups of 2^18 matrices.
     """
-    found, number = [], index << _BITS
+    found, number = [], index << _BITS_IN_GROUP
     for p, split in splits(group):
         found.append(number)
         leading, parts = _stack_of(tuple(p.shape), group["flatten"], split)
@@ -46,8 +46,8 @@ def numbers_of(
     flatten: bool | None,
     split: str | None,
     held: Sequence[tuple[int, int]] | None = None,
-) -> array[int]:
-    """Return the numbers of the matrices of a parameter, of each the number of its first part.
+) -> list[int]:
+    """Return for every matrix of a parameter the number of its first part; numbers are to be taken modulo `NUMBERS`.
 
     Args:
         first: number of the whole parameter's first matrix.
@@ -60,4 +60,4 @@ def numbers_of(
     places = [0]
     for n, (start, stop) in zip(leading, ranges, strict=True):
         places = [place * n + i for place in places for i in range(start, stop)]
-    return array("q", [first + place * parts for place in places])
+    return [first + place * parts for place in places]

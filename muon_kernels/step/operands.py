@@ -29,6 +29,7 @@ from ..split import pieces
 from ..stages.packed import check_mantissa, check_master, check_momentum_scale, pieces_of_shape, scales_of
 from ..stages.second_moment import check_second_moment, piece_of_rows
 from ..tensors import check_dense, check_device, check_disjoint, check_like, check_momentum
+from .numbers import NUMBERS
 from .options import StepOptions, check_rounding
 from .work import Span
 
@@ -94,7 +95,7 @@ class Operand(NamedTuple):
     def part_numbers(self, piece: Piece | None, before: int) -> array[int]:
         """Return the numbers of the matrices of a piece, none if nobody has given any; `before`: parts before it."""
         parts = 1 if piece is None else piece.parts
-        return array("q", [number + before + i for number in self.numbers for i in range(parts)])
+        return array("i", [(number + before + i) % NUMBERS for number in self.numbers for i in range(parts)])
 
     def bucket_key(self, rows: int, cols: int) -> BucketKey:
         """The bucket that a matrix of this size goes to."""

@@ -400,9 +400,9 @@ def ratios_on(device: torch.device, ratios: Sequence[float]) -> Tensor:
 
 
 def numbers_on(device: torch.device, numbers: Sequence[int]) -> Tensor:
-    """Return them as (batch,) int64 on the device."""
-    numbers = numbers if isinstance(numbers, array) else array("q", numbers)
-    return tables.on_device(numbers.tobytes(), torch.int64, device)
+    """Return them as (batch,) int32 on the device."""
+    numbers = numbers if isinstance(numbers, array) else array("i", numbers)
+    return tables.on_device(numbers.tobytes(), torch.int32, device)
 
 
 def apply_update(args: ApplyUpdate, options: ApplyOptions = ApplyOptions()) -> None:

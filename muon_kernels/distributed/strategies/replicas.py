@@ -142,7 +142,7 @@ class ReplicaRound:
                         ratios = array("d", map(mul, ratios, place.norms(results).tolist()))
                     else:
                         ratios = normalized(copies.lot, entries, X, scalars.beta2, ratios, buffers.numbers)
-                    numbers = [entry.number for entry in entries]
+                    numbers = array("i", [entry.number for entry in entries])
                     for at, seen in in_memory(params, buffers.numbers):
                         backends.get(work.bucket.backend).apply_update(
                             scalars.apply_update(seen, X[at], ratios[at]),
