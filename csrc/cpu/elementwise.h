@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <utility>
 
 #include "bf16.h"
 #include "kernels.h"
@@ -236,12 +235,16 @@ struct RandomBits {
 
     // Those of a run of x. Blocks are written as a whole: up to one element more than n.
     void run(int64_t row, int64_t col, bool along_rows, int64_t n, uint16_t* out) const {
+        // Each with a constant of its own, where along_rows is one.
         if (window.turned) {
-            std::swap(row, col);
-            along_rows = !along_rows;
+            of_whole(window.top + col, window.left + row, !along_rows, n, out);
+        } else {
+            of_whole(window.top + row, window.left + col, along_rows, n, out);
         }
-        row += window.top;
-        col += window.left;
+    }
+
+  private:
+    void of_whole(int64_t row, int64_t col, bool along_rows, int64_t n, uint16_t* out) const {
         uint64_t block = state + static_cast<uint64_t>(row / 2 * blocks + col / 2 + 1) * kStep;
         const uint64_t step = static_cast<uint64_t>(along_rows ? 1 : blocks) * kStep;
         const int shift = static_cast<int>(along_rows ? 32 * (row % 2) : 16 * (col % 2));

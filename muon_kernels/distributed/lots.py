@@ -90,7 +90,7 @@ class LotKey(NamedTuple):
 
     @property
     def window(self) -> Window:
-        """Where this rank's shards are in the whole matrices, which are transposed if taller than wide."""
+        """Place of this rank's shards in the whole matrices, which are transposed if taller than wide."""
         top, left, *_ = self.shards[self.team.shard]
         return Window(left, top, self.shape[1], True) if self.turned else Window(top, left, self.shape[1])
 
