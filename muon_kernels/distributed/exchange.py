@@ -244,9 +244,8 @@ def divide(
             alone[index] = operand._replace(pieces=[(piece, shape) for piece, shape, *_ in found])
         elif steps_shards and placement.team.shards is not None:
             own, windows, before = blocks.shard_shapes(placement, options.flatten, operand.split)
-            alone[index] = operand._replace(pieces=own, lr_factor=shard_lr_factor, first_part=before)
-            if options.stochastic_rounding:
-                alone[index] = alone[index]._replace(windows=windows)
+            at = windows if options.stochastic_rounding else None
+            alone[index] = operand._replace(pieces=own, lr_factor=shard_lr_factor, first_part=before, windows=at)
         else:
             together[-1] = placement
     exchanges = exchanges_of(operands, together, options, STRATEGIES[strategy]) if any(together) else []
@@ -320,10 +319,8 @@ def _entries(
         yield (
             key,
             [
-                (placement.owner, Entry(index, of_p, of_buffer, of_g, ratio, tall, view, of_lower, scale, number))
-                for of_p, of_buffer, of_g, of_lower, view, scale, number in zip(
-                    *ats, views, absmax, numbers, strict=True
-                )
+                (placement.owner, Entry(index, of_p, of_m, of_g, ratio, tall, view, of_lower, scale, number))
+                for of_p, of_m, of_g, of_lower, view, scale, number in zip(*ats, views, absmax, numbers, strict=True)
             ],
         )
 
@@ -402,11 +399,7 @@ def _cap(backend: str, max_workspace_bytes: int | None) -> int:
 
 
 def _lot(
-    key: LotKey,
-    entries: list[list[Entry]],
-    options: StepOptions,
-    choice: _Choice,
-    owner_keeps_state: bool,
+    key: LotKey, entries: list[list[Entry]], options: StepOptions, choice: _Choice, owner_keeps_state: bool
 ) -> Lot:
     strategy, plan, notes = choice
     owned, largest = len(entries[strategy.owner_here(key.team)]), max(map(len, entries))

@@ -54,6 +54,7 @@ def placements(size: int) -> dict[str, tuple[DeviceMesh, list[Any]]]:
         "columns": (line, [Shard(-1)]),
         "copies": (line, [Replicate()]),
         "experts": (line, [Shard(0)]),
+        "experts of experts' stacks": (line, [Shard(-3)]),
     }
     if size == 4:
         square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
@@ -73,6 +74,8 @@ def placements(size: int) -> dict[str, tuple[DeviceMesh, list[Any]]]:
 
 def refused(shape: Sequence[int], where: Sequence[Any], options: dict[str, Any]) -> bool:
     """Whether such parameters cannot be cut like that."""
+    if any(at.dim < -len(shape) for at in where if not at.is_replicate()):
+        return True
     dims = {at.dim % len(shape) for at in where if not at.is_replicate()}
     if options.get("flatten"):
         return bool(dims - {0})
