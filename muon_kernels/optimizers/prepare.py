@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Size, Tensor
 
 from ..distributed.exchange import divide
 from ..distributed.placement import batch_ranges
@@ -89,8 +88,8 @@ def prepared(
     group, wanted, nothing = groups[0], StateOfGroups(groups, ranks), dict[str, Any]()
     candidates = [p for each in groups for p in each["params"]]
     spread = bool(ranks.placements) or any_dtensor(candidates)  # most are not: spare them the questions
-    params, grads, states, firsts = [], [], [], []
-    for p, first in zip(candidates, _first_numbers(groups, among), strict=True):
+    params, grads, states = [], [], []
+    for p in candidates:
         if (grad := grad_of(p)) is None:
             continue
         state = state_of.get(p, nothing)
@@ -99,7 +98,6 @@ def prepared(
         params.append(p)
         grads.append(grad)
         states.append(state)
-        firsts.append(first)
     placements = [ranks.placement(p) for p in params] if spread else None
 
     def column(key: str, wanted: bool = True) -> list[Tensor | None]:
@@ -115,15 +113,16 @@ def prepared(
 
     def make() -> list[Task]:
         named = [pair for each in groups for pair in zip(splits(each), transposes(each), strict=True)]
-        said = [(split, turned) for (p, split), turned in named if grad_of(p) is not None]
+        numbered = zip(named, _first_numbers(groups, among), strict=True)
+        said = [(split, turned, first) for ((p, split), turned), first in numbered if grad_of(p) is not None]
         none = [None] * len(params)
         kept = zip(params, grads, momenta, scales or none, mantissas or none, moments or none, strict=True)
-        operands = [
-            Operand(p, g, momentum, scale, mantissa, moment, *words)
-            for (p, g, momentum, scale, mantissa, moment), words in zip(kept, said, strict=True)
-        ]
+        of_each = zip(kept, said, given, strict=True)
         return divide(
-            list(map(partial(_placed, flatten=group["flatten"]), operands, given, firsts)),
+            [
+                _placed(Operand(p, g, momentum, scale, mantissa, moment, split, turned), whole, first, group["flatten"])
+                for (p, g, momentum, scale, mantissa, moment), (split, turned, first), whole in of_each
+            ],
             placements,
             StepOptions.of(group),
             strategy=group["strategy"],
@@ -133,9 +132,19 @@ def prepared(
 
     steps_shards = blocks.steps_shards(group)
     own = momenta, moments, scales, mantissas
-    decided = {**settled(groups), "numbers": firsts}
+    decided = {**settled(groups), "listed": _listed(groups, among)}
     tasks = cache.get((id(group), steps_shards), params, grads, own, decided, make)
     return tasks, grads, wanted.writes
+
+
+def _listed(
+    groups: Sequence[dict[str, Any]], among: Sequence[dict[str, Any]]
+) -> list[tuple[int, list[tuple[int, Size]]]] | None:
+    """Return what the numbers of matrices depend on, beside options; None without stochastic rounding."""
+    if not groups[0]["stochastic_rounding"]:
+        return None
+    index = {id(group): i for i, group in enumerate(among)}
+    return [(index[id(group)], [(id(p), p.shape) for p in group["params"]]) for group in groups]
 
 
 def _first_numbers(groups: Sequence[dict[str, Any]], among: Sequence[dict[str, Any]]) -> list[int] | list[None]:
