@@ -155,6 +155,8 @@ class Exchange:
             how = f"by {bucket.backend!r} in {bucket.workspace_dtype}, {lot.round_size} of an owner at a time"
             facts += [(f"the step of {lot}, lot {i}", how), (f"the division among owners of lot {i}", repr(owners))]
             facts.append((f"the strategy of lot {i}", lot.strategy.__name__))
+            numbers = [[entry.number for entry in entries] for entries in lot.entries]
+            facts.append((f"the numbers of lot {i}'s matrices in their param groups", repr(numbers)))
         order = [[(places[id(lot)], start) for lot, start in r.begun] for r in self.rounds]
         return [*facts, ("the order of rounds", repr(order))]
 
@@ -253,8 +255,9 @@ def divide(
             found = shards_of(placement, options.flatten, operand.split)
             alone[index] = operand._replace(pieces=[(piece, shape) for piece, shape, *_ in found])
         elif steps_shards and placement.team.shards is not None:
-            own, before = blocks.shard_shapes(operand.param, placement, options.flatten, operand.split)
-            alone[index] = operand._replace(pieces=own, lr_factor=shard_lr_factor, first_part=before)
+            own, windows, before = blocks.shard_shapes(placement, options.flatten, operand.split)
+            at = windows if options.stochastic_rounding else None
+            alone[index] = operand._replace(pieces=own, lr_factor=shard_lr_factor, first_part=before, windows=at)
         else:
             together[-1] = placement
     exchanges = exchanges_of(operands, together, options, STRATEGIES[strategy]) if any(together) else []
@@ -299,10 +302,10 @@ def exchanges_of(
 
 
 class _Choice(NamedTuple):
-    """Choice for all matrices of a key: the class of their rounds, their plan by their number, and notes."""
+    """Choice for all matrices of a key: the class of their rounds, their plan by shape and number, and notes."""
 
     strategy: type[OwnerRound]
-    plan: Callable[[int], Bucket]
+    plan: Callable[[tuple[int, int], int], Bucket]
     notes: tuple[str, ...]
 
 
@@ -319,7 +322,6 @@ def _chosen(key: LotKey, options: StepOptions, strategy: type[OwnerRound]) -> _C
     stages = tuple(s for s in options.stages if not (isinstance(s, SecondMoment) or s.packed))
     plan = partial(
         plan_bucket,
-        strategy.shapes(key)[0],
         options=options._replace(stages=stages, ns_algorithm=strategy.algorithm(options.ns_algorithm, name)),
         backend=name,
         bytes_per_element=key.grad_dtype.itemsize + 4 * key.param_dtype.itemsize,
@@ -339,22 +341,22 @@ def _assigned(
     chosen = {key: _chosen(key, options, strategy) for key in by_key}
     costs, among = [], []
     for key, entries in by_key.items():
-        cost, held = chosen[key].plan(1).flops, holders(key)
+        of_key, plan, _ = chosen[key]
+        # Of the widest shard, which all ranks know: they have to come to the same owners.
+        cost, held = plan(of_key.shapes(key)[1], 1).flops, holders(key)
         nearby = [r * team.shard_count + h for r in range(team.replica_count) for h in held]
-        anywhere = chosen[key].strategy.owners(team)
+        anywhere = of_key.owners(team)
         for owner, _ in entries:
             costs.append(cost)
             # A matrix of which only one rank holds elements stays there.
             among.append([owner] if owner is not None else nearby if len(held) == 1 else anywhere)
     owners = iter(deal(costs, team.shard_count, team.replica_count, among))
     lots: list[Lot] = []
-    group_index = 0
     for key, entries in by_key.items():
         by_owner: list[list[Entry]] = [[] for _ in range(team.ranks)]
         for _, entry in entries:
             by_owner[next(owners)].append(entry)
-        lots.append(_lot(key, by_owner, group_index, options, chosen[key], owner_keeps_state=entries[0][0] is not None))
-        group_index += len(entries)
+        lots.append(_lot(key, by_owner, options, chosen[key], owner_keeps_state=entries[0][0] is not None))
     return lots
 
 
@@ -363,17 +365,12 @@ def _cap(backend: str, max_workspace_bytes: int | None) -> int:
 
 
 def _lot(
-    key: LotKey,
-    entries: list[list[Entry]],
-    group_index: int,
-    options: StepOptions,
-    choice: _Choice,
-    owner_keeps_state: bool,
+    key: LotKey, entries: list[list[Entry]], options: StepOptions, choice: _Choice, owner_keeps_state: bool
 ) -> Lot:
     strategy, plan, notes = choice
     owned, largest = len(entries[strategy.owner_here(key.team)]), max(map(len, entries))
-    bucket = plan(owned)
     held, (m, n) = strategy.shapes(key)
+    bucket = plan(held, owned)
     schedule, stages = options.schedule, options.stages
     in_stack = [stage for stage in stages if owner_keeps_state or not isinstance(stage, SecondMoment)]
 
@@ -391,7 +388,7 @@ def _lot(
     )
     stage_floats = floats_for(in_stack, *held, key.device)
     own = Work(bucket, notes, schedule, key.device, [], stages, stage_floats=stage_floats)
-    return Lot(key, own, group_index, entries, round_size, strategy, owner_keeps_state, part_bytes(cap))
+    return Lot(key, own, entries, round_size, strategy, owner_keeps_state, part_bytes(cap))
 
 
 def _owner_rounds(lots: Sequence[Lot], kept: Kept) -> list[OwnerRound]:

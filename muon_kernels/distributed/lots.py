@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..layout import Bundle, Layout, Matrices
+from ..layout import Bundle, Layout, Matrices, Window
 from ..stages.packed import Halves, Packed, Quantized, check_momentum_scale, floats, scales_of, unpacked
 from ..stages.second_moment import SecondMoment, Whole, by_element, by_row
 from . import second_moment
@@ -57,6 +57,7 @@ class Entry(NamedTuple):
         moment: second moment of this rank's shard, see `second_moment.views`, if it is kept here.
         mantissa_at: layout of the parameter's lower half, with `master_weights`.
         absmax: (1, blocks) of an int8 momentum, if it is kept here.
+        number: with stochastic rounding, see numbers.py; else 0.
     """
 
     param: int
@@ -68,6 +69,7 @@ class Entry(NamedTuple):
     moment: Tensor | None
     mantissa_at: Layout | None
     absmax: Tensor | None
+    number: int = 0
 
 
 class LotKey(NamedTuple):
@@ -78,6 +80,7 @@ class LotKey(NamedTuple):
         shape: (rows, cols) of the whole matrix, rows <= cols.
         shards: what each rank of `team.shards` holds of it.
         rows_held: rows of which each rank keeps the second moment, where every rank keeps those of its own.
+        turned: whether they are square and transposed, if stochastic rounding has to know.
     """
 
     team: Team
@@ -87,6 +90,13 @@ class LotKey(NamedTuple):
     grad_dtype: torch.dtype
     param_dtype: torch.dtype
     rows_held: second_moment.RowsHeld | None
+    turned: bool = False
+
+    @property
+    def window(self) -> Window:
+        """Place of this rank's shards in the whole matrices, which are transposed if taller than wide."""
+        top, left, *_ = self.shards[self.team.shard]
+        return Window(left, top, self.shape[1], True) if self.turned else Window(top, left, self.shape[1])
 
 
 def holders(key: LotKey) -> list[int]:
@@ -101,7 +111,6 @@ class Lot:
     Attributes:
         key: what they have in common.
         work: how an owner iterates.
-        group_index: of the first matrix among all of the group; for the random bits of stochastic rounding.
         entries: for every rank of the team, the matrices that it owns.
         round_size: matrices of one owner in a round.
         strategy: class of the rounds, where the matrices are sharded.
@@ -111,7 +120,6 @@ class Lot:
 
     key: LotKey
     work: Work
-    group_index: int
     entries: list[list[Entry]]
     round_size: int
     strategy: type[OwnerRound]
@@ -157,7 +165,8 @@ def matrices_of(
         form, shape = options.second_moment, (min(rows, cols), max(rows, cols))
         by_rows = form == "neuron" and placement.owner is None
         held = second_moment.RowsHeld(tall, row_ranges) if by_rows else None
-        key = LotKey(placement.team, shape, rectangles, p.device, g.dtype, p.dtype, held)
+        turned = options.stochastic_rounding and tall and rows == cols
+        key = LotKey(placement.team, shape, rectangles, p.device, g.dtype, p.dtype, held, turned)
         here = rectangles[placement.team.shard].elements > 0
         ats = [
             layouts(t, flatten, piece, batch, tall) if t is not None and here else [None] * batch
@@ -166,14 +175,15 @@ def matrices_of(
         views: list[Tensor | None] = [None] * batch
         if form is not None and V is not None:
             views = list(second_moment.views(form, V, p, flatten, piece, before, batch, tall))
+        numbers = operand.part_numbers(piece, before) or [0] * batch
         before += 1 if piece is None else piece.parts
         absmax = next(absmaxes, [None] * batch)
         ratio = operand.lr_ratio(options, rows, cols)
         yield (
             key,
             [
-                (placement.owner, Entry(index, of_p, of_buffer, of_g, ratio, tall, view, of_lower, scale))
-                for of_p, of_buffer, of_g, of_lower, view, scale in zip(*ats, views, absmax, strict=True)
+                (placement.owner, Entry(index, of_p, of_m, of_g, ratio, tall, view, of_lower, scale, number))
+                for of_p, of_m, of_g, of_lower, view, scale, number in zip(*ats, views, absmax, numbers, strict=True)
             ],
         )
 
@@ -193,22 +203,21 @@ class Results(NamedTuple):
 
     Attributes:
         lot: theirs.
-        first: index of the first among all of the lot; for the random bits of stochastic rounding.
-        ratios: of `entries`.
+        ratios, matrix_numbers: of `entries`.
         params: what this rank has of them; nothing where it has no shard.
     """
 
     lot: Lot
-    first: int
     entries: Sequence[Entry]
     ratios: array[float]
+    matrix_numbers: array[int]
     params: Bundle | Packed
 
     @classmethod
-    def of(cls, lot: Lot, kept: Kept, first: int, entries: Sequence[Entry]) -> Results:
-        """Return the matrices of `entries`, which follow one another in the lot."""
-        ratios = array("d", [entry.ratio for entry in entries])
-        return cls(lot, first, entries, ratios, params_of(kept, entries if lot.here else ()))
+    def of(cls, lot: Lot, kept: Kept, entries: Sequence[Entry]) -> Results:
+        """Return the matrices of `entries`."""
+        ratios, numbers = array("d", [each.ratio for each in entries]), array("i", [each.number for each in entries])
+        return cls(lot, entries, ratios, numbers, params_of(kept, entries if lot.here else ()))
 
     def apply(self, X: Tensor, scalars: Scalars, numbers: Tensor, sizes: Tensor | None = None) -> None:
         """Update the parameters; all ranks that have shards have to call this, also without any.
@@ -225,7 +234,7 @@ class Results(NamedTuple):
             ratios = array("d", map(mul, self.ratios, sizes.tolist()))
         ops = backends.get(self.lot.work.bucket.backend)
         for at, seen in in_memory(self.params, numbers) if self.params else ():
-            options = scalars.apply_options(self.lot.group_index, self.first + at.start)
+            options = scalars.apply_options(self.matrix_numbers[at], self.lot.key.window)
             ops.apply_update(scalars.apply_update(seen, X[at], ratios[at]), options)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -96,13 +95,12 @@ class OwnerRound:
 
     def _results(self, kept: Kept) -> list[Results]:
         """Return the matrices that are updated in turn: those of each run of what replicas gather, or all."""
-        lot, index = self.lot, self.start * self.lot.key.team.ranks
         if not self.parts:
-            return [Results.of(lot, kept, index, entries) for entries in self.entries]
-        before, found = [0, *accumulate(map(len, self.entries))], []
+            return [Results.of(self.lot, kept, entries) for entries in self.entries]
+        found = []
         for run, _ in (each for part in self.parts for each in part.runs):
             entries = self.entries[run.replica][run.start : run.start + run.matrices]
-            found.append(Results.of(lot, kept, index + before[run.replica] + run.start, entries))
+            found.append(Results.of(self.lot, kept, entries))
         return found
 
     @property

@@ -58,9 +58,8 @@ class ReplicaRound:
         self.results = [self._results(kept, run) for part in self.parts for run, _ in part.runs]
 
     def _results(self, kept: Kept, run: Run) -> Results:
-        lot, start, shares, _ = self.lots[run.lot]
-        before = start * self.team.replica_count + sum(map(len, shares[: run.replica]))
-        return Results.of(lot, kept, before + run.start, shares[run.replica][run.start : run.start + run.matrices])
+        lot, _, shares, _ = self.lots[run.lot]
+        return Results.of(lot, kept, shares[run.replica][run.start : run.start + run.matrices])
 
     @property
     def momenta(self) -> list[Bundle | Packed | None]:
