@@ -331,10 +331,10 @@ def _absmaxes(operand: Operand, placement: Placement, flatten: bool | None) -> l
 
 
 class _Choice(NamedTuple):
-    """Choice for all matrices of a key: the class of their rounds, their plan by their number, and notes."""
+    """Choice for all matrices of a key: the class of their rounds, their plan by shape and number, and notes."""
 
     strategy: type[OwnerRound]
-    plan: Callable[[int], Bucket]
+    plan: Callable[[tuple[int, int], int], Bucket]
     notes: tuple[str, ...]
 
 
@@ -351,7 +351,6 @@ def _chosen(key: LotKey, options: StepOptions, strategy: type[OwnerRound]) -> _C
     stages = tuple(s for s in options.stages if not (isinstance(s, SecondMoment) or s.packed))
     plan = partial(
         plan_bucket,
-        strategy.shapes(key)[0],
         options=options._replace(stages=stages, ns_algorithm=strategy.algorithm(options.ns_algorithm, name)),
         backend=name,
         bytes_per_element=key.grad_dtype.itemsize + 4 * key.param_dtype.itemsize,
@@ -371,9 +370,11 @@ def _assigned(
     chosen = {key: _chosen(key, options, strategy) for key in by_key}
     costs, among = [], []
     for key, entries in by_key.items():
-        cost, held = chosen[key].plan(1).flops, holders(key)
+        of_key, plan, _ = chosen[key]
+        # Of the widest shard, which all ranks know: they have to come to the same owners.
+        cost, held = plan(of_key.shapes(key)[1], 1).flops, holders(key)
         nearby = [r * team.shard_count + h for r in range(team.replica_count) for h in held]
-        anywhere = chosen[key].strategy.owners(team)
+        anywhere = of_key.owners(team)
         for owner, _ in entries:
             costs.append(cost)
             # A matrix of which only one rank holds elements stays there.
@@ -404,8 +405,8 @@ def _lot(
 ) -> Lot:
     strategy, plan, notes = choice
     owned, largest = len(entries[strategy.owner_here(key.team)]), max(map(len, entries))
-    bucket = plan(owned)
     held, (m, n) = strategy.shapes(key)
+    bucket = plan(held, owned)
     schedule, stages = options.schedule, options.stages
     in_stack = [stage for stage in stages if owner_keeps_state or not isinstance(stage, SecondMoment)]
 
