@@ -98,14 +98,30 @@ struct ApplyUpdate {
     const double* ratio;  // [batch]
 };
 
+// Where the matrices of x lie in whole ones, of which they are parts: the first element of x is (top, left) of the
+// whole. If x is `turned`, its rows run along the columns of the whole.
+struct Window {
+    int64_t top = 0;
+    int64_t left = 0;
+    int64_t cols = 0;  // of the whole; 0: x has all columns
+    bool turned = false;
+};
+
 // What goes beyond that formula.
+//
+// Stochastic rounding adds 16 random bits to what bf16 has no room for, and truncates. They depend on the seed, the
+// matrix's number, and the element's row and column in the whole matrix alone: they are the same on every backend, and
+// however matrices are cut, ordered and batched. Blocks of 2 x 2 elements of the whole, counted row by row, take turns
+// in 64 bits each of SplitMix64's stream (Steele, Lea, Flood 2014) that begins at mixed(seed + number). From the lowest
+// on, these are 16 bits each of even row and even column, even and odd, odd and even, odd and odd.
 struct ApplyOptions {
     const float* lr = nullptr;            // on the GPU, in place of ApplyUpdate::lr
     const float* weight_decay = nullptr;  // on the GPU, in place of ApplyUpdate::weight_decay
     bool cautious = false;             // decay only where update and parameter have the same sign (update * param >= 0)
-    bool stochastic_rounding = false;  // of bf16 parameters, by a counter: the same bits for the same seed everywhere
+    bool stochastic_rounding = false;  // of bf16 parameters
     uint64_t seed = 0;
-    int64_t first = 0;  // how many matrices of the seed's come before the first one here
+    const int32_t* number = nullptr;  // [x.batch] on the host, each from 0 to 2^30 - 1; absent: 0, 1, 2, ...
+    Window window;
 };
 
 // A whole step of `count` matrices: for each the momentum update, the products in order, the parameter update. The

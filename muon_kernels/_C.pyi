@@ -53,7 +53,18 @@ class ApplyUpdate:
 
 class ApplyOptions:
     def __init__(
-        self, lr: int, weight_decay: int, cautious: bool, stochastic_rounding: bool, seed: int, first: int, /
+        self,
+        lr: int,
+        weight_decay: int,
+        cautious: bool,
+        stochastic_rounding: bool,
+        seed: int,
+        number: int,
+        top: int,
+        left: int,
+        cols: int,
+        turned: bool,
+        /,
     ) -> None: ...
 
 class cpu:

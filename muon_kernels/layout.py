@@ -53,6 +53,21 @@ class Bundle(list[Matrices]):
         self.derived: dict[str, Any] = {}
 
 
+class Window(NamedTuple):
+    """Place of matrices in whole ones, of which they are parts, rows <= cols; see csrc's Window.
+
+    Attributes:
+        top, left: row and column of the first element in the whole matrix.
+        cols: columns of the whole matrix; None where it has no others.
+        turned: whether the rows of the part are columns of the whole.
+    """
+
+    top: int = 0
+    left: int = 0
+    cols: int | None = None
+    turned: bool = False
+
+
 class Piece(NamedTuple):
     """Equal parts of a dimension of a tensor.
 

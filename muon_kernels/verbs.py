@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .layout import Matrices
+from .layout import Matrices, Window
 
 
 class MomentumUpdate(NamedTuple):
@@ -66,15 +66,17 @@ class ApplyOptions(NamedTuple):
     Attributes:
         cautious: decay only where update and parameter have the same sign.
         stochastic_rounding: of bf16 parameters; others are rounded to nearest. The random bits depend on the seed, the
-            matrix and the place in it alone, and are the same on every backend; see csrc/cpu/elementwise.h.
+            matrix's number and the place in the whole matrix alone, and are the same on every backend; csrc says which.
         seed: of these, 64 bits.
-        first: how many matrices of the seed's come before the first one here.
+        number: of every matrix, from 0 to 2^30 - 1; None for 0, 1, 2 and so on.
+        window: where the matrices are in the whole ones.
     """
 
     cautious: bool = False
     stochastic_rounding: bool = False
     seed: int = 0
-    first: int = 0
+    number: Sequence[int] | None = None
+    window: Window = Window()
 
 
 class Step(NamedTuple):

@@ -165,9 +165,10 @@ PYBIND11_MODULE(_C, m) {
     py::class_<mk::ApplyOptions>(m, "ApplyOptions", py::module_local())
         .def(
             py::init([](int64_t lr, int64_t weight_decay, bool cautious, bool stochastic_rounding, uint64_t seed,
-                        int64_t first) {
+                        int64_t number, int64_t top, int64_t left, int64_t cols, bool turned) {
                 return mk::ApplyOptions{
-                    at<const float>(lr), at<const float>(weight_decay), cautious, stochastic_rounding, seed, first
+                    at<const float>(lr),       at<const float>(weight_decay), cautious, stochastic_rounding, seed,
+                    at<const int32_t>(number), {top, left, cols, turned}
                 };
             })
         );

@@ -18,7 +18,7 @@ from torch import Tensor
 from muon_kernels import backends
 from muon_kernels.backends import cpu
 from muon_kernels.coefficients import resolve
-from muon_kernels.layout import Matrices, layout
+from muon_kernels.layout import Matrices, Window, layout
 from muon_kernels.newton_schulz import Square
 from muon_kernels.verbs import ApplyOptions, ApplyUpdate, MomentumUpdate, Step
 
@@ -205,7 +205,9 @@ def test_scale_of_what_has_no_norm(backend: str) -> None:
     [(True, True, torch.float32), (True, False, torch.bfloat16), (False, True, torch.bfloat16)],
 )
 @pytest.mark.parametrize(
-    "options", [{}, {"cautious": True, "stochastic_rounding": True, "seed": 5, "first": 2}], ids=len
+    "options",
+    [{}, {"cautious": True, "stochastic_rounding": True, "seed": 5, "window": Window(3, 1, 900, True)}],
+    ids=len,
 )
 @pytest.mark.parametrize("kind", LAYOUTS)
 @pytest.mark.parametrize("shape", [(20, 33), (300, 40), (700, 130), (1, 7)], ids=str)
@@ -223,6 +225,8 @@ def test_fused_step_is_its_parts(
     m, n = sorted(shape)
     count = 4 * torch.get_num_threads() + 3
     schedule = resolve("keller", None)
+    if options:
+        options = {**options, "number": range(2 * count, 0, -2)}
     fused = ops.fused_plan(m, n, count, schedule)
     if fused is None:
         pytest.skip("the backend says that it has none")

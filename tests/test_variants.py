@@ -7,12 +7,13 @@ steps parameters of zeros by the same gradients.
 import copy
 import math
 from collections.abc import Callable, Sequence
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checks.random_bits import random_bits, rounded_by, windows
 from checks.training import same, snapshot
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -489,35 +490,14 @@ def test_peak_lr_of_one_cycle_on_a_device(monkeypatch: pytest.MonkeyPatch) -> No
 
 # ---- stochastic rounding ----
 
-MASK = 2**64 - 1
-
-
-def mixed(z: int) -> int:
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
-    return z ^ (z >> 31)
-
-
-def random_bits(seed: int, matrix: int, m: int, n: int) -> Tensor:
-    """Sixteen for every element of a matrix, number `matrix` of the seed's: SplitMix64 in Python's integers."""
-    down, across, golden = (m + 1) // 2, (n + 1) // 2, 0x9E3779B97F4A7C15
-    begin = mixed(seed) + matrix * down * across * golden
-    bits = torch.empty(m, n, dtype=torch.int64)
-    for i, j in product(range(m), range(n)):
-        z = mixed((begin + (i // 2 * across + j // 2 + 1) * golden) & MASK)
-        bits[i, j] = z >> (32 * (i % 2) + 16 * (j % 2)) & 0xFFFF
-    return bits
-
-
-def rounded_by(value: Tensor, random: Tensor) -> Tensor:
-    bits = (value.view(torch.int32).long() & 0xFFFFFFFF) + random
-    return ((bits >> 16) & 0xFFFF).to(torch.uint16).view(torch.bfloat16)
-
 
 @pytest.mark.parametrize("cautious", [False, True])
-@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (17, 280), (280, 17), (16, 64)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (17, 280), (280, 17), (16, 64), (16, 513), (514, 16)], ids=str)
 def test_random_bits_are_everybodys(backend: str, shape: tuple[int, int], cautious: bool) -> None:
-    """To the bit, in any layout, for seeds of 64 bits; tests/*/test_elementwise_*.py ask the GPU kernels the same."""
+    """To the bit, in any layout, of whole matrices and of parts, for seeds of 64 bits.
+
+    tests/*/test_elementwise_*.py ask the GPU kernels the same.
+    """
     ops = backends.get(backend)
     torch.manual_seed(0)
     m, n = sorted(shape)
@@ -526,24 +506,25 @@ def test_random_bits_are_everybodys(backend: str, shape: tuple[int, int], cautio
     kept[0].view(-1)[0] = -0.0
     kept[1].view(-1)[0], kept[2].view(-1)[0] = math.nan, -1.5
     X[2, 0, 0], X[3, 0, 0] = 0.0, math.inf
-    params = [kept[0].clone(), kept[1].T.contiguous().T, torch.empty(2 * shape[0], 2 * shape[1]).bfloat16()[::2, ::2]]
-    params[2].copy_(kept[2])
-    params.append(kept[3].clone())
-    seed, ratios = 2**63 + 12345, [1.0, 0.7, 2.0, 1.0]
-    at = [Matrices(p, layout(p.shape, p.stride(), None, ())) for p in params]  # type: ignore[arg-type]
-    ops.apply_update(ApplyUpdate(at, X, 0.5, 0.3, ratios), ApplyOptions(cautious, True, seed, first=3))
+    seed, ratios, numbers = 2**64 - 5, [1.0, 0.7, 2.0, 1.0], [3, 1 << 24, 5, 6]
     decay = torch.tensor(1 - 0.5 * 0.3, dtype=torch.float32)
-    for i, p in enumerate(params):
-        W = kept[i].float()
-        x = (X[i].mT if shape[0] > shape[1] else X[i]).float()
-        bits = random_bits(seed, 3 + i, m, n)
-        decayed_ = W * decay
-        if cautious:
-            decayed_ = decayed_.where(x * torch.ones_like(W).copysign(W) >= 0, W)
-        value = (decayed_.double() - torch.tensor(0.5 * ratios[i]).double() * x.double()).float()
-        expected = rounded_by(value, bits.mT if shape[0] > shape[1] else bits)
-        number = ~value.isnan()
-        assert torch.equal(p.isnan(), ~number) and torch.equal(p[number], expected[number])
+    for (window, whole, here), given in zip(windows(m, n), cycle([numbers, None]), strict=False):
+        params = [kept[0].clone(), kept[1].T.contiguous().T, torch.empty(2 * shape[0], 2 * shape[1]).bfloat16()]
+        params[2] = params[2][::2, ::2].copy_(kept[2])
+        params.append(kept[3].clone())
+        at = [Matrices(p, layout(p.shape, p.stride(), None, ())) for p in params]  # type: ignore[arg-type]
+        ops.apply_update(ApplyUpdate(at, X, 0.5, 0.3, ratios), ApplyOptions(cautious, True, seed, given, window))
+        for i, (p, number) in enumerate(zip(params, given or range(4), strict=True)):
+            W, bits = kept[i].float(), random_bits(seed, number, *whole)[here]
+            bits = bits.mT if window.turned else bits  # as x has them
+            x = (X[i].mT if shape[0] > shape[1] else X[i]).float()
+            decayed_ = W * decay
+            if cautious:
+                decayed_ = decayed_.where(x * torch.ones_like(W).copysign(W) >= 0, W)
+            value = (decayed_.double() - torch.tensor(0.5 * ratios[i]).double() * x.double()).float()
+            expected = rounded_by(value, bits.mT if shape[0] > shape[1] else bits)
+            finite = ~value.isnan()
+            assert torch.equal(p.isnan(), ~finite) and torch.equal(p[finite], expected[finite]), window
 
 
 def test_other_parameters_are_rounded_as_ever(backend: str) -> None:
@@ -603,15 +584,22 @@ def test_steps_and_matrices_have_their_own_bits(backend: str) -> None:
         assert (i == j) == torch.equal(matrices[i], matrices[j])
 
 
-def test_buckets_have_their_own_seeds(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_matrix_of_every_step_has_its_own_bits(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever groups and buckets they are in."""
     ops, seeds = backends.get(backend), []
-    real = ops.apply_update
-    seen = lambda args, options: (memory.rehearsing() or seeds.append(options.seed), real(args, options))
-    monkeypatch.setattr(ops, "apply_update", seen)
+
+    def seen(options: ApplyOptions, run: Callable[[], None]) -> None:
+        if not memory.rehearsing():
+            seeds.extend(options.seed + number for number in options.number or ())
+        run()
+
+    update, step = ops.apply_update, getattr(ops, "fused_step", None)
+    monkeypatch.setattr(ops, "apply_update", lambda args, options: seen(options, lambda: update(args, options)))
+    monkeypatch.setattr(ops, "fused_step", lambda args: seen(args.options, lambda: step(args)), raising=False)
     params = parameters(torch.bfloat16)
     muon = Muon([{"params": params[::2]}, {"params": params[1::2]}], stochastic_rounding=True, backend=backend)
     train(muon, params, 0, 2)
-    assert len(seeds) == 2 * len(muon.plan().buckets) == len(set(seeds))
+    assert len(seeds) == 2 * sum(bucket.count for bucket in muon.plan().buckets) == len(set(seeds))
 
 
 def test_bits_do_not_depend_on_buckets(backend: str) -> None:
@@ -623,6 +611,68 @@ def test_bits_do_not_depend_on_buckets(backend: str) -> None:
     apart = [rounded(backend, in_groups(cut)) for cut in (2, 4)]
     assert torch.equal(apart[0][0], whole[0]) and not torch.equal(apart[0][2], whole[2])
     assert not torch.equal(apart[1][4], whole[4]) and not torch.equal(apart[0][0], apart[0][2])
+
+
+DECAYED: dict[str, Any] = {"lr": 0.5, "weight_decay": 0.01, "stochastic_rounding": True}
+
+
+def test_bits_do_not_depend_on_other_gradients(backend: str) -> None:
+    """Nor on what is split into equal parts, or into parts of their own."""
+
+    def stepped(present: Sequence[int], **options: Any) -> list[Tensor]:
+        torch.manual_seed(0)
+        shapes = (16, 24), (3, 12, 8), (12, 8, 1, 2), (16, 24)
+        params = [nn.Parameter(torch.rand(shape).bfloat16()) for shape in shapes]
+        muon = Muon(params, **DECAYED, **options, backend=backend)
+        for indices in (range(4), present):  # in the second step from what the first has prepared
+            for i, p in enumerate(params):
+                p.grad = torch.zeros_like(p) if i in indices else None
+            muon.step()
+        return [p.detach() for p in params]
+
+    for options in ({}, {"split": equal(4)}):
+        whole = stepped(range(4), **options)
+        assert len({tuple(t.flatten()[:64].tolist()) for t in whole}) == 4
+        for present in ((1, 3), (3,), (0, 2)):
+            found = stepped(present, **options)
+            assert all(torch.equal(found[i], whole[i]) for i in present)
+
+
+def test_a_parameter_before_others_counts(backend: str) -> None:
+    """Also where one without a gradient comes before those of the last step, which have been prepared."""
+
+    def stepped(before: Sequence[nn.Parameter], later: bool) -> Tensor:
+        p = nn.Parameter(torch.full((16, 24), 1.3).bfloat16())
+        muon = Muon([p] if later else [*before, p], **DECAYED, backend=backend)
+        for i in range(2):
+            if i and later:
+                muon.param_groups[0]["params"][:0] = before
+            p.data.fill_(1.3)
+            p.grad = torch.zeros_like(p)
+            muon.step()
+        return p.detach()
+
+    before = [nn.Parameter(torch.ones(2, 8, 8).bfloat16())]
+    assert torch.equal(stepped(before, later=True), stepped(before, later=False))
+    assert not torch.equal(stepped(before, later=True), stepped([], later=False))
+
+
+def test_groups_of_one_kind_are_stepped_as_one(backend: str) -> None:
+    """With the bits of groups that are stepped by themselves."""
+    results = []
+    for lrs in ((0.1, 0.1), (0.1, 0.1000001)):
+        params = [nn.Parameter(torch.full((16, 24), 1.3).bfloat16()) for _ in range(2)]
+        groups = [{"params": [p], "lr": lr, "weight_decay": 0.05} for p, lr in zip(params, lrs, strict=True)]
+        muon = Muon(groups, stochastic_rounding=True, backend=backend)
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        for _ in range(2):
+            muon.step()
+        results.append([p.detach() for p in params])
+        assert [group["step"] for group in muon.param_groups] == [2, 2]
+        assert len(muon.plan().buckets) == (1 if lrs[0] == lrs[1] else 2)
+    assert torch.equal(results[0][0], results[1][0])
+    assert not torch.equal(*results[0])
 
 
 # ---- all of it ----

@@ -261,7 +261,8 @@ Status fused_step(Isa isa, const Step& args, int threads) {
         apply.ratio += matrix;
         apply.x.data += slot * apply.x.batch_stride;
         ApplyOptions options = args.options;
-        options.first += matrix;
+        const int32_t number = options.number ? options.number[matrix] : static_cast<int32_t>(matrix);
+        options.number = &number;
         for (int64_t block = 0; block < kernels->apply_blocks(apply); ++block) {
             kernels->apply_block(apply, options, 0, block);
         }

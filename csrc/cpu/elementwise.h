@@ -214,12 +214,12 @@ inline double rescale(const Stack& x, int64_t matrix, int exponent) {
     return sum;
 }
 
-// Sixteen random bits for every element that depend on seed, matrix and place alone, the same as in csrc/cuda: the
-// elements of a 2 x 2 block share 64 of SplitMix64's stream (Steele, Lea, Flood 2014).
+// The random bits of stochastic rounding, see ApplyOptions.
 struct RandomBits {
     static constexpr uint64_t kStep = 0x9e3779b97f4a7c15u;
     uint64_t state;
-    int64_t blocks;  // in two rows
+    Window window;
+    int64_t blocks;  // in two rows of the whole
 
     static uint64_t mixed(uint64_t z) {
         z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
@@ -227,21 +227,37 @@ struct RandomBits {
         return z ^ (z >> 31);
     }
 
-    RandomBits(const Stack& x, const ApplyOptions& options, int64_t matrix) : blocks((x.cols + 1) / 2) {
-        const int64_t before = (options.first + matrix) * ((x.rows + 1) / 2) * blocks;
-        state = mixed(options.seed) + static_cast<uint64_t>(before) * kStep;
+    RandomBits(const Stack& x, const ApplyOptions& options, int64_t matrix) : window(options.window) {
+        const int64_t number = options.number ? options.number[matrix] : matrix;
+        state = mixed(options.seed + static_cast<uint64_t>(number));
+        blocks = ((window.cols ? window.cols : x.cols) + 1) / 2;
     }
 
-    // Those of a run that begins in the corner of a block, or a column or row later; of whole blocks.
+    // Those of a run of x. Blocks are written as a whole: up to one element more than n.
     void run(int64_t row, int64_t col, bool along_rows, int64_t n, uint16_t* out) const {
-        const uint64_t begin = state + static_cast<uint64_t>(row / 2 * blocks + col / 2 + 1) * kStep;
+        // Each with a constant of its own, where along_rows is one.
+        if (window.turned) {
+            of_whole(window.top + col, window.left + row, !along_rows, n, out);
+        } else {
+            of_whole(window.top + row, window.left + col, along_rows, n, out);
+        }
+    }
+
+  private:
+    void of_whole(int64_t row, int64_t col, bool along_rows, int64_t n, uint16_t* out) const {
+        uint64_t block = state + static_cast<uint64_t>(row / 2 * blocks + col / 2 + 1) * kStep;
         const uint64_t step = static_cast<uint64_t>(along_rows ? 1 : blocks) * kStep;
-        // Bits 0, 16, 32, 48: even row, even column; even, odd; odd, even; odd, odd.
         const int shift = static_cast<int>(along_rows ? 32 * (row % 2) : 16 * (col % 2));
+        const int second = along_rows ? 16 : 32;
+        if (n && (along_rows ? col : row) % 2) {
+            *out++ = static_cast<uint16_t>(mixed(block) >> shift >> second);
+            block += step;
+            --n;
+        }
         for (int64_t i = 0; 2 * i < n; ++i) {
-            const uint64_t bits = mixed(begin + static_cast<uint64_t>(i) * step) >> shift;
+            const uint64_t bits = mixed(block + static_cast<uint64_t>(i) * step) >> shift;
             out[2 * i] = static_cast<uint16_t>(bits);
-            out[2 * i + 1] = static_cast<uint16_t>(bits >> (along_rows ? 16 : 32));
+            out[2 * i + 1] = static_cast<uint16_t>(bits >> second);
         }
     }
 };
@@ -282,7 +298,7 @@ inline void apply_run(
         value[i] = __builtin_fmaf(-step_size, to_float(update[i]), value[i] * factor);
     }
     if constexpr (STOCHASTIC) {
-        alignas(64) uint16_t bits[kTransposedRun];
+        alignas(64) uint16_t bits[kTransposedRun + 1];
         random.run(row, col, along_rows, n, bits);
         uint16_t* to = static_cast<uint16_t*>(pointer(p)) + offset;
         for (int64_t i = 0; i < n; ++i) bits[i] = rounded_by(value[i], bits[i]);

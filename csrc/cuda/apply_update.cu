@@ -9,9 +9,8 @@ struct ApplyArguments {
     double lr;
     double weight_decay;
     ApplyOptions options;
-    int tiles;      // of a matrix
-    int64_t first;  // matrix of the launch among the seed's
-    bool half;      // x is f16
+    int tiles;  // of a matrix
+    bool half;  // x is f16
     bool x_aligned;
 };
 
@@ -22,21 +21,29 @@ __device__ uint64_t mixed(uint64_t z) {
     return z ^ (z >> 31);
 }
 
-// Sixteen random bits for every element that depend on nothing else: the elements of a 2 x 2 block share 64 of
-// SplitMix64's stream, and a thread, whichever way it walks, has all of them.
+// The random bits of stochastic rounding, see ApplyOptions. A thread, whichever way it walks, has all elements of 2 x 2
+// blocks of x.
 struct RandomBits {
     static constexpr uint64_t STEP = 0x9e3779b97f4a7c15u;
+    const Window& window;
     uint64_t state;
-    int64_t blocks;  // in two rows
+    int64_t blocks;  // in two rows of the whole
+    bool even;       // x begins with a block
 
-    __device__ RandomBits(const ApplyArguments& u, int matrix) {
-        blocks = (u.x.cols + 1) / 2;
-        state = mixed(u.options.seed) + (u.first + matrix) * ((u.x.rows + 1) / 2) * blocks * STEP;
+    __device__ RandomBits(const ApplyArguments& u, uint32_t number)
+        : window(u.options.window),
+          state(mixed(u.options.seed + number)),
+          blocks(((window.cols ? window.cols : u.x.cols) + 1) / 2),
+          even((window.top | window.left) % 2 == 0) {}
+
+    __device__ uint64_t whole_row(int row, int col) const { return window.top + (window.turned ? col : row); }
+    __device__ uint64_t whole_col(int row, int col) const { return window.left + (window.turned ? row : col); }
+    // The bits of the block that has an element of x, and the element's among them.
+    __device__ uint64_t block(int row, int col) const {
+        return mixed(state + (whole_row(row, col) / 2 * blocks + whole_col(row, col) / 2 + 1) * STEP);
     }
-    // The bits of the block that has an element, and the element's among them.
-    __device__ uint64_t block(int row, int col) const { return mixed(state + (row / 2 * blocks + col / 2 + 1) * STEP); }
-    __device__ static uint32_t of(uint64_t block, int row, int col) {
-        return block >> (32 * (row % 2) + 16 * (col % 2)) & 0xffff;
+    __device__ uint32_t of(uint64_t block, int row, int col) const {
+        return block >> (32 * (whole_row(row, col) % 2) + 16 * (whole_col(row, col) % 2)) & 0xffff;
     }
 };
 
@@ -70,7 +77,7 @@ __device__ void apply_tile(const ApplyArguments& u, const Run<1>& run, const Til
         __syncthreads();
     }
     const Coefficients coefficients(u, run.ratio);
-    const RandomBits random(u, tile.matrix);
+    const RandomBits random(u, run.number + (tile.matrix - run.begin));
     constexpr int LINES = AT_ONCE<V>;
 #pragma unroll 1
     for (int begin = 0; begin < PER_THREAD / V; begin += LINES) {
@@ -103,8 +110,8 @@ __device__ void apply_tile(const ApplyArguments& u, const Run<1>& run, const Til
                 if constexpr (STOCHASTIC) {
                     const int row = tile.row + slice.row(l, v), col = tile.col + slice.col(l, v);
                     // Lines come in pairs and vectors begin at even places.
-                    if (l % 2 == 0 && v % 2 == 0) bits[v / 2] = random.block(row, col);
-                    param[l][v] = rounded_by(value, RandomBits::of(bits[v / 2], row, col));
+                    if (!random.even || (l % 2 == 0 && v % 2 == 0)) bits[v / 2] = random.block(row, col);
+                    param[l][v] = rounded_by(value, random.of(bits[v / 2], row, col));
                 } else {
                     param[l][v] = rounded<Param>(value);
                 }
@@ -149,7 +156,7 @@ Result apply_update(const ApplyUpdate& args, const ApplyOptions& options, DType 
     u.x_aligned = aligned(args.x);
     return with_type(args.param_dtype, [&](auto param) {
         using Param = decltype(param);
-        const Operands<1> operands = {{args.param}, {sizeof(Param)}, args.ratio, VECTOR<Param>};
+        const Operands<1> operands = {{args.param}, {sizeof(Param)}, args.ratio, options.number, VECTOR<Param>};
         return for_each_launch(args.x, operands, [&](int64_t first, int64_t count, const auto& runs) {
             constexpr int BYTES = std::decay_t<decltype(runs)>::ARGUMENT_BYTES;
             auto* kernel = known<apply_kernel<Param, false, BYTES>>();
@@ -158,7 +165,6 @@ Result apply_update(const ApplyUpdate& args, const ApplyOptions& options, DType 
             }
             u.x = args.x;
             u.x.data += first * args.x.batch_stride;
-            u.first = options.first + first;
             const auto blocks = static_cast<unsigned>(count * per_matrix);
             kernel<<<blocks, THREADS, 0, static_cast<cudaStream_t>(stream)>>>(u, runs);
             return launched();

@@ -50,9 +50,10 @@ struct Place {
 
 template <int OPERANDS>
 struct Run {
-    int32_t begin;    // its first matrix, counted from the launch's first one
-    bool along_rows;  // the walk's direction
-    bool vector;      // all lines of all operands, and of x if they are its rows, consist of aligned vectors
+    int32_t begin;            // its first matrix, counted from the launch's first one
+    uint32_t along_rows : 1;  // the walk's direction
+    uint32_t vector : 1;      // all lines of all operands, and of x if they are its rows, consist of aligned vectors
+    uint32_t number : 30;     // of its first matrix; the others follow
     double ratio;
     Place place[OPERANDS];
 };
@@ -75,14 +76,16 @@ template <int OPERANDS>
 struct Operands {
     const MatrixRef* refs[OPERANDS];
     int size[OPERANDS];
-    const double* ratio;  // or none
-    int vector;           // elements that are moved at once where that is possible
+    const double* ratio;    // or none
+    const int32_t* number;  // or none: 0, 1, 2, ...
+    int vector;             // elements that are moved at once where that is possible
 };
 
 template <int OPERANDS>
 Run<OPERANDS> single(const Stack& x, const Operands<OPERANDS>& operands, int64_t matrix) {
     Run<OPERANDS> run{};
     run.ratio = operands.ratio ? operands.ratio[matrix] : 0;
+    run.number = operands.number ? operands.number[matrix] : static_cast<uint32_t>(matrix);
     const MatrixRef* walked = nullptr;  // the last operand is the one that is written
     for (const MatrixRef* refs : operands.refs) walked = refs ? refs + matrix : walked;
     run.along_rows = walked->col_stride == 1 || walked->row_stride != 1;
@@ -103,6 +106,7 @@ Run<OPERANDS> single(const Stack& x, const Operands<OPERANDS>& operands, int64_t
 template <int OPERANDS>
 bool continues(Run<OPERANDS>& run, int count, const Run<OPERANDS>& next) {
     if (run.along_rows != next.along_rows || run.vector != next.vector || run.ratio != next.ratio) return false;
+    if (run.number + static_cast<uint32_t>(count) != next.number) return false;
     for (int i = 0; i < OPERANDS; ++i) {
         const Place &a = run.place[i], &b = next.place[i];
         if (a.row_stride != b.row_stride || a.col_stride != b.col_stride) return false;

@@ -296,7 +296,7 @@ Result momentum_update(const MomentumUpdate& args, DType dtype, double* partial,
             using Grad = decltype(grad);
             using Momentum = decltype(momentum);
             const Operands<2> operands = {
-                {args.grad, args.momentum}, {sizeof(Grad), sizeof(Momentum)}, nullptr, VECTOR<Grad, Momentum>
+                {args.grad, args.momentum}, {sizeof(Grad), sizeof(Momentum)}, nullptr, nullptr, VECTOR<Grad, Momentum>
             };
             return for_each_launch(args.x, operands, [&](int64_t first, int64_t count, const auto& runs) {
                 u.x = args.x;

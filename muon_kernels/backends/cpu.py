@@ -181,10 +181,14 @@ def add(A: Square, *, out: Square, C: Square | None = None, **options: Any) -> N
     _product(A, None, out, C=C, **options)
 
 
-@lru_cache(maxsize=1)
-def _apply_options(options: ApplyOptions) -> object:
-    """csrc's ApplyOptions. Without stochastic rounding it is that of the call before."""
-    return native.required().ApplyOptions(0, 0, *options)
+def _apply_options(options: ApplyOptions) -> tuple[object, object]:
+    """Return csrc's ApplyOptions and what must live as long; the same again, where there are no numbers to point to."""
+    return native.apply_options(native.required(), options) if options.stochastic_rounding else _to_nearest(options)
+
+
+@lru_cache(maxsize=2)
+def _to_nearest(options: ApplyOptions) -> tuple[object, object]:
+    return native.apply_options(native.required(), options)
 
 
 def apply_update(args: ApplyUpdate, options: ApplyOptions = ApplyOptions()) -> None:
@@ -193,7 +197,8 @@ def apply_update(args: ApplyUpdate, options: ApplyOptions = ApplyOptions()) -> N
         return
     _C = native.required()
     update, _alive = native.apply_update(_C, args, args.x, float(args.lr), float(args.weight_decay))
-    _C.cpu.apply_update(*_isa_and_threads(), update, _apply_options(options))
+    chosen, _also_alive = _apply_options(options)
+    _C.cpu.apply_update(*_isa_and_threads(), update, chosen)
     torch.autograd.graph.increment_version([p.tensor for p in args.param])
 
 
@@ -248,6 +253,6 @@ def fused_step(args: Step) -> None:
         return
     before, _alive = native.momentum_update(_C, momentum, program.scale)
     after, _also_alive = native.apply_update(_C, apply, program.result, float(apply.lr), float(apply.weight_decay))
-    options = _apply_options(args.options)
+    options, _alive_too = _apply_options(args.options)
     _C.cpu.fused_step(*_isa_and_threads(), len(apply.ratio), before, program.products, after, options)
     torch.autograd.graph.increment_version([p.tensor for p in apply.param])

@@ -340,8 +340,9 @@ def _apply_arguments(
     lr, lr_tensor = _on_device(args.lr, device)
     weight_decay, decay_tensor = _on_device(args.weight_decay, device)
     update, alive = native.apply_update(_C, args, x, lr, weight_decay)
-    chosen = _C.ApplyOptions(native.pointer(lr_tensor), native.pointer(decay_tensor), *options)
-    return update, chosen, (alive, lr_tensor, decay_tensor)
+    on_device = native.pointer(lr_tensor), native.pointer(decay_tensor)
+    chosen, numbers = native.apply_options(_C, options, *on_device)
+    return update, chosen, (alive, lr_tensor, decay_tensor, numbers)
 
 
 def apply_update(args: ApplyUpdate, options: ApplyOptions = ApplyOptions()) -> None:

@@ -186,8 +186,8 @@ def apply_update(args: ApplyUpdate, options: ApplyOptions = ApplyOptions()) -> N
             start = here.stop
             x, step_sizes = args.x[here], _StepSizes(args.lr, args.ratio[here])
             if options.stochastic_rounding and p.dtype == torch.bfloat16:
-                seed, first = options.seed, options.first + here.start
-                _update_stochastically(p, x, step_sizes, decay, options.cautious, seed, first)
+                numbers = range(len(args.x)) if options.number is None else options.number
+                _update_stochastically(p, x, step_sizes, decay, options, numbers[here])
             else:
                 _update(p, x, step_sizes, decay, options.cautious)
 
@@ -244,35 +244,44 @@ def _update_stochastically(
     X: Tensor,
     step_sizes: _StepSizes,
     decay: float | Tensor,
-    cautious: bool,
-    seed: int,
-    first: int,
+    options: ApplyOptions,
+    numbers: Sequence[int],
 ) -> None:
-    batch, m, n = p.shape
-    down, across = (m + 1) // 2, (n + 1) // 2
-    value, decayed, precise, update, whole, rounded, *towards, spare, sizes, z, shifted, bits = memory.take(
-        p.device,
-        *[(p.shape, torch.float32)] * 2,
-        *[(p.shape, torch.float64)] * 2,
-        (p.shape, torch.int32),
-        (p.shape, torch.int16),
-        *[(p.shape, torch.bool)] * 3,
-        *[((batch, 1, 1), dtype) for dtype in (torch.float32, torch.float64)],
-        *[((batch, down, across), torch.int64)] * 2,
-        ((batch, down, 2, across, 2), torch.int64),
+    batch, (top, left, cols, turned) = len(p), options.window
+    m, n = reversed(p.shape[1:]) if turned else p.shape[1:]  # as the whole matrix has them
+    above, before = top % 2, left % 2  # in the first blocks
+    down, across = (above + m + 1) // 2, (before + n + 1) // 2
+    value, decayed, precise, update, whole, rounded, *towards, spare, sizes, states, rows, columns, z, shifted, bits = (
+        memory.take(
+            p.device,
+            *[(p.shape, torch.float32)] * 2,
+            *[(p.shape, torch.float64)] * 2,
+            (p.shape, torch.int32),
+            (p.shape, torch.int16),
+            *[(p.shape, torch.bool)] * 3,
+            *[((batch, 1, 1), dtype) for dtype in (torch.float32, torch.float64, torch.int64)],
+            *[((count,), torch.int64) for count in (down, across)],
+            *[((batch, down, across), torch.int64)] * 2,
+            ((batch, down, 2, across, 2), torch.int64),
+        )
     )
     if memory.rehearsing():
         return
     torch.mul(value.copy_(p), decay, out=decayed)
     precise.copy_(decayed)
-    if cautious:
+    if options.cautious:
         precise.copy_(torch.where(_towards_zero(p, X, towards), decayed, value, out=whole.view(torch.float32)))
     step_size = step_sizes.of(spare)
     step_size = sizes.copy_(step_size) if isinstance(step_size, Tensor) else array("f", [step_size])[0]
     # As if with one rounding, to fp32.
     value.copy_(precise.sub_(update.copy_(X).mul_(step_size)))
-    _random_bits(seed, first, z, shifted, bits)
-    whole.copy_(bits.view(batch, 2 * down, 2 * across)[:, :m, :n])
+    mixed = [_signed(_mixed((options.seed + number) % 2**64)) for number in numbers]
+    states.copy_(torch.frombuffer(array("q", mixed), dtype=torch.int64).view(-1, 1, 1))
+    in_two_rows = ((p.shape[2] if cols is None else cols) + 1) // 2
+    first = top // 2 * in_two_rows + left // 2
+    _random_bits(states, first, in_two_rows, rows, columns, z, shifted, bits)
+    own = bits.view(batch, 2 * down, 2 * across)[:, above : above + m, before : before + n]
+    whole.copy_(own.mT if turned else own)
     # Up with the probability that makes the mean exact. NaN stays.
     rounded.copy_(whole.add_(value.view(torch.int32)).bitwise_right_shift_(16))
     p.copy_(rounded.view(torch.bfloat16).masked_fill_(torch.ne(value, value, out=towards[0]), math.nan))
@@ -302,17 +311,30 @@ def _signed(z: int) -> int:
     return (z + 2**63) % 2**64 - 2**63
 
 
-def _random_bits(seed: int, first: int, z: Tensor, shifted: Tensor, bits: Tensor) -> None:
-    """Write sixteen for every element: RandomBits of csrc/cpu/elementwise.h.
+def _random_bits(
+    states: Tensor,
+    first: int,
+    in_two_rows: int,
+    rows: Tensor,
+    columns: Tensor,
+    z: Tensor,
+    shifted: Tensor,
+    bits: Tensor,
+) -> None:
+    """Write sixteen for every element; csrc/muon_kernels.h says which, at ApplyOptions.
 
     Args:
-        seed, first: see `Backend.apply_update`.
-        z, shifted: (batch, down, across) int64, one number a block of 2 x 2 elements; overwritten.
+        states: (batch, 1, 1) int64, where the streams of the matrices begin.
+        first: number of the first block of 2 x 2 elements in the whole matrix.
+        in_two_rows: number of blocks in two rows of that.
+        rows, columns: (down,) and (across,) int64, overwritten.
+        z, shifted: (batch, down, across) int64, one number a block; overwritten.
         bits: (batch, down, 2, across, 2) int64, written.
     """
-    begin = first * z[0].numel() + 1
-    torch.arange(begin, begin + z.numel(), out=z.view(-1), device=z.device)
-    z.mul_(_signed(_STRIDE)).add_(_signed(_mixed(seed % 2**64)))
+    torch.arange(z.shape[1], out=rows, device=z.device)
+    torch.arange(first + 1, first + 1 + z.shape[2], out=columns, device=z.device)
+    z.copy_(columns).add_(rows.mul_(in_two_rows)[:, None])
+    z.mul_(_signed(_STRIDE)).add_(states)
     for shift, factor in zip((30, 27, 31), (*_MIX, 1), strict=True):  # `_mixed`
         z.bitwise_xor_(_logically_shifted(z, shift, shifted)).mul_(_signed(factor))
     for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..layout import refs
 from ..newton_schulz import Square
-from ..verbs import ApplyUpdate, MomentumUpdate
+from ..verbs import ApplyOptions, ApplyUpdate, MomentumUpdate
 
 
 @cache
@@ -110,6 +110,14 @@ def apply_update(
         address(ratio),
     )
     return update, (at_params, ratio)
+
+
+def apply_options(_C: ModuleType, options: ApplyOptions, lr: int = 0, weight_decay: int = 0) -> tuple[object, object]:
+    """Return csrc's ApplyOptions, with addresses of numbers on the device, and what must live as long."""
+    *plain, number, (top, left, cols, turned) = options
+    numbers = number if number is None or isinstance(number, array) else array("i", number)
+    at = 0 if numbers is None else address(numbers)
+    return _C.ApplyOptions(lr, weight_decay, *plain, at, top, left, cols or 0, turned), numbers
 
 
 class Queue(threading.local):

@@ -350,7 +350,8 @@ def _raise_dispute(everybody: Mapping[int, _Said]) -> None:
     if plan:
         raise ValueError(
             f"all ranks should plan the same exchange but {plan}; nothing has been stepped. Give all ranks the same "
-            "backend and max_workspace_bytes, where they differ in processors or in what `tune` kept"
+            "backend and max_workspace_bytes, where they differ in processors or in what `tune` kept, and with "
+            "stochastic_rounding the same parameters before these in param_groups"
         )
 
 

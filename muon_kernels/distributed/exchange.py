@@ -148,6 +148,8 @@ class Exchange:
             how = f"by {bucket.backend!r} in {bucket.workspace_dtype}, {lot.round_size} of an owner at a time"
             facts += [(f"the step of {lot}, lot {i}", how), (f"the division among owners of lot {i}", repr(owners))]
             facts.append((f"the strategy of lot {i}", lot.strategy.__name__))
+            numbers = [[entry.number for entry in entries] for entries in lot.entries]
+            facts.append((f"the numbers of lot {i}'s matrices in their param groups", repr(numbers)))
         order = [[(places[id(lot)], start) for lot, start in r.begun] for r in self.rounds]
         return [*facts, ("the order of rounds", repr(order))]
 
@@ -241,8 +243,9 @@ def divide(
             found = shards_of(placement, options.flatten, operand.split)
             alone[index] = operand._replace(pieces=[(piece, shape) for piece, shape, *_ in found])
         elif steps_shards and placement.team.shards is not None:
-            own, before = blocks.shard_shapes(operand.param, placement, options.flatten, operand.split)
-            alone[index] = operand._replace(pieces=own, lr_factor=shard_lr_factor, first_part=before)
+            own, windows, before = blocks.shard_shapes(placement, options.flatten, operand.split)
+            at = windows if options.stochastic_rounding else None
+            alone[index] = operand._replace(pieces=own, lr_factor=shard_lr_factor, first_part=before, windows=at)
         else:
             together[-1] = placement
     exchanges = exchanges_of(operands, together, options, STRATEGIES[strategy]) if any(together) else []
@@ -299,7 +302,8 @@ def _entries(
         form, shape = options.second_moment, (min(rows, cols), max(rows, cols))
         by_rows = form == "neuron" and placement.owner is None
         held = second_moment.RowsHeld(tall, row_ranges) if by_rows else None
-        key = LotKey(placement.team, shape, rectangles, p.device, g.dtype, p.dtype, held)
+        turned = options.stochastic_rounding and tall and rows == cols
+        key = LotKey(placement.team, shape, rectangles, p.device, g.dtype, p.dtype, held, turned)
         here = rectangles[placement.team.shard].elements > 0
         ats = [
             layouts(t, flatten, piece, batch, tall) if t is not None and here else [None] * batch
@@ -308,14 +312,15 @@ def _entries(
         views: list[Tensor | None] = [None] * batch
         if form is not None and V is not None:
             views = list(second_moment.views(form, V, p, flatten, piece, before, batch, tall))
+        numbers = operand.part_numbers(piece, before) or [0] * batch
         before += 1 if piece is None else piece.parts
         absmax = next(absmaxes, [None] * batch)
         ratio = operand.lr_ratio(options, rows, cols)
         yield (
             key,
             [
-                (placement.owner, Entry(index, of_p, of_buffer, of_g, ratio, tall, view, of_lower, scale))
-                for of_p, of_buffer, of_g, of_lower, view, scale in zip(*ats, views, absmax, strict=True)
+                (placement.owner, Entry(index, of_p, of_m, of_g, ratio, tall, view, of_lower, scale, number))
+                for of_p, of_m, of_g, of_lower, view, scale, number in zip(*ats, views, absmax, numbers, strict=True)
             ],
         )
 
@@ -381,13 +386,11 @@ def _assigned(
             among.append([owner] if owner is not None else nearby if len(held) == 1 else anywhere)
     owners = iter(assign_owners(costs, team.ranks, among=among))
     lots: list[Lot] = []
-    group_index = 0
     for key, entries in by_key.items():
         by_owner: list[list[Entry]] = [[] for _ in range(team.ranks)]
         for _, entry in entries:
             by_owner[next(owners)].append(entry)
-        lots.append(_lot(key, by_owner, group_index, options, chosen[key], owner_keeps_state=entries[0][0] is not None))
-        group_index += len(entries)
+        lots.append(_lot(key, by_owner, options, chosen[key], owner_keeps_state=entries[0][0] is not None))
     return lots
 
 
@@ -396,12 +399,7 @@ def _cap(backend: str, max_workspace_bytes: int | None) -> int:
 
 
 def _lot(
-    key: LotKey,
-    entries: list[list[Entry]],
-    group_index: int,
-    options: StepOptions,
-    choice: _Choice,
-    owner_keeps_state: bool,
+    key: LotKey, entries: list[list[Entry]], options: StepOptions, choice: _Choice, owner_keeps_state: bool
 ) -> Lot:
     strategy, plan, notes = choice
     owned, largest = len(entries[strategy.owner_here(key.team)]), max(map(len, entries))
@@ -424,7 +422,7 @@ def _lot(
     )
     stage_floats = floats_for(in_stack, *held, key.device)
     own = Work(bucket, notes, schedule, key.device, [], stages, stage_floats=stage_floats)
-    return Lot(key, own, group_index, entries, round_size, strategy, owner_keeps_state)
+    return Lot(key, own, entries, round_size, strategy, owner_keeps_state)
 
 
 def _owner_rounds(lots: Sequence[Lot], kept: Kept) -> list[OwnerRound]:

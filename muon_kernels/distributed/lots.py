@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 
-from ..layout import Bundle, Layout, Matrices
+from ..layout import Bundle, Layout, Matrices, Window
 from ..stages.packed import Halves, Packed, Quantized, floats, unpacked
 from ..stages.second_moment import SecondMoment, Whole, by_element, by_row
 from . import second_moment
@@ -53,6 +53,7 @@ class Entry(NamedTuple):
         moment: second moment of this rank's shard, see `second_moment.views`, if it is kept here.
         mantissa_at: layout of the parameter's lower half, with `master_weights`.
         absmax: (1, blocks) of an int8 momentum, if it is kept here.
+        number: with stochastic rounding, see numbers.py; else 0.
     """
 
     param: int
@@ -64,6 +65,7 @@ class Entry(NamedTuple):
     moment: Tensor | None
     mantissa_at: Layout | None
     absmax: Tensor | None
+    number: int = 0
 
 
 class LotKey(NamedTuple):
@@ -74,6 +76,7 @@ class LotKey(NamedTuple):
         shape: (rows, cols) of the whole matrix, rows <= cols.
         shards: what each rank of `team.shards` holds of it.
         rows_held: rows of which each rank keeps the second moment, where every rank keeps those of its own.
+        turned: whether they are square and transposed, if stochastic rounding has to know.
     """
 
     team: Team
@@ -83,6 +86,13 @@ class LotKey(NamedTuple):
     grad_dtype: torch.dtype
     param_dtype: torch.dtype
     rows_held: second_moment.RowsHeld | None
+    turned: bool = False
+
+    @property
+    def window(self) -> Window:
+        """Place of this rank's shards in the whole matrices, which are transposed if taller than wide."""
+        top, left, *_ = self.shards[self.team.shard]
+        return Window(left, top, self.shape[1], True) if self.turned else Window(top, left, self.shape[1])
 
 
 def holders(key: LotKey) -> list[int]:
@@ -97,7 +107,6 @@ class Lot:
     Attributes:
         key: what they have in common.
         work: how an owner iterates.
-        group_index: of the first matrix among all of the group; for the random bits of stochastic rounding.
         entries: for every rank of the team, the matrices that it owns.
         round_size: matrices of one owner in a round.
         strategy: class of the rounds, where the matrices are sharded.
@@ -106,7 +115,6 @@ class Lot:
 
     key: LotKey
     work: Work
-    group_index: int
     entries: list[list[Entry]]
     round_size: int
     strategy: type[OwnerRound]

@@ -136,6 +136,15 @@ def ranges_at(
     return tuple(ranges)
 
 
+def batch_ranges(t: DTensor, flatten: bool | None) -> tuple[Range, ...]:
+    """Return what of every dimension of a DTensor this rank holds, but for cuts of its matrices."""
+    mesh, shape, coordinate = t.device_mesh, tuple(t.shape), t.device_mesh.get_coordinate()
+    assert coordinate is not None
+    leading = range(0 if flattens(shape, flatten) else len(shape) - 2)
+    dims = [i for i, at in enumerate(t.placements) if not at.is_replicate() and dim_of(at, shape) in leading]
+    return ranges_at(shape, tuple(mesh.shape), t.placements, dims, [coordinate[i] for i in dims])
+
+
 def placement_of(t: DTensor, flatten: bool | None, teams: Teams) -> Placement | None:
     """Return where a DTensor is, or None if this rank has whole matrices of its own.
 
@@ -149,7 +158,7 @@ def placement_of(t: DTensor, flatten: bool | None, teams: Teams) -> Placement | 
     """
     mesh, placements, shape = t.device_mesh, t.placements, tuple(t.shape)
     matrix = range(len(shape)) if flattens(shape, flatten) else range(len(shape) - 2, len(shape))
-    sharded, repeated, batched = [], [], []
+    sharded, repeated = [], []
     for i, placement in enumerate(placements):
         if mesh.size(i) == 1:
             continue
@@ -159,8 +168,6 @@ def placement_of(t: DTensor, flatten: bool | None, teams: Teams) -> Placement | 
             repeated.append(i)
         elif dim_of(placement, shape) in matrix:
             sharded.append(i)
-        else:
-            batched.append(i)
         if i in sharded and flattens(shape, flatten) and dim_of(placement, shape):
             raise ValueError(
                 f"a parameter of {len(shape)} dimensions that is flattened to matrices should be sharded along "
@@ -168,10 +175,8 @@ def placement_of(t: DTensor, flatten: bool | None, teams: Teams) -> Placement | 
             )
     if not sharded and not repeated:
         return None
-    sizes, coordinate = tuple(mesh.shape), mesh.get_coordinate()
-    assert coordinate is not None
-    own = ranges_at(shape, sizes, placements, batched, [coordinate[i] for i in batched])
-    whole = tuple(stop - start for start, stop in own)
+    sizes = tuple(mesh.shape)
+    whole = tuple(stop - start for start, stop in batch_ranges(t, flatten))
     team = teams.get(mesh, tuple(sharded), tuple(repeated))
     everywhere = product(*(range(sizes[i]) for i in sharded))
     shards = tuple(ranges_at(whole, sizes, placements, sharded, at) for at in everywhere)

@@ -112,7 +112,7 @@ class Muon(ClosureOptimizer):
         cautious: whether to decay only what the update moves towards zero or leaves as it is (arXiv 2510.12402).
         stochastic_rounding: whether to round parameters, which must be bf16 then, up or down with the probabilities
             that make the mean exact. The same steps, from a checkpoint or not, have the same random bits, on every
-            backend.
+            backend and however ranks share parameters; docs/low-precision.md says what they depend on.
         sign_momentum: whether to use NS(sign(D)) instead of NS(D), as AdaMuon (arXiv 2507.11005) does. In fp16
             workspaces an element below 1e-7 of the matrix's norm counts as zero. AdaMuon itself is
             `Muon(params, sign_momentum=True, second_moment="element", dampened=False, adjust_lr_fn="match_rms_adamw")`.
@@ -251,7 +251,7 @@ class Muon(ClosureOptimizer):
         self, groups: Sequence[dict[str, Any]], grad_of: Callable[[Tensor], Tensor | None]
     ) -> tuple[list[Task], list[Tensor], Writes]:
         """Return the tasks of a step of `groups`, its gradients, and what it would write into the state."""
-        return prepared(groups, grad_of, self.state, self._ranks, self._tasks)
+        return prepared(groups, self.param_groups, grad_of, self.state, self._ranks, self._tasks)
 
     def _keep(self, writes: Writes) -> None:
         for p, key, tensor in writes:

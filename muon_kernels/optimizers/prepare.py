@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Size, Tensor
 
 from ..distributed.exchange import divide
+from ..distributed.placement import batch_ranges
 from ..distributed.ranks import Ranks
 from ..distributed.strategies import blocks
 from ..step.cache import TaskCache
+from ..step.numbers import first_numbers, numbers_of
 from ..step.operands import Operand
 from ..step.options import StepOptions, alike, settled, splits, transposes
 from ..step.work import Scalars, Task
@@ -40,18 +42,18 @@ class ReadyBatch(NamedTuple):
 def batches_of(groups: Sequence[dict[str, Any]], ranks: Ranks) -> list[tuple[list[dict[str, Any]], Scalars]]:
     """Return the groups that a step does as one, because nothing that matters to it differs between them.
 
-    Groups stay by themselves whose steps are counted, and those of parameters that other ranks have shards or copies
-    of: ranks have not agreed on the numbers of these.
+    Groups stay by themselves that have steps of two kinds, and those of parameters that other ranks have shards or
+    copies of: ranks have not agreed on the numbers of these.
 
     Returns:
         Lists of groups, each with the numbers that their step takes.
     """
     batches: list[tuple[list[dict[str, Any]], Scalars]] = []
     by_numbers: dict[Scalars, list[list[dict[str, Any]]]] = {}
-    for i, group in enumerate(groups):
-        scalars = scalars_of(group, i)
+    for group in groups:
+        scalars = scalars_of(group)
         shared = bool(ranks.teams) and ranks.shares(group["params"])
-        alone = shared or scalars.seed is not None or group["strategy"] == "blocks"
+        alone = shared or group["strategy"] == "blocks"
         others = [] if alone else by_numbers.setdefault(scalars, [])
         batch = next((same for same in others if alike(same[0], group)), None)
         if batch is not None:
@@ -64,6 +66,7 @@ def batches_of(groups: Sequence[dict[str, Any]], ranks: Ranks) -> list[tuple[lis
 
 def prepared(
     groups: Sequence[dict[str, Any]],
+    among: Sequence[dict[str, Any]],
     grad_of: Callable[[Tensor], Tensor | None],
     state_of: Mapping[Tensor, Mapping[str, Any]],
     ranks: Ranks,
@@ -73,6 +76,7 @@ def prepared(
 
     Args:
         groups: groups that are stepped as one.
+        among: all groups of the optimizer.
         grad_of: returns the gradient of a parameter, or None.
         state_of: the optimizer's state.
         ranks: the ranks that step parameters together.
@@ -103,20 +107,21 @@ def prepared(
     momenta, scales = column("momentum_buffer"), column("momentum_scale", wanted.int8)
     mantissas = column("mantissa", group["master_weights"])
     moments = column("second_momentum_buffer", group["second_moment"] is not None)
-    wholes = [tuple(p.shape) if is_dtensor(p) else None for p in params] if spread else [None] * len(params)
+    given = params
     if spread:
         params, grads = list(map(local, params)), list(map(local, grads))
 
     def make() -> list[Task]:
         named = [pair for each in groups for pair in zip(splits(each), transposes(each), strict=True)]
-        said = [(split, turned) for (p, split), turned in named if grad_of(p) is not None]
+        numbered = zip(named, _first_numbers(groups, among), strict=True)
+        said = [(split, turned, first) for ((p, split), turned), first in numbered if grad_of(p) is not None]
         none = [None] * len(params)
         kept = zip(params, grads, momenta, scales or none, mantissas or none, moments or none, strict=True)
-        named_of = zip(kept, said, wholes, strict=True)
+        of_each = zip(kept, said, given, strict=True)
         return divide(
             [
-                Operand(p, g, momentum, scale, mantissa, moment, *words, whole=whole)
-                for (p, g, momentum, scale, mantissa, moment), words, whole in named_of
+                _placed(Operand(p, g, momentum, scale, mantissa, moment, split, turned), whole, first, group["flatten"])
+                for (p, g, momentum, scale, mantissa, moment), (split, turned, first), whole in of_each
             ],
             placements,
             StepOptions.of(group),
@@ -127,5 +132,35 @@ def prepared(
 
     steps_shards = blocks.steps_shards(group)
     own = momenta, moments, scales, mantissas
-    tasks = cache.get((id(group), steps_shards), params, grads, own, settled(groups), make)
+    decided = {**settled(groups), "listed": _listed(groups, among)}
+    tasks = cache.get((id(group), steps_shards), params, grads, own, decided, make)
     return tasks, grads, wanted.writes
+
+
+def _listed(
+    groups: Sequence[dict[str, Any]], among: Sequence[dict[str, Any]]
+) -> list[tuple[int, list[tuple[int, Size]]]] | None:
+    """Return what the numbers of matrices depend on, beside options; None without stochastic rounding."""
+    if not groups[0]["stochastic_rounding"]:
+        return None
+    index = {id(group): i for i, group in enumerate(among)}
+    return [(index[id(group)], [(id(p), p.shape) for p in group["params"]]) for group in groups]
+
+
+def _first_numbers(groups: Sequence[dict[str, Any]], among: Sequence[dict[str, Any]]) -> list[int] | list[None]:
+    """Return for every parameter of `groups` the number of its first matrix, None without stochastic rounding."""
+    if not groups[0]["stochastic_rounding"]:
+        return [None] * sum(len(group["params"]) for group in groups)
+    index = {id(group): i for i, group in enumerate(among)}
+    return [number for group in groups for number in first_numbers(group, index[id(group)])]
+
+
+def _placed(operand: Operand, p: Tensor, first: int | None, flatten: bool | None) -> Operand:
+    """Return an operand with the size of the whole parameter `p`, and the numbers of what this rank has of it.
+
+    Without stochastic rounding `first`, the number of its first matrix, is None, and there are no numbers.
+    """
+    held = batch_ranges(p, flatten) if is_dtensor(p) else None
+    whole = None if held is None else tuple(p.shape)
+    numbers = () if first is None else numbers_of(first, tuple(p.shape), flatten, operand.split, held)
+    return operand._replace(whole=whole, numbers=numbers)

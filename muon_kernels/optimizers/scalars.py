@@ -13,8 +13,8 @@ from ..step.options import as_scalar
 from ..step.work import Scalars
 
 
-def scalars_of(group: dict[str, Any], index: int) -> Scalars:
-    """Return the numbers that a step takes from `group`, which has this index among all groups."""
+def scalars_of(group: dict[str, Any]) -> Scalars:
+    """Return the numbers that a step takes from `group`."""
     return Scalars(
         *_lr_and_decay(group),
         group["momentum"],
@@ -24,7 +24,7 @@ def scalars_of(group: dict[str, Any], index: int) -> Scalars:
         -1.0 if group["maximize"] else 1.0,
         group["cautious"],
         group["beta2"],
-        _seed(group, index) if group["stochastic_rounding"] else None,
+        _seed(group) if group["stochastic_rounding"] else None,
     )
 
 
@@ -60,6 +60,9 @@ def _lr_and_decay(group: dict[str, Any]) -> tuple[float | Tensor, float | Tensor
     return decayed(form, as_scalar(lr), as_scalar(weight_decay), peak_lr(group))
 
 
-def _seed(group: dict[str, Any], index: int) -> int:
-    """Return the seed for one step's stochastic rounding, unique for 2^24 matrices a group and 2^32 steps."""
-    return (int(group.get("step", 0)) << 32) + (index << 24)
+def _seed(group: dict[str, Any]) -> int:
+    """Return the seed for one step's stochastic rounding.
+
+    The numbers of matrices, which have 30 bits, are added to it; see numbers.py.
+    """
+    return int(group.get("step", 0)) << 30

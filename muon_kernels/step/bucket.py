@@ -25,13 +25,12 @@ def plain_work(key: BucketKey, count: int, options: StepOptions) -> Work:
     return Work(plain_bucket((key.rows, key.cols), count, bytes_per_element(key)), (), options.schedule, key.device, [])
 
 
-def planned(key: BucketKey, members: Sequence[Seen], group_index: int, options: StepOptions) -> Work:
+def planned(key: BucketKey, members: Sequence[Seen], options: StepOptions) -> Work:
     """Decide how the matrices of a bucket are stepped.
 
     Args:
         key: what they have in common.
         members: the pieces of operands that they are.
-        group_index: of the first one among all of the group.
         options: the group's.
 
     Raises:
@@ -63,7 +62,7 @@ def planned(key: BucketKey, members: Sequence[Seen], group_index: int, options: 
         key.device,
         chunks_of(members, bucket, quantized, options),
         stages,
-        group_index,
+        key.window,
         stage_floats,
     )
 
@@ -76,7 +75,7 @@ def chunks_of(members: Sequence[Seen], bucket: Bucket, quantized: bool, options:
         momenta: Bundle | Packed | None = None
         if options.momentum:
             momenta = Packed() if quantized else Bundle()
-        chunk = Chunk(params, momenta, [], array("d"), [], chunk_index=sum(bucket.chunks[: len(chunks)]))
+        chunk = Chunk(params, momenta, [], array("d"), [], array("i"))
         for span in spans:
             _add(chunk, span, members[span.piece], options)
         chunks.append(chunk)
@@ -98,6 +97,7 @@ def _add(chunk: Chunk, span: Span, seen: Seen, options: StepOptions) -> None:
         chunk.momenta.append(Matrices(seen.momentum.tensor, seen.momentum.layout(span)))
     chunk.grads.append((seen.gradient, seen.grad.layout(span)))
     chunk.ratios.extend([seen.ratio] * (span.stop - span.start))
+    chunk.numbers.extend(seen.numbers[span.start : span.stop])
     if seen.second_moment is not None:
         found = Matrices(seen.second_moment.tensor, seen.second_moment.layout(span)).view()
         # A column is described as a row, too.

@@ -3,24 +3,43 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from ..layout import Layout, Matrices, Piece, PieceShape, View, column_order, flattens, layout, split_shape, view
+from ..layout import (
+    Layout,
+    Matrices,
+    Piece,
+    PieceShape,
+    View,
+    Window,
+    column_order,
+    flattens,
+    layout,
+    split_shape,
+    view,
+)
 from ..scaling import lr_ratio
 from ..split import pieces
 from ..stages.packed import check_mantissa, check_master, check_momentum_scale, pieces_of_shape, scales_of
 from ..stages.second_moment import check_second_moment, piece_of_rows
 from ..tensors import check_dense, check_device, check_disjoint, check_like, check_momentum
+from .numbers import NUMBERS
 from .options import StepOptions, check_rounding
 from .work import Span
 
 
 class BucketKey(NamedTuple):
-    """Properties that the matrices of a bucket have in common."""
+    """Properties that the matrices of a bucket have in common.
+
+    Attributes:
+        window: where they are in whole ones, if that matters.
+    """
 
     rows: int
     cols: int
@@ -28,6 +47,7 @@ class BucketKey(NamedTuple):
     grad_dtype: torch.dtype
     momentum_dtype: torch.dtype
     param_dtype: torch.dtype
+    window: Window = Window()
 
 
 class Operand(NamedTuple):
@@ -43,7 +63,9 @@ class Operand(NamedTuple):
         pieces: what of it is stepped as matrices; None: what `split` says.
         lr_factor: a factor of the learning rate beside that of the shape.
         whole: size of the parameter of which this is a shard; None for the tensor's own.
-        first_part: index of the first of `pieces` among the parts that `split` makes of a row.
+        first_part: index of the first of `pieces` among the parts that `split` makes of a matrix.
+        windows: with stochastic rounding, of each of `pieces`; None where these are whole matrices.
+        numbers: with stochastic rounding, of every matrix that is here the number of its first part; see numbers.py.
     """
 
     param: Tensor
@@ -58,6 +80,8 @@ class Operand(NamedTuple):
     lr_factor: float = 1.0
     whole: tuple[int, ...] | None = None
     first_part: int = 0
+    windows: Sequence[Window] | None = None
+    numbers: Sequence[int] = ()
 
     def lr_ratio(self, options: StepOptions, rows: int, cols: int) -> float:
         """Factor of the learning rate for a matrix of this size."""
@@ -67,6 +91,11 @@ class Operand(NamedTuple):
     def pieces_in_blocks(self, flatten: bool | None) -> Sequence[PieceShape]:
         """Return the pieces in whose order an int8 momentum has its absmax."""
         return pieces_of_shape(self.param.shape, flatten, self.split) if self.pieces is None else self.pieces
+
+    def part_numbers(self, piece: Piece | None, before: int) -> array[int]:
+        """Return the numbers of the matrices of a piece, none if nobody has given any; `before`: parts before it."""
+        parts = 1 if piece is None else piece.parts
+        return array("i", [(number + before + i) % NUMBERS for number in self.numbers for i in range(parts)])
 
     def bucket_key(self, rows: int, cols: int) -> BucketKey:
         """The bucket that a matrix of this size goes to."""
@@ -134,6 +163,7 @@ class Seen(NamedTuple):
         absmax: of an int8 momentum.
         mantissa: lower half of the parameter.
         second_moment: of this piece.
+        numbers: of the matrices; none without stochastic rounding.
     """
 
     key: BucketKey
@@ -146,6 +176,7 @@ class Seen(NamedTuple):
     absmax: Tensor | None
     mantissa: Source | None
     second_moment: Source | None
+    numbers: array[int]
 
 
 def check(operands: Sequence[Operand], options: StepOptions) -> None:
@@ -227,15 +258,20 @@ class Viewer:
         if momentum is not None and momentum.dtype == torch.int8:
             scale = cast(Tensor, operand.momentum_scale)
             absmaxes = list(scales_of(scale, operand.pieces_in_blocks(flatten), len(shapes)))
-        moments = self._second_moments(operand, order, [piece for piece, _ in shapes])
-        for (piece, (count, rows, cols)), absmax, moment in zip(shapes, absmaxes, moments, strict=True):
+        windows = operand.windows or [Window()] * len(shapes)
+        parts = [1 if piece is None else piece.parts for piece, _ in shapes]
+        befores = list(accumulate(parts, initial=operand.first_part))[:-1]
+        moments = self._second_moments(operand, order, [piece for piece, _ in shapes], befores)
+        for (piece, (count, rows, cols)), before, window, absmax, moment in zip(
+            shapes, befores, windows, absmaxes, moments, strict=True
+        ):
             grad, at = source_of(g, flatten, order, piece)
             gradient = index
             if at is not None:
                 gradient = self._gradients + len(self.grad_copies)
                 self.grad_copies.append((index, at, grad.tensor.view_as(at.of(g))))
             yield Seen(
-                operand.bucket_key(rows, cols),
+                operand.bucket_key(rows, cols)._replace(window=window),
                 count,
                 operand.lr_ratio(self._options, rows, cols),
                 self._written(p, flatten, order, piece),
@@ -245,13 +281,14 @@ class Viewer:
                 absmax,
                 None if operand.mantissa is None else self._written(operand.mantissa, flatten, order, piece),
                 moment,
+                operand.part_numbers(piece, before),
             )
 
     def _second_moments(
-        self, operand: Operand, order: tuple[int, ...], split_into: Sequence[Piece | None]
+        self, operand: Operand, order: tuple[int, ...], split_into: Sequence[Piece | None], befores: Sequence[int]
     ) -> Iterator[Source | None]:
-        V, before = operand.second_moment, operand.first_part
-        for piece in split_into:
+        V = operand.second_moment
+        for piece, before in zip(split_into, befores, strict=True):
             if V is None:
                 yield None
             elif self._options.second_moment == "element":
@@ -259,7 +296,6 @@ class Viewer:
             else:
                 at_rows = piece_of_rows(V, operand.param.shape, self._options.flatten, piece, before)
                 yield self._written(V, False, (), at_rows)
-                before += 1 if piece is None else piece.parts
 
     def _written(self, t: Tensor, flatten: bool | None, order: tuple[int, ...], piece: Piece | None) -> Source:
         """Return `source_of` a tensor that a step writes; a copy is filled before the step and read after it."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from itertools import accumulate
 from weakref import WeakKeyDictionary
 
 from ..layout import view
@@ -30,11 +29,10 @@ def prepare(operands: Sequence[Operand], options: StepOptions) -> Prepared:
         return _plain(operands, options)
     viewer = Viewer(options, len(operands))
     seen = [piece for index, operand in enumerate(operands) for piece in viewer.seen(index, operand)]
-    numbers = [0, *accumulate(piece.matrices for piece in seen)]
     places: dict[BucketKey, list[int]] = {}
     for i, piece in enumerate(seen):
         places.setdefault(piece.key, []).append(i)
-    works = [planned(key, [seen[i] for i in at], numbers[at[0]], options) for key, at in places.items()]
+    works = [planned(key, [seen[i] for i in at], options) for key, at in places.items()]
     return Prepared(works, [], viewer.copies, viewer.grad_copies, WeakKeyDictionary())
 
 

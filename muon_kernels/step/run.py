@@ -71,7 +71,7 @@ def _fused_step(work: Work, chunk: Chunk, grads: Sequence[Matrices], workspace: 
             iterate,
             schedule.triples,
             scalars.apply_update(chunk.params, X, chunk.ratios),
-            scalars.apply_options(work.group_index, chunk.chunk_index),
+            scalars.apply_options(chunk.numbers, work.window),
             work.bucket.parts,
             stacks.partials,
         )
@@ -93,7 +93,7 @@ def _step(
                 ratios = stage.after(result, chunk.second_moments, scalars, ratios, stacks.stage_scratch)
             with unpacked(chunk.params, stacks.unpacked, rehearsing) as params:
                 update = scalars.apply_update(params, result, ratios)
-                ops.apply_update(update, scalars.apply_options(work.group_index, chunk.chunk_index))
+                ops.apply_update(update, scalars.apply_options(chunk.numbers, work.window))
 
 
 def _plain_step(plain: Plain, grad: Tensor, scalars: Scalars) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import memory
 from ..coefficients import Schedule
-from ..layout import Bundle, Layout, Matrices, View
+from ..layout import Bundle, Layout, Matrices, View, Window
 from ..stages import Stage
 from ..stages.packed import Packed
 from ..verbs import ApplyOptions, ApplyUpdate, MomentumUpdate
@@ -39,7 +39,7 @@ class Chunk(NamedTuple):
     grads: list[tuple[int, Layout]]
     ratios: array[float]  # one a matrix
     second_moments: list[Tensor]  # none, or as `normalize` takes them
-    chunk_index: int  # matrices of the bucket in earlier chunks
+    numbers: array[int]  # one a matrix; none without stochastic rounding
 
 
 class Plain(NamedTuple):
@@ -57,7 +57,7 @@ class Work(NamedTuple):
 
     Attributes:
         stages: what stands around the iteration.
-        group_index: of its first matrix among all of the group, which are counted as the parameters come.
+        window: where its matrices are in whole ones; for the random bits of stochastic rounding.
         stage_floats: fp32 scratch that a matrix needs for the stages.
     """
 
@@ -67,7 +67,7 @@ class Work(NamedTuple):
     device: torch.device
     chunks: list[Chunk]
     stages: tuple[Stage, ...] = ()
-    group_index: int = 0
+    window: Window = Window()
     stage_floats: int = 0
 
 
@@ -90,7 +90,7 @@ class Prepared(NamedTuple):
 class Scalars(NamedTuple):
     """Numbers that may change from step to step; see `Muon`. A negative grad_scale ascends.
 
-    `seed` is None without stochastic rounding; the matrices of a group take those from it on, as `Work` numbers them.
+    `seed` is that of the step's random bits, None without stochastic rounding.
     """
 
     lr: float | Tensor
@@ -121,16 +121,17 @@ class Scalars(NamedTuple):
         """Return the arguments of `Backend.apply_update` in this step."""
         return ApplyUpdate(param, x, as_scalar(self.lr), as_scalar(self.weight_decay), ratio)
 
-    def apply_options(self, group_index: int, chunk_index: int) -> ApplyOptions:
-        """Return the options of `Backend.apply_update` for a chunk.
+    def apply_options(self, numbers: Sequence[int], window: Window) -> ApplyOptions:
+        """Return the options of `Backend.apply_update` in this step.
 
         Args:
-            group_index: index of the bucket's first matrix in the group.
-            chunk_index: index of the chunk's first matrix in the bucket.
+            numbers: of the matrices, see numbers.py; needed with stochastic rounding alone, as is the other.
+            window: where they are in whole ones.
         """
         if self.seed is None:
             return ApplyOptions(self.cautious)
-        return ApplyOptions(self.cautious, True, self.seed + group_index, chunk_index)
+        assert numbers, "nobody has numbered the matrices"
+        return ApplyOptions(self.cautious, True, self.seed, numbers, window)
 
 
 class Task(Protocol):

@@ -298,13 +298,13 @@ def mixed(z):
 
 
 @triton.jit
-def random_bits(seed, matrix, M, N, row, col):
-    """Sixteen for every element that depend on nothing else: the elements of a 2 x 2 block share 64, as in csrc."""
+def random_bits(seed, number, row, col, cols):
+    """Sixteen for every element of a whole matrix; csrc/muon_kernels.h says which, at ApplyOptions."""
     STEP: tl.constexpr = 0x9E3779B97F4A7C15
-    blocks = ((N + 1) // 2).to(tl.uint64)  # in two rows
-    state = mixed(seed.to(tl.uint64)) + matrix.to(tl.uint64) * ((M + 1) // 2).to(tl.uint64) * blocks * STEP
-    block = (row // 2).to(tl.uint64) * blocks + (col // 2 + 1).to(tl.uint64)
-    return (mixed(state + block * STEP) >> (32 * (row % 2) + 16 * (col % 2)).to(tl.uint64)) & 0xFFFF
+    blocks = ((cols + 1) // 2).to(tl.uint64)  # in two rows
+    row, col = row.to(tl.uint64), col.to(tl.uint64)
+    state = mixed((seed + number).to(tl.uint64)) + (row // 2 * blocks + col // 2 + 1) * STEP
+    return (mixed(state) >> (32 * (row % 2) + 16 * (col % 2))) & 0xFFFF
 
 
 @triton.jit
@@ -336,11 +336,25 @@ def updated(param, update, decay, step_size, CAUTIOUS: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["x", "M", "N", "x_batch_stride", "x_row_stride", "lr_at", "weight_decay_at", "seed", "first"]
+    do_not_specialize=[
+        "x",
+        "M",
+        "N",
+        "x_batch_stride",
+        "x_row_stride",
+        "lr_at",
+        "weight_decay_at",
+        "seed",
+        "top",
+        "left",
+        "cols",
+        "turned",
+    ]
 )
 def apply_kernel(
     refs, x, ratios, M, N, x_batch_stride: tl.int64, x_row_stride: tl.int64,
-    lr: tl.float64, weight_decay: tl.float64, lr_at, weight_decay_at, seed: tl.int64, first: tl.int64,
+    lr: tl.float64, weight_decay: tl.float64, lr_at, weight_decay_at,
+    seed: tl.int64, numbers, top: tl.int64, left: tl.int64, cols: tl.int64, turned: tl.int32,
     PARAM: tl.constexpr, CAUTIOUS: tl.constexpr, STOCHASTIC: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A tile of a parameter."""
@@ -366,7 +380,8 @@ def apply_kernel(
     if STOCHASTIC:
         row = tl.where(tall, along[None, :], line[:, None])
         col = tl.where(tall, line[:, None], along[None, :])
-        tl.store(at_param, rounded_by(value, random_bits(seed, first + matrix, M, N, row, col)), inside)
+        row, col = tl.where(turned != 0, col, row) + top, tl.where(turned != 0, row, col) + left
+        tl.store(at_param, rounded_by(value, random_bits(seed, tl.load(numbers + matrix), row, col, cols)), inside)
     else:
         tl.store(at_param, value.to(PARAM), inside)
 
@@ -384,6 +399,12 @@ def ratios_on(device: torch.device, ratios: Sequence[float]) -> Tensor:
     return tables.on_device(ratios.tobytes(), torch.float64, device)
 
 
+def numbers_on(device: torch.device, numbers: Sequence[int]) -> Tensor:
+    """Return them as (batch,) int32 on the device."""
+    numbers = numbers if isinstance(numbers, array) else array("i", numbers)
+    return tables.on_device(numbers.tobytes(), torch.int32, device)
+
+
 def apply_update(args: ApplyUpdate, options: ApplyOptions = ApplyOptions()) -> None:
     """Implement `Backend.apply_update`, on the current device; x may also be f16. One launch.
 
@@ -398,14 +419,17 @@ def apply_update(args: ApplyUpdate, options: ApplyOptions = ApplyOptions()) -> N
         raise ValueError("stochastic_rounding should be of bfloat16 parameters but they are: torch.float16")
     lr, lr_at = on_device(args.lr, x.device)
     weight_decay, weight_decay_at = on_device(args.weight_decay, x.device)
+    stochastic, (top, left, cols, turned) = options.stochastic_rounding and dtype == torch.bfloat16, options.window
+    numbers = numbers_on(x.device, range(batch) if options.number is None else options.number) if stochastic else None
     p = tables.table(args.param, x.device)
     launch(
         apply_kernel, batch * triton.cdiv(m, BLOCK) * triton.cdiv(n, BLOCK),
         p.refs, x, ratios_on(x.device, args.ratio), m, n, x.stride(0), x.stride(1),
-        lr, weight_decay, lr_at, weight_decay_at, (options.seed + 2**63) % 2**64 - 2**63, options.first,
+        lr, weight_decay, lr_at, weight_decay_at,
+        (options.seed + 2**63) % 2**64 - 2**63, numbers, top, left, n if cols is None else cols, int(turned),
         PARAM=TYPES[dtype],
         CAUTIOUS=options.cautious,
-        STOCHASTIC=options.stochastic_rounding and dtype == torch.bfloat16,
+        STOCHASTIC=stochastic,
         WIDTH=tables.width(m, n, dtype.itemsize, x, p),
         BLOCK=BLOCK,
         **OPTIONS,

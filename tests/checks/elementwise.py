@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from checks.random_bits import random_bits, rounded_by, windows
 from checks.vast import far_apart
 from muon_kernels.verbs import ApplyOptions
 
@@ -441,7 +442,32 @@ def test_stochastic_rounding_depends_on_seed_and_place_alone(verbs: Implementati
     assert not any(map(torch.equal, bits, stochastic(verbs, params, 6, X)))
     same = stochastic(verbs, [params[0]] * 3, 5, X[:1].expand(3, -1, -1).contiguous())
     assert not torch.equal(same[0], same[1]), "two matrices share their random numbers"
-    assert all(map(torch.equal, bits[1:], stochastic(verbs, params[1:], 5, X[1:].clone(), first=1)))
+    assert all(map(torch.equal, bits[1:], stochastic(verbs, params[1:], 5, X[1:].clone(), number=[1, 2])))
+
+
+@pytest.mark.parametrize("shape", [(24, 72), (17, 33)], ids=str)
+def test_random_bits_are_those_of_whole_matrices(verbs: Implementation, shape: tuple[int, int]) -> None:
+    """To the bit, wherever a part is cut out and however it is walked, by vectors and not."""
+    seed, numbers = 2**64 - 3, [7, 1 << 24, 2, 3]  # a stack's two matrices have not a number and the next
+    X, _ = workspace(4, *shape, torch.bfloat16)
+    X.copy_(torch.randn(4, *shape))
+    kept = torch.randn(4, *shape).bfloat16()
+    value = (kept.double() - X.double()).float()
+    for window, whole, here in windows(*shape):
+        params = [kept[0].clone(), kept[1].T.contiguous().T, kept[2:].clone()]
+        verbs.apply_update(
+            params,
+            X,
+            lr=1.0,
+            weight_decay=0.0,
+            stochastic_rounding=True,
+            seed=seed,
+            number=numbers,
+            window=window,
+        )
+        for p, v, number in zip([*params[:2], *params[2]], value, numbers, strict=True):
+            bits = random_bits(seed, number, *whole)[here]
+            assert torch.equal(p, rounded_by(v, bits.mT if window.turned else bits)), window
 
 
 def test_stochastic_rounding_of_special_values(verbs: Implementation) -> None:

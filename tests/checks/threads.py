@@ -15,7 +15,7 @@ from torch import Tensor
 from muon_kernels.backends import native
 from muon_kernels.layout import Matrices, layout
 from muon_kernels.newton_schulz import Square
-from muon_kernels.verbs import ApplyUpdate, MomentumUpdate
+from muon_kernels.verbs import ApplyOptions, ApplyUpdate, MomentumUpdate
 
 VERBS = ["products", "momentum_update", "apply_update", "fused_step"]
 
@@ -32,7 +32,7 @@ class Operands:
         momentum = MomentumUpdate([_seen(G)], [_seen(B)], X, 0.9, True, True, 1.0, 1e-7, 1.0)
         self.momentum, grads = native.momentum_update(_C, momentum, scale)
         self.apply, params = native.apply_update(_C, ApplyUpdate([_seen(P)], X, 0.1, 0.1, [1.0]), X, 0.1, 0.1)
-        self.options: Any = _C.ApplyOptions(0, 0, False, False, 0, 0)
+        self.options: Any = native.apply_options(_C, ApplyOptions())[0]
         self._alive = G, B, P, scale, squares, grads, params
 
 

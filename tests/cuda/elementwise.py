@@ -13,6 +13,7 @@ from checks.elementwise import RULES, Implementation, MomentumOptions, Rates, wi
 from ptx.standin import Runtime
 from torch import Tensor
 
+from muon_kernels.backends import native
 from muon_kernels.verbs import ApplyOptions
 
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -95,7 +96,7 @@ class Verbs(Implementation):
         refs, factors = _refs(params), array("d", ratios)
         on_device = [v if isinstance(v, Tensor) else None for v in rates]
         numbers = [0.0 if isinstance(v, Tensor) else v for v in rates]
-        given = m.ApplyOptions(*(0 if t is None else t.data_ptr() for t in on_device), *options)
+        given, _numbers = native.apply_options(m, options, *map(native.pointer, on_device))
         stack = (X.data_ptr(), *X.shape, X.stride(0), X.stride(1))
         update = m.ApplyUpdate(
             _address(refs), self.dtype(params[0]) if params else m.DType.f32, stack, *numbers, _address(factors)

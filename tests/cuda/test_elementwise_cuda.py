@@ -16,6 +16,9 @@ from emulated import ROOT
 from ptx.standin import Runtime
 from torch import Tensor
 
+from muon_kernels.backends import native
+from muon_kernels.verbs import ApplyOptions
+
 
 @pytest.fixture(scope="module")
 def verbs(built: tuple[ModuleType, Runtime]) -> Verbs:
@@ -125,7 +128,7 @@ def test_refusals(verbs: Verbs) -> None:
     stack = (X.data_ptr(), *X.shape, 32, 8)
     update = m.ApplyUpdate(refs.data_ptr(), m.DType.f32, stack, 0.1, 0.0, ratios.data_ptr())
     with pytest.raises(RuntimeError, match=r"apply_update: .*719"):
-        m.cuda.apply_update(update, m.ApplyOptions(0, 0, False, False, 0, 0), m.DType.bf16, 0)
+        m.cuda.apply_update(update, native.apply_options(m, ApplyOptions())[0], m.DType.bf16, 0)
 
 
 # ---- what decides the speed -----------------------------------------------------------------------------------------

@@ -28,9 +28,10 @@ from checks.fused import (
 from ptx.profile import Profile
 from torch import Tensor
 
-from muon_kernels.backends import cuda
+from muon_kernels.backends import cuda, native
 from muon_kernels.backends.terms import terms_needed
 from muon_kernels.coefficients import resolve
+from muon_kernels.verbs import ApplyOptions
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc: kernels cannot be compiled")
 
@@ -68,7 +69,7 @@ class Compiled:
             params.data_ptr(), dtypes[step.params[0].dtype], stack, step.lr, step.weight_decay, ratio.data_ptr()
         )
         address = [0 if t is None else t.data_ptr() for t in (step.device_lr, step.device_weight_decay)]
-        chosen = module.ApplyOptions(*address, step.cautious, step.stochastic_rounding, 0, 0)
+        chosen, _ = native.apply_options(module, ApplyOptions(step.cautious, step.stochastic_rounding), *address)
         coefficients = [x for triple in step.schedule.triples for x in triple]
         terms = terms or terms_needed(step.schedule.triples, step.schedule.margin)
         partials = self.partials(len(step.grads) * min(max(parts, 0), 9) * module.cuda.fused_partial_bytes(rows) // 4)

@@ -303,6 +303,25 @@ def test_options_of_spectral_adam(ranks: World) -> None:
         assert same and "betas of group 0 is (0.9, 0.95) on rank 0, (0.9, 0.9) on rank 1" in said
 
 
+def numbered(rounding: bool) -> tuple[str, bool]:
+    """Rank 1 has a matrix of its own before one that both have."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    shared = torch.nn.Parameter(distribute_tensor(torch.ones(12, 16).bfloat16(), mesh, [Shard(0)], src_data_rank=None))
+    own = [torch.nn.Parameter(torch.ones(4, 4).bfloat16())] * dist.get_rank()
+    for p in (shared, *own):
+        p.grad = torch.ones_like(p)
+    return attempt([shared], Muon([*own, shared], stochastic_rounding=rounding))
+
+
+def test_numbers_of_matrices_that_differ(ranks: World) -> None:
+    """Random bits depend on them: copies would no longer be any."""
+    for said, same in ranks.run(2, numbered, True):
+        assert same and "the numbers of lot 0's matrices in their param groups of exchange 0 is" in said
+        assert "stochastic_rounding the same parameters before these in param_groups" in said
+    for said, same in ranks.run(2, numbered, False):
+        assert not said and not same
+
+
 def of_groups(what: str) -> tuple[str, bool]:
     """Rank 1 has another lr in the second group; parameters of the first may be its own."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))

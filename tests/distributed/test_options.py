@@ -23,6 +23,7 @@ SHAPES = [(128, 256), (256, 64), (96, 96), (96, 96), (33, 70), (3, 50), (1, 40),
 SHAPES += [(6, 64, 48), (1, 16, 12), (0, 8), (0, 4, 4)]
 WHOLE = [*SHAPES[:7], (6, 64, 48)]
 SPLIT = [(96, 64), (96, 96), (48, 32)]
+ROUNDING = {"stochastic_rounding": True, "weight_decay": 0.3}
 # Of which no cut divides a block of 2048 elements: of rows on two or four ranks.
 EIGHT = [(256, 128), (128, 256), (128, 128), (6, 64, 48)]
 
@@ -41,6 +42,12 @@ CASES: dict[str, tuple[type[Optimizer], list[tuple[int, ...]], dict[str, Any]]] 
     "rows": (Muon, WHOLE, {"second_moment": "neuron"}),
     "elements": (Muon, WHOLE, {"second_moment": "element", "sign_momentum": True}),
     "master weights": (Muon, SHAPES, {"master_weights": True, "weight_decay": 0.3, "max_workspace_bytes": 700_000}),
+    "random bits": (Muon, SHAPES, {**ROUNDING, "max_workspace_bytes": 700_000}),
+    "random bits of heads": (Muon, SPLIT, {**ROUNDING, "split": heads(12)}),
+    "random bits of columns": (Muon, SPLIT, {**ROUNDING, "split": equal(2, dim=1), "cautious": True}),
+    "random bits of queries": (Muon, SPLIT[:2], {**ROUNDING, "split": qkv(4, 2), "sign_momentum": True}),
+    "random bits of experts": (Muon, [(6, 40, 33), (3, 24, 97)], {**ROUNDING, "momentum_dtype": torch.bfloat16}),
+    "random bits of convolutions": (Muon, [(32, 3, 5, 5), (23, 15, 3)], {**ROUNDING, "flatten": True}),
     "rows of heads": (Muon, SPLIT, {"second_moment": "neuron", "split": heads(12)}),
     "rows of quarters": (Muon, SPLIT, {"second_moment": "neuron", "split": equal(4, dim=1)}),
     "elements of queries": (Muon, SPLIT[:2], {"second_moment": "element", "split": qkv(4, 2)}),
@@ -68,7 +75,7 @@ def random(shape: tuple[int, ...], seed: int) -> Tensor:
 def steps(case: str, place: Any, scale: float, **options: Any) -> tuple[list[Tensor], Optimizer]:
     """Three steps with the same gradients wherever the parameters are; a gradient is missing in the second."""
     kind, shapes, own = CASES[case]
-    dtype = torch.bfloat16 if own.get("master_weights") else torch.float32
+    dtype = torch.bfloat16 if {"master_weights", "stochastic_rounding"} & own.keys() else torch.float32
     params = [torch.nn.Parameter(place((random(shape, i) * 0.1).to(dtype))) for i, shape in enumerate(shapes)]
     optimizer = kind(params, **{"lr": 0.02, "backend": "cpu", **own, **options})  # type: ignore[call-arg]
     for step in range(3):

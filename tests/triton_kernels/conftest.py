@@ -45,6 +45,7 @@ BUILT = {
     "test_many_matrices_take_one_launch": (80,),
     "test_apply_update": BOTH,
     "test_stochastic_rounding_is_unbiased": (80,),
+    "test_random_bits_are_those_of_whole_matrices": (80,),
     "test_launches_and_compilations": (80,),
     "test_memory_traffic": BOTH,
     "test_step": BOTH,

@@ -12,11 +12,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
-from ...layout import PieceShape
+from ...layout import PieceShape, Window
 from ..placement import Placement
-from ..shards import pieces_held
+from ..shards import shards_of
+from ..slices import Rectangle
 
 
 def steps_shards(group: Mapping[str, Any]) -> bool:
@@ -25,14 +24,28 @@ def steps_shards(group: Mapping[str, Any]) -> bool:
 
 
 def shard_shapes(
-    shard: Tensor, placement: Placement, flatten: bool | None, split: str | None
-) -> tuple[list[PieceShape], int]:
-    """Return what this rank holds of every piece of a parameter, and the number of parts in pieces before the first."""
+    placement: Placement, flatten: bool | None, split: str | None
+) -> tuple[list[PieceShape], list[Window], int]:
+    """Return what this rank holds of a parameter.
+
+    Returns:
+        (pieces, windows, before): the pieces of which it holds elements, where in the whole matrices these are, and the
+        number of parts in pieces before the first.
+    """
     found: list[PieceShape] = []
+    windows: list[Window] = []
     before = 0
-    for piece, (batch, rows, cols) in pieces_held(shard, placement, flatten, split):
-        if rows * cols:
-            found.append((piece, (batch, rows, cols)))
+    for piece, (batch, *whole), rectangles, _ in shards_of(placement, flatten, split):
+        held = rectangles[placement.team.shard]
+        if held.elements:
+            found.append((piece, (batch, held.rows, held.cols)))
+            windows.append(_window(held, *whole))
         elif not found and piece is not None:
             before += piece.parts
-    return found, before
+    return found, windows, before
+
+
+def _window(held: Rectangle, rows: int, cols: int) -> Window:
+    """Return where in a whole matrix a shard is; both are transposed if taller than wide, each for itself."""
+    turned = (held.rows > held.cols) != (rows > cols)
+    return Window(held.left, held.top, rows, turned) if rows > cols else Window(held.top, held.left, cols, turned)

@@ -87,6 +87,7 @@ class OwnerRound:
         self.momenta = [momenta_of(kept, entries if there else ()) for entries in self.entries]
         self.params = [params_of(kept, entries if there else ()) for entries in self.entries]
         self.ratios = [array("d", [entry.ratio for entry in entries]) for entries in self.entries]
+        self.matrix_numbers = [array("i", [entry.number for entry in entries]) for entries in self.entries]
         self.share = max(map(len, self.entries))
         self.pending: Pending | None = None
 
@@ -203,12 +204,11 @@ class OwnerRound:
             gathered = buffers.owned[: team.replica_count * size]  # what was in it has gone
             gather(gathered, buffers.slices[:size], team, str(self.lot)).wait()
             shares = list(torch.split(gathered, size)) if size else [gathered] * team.replica_count
-        index = self.start * team.ranks
-        for params, entries, ratios, share in zip(self.params, self.entries, self.ratios, shares, strict=True):
+        for replica, share in enumerate(shares):
+            params, entries, ratios = self.params[replica], self.entries[replica], self.ratios[replica]
             X = Slices(0, len(entries), self.sent[0].shard).of(share, dtype)
             # Called also where this rank has no shard: others wait for its sums.
             own = normalized(self.lot, entries, X, scalars.beta2, ratios, buffers.numbers)
             for at, seen in in_memory(params, buffers.numbers) if params else ():
-                options = scalars.apply_options(self.lot.group_index, index + at.start)
+                options = scalars.apply_options(self.matrix_numbers[replica][at], self.lot.key.window)
                 ops.apply_update(scalars.apply_update(seen, X[at], own[at]), options)
-            index += len(ratios)

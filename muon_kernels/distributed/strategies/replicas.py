@@ -133,7 +133,6 @@ class ReplicaRound:
         self.pending = None
         for i, copies in enumerate(self.lots):
             work, dtype = copies.lot.work, copies.lot.work.bucket.workspace_dtype
-            index = copies.start * self.team.replica_count
             for rank, (params, entries) in enumerate(zip(copies.params, copies.shares, strict=True)):
                 if entries:
                     results = buffers.owned[rank * self.share : (rank + 1) * self.share]
@@ -143,12 +142,12 @@ class ReplicaRound:
                         ratios = array("d", map(mul, ratios, place.norms(results).tolist()))
                     else:
                         ratios = normalized(copies.lot, entries, X, scalars.beta2, ratios, buffers.numbers)
+                    numbers = array("i", [entry.number for entry in entries])
                     for at, seen in in_memory(params, buffers.numbers):
                         backends.get(work.bucket.backend).apply_update(
                             scalars.apply_update(seen, X[at], ratios[at]),
-                            scalars.apply_options(copies.lot.group_index, index + at.start),
+                            scalars.apply_options(numbers[at], copies.lot.key.window),
                         )
-                index += len(entries)
 
 
 def _directions(
