@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from checks import needs
-from ranks import World
+from ranks import World, world
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -88,11 +88,15 @@ def die_in_a_gather(hybrid: bool) -> None:
 
 
 @pytest.mark.parametrize(("hybrid", "size"), [(False, 3), (True, 4)])
-def test_a_rank_that_dies_in_a_gather(ranks: World, hybrid: bool, size: int) -> None:
-    """All that need its results say so; under hybrid sharding the ranks of its shard, and who waits for these."""
-    begun = time.monotonic()
-    found = ranks.outcomes(size, die_in_a_gather, hybrid, timeout=10)
-    assert time.monotonic() - begun < 60
+def test_a_rank_that_dies_in_a_gather(hybrid: bool, size: int) -> None:
+    """All that need its results say so; under hybrid sharding the ranks of its shard, and who waits for these.
+
+    Its own processes: those of other tests have taken part in other numbers of meshes where one has died.
+    """
+    with world(size) as ranks:
+        begun = time.monotonic()
+        found = ranks.outcomes(size, die_in_a_gather, hybrid, timeout=10)
+        assert time.monotonic() - begun < 60
     assert not found[1][0]
     for rank in [0, 2] if not hybrid else [3]:
         returned, text = found[rank]
@@ -131,9 +135,10 @@ def raises_once(hybrid: bool) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(("hybrid", "size"), [(False, 3), (True, 4)])
-def test_a_step_after_one_that_raised(ranks: World, hybrid: bool, size: int) -> None:
-    """Results of the first are not taken for the second's."""
-    first, *others = ranks.run(size, raises_once, hybrid)
+def test_a_step_after_one_that_raised(hybrid: bool, size: int) -> None:
+    """Results of the first are not taken for the second's; in processes of its own, as above."""
+    with world(size) as ranks:
+        first, *others = ranks.run(size, raises_once, hybrid)
     for i, p in enumerate(first):
         assert p.isfinite().all() and all(torch.equal(p, other[i]) for other in others)
 
