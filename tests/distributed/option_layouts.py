@@ -159,6 +159,9 @@ CUT = {
 }
 ROWS_CUT = {"columns": (2, 3, 4), "TP": (4,), "rows and columns": (4,), "FSDP2 and TP": (4,)}
 
+_OF = ("", " of heads", " of columns", " of queries", " of experts", " of convolutions")
+RANDOM = [f"random bits{of}" for of in _OF]
+
 # The numbers of ranks on which a case is that of one process to rounding only. On all others it has its bits.
 ROUNDED: dict[str, Mapping[str, Sequence[int]]] = {
     # Partial sums of squares, of a row that is cut, are in another order than those of one process.
@@ -176,6 +179,8 @@ ROUNDED: dict[str, Mapping[str, Sequence[int]]] = {
     "int8 momentum": {**ROWS_CUT, "uneven rows": (3,)},
     "int8 momentum of wide rows": ROWS_CUT,
     "int8 momentum of heads": {"uneven rows": (3,), "columns": (2, 3, 4), "rows and columns": (4,), "gram": (3,)},
+    # Parts by themselves, with which "blocks" is compared, have other random bits; test_random_bits.py has its own.
+    **{case: {"blocks": (2, 3, 4)} for case in RANDOM},
     # The mean of three equal gradients is not always the same number.
     "SGD": {"ZeRO-1": (3,)},
 }

@@ -202,7 +202,9 @@ def as_parts(case: str, params: Sequence[Tensor], optimizer: Optimizer, place: P
             part.grad = None if p.grad is None else here(p.grad).clone()
         optimizer.step()
         apart.step()
-    found = ["bits" if torch.equal(here(p), part) else "wrong: a part" for p, part in zip(params, parts, strict=True)]
+    # Parts by themselves have other random bits: of each step, some elements are rounded the other way.
+    most = (STEPS - 1) * 2.0**-8 if "stochastic_rounding" in own else 0.0
+    found = [nearness(here(p).float(), part.detach().float(), most) for p, part in zip(params, parts, strict=True)]
     for i, (p, part) in enumerate(zip(params, parts, strict=True)):
         for key, t in apart.state[part].items():
             if not torch.equal(t, here(optimizer.state[p][key])):
@@ -289,4 +291,4 @@ def test_every_option_has_a_case() -> None:
         assert case in CASES and layouts.keys() <= LAYOUTS.keys()
         assert all(set(sizes) <= set(LAYOUTS[name].sizes) for name, sizes in layouts.items())
     given = set().union(*(own for _, _, own in CASES.values()))
-    assert OPTIONS.keys() - given <= {"lr", "strategy", "block_period", "block_lr_ratio", "stochastic_rounding"}
+    assert OPTIONS.keys() - given <= {"lr", "strategy", "block_period", "block_lr_ratio"}
