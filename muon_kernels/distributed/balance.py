@@ -55,7 +55,8 @@ def deal(costs: Sequence[int], shards: int, replicas: int, among: Sequence[Seque
     """
     order = [replica * shards + shard for shard in range(shards) for replica in range(replicas)]
     places = {rank: place for place, rank in enumerate(order)}
-    candidates = [None if some is None else [places[rank] for rank in some] for some in among]
+    known = {id(some): [places[rank] for rank in some] for some in among if some is not None}  # mostly a few
+    candidates = [None if some is None else known[id(some)] for some in among]
     return [order[place] for place in assign_owners(costs, len(order), among=candidates)]
 
 

@@ -11,8 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .missing import missing
+from .missing import missing, take_back
 from .placement import Team
+
+# What no other rank can be the cause of.
+_OWN = (MemoryError, torch.OutOfMemoryError, TypeError, ValueError)
 
 
 class Failed(RuntimeError):
@@ -31,8 +34,11 @@ def doing(what: str, group: dist.ProcessGroup, since: float | None = None) -> It
     since = time.time() if since is None else since
     try:
         yield since
+    except _OWN as error:
+        raise Failed(f"{what}: {error}") from error
     except Exception as error:
         raise Failed(f"{what}: {error}{missing(group, since)}") from error
+    take_back()
 
 
 class Pending:

@@ -1,8 +1,8 @@
 """Names of the ranks that keep a collective from completing.
 
 What fails in a collective seldom says whose part is missing. So each rank on which one fails writes to the store of the
-process group when it came to it, and reads who else has: a rank that died or hangs has not, and one that was slow came
-last. A step that goes well writes nothing.
+process group when it came to it, and reads who else has: a rank that died or hangs has not, nor has one that still
+waits for such a rank; one that was slow came last. A step that goes well writes nothing.
 """
 
 from __future__ import annotations
@@ -10,13 +10,17 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from threading import Thread
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 # Seconds for which a rank whose collective has failed waits for word of the others, whose timeouts may end later.
 _PATIENCE = 5.0
+# The store that has this rank's word.
+_given: Any = None
 # Seconds after the first rank from which on it is said which rank came last.
 _LATE = 0.5
 
@@ -64,6 +68,15 @@ def _key(rank: int) -> str:
     return f"muon_kernels/failed/{rank}"
 
 
+def take_back() -> None:
+    """Take back this rank's word of a failure that the process has survived: it would be mistaken for the next."""
+    global _given
+    if _given is not None:
+        store, _given = _given, None
+        with suppress(Exception):
+            store.delete_key(_key(dist.get_rank()))
+
+
 def missing(group: dist.ProcessGroup, since: float) -> str:
     """Return which ranks keep a collective that has failed here from completing, as the end of a sentence.
 
@@ -73,17 +86,25 @@ def missing(group: dist.ProcessGroup, since: float) -> str:
         group: the ranks of the collective.
         since: when this rank came to it, in seconds since the epoch.
     """
-    everybody = dist.group.WORLD
-    if everybody is None or not hasattr(everybody, "get_group_store"):  # as in early versions of torch
+    try:
+        return _missing(group, since)
+    except Exception:  # the groups may be gone, and the error that is being told of matters more
         return ""
-    call = _Call(everybody.get_group_store(), dist.get_process_group_ranks(group), (group.group_name, since))
+
+
+def _missing(group: dist.ProcessGroup, since: float) -> str:
+    global _given
+    store = distributed_c10d._get_process_group_store(distributed_c10d._get_default_group())
+    call = _Call(store, dist.get_process_group_ranks(group), (group.group_name, since))
+    _given = store
     asking = Thread(target=call.run, daemon=True)  # which may wait for a store that hangs
     asking.start()
     asking.join(2 * _PATIENCE)
     if not call.answered:
         return "; which rank is missing is not known, as the store of the process group does not answer"
     if call.absent:
-        return f"; missing: {names(call.absent)}, not heard of within {_PATIENCE:g} s"
+        silent = f"not heard of within {_PATIENCE:g} s: dead, hanging, or waiting for one that is"
+        return f"; missing: {names(call.absent)}, {silent}"
     elsewhere = [rank for rank, (name, _) in call.words.items() if name != group.group_name]
     if elsewhere:
         return f"; missing: {names(elsewhere)}, where a collective with other ranks has failed"

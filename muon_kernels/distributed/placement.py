@@ -141,7 +141,8 @@ def batch_ranges(t: DTensor, flatten: bool | None) -> tuple[Range, ...]:
     mesh, shape, coordinate = t.device_mesh, tuple(t.shape), t.device_mesh.get_coordinate()
     assert coordinate is not None
     leading = range(0 if flattens(shape, flatten) else len(shape) - 2)
-    dims = [i for i, at in enumerate(t.placements) if not at.is_replicate() and dim_of(at, shape) in leading]
+    cut = [i for i, at in enumerate(t.placements) if mesh.size(i) != 1 and not at.is_replicate()]
+    dims = [i for i in cut if dim_of(t.placements[i], shape) in leading]
     return ranges_at(shape, tuple(mesh.shape), t.placements, dims, [coordinate[i] for i in dims])
 
 

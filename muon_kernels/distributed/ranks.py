@@ -116,7 +116,18 @@ class Ranks:
             return [*options(params), *((f"new flatten {i}", repr(group["flatten"])) for i, group in enumerate(here))]
 
         if changed:
-            self.agreement.reach(self.teams, look_again, with_changes)
+            meshes = {p.device_mesh for group in changed for p in group["params"] if is_dtensor(p)}
+            known = dict(self.placements), dict(self._flatten), self.teams
+            try:
+                concerned = {
+                    team: params
+                    for team, params in self.teams.items()
+                    if any(is_dtensor(p) and p.device_mesh in meshes for p in params)
+                }
+                self.agreement.reach(concerned, look_again, with_changes)
+            except Exception:  # a step is begun in the teams that all ranks have been in
+                self.placements, self._flatten, self.teams = known
+                raise
         found = self.agreement.reach(self.teams, prepare, options)
         assert found is not None
         return found

@@ -186,6 +186,7 @@ ROUNDED: dict[str, Mapping[str, Sequence[int]]] = {
 }
 # Cases of which no matrix is summed by "gram": parts that the cut leaves whole, or cuts along their shorter side; SGD.
 NOT_SUMMED = ("rows of heads", "heads", "thirds", "grouped queries", "convolutions", "SGD", "int8 momentum of heads")
+NOT_SUMMED += ("random bits of heads", "random bits of convolutions")
 
 BITS, ROUNDING = "bits", "rounding"
 # Why something is refused, in the words of the page, with those of the error.

@@ -216,6 +216,9 @@ def test_a_rank_that_is_missing_at_any_collective(ranks: World, layout: str, how
             assert "step 2 of Muon did not begin: asking all ranks" in text
 
 
+SILENT = ": dead, hanging, or waiting for one that is"
+
+
 class Hanging:
     """A store that takes a word and does not answer."""
 
@@ -230,11 +233,11 @@ def said_by(store: Any, words: dict[int, tuple[str, float]], monkeypatch: pytest
     """What is said on rank 0 of the ranks 0, 2, 5 and 7, of which others have given their words."""
     for rank, word in words.items():
         store.set(missing._key(rank), json.dumps(word))
-    everybody = SimpleNamespace(get_group_store=lambda: store)
-    fake = SimpleNamespace(
-        group=SimpleNamespace(WORLD=everybody), get_rank=lambda: 0, get_process_group_ranks=lambda group: [0, 2, 5, 7]
-    )
+    fake = SimpleNamespace(get_rank=lambda: 0, get_process_group_ranks=lambda group: [0, 2, 5, 7])
     monkeypatch.setattr(missing, "dist", fake)
+    of_all = SimpleNamespace(_get_default_group=lambda: None, _get_process_group_store=lambda group: store)
+    monkeypatch.setattr(missing, "distributed_c10d", of_all)
+    monkeypatch.setattr(missing, "_given", None)
     monkeypatch.setattr(missing, "_PATIENCE", 0.3)
     return missing.missing(SimpleNamespace(group_name="own"), 100.0)  # type: ignore[arg-type]
 
@@ -242,8 +245,8 @@ def said_by(store: Any, words: dict[int, tuple[str, float]], monkeypatch: pytest
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ({}, "; missing: ranks 2, 5 and 7, not heard of within 0.3 s"),
-        ({5: ("own", 100.0), 7: ("own", 100.0)}, "; missing: rank 2, not heard of within 0.3 s"),
+        ({}, "; missing: ranks 2, 5 and 7, not heard of within 0.3 s" + SILENT),
+        ({5: ("own", 100.0), 7: ("own", 100.0)}, "; missing: rank 2, not heard of within 0.3 s" + SILENT),
         ({2: ("own", 100.0), 5: ("own", 101.6), 7: ("own", 99.0)}, "; rank 5 came last, 2.6 s after the first"),
         ({2: ("own", 100.0), 5: ("own", 100.1), 7: ("own", 99.9)}, "; all ranks came to it, and it failed on all"),
         (
@@ -256,6 +259,24 @@ def test_what_is_said_of_ranks_that_are_missing(
     words: dict[int, tuple[str, float]], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert said_by(dist.HashStore(), words, monkeypatch) == said
+
+
+def test_a_failure_that_was_survived(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once a collective has completed, a rank's word of the last failure is not taken for one of the next."""
+    store = dist.HashStore()
+    said_by(store, {}, monkeypatch)
+    assert store.check([missing._key(0)])
+    with collectives.doing("summing", None):  # type: ignore[arg-type]
+        pass
+    assert not store.check([missing._key(0)])
+
+
+@pytest.mark.parametrize("error", [ValueError, torch.OutOfMemoryError])
+def test_an_error_of_ones_own(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is called, and nobody is said to be missing."""
+    monkeypatch.setattr(collectives, "missing", lambda group, since: "; missing: rank 1")
+    with pytest.raises(collectives.Failed, match=r"^summing: own$"), collectives.doing("summing", None):  # type: ignore[arg-type]
+        raise error("own")
 
 
 def test_a_store_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:

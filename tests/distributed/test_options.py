@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -183,6 +184,17 @@ def nearness(found: Tensor, expected: Tensor, most: float, way: Tensor | None = 
     return "rounding" if apart <= most else f"wrong: {apart:.3g} apart"
 
 
+def limit(case: str, after: Tensor, before: Tensor, most: float) -> float:
+    """What `nearness` may be at most where it would be `most` if nothing were rounded to bf16 at random.
+
+    Of elements that differ by d before that, d/ulp are rounded the other way, by an ulp of at most 2^-7 of an element:
+    the mean square of what comes of it is d·ulp.
+    """
+    if "stochastic_rounding" not in CASES[case][2]:
+        return most
+    return math.sqrt(most * 2.0**-7 * float(before.float().norm() / (after - before).float().norm()))
+
+
 def worst(*found: list[str]) -> list[str]:
     """Of each parameter what is said that is worst; in the order of the alphabet."""
     return list(map(max, zip(*found, strict=True)))
@@ -223,7 +235,7 @@ def stepped(case: str, run: str, scale: float) -> list[str]:
     # Divided by their own size, elements near zero may have another sign.
     most = LOOSE.get(run, CLOSE) * (2 if CASES[case][2].get("second_moment") == "element" else 1)
     pairs = zip(whole(params, optimizer), wanted, initial(case), strict=True)
-    found = [nearness(p, own, most, own - before) for p, own, before in pairs]
+    found = [nearness(p, own, limit(case, own, before, most), own - before) for p, own, before in pairs]
     if run == "blocks":
         return worst(found, as_parts(case, params, optimizer, place, scale))
     # A constant factor of a moment would not show in the update, whose norm is kept.
