@@ -31,7 +31,7 @@ import training
 import words
 import workers
 from configs import Config, Result, schedule
-from experiments import MUON, ONE, SCALES, TAKEN, TUNING, TWO, tune
+from experiments import BOTH, MUON, ONE, SCALES, TAKEN, TUNING, TWO, tune
 from intervals import OPEN, OPPOSITE, REPRODUCED, Claim, Estimate, fit, paired, t_quantile, verdict
 from probes import Accuracy, UpdateRms
 from results import Results
@@ -178,12 +178,22 @@ def test_variants_differ_in_what_they_say() -> None:
     plan = estimate.Plan()
     for size in experiments.scaling(plan, SCALES["laptop"]).values():
         of = {name: seeds[0]["config"] for name, seeds in size.items()}
-        one, two, taken, muon = (of[name] for name in (ONE, TWO, TAKEN, MUON))
+        one, two, taken, both, muon = (of[name] for name in (ONE, TWO, TAKEN, BOTH, MUON))
+        assert {**both, "optimizer": "adamw"} == two and two["rest_lr"] is not None
+        rest = muon["rest_lr"] or muon["lr"]
+        assert {**muon, "lr": two["lr"], "rest_lr": rest} == both and muon["lr"] != two["lr"], "by one rate alone"
         assert taken["lr"] == one["lr"] and taken["rest_lr"] is one["rest_lr"] is None
         assert (muon["rest_lr"] or muon["lr"]) == (two["rest_lr"] or two["lr"])
         assert muon["weight_decay"] == two["weight_decay"] == experiments.DECAY
         assert {x["optimizer"] for x in (one, two)} == {"adamw"} and {x["optimizer"] for x in (taken, muon)} == {"muon"}
         assert [result["config"]["seed"] for result in size[MUON]] == [0, 1, 2, 3]
+
+
+def test_the_over_trained_have_the_same_rate_of_the_rest() -> None:
+    of = {place: seeds[0]["config"] for place, seeds in experiments.decay(estimate.Plan(), SCALES["laptop"]).items()}
+    muon, adamw = of["Muon", "float32"], of["AdamW", "float32"]
+    assert (muon["rest_lr"] or muon["lr"]) == adamw["rest_lr"] != adamw["lr"] != muon["lr"]
+    assert {**of["Muon without decay", "bfloat16"], "weight_decay": 0.1, "dtype": "float32"} == muon
 
 
 def test_no_reported_seed_chooses_a_rate() -> None:
@@ -335,10 +345,10 @@ def test_a_kill_loses_nothing_that_was_done(tmp_path: Path) -> None:
 def test_a_law_is_found() -> None:
     found: Any = {}
     for n in (10, 50, 300):
-        result = {"active_parameters": n, "config": {"steps": 7 * n, "batch": 2, "context": 3}}
-        compute = 6.0 * n * 7 * n * 6
+        config = {"steps": 7 * n, "batch": 2, "context": 3, "width": n, "layers": 1, "experts": 0, "optimizer": "adamw"}
+        compute = 6.0 * (12 * n**2 + 4 * n + 256 * n) * 7 * n * 6
         found[n, 1] = {
-            name: [{**result, "loss": factor * compute**-0.06}] * 2
+            name: [{"config": config, "loss": factor * compute**-0.06}] * 2
             for name, factor in (("a", 3.5), ("b", 3.5 * 2**-0.06))
         }
     line = scaling.law(found, "a")
@@ -346,6 +356,25 @@ def test_a_law_is_found() -> None:
     assert line.slope.half == pytest.approx(0, abs=1e-9)
     assert scaling.savings(found, "b", "a") == pytest.approx([-1, -1]), "half of the compute"
     assert scaling.savings(found, "a", "a") == pytest.approx([0, 0])
+
+
+def test_compute_has_the_head_and_muon_s_iterations() -> None:
+    """Against the parameters of the model; a product of a x b by b x c is 2 a b c."""
+    config = replace(TINY, layers=2, steps=5)
+    of = training.model(config)
+    head = of.head.weight.numel()
+    layers = sum(p.numel() for p in of.layers.parameters())
+    plain = configs.compute(asdict(config))
+    assert plain == 6 * (layers + head) * 5 * 4 * 64
+    for experts in (0, 6):
+        muon = replace(config, optimizer="muon", experts=experts)
+        flop = 0
+        for name, p in training.model(muon).layers.named_parameters():
+            if p.ndim > 1:
+                m, n = sorted((p.shape[-2] // (3 if "qkv" in name else 1), p.shape[-1]))
+                count = p.numel() // (m * n)
+                flop += count * 5 * (2 * m * n * m + 2 * m * m * m + 2 * m * m * n)
+        assert configs.compute(asdict(muon)) == configs.compute(asdict(replace(muon, optimizer="adamw"))) + 5 * flop
 
 
 def test_rises_are_symmetric() -> None:
@@ -432,6 +461,23 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "work", made_up)
 
 
+def rendered(page: str) -> set[str]:
+    """Names of the sections of a report that have results."""
+    return set(re.findall(r"run\.py (\w+)`: \d+ trainings", page))
+
+
+def complete(kept: Results, scale: experiments.Scale) -> set[str]:
+    """Names of the experiments whose results are all there."""
+    found = set()
+    for name, experiment in experiments.EXPERIMENTS.items():
+        try:
+            experiment(kept, scale)
+        except LookupError:
+            continue
+        found.add(name)
+    return found
+
+
 def losses_of(page: str, name: str) -> str:
     return next(line for line in page.splitlines() if line.startswith(f"| {name} |"))
 
@@ -442,10 +488,13 @@ def test_the_whole(
     given = ["--size", "quick", "--out", str(tmp_path)]
     run.main(["clip", *given])
     page = (tmp_path / "REPORT.md").read_text()
+    assert "**1 of 8 sections complete.**" in page
+    assert rendered(page) == complete(Results(tmp_path / "results.jsonl"), SCALES["quick"]) == {"clip"}
     assert page.count("not complete yet.") == 7 and not (tmp_path / "figures" / "scaling.png").exists()
     run.main(given)
     page = (tmp_path / "REPORT.md").read_text()
-    assert "not complete" not in page and intervals.RULE in page
+    assert "not complete" not in page and "sections complete" not in page and intervals.RULE in page
+    assert rendered(page) == set(report.SECTIONS)
     figures = re.findall(r"\(figures/(\w+\.png)\)", page)
     assert len(figures) == len(set(figures)) == 10
     for name in figures:
@@ -474,6 +523,8 @@ def test_the_whole(
         text = "".join(f"a\n<!-- paper: {name} -->\nold\n<!-- end -->\nb\n" for name in blocks)
         new = words.written(of_page, text, kept, SCALES["quick"])
         assert "old" not in new and len(new) > len(text) and new.count("<!-- end -->") == len(blocks)
+        none = Results(tmp_path / "none.jsonl")
+        assert words.written(of_page, new, none, SCALES["quick"]) == new, "nothing replaces a sentence by nothing"
     capsys.readouterr()
 
 
@@ -517,6 +568,10 @@ def test_docs_say_what_the_results_say() -> None:
     for page in words.BLOCKS:
         text = (ROOT / page).read_text()
         assert words.written(page, text, kept, SCALES["laptop"]) == text, f"{page} is stale"
+        for name, sentence in words.BLOCKS[page].items():
+            block = words._place(name).search(text)
+            if block is not None and block[0]:
+                sentence(kept, SCALES["laptop"])  # or it has numbers that have no results
     with pytest.raises(ValueError, match="should have a block <!-- paper: accuracy -->"):
         words.written("docs/powers.md", "no block", kept, SCALES["laptop"])
 
@@ -526,7 +581,9 @@ def test_the_report_is_of_the_results(tmp_path: Path) -> None:
     if (arguments.HERE / "results.jsonl").exists():
         (tmp_path / "results.jsonl").write_bytes((arguments.HERE / "results.jsonl").read_bytes())
     report.write(tmp_path, SCALES["laptop"])
-    assert (tmp_path / "REPORT.md").read_text() == (arguments.HERE / "REPORT.md").read_text()
+    page = (arguments.HERE / "REPORT.md").read_text()
+    assert (tmp_path / "REPORT.md").read_text() == page
+    assert rendered(page) == complete(Results(tmp_path / "results.jsonl"), SCALES["laptop"])
 
 
 def test_an_estimate(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -563,6 +620,7 @@ def test_the_sizes_for_gpus_train(size: str, tmp_path: Path) -> None:
         ["--bytes", "9"],
         ["--bytes", "0", "--out", "x"],
         ["--seeds", "1"],
+        ["--seeds", "6"],
         ["--text", "nowhere", "--out", "x"],
         ["--workers", "0"],
         ["most"],

@@ -24,7 +24,8 @@ def show(found: Found, scale: Scale, figures: Path) -> Iterator[str]:
     head = config["width"] // heads(config["width"])
     yield (
         f"Muon for {config['steps']} steps without weight decay and without normalised queries and keys, at a learning "
-        "rate that suits it and at 4 and 16 times that; with `max_logits` in every forward pass and `qk_clip_` at tau "
+        "rate, one for all parameters, that suits it and at 4 and 16 times that; "
+        "with `max_logits` in every forward pass and `qk_clip_` at tau "
         f"= {TAU:g} after every step, or without. [3] has tau 100 for heads of 128; these are {head} wide. The largest "
         "logit is that of all heads, layers and steps, as the forward pass has it: before that step's clipping.\n\n"
     )

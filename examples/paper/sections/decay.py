@@ -12,7 +12,7 @@ from configs import tokens
 from experiments import DECAYS, DTYPES, Scale, Seeds
 from intervals import Claim, Estimate, estimate, paired, verdicts
 
-from .shared import BLUE, GREEN, ORANGE, Style, band, figure, losses, series, spread, table
+from .shared import BLUE, GREEN, ORANGE, Style, band, figure, losses, rates, series, spread, table
 
 STYLES: dict[str, Style] = {
     "AdamW": {"color": ORANGE, "marker": "s", "markersize": 4},
@@ -31,10 +31,9 @@ def show(found: Found, scale: Scale, figures: Path) -> Iterator[str]:
         f"A model of {of['active_parameters']} parameters in the layers, {of['config']['steps']} steps, "
         f"{tokens(of['config']) / of['active_parameters']:.0f} bytes a parameter: {scale.over} times what "
         "the sizes above have, as [1] trains 800 million parameters on 100 billion tokens, 6.25 times 20 each. "
-        "One rate for all parameters, tuned at this length in fp32: "
-        f"{of['config']['lr']:.3g} for Muon, with decay and without as in [1], and "
-        f"{found['AdamW', 'float32'][0]['config']['lr']:.3g} for AdamW. In bf16 all parameters are bf16, without fp32 "
-        "copies.\n\n"
+        "Rates of the matrices and of the rest, if that has another, tuned at this length in fp32: "
+        f"{rates(found['AdamW', 'float32'][0])} for AdamW, and {rates(of)} for Muon, with decay and without as in [1], "
+        "whose second one is AdamW's. In bf16 all parameters are bf16, without fp32 copies.\n\n"
     )
     yield _figure(found, figures) + _table(found)
     yield verdicts(_claims(found, scale))

@@ -24,7 +24,8 @@ def show(found: Entropy, scale: Scale, figures: Path) -> Iterator[str]:
     rates = ", ".join(f"{name} {seeds[0]['config']['lr']:.3g}" for name, seeds in found.variants.items())
     yield (
         f"A mixture with {config['experts']} routed experts a layer, of which a byte meets two, and a shared one, "
-        f"{config['width']} wide, {config['steps']} steps. Rates, tuned but for Muon without decay, which has Muon's: "
+        f"{config['width']} wide, {config['steps']} steps. Rates, one for all parameters, tuned but for Muon without "
+        "decay, which has Muon's: "
         f"{rates}. Experts are matrices of their own; fused projections are taken as the one matrix that they are "
         "stored as. Both optimizers start at the same weights.\n\n"
     )

@@ -57,13 +57,14 @@ def _probes(found: Rms) -> str:
 
 
 def _probe_sentence(found: Rms) -> str:
-    def ends(name: str, exact: bool) -> str:
-        every = [result["rms"] for shape in SHAPES for result in found.probes[name, exact, shape]]
+    def ends(name: str, exact: bool, unit: float = 1.0) -> str:
+        every = [result["rms"] / unit for shape in SHAPES for result in found.probes[name, exact, shape]]
         return f"{min(every):.3f} to {max(every):.3f}"
 
     return (
-        f"\nThe default set gives {ends('keller', False)}: it leaves singular values between 0.68 and 1.13. The exact "
-        f"sets give {ends('you6', False)} (you6), and exact_rms=True gives {ends('keller', True)} with keller.\n"
+        f"\nThe default set gives {ends('keller', False)}: it leaves singular values whose root mean square is "
+        f"{ends('keller', False, 0.2)}, not 1. The exact sets give {ends('you6', False)} (you6), and exact_rms=True "
+        f"gives {ends('keller', True)} with keller.\n"
     )
 
 

@@ -28,6 +28,12 @@ def number(x: float | None) -> str:
     return "diverged" if x is None or not math.isfinite(x) else f"{x:.3f}"
 
 
+def rates(result: Result) -> str:
+    """Name the learning rate of a training, or that of the matrices and that of the rest."""
+    lr, rest = result["config"]["lr"], result["config"]["rest_lr"]
+    return f"{lr:.3g}" if rest is None else f"{lr:.3g}, {rest:.3g}"
+
+
 def losses(seeds: Sequence[Result], text: str | None = None) -> list[float]:
     """Return the held-out losses of the seeds, of a text if it is named."""
     if text is None:
