@@ -35,7 +35,7 @@ from experiments import BOTH, MUON, ONE, SCALES, TAKEN, TUNING, TWO, tune
 from intervals import OPEN, OPPOSITE, REPRODUCED, Claim, Estimate, fit, paired, t_quantile, verdict
 from probes import Accuracy, UpdateRms
 from results import Results
-from sections import powers, rms, scaling, shared
+from sections import decay, powers, rms, scaling, shared
 
 ROOT = Path(__file__).parents[1]
 TINY = Config("adamw", 4e-3, 3, width=16, layers=1, batch=4, held_out=256)
@@ -59,7 +59,10 @@ def test_means_and_their_intervals() -> None:
     assert (found.mean, found.sd) == (2.0, 1.0) and found.half == pytest.approx(4.30265 / 3**0.5, rel=1e-5)
     assert found.low == 2.0 - found.half and found.high == 2.0 + found.half
     assert intervals.estimate([5.0]).half == math.inf
-    assert intervals.estimate([1.0, math.inf]).half == math.inf
+    lost = intervals.estimate([1.0, math.inf])
+    assert lost.half == math.inf and (lost.low, lost.high) == (1.0, math.inf) and lost.lost == "1 of 2 diverged"
+    unknown = paired([1.0, math.inf], [0.5, math.inf])
+    assert (unknown.low, unknown.high) == (-math.inf, math.inf)
     with pytest.raises(ValueError, match="numbers should be one at least"):
         intervals.estimate([])
 
@@ -105,6 +108,25 @@ def test_lines() -> None:
 def test_the_rule(mean: float, half: float, sign: int, judged: str) -> None:
     assert verdict(Estimate(mean, half), sign) == judged
     assert f"**{judged}**" in str(Claim("x is above y", Estimate(mean, half), sign))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "sign", "judged"),
+    [
+        ([math.inf] * 3, [2.0] * 3, 1, REPRODUCED),
+        ([math.inf, 2.5, 2.6], [2.0] * 3, 1, REPRODUCED),
+        ([math.inf, 2.5, 2.6], [2.0] * 3, -1, OPPOSITE),
+        ([math.inf, 1.5, 2.6], [2.0] * 3, 1, OPEN),
+        ([2.0] * 3, [math.inf, 2.5, 2.6], -1, REPRODUCED),
+        ([math.inf] * 3, [2.0] * 3, 0, OPPOSITE),
+        ([math.inf, 2.0, 2.0], [2.0] * 3, 0, OPEN),
+        ([math.inf, 2.5, 2.6], [math.inf, 2.0, 2.0], 1, OPEN),
+        ([math.inf, 2.5, 2.6], [2.0, math.inf, 2.0], 1, OPEN),
+    ],
+)
+def test_divergence_is_a_finding(first: list[float], second: list[float], sign: int, judged: str) -> None:
+    text = str(Claim("x is above y", paired(first, second), sign))
+    assert f"**{judged}**" in text and re.search(r"\d of 3 diverged", text) and "no interval" not in text
 
 
 def test_claims_say_sign_and_interval() -> None:
@@ -383,6 +405,40 @@ def test_rises_are_symmetric() -> None:
     assert powers._rise(of, 2.0) == [1, 3] and powers._rise(of, 4.0) == [2, 6]
 
 
+def test_spectra_are_of_steps_that_learn() -> None:
+    """Rows of steps at next to no rate change neither the verdict nor the table."""
+
+    def power(condition: float, late: float) -> experiments.Power:
+        steps = [(0, late), (20, 9.0), (60, condition), (96, late), (100, late)]  # the share is 0.1 after 81 of 100
+        rows = [
+            {"step": step, "name": "layers.0.out.weight", "tensor": "update", "condition": x, "svd_entropy": x / 1e9}
+            for step, x in steps
+        ]
+        seeds = [{"config": {"steps": 100}, "loss": 2.0, "spectra": rows} for _ in range(2)]
+        return experiments.Power({}, 1.0, {1.0: seeds})
+
+    assert schedule(100, 59) > powers.LEAST_SHARE > schedule(100, 95)
+    for suffix in ("", "_s", "_q"):
+        found = [
+            {family + other: power(100.0 if other == "" else 10.0, late if other == suffix else 1.0)
+             for family in ("msgd", "adam") for other in ("", "_s", "_q")}
+            for late in (1.0, 1e8)
+        ]  # fmt: skip
+        claims = [[(claim.difference, str(claim)) for claim in powers._spectra_claims(each)] for each in found]
+        assert claims[0] == claims[1] and all(REPRODUCED in text for _, text in claims[0])
+        assert powers._spectra_table(found[0]) == powers._spectra_table(found[1])
+
+
+def test_the_early_loss_of_what_diverged() -> None:
+    """Of 24 points the first quarter is 6, and the first of them is warm-up's."""
+    curve = [[round((n + 1) * 100 / 24), float(n)] for n in range(24)]
+    whole, late, early, never = (
+        {"config": {"steps": 100}, "curve": curve[:count], "loss": lost}
+        for count, lost in ((24, 1.0), (7, None), (4, None), (0, None))
+    )
+    assert decay._early([whole, late, early, never], 0.25) == [3.0, 3.0, math.inf, math.inf]
+
+
 def test_sizes_of_updates_are_in_units_of_the_rate() -> None:
     rows = [
         {"step": step, "name": f"layers.{name}.weight", "tensor": tensor, "rms": 0.5 * schedule(100, step - 1) * x}
@@ -546,6 +602,33 @@ def test_verdicts_follow_the_results(
     assert f"at the largest size Muon is ahead of AdamW, both tuned: {judged}" in page
     if muon:
         assert f"Muon's entropy is higher, mean of the groups: {judged}" in page
+
+
+def diverging(task: Any, which: Sequence[int], half_way: bool) -> Result:
+    """A made-up result; trainings with these seeds diverge, at once or half-way."""
+    result = made_up(task)
+    if isinstance(task, Config) and task.seed in which:
+        for name in ("curve", "sizes", "logits"):
+            result[name] = result[name][: len(result[name]) // 2 * half_way]
+        result["spectra"] = result["spectra"][: len(result["spectra"]) // 2]  # there are some of before the training
+        if half_way and result["sizes"]:
+            result["sizes"][-1][1:] = [None, None]
+        result |= {"loss": None, "losses": dict.fromkeys(result["losses"])}
+    return result
+
+
+@pytest.mark.parametrize("half_way", [False, True])
+@pytest.mark.parametrize("which", [(0,), (0, 1)])
+def test_what_diverges_is_reported(
+    in_this_process: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: tuple[int, ...], half_way: bool
+) -> None:
+    """Every section is written, with how many seeds diverged, and nothing that is no number."""
+    monkeypatch.setattr(run, "work", partial(diverging, which=which, half_way=half_way))
+    run.main(["--size", "quick", "--out", str(tmp_path)])
+    page = (tmp_path / "REPORT.md").read_text()
+    assert rendered(page) == set(report.SECTIONS)
+    assert f"**{OPEN}** ({len(which)} of 2 diverged)" in page
+    assert not re.search(r"\b(nan|inf)\b|\(no interval\)", page)
 
 
 def test_a_rate_without_a_best_leaves_the_rest(

@@ -11,7 +11,7 @@ from configs import heads
 from experiments import TAU, Scale, Seeds
 from intervals import Claim, estimate, paired, verdicts
 
-from .shared import BLUE, GREEN, ORANGE, band, figure, losses, series, spread, table
+from .shared import BLUE, GREEN, ORANGE, band, end, figure, losses, series, spread, table
 
 COLORS = (BLUE, GREEN, ORANGE)
 
@@ -42,7 +42,8 @@ def show(found: Found, scale: Scale, figures: Path) -> Iterator[str]:
 
 
 def _largest(seeds: Seeds) -> list[float]:
-    return [max(x for _, x in result["logits"]) for result in seeds]
+    """Return by seed the largest logit of all steps, infinite if the training diverged."""
+    return [max([end(of, "logits"), *(math.inf if x is None else x for _, x in of["logits"])]) for of in seeds]
 
 
 def _figure(found: Found, figures: Path) -> str:

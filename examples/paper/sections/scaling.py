@@ -129,9 +129,12 @@ def _fits(found: Found) -> str:
     rows = []
     for name in STYLES:
         line = law(found, name)
-        reach = savings(found, name, TWO)
-        share = [f"{2**x:.0%}" for x in (estimate(reach).mean, estimate(reach).low, estimate(reach).high)]
-        cells = [f"{math.exp(line.intercept):.2f}", interval(line.slope, ".4f"), f"{share[0]} [{share[1]}, {share[2]}]"]
+        cells = ["diverged"] * 3
+        reach = estimate(savings(found, name, TWO))
+        if math.isfinite(line.slope.mean):
+            cells[:2] = [f"{math.exp(line.intercept):.2f}", interval(line.slope, ".4f")]
+        if math.isfinite(reach.mean):
+            cells[2] = f"{2**reach.mean:.0%} [{2**reach.low:.0%}, {2**reach.high:.0%}]"
         rows.append([name, *cells])
     return (
         f"Loss = a·C^b by least squares of logarithms, through the means of {len(found)} sizes; the interval of b has "
