@@ -275,8 +275,8 @@ def test_a_line_that_was_cut_off_is_done_again(tmp_path: Path) -> None:
     "line",
     [
         '{"config": {"optimizer": "adamw", "lr": 0.1}, "loss": 2.0}',
-        '{"format": 1, "kind": "Config", "config": {}}',
-        '{"format": 2, "kind": "Config", "config": {"optimizer": "adamw"}}',
+        '{"format": 2, "kind": "Config", "config": {}}',
+        '{"format": 3, "kind": "Config", "config": {"optimizer": "adamw"}}',
         "[]",
         "hello",
     ],
@@ -286,11 +286,45 @@ def test_another_format_raises(tmp_path: Path, line: str) -> None:
     Results(path, AtOnce(), fake)([TINY])
     path.write_text(path.read_text() + line + "\n")
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"line 2 of .* should be a result of format 2 .*; move the file away"):
+    with pytest.raises(ValueError, match=r"line 2 of .* should be a result of format 3 .*; move the file away"):
         Results(path, AtOnce(), fake)
-    with pytest.raises(ValueError, match="should be a result of format 2"):
+    with pytest.raises(ValueError, match="should be a result of format 3"):
         report.write(tmp_path, SCALES["quick"])
     assert path.read_bytes() == before and not (tmp_path / "REPORT.md").exists()
+
+
+def test_results_of_another_text_are_not_mixed(tmp_path: Path) -> None:
+    """Neither a new one with what is kept, nor two that are kept."""
+    text, path = tmp_path / "text", tmp_path / "results.jsonl"
+    text.write_bytes(bytes(range(256)) * 40)
+    of = [replace(TINY, text=str(text), seed=n) for n in range(2)]
+    first = Results(path, AtOnce(), workers.work, say=lambda _: None)([of[0]])
+    assert first[0]["texts"] == workers.digests([str(text)])
+    before = path.read_bytes()
+    text.write_bytes(bytes(range(255, -1, -1)) * 40)
+    for cached in (training.text, training.digest):
+        cached.cache_clear()
+    message = r"text '.*' should be that of the other results .*; take that file, or the Python that \"machine\" names"
+    with pytest.raises(ValueError, match=message):
+        Results(path, AtOnce(), workers.work, say=lambda _: None)([of[1]])
+    with pytest.raises(ValueError, match=message):
+        Results(path).check_texts(workers.digests([str(text)]))
+    assert path.read_bytes() == before
+    line = {**json.loads(before), "texts": workers.digests([str(text)])}
+    path.write_bytes(before + json.dumps(line).encode() + b"\n")
+    with pytest.raises(ValueError, match=message):
+        report.write(tmp_path, SCALES["quick"])
+    assert not (tmp_path / "REPORT.md").exists()
+
+
+def test_another_python_begins_nothing(in_this_process: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = {"format": results.FORMAT, "kind": "Config", **made_up(TINY), "texts": {"both": "0123456789abcdef"}}
+    (tmp_path / "results.jsonl").write_text(json.dumps({**line, "spectra": []}) + "\n")
+    before = (tmp_path / "results.jsonl").read_bytes()
+    monkeypatch.setattr(run, "work", None)
+    with pytest.raises(ValueError, match="text 'both' should be that of the other results"):
+        run.main(["clip", "--size", "quick", "--out", str(tmp_path)])
+    assert (tmp_path / "results.jsonl").read_bytes() == before and not (tmp_path / "REPORT.md").exists()
 
 
 def test_the_longest_goes_first_and_an_error_stops_all(tmp_path: Path) -> None:
@@ -496,6 +530,7 @@ def made_up(task: Any, muon: float = -0.1) -> Result:
         "loss": loss,
         "losses": {text: loss for text in {task.text, task.start.text if task.start else task.text}},
         "loads": [[1 / task.experts] * task.experts] if task.experts else [],
+        "texts": {},
         "seconds": 1.0,
         "machine": "none",
         "spectra": spectra if task.record_every else [],
@@ -725,4 +760,4 @@ def test_a_gpu_that_is_not_there() -> None:
             run.device("cuda", "10m")
         assert run.device(None, "10m") == "cpu"
     assert run.device(None, "laptop") == "cpu"
-    assert results.FORMAT == 2
+    assert results.FORMAT == 3
