@@ -20,7 +20,8 @@ from torch.optim import AdamW, Optimizer
 
 import muon_kernels
 
-# The best of 1, 2, 4, ... 64e-3 by the mean of three seeds: Muon read 99.0 % of the digits rightly, AdamW 98.5 %.
+# The best of 1, 2, 4, ... 64e-3 by the mean of three seeds: Muon read 99.0 % of the digits rightly, AdamW 98.5 %. The
+# rates were chosen on those same digits.
 LR = {"Muon": 16e-3, "AdamW": 16e-3}
 
 

@@ -84,8 +84,7 @@ class Mixture(nn.Module):
 
 def train(args: argparse.Namespace) -> None:
     data = args.out.parent / "python-bytes"
-    if not data.exists():
-        standard_library(data)
+    standard_library(data)
     batches, held_out = read_folder(data, TINY, 128, args.seed)
     torch.manual_seed(args.seed)
     model = GPT(TINY, mlp=partial(Mixture, routing=Routing(args.experts, args.chosen, args.speed)))

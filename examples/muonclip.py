@@ -104,8 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches (default: 0)")
     args = parser.parse_args(argv)
     data = args.out.parent / "python-bytes"
-    if not data.exists():
-        standard_library(data)
+    standard_library(data)
     runs = {name: train(tau, args, data) for name, tau in {"without QK-Clip": None, "with QK-Clip": args.tau}.items()}
     draw(runs, args.tau, args.out / "logits.png")
     print(f"logs and picture of the logits: {args.out}")

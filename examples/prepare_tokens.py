@@ -10,6 +10,9 @@ each. train.bin and val.bin hold one uint16 a token and nothing else, as nanoGPT
 from __future__ import annotations
 
 import argparse
+import contextlib
+import secrets
+import shutil
 import sysconfig
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -60,19 +63,20 @@ def files_of(paths: Iterable[Path], suffixes: Sequence[str] = ()) -> list[Path]:
 
 
 def prepare(files: Sequence[Path], out: Path, encode: Encoder) -> dict[str, int]:
-    """Write train.bin and val.bin into a folder and return how many tokens each has.
+    """Write train.bin and val.bin into a new folder and return how many tokens each has.
+
+    The folder has its name only once both are complete, so that nobody reads half of them.
 
     Raises:
-        FileExistsError: the folder has one of them already.
+        FileExistsError: the folder is there already and holds something.
         ValueError: a file is no UTF-8 text, for an encoder that needs that; or there is no text. Nothing is left then.
     """
-    if existing := [str(path) for path in (out / "train.bin", out / "val.bin") if path.exists()]:
-        raise FileExistsError(f"{', '.join(existing)} should not be there yet; give another --out, or remove it")
-    out.mkdir(parents=True, exist_ok=True)
-    writing = {name: out / f"{name}.writing" for name in ("train", "val")}
-    counts = dict.fromkeys(writing, 0)
+    _check_new(out)
+    writing = out.absolute().with_name(f"{out.absolute().name}.writing-{secrets.token_hex(4)}")
+    writing.mkdir(parents=True)
+    counts = {"train": 0, "val": 0}
     try:
-        with writing["train"].open("wb") as train, writing["val"].open("wb") as val:
+        with (writing / "train.bin").open("wb") as train, (writing / "val.bin").open("wb") as val:
             for n, file in enumerate(files):
                 tokens = _encoded(file, encode)
                 cut = len(tokens) * 9 // 10 if len(files) < 10 else 0 if n % 10 == 9 else len(tokens)
@@ -83,12 +87,20 @@ def prepare(files: Sequence[Path], out: Path, encode: Encoder) -> dict[str, int]
             raise ValueError(
                 f"files should hold text to train on and to hold out but hold {sum(counts.values())} tokens"
             )
-        for name, path in writing.items():
-            path.rename(out / f"{name}.bin")
+        try:
+            writing.rename(out)  # replaces an empty folder
+        except OSError:
+            _check_new(out)  # another was faster
+            raise
     finally:
-        for path in writing.values():
-            path.unlink(missing_ok=True)
+        shutil.rmtree(writing, ignore_errors=True)
     return counts
+
+
+def _check_new(out: Path) -> None:
+    """Raise FileExistsError if a folder is there and holds something."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} should be a new folder, or an empty one, but is not; give another, or remove it")
 
 
 def _encoded(file: Path, encode: Encoder) -> np.ndarray:
@@ -102,8 +114,12 @@ def _encoded(file: Path, encode: Encoder) -> np.ndarray:
 
 
 def standard_library(out: Path) -> None:
-    """Make token files of bytes from the sources of Python's standard library, which every machine has."""
-    prepare(sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")), out, encode_bytes)
+    """Make token files of bytes from the sources of Python's standard library, which every machine has, if need be.
+
+    Several may begin at the same time: the first to end makes the folder.
+    """
+    with contextlib.suppress(FileExistsError):
+        prepare(sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")), out, encode_bytes)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -286,7 +286,10 @@ def test_gpt2_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
         ("texts --suffix .md --out out --tokenizer bytes", "should hold files that end in .md but hold none: texts"),
         ("texts/picture.png --out out --tokenizer utf8", "picture.png should be UTF-8 text but is not: invalid start"),
         ("empty --out out --tokenizer bytes", "hold text to train on and to hold out but hold 1 tokens"),
-        ("texts --out there --tokenizer bytes", "there/val.bin should not be there yet; give another --out"),
+        (
+            "texts --out there --tokenizer bytes",
+            "there should be a new folder, or an empty one, but is not; give another",
+        ),
     ],
 )
 def test_bad_texts(
@@ -302,7 +305,47 @@ def test_bad_texts(
     with pytest.raises(SystemExit):
         prepare_tokens.main(arguments.split())
     assert message in capsys.readouterr().err.replace("\n", " ")
-    assert not list(Path().glob("out/*")) and [path.name for path in Path("there").iterdir()] == ["val.bin"]
+    assert (
+        not list(Path().glob("out*"))
+        and not list(Path().glob("*writing*"))
+        and [path.name for path in Path("there").iterdir()] == ["val.bin"]
+    )
+
+
+def test_an_interruption_leaves_no_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the next training makes them whole."""
+
+    def interrupted(file: Path, encode: prepare_tokens.Encoder) -> np.ndarray:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_tokens, "_encoded", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_tokens.standard_library(Path("runs/bytes"))
+    assert list(Path("runs").iterdir()) == []
+    monkeypatch.setattr(prepare_tokens, "_encoded", lambda file, encode: np.arange(20, dtype=np.uint16))
+    prepare_tokens.standard_library(Path("runs/bytes"))
+    assert sorted(path.name for path in Path("runs/bytes").iterdir()) == ["train.bin", "val.bin"]
+
+
+def test_two_that_make_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is there first stays: a second process began before and ends after it."""
+    texts(12)
+    encoded = prepare_tokens._encoded
+    others = iter([True])
+
+    def overtaken(file: Path, encode: prepare_tokens.Encoder) -> np.ndarray:
+        if next(others, False):
+            prepare_tokens.prepare(sorted(Path("texts/deep").glob("*.txt")), Path("out"), lambda text: [7])
+        return encoded(file, encode)
+
+    monkeypatch.setattr(prepare_tokens, "_encoded", overtaken)
+    monkeypatch.setattr(prepare_tokens.sysconfig, "get_paths", lambda: {"stdlib": "texts/deep"})
+    for n in range(12):
+        Path(f"texts/deep/{n:02d}.py").write_bytes(b"x")
+    prepare_tokens.standard_library(Path("out"))
+    assert set(read("train")) == {7} and len(read("train")) == 11
+    assert not list(Path().glob("*writing*"))
 
 
 def test_without_tiktoken(monkeypatch: pytest.MonkeyPatch) -> None:

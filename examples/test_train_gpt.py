@@ -210,8 +210,8 @@ def on_ranks(more: str, folder: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.parametrize("name", ["muon", "msgd_q", "adam_s"])
 def test_two_ranks_train_what_one_does(parallel: str, name: str, data: Path, processes: World) -> None:
-    """To the rounding of sums; and from their checkpoint, and to it, any other number goes on."""
-    more = f"--optimizer {name}"
+    """To the rounding of sums, with two backward passes a rank and step, of which the last one sums gradients."""
+    more = f"--optimizer {name} --accumulate 4"
     alone = run(more)
     two, _ = processes.run(2, on_ranks, f"{more} --parallel {parallel} --out two", str(data.parent))
     assert near(two, alone, 2e-3)
@@ -325,6 +325,34 @@ def test_what_ranks_cannot_share(data: Path, processes: World) -> None:
     with pytest.raises(SystemExit):
         train_gpt.main(["--optimizer", "muon"])
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("norm", "norm of the gradients of step 3 should be finite but is inf; give a lower --lr"),
+        ("evaluate", "held-out loss of step 4 should be finite but is nan; give a lower --lr"),
+    ],
+)
+def test_what_is_lost_is_not_saved(kind: str, message: str, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint of the second step stays, and the training can go on from it."""
+    whole = run("--out whole")
+    backward, calls, held_out = train_gpt.backward, iter(range(1, 5)), iter([2.0, math.nan])
+
+    def spoilt(net: GPT, *args: Any) -> torch.Tensor:
+        loss = backward(net, *args)
+        if next(calls) == 3:
+            net.transformer.wte.weight.grad[0, 0] = math.inf
+        return loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            train_gpt, *{"norm": ("backward", spoilt), "evaluate": ("evaluate", lambda *_: next(held_out))}[kind]
+        )
+        with pytest.raises(FloatingPointError, match=message):
+            run()
+    assert [path.name for path in Path("out").glob("step-*")] == ["step-00000002"]
+    assert [row for row in run("--resume") if "loss" in row] == [row for row in whole if "loss" in row]
 
 
 def test_a_loss_that_is_lost_is_told(data: Path) -> None:

@@ -85,6 +85,12 @@ def backward(net: nn.Module, windows: Tensor, batch_size: int, autocast: torch.a
     return total
 
 
+def finite(number: float, what: str, step: int) -> None:
+    """Raise FloatingPointError unless a number of a step, the same on all ranks, is finite."""
+    if not math.isfinite(number):
+        raise FloatingPointError(f"{what} of step {step} should be finite but is {number}; give a lower --lr")
+
+
 def train(args: argparse.Namespace, here: ranks.Ranks) -> None:
     if args.accumulate % here.count or args.eval_batches % here.count:
         raise ValueError(
@@ -94,7 +100,7 @@ def train(args: argparse.Namespace, here: ranks.Ranks) -> None:
     sizes = {"block_size": args.block_size, "vocab_size": args.vocab_size}
     config = replace(TINY if args.tiny else GPT2_124M, **{key: size for key, size in sizes.items() if size})
     data = args.data or args.out.parent / "python-bytes"
-    if here.first and args.data is None and not data.exists():
+    if here.first and args.data is None:
         standard_library(data)
     here.wait()
     batches, held_out = read_folder(data, config, args.batch_size * args.eval_batches, args.seed, here)
@@ -125,15 +131,17 @@ def train(args: argparse.Namespace, here: ranks.Ranks) -> None:
                 group["lr"] = peak * factor
             windows = batches.draw(args.batch_size * args.accumulate, here.rank, here.count)
             loss = here.mean(backward(net, windows.to(here.device), args.batch_size, autocast))
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"loss of step {step + 1} should be finite but is {loss}; give a lower --lr")
+            finite(loss, "loss", step + 1)
             norm = ranks.whole(nn.utils.clip_grad_norm_(model.parameters(), args.clip)).item()
+            finite(norm, "norm of the gradients", step + 1)
             optimizer.step()
             optimizer.zero_grad()
             seconds = time.perf_counter() - began
             log.step(step + 1, loss=loss, grad_norm=norm, lr=args.lr * factor, seconds=seconds)
             if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
-                log.evaluation(step + 1, evaluate(net, held_out.split(args.batch_size), here, autocast))
+                val_loss = evaluate(net, held_out.split(args.batch_size), here, autocast)
+                finite(val_loss, "held-out loss", step + 1)  # or a lost model would replace the last good one
+                log.evaluation(step + 1, val_loss)
                 about |= {"step": step + 1, "position": batches.position}
                 checkpoints.save(args.out, model, optimizer, about, here)
     if here.first:

@@ -66,7 +66,7 @@ def train(args: argparse.Namespace, here: ranks.Ranks) -> dict[str, tuple[list[f
             f"--batch-size should be a multiple of the {here.count} ranks, which share it, but is: {args.batch_size}"
         )
     data = Path("runs/python-bytes")
-    if here.first and not data.exists():
+    if here.first:
         standard_library(data)
     here.wait()
     results = {}

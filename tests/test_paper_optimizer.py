@@ -195,15 +195,53 @@ def test_groups_keep_their_own_cuts() -> None:
     """And so do weights that lie turned, whose three times as many rows are no projection's."""
     a, b, c = (nn.Parameter(torch.randn(48, 16)) for _ in range(3))
     groups = [
-        {"params": [("a", a), ("b", b)], "split": {"a": "heads(12)"}},
-        {"params": [("c", c)], "transposed": True},
+        {"params": [("a.qkv", a), ("b.qkv", b)], "split": {"a.qkv": "heads(12)"}},
+        {"params": [("c.qkv", c)], "transposed": True},
     ]
     made = paper_optimizer("msgd_s", groups, 0.1).param_groups
     assert [(g["param_names"], g["split"]) for g in made] == [
-        (["a"], {"a": "heads(12)"}), (["b"], "equal(3)"), (["c"], None),
+        (["a.qkv"], {"a.qkv": "heads(12)"}), (["b.qkv"], "equal(3)"), (["c.qkv"], None),
     ]  # fmt: skip
     (alone,) = paper_optimizer("msgd_s", [a], 0.1, split="heads(4)").param_groups
     assert alone["split"] == "heads(4)"
+
+
+class ThreeToOne(nn.Module):
+    """Weights with three times as many rows as columns, of which only the projections are fused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv_embedding = nn.Embedding(3 * WIDTH, WIDTH)
+        self.attention = nn.MultiheadAttention(WIDTH, 2)
+        self.c_attn = nn.Linear(WIDTH, 3 * WIDTH)
+        self.query_key_value = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
+        self.qkv_block = nn.ModuleDict({"mlp": nn.ModuleDict({"gate_proj": nn.Linear(WIDTH, 3 * WIDTH)})})
+        self.up_proj = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
+
+
+def cut_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> set[str]:
+    """Names of the matrices that are cut in three."""
+    names = {p: name for name, p in model.named_parameters()}
+    cut = set()
+    for group in optimizer.param_groups:
+        split = group.get("split")
+        for p in group["params"]:
+            if (split.get(names[p]) if isinstance(split, dict) else split) == "equal(3)":
+                cut.add(names[p])
+    return cut
+
+
+@pytest.mark.parametrize("name", ["msgd_q", "adam_s"])
+def test_names_say_what_is_fused(name: str) -> None:
+    """An MLP's weights of that shape, such as Qwen3's 3072 x 1024, and embeddings stay whole."""
+    model = ThreeToOne()
+    fused = {"attention.in_proj_weight", "c_attn.weight", "query_key_value.weight"}
+    assert cut_of(paper_optimizer(name, model, 0.1), model) == fused
+    named = [(at, p) for at, p in model.named_parameters() if "embedding" not in at]
+    assert cut_of(paper_optimizer(name, named, 0.1), model) == fused
+    assert cut_of(paper_optimizer(name, param_groups(model), 0.1), model) == fused
+    alone = model.up_proj.weight
+    assert cut_of(paper_optimizer(name, [alone], 0.1), model) == {"up_proj.weight"}, "without a name its shape decides"
 
 
 def test_frozen_parameters_of_a_model_stay() -> None:

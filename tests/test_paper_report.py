@@ -31,11 +31,11 @@ import training
 import words
 import workers
 from configs import Config, Result, schedule
-from experiments import MUON, ONE, SCALES, TAKEN, TUNING, TWO, tune
+from experiments import BOTH, MUON, ONE, SCALES, TAKEN, TUNING, TWO, tune
 from intervals import OPEN, OPPOSITE, REPRODUCED, Claim, Estimate, fit, paired, t_quantile, verdict
 from probes import Accuracy, UpdateRms
 from results import Results
-from sections import powers, rms, scaling, shared
+from sections import decay, powers, rms, scaling, shared
 
 ROOT = Path(__file__).parents[1]
 TINY = Config("adamw", 4e-3, 3, width=16, layers=1, batch=4, held_out=256)
@@ -59,7 +59,10 @@ def test_means_and_their_intervals() -> None:
     assert (found.mean, found.sd) == (2.0, 1.0) and found.half == pytest.approx(4.30265 / 3**0.5, rel=1e-5)
     assert found.low == 2.0 - found.half and found.high == 2.0 + found.half
     assert intervals.estimate([5.0]).half == math.inf
-    assert intervals.estimate([1.0, math.inf]).half == math.inf
+    lost = intervals.estimate([1.0, math.inf])
+    assert lost.half == math.inf and (lost.low, lost.high) == (1.0, math.inf) and lost.lost == "1 of 2 diverged"
+    unknown = paired([1.0, math.inf], [0.5, math.inf])
+    assert (unknown.low, unknown.high) == (-math.inf, math.inf)
     with pytest.raises(ValueError, match="numbers should be one at least"):
         intervals.estimate([])
 
@@ -105,6 +108,25 @@ def test_lines() -> None:
 def test_the_rule(mean: float, half: float, sign: int, judged: str) -> None:
     assert verdict(Estimate(mean, half), sign) == judged
     assert f"**{judged}**" in str(Claim("x is above y", Estimate(mean, half), sign))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "sign", "judged"),
+    [
+        ([math.inf] * 3, [2.0] * 3, 1, REPRODUCED),
+        ([math.inf, 2.5, 2.6], [2.0] * 3, 1, REPRODUCED),
+        ([math.inf, 2.5, 2.6], [2.0] * 3, -1, OPPOSITE),
+        ([math.inf, 1.5, 2.6], [2.0] * 3, 1, OPEN),
+        ([2.0] * 3, [math.inf, 2.5, 2.6], -1, REPRODUCED),
+        ([math.inf] * 3, [2.0] * 3, 0, OPPOSITE),
+        ([math.inf, 2.0, 2.0], [2.0] * 3, 0, OPEN),
+        ([math.inf, 2.5, 2.6], [math.inf, 2.0, 2.0], 1, OPEN),
+        ([math.inf, 2.5, 2.6], [2.0, math.inf, 2.0], 1, OPEN),
+    ],
+)
+def test_divergence_is_a_finding(first: list[float], second: list[float], sign: int, judged: str) -> None:
+    text = str(Claim("x is above y", paired(first, second), sign))
+    assert f"**{judged}**" in text and re.search(r"\d of 3 diverged", text) and "no interval" not in text
 
 
 def test_claims_say_sign_and_interval() -> None:
@@ -178,12 +200,22 @@ def test_variants_differ_in_what_they_say() -> None:
     plan = estimate.Plan()
     for size in experiments.scaling(plan, SCALES["laptop"]).values():
         of = {name: seeds[0]["config"] for name, seeds in size.items()}
-        one, two, taken, muon = (of[name] for name in (ONE, TWO, TAKEN, MUON))
+        one, two, taken, both, muon = (of[name] for name in (ONE, TWO, TAKEN, BOTH, MUON))
+        assert {**both, "optimizer": "adamw"} == two and two["rest_lr"] is not None
+        rest = muon["rest_lr"] or muon["lr"]
+        assert {**muon, "lr": two["lr"], "rest_lr": rest} == both and muon["lr"] != two["lr"], "by one rate alone"
         assert taken["lr"] == one["lr"] and taken["rest_lr"] is one["rest_lr"] is None
         assert (muon["rest_lr"] or muon["lr"]) == (two["rest_lr"] or two["lr"])
         assert muon["weight_decay"] == two["weight_decay"] == experiments.DECAY
         assert {x["optimizer"] for x in (one, two)} == {"adamw"} and {x["optimizer"] for x in (taken, muon)} == {"muon"}
         assert [result["config"]["seed"] for result in size[MUON]] == [0, 1, 2, 3]
+
+
+def test_the_over_trained_have_the_same_rate_of_the_rest() -> None:
+    of = {place: seeds[0]["config"] for place, seeds in experiments.decay(estimate.Plan(), SCALES["laptop"]).items()}
+    muon, adamw = of["Muon", "float32"], of["AdamW", "float32"]
+    assert (muon["rest_lr"] or muon["lr"]) == adamw["rest_lr"] != adamw["lr"] != muon["lr"]
+    assert {**of["Muon without decay", "bfloat16"], "weight_decay": 0.1, "dtype": "float32"} == muon
 
 
 def test_no_reported_seed_chooses_a_rate() -> None:
@@ -243,8 +275,8 @@ def test_a_line_that_was_cut_off_is_done_again(tmp_path: Path) -> None:
     "line",
     [
         '{"config": {"optimizer": "adamw", "lr": 0.1}, "loss": 2.0}',
-        '{"format": 1, "kind": "Config", "config": {}}',
-        '{"format": 2, "kind": "Config", "config": {"optimizer": "adamw"}}',
+        '{"format": 2, "kind": "Config", "config": {}}',
+        '{"format": 3, "kind": "Config", "config": {"optimizer": "adamw"}}',
         "[]",
         "hello",
     ],
@@ -254,11 +286,45 @@ def test_another_format_raises(tmp_path: Path, line: str) -> None:
     Results(path, AtOnce(), fake)([TINY])
     path.write_text(path.read_text() + line + "\n")
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"line 2 of .* should be a result of format 2 .*; move the file away"):
+    with pytest.raises(ValueError, match=r"line 2 of .* should be a result of format 3 .*; move the file away"):
         Results(path, AtOnce(), fake)
-    with pytest.raises(ValueError, match="should be a result of format 2"):
+    with pytest.raises(ValueError, match="should be a result of format 3"):
         report.write(tmp_path, SCALES["quick"])
     assert path.read_bytes() == before and not (tmp_path / "REPORT.md").exists()
+
+
+def test_results_of_another_text_are_not_mixed(tmp_path: Path) -> None:
+    """Neither a new one with what is kept, nor two that are kept."""
+    text, path = tmp_path / "text", tmp_path / "results.jsonl"
+    text.write_bytes(bytes(range(256)) * 40)
+    of = [replace(TINY, text=str(text), seed=n) for n in range(2)]
+    first = Results(path, AtOnce(), workers.work, say=lambda _: None)([of[0]])
+    assert first[0]["texts"] == workers.digests([str(text)])
+    before = path.read_bytes()
+    text.write_bytes(bytes(range(255, -1, -1)) * 40)
+    for cached in (training.text, training.digest):
+        cached.cache_clear()
+    message = r"text '.*' should be that of the other results .*; take that file, or the Python that \"machine\" names"
+    with pytest.raises(ValueError, match=message):
+        Results(path, AtOnce(), workers.work, say=lambda _: None)([of[1]])
+    with pytest.raises(ValueError, match=message):
+        Results(path).check_texts(workers.digests([str(text)]))
+    assert path.read_bytes() == before
+    line = {**json.loads(before), "texts": workers.digests([str(text)])}
+    path.write_bytes(before + json.dumps(line).encode() + b"\n")
+    with pytest.raises(ValueError, match=message):
+        report.write(tmp_path, SCALES["quick"])
+    assert not (tmp_path / "REPORT.md").exists()
+
+
+def test_another_python_begins_nothing(in_this_process: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = {"format": results.FORMAT, "kind": "Config", **made_up(TINY), "texts": {"both": "0123456789abcdef"}}
+    (tmp_path / "results.jsonl").write_text(json.dumps({**line, "spectra": []}) + "\n")
+    before = (tmp_path / "results.jsonl").read_bytes()
+    monkeypatch.setattr(run, "work", None)
+    with pytest.raises(ValueError, match="text 'both' should be that of the other results"):
+        run.main(["clip", "--size", "quick", "--out", str(tmp_path)])
+    assert (tmp_path / "results.jsonl").read_bytes() == before and not (tmp_path / "REPORT.md").exists()
 
 
 def test_the_longest_goes_first_and_an_error_stops_all(tmp_path: Path) -> None:
@@ -335,10 +401,10 @@ def test_a_kill_loses_nothing_that_was_done(tmp_path: Path) -> None:
 def test_a_law_is_found() -> None:
     found: Any = {}
     for n in (10, 50, 300):
-        result = {"active_parameters": n, "config": {"steps": 7 * n, "batch": 2, "context": 3}}
-        compute = 6.0 * n * 7 * n * 6
+        config = {"steps": 7 * n, "batch": 2, "context": 3, "width": n, "layers": 1, "experts": 0, "optimizer": "adamw"}
+        compute = 6.0 * (12 * n**2 + 4 * n + 256 * n) * 7 * n * 6
         found[n, 1] = {
-            name: [{**result, "loss": factor * compute**-0.06}] * 2
+            name: [{"config": config, "loss": factor * compute**-0.06}] * 2
             for name, factor in (("a", 3.5), ("b", 3.5 * 2**-0.06))
         }
     line = scaling.law(found, "a")
@@ -348,10 +414,63 @@ def test_a_law_is_found() -> None:
     assert scaling.savings(found, "a", "a") == pytest.approx([0, 0])
 
 
+def test_compute_has_the_head_and_muon_s_iterations() -> None:
+    """Against the parameters of the model; a product of a x b by b x c is 2 a b c."""
+    config = replace(TINY, layers=2, steps=5)
+    of = training.model(config)
+    head = of.head.weight.numel()
+    layers = sum(p.numel() for p in of.layers.parameters())
+    plain = configs.compute(asdict(config))
+    assert plain == 6 * (layers + head) * 5 * 4 * 64
+    for experts in (0, 6):
+        muon = replace(config, optimizer="muon", experts=experts)
+        flop = 0
+        for name, p in training.model(muon).layers.named_parameters():
+            if p.ndim > 1:
+                m, n = sorted((p.shape[-2] // (3 if "qkv" in name else 1), p.shape[-1]))
+                count = p.numel() // (m * n)
+                flop += count * 5 * (2 * m * n * m + 2 * m * m * m + 2 * m * m * n)
+        assert configs.compute(asdict(muon)) == configs.compute(asdict(replace(muon, optimizer="adamw"))) + 5 * flop
+
+
 def test_rises_are_symmetric() -> None:
     window = {factor: [{"loss": 2 + abs(math.log2(factor)) * seed} for seed in (1, 3)] for factor in experiments.WINDOW}
     of = experiments.Power({}, 1.0, window)
     assert powers._rise(of, 2.0) == [1, 3] and powers._rise(of, 4.0) == [2, 6]
+
+
+def test_spectra_are_of_steps_that_learn() -> None:
+    """Rows of steps at next to no rate change neither the verdict nor the table."""
+
+    def power(condition: float, late: float) -> experiments.Power:
+        steps = [(0, late), (20, 9.0), (60, condition), (96, late), (100, late)]  # the share is 0.1 after 81 of 100
+        rows = [
+            {"step": step, "name": "layers.0.out.weight", "tensor": "update", "condition": x, "svd_entropy": x / 1e9}
+            for step, x in steps
+        ]
+        seeds = [{"config": {"steps": 100}, "loss": 2.0, "spectra": rows} for _ in range(2)]
+        return experiments.Power({}, 1.0, {1.0: seeds})
+
+    assert schedule(100, 59) > powers.LEAST_SHARE > schedule(100, 95)
+    for suffix in ("", "_s", "_q"):
+        found = [
+            {family + other: power(100.0 if other == "" else 10.0, late if other == suffix else 1.0)
+             for family in ("msgd", "adam") for other in ("", "_s", "_q")}
+            for late in (1.0, 1e8)
+        ]  # fmt: skip
+        claims = [[(claim.difference, str(claim)) for claim in powers._spectra_claims(each)] for each in found]
+        assert claims[0] == claims[1] and all(REPRODUCED in text for _, text in claims[0])
+        assert powers._spectra_table(found[0]) == powers._spectra_table(found[1])
+
+
+def test_the_early_loss_of_what_diverged() -> None:
+    """Of 24 points the first quarter is 6, and the first of them is warm-up's."""
+    curve = [[round((n + 1) * 100 / 24), float(n)] for n in range(24)]
+    whole, late, early, never = (
+        {"config": {"steps": 100}, "curve": curve[:count], "loss": lost}
+        for count, lost in ((24, 1.0), (7, None), (4, None), (0, None))
+    )
+    assert decay._early([whole, late, early, never], 0.25) == [3.0, 3.0, math.inf, math.inf]
 
 
 def test_sizes_of_updates_are_in_units_of_the_rate() -> None:
@@ -411,6 +530,7 @@ def made_up(task: Any, muon: float = -0.1) -> Result:
         "loss": loss,
         "losses": {text: loss for text in {task.text, task.start.text if task.start else task.text}},
         "loads": [[1 / task.experts] * task.experts] if task.experts else [],
+        "texts": {},
         "seconds": 1.0,
         "machine": "none",
         "spectra": spectra if task.record_every else [],
@@ -432,6 +552,23 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "work", made_up)
 
 
+def rendered(page: str) -> set[str]:
+    """Names of the sections of a report that have results."""
+    return set(re.findall(r"run\.py (\w+)`: \d+ trainings", page))
+
+
+def complete(kept: Results, scale: experiments.Scale) -> set[str]:
+    """Names of the experiments whose results are all there."""
+    found = set()
+    for name, experiment in experiments.EXPERIMENTS.items():
+        try:
+            experiment(kept, scale)
+        except LookupError:
+            continue
+        found.add(name)
+    return found
+
+
 def losses_of(page: str, name: str) -> str:
     return next(line for line in page.splitlines() if line.startswith(f"| {name} |"))
 
@@ -442,10 +579,13 @@ def test_the_whole(
     given = ["--size", "quick", "--out", str(tmp_path)]
     run.main(["clip", *given])
     page = (tmp_path / "REPORT.md").read_text()
+    assert "**1 of 8 sections complete.**" in page
+    assert rendered(page) == complete(Results(tmp_path / "results.jsonl"), SCALES["quick"]) == {"clip"}
     assert page.count("not complete yet.") == 7 and not (tmp_path / "figures" / "scaling.png").exists()
     run.main(given)
     page = (tmp_path / "REPORT.md").read_text()
-    assert "not complete" not in page and intervals.RULE in page
+    assert "not complete" not in page and "sections complete" not in page and intervals.RULE in page
+    assert rendered(page) == set(report.SECTIONS)
     figures = re.findall(r"\(figures/(\w+\.png)\)", page)
     assert len(figures) == len(set(figures)) == 10
     for name in figures:
@@ -474,6 +614,8 @@ def test_the_whole(
         text = "".join(f"a\n<!-- paper: {name} -->\nold\n<!-- end -->\nb\n" for name in blocks)
         new = words.written(of_page, text, kept, SCALES["quick"])
         assert "old" not in new and len(new) > len(text) and new.count("<!-- end -->") == len(blocks)
+        none = Results(tmp_path / "none.jsonl")
+        assert words.written(of_page, new, none, SCALES["quick"]) == new, "nothing replaces a sentence by nothing"
     capsys.readouterr()
 
 
@@ -497,6 +639,33 @@ def test_verdicts_follow_the_results(
         assert f"Muon's entropy is higher, mean of the groups: {judged}" in page
 
 
+def diverging(task: Any, which: Sequence[int], half_way: bool) -> Result:
+    """A made-up result; trainings with these seeds diverge, at once or half-way."""
+    result = made_up(task)
+    if isinstance(task, Config) and task.seed in which:
+        for name in ("curve", "sizes", "logits"):
+            result[name] = result[name][: len(result[name]) // 2 * half_way]
+        result["spectra"] = result["spectra"][: len(result["spectra"]) // 2]  # there are some of before the training
+        if half_way and result["sizes"]:
+            result["sizes"][-1][1:] = [None, None]
+        result |= {"loss": None, "losses": dict.fromkeys(result["losses"])}
+    return result
+
+
+@pytest.mark.parametrize("half_way", [False, True])
+@pytest.mark.parametrize("which", [(0,), (0, 1)])
+def test_what_diverges_is_reported(
+    in_this_process: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: tuple[int, ...], half_way: bool
+) -> None:
+    """Every section is written, with how many seeds diverged, and nothing that is no number."""
+    monkeypatch.setattr(run, "work", partial(diverging, which=which, half_way=half_way))
+    run.main(["--size", "quick", "--out", str(tmp_path)])
+    page = (tmp_path / "REPORT.md").read_text()
+    assert rendered(page) == set(report.SECTIONS)
+    assert f"**{OPEN}** ({len(which)} of 2 diverged)" in page
+    assert not re.search(r"\b(nan|inf)\b|\(no interval\)", page)
+
+
 def test_a_rate_without_a_best_leaves_the_rest(
     in_this_process: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -517,6 +686,10 @@ def test_docs_say_what_the_results_say() -> None:
     for page in words.BLOCKS:
         text = (ROOT / page).read_text()
         assert words.written(page, text, kept, SCALES["laptop"]) == text, f"{page} is stale"
+        for name, sentence in words.BLOCKS[page].items():
+            block = words._place(name).search(text)
+            if block is not None and block[0]:
+                sentence(kept, SCALES["laptop"])  # or it has numbers that have no results
     with pytest.raises(ValueError, match="should have a block <!-- paper: accuracy -->"):
         words.written("docs/powers.md", "no block", kept, SCALES["laptop"])
 
@@ -526,7 +699,9 @@ def test_the_report_is_of_the_results(tmp_path: Path) -> None:
     if (arguments.HERE / "results.jsonl").exists():
         (tmp_path / "results.jsonl").write_bytes((arguments.HERE / "results.jsonl").read_bytes())
     report.write(tmp_path, SCALES["laptop"])
-    assert (tmp_path / "REPORT.md").read_text() == (arguments.HERE / "REPORT.md").read_text()
+    page = (arguments.HERE / "REPORT.md").read_text()
+    assert (tmp_path / "REPORT.md").read_text() == page
+    assert rendered(page) == complete(Results(tmp_path / "results.jsonl"), SCALES["laptop"])
 
 
 def test_an_estimate(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -563,6 +738,7 @@ def test_the_sizes_for_gpus_train(size: str, tmp_path: Path) -> None:
         ["--bytes", "9"],
         ["--bytes", "0", "--out", "x"],
         ["--seeds", "1"],
+        ["--seeds", "6"],
         ["--text", "nowhere", "--out", "x"],
         ["--workers", "0"],
         ["most"],
@@ -584,4 +760,4 @@ def test_a_gpu_that_is_not_there() -> None:
             run.device("cuda", "10m")
         assert run.device(None, "10m") == "cpu"
     assert run.device(None, "laptop") == "cpu"
-    assert results.FORMAT == 2
+    assert results.FORMAT == 3

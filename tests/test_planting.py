@@ -41,10 +41,13 @@ def test_names_are_of_one_fault(plant: ModuleType) -> None:
         assert sorted(names) == sorted(set(names)), faults.name
 
 
+FOLDERS = ("tests/", "tools/", "examples/")
+
+
 def test_files_of_tests_are_there(plant: ModuleType) -> None:
     for faults in plant.read_lists(ROOT).values():
         for fault in faults.faults:
-            files = [word.split("::")[0] for word in faults.arguments(fault) if word.startswith(("tests/", "tools/"))]
+            files = [word.split("::")[0] for word in faults.arguments(fault) if word.startswith(FOLDERS)]
             assert files and all((ROOT / file).exists() for file in files), (faults.name, fault.name)
 
 

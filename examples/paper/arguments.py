@@ -35,6 +35,6 @@ def scale_and_folder(parser: argparse.ArgumentParser, args: argparse.Namespace) 
         if not Path(args.text).is_file():
             parser.error(f"--text should be the path of a file but is: {args.text}")
         scale = replace(scale, text=args.text)
-    if args.out is None and replace(scale, seeds=SCALES["laptop"].seeds) != SCALES["laptop"]:
-        parser.error("--size, --bytes and --text need --out, so that the report stays of the whole")
+    if args.out is None and scale != SCALES["laptop"]:
+        parser.error("--size, --bytes, --seeds and --text need --out, or they would replace the report of the whole")
     return scale, args.out or HERE

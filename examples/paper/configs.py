@@ -9,6 +9,8 @@ from typing import Any
 
 Result = dict[str, Any]
 
+BYTES = 256  # rows of the head
+
 # Fields of the rows of spectra.
 SPECTRA = ("step", "name", "index", "group", "tensor", "svd_entropy", "condition", "rms")
 
@@ -104,6 +106,30 @@ def active(width: int, layers: int, experts: int = 0) -> int:
 def tokens(config: Result) -> int:
     """Count the bytes that a training sees, from the config of its result."""
     return int(config["steps"] * config["batch"] * config["context"])
+
+
+def compute(config: Result) -> float:
+    """Count the FLOP of a training, from the config of its result: 6 for each byte and parameter of layers and head.
+
+    Muon's Newton-Schulz steps are in it. Products of queries and keys are not, as in scaling laws, and neither are
+    other optimizers' powers.
+    """
+    parameters = active(config["width"], config["layers"], config["experts"]) + BYTES * config["width"]
+    steps = config["steps"] * iterations(config) if config["optimizer"] == "muon" else 0.0
+    return 6.0 * parameters * tokens(config) + steps
+
+
+def iterations(config: Result) -> float:
+    """Count the FLOP of the Newton-Schulz steps in a step of Muon, five for each matrix, as full products."""
+    width, experts = config["width"], config["experts"]
+    shapes = [(width, width)] * 4  # queries, keys and values are cut
+    if experts:
+        shapes += [(width, 2 * width)] * 2 + [(width, width)] * (2 * experts)
+        shapes += [(min(width, experts), max(width, experts))]
+    else:
+        shapes += [(width, 4 * width)] * 2
+    # Of an m x n matrix, m <= n, a step multiplies m n m, m m m and m m n.
+    return float(config["layers"] * sum(5 * 2 * (2 * m * m * n + m**3) for m, n in shapes))
 
 
 def loss(result: Result) -> float:

@@ -8,7 +8,7 @@ from concurrent.futures import Executor
 from dataclasses import asdict, replace
 from typing import Any
 
-from configs import Config, Result, active, tokens
+from configs import Config, Result, compute
 from experiments import EXPERIMENTS, FIRST_LR, PAPER_LR, Scale
 from workers import Speed, work
 
@@ -53,9 +53,8 @@ def plan(scale: Scale) -> dict[str, list[Any]]:
 
 
 def flop(tasks: Sequence[Any]) -> float:
-    """Add up 6·N·bytes of the trainings among tasks."""
-    trainings = [task for task in tasks if isinstance(task, Config)]
-    return sum(6.0 * active(of.width, of.layers, of.experts) * tokens(asdict(of)) for of in trainings)
+    """Add up the compute of the trainings among tasks."""
+    return sum(compute(asdict(task)) for task in tasks if isinstance(task, Config))
 
 
 def _of_a_speed(task: Any) -> Config:

@@ -239,25 +239,34 @@ def muon(run: Run, scale: Scale, size: tuple[int, int], **others: Any) -> Tuned:
     return tune(run, scale.config("muon", FIRST_LR["muon"], size, weight_decay=DECAY, **others), "lr")
 
 
-ONE, TWO, TAKEN, MUON = "AdamW, one rate", "AdamW", "Muon, AdamW's rate", "Muon"
+def matched(run: Run, scale: Scale, size: tuple[int, int], **others: Any) -> tuple[Config, Config, Config]:
+    """Tune AdamW with one rate and with two, and Muon with a rate of its own beside AdamW's second one.
+
+    The last two differ in nothing but what steps the matrices, and by which rate.
+    """
+    one = adamw(run, scale, size, **others).config
+    two = tune(run, replace(one, rest_lr=one.lr), "lr", "rest_lr").config
+    rest = two.lr if two.rest_lr is None else two.rest_lr
+    return one, two, tune(run, replace(one, optimizer="muon", lr=FIRST_LR["muon"], rest_lr=rest), "lr").config
+
+
+ONE, TWO, MUON = "AdamW, one rate", "AdamW", "Muon"
+TAKEN, BOTH = "Muon, AdamW's one rate", "Muon, AdamW's two rates"
 
 
 def scaling(run: Run, scale: Scale) -> dict[tuple[int, int], dict[str, Seeds]]:
     """Train models of all sizes; return results by size and variant.
 
-    AdamW has one rate for all parameters, or two, of which the second is for embeddings, head and norms. Muon takes the
-    one rate over, as [1] does, or has a rate of its own beside AdamW's second one: there the two differ in nothing but
-    what steps the matrices.
+    AdamW has one rate for all parameters, or two, of which the second is for embeddings, head and norms. Muon takes
+    over the one rate, as [1] does, or both, or has a rate of its own beside AdamW's second one; see `matched`.
     """
     return together(lambda size: _variants(run, scale, size), scale.sizes)
 
 
 def _variants(run: Run, scale: Scale, size: tuple[int, int]) -> dict[str, Seeds]:
-    one = adamw(run, scale, size).config
-    two = tune(run, replace(one, rest_lr=one.lr), "lr", "rest_lr").config
-    rest = two.lr if two.rest_lr is None else two.rest_lr
-    own = tune(run, replace(one, optimizer="muon", lr=FIRST_LR["muon"], rest_lr=rest), "lr").config
-    variants = {ONE: one, TWO: two, TAKEN: replace(one, optimizer="muon"), MUON: own}
+    one, two, own = matched(run, scale, size)
+    taken, both = (replace(config, optimizer="muon") for config in (one, two))
+    variants = {ONE: one, TWO: two, TAKEN: taken, BOTH: both, MUON: own}
     if size == scale.size:
         variants = {name: recorded(config, "weight", "update") for name, config in variants.items()}
     return together(lambda name: seeds(run, scale, variants[name]), variants)
@@ -271,13 +280,13 @@ DTYPES = ("float32", "bfloat16")
 def decay(run: Run, scale: Scale) -> dict[tuple[str, str], Seeds]:
     """Train a small model on many times its share of text, where [1] found decay to pay; by variant and dtype.
 
-    Rates are tuned in fp32. Muon without decay has Muon's, as in [1].
+    Rates are tuned in fp32, two of each; see `matched`. Muon without decay has Muon's, as in [1].
     """
     steps = scale.config("adamw", 1.0, scale.decay).steps * scale.over
-    tuned = together(lambda of: of(run, scale, scale.decay, steps=steps).config, (adamw, muon))
+    _, two, own = matched(run, scale, scale.decay, steps=steps)
     configs = {}
     for name, (optimizer, amount) in DECAYS.items():
-        config = replace(tuned[adamw if optimizer == "adamw" else muon], weight_decay=amount)
+        config = replace(two if optimizer == "adamw" else own, weight_decay=amount)
         configs |= {(name, dtype): replace(config, dtype=dtype) for dtype in DTYPES}
     return together(lambda place: seeds(run, scale, configs[place]), configs)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -48,23 +48,36 @@ class Estimate:
         mean: of the numbers.
         half: half of the width of the interval; infinite for fewer than two numbers.
         sd: standard deviation of the numbers, NaN for fewer than two.
+        diverged: the numbers, if one of them is not finite, so that there is no interval; else none.
     """
 
     mean: float
     half: float
     sd: float = math.nan
+    diverged: tuple[float, ...] = ()
 
     @property
     def low(self) -> float:
-        return self.mean - self.half
+        """Lower end of the interval; where trainings diverged, the least of the numbers."""
+        return self._end(min, -math.inf) if self.diverged else self.mean - self.half
 
     @property
     def high(self) -> float:
-        return self.mean + self.half
+        """Upper end of the interval; where trainings diverged, the largest of the numbers."""
+        return self._end(max, math.inf) if self.diverged else self.mean + self.half
+
+    def _end(self, of: Callable[[Sequence[float]], float], unknown: float) -> float:
+        # Two that have diverged have no order: their difference is NaN.
+        return unknown if any(map(math.isnan, self.diverged)) else of(self.diverged)
+
+    @property
+    def lost(self) -> str:
+        """How many of the numbers are not finite, in words."""
+        return f"{sum(not math.isfinite(x) for x in self.diverged)} of {len(self.diverged)} diverged"
 
 
 def estimate(numbers: Sequence[float]) -> Estimate:
-    """Estimate the mean that numbers are around, by Student's t. A number that is infinite makes it infinite.
+    """Estimate the mean that numbers are around, by Student's t. One that is not finite leaves no interval.
 
     Raises:
         ValueError: there are no numbers.
@@ -72,8 +85,10 @@ def estimate(numbers: Sequence[float]) -> Estimate:
     if not numbers:
         raise ValueError("numbers should be one at least but are none")
     mean = sum(numbers) / len(numbers)
-    if len(numbers) < 2 or not math.isfinite(mean):
+    if len(numbers) < 2:
         return Estimate(mean, math.inf)
+    if not math.isfinite(mean):
+        return Estimate(mean, math.inf, diverged=tuple(numbers))
     sd = math.sqrt(sum((x - mean) ** 2 for x in numbers) / (len(numbers) - 1))
     return Estimate(mean, t_quantile(len(numbers) - 1) * sd / math.sqrt(len(numbers)), sd)
 
@@ -124,8 +139,11 @@ Each claim of a paper is put as a difference of which the paper says the sign. I
 95 % interval of the difference measured here has that sign, **{OPPOSITE}** where the whole interval has the
 other, and it **{OPEN}** where the interval has both. A claim that two are alike is
 {REPRODUCED} where the whole interval is within ±{ALIKE:g} nats, {OPPOSITE} where all of it is outside, and cannot be
-told otherwise. Intervals are Student's t of the differences seed by seed: the same seed is the same model and the same
-batches. One interval in twenty misses what it is for, and several claims stand on the same trainings."""
+told otherwise; a section that has other units says its margin. A training that diverged has an infinite loss. It leaves
+no interval, and then the differences of all seeds have to have the sign, or to be within the margin or outside; that of
+two that diverged has no sign. Intervals are Student's t of the differences seed by seed: the same seed is the same
+model and the same batches. One interval in twenty misses what it is for, and several claims stand on the same
+trainings."""
 
 
 def verdict(difference: Estimate, sign: int, alike: float = ALIKE) -> str:
@@ -136,8 +154,6 @@ def verdict(difference: Estimate, sign: int, alike: float = ALIKE) -> str:
         sign: 1 or -1, that the paper says, or 0 if it says that there is next to no difference.
         alike: largest difference that counts as none.
     """
-    if not math.isfinite(difference.half):
-        return OPEN
     if sign:
         low, high = sorted((sign * difference.low, sign * difference.high))
         return REPRODUCED if low > 0 else OPPOSITE if high < 0 else OPEN
@@ -166,9 +182,11 @@ class Claim:
     def __str__(self) -> str:
         """Say what the paper says, the verdict and the interval."""
         judged = verdict(self.difference, self.sign, self.alike)
+        sign = {REPRODUCED: "", OPPOSITE: ", the opposite sign" if self.sign else "", OPEN: ""}[judged]
+        if self.difference.diverged:
+            return f"{self.words}: **{judged}**{sign} ({self.difference.lost})"
         if not math.isfinite(self.difference.half):
             return f"{self.words}: **{judged}** (no interval)"
-        sign = {REPRODUCED: "", OPPOSITE: ", the opposite sign" if self.sign else "", OPEN: ""}[judged]
         low, high = self.difference.low, self.difference.high
         return (
             f"{self.words}: **{judged}**{sign} ({self.difference.mean:+.3g}{self.unit}, 95 % from {low:+.3g} to "

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from configs import Config, Result
 from torch import Tensor
-from training import Training
+from training import Training, digest
 
 import muon_kernels
 from muon_kernels import spectra
@@ -73,8 +73,9 @@ class Accuracy:
         """Train and compare.
 
         Returns:
-            config; `errors`, a list of name, error of ours, error of the authors', each relative in the Frobenius norm,
-            and `share_below`, the share of singular values below a thousandth of the largest.
+            config; `texts` as `training.train`; `errors`, a list of name, error of ours, error of the authors', each
+            relative in the Frobenius norm, and `share_below`, the share of singular values below a thousandth of the
+            largest.
         """
         going = Training(self.start, device)
         for step in going.steps():
@@ -94,7 +95,7 @@ class Accuracy:
                 sigma = torch.linalg.svdvals(G.double())
                 below = (sigma < 1e-3 * sigma[0]).double().mean().item()
                 errors.append([f"{name}{f' {number}' if parts > 1 else ''}", *relative, below])
-        return {"config": asdict(self), "errors": errors}
+        return {"config": asdict(self), "texts": {self.start.text: digest(self.start.text)}, "errors": errors}
 
     def __str__(self) -> str:
         """Name the measurement in a line."""

@@ -8,6 +8,7 @@ run.py calls it after the trainings. Alone it takes seconds, to see a change of 
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import arguments
 import estimate
 import words
-from configs import Result
+from configs import Result, active
 from experiments import EXPERIMENTS, SCALES, TUNING, Scale
 from intervals import OPEN, OPPOSITE, REPRODUCED, RULE
 from results import Results
@@ -56,6 +57,8 @@ two times a first guess, until neither half nor double of the best is better. Wh
 that no rate is better for the luck of the seed that chose it.
 """
 
+INCOMPLETE = "\n**{done} of {of} sections complete.** The rest waits for trainings.\n"
+
 LIMITS = """
 ## What runs of this size can show, and what not
 
@@ -74,7 +77,8 @@ contexts and small batches are noisy, which helps methods that average and norma
 
 ## What a GPU would add
 
-The same comparisons are ready for models from 0.8 to 85 million parameters in the layers, on a text that one brings:
+The same comparisons are ready for models of {least:.1f} to {most:.0f} million parameters in the layers, on a text that
+one brings:
 
 ```
 python examples/paper/run.py --size 10m --text corpus.txt --out /tmp/10m --estimate
@@ -85,21 +89,25 @@ python examples/paper/run.py --size 10m --text corpus.txt --out /tmp/10m
 | --- | --: | --: | --: | --: |
 {sizes}
 
-All of `--size 10m` is a day of one GPU: five sizes, where a law has two decades of compute to hold on, contexts of
-some words, batches with less noise. Of `--size 124m` a day is the smallest models, by `--bytes` for fewer bytes a
-parameter; it is for several GPUs.
+Compute is of layers, heads and Muon's iterations, without those of the powers; the number of trainings is a guess,
+since rates are searched. With `--size 10m` the law has {decades:.1f} decades of compute to hold on, contexts are of
+some words, and batches have less noise. `--bytes` makes trainings shorter: fewer bytes a parameter.
 """
 
 
-def _sizes() -> str:
-    rows = []
+def _gpu() -> dict[str, Any]:
+    """Return what the last section says of the sizes for GPUs."""
+    rows, every = [], []
     for name in ("10m", "124m"):
         scale = SCALES[name]
         tasks = list(dict.fromkeys(task for tasks in estimate.plan(scale).values() for task in tasks))
-        millions = ", ".join(f"{estimate.active(*size) / 1e6:.1f}" for size in scale.sizes)
+        millions = [active(*size) / 1e6 for size in scale.sizes]
+        every += millions
         total = estimate.flop(tasks)
-        rows.append(f"| {name} | {millions} | {len(tasks)} | {total / 1e18:.3g} | {total / 1e14 / 86400:.2g} |")
-    return "\n".join(rows)
+        cells = [", ".join(f"{n:.1f}" for n in millions), str(len(tasks)), f"{total / 1e18:.3g}"]
+        rows.append(f"| {' | '.join([name, *cells, f'{total / 1e14 / 86400:.2g}'])} |")
+    most, least = (estimate.flop([SCALES["10m"].config("adamw", 1.0, of(SCALES["10m"].sizes))]) for of in (max, min))
+    return {"sizes": "\n".join(rows), "least": min(every), "most": max(every), "decades": math.log10(most / least)}
 
 
 def write(out: Path, scale: Scale) -> None:
@@ -134,9 +142,10 @@ def write(out: Path, scale: Scale) -> None:
         page += [_cost(list(used.values())), text]
         counts[title] = [len(_claims(text, judged)) for judged in (REPRODUCED, OPPOSITE, OPEN)]
     widths = f"{min(scale.sizes)[0]} to {max(scale.sizes)[0]}"
-    page.append(LIMITS.format(widths=widths, tokens=scale.context * scale.batch, sizes=_sizes()))
+    page.append(LIMITS.format(widths=widths, tokens=scale.context * scale.batch, **_gpu()))
     introduction = INTRODUCTION.format(count=len(scale.seeds), rule=RULE, tuning=TUNING)
-    (out / "REPORT.md").write_text("".join([introduction, _summary(counts), *page]))
+    left = "" if len(counts) == len(SECTIONS) else INCOMPLETE.format(done=len(counts), of=len(SECTIONS))
+    (out / "REPORT.md").write_text("".join([introduction, left, _summary(counts), *page]))
     if out == arguments.HERE:
         words.write(results, scale)
 

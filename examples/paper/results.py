@@ -6,7 +6,7 @@ import heapq
 import json
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import asdict, fields
 from functools import partial
@@ -16,7 +16,7 @@ from typing import Any
 from configs import SPECTRA, Config, Result
 
 # Of a line. Raise it when a result gets other fields, or a config's field another meaning.
-FORMAT = 2
+FORMAT = 3
 
 
 def key(kind: str, config: Result) -> str:
@@ -37,7 +37,8 @@ class Results:
         say: called with a line of text for each task that is done.
 
     Raises:
-        ValueError: a line is of another format. Half of a last line, as an interruption leaves it, is cut off.
+        ValueError: a line is of another format, or two are of texts that have one name and are not the same. Half of a
+            last line, as an interruption leaves it, is cut off.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Results:
         self._lock = threading.RLock()  # again by the same thread, where the pool runs a task at once
         self._waiting: list[tuple[float, int, Any, Future[Result]]] = []
         self._done: dict[str, Future[Result]] = {}
+        self._texts: dict[str, str] = {}
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         if lines and not lines[-1].endswith(b"\n"):
             if pool is not None:
@@ -61,6 +63,7 @@ class Results:
             del lines[-1]
         for number, line in enumerate(lines, 1):
             result = self._read(line, number)
+            self.check_texts(result.get("texts", {}))
             self._done[key(result["kind"], result["config"])] = done = Future()
             done.set_result(_with_fields(result))
 
@@ -80,6 +83,16 @@ class Results:
                 f"has format: {found}; move the file away, or give another folder by --out"
             )
         return result  # type: ignore[no-any-return]
+
+    def check_texts(self, texts: Mapping[str, str]) -> None:
+        """Raise ValueError if a text, of this name and digest, is not that of the results so far."""
+        for name, digest in texts.items():
+            if (known := self._texts.setdefault(name, digest)) != digest:
+                raise ValueError(
+                    f"text {name!r} should be that of the other results in {self.path}, {known}, but is {digest}: its "
+                    "file has changed, or another Python, with another library, made them; take that file, or the "
+                    'Python that "machine" names there, or give another folder by --out'
+                )
 
     def has(self, task: Any) -> bool:
         """Return whether the result of a task is there."""
@@ -132,6 +145,7 @@ class Results:
             self._free += 1
             try:
                 result = {"format": FORMAT, "kind": type(task).__name__, **of.result()}
+                self.check_texts(result.get("texts", {}))
                 line = json.dumps(_without_fields(result), allow_nan=False)
                 with self.path.open("a") as file:
                     file.write(line + "\n")

@@ -24,7 +24,7 @@ import estimate
 import report
 from experiments import EXPERIMENTS, together
 from results import Results
-from workers import begin, work
+from workers import begin, digests, work
 
 
 def device(name: str | None, size: str) -> str:
@@ -66,6 +66,9 @@ def main(given: Sequence[str] | None = None) -> None:
         if args.estimate:
             print(estimate.report(scale, names, results.has, pool, args.workers))
             return
+
+        # Before the first training: another Python has another library, which is the text.
+        results.check_texts(pool.submit(digests, (scale.text, "code", "prose")).result())
 
         def interrupt(*_: object) -> None:
             results.stop()  # or the threads of `together` would go on

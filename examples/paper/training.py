@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import platform
@@ -50,6 +51,16 @@ def text(name: str) -> tuple[Tensor, Tensor]:
     size = path.stat().st_size
     whole = torch.from_file(name, shared=False, size=size, dtype=torch.uint8)  # maps it: it may exceed the memory
     return whole[: size - size // 10], whole[size - size // 10 :]
+
+
+@cache
+def digest(name: str) -> str:
+    """Return sixteen hexadecimal digits that tell a text, and what is held out of it, from all others."""
+    hashed = hashlib.sha256()
+    for part in text(name):
+        hashed.update(len(part).to_bytes(8, "little"))
+        hashed.update(part.numpy())
+    return hashed.hexdigest()[:16]
 
 
 def windows(of: Tensor, starts: Tensor, context: int) -> Tensor:
@@ -215,8 +226,9 @@ def train(config: Config, device: str = "cpu") -> Result:
     Returns:
         A dictionary that JSON can hold: config; active_parameters; bytes, seen, and passes over the text; curve, sizes
         and logits of `Training`, where what is not finite is None; loss, held out, by text where the training goes on
-        from another, which is also of the text that was left; seconds; machine; spectra, the SPECTRA of the rows of
-        `spectra.Recorder`; loads, shares of the experts' choices for the held-out text, by layer.
+        from another, which is also of the text that was left; texts, the `digest` of each; seconds; machine; spectra,
+        the SPECTRA of the rows of `spectra.Recorder`; loads, shares of the experts' choices for the held-out text, by
+        layer.
     """
     return trained(config, device)[1]
 
@@ -245,6 +257,7 @@ def trained(config: Config, device: str) -> tuple[demo.GPT, Result]:
         "loss": losses[config.text],
         "losses": losses,
         "loads": [_rounded(layer) for layer in shares],
+        "texts": {name: digest(name) for name in losses},
         "seconds": time.perf_counter() - began,
         "machine": machine(device),
         "spectra": [_row(row) for row in going.recorder.rows] if going.recorder else [],

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean, median
 
 from configs import Run
-from experiments import MUON, ONE, TAKEN, TWO, Scale, accuracy, entropy, rms, scaling
+from experiments import BOTH, MUON, ONE, TAKEN, TWO, Scale, accuracy, entropy, rms, scaling
 from intervals import paired
 from sections.entropy import higher
 from sections.rms import mean_size
@@ -37,14 +37,15 @@ def _accuracy(run: Run, scale: Scale) -> str:
 
 def _rates(run: Run, scale: Scale) -> str:
     of = scaling(run, scale)
-    taken, own, one, two = (mean_of_sizes(of, name) for name in (TAKEN, MUON, ONE, TWO))
+    taken, both, own, one, two = (mean_of_sizes(of, name) for name in (TAKEN, BOTH, MUON, ONE, TWO))
     adamw, muon = (fmean(mean_size(rms(run, scale).targets[target])) for target in (None, 0.2))
-    leads = [interval(paired(*pair), "+.3f") for pair in ((one, taken), (own, taken), (two, own))]
+    leads = [interval(paired(*pair), "+.3f") for pair in ((one, taken), (own, both), (two, own))]
     return (
         f"In small trainings AdamW's updates had RMS {adamw:.2f}·`lr` and Muon's {muon:.2f}·`lr`. AdamW's loss less "
-        f"that of Muon at AdamW's rate was {leads[0]} nats a byte; Muon's loss at a rate of its own less that at "
-        f"AdamW's {leads[1]}; and the loss of AdamW with a second rate for embeddings and head less that of Muon at "
-        f"its own rate {leads[2]} (means over {len(of)} sizes, 95 % intervals in brackets)."
+        f"that of Muon at AdamW's rate was {leads[0]} nats a byte, with one rate for all parameters. With a second one "
+        f"for embeddings and head, the same for both, Muon's loss at a rate of its own for matrices less that at "
+        f"AdamW's was {leads[1]}, and AdamW's less that of Muon at its own rate {leads[2]} (means over {len(of)} "
+        "sizes, 95 % intervals in brackets)."
     )
 
 
@@ -69,7 +70,7 @@ def _place(name: str) -> re.Pattern[str]:
 
 
 def written(page: str, text: str, run: Run, scale: Scale) -> str:
-    """Return the text of a page with its blocks as the results have it; a block is empty while they are not complete.
+    """Return the text of a page with its blocks as the results have it; one whose results are not complete stays.
 
     Raises:
         ValueError: the page lacks a block.
@@ -79,8 +80,8 @@ def written(page: str, text: str, run: Run, scale: Scale) -> str:
             raise ValueError(f"{page} should have a block <!-- paper: {name} --> ... <!-- end --> but has none")
         try:
             words = textwrap.fill(sentence(run, scale), WIDTH) + "\n"
-        except LookupError:
-            words = ""
+        except (LookupError, RuntimeError):  # as in `report.write`
+            continue
         text = _place(name).sub(lambda _, words=words: words, text)
     return text
 

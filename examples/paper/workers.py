@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from statistics import median
@@ -29,6 +30,13 @@ def work(task: Any) -> Result:
     """Run a task."""
     result: Result = task.run(_device)
     return result
+
+
+def digests(names: Sequence[str]) -> dict[str, str]:
+    """Return the digest of each text as it is here."""
+    from training import digest
+
+    return {name: digest(name) for name in names}
 
 
 @dataclass(frozen=True)

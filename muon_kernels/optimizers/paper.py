@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from ..rules import Rule
+from ..rules import Rule, class_of
 from ..split import equal, matching
 from .muon_adamw import OPTIONS, MuonAdamW
 from .param_groups import param_groups
@@ -28,6 +29,8 @@ PAPER: dict[str, tuple[type[Optimizer], float]] = {
 
 _MATRIX = Rule("matrix of the paper", "Muon", when=lambda place: place.param.ndim > 1)
 _FUSED = equal(3)
+# Names of fused queries, keys and values: timm's and MPT's, GPT-2's, torch's, GPT-NeoX's and Falcon's, Baichuan's.
+_QKV = re.compile(r"(?i)qkv|c_attn|in_proj|query_key_value|w_pack")
 _OF_MATRICES_ONLY = OPTIONS["Muon"] - OPTIONS["AdamW"]
 
 _Group = dict[str, Any]
@@ -60,8 +63,10 @@ def paper_optimizer(
         lr: learning rate of matrices.
         lr_vector: learning rate of vectors. The authors' configurations have 3e-4, and 6e-4 for "adam_q".
         split: "auto" cuts fused projections of queries, keys and values, as the authors' configurations do: matrices
-            with three times as many rows as columns, and of a model also what `param_groups(split="auto")` knows. Else
-            the option of `Muon`; None cuts nothing. A split or `transposed` in a group wins.
+            with three times as many rows as columns whose names say so, such as "qkv", "c_attn" and "in_proj"; those
+            without a name by their shape alone; and of a model also what `param_groups(split="auto")` knows, but no
+            nn.Embedding. Give names, or a model, where other matrices have that shape. Else the option of `Muon`; None
+            cuts nothing. A split or `transposed` in a group wins.
         options: other keywords of `SpectralMomentum` or `SpectralAdam`, for matrices; those of `SpectralAdam` which
             vectors have, such as `betas`, for both.
 
@@ -78,8 +83,9 @@ def paper_optimizer(
     kind, power = PAPER[name]
     matrices: list[_Group] = []
     vectors: list[_Group] = []
+    tables = _tables(params) if isinstance(params, nn.Module) else set()
     for group in _groups(params, split):
-        _divide(group, split == "auto", matrices, vectors)
+        _divide(group, split == "auto", tables, matrices, vectors)
     options = {"lr": lr, "power": power, "split": None if split == "auto" else split, **options}
     vectors = [{"lr": lr_vector, "weight_decay": 0.0, **group} for group in vectors]
     if kind is SpectralAdam:
@@ -108,7 +114,20 @@ def _groups(params: nn.Module | ParamsT, split: str | Mapping[str, str] | None) 
     return entries if entries and isinstance(entries[0], dict) else [{"params": entries}]
 
 
-def _divide(group: _Group, cut: bool, matrices: list[_Group], vectors: list[_Group]) -> None:
+def _tables(model: nn.Module) -> set[Tensor]:
+    """Return the weights of a model's embeddings."""
+    kinds = (nn.Embedding, nn.EmbeddingBag)
+    return {p for of in model.modules() if issubclass(class_of(of), kinds) for p in of.parameters(recurse=False)}
+
+
+def _is_fused(name: str, p: Tensor) -> bool:
+    """Whether a matrix is fused projections, by its shape and, where it has a name, by that as well."""
+    shaped = p.ndim == 2 and p.shape[0] == 3 * p.shape[1]
+    # An MLP may be three times as wide as the model, as Qwen3's 3072 x 1024 is.
+    return shaped and (not name or _QKV.search(".".join(name.split(".")[-2:])) is not None)
+
+
+def _divide(group: _Group, cut: bool, tables: set[Tensor], matrices: list[_Group], vectors: list[_Group]) -> None:
     """Append the parts of a group: its matrices, those of them that are fused projections to `cut`, and its vectors."""
     options = {key: value for key, value in group.items() if key not in ("params", "param_names", "use_muon")}
     given = group["params"]
@@ -123,7 +142,7 @@ def _divide(group: _Group, cut: bool, matrices: list[_Group], vectors: list[_Gro
         own = any(_applies(options.get(key), at) for key in ("split", "transposed"))
         if p.ndim < 2 or group.get("use_muon") is False:
             rest.append(entry)
-        elif cut and not own and p.ndim == 2 and p.shape[0] == 3 * p.shape[1]:
+        elif cut and not own and p not in tables and _is_fused(at, p):
             fused.append(entry)
         else:
             whole.append(entry)

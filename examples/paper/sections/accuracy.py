@@ -25,9 +25,9 @@ def show(found: Found, scale: Scale, figures: Path) -> Iterator[str]:
         f"Relative error in the Frobenius norm, beside the SVD in float64, of every matrix of a model {of['width']} "
         f"wide with {of['layers']} layers, {len(first['errors'])} with queries, keys and values apart, over "
         f"{len(next(iter(found.values())))} seeds. *Ours* is `spectral_power`, a sum of bf16 iterates; *theirs* is the "
-        "coupled fp32 iteration of the authors' code, which costs 6 to 12 times as much and adds 1e-6 to the Gram "
-        "matrix. The last column is the share of singular values below a thousandth of the largest, which ours does "
-        "not follow.\n\n"
+        "coupled fp32 iteration of the authors' code, which costs several times as much (docs/powers.md) and adds "
+        "1e-6 to the Gram matrix. The last column is the share of singular values below a thousandth of the largest, "
+        "which ours does not follow.\n\n"
     )
     rows = []
     for (name, power, step), seeds in found.items():

@@ -11,7 +11,7 @@ from configs import heads
 from experiments import TAU, Scale, Seeds
 from intervals import Claim, estimate, paired, verdicts
 
-from .shared import BLUE, GREEN, ORANGE, band, figure, losses, series, spread, table
+from .shared import BLUE, GREEN, ORANGE, band, end, figure, losses, series, spread, table
 
 COLORS = (BLUE, GREEN, ORANGE)
 
@@ -24,7 +24,8 @@ def show(found: Found, scale: Scale, figures: Path) -> Iterator[str]:
     head = config["width"] // heads(config["width"])
     yield (
         f"Muon for {config['steps']} steps without weight decay and without normalised queries and keys, at a learning "
-        "rate that suits it and at 4 and 16 times that; with `max_logits` in every forward pass and `qk_clip_` at tau "
+        "rate, one for all parameters, that suits it and at 4 and 16 times that; "
+        "with `max_logits` in every forward pass and `qk_clip_` at tau "
         f"= {TAU:g} after every step, or without. [3] has tau 100 for heads of 128; these are {head} wide. The largest "
         "logit is that of all heads, layers and steps, as the forward pass has it: before that step's clipping.\n\n"
     )
@@ -41,7 +42,8 @@ def show(found: Found, scale: Scale, figures: Path) -> Iterator[str]:
 
 
 def _largest(seeds: Seeds) -> list[float]:
-    return [max(x for _, x in result["logits"]) for result in seeds]
+    """Return by seed the largest logit of all steps, infinite if the training diverged."""
+    return [max([end(of, "logits"), *(math.inf if x is None else x for _, x in of["logits"])]) for of in seeds]
 
 
 def _figure(found: Found, figures: Path) -> str:

@@ -8,11 +8,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from configs import tokens
+from configs import loss, tokens
 from experiments import DECAYS, DTYPES, Scale, Seeds
 from intervals import Claim, Estimate, estimate, paired, verdicts
 
-from .shared import BLUE, GREEN, ORANGE, Style, band, figure, losses, series, spread, table
+from .shared import BLUE, GREEN, ORANGE, Style, band, end, figure, losses, rates, series, spread, table
 
 STYLES: dict[str, Style] = {
     "AdamW": {"color": ORANGE, "marker": "s", "markersize": 4},
@@ -31,10 +31,9 @@ def show(found: Found, scale: Scale, figures: Path) -> Iterator[str]:
         f"A model of {of['active_parameters']} parameters in the layers, {of['config']['steps']} steps, "
         f"{tokens(of['config']) / of['active_parameters']:.0f} bytes a parameter: {scale.over} times what "
         "the sizes above have, as [1] trains 800 million parameters on 100 billion tokens, 6.25 times 20 each. "
-        "One rate for all parameters, tuned at this length in fp32: "
-        f"{of['config']['lr']:.3g} for Muon, with decay and without as in [1], and "
-        f"{found['AdamW', 'float32'][0]['config']['lr']:.3g} for AdamW. In bf16 all parameters are bf16, without fp32 "
-        "copies.\n\n"
+        "Rates of the matrices and of the rest, if that has another, tuned at this length in fp32: "
+        f"{rates(found['AdamW', 'float32'][0])} for AdamW, and {rates(of)} for Muon, with decay and without as in [1], "
+        "whose second one is AdamW's. In bf16 all parameters are bf16, without fp32 copies.\n\n"
     )
     yield _figure(found, figures) + _table(found)
     yield verdicts(_claims(found, scale))
@@ -63,12 +62,12 @@ def _figure(found: Found, figures: Path) -> str:
 def _behind(seeds: Seeds, beside: Seeds) -> tuple[list[int], list[Estimate]]:
     """Return steps, and how far a training is behind another with the same batches, as far as both went."""
     curves = [zip(a["curve"], b["curve"], strict=False) for a, b in zip(seeds, beside, strict=True)]
-    rows = list(zip(*curves, strict=False))
+    rows = [row for row in zip(*curves, strict=False) if all(None not in (*a, *b) for a, b in row)]
     return [row[0][0][0] for row in rows], [estimate([a[1] - b[1] for a, b in row]) for row in rows]
 
 
 def _last(seeds: Seeds, column: int) -> list[float]:
-    return [result["sizes"][-1][column] for result in seeds]
+    return [end(result, "sizes", column) for result in seeds]
 
 
 def _table(found: Found) -> str:
@@ -82,9 +81,18 @@ def _table(found: Found) -> str:
 
 
 def _early(seeds: Seeds, share: float) -> list[float]:
-    """Return by seed the mean training loss of the first steps, without the first points, which are of warm-up."""
-    points = [result["curve"][1 : max(2, round(share * len(result["curve"])))] for result in seeds]
-    return [fmean(loss for _, loss in of) for of in points]
+    """Return by seed the mean training loss of the first steps, without the first point, which is of warm-up.
+
+    It is infinite if the training has not got that far.
+    """
+    found = []
+    for result in seeds:
+        until = share * result["config"]["steps"] + 0.5  # points are at whole steps
+        points = [x for n, (step, x) in enumerate(result["curve"]) if n == 1 or (n and step <= until)]
+        reached = result["curve"][-1][0] if result["curve"] else 0
+        lost = math.isinf(loss(result)) and reached < until - 1
+        found.append(math.inf if lost or not points or None in points else fmean(points))
+    return found
 
 
 def _log_ratio(first: Seeds, second: Seeds, column: int) -> Estimate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -24,7 +25,8 @@ def show(found: Entropy, scale: Scale, figures: Path) -> Iterator[str]:
     rates = ", ".join(f"{name} {seeds[0]['config']['lr']:.3g}" for name, seeds in found.variants.items())
     yield (
         f"A mixture with {config['experts']} routed experts a layer, of which a byte meets two, and a shared one, "
-        f"{config['width']} wide, {config['steps']} steps. Rates, tuned but for Muon without decay, which has Muon's: "
+        f"{config['width']} wide, {config['steps']} steps. Rates, one for all parameters, tuned but for Muon without "
+        "decay, which has Muon's: "
         f"{rates}. Experts are matrices of their own; fused projections are taken as the one matrix that they are "
         "stored as. Both optimizers start at the same weights.\n\n"
     )
@@ -38,10 +40,21 @@ def _groups(found: Entropy) -> list[str]:
     return list(dict.fromkeys(row["group"] for row in found.variants["Muon"][0]["spectra"]))
 
 
+def _means(result: Result, **wanted: Any) -> dict[int, float]:
+    """Return by step the mean entropy of matrices, of those that had any."""
+    rows = [row for row in result["spectra"] if row["svd_entropy"] is not None]
+    return mean_rows({"spectra": rows}, lambda row: float(row["svd_entropy"]), **wanted)
+
+
+def _end(result: Result, **wanted: Any) -> float:
+    """Return the mean entropy after the last recorded step, NaN if the training diverged."""
+    return math.nan if math.isinf(loss(result)) else list(_means(result, **wanted).values())[-1]
+
+
 def _by_step(seeds: Seeds, group: str) -> dict[int, list[float]]:
     by_step: dict[int, list[float]] = {}
     for result in seeds:
-        for step, value in mean_rows(result, lambda row: float(row["svd_entropy"]), group=group).items():
+        for step, value in _means(result, group=group).items():
             by_step.setdefault(step, []).append(value)
     return by_step
 
@@ -62,20 +75,25 @@ def _figure(found: Entropy, figures: Path) -> str:
 
 
 def _last(seeds: Seeds, group: str) -> list[float]:
-    return list(_by_step(seeds, group).values())[-1]
+    return [_end(result, group=group) for result in seeds]
 
 
 def higher(found: Entropy, group: str | None = None) -> list[list[bool]]:
-    """Return by seed whether Muon's entropy is higher than AdamW's, for each matrix after the last recorded step."""
+    """Return by seed whether Muon's entropy is higher than AdamW's, for each matrix after the last recorded step.
+
+    Of a seed with which one of them diverged it returns none.
+    """
 
     def final(result: Result) -> dict[tuple[str, int], float]:
         last = max(row["step"] for row in result["spectra"])
         rows = [row for row in result["spectra"] if row["step"] == last and group in (None, row["group"])]
         return {(row["name"], row["index"]): row["svd_entropy"] for row in rows}
 
-    pairs = zip(found.variants["Muon"], found.variants["AdamW"], strict=True)
-    both = [(final(muon), final(adamw)) for muon, adamw in pairs]
-    return [[muon[place] > adamw[place] for place in muon] for muon, adamw in both]
+    judged = []
+    for pair in zip(found.variants["Muon"], found.variants["AdamW"], strict=True):
+        muon, adamw = ({} if any(map(math.isinf, map(loss, pair))) else final(of) for of in pair)
+        judged.append([muon[place] > adamw[place] for place in muon])
+    return judged
 
 
 def _gap(found: Entropy, group: str) -> list[float]:
@@ -96,7 +114,7 @@ def _table(found: Entropy) -> str:
 
 def _claims(found: Entropy) -> list[Claim]:
     groups = _groups(found)
-    shares = [fmean(seed) - SHARE for seed in higher(found)]
+    shares = [fmean(seed) - SHARE if seed else math.nan for seed in higher(found)]
     gaps = {group: _gap(found, group) for group in groups}
     mean = [fmean(of_seed) for of_seed in zip(*gaps.values(), strict=True)]
     others = [fmean(of_seed) for of_seed in zip(*(gaps[g] for g in groups if g != ROUTER), strict=True)]
@@ -111,12 +129,9 @@ def _by_rate(found: Entropy) -> str:
     """Show the entropies of the search of AdamW's rate, a seed that is not among the others'."""
     rows = []
     for result in sorted(found.rates, key=lambda of: of["config"]["lr"]):
-        final = max((row["step"] for row in result["spectra"]), default=0)
-        own = [row["svd_entropy"] for row in result["spectra"] if row["step"] == final]
-        routers = [row["svd_entropy"] for row in result["spectra"] if row["step"] == final and row["group"] == ROUTER]
-        lr = f"{result['config']['lr']:.3g}"
-        rows.append([lr, number(loss(result)), f"{fmean(own):.3f}", f"{fmean(routers):.3f}"])
-    ours = [list(mean_rows(of, lambda row: float(row["svd_entropy"])).values())[-1] for of in found.variants["Muon"]]
+        ends = (number(_end(result)), number(_end(result, group=ROUTER)))
+        rows.append([f"{result['config']['lr']:.3g}", number(loss(result)), *ends])
+    ours = [_end(result) for result in found.variants["Muon"]]
     return table(["AdamW's lr", "held-out loss", "entropy, mean of all matrices", "of routers"], rows) + (
         f"\nOne seed, of the search of the rate. Muon's mean is {spread(ours)} over the seeds. "
         "No claim of a paper is judged by this table.\n"

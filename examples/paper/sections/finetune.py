@@ -35,8 +35,9 @@ def show(found: Found, scale: Scale, figures: Path) -> Iterator[str]:
         f"Pretrained for {config['start']['steps']} steps on the standard library's sources, fine-tuned for "
         f"{config['steps']} on the language reference's prose ({of['passes']:.1f} passes over the part that is not "
         f"held out), as table 6 of [1] matches and crosses optimizers. Losses are of {config['held_out'] / 1e3:.0f} kB "
-        "of held-out prose, and of as much held-out source code, which shows what is forgotten. Rates are tuned for "
-        f"the loss on prose; the gentle one is {SHARES['gentle']:g} of the best. Rows of another pretraining start "
+        "of held-out prose, and of as much held-out source code, which shows what is forgotten. Rates are "
+        "one for all parameters, tuned for the loss on prose; "
+        f"the gentle one is {SHARES['gentle']:g} of the best. Rows of another pretraining start "
         "from another model.\n\n"
     )
     yield _figure(found, figures) + _table(found)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from configs import loss, tokens
+from configs import Result, loss, schedule, tokens
 from experiments import WINDOW, Power, Scale
 from intervals import Claim, Estimate, estimate, paired, verdicts
 
@@ -80,7 +80,7 @@ def show(found: dict[str, Power], scale: Scale, figures: Path) -> Iterator[str]:
 
 def _losses(found: dict[str, Power], figures: Path) -> str:
     def draw(panels: Sequence[Any]) -> None:
-        means = []
+        means: list[float] = []
         for axes, family in zip(panels, FAMILIES, strict=True):
             rates: list[float] = []
             for suffix, power in POWERS.items():
@@ -92,8 +92,10 @@ def _losses(found: dict[str, Power], figures: Path) -> str:
                 rates += finite
             rates_axis(axes, rates, "learning rate of the matrices")
         # Losses that explode are cut off: they would flatten all others to a line.
-        panels[0].set(ylabel="held-out loss, nats per byte", ylim=(min(means) - 0.05, min(max(means), min(means) + 1)))
-        panels[1].set(ylim=panels[0].get_ylim())
+        panels[0].set(ylabel="held-out loss, nats per byte")
+        if means:
+            panels[0].set(ylim=(min(means) - 0.05, min(max(means), min(means) + 1)))
+            panels[1].set(ylim=panels[0].get_ylim())
 
     return figure(figures / "powers.png", list(FAMILIES.values()), draw)
 
@@ -156,7 +158,7 @@ def _rise_claims(found: dict[str, Power]) -> list[Claim]:
 
 
 def _curves(found: dict[str, Power], figures: Path) -> str:
-    least = min(y.mean for of in found.values() for y in series(of.window[1.0], "curve")[1])
+    least = min((y.mean for of in found.values() for y in series(of.window[1.0], "curve")[1]), default=0.0)
 
     def draw(panels: Sequence[Any]) -> None:
         for axes, of in zip(panels, found.values(), strict=True):
@@ -192,25 +194,32 @@ def _coarse(found: dict[str, Power], figures: Path) -> str:
     )
 
 
+LEAST_SHARE = 0.1  # of the largest learning rate
 QUANTITIES = {"condition": "condition number", "svd_entropy": "SVD entropy"}
 
 
-def _spectra(of: Power, quantity: str) -> dict[int, list[float]]:
-    """Return a quantity of the updates by step, one number a seed: the mean over matrices, of logarithms of conditions.
+def _spectra(result: Result, quantity: str) -> dict[int, float]:
+    """Return a quantity of the updates by step: the mean over matrices, of logarithms of conditions.
 
-    Fused projections, whose three parts are transformed alone, are left out.
+    Fused projections, whose three parts are transformed alone, are left out, and so are steps at next to no learning
+    rate: what the weights change by is their rounding there.
     """
 
     def read(row: dict[str, Any]) -> float:
         value = row[quantity]
         return math.log10(value) if quantity == "condition" else float(value)
 
-    by_step: dict[int, list[float]] = {}
-    for result in of.window[1.0]:
-        rows = [r for r in result["spectra"] if r["tensor"] == "update" and "qkv" not in r["name"] and r[quantity]]
-        for step, value in mean_rows({"spectra": rows}, read).items():
-            by_step.setdefault(step, []).append(value)
-    return by_step
+    steps = result["config"]["steps"]
+    # Step n has the schedule's share at n - 1, and step 0 is before the training.
+    rows = [row for row in result["spectra"] if row["step"] and schedule(steps, row["step"] - 1) > LEAST_SHARE]
+    rows = [row for row in rows if "qkv" not in row["name"] and row[quantity]]
+    return mean_rows({"spectra": rows}, read, tensor="update")
+
+
+def _last(of: Power, quantity: str) -> list[float]:
+    """Return by seed a quantity at the last step of `_spectra`, NaN if the training diverged."""
+    each = [(loss(result), list(_spectra(result, quantity).values())) for result in of.window[1.0]]
+    return [values[-1] if values and math.isfinite(lost) else math.nan for lost, values in each]
 
 
 def _spectra_figure(found: dict[str, Power], figures: Path) -> str:
@@ -218,7 +227,10 @@ def _spectra_figure(found: dict[str, Power], figures: Path) -> str:
         for n, quantity in enumerate(QUANTITIES):
             for axes, family in zip(panels[2 * n : 2 * n + 2], FAMILIES, strict=True):
                 for suffix, power in POWERS.items():
-                    by_step = _spectra(found[family + suffix], quantity)
+                    by_step: dict[int, list[float]] = {}
+                    for result in found[family + suffix].window[1.0]:
+                        for step, value in _spectra(result, quantity).items():
+                            by_step.setdefault(step, []).append(value)
                     label = f"{family + suffix}, p = {power}"
                     band(axes, list(by_step), [estimate(x) for x in by_step.values()], label, **STYLES[suffix])
                 log = "log10 of the " if quantity == "condition" else ""
@@ -231,18 +243,19 @@ def _spectra_figure(found: dict[str, Power], figures: Path) -> str:
 def _spectra_table(found: dict[str, Power]) -> str:
     rows = []
     for name, of in found.items():
-        last = {quantity: list(_spectra(of, quantity).values())[-1] for quantity in QUANTITIES}
-        rows.append([name, spread(last["condition"], ".2f"), spread(last["svd_entropy"])])
-    return "Updates of the last step that was recorded, mean over the matrices.\n\n" + table(
-        ["optimizer", "log10 of the condition number", "SVD entropy"], rows
-    )
+        rows.append([name, spread(_last(of, "condition"), ".2f"), spread(_last(of, "svd_entropy"))])
+    return (
+        f"Updates of the last recorded step whose learning rate was above {LEAST_SHARE:g} of the largest, as in the "
+        "figure, mean over the matrices: near its end a training changes weights by little more than their "
+        "rounding.\n\n"
+    ) + table(["optimizer", "log10 of the condition number", "SVD entropy"], rows)
 
 
 def _spectra_claims(found: dict[str, Power]) -> list[Claim]:
     claims = []
     for family in FAMILIES:
         for suffix in ("_s", "_q"):
-            last = [list(_spectra(found[name], "condition").values())[-1] for name in (family + suffix, family)]
+            last = [_last(found[name], "condition") for name in (family + suffix, family)]
             words = f"{family + suffix}'s updates are better conditioned than {family}'s"
             claims.append(Claim(words, paired(*last), -1, " decades"))
     return claims

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from configs import Result, schedule
+from configs import Result, loss, schedule
 from experiments import SHAPES, TARGETS, Rms, Scale, Seeds
 from intervals import Claim, estimate, paired, verdicts
 
@@ -25,6 +26,7 @@ WORDS = {
     "exact": "norm made exact (exact_rms=True)",
     "adjusted": "0.2·√max(A, B)",
 }
+MARGIN = 0.05  # largest difference of the RMS of updates, in learning rates, that counts as none
 GROUPS: dict[str, Style] = {
     "qkv": {"linestyle": "-", "marker": "o"},
     "out": {"linestyle": "--", "marker": "s"},
@@ -57,13 +59,14 @@ def _probes(found: Rms) -> str:
 
 
 def _probe_sentence(found: Rms) -> str:
-    def ends(name: str, exact: bool) -> str:
-        every = [result["rms"] for shape in SHAPES for result in found.probes[name, exact, shape]]
+    def ends(name: str, exact: bool, unit: float = 1.0) -> str:
+        every = [result["rms"] / unit for shape in SHAPES for result in found.probes[name, exact, shape]]
         return f"{min(every):.3f} to {max(every):.3f}"
 
     return (
-        f"\nThe default set gives {ends('keller', False)}: it leaves singular values between 0.68 and 1.13. The exact "
-        f"sets give {ends('you6', False)} (you6), and exact_rms=True gives {ends('keller', True)} with keller.\n"
+        f"\nThe default set gives {ends('keller', False)}: it leaves singular values whose root mean square is "
+        f"{ends('keller', False, 0.2)}, not 1. The exact sets give {ends('you6', False)} (you6), and exact_rms=True "
+        f"gives {ends('keller', True)} with keller.\n"
     )
 
 
@@ -97,9 +100,14 @@ def _figure(found: Rms, figures: Path) -> str:
     return figure(figures / "rms.png", ["AdamW", 'Muon, "match_rms_adamw", keller'], draw)
 
 
+def _size(result: Result, group: str) -> float:
+    """Return the mean over the steps but the last, whose rate is next to nothing; NaN if the training diverged."""
+    return math.nan if math.isinf(loss(result)) else fmean(list(_update_rms(result, group).values())[:-1])
+
+
 def mean_size(seeds: Seeds) -> list[float]:
-    """Return by seed the mean over groups and steps but the last, whose rate is next to nothing."""
-    return [fmean(fmean(list(_update_rms(of, group).values())[:-1] or [0.0]) for group in GROUPS) for of in seeds]
+    """Return by seed the mean over groups and steps; see `_size`."""
+    return [fmean(_size(of, group) for group in GROUPS) for of in seeds]
 
 
 def _sizes(found: Rms) -> str:
@@ -107,12 +115,12 @@ def _sizes(found: Rms) -> str:
     for name, target in (("AdamW", None), ("Muon", 0.2)):
         cells = []
         for group in GROUPS:
-            each = [fmean(list(_update_rms(of, group).values())[:-1]) for of in found.targets[target]]
-            cells.append(spread(each))
+            cells.append(spread([_size(of, group) for of in found.targets[target]]))
         rows.append([name, *cells, spread(mean_size(found.targets[target]))])
-    return "Mean over the recorded steps, weight decay included. [1] says 0.2 to 0.4 for AdamW.\n\n" + table(
-        ["optimizer", *GROUPS, "all"], rows
-    )
+    return (
+        "Mean over the recorded steps, weight decay included. [1] says 0.2 to 0.4 for AdamW. Sizes are alike here "
+        f"where the whole interval of their difference is within ±{MARGIN:g}.\n\n"
+    ) + table(["optimizer", *GROUPS, "all"], rows)
 
 
 def _size_claims(found: Rms) -> list[Claim]:
@@ -120,7 +128,7 @@ def _size_claims(found: Rms) -> list[Claim]:
     return [
         Claim("AdamW's updates are above 0.2", estimate([x - 0.2 for x in adamw]), 1, ""),
         Claim("and below 0.4", estimate([x - 0.4 for x in adamw]), -1, ""),
-        Claim("Muon's are as large as AdamW's, within 0.05", paired(muon, adamw), 0, "", 0.05),
+        Claim(f"Muon's are as large as AdamW's, within {MARGIN:g}", paired(muon, adamw), 0, "", MARGIN),
     ]
 
 
@@ -148,9 +156,12 @@ def _target_claims(found: Rms) -> list[Claim]:
 
 
 def _weights(seeds: Seeds, group: str) -> list[float]:
-    """Return by seed the RMS of a group's weights after the last step that was recorded."""
+    """Return by seed the RMS of a group's weights after the last step that was recorded; infinite if it diverged."""
     found = []
     for result in seeds:
+        if math.isinf(loss(result)):
+            found.append(math.inf)
+            continue
         rows = [row for row in result["spectra"] if f".{group}." in f".{row['name']}."]
         found.append(list(mean_rows({"spectra": rows}, lambda row: float(row["rms"]), tensor="weight").values())[-1])
     return found
@@ -158,10 +169,10 @@ def _weights(seeds: Seeds, group: str) -> list[float]:
 
 def _rules(found: Rms) -> str:
     rows = []
-    for name, (paper, loss, query, mlp) in PAPER_RULES.items():
+    for name, (paper, their_loss, query, mlp) in PAPER_RULES.items():
         seeds = found.rules[name]
         own = [spread(losses(seeds)), *(spread(_weights(seeds, group)) for group in ("qkv", "mlp.up"))]
-        rows.append([f"{WORDS[name]}, “{paper}”", *own, f"{loss:.3f}", f"{query:.3g}", f"{mlp:.3g}"])
+        rows.append([f"{WORDS[name]}, “{paper}”", *own, f"{their_loss:.3f}", f"{query:.3g}", f"{mlp:.3g}"])
     heading = ["rule", "held-out loss", "weight RMS of qkv", "of mlp.up"]
     return table([*heading, "validation loss in [1]", "query weight RMS in [1]", "MLP weight RMS in [1]"], rows)
 

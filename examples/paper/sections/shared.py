@@ -28,6 +28,12 @@ def number(x: float | None) -> str:
     return "diverged" if x is None or not math.isfinite(x) else f"{x:.3f}"
 
 
+def rates(result: Result) -> str:
+    """Name the learning rate of a training, or that of the matrices and that of the rest."""
+    lr, rest = result["config"]["lr"], result["config"]["rest_lr"]
+    return f"{lr:.3g}" if rest is None else f"{lr:.3g}, {rest:.3g}"
+
+
 def losses(seeds: Sequence[Result], text: str | None = None) -> list[float]:
     """Return the held-out losses of the seeds, of a text if it is named."""
     if text is None:
@@ -37,15 +43,16 @@ def losses(seeds: Sequence[Result], text: str | None = None) -> list[float]:
 
 def spread(numbers: Sequence[float], form: str = ".3f") -> str:
     """Format the mean and the standard deviation of the seeds; say how many diverged."""
-    lost = sum(not math.isfinite(x) for x in numbers)
-    if lost:
-        return f"{lost} of {len(numbers)} diverged"
     found = estimate(numbers)
+    if not math.isfinite(found.mean):
+        return found.lost if found.diverged else "diverged"
     return f"{found.mean:{form}} ± {found.sd:{form}}"
 
 
 def interval(found: Estimate, form: str = "+.3f") -> str:
-    """Format a mean and its 95 % interval."""
+    """Format a mean and its 95 % interval; say how many diverged."""
+    if not math.isfinite(found.mean):
+        return found.lost if found.diverged else "diverged"
     return f"{found.mean:{form}} [{found.low:{form}}, {found.high:{form}}]"
 
 
@@ -54,6 +61,14 @@ def series(seeds: Sequence[Result], name: str, column: int = 1) -> tuple[list[fl
     rows = list(zip(*(result[name] for result in seeds), strict=False))
     rows = [row for row in rows if all(point[column] is not None for point in row)]
     return [row[0][0] for row in rows], [estimate([point[column] for point in row]) for row in rows]
+
+
+def end(result: Result, name: str, column: int = 1) -> float:
+    """Return what a list of tuples in a result ends with, infinite if the training diverged."""
+    points = result[name]
+    if math.isinf(loss(result)) or not points or points[-1][column] is None:
+        return math.inf
+    return float(points[-1][column])
 
 
 def mean_rows(result: Result, quantity: Callable[[Result], float], **wanted: Any) -> dict[int, float]:
@@ -117,6 +132,10 @@ def figure(
         draw(panels)
         for axes, title in zip(panels, titles, strict=True):
             axes.set_title(title)
+            # Where all have diverged there is nothing to draw, and a logarithmic axis of nothing raises.
+            for axis, scale in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
+                if not math.isfinite(axis.get_minpos()):
+                    scale("linear")
             axes.grid(alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
             axes.tick_params(labelbottom=True)
