@@ -103,8 +103,8 @@ def _missing(group: dist.ProcessGroup, since: float) -> str:
     if not call.answered:
         return "; which rank is missing is not known, as the store of the process group does not answer"
     if call.absent:
-        silent = f"not heard of within {_PATIENCE:g} s: dead, hanging, or waiting for one that is"
-        return f"; missing: {names(call.absent)}, {silent}"
+        who = names(call.absent)
+        return f"; missing: {who}, not heard of within {_PATIENCE:g} s: dead, hanging, or waiting for one that is"
     elsewhere = [rank for rank, (name, _) in call.words.items() if name != group.group_name]
     if elsewhere:
         return f"; missing: {names(elsewhere)}, where a collective with other ranks has failed"

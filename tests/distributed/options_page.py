@@ -6,6 +6,7 @@ PYTHONPATH=tests python tests/distributed/options_page.py > docs/distributed-opt
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -94,4 +95,4 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    print(page(), end="")
+    (Path(__file__).parents[2] / "docs" / "distributed-options.md").write_text(page())
