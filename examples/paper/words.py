@@ -42,10 +42,10 @@ def _rates(run: Run, scale: Scale) -> str:
     leads = [interval(paired(*pair), "+.3f") for pair in ((one, taken), (own, both), (two, own))]
     return (
         f"In small trainings AdamW's updates had RMS {number(adamw)}·`lr` and Muon's {number(muon)}·`lr`. AdamW's loss "
-        f"less that of Muon at AdamW's rate was {leads[0]} nats a byte, with one rate for all parameters. With a second one "
-        f"for embeddings and head, the same for both, Muon's loss at a rate of its own for matrices less that at "
-        f"AdamW's was {leads[1]}, and AdamW's less that of Muon at its own rate {leads[2]} (means over {len(of)} "
-        "sizes, 95 % intervals in brackets)."
+        f"less that of Muon at AdamW's rate was {leads[0]} nats a byte, with one rate for all parameters. With a "
+        f"second one for embeddings and head, the same for both, Muon's loss at a rate of its own for matrices less "
+        f"that at AdamW's was {leads[1]}, and AdamW's less that of Muon at its own rate {leads[2]} (means over "
+        f"{len(of)} sizes, 95 % intervals in brackets)."
     )
 
 
