@@ -104,8 +104,9 @@ def _gpu() -> dict[str, Any]:
         millions = [active(*size) / 1e6 for size in scale.sizes]
         every += millions
         total = estimate.flop(tasks)
+        days = total / 1e14 / 86400
         cells = [", ".join(f"{n:.1f}" for n in millions), str(len(tasks)), f"{total / 1e18:.3g}"]
-        rows.append(f"| {' | '.join([name, *cells, f'{total / 1e14 / 86400:.2g}'])} |")
+        rows.append(f"| {' | '.join([name, *cells, f'{days:.2f}' if days < 1 else f'{days:.0f}'])} |")
     most, least = (estimate.flop([SCALES["10m"].config("adamw", 1.0, of(SCALES["10m"].sizes))]) for of in (max, min))
     return {"sizes": "\n".join(rows), "least": min(every), "most": max(every), "decades": math.log10(most / least)}
 

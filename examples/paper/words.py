@@ -18,7 +18,7 @@ from intervals import paired
 from sections.entropy import higher
 from sections.rms import mean_size
 from sections.scaling import mean_of_sizes
-from sections.shared import interval
+from sections.shared import interval, number
 
 ROOT = Path(__file__).parents[2]
 WIDTH = 138  # of lines of the docs
@@ -41,19 +41,19 @@ def _rates(run: Run, scale: Scale) -> str:
     adamw, muon = (fmean(mean_size(rms(run, scale).targets[target])) for target in (None, 0.2))
     leads = [interval(paired(*pair), "+.3f") for pair in ((one, taken), (own, both), (two, own))]
     return (
-        f"In small trainings AdamW's updates had RMS {adamw:.2f}·`lr` and Muon's {muon:.2f}·`lr`. AdamW's loss less "
-        f"that of Muon at AdamW's rate was {leads[0]} nats a byte, with one rate for all parameters. With a second one "
-        f"for embeddings and head, the same for both, Muon's loss at a rate of its own for matrices less that at "
-        f"AdamW's was {leads[1]}, and AdamW's less that of Muon at its own rate {leads[2]} (means over {len(of)} "
-        "sizes, 95 % intervals in brackets)."
+        f"In small trainings AdamW's updates had RMS {number(adamw)}·`lr` and Muon's {number(muon)}·`lr`. AdamW's loss "
+        f"less that of Muon at AdamW's rate was {leads[0]} nats a byte, with one rate for all parameters. With a "
+        f"second one for embeddings and head, the same for both, Muon's loss at a rate of its own for matrices less "
+        f"that at AdamW's was {leads[1]}, and AdamW's less that of Muon at its own rate {leads[2]} (means over "
+        f"{len(of)} sizes, 95 % intervals in brackets)."
     )
 
 
 def _entropy(run: Run, scale: Scale) -> str:
     each = [matrix for seed in higher(entropy(run, scale)) for matrix in seed]
     return (
-        "In a small mixture of experts, each optimizer at its best rate, Muon's entropy was the higher one in "
-        f"{sum(each)} of {len(each)} matrices."
+        "In a small mixture of experts, each optimizer at its best rate, one for all parameters, Muon's entropy was "
+        f"the higher one in {sum(each)} of {len(each)} matrices."
     )
 
 
