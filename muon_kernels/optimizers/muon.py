@@ -94,6 +94,7 @@ class Muon(ClosureOptimizer):
         backend: "cuda", "triton", "cpu", "eager", or "auto" for the first of these that can step the parameters.
         max_workspace_bytes: cap on the memory beside parameters and state. Larger buckets are stepped in several
             passes. None: 64 MiB for "cpu", 1 GiB for the others, or one matrix's need if that is more.
+            What replicas gather of one another takes as much again at most.
         workspace_dtype: dtype of the matrices that are multiplied, or its name, which is what groups hold.
             torch.float16 is several times more accurate than torch.bfloat16 and as fast on a GPU; the "cpu" backend
             does not support it, so "auto" falls back to "eager", which is slower.
