@@ -424,15 +424,21 @@ def test_two_teams_of_the_same_ranks(ranks: World, how: str) -> None:
         assert right and bool(said) == (how == "lr"), said
 
 
-def flattened(before: bool | None, after: bool | None, whose: list[int], kind: type) -> tuple[str, bool, float]:
-    """`flatten` of a stack changes on some ranks, beside a matrix that they share; its cut is of experts or of rows."""
+def stepped_once(flatten: bool | None, kind: type) -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
+    """A matrix and a stack, both cut along their first dimension."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     whole = [torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in ((12, 16), (6, 4, 5))]
     params = [torch.nn.Parameter(distribute_tensor(t, mesh, [Shard(0)], src_data_rank=None)) for t in whole]
-    optimizer = kind([{"params": params[:1]}, {"params": params[1:], "flatten": before}], lr=0.1)
+    optimizer = kind([{"params": params[:1]}, {"params": params[1:], "flatten": flatten}], lr=0.1)
     for p in params:
         p.grad = torch.ones_like(p)
     optimizer.step()
+    return params, optimizer
+
+
+def flattened(before: bool | None, after: bool | None, whose: list[int], kind: type) -> tuple[str, bool, float]:
+    """`flatten` of a stack changes on some ranks, beside a matrix that they share; its cut is of experts or of rows."""
+    params, optimizer = stepped_once(before, kind)
     if dist.get_rank() in whose:
         optimizer.param_groups[1]["flatten"] = after
     begun = time.monotonic()
@@ -453,6 +459,26 @@ def test_teams_that_one_rank_alone_would_make_or_leave(
         assert f"but {text} is {'missing' if before is None else before} on rank 0, {after} on rank 1" in said, said
     for said, same, _ in ranks.run(2, flattened, before, after, [0, 1], kind):
         assert not said and not same
+
+
+def mended(before: bool | None, after: bool | None, kind: type) -> list[tuple[str, bool]]:
+    """Steps after one rank's `flatten` was refused: it takes it back; it changes it again; all have it."""
+    params, optimizer = stepped_once(before, kind)
+    found = []
+    for flatten in (after if dist.get_rank() == 1 else before, before) * 2 + (after,):
+        optimizer.param_groups[1]["flatten"] = flatten
+        found.append(attempt(params, optimizer))
+    return found
+
+
+@pytest.mark.parametrize("kind", [Muon, SpectralAdam], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(("before", "after"), [(None, True), (True, None)])
+def test_a_step_after_one_ranks_teams_were_refused(
+    ranks: World, before: bool | None, after: bool | None, kind: type
+) -> None:
+    for refused, back, again, _, everywhere in ranks.run(2, mended, before, after, kind):
+        assert all("flatten" in said and same for said, same in (refused, again))
+        assert not any(said or same for said, same in (back, everywhere))
 
 
 def of_vectors() -> tuple[str, bool]:
