@@ -25,25 +25,33 @@ __device__ uint64_t mixed(uint64_t z) {
 // blocks of x.
 struct RandomBits {
     static constexpr uint64_t STEP = 0x9e3779b97f4a7c15u;
-    const Window& window;
-    uint64_t state;
-    int64_t blocks;  // in two rows of the whole
-    bool even;       // x begins with a block
+    uint64_t state;          // of the block that has x's first element
+    uint64_t row_of_blocks;  // what a row of blocks adds to it
+    int top, left;           // x's first element in its block: 0 or 1
+    bool turned;
 
-    __device__ RandomBits(const ApplyArguments& u, uint32_t number)
-        : window(u.options.window),
-          state(mixed(u.options.seed + number)),
-          blocks(((window.cols ? window.cols : u.x.cols) + 1) / 2),
-          even((window.top | window.left) % 2 == 0) {}
+    // The products of 64 bits are worked out here: an element's place takes 32 bits, for want of registers.
+    __device__ RandomBits(const ApplyArguments& u, uint32_t number) {
+        const Window& window = u.options.window;
+        const uint64_t blocks = ((window.cols ? window.cols : u.x.cols) + 1) / 2;
+        state = mixed(u.options.seed + number) + (window.top / 2 * blocks + window.left / 2 + 1) * STEP;
+        row_of_blocks = blocks * STEP;
+        top = window.top % 2;
+        left = window.left % 2;
+        turned = window.turned;
+    }
 
-    __device__ uint64_t whole_row(int row, int col) const { return window.top + (window.turned ? col : row); }
-    __device__ uint64_t whole_col(int row, int col) const { return window.left + (window.turned ? row : col); }
+    // Whether x begins with a block.
+    __device__ bool even() const { return !(top | left); }
+    // An element's place, counted from the block that has x's first element.
+    __device__ uint32_t row_of(int row, int col) const { return top + (turned ? col : row); }
+    __device__ uint32_t col_of(int row, int col) const { return left + (turned ? row : col); }
     // The bits of the block that has an element of x, and the element's among them.
     __device__ uint64_t block(int row, int col) const {
-        return mixed(state + (whole_row(row, col) / 2 * blocks + whole_col(row, col) / 2 + 1) * STEP);
+        return mixed(state + row_of(row, col) / 2 * row_of_blocks + col_of(row, col) / 2 * STEP);
     }
     __device__ uint32_t of(uint64_t block, int row, int col) const {
-        return block >> (32 * (whole_row(row, col) % 2) + 16 * (whole_col(row, col) % 2)) & 0xffff;
+        return block >> (32 * (row_of(row, col) % 2) + 16 * (col_of(row, col) % 2)) & 0xffff;
     }
 };
 
@@ -101,21 +109,25 @@ __device__ void apply_tile(const ApplyArguments& u, const Run<1>& run, const Til
                 x[l][v] = l % 2 ? pair.y : pair.x;
             }
         }
-        uint64_t bits[(V + 1) / 2] = {};
+        // Lines come in pairs and vectors begin at even places: one after the other, the blocks of 2 x 2 elements.
 #pragma unroll
-        for (int l = 0; l < LINES; ++l) {
+        for (int i = 0; i < LINES * V; i += V == 1 ? 2 : 4) {
+            uint64_t bits = 0;
 #pragma unroll
-            for (int v = 0; v < V; ++v) {
+            for (int j = 0; j < (V == 1 ? 2 : 4); ++j) {
+                const int l = i / (2 * V) * 2 + j % 2, v = i % (2 * V) / 2 + j / 2;
                 const float value = coefficients(static_cast<float>(param[l][v]), x[l][v], u.options.cautious);
                 if constexpr (STOCHASTIC) {
                     const int row = tile.row + slice.row(l, v), col = tile.col + slice.col(l, v);
-                    // Lines come in pairs and vectors begin at even places.
-                    if (!random.even || (l % 2 == 0 && v % 2 == 0)) bits[v / 2] = random.block(row, col);
-                    param[l][v] = rounded_by(value, random.of(bits[v / 2], row, col));
+                    if (!random.even() || j == 0) bits = random.block(row, col);
+                    param[l][v] = rounded_by(value, random.of(bits, row, col));
                 } else {
                     param[l][v] = rounded<Param>(value);
                 }
             }
+        }
+#pragma unroll
+        for (int l = 0; l < LINES; ++l) {
             if (slice.has(l)) store(params[l], param[l]);
         }
     }
