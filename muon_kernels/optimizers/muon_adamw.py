@@ -135,20 +135,19 @@ class MuonAdamW(ClosureOptimizer):
         new: dict[Tensor, dict[str, Tensor]] = {}
 
         def check() -> None:
-            # State that is made here must be usable outside of inference mode, too.
-            with torch.inference_mode(False):
-                for group in self._adamw.param_groups:
-                    settle_adamw(group)
-                    check_group(group)
-                    _check(group, self.state)
-                    _unfuse(group, self.state)
-                    new.update(self._new_state(group, [p for p in group["params"] if p.grad is not None]))
+            for group in self._adamw.param_groups:
+                settle_adamw(group)
+                check_group(group)
+                _check(group, self.state)
+                _unfuse(group, self.state)
+                new.update(self._new_state(group, [p for p in group["params"] if p.grad is not None]))
 
         def options() -> Facts:
             shared = filter(self._muon.shares, self._adamw.param_groups)
             named = [(f"AdamW's group {i}", group) for i, group in enumerate(shared)]
             return [fact for name, group in named for fact in options_of(name, group, ADAMW_OPTIONS)]
 
+        # State that is made here must be usable outside of inference mode, too.
         with torch.inference_mode(False), torch.no_grad():
             self._muon.step_beside(check, options)
             for p, state in new.items():
