@@ -54,7 +54,7 @@ def _figure(found: Found, figures: Path) -> str:
                     label = f"by {NAMES[after]}, {share} rate"
                     style = {"color": COLORS[after], "marker": MARKERS[after], "fillstyle": fill, "markersize": 9}
                     axes.errorbar(x.mean, y.mean, xerr=x.sd, yerr=y.sd, linestyle="", label=label, capsize=3, **style)
-            axes.set(xlabel="held-out loss on code, which is left", ylabel="held-out loss on prose")
+            axes.set(xlabel="held-out loss on code, nats per byte", ylabel="held-out loss on prose, nats per byte")
 
     return figure(figures / "finetune.png", [f"pretrained by {name}, ± sd" for name in NAMES.values()], draw)
 

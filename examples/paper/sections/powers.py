@@ -176,6 +176,8 @@ def _curves(found: dict[str, Power], figures: Path) -> str:
 
 
 def _coarse(found: dict[str, Power], figures: Path) -> str:
+    from matplotlib.ticker import LogFormatter
+
     def draw(panels: Sequence[Any]) -> None:
         for axes, family in zip(panels, FAMILIES, strict=True):
             rates: list[float] = []
@@ -186,6 +188,7 @@ def _coarse(found: dict[str, Power], figures: Path) -> str:
                 rates += finite
             rates_axis(axes, rates, "learning rate of the matrices")
             axes.set(yscale="log", ylabel="held-out loss, nats per byte")
+            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))  # 2.4, not 2.4 × 10⁰
 
     steps = next(iter(found["adam"].coarse.values()))["config"]["steps"]
     return (
