@@ -253,7 +253,7 @@ def read(name: str) -> bytes:
 
 def test_bytes_become_tokens(capsys: pytest.CaptureFixture[str]) -> None:
     texts(12)
-    prepare_tokens.main("texts --suffix .txt --tokenizer bytes --out out".split())
+    prepare_tokens.main("texts --suffix txt --tokenizer bytes --out out".split())
     documents = [bytes([65 + n]) * 10 + b"\0" for n in range(12)]
     assert read("val") == documents[9] and read("train") == b"".join(documents[:9] + documents[10:])
     assert "121 tokens to train on, 11 held out" in capsys.readouterr().out
@@ -286,6 +286,7 @@ def test_gpt2_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
         ("texts --suffix .md --out out --tokenizer bytes", "should hold files that end in .md but hold none: texts"),
         ("texts/picture.png --out out --tokenizer utf8", "picture.png should be UTF-8 text but is not: invalid start"),
         ("empty --out out --tokenizer bytes", "hold text to train on and to hold out but hold 1 tokens"),
+        ("texts zeros --out out --tokenizer bytes", "zeros should be text but has a zero byte, at 3, as pictures"),
         (
             "texts --out there --tokenizer bytes",
             "there should be a new folder, or an empty one, but is not; give another",
@@ -302,6 +303,7 @@ def test_bad_texts(
         Path(folder).mkdir()
     Path("there/val.bin").write_bytes(b"mine")
     Path("empty/nothing").touch()
+    Path("zeros").write_bytes(b"abc\0d")
     with pytest.raises(SystemExit):
         prepare_tokens.main(arguments.split())
     assert message in capsys.readouterr().err.replace("\n", " ")

@@ -254,8 +254,13 @@ BAD: dict[str, tuple[Any, str]] = {
     "header": (lambda path: tokens(path, np.array([20240520] + [1] * 400, np.int32).tobytes()), "llm.c's .* tail -c"),
     "int32": (
         lambda path: np.arange(1, 90, dtype=np.int32).tofile(path),
-        r"every second one is 0, as if they had 4; write numpy.fromfile\(path, 'int32'\)",
+        r"zeros between them, as if they had 4; write numpy.fromfile\(path, 'int32'\)",
     ),
+    "int64": (
+        lambda path: np.arange(1, 90, dtype=np.int64).tofile(path),
+        r"zeros between them, as if they had 8; write numpy.fromfile\(path, 'int64'\)",
+    ),
+    "text": (lambda path: tokens(path, "Grüße an alle. ".encode() * 400), "is text; make tokens of it: python ex"),
     "zip": (lambda path: np.savez(path.open("wb"), np.zeros(400, np.uint16)), "a zip archive"),
     "gzip": (lambda path: tokens(path, b"\x1f\x8b\x08" + b"\0" * 401), "compressed by gzip"),
     "vocabulary": (
