@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from common import logs
+from common.arguments import bound, count, rate, seed
 from common.gpt import GPT, TINY, CausalSelfAttention, loss_of
 from common.tokens import read_folder
 from prepare_tokens import standard_library
@@ -98,10 +99,10 @@ def draw(runs: dict[str, Path], tau: float, to: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/muonclip"), help="folder of logs and picture")
-    parser.add_argument("--steps", type=int, default=150, help="default: 150")
-    parser.add_argument("--lr", type=float, default=0.1, help="of Muon, high on purpose (default: 0.1)")
-    parser.add_argument("--tau", type=float, default=30.0, help="largest logit; Kimi K2 has 100 (default: 30)")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches (default: 0)")
+    parser.add_argument("--steps", type=count, default=150, help="default: 150")
+    parser.add_argument("--lr", type=rate, default=0.1, help="of Muon, high on purpose (default: 0.1)")
+    parser.add_argument("--tau", type=bound, default=30.0, help="largest logit; Kimi K2 has 100 (default: 30)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the weights and the batches (default: 0)")
     args = parser.parse_args(argv)
     data = args.out.parent / "python-bytes"
     standard_library(data)

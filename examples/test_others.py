@@ -16,6 +16,7 @@ import plot_log
 import prepare_tokens
 import pytest
 import torch
+import train_gpt
 import zero
 from common import logs
 from common.gpt import GPT, GPTConfig
@@ -54,6 +55,36 @@ def test_scripts_are_short_and_say_how_to_run_them(name: str, capsys: pytest.Cap
         importlib.import_module(name.removesuffix(".py")).main(["--help"])
     help_text = capsys.readouterr().out
     assert not stopped.value.code and f"examples/{name}" in help_text and text.splitlines()[0].strip('"') in help_text
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        *(
+            (train_gpt, f"--{of} {n}", "should be 1 or more")
+            for of in ("steps", "accumulate", "eval-every")
+            for n in (0, -3)
+        ),
+        *((train_gpt, f"--{of} 0", "should be 1 or more") for of in ("batch-size", "eval-batches", "block-size")),
+        (train_gpt, "--vocab-size -5", "argument --vocab-size: should be 1 or more but is: -5"),
+        (train_gpt, "--warmup -1", "should be 0 or more but is: -1"),
+        *((train_gpt, f"--optimizer adamw --lr {n}", "should be 0 or more, and finite") for n in ("-1", "nan", "inf")),
+        (train_gpt, "--weight-decay -1", "should be 0 or more, and finite"),
+        *((train_gpt, f"--clip {n}", "should be above 0 (inf bounds nothing) but is") for n in ("0", "-1", "nan")),
+        (train_gpt, "--seed 99999999999999", "should be from 0 to 2**32 - 1"),
+        (train_gpt, "--steps 1.5", "invalid int value: '1.5'"),
+        (convnet, "--epochs 0", "should be 1 or more"),
+        (moe, "--chosen 9", "--chosen should be at most the 8 --experts but is: 9"),
+        (muonclip, "--tau 0", "should be above 0"),
+        (zero, "--batch-size 0", "should be 1 or more"),
+    ],
+)
+def test_numbers_that_make_no_sense(
+    name: Any, arguments: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        name.main([*["--tiny"] * (name is train_gpt), *arguments.split()])
+    assert message in capsys.readouterr().err and not Path("runs").exists()
 
 
 # ---- moe.py ----
@@ -225,6 +256,16 @@ def test_lora_steps_what_is_not_frozen() -> None:
     muon, adamw = finetune_lora.make_optimizer(model, 0.1).param_groups
     assert all(".lora_" in name for name in muon["param_names"]) and len(muon["param_names"]) == 4 * 7 * 2
     assert adamw["params"] == []
+
+
+def test_lora_trains_nothing_that_it_cannot_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft", reason="peft is not installed")
+    import finetune_lora
+
+    monkeypatch.setattr(finetune_lora, "train", None)
+    Path("file").touch()
+    with pytest.raises(OSError, match="file"):
+        finetune_lora.main(["--out", "file/lora"])
 
 
 def test_lora_wants_enough_text() -> None:
