@@ -130,12 +130,8 @@ def draw(out: Path) -> None:
             label = f"layer {layer + 1}, {'most' if extreme is max else 'fewest'} tokens"
             axes.plot(steps, means, style, color=f"C{layer}", label=label)
     axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_xlabel("step", fontsize=13)
-    axes.set_ylabel("tokens of an expert, 1 for the mean", fontsize=13)
     axes.set_ylim(bottom=0)
-    axes.tick_params(labelsize=12)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=11, ncols=2)
+    logs.over_steps(axes, "tokens of an expert, 1 for the mean", fontsize=11, ncols=2)
     figure.savefig(out / "loads.png")
 
 

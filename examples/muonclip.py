@@ -85,14 +85,9 @@ def draw(runs: dict[str, Path], tau: float, to: Path) -> None:
         logits.plot([row["step"] for row in rows], [row["max_logit"] for row in rows], label=name)
         losses.plot(*logs.running([(row["step"], row["loss"]) for row in rows], window), label=name)
     logits.axhline(tau, color="black", linewidth=1, linestyle=":", label=f"tau = {tau:g}")
-    logits.set_ylabel("largest attention logit", fontsize=13)
     logits.set_yscale("log")
-    losses.set_ylabel("training loss, nats per byte", fontsize=13)
-    for axes in (logits, losses):
-        axes.set_xlabel("step", fontsize=13)
-        axes.tick_params(labelsize=12)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=12)
+    logs.over_steps(logits, "largest attention logit")
+    logs.over_steps(losses, "training loss, nats per byte")
     figure.savefig(to)
 
 

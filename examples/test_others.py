@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -398,7 +399,7 @@ def test_without_tiktoken(monkeypatch: pytest.MonkeyPatch) -> None:
         prepare_tokens.main("texts --out out".split())
 
 
-def test_plots_of_several(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plots_of_several(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[dict[str, Any]] = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "val_loss": 1.5}]
     for name in ("a", "b"):
         with logs.Log(Path(name, "log.jsonl"), 0, 2) as log:
@@ -408,6 +409,14 @@ def test_plots_of_several(capsys: pytest.CaptureFixture[str]) -> None:
     assert Path("losses.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit):
         plot_log.main(["a", "c"])
+    drawn: list[list[str]] = []
+    monkeypatch.setattr(logs, "draw", lambda of, to: drawn.append([*of]))
+    shutil.copytree("a", "b/a")
+    plot_log.main(["a", "b"])
+    plot_log.main(["a", "b/a"])
+    monkeypatch.chdir("b")
+    plot_log.main(["."])
+    assert drawn == [["a", "b"], ["a", "b/a"], ["b"]]
     assert "should be folders with a log.jsonl, but these have none: c" in capsys.readouterr().err
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +282,21 @@ def test_bad_token_files(kind: str, file: str, data: Path) -> None:
     assert not Path("out").exists()
 
 
+@pytest.fixture(scope="module")
+def _trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training, once for all that spoil a copy of it."""
+    return tmp_path_factory.mktemp("trained")
+
+
+@pytest.fixture
+def trained(data: Path, _trained: Path) -> Path:
+    if not any(_trained.iterdir()):
+        run()
+        shutil.copytree("out", _trained, dirs_exist_ok=True)
+    shutil.copytree(_trained, "out", dirs_exist_ok=True)
+    return Path("out")
+
+
 def contents(folder: str) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
 
@@ -318,6 +334,37 @@ def test_a_training_without_a_checkpoint_yet(data: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds none; begin a training without --resume"):
         run("--resume")
     assert [row["step"] for row in logs.read(Path("out/log.jsonl"))] == [1]
+
+
+@pytest.mark.parametrize("file", ["about.json", ".metadata", "__0_0.distcp"])
+@pytest.mark.parametrize("left", [None, 0, 40])
+def test_a_damaged_checkpoint(file: str, left: int | None, trained: Path) -> None:
+    """Of a file nothing is left, or no byte, or some."""
+    path = trained / "step-00000004" / file
+    content = path.read_bytes()
+    path.unlink() if left is None else path.write_bytes(content[:left])
+    before = contents("out")
+    with pytest.raises(
+        ValueError, match=r"step-00000004 should be a whole checkpoint but cannot be read.* remove out and b"
+    ):
+        run("--resume")
+    assert contents("out") == before
+
+
+def test_a_log_is_never_half_written(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = contents("out")["out/log.jsonl"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "write_text", lambda self, text: self.write_bytes(text[:9].encode()) and fail())
+        logs.Log(Path("out/log.jsonl"), 4, 4)
+    assert contents("out")["out/log.jsonl"] == before
+    with Path("out/log.jsonl").open("a") as file:
+        file.write("7\n")
+    with pytest.raises(ValueError, match=r"out/log.jsonl should be a log, .* but line 7 is: '7'"):
+        run("--resume")
+
+
+def fail() -> None:
+    raise KeyboardInterrupt
 
 
 def test_what_ranks_cannot_share(data: Path, processes: World) -> None:
