@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 
 import torch
+from common.arguments import count, seed
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
@@ -98,8 +99,8 @@ def train(name: str, epochs: int, seed: int, batch_size: int = 64) -> tuple[list
 
 def main(argv: Sequence[str] | None = None) -> dict[str, tuple[list[float], float]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=3, help="default: 3")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches (default: 0)")
+    parser.add_argument("--epochs", type=count, default=3, help="default: 3")
+    parser.add_argument("--seed", type=seed, default=0, help="of the weights and the batches (default: 0)")
     args = parser.parse_args(argv)
     results = {}
     for name in LR:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from common.arguments import count, rate, seed
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -113,12 +114,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[float]]:
     parser.add_argument("--model", help="name or folder of a causal language model of transformers")
     parser.add_argument("--text", type=Path, nargs="+", help="files to fine-tune on (default: the language reference)")
     parser.add_argument("--out", type=Path, default=Path("runs/lora"), help="folder for the adapters")
-    parser.add_argument("--pretrain-steps", type=int, default=200, help="of the small model (default: 200)")
-    parser.add_argument("--steps", type=int, default=100, help="of fine-tuning (default: 100)")
-    parser.add_argument("--rank", type=int, default=8, help="of the adapters (default: 8)")
-    parser.add_argument("--lr", type=float, default=1e-2, help="of fine-tuning (default: 0.01)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and windows (default: 0)")
+    parser.add_argument("--pretrain-steps", type=count, default=200, help="of the small model (default: 200)")
+    parser.add_argument("--steps", type=count, default=100, help="of fine-tuning (default: 100)")
+    parser.add_argument("--rank", type=count, default=8, help="of the adapters (default: 8)")
+    parser.add_argument("--lr", type=rate, default=1e-2, help="of fine-tuning (default: 0.01)")
+    parser.add_argument("--seed", type=seed, default=0, help="of weights and windows (default: 0)")
     args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)  # if that cannot be, nothing should have been trained
 
     encode: Encoder = encode_bytes
     if args.model:
@@ -126,7 +128,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[float]]:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         encode = lambda text: torch.tensor(tokenizer(text).input_ids)
     old, old_held_out = parted(code(), encode)
-    new, new_held_out = parted([path.read_text() for path in args.text] if args.text else reference(), encode)
+    new, new_held_out = parted(
+        [path.read_text(encoding="utf-8") for path in args.text] if args.text else reference(), encode
+    )
     if not args.model:
         model = tiny_llama(args.seed)
         train(model, old, args.pretrain_steps, 1e-2, args.seed, "train on code")

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 from common import logs
+from common.arguments import count, rate, seed
 from common.gpt import GPT, TINY, GPTConfig, loss_of
 from common.tokens import read_folder
 from prepare_tokens import standard_library
@@ -129,25 +130,24 @@ def draw(out: Path) -> None:
             label = f"layer {layer + 1}, {'most' if extreme is max else 'fewest'} tokens"
             axes.plot(steps, means, style, color=f"C{layer}", label=label)
     axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_xlabel("step", fontsize=13)
-    axes.set_ylabel("tokens of an expert, 1 for the mean", fontsize=13)
     axes.set_ylim(bottom=0)
-    axes.tick_params(labelsize=12)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=11, ncols=2)
+    logs.over_steps(axes, "tokens of an expert, 1 for the mean", fontsize=11, ncols=2)
     figure.savefig(out / "loads.png")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/moe"), help="folder of log and picture")
-    parser.add_argument("--steps", type=int, default=200, help="default: 200")
-    parser.add_argument("--experts", type=int, default=8, help="routed experts of a layer (default: 8)")
-    parser.add_argument("--chosen", type=int, default=2, help="of which a token has so many (default: 2)")
-    parser.add_argument("--speed", type=float, default=1e-2, help="of the biases; 0 balances nothing (default: 0.01)")
-    parser.add_argument("--lr", type=float, default=1e-2, help="default: 0.01")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches (default: 0)")
-    train(parser.parse_args(argv))
+    parser.add_argument("--steps", type=count, default=200, help="default: 200")
+    parser.add_argument("--experts", type=count, default=8, help="routed experts of a layer (default: 8)")
+    parser.add_argument("--chosen", type=count, default=2, help="of which a token has so many (default: 2)")
+    parser.add_argument("--speed", type=rate, default=1e-2, help="of the biases; 0 balances nothing (default: 0.01)")
+    parser.add_argument("--lr", type=rate, default=1e-2, help="default: 0.01")
+    parser.add_argument("--seed", type=seed, default=0, help="of the weights and the batches (default: 0)")
+    args = parser.parse_args(argv)
+    if args.chosen > args.experts:
+        parser.error(f"--chosen should be at most the {args.experts} --experts but is: {args.chosen}")
+    train(args)
 
 
 if __name__ == "__main__":

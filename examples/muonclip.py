@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from common import logs
+from common.arguments import bound, count, rate, seed
 from common.gpt import GPT, TINY, CausalSelfAttention, loss_of
 from common.tokens import read_folder
 from prepare_tokens import standard_library
@@ -84,24 +85,19 @@ def draw(runs: dict[str, Path], tau: float, to: Path) -> None:
         logits.plot([row["step"] for row in rows], [row["max_logit"] for row in rows], label=name)
         losses.plot(*logs.running([(row["step"], row["loss"]) for row in rows], window), label=name)
     logits.axhline(tau, color="black", linewidth=1, linestyle=":", label=f"tau = {tau:g}")
-    logits.set_ylabel("largest attention logit", fontsize=13)
     logits.set_yscale("log")
-    losses.set_ylabel("training loss, nats per byte", fontsize=13)
-    for axes in (logits, losses):
-        axes.set_xlabel("step", fontsize=13)
-        axes.tick_params(labelsize=12)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=12)
+    logs.over_steps(logits, "largest attention logit")
+    logs.over_steps(losses, "training loss, nats per byte")
     figure.savefig(to)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/muonclip"), help="folder of logs and picture")
-    parser.add_argument("--steps", type=int, default=150, help="default: 150")
-    parser.add_argument("--lr", type=float, default=0.1, help="of Muon, high on purpose (default: 0.1)")
-    parser.add_argument("--tau", type=float, default=30.0, help="largest logit; Kimi K2 has 100 (default: 30)")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches (default: 0)")
+    parser.add_argument("--steps", type=count, default=150, help="default: 150")
+    parser.add_argument("--lr", type=rate, default=0.1, help="of Muon, high on purpose (default: 0.1)")
+    parser.add_argument("--tau", type=bound, default=30.0, help="largest logit; Kimi K2 has 100 (default: 30)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the weights and the batches (default: 0)")
     args = parser.parse_args(argv)
     data = args.out.parent / "python-bytes"
     standard_library(data)

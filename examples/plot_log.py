@@ -19,7 +19,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if missing := [str(run) for run in args.runs if not (run / "log.jsonl").exists()]:
         parser.error(f"runs should be folders with a log.jsonl, but these have none: {', '.join(missing)}")
-    logs.draw({run.name: run / "log.jsonl" for run in args.runs}, args.out)
+    names = [run.resolve().name for run in args.runs]
+    if len(set(names)) < len(names):
+        names = [str(run) for run in args.runs]  # else one would take the other's place
+    logs.draw({name: run / "log.jsonl" for name, run in zip(names, args.runs, strict=True)}, args.out)
 
 
 if __name__ == "__main__":

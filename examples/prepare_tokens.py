@@ -1,6 +1,6 @@
 """Make the token files that train_gpt.py reads from text files of any kind.
 
-    python examples/prepare_tokens.py docs README.md --out data/docs --tokenizer bytes
+    python examples/prepare_tokens.py docs README.md --suffix .md --out data/docs --tokenizer bytes
     python examples/prepare_tokens.py my_texts --suffix .txt --out data/mine
 
 A folder stands for the files in it and below it. Every tenth file is held out; of fewer than ten, the last tenth of
@@ -55,7 +55,7 @@ def files_of(paths: Iterable[Path], suffixes: Sequence[str] = ()) -> list[Path]:
     found = []
     for path in paths:
         inside = sorted(below for below in path.rglob("*") if below.is_file()) if path.is_dir() else [path]
-        found += [file for file in inside if file == path or not suffixes or file.suffix in suffixes]
+        found += [file for file in inside if file == path or not suffixes or file.name.endswith(tuple(suffixes))]
     if not found:
         ends = f" that end in {' or '.join(suffixes)}" if suffixes else ""
         raise ValueError(f"paths should hold files{ends} but hold none: {', '.join(map(str, paths))}")
@@ -69,7 +69,8 @@ def prepare(files: Sequence[Path], out: Path, encode: Encoder) -> dict[str, int]
 
     Raises:
         FileExistsError: the folder is there already and holds something.
-        ValueError: a file is no UTF-8 text, for an encoder that needs that; or there is no text. Nothing is left then.
+        ValueError: a file has a zero byte, or is no UTF-8 text, for an encoder that needs that; or there is no text.
+            Nothing is left then.
     """
     _check_new(out)
     writing = out.absolute().with_name(f"{out.absolute().name}.writing-{secrets.token_hex(4)}")
@@ -104,8 +105,14 @@ def _check_new(out: Path) -> None:
 
 
 def _encoded(file: Path, encode: Encoder) -> np.ndarray:
+    text = file.read_bytes()
+    if (at := text.find(0)) >= 0:
+        raise ValueError(
+            f"{file} should be text but has a zero byte, at {at}, as pictures, archives and UTF-16 have; "
+            "leave it out, of a folder by --suffix, or write it as UTF-8"
+        )
     try:
-        return np.array(encode(file.read_bytes()), dtype=np.uint16)
+        return np.array(encode(text), dtype=np.uint16)
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{file} should be UTF-8 text but is not: {error.reason} at byte {error.start}; "

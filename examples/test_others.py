@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import plot_log
 import prepare_tokens
 import pytest
 import torch
+import train_gpt
 import zero
 from common import logs
 from common.gpt import GPT, GPTConfig
@@ -54,6 +56,36 @@ def test_scripts_are_short_and_say_how_to_run_them(name: str, capsys: pytest.Cap
         importlib.import_module(name.removesuffix(".py")).main(["--help"])
     help_text = capsys.readouterr().out
     assert not stopped.value.code and f"examples/{name}" in help_text and text.splitlines()[0].strip('"') in help_text
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        *(
+            (train_gpt, f"--{of} {n}", "should be 1 or more")
+            for of in ("steps", "accumulate", "eval-every")
+            for n in (0, -3)
+        ),
+        *((train_gpt, f"--{of} 0", "should be 1 or more") for of in ("batch-size", "eval-batches", "block-size")),
+        (train_gpt, "--vocab-size -5", "argument --vocab-size: should be 1 or more but is: -5"),
+        (train_gpt, "--warmup -1", "should be 0 or more but is: -1"),
+        *((train_gpt, f"--optimizer adamw --lr {n}", "should be 0 or more, and finite") for n in ("-1", "nan", "inf")),
+        (train_gpt, "--weight-decay -1", "should be 0 or more, and finite"),
+        *((train_gpt, f"--clip {n}", "should be above 0 (inf bounds nothing) but is") for n in ("0", "-1", "nan")),
+        (train_gpt, "--seed 99999999999999", "should be from 0 to 2**32 - 1"),
+        (train_gpt, "--steps 1.5", "invalid int value: '1.5'"),
+        (convnet, "--epochs 0", "should be 1 or more"),
+        (moe, "--chosen 9", "--chosen should be at most the 8 --experts but is: 9"),
+        (muonclip, "--tau 0", "should be above 0"),
+        (zero, "--batch-size 0", "should be 1 or more"),
+    ],
+)
+def test_numbers_that_make_no_sense(
+    name: Any, arguments: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        name.main([*["--tiny"] * (name is train_gpt), *arguments.split()])
+    assert message in capsys.readouterr().err and not Path("runs").exists()
 
 
 # ---- moe.py ----
@@ -227,6 +259,16 @@ def test_lora_steps_what_is_not_frozen() -> None:
     assert adamw["params"] == []
 
 
+def test_lora_trains_nothing_that_it_cannot_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft", reason="peft is not installed")
+    import finetune_lora
+
+    monkeypatch.setattr(finetune_lora, "train", None)
+    Path("file").touch()
+    with pytest.raises(OSError, match="file"):
+        finetune_lora.main(["--out", "file/lora"])
+
+
 def test_lora_wants_enough_text() -> None:
     pytest.importorskip("peft", reason="peft is not installed")
     import finetune_lora
@@ -253,7 +295,7 @@ def read(name: str) -> bytes:
 
 def test_bytes_become_tokens(capsys: pytest.CaptureFixture[str]) -> None:
     texts(12)
-    prepare_tokens.main("texts --suffix .txt --tokenizer bytes --out out".split())
+    prepare_tokens.main("texts --suffix txt --tokenizer bytes --out out".split())
     documents = [bytes([65 + n]) * 10 + b"\0" for n in range(12)]
     assert read("val") == documents[9] and read("train") == b"".join(documents[:9] + documents[10:])
     assert "121 tokens to train on, 11 held out" in capsys.readouterr().out
@@ -286,6 +328,7 @@ def test_gpt2_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
         ("texts --suffix .md --out out --tokenizer bytes", "should hold files that end in .md but hold none: texts"),
         ("texts/picture.png --out out --tokenizer utf8", "picture.png should be UTF-8 text but is not: invalid start"),
         ("empty --out out --tokenizer bytes", "hold text to train on and to hold out but hold 1 tokens"),
+        ("texts zeros --out out --tokenizer bytes", "zeros should be text but has a zero byte, at 3, as pictures"),
         (
             "texts --out there --tokenizer bytes",
             "there should be a new folder, or an empty one, but is not; give another",
@@ -302,6 +345,7 @@ def test_bad_texts(
         Path(folder).mkdir()
     Path("there/val.bin").write_bytes(b"mine")
     Path("empty/nothing").touch()
+    Path("zeros").write_bytes(b"abc\0d")
     with pytest.raises(SystemExit):
         prepare_tokens.main(arguments.split())
     assert message in capsys.readouterr().err.replace("\n", " ")
@@ -355,7 +399,7 @@ def test_without_tiktoken(monkeypatch: pytest.MonkeyPatch) -> None:
         prepare_tokens.main("texts --out out".split())
 
 
-def test_plots_of_several(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plots_of_several(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[dict[str, Any]] = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "val_loss": 1.5}]
     for name in ("a", "b"):
         with logs.Log(Path(name, "log.jsonl"), 0, 2) as log:
@@ -365,6 +409,14 @@ def test_plots_of_several(capsys: pytest.CaptureFixture[str]) -> None:
     assert Path("losses.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit):
         plot_log.main(["a", "c"])
+    drawn: list[list[str]] = []
+    monkeypatch.setattr(logs, "draw", lambda of, to: drawn.append([*of]))
+    shutil.copytree("a", "b/a")
+    plot_log.main(["a", "b"])
+    plot_log.main(["a", "b/a"])
+    monkeypatch.chdir("b")
+    plot_log.main(["."])
+    assert drawn == [["a", "b"], ["a", "b/a"], ["b"]]
     assert "should be folders with a log.jsonl, but these have none: c" in capsys.readouterr().err
 
 

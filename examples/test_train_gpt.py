@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -254,8 +255,13 @@ BAD: dict[str, tuple[Any, str]] = {
     "header": (lambda path: tokens(path, np.array([20240520] + [1] * 400, np.int32).tobytes()), "llm.c's .* tail -c"),
     "int32": (
         lambda path: np.arange(1, 90, dtype=np.int32).tofile(path),
-        r"every second one is 0, as if they had 4; write numpy.fromfile\(path, 'int32'\)",
+        r"zeros between them, as if they had 4; write numpy.fromfile\(path, 'int32'\)",
     ),
+    "int64": (
+        lambda path: np.arange(1, 90, dtype=np.int64).tofile(path),
+        r"zeros between them, as if they had 8; write numpy.fromfile\(path, 'int64'\)",
+    ),
+    "text": (lambda path: tokens(path, "Grüße an alle. ".encode() * 400), "is text; make tokens of it: python ex"),
     "zip": (lambda path: np.savez(path.open("wb"), np.zeros(400, np.uint16)), "a zip archive"),
     "gzip": (lambda path: tokens(path, b"\x1f\x8b\x08" + b"\0" * 401), "compressed by gzip"),
     "vocabulary": (
@@ -274,6 +280,21 @@ def test_bad_token_files(kind: str, file: str, data: Path) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=f"{file}.bin.*{message}"):
         run()
     assert not Path("out").exists()
+
+
+@pytest.fixture(scope="module")
+def _trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training, once for all that spoil a copy of it."""
+    return tmp_path_factory.mktemp("trained")
+
+
+@pytest.fixture
+def trained(data: Path, _trained: Path) -> Path:
+    if not any(_trained.iterdir()):
+        run()
+        shutil.copytree("out", _trained, dirs_exist_ok=True)
+    shutil.copytree(_trained, "out", dirs_exist_ok=True)
+    return Path("out")
 
 
 def contents(folder: str) -> dict[str, bytes]:
@@ -313,6 +334,37 @@ def test_a_training_without_a_checkpoint_yet(data: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds none; begin a training without --resume"):
         run("--resume")
     assert [row["step"] for row in logs.read(Path("out/log.jsonl"))] == [1]
+
+
+@pytest.mark.parametrize("file", ["about.json", ".metadata", "__0_0.distcp"])
+@pytest.mark.parametrize("left", [None, 0, 40])
+def test_a_damaged_checkpoint(file: str, left: int | None, trained: Path) -> None:
+    """Of a file nothing is left, or no byte, or some."""
+    path = trained / "step-00000004" / file
+    content = path.read_bytes()
+    path.unlink() if left is None else path.write_bytes(content[:left])
+    before = contents("out")
+    with pytest.raises(
+        ValueError, match=r"step-00000004 should be a whole checkpoint but cannot be read.* remove out and b"
+    ):
+        run("--resume")
+    assert contents("out") == before
+
+
+def test_a_log_is_never_half_written(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = contents("out")["out/log.jsonl"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "write_text", lambda self, text: self.write_bytes(text[:9].encode()) and fail())
+        logs.Log(Path("out/log.jsonl"), 4, 4)
+    assert contents("out")["out/log.jsonl"] == before
+    with Path("out/log.jsonl").open("a") as file:
+        file.write("7\n")
+    with pytest.raises(ValueError, match=r"out/log.jsonl should be a log, .* but line 7 is: '7'"):
+        run("--resume")
+
+
+def fail() -> None:
+    raise KeyboardInterrupt
 
 
 def test_what_ranks_cannot_share(data: Path, processes: World) -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from common import checkpoints, logs, ranks
+from common.arguments import bound, count, rate, seed, whole
 from common.gpt import GPT, GPT2_124M, TINY, loss_of
 from common.presets import RATES, RUN, TINY_RATES, TINY_RUN, Rates
 from common.tokens import read_folder
@@ -158,16 +159,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     add("--optimizer", choices=RATES, default="muon", help="default: muon")
     add("--parallel", choices=("ddp", "fsdp"), help="how ranks share the model, under torchrun (default there: ddp)")
-    for name, kind in (*((name, float) for name in Rates._fields), *((name, int) for name in RUN)):
+    kinds = {**dict.fromkeys(Rates._fields, rate), **dict.fromkeys(RUN, count), "warmup": whole}
+    for name, kind in kinds.items():
         given = f"{RUN[name]}, with --tiny {TINY_RUN[name]}" if name in RUN else "by optimizer"
         add(f"--{name.replace('_', '-')}", type=kind, help=f"default: {given}")
-    add("--block-size", type=int, help="tokens that the model sees at once")
-    add("--vocab-size", type=int, help="number of tokens that there are")
-    add("--clip", type=float, default=1.0, help="largest norm of the gradients (default: 1)")
+    add("--block-size", type=count, help="tokens that the model sees at once")
+    add("--vocab-size", type=count, help="number of tokens that there are")
+    add("--clip", type=bound, default=1.0, help="largest norm of the gradients (default: 1)")
     default = "bfloat16" if torch.cuda.is_available() else "float32"
     add("--dtype", choices=("bfloat16", "float32"), default=default, help=f"of products; here: {default}")
     add("--compile", action="store_true", help="compile the layers by torch.compile")
-    add("--seed", type=int, default=0, help="of the model and the order of the text (default: 0)")
+    add("--seed", type=seed, default=0, help="of the model and the order of the text (default: 0)")
     args = parser.parse_args(argv)
     if args.data is None and not args.tiny:
         parser.error("--data should be a folder of token files, which prepare_tokens.py makes; or begin with --tiny")

@@ -20,10 +20,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from common import ranks
+from common.arguments import count, rate, seed
 from common.gpt import GPT, TINY, loss_of
 from common.tokens import read_folder
 from prepare_tokens import standard_library
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -74,7 +76,7 @@ def train(args: argparse.Namespace, here: ranks.Ranks) -> dict[str, tuple[list[f
         batches, _ = read_folder(data, TINY, here.count, args.seed, here)
         model, optimizer = build(way, args, here)
         losses = []
-        for _ in range(args.steps):
+        for _ in track(range(args.steps), way, console=Console(quiet=not here.first)):
             loss = loss_of(model, batches.draw(args.batch_size, here.rank, here.count).to(here.device))
             loss.backward()
             optimizer.step()
@@ -104,10 +106,10 @@ def show(results: dict[str, tuple[list[float], list[int]]]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, tuple[list[float], list[int]]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=30, help="default: 30")
-    parser.add_argument("--batch-size", type=int, default=16, help="windows of all ranks together (default: 16)")
-    parser.add_argument("--lr", type=float, default=4e-3, help="default: 0.004")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches (default: 0)")
+    parser.add_argument("--steps", type=count, default=30, help="default: 30")
+    parser.add_argument("--batch-size", type=count, default=16, help="windows of all ranks together (default: 16)")
+    parser.add_argument("--lr", type=rate, default=4e-3, help="default: 0.004")
+    parser.add_argument("--seed", type=seed, default=0, help="of the weights and the batches (default: 0)")
     args = parser.parse_args(argv)
     with ranks.started() as here:
         if not dist.is_initialized():

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
@@ -71,7 +72,7 @@ def begin(folder: Path, resume: bool, config: dict[str, Any]) -> tuple[dict[str,
 
     Raises:
         FileExistsError, FileNotFoundError, ValueError: there is a training already, or none, or one of another
-            configuration.
+            configuration, or its checkpoint is damaged.
     """
     newest = latest(folder)
     if not resume:
@@ -83,8 +84,9 @@ def begin(folder: Path, resume: bool, config: dict[str, Any]) -> tuple[dict[str,
         raise FileNotFoundError(
             f"{folder} should hold a checkpoint to go on from but holds none; begin a training without --resume"
         )
-    about: dict[str, Any] = json.loads((newest / ABOUT).read_text())
-    was = about["config"]
+    with _whole(newest):
+        about: dict[str, Any] = json.loads((newest / ABOUT).read_text())
+        was = {**about["config"]}
     pairs = {key: (was.get(key), config.get(key)) for key in {**was, **config}}
     other = [f"{key} is {there!r} there and {here!r} here" for key, (there, here) in pairs.items() if there != here]
     if other:
@@ -96,13 +98,17 @@ def begin(folder: Path, resume: bool, config: dict[str, Any]) -> tuple[dict[str,
 
 
 def load(path: Path, model: nn.Module, optimizer: Optimizer, about: dict[str, Any], ranks: Ranks) -> None:
-    """Load what `save` wrote. Random states are loaded where the ranks are as many, on the same kind of device."""
+    """Load what `save` wrote. Random states are loaded where the ranks are as many, on the same kind of device.
+
+    Raises:
+        ValueError: the checkpoint is damaged.
+    """
     weights, state = get_state_dict(model, optimizer)
     read: dict[str, Any] = {"model": weights, "optimizer": state}
     alike = (about["ranks"], about["device"]) == (ranks.count, ranks.device.type)
     if alike:
         read["random"] = {str(ranks.rank): _random_state(ranks)}
-    with _alone():
+    with _alone(), _whole(path):
         dcp.load(read, checkpoint_id=path)
     set_state_dict(model, optimizer, model_state_dict=read["model"], optim_state_dict=read["optimizer"])
     if alike:
@@ -110,6 +116,18 @@ def load(path: Path, model: nn.Module, optimizer: Optimizer, about: dict[str, An
         torch.set_rng_state(random["cpu"])
         if ranks.device.type == "cuda":
             torch.cuda.set_rng_state(random["cuda"])
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Say which checkpoint it is that cannot be read."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, CheckpointException) as error:
+        raise ValueError(
+            f"{path} should be a whole checkpoint but cannot be read, as the error above says; "
+            f"remove {path.parent} and begin again, or give another --out"
+        ) from error
 
 
 @contextmanager

@@ -6,10 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 class Log:
@@ -27,7 +30,9 @@ class Log:
         if first:
             path.parent.mkdir(parents=True, exist_ok=True)
             kept = [row for row in read(path) if row["step"] <= begin] if path.exists() else []
-            path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            writing = path.with_name(f"{path.name}.writing")  # whoever stops this here has the old one
+            writing.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            writing.replace(path)
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
         self._bars = Progress(*columns, console=Console(quiet=not first))
         self._bar = self._bars.add_task("", total=steps, completed=begin, note="")
@@ -57,33 +62,55 @@ class Log:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a log. A last one that was cut off is left out."""
+    """Return the lines of a log. A last one that was cut off is left out.
+
+    Raises:
+        ValueError: a line is no object in JSON with a step.
+    """
     text = path.read_text()
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    rows = []
+    for n, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+            int(rows[-1]["step"])
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(
+                f"{path} should be a log, in each line an object in JSON with a step, but line {n} is: {line[:80]!r}"
+            ) from None
+    return rows
 
 
 def draw(logs: Mapping[str, Path], to: Path) -> None:
-    """Draw losses over steps into a PNG, of several trainings by their names: a running mean, and the held-out ones."""
+    """Draw losses over steps into a PNG, of several trainings by their names: a running mean, and the held-out ones.
+
+    The mean is of as many steps for all, a fiftieth of the longest training, so that all are smoothed alike.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     axes = figure.subplots()
-    for name, path in logs.items():
-        rows = read(path)
+    rows_of = {name: read(path) for name, path in logs.items()}
+    window = max(1, max(sum("loss" in row for row in rows) for rows in rows_of.values()) // 50)
+    for name, rows in rows_of.items():
         losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]
         held_out = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
-        steps, means = running(losses, max(1, len(losses) // 50))
+        steps, means = running(losses, max(1, min(window, len(losses))))
         (line,) = axes.plot(steps, means, label=f"{name}, training", linewidth=1.6)
         if held_out:
             style = {"color": line.get_color(), "label": f"{name}, held out", "markersize": 5}
             axes.plot(*zip(*held_out, strict=True), "o--", **style)
-    axes.set_xlabel("step", fontsize=13)
-    axes.set_ylabel("loss, nats per token", fontsize=13)
-    axes.tick_params(labelsize=12)
     axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=12)
+    over_steps(axes, "loss, nats per token")
     figure.savefig(to)
+
+
+def over_steps(axes: Axes, what: str, **legend: Any) -> None:
+    """Label axes of a picture over steps, large enough to be read at half its size."""
+    axes.set_xlabel("step", fontsize=13)
+    axes.set_ylabel(what, fontsize=13)
+    axes.tick_params(labelsize=12)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(**{"frameon": False, "fontsize": 12, **legend})
 
 
 def running(points: Sequence[tuple[int, float]], window: int) -> tuple[list[int], list[float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,15 @@ OTHER_FORMATS = {
 CHUNK = 1 << 24
 
 
+def _is_text(start: bytes) -> bool:
+    """Whether the first bytes of a file are text. Small tokens have zero bytes, and many large ones are no UTF-8."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(start)  # that may end within a character
+    except UnicodeDecodeError:
+        return False
+    return 0 not in start
+
+
 def open_tokens(path: Path, vocab_size: int, block_size: int) -> np.memmap:
     """Return the tokens of a file, which stay on disk, after reading all of it once.
 
@@ -36,10 +46,15 @@ def open_tokens(path: Path, vocab_size: int, block_size: int) -> np.memmap:
         raise FileNotFoundError(f"{path} should be a token file but is not there; examples/prepare_tokens.py makes one")
     size = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(8)
+        start = file.read(4096)
     for magic, what in OTHER_FORMATS.items():
         if start.startswith(magic):
             raise ValueError(f"{path} should hold uint16 tokens and nothing else but is {what}")
+    if start and _is_text(start):
+        raise ValueError(
+            f"{path} should hold uint16 tokens and nothing else but is text; "
+            f"make tokens of it: python examples/prepare_tokens.py {path} --out FOLDER"
+        )
     if size % 2:
         raise ValueError(f"{path} should hold tokens of 2 bytes but has an odd number of bytes: {size}; is it cut off?")
     if size // 2 < block_size + 1:
@@ -49,9 +64,10 @@ def open_tokens(path: Path, vocab_size: int, block_size: int) -> np.memmap:
         )
     tokens = np.memmap(path, dtype=np.uint16, mode="r")
     if tokens[:CHUNK:2].any() and not tokens[1:CHUNK:2].any():
+        kind, width = ("int32", 4) if tokens[2:CHUNK:4].any() else ("int64", 8)
         raise ValueError(
-            f"{path} should hold tokens of 2 bytes but every second one is 0, as if they had 4; "
-            "write numpy.fromfile(path, 'int32').astype('uint16').tofile(new)"
+            f"{path} should hold tokens of 2 bytes but has zeros between them, as if they had {width}; "
+            f"write numpy.fromfile(path, '{kind}').astype('uint16').tofile(new)"
         )
     for first in range(0, len(tokens), CHUNK):
         chunk = tokens[first : first + CHUNK]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -75,8 +75,9 @@ def paper_optimizer(
             matrices, else a `MuonAdamW` that has its options.
 
     Raises:
-        ValueError: an unknown name, or what the optimizer raises.
-        TypeError: what the optimizer raises.
+        ValueError: an unknown name, or a group without "params" or with another number of names, or what the optimizer
+            raises.
+        TypeError: something in `params` is no parameter, or what the optimizer raises.
     """
     if name not in PAPER:
         raise ValueError(f"name should be one of {', '.join(map(repr, PAPER))} but is: {name!r}")
@@ -108,10 +109,36 @@ def _groups(params: nn.Module | ParamsT, split: str | Mapping[str, str] | None) 
     """Return parameters, in whatever form they are given, as groups."""
     if isinstance(params, nn.Module):
         return param_groups(params, rules=[_MATRIX], split="auto" if split == "auto" else None)
-    if isinstance(params, Tensor):
-        raise TypeError("params should be a model, or an iterable of parameters or groups, but is one tensor")
+    if isinstance(params, Tensor | str) or not isinstance(params, Iterable):
+        what = "one tensor" if isinstance(params, Tensor) else f"of type {type(params).__name__}"
+        raise TypeError(f"params should be a model, or an iterable of parameters or groups, but is {what}")
     entries: list[Any] = list(params)
-    return entries if entries and isinstance(entries[0], dict) else [{"params": entries}]
+    if not any(isinstance(entry, dict) for entry in entries):
+        return [{"params": entries}]
+    for entry in entries:
+        if not isinstance(entry, dict):
+            raise TypeError(
+                f"params should be groups alone, or parameters, but beside groups has: {type(entry).__name__}"
+            )
+        if "params" not in entry:
+            raise ValueError(f"a group should have 'params' but has only: {', '.join(map(repr, entry)) or 'nothing'}")
+    return entries
+
+
+def _named(group: _Group) -> Iterator[tuple[Any, str, Tensor]]:
+    """Yield the parameters of a group: as they are given, their names, "" without one, and the tensors."""
+    given = group["params"]
+    params = [given] if isinstance(given, Tensor) else list(given)
+    if "param_names" in group:
+        names = group["param_names"]
+        if len(names) != len(params):
+            raise ValueError(f"param_names should have {len(params)} names, one a parameter, but has {len(names)}")
+        params = list(zip(names, params, strict=True))
+    for entry in params:
+        name, p = entry if isinstance(entry, tuple) else ("", entry)
+        if not isinstance(p, Tensor):
+            raise TypeError(f"params should be parameters, or (name, parameter) pairs, but one is: {type(p).__name__}")
+        yield entry, name, p
 
 
 def _tables(model: nn.Module) -> set[Tensor]:
@@ -130,15 +157,10 @@ def _is_fused(name: str, p: Tensor) -> bool:
 def _divide(group: _Group, cut: bool, tables: set[Tensor], matrices: list[_Group], vectors: list[_Group]) -> None:
     """Append the parts of a group: its matrices, those of them that are fused projections to `cut`, and its vectors."""
     options = {key: value for key, value in group.items() if key not in ("params", "param_names", "use_muon")}
-    given = group["params"]
-    params = [given] if isinstance(given, Tensor) else list(given)
-    if "param_names" in group:
-        params = list(zip(group["param_names"], params, strict=True))
     whole: list[Any] = []
     fused: list[Any] = []
     rest: list[Any] = []
-    for entry in params:
-        at, p = entry if isinstance(entry, tuple) else ("", entry)
+    for entry, at, p in _named(group):
         own = any(_applies(options.get(key), at) for key in ("split", "transposed"))
         if p.ndim < 2 or group.get("use_muon") is False:
             rest.append(entry)

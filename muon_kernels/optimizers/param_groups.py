@@ -104,11 +104,12 @@ def param_groups(
         "AdamW": _mapping("adamw_options", adamw_options, "options"),
     }
     _check_halves(halves)
-    split = _mapping("split", {"*": "auto"} if split == "auto" else split, "patterns to cuts")
-    if split and "split" in halves["Muon"]:
-        raise ValueError("split should be given once but is in muon_options too")
     flatten = halves["Muon"].get("flatten")
     places = _places(model, flatten)
+    everything = {"*": "auto"} if places else {}  # a pattern has to match something
+    split = _mapping("split", everything if split == "auto" else split, "patterns to cuts")
+    if split and "split" in halves["Muon"]:
+        raise ValueError("split should be given once but is in muon_options too")
     find = _Finder(places, missing_ok)
     claims = {"Muon": find.claims("muon", muon), "AdamW": find.claims("adamw", adamw)}
     splits = find.splits(split)
