@@ -130,9 +130,7 @@ def test_masters_in_pieces(tall: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_parts_that_no_strides_describe() -> None:
     """The error names the split where it, and not the parameter, is in the way."""
     queries = next(iter(pieces((24, 4), None, "qkv(4, 2, interleaved=True)")))
-    with pytest.raises(
-        ValueError, match="contiguous, and divided by a split to parts that strides describe, but one"
-    ):
+    with pytest.raises(ValueError, match="contiguous, and divided by a split to parts that strides describe, but one"):
         layouts(torch.empty(24, 4), None, queries, 1, False)
     channels_last = torch.empty(4, 3, 2, 2).to(memory_format=torch.channels_last)
     with pytest.raises(ValueError, match=r"should be contiguous but one of size \(4, 3, 2, 2\) has strides"):
