@@ -341,7 +341,7 @@ OPTIONS: dict[str, Option] = {
     "backend": Option(_backend, prepared=True),
     "max_workspace_bytes": Option(_of(check_workspace), prepared=True),
     "workspace_dtype": Option(_of(check_workspace_dtype), prepared=True),
-    "momentum_dtype": Option(_of(check_momentum_dtype)),
+    "momentum_dtype": Option(_of(check_momentum_dtype), prepared=True),
     "maximize": Option(_boolean),
     "power": Option(_of(check_power), prepared=True),
     "weight_decay_form": Option(lambda name, value, group: check_weight_decay_form(value, group["peak_lr"])),

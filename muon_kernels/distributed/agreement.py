@@ -242,6 +242,7 @@ class _Proposal(Generic[Prepared]):
         self.disputed: dict[Team, Sequence[Tensor]] = {}
         self._tasks: Sequence[Task] = ()
         self._kinds: dict[Team, list[int]] = {}
+        self._facts: dict[Team, Facts] = {}
         self._refusal: Exception | None = None
 
     def make(self, teams: Mapping[Team, Sequence[Tensor]], partly: Mapping[Tensor, int], first: bool) -> None:
@@ -265,6 +266,7 @@ class _Proposal(Generic[Prepared]):
             self._kinds.update((team, [_kind(p) for p in params]) for team, params in teams.items())
             if first and any(kind >= _PLACED_OTHERWISE for kinds in self._kinds.values() for kind in kinds):
                 self.verdict = max(self.verdict, _UNREADY)
+                self._look_at_options(teams)
                 return
             if not first:
                 self.verdict = _READY
@@ -272,8 +274,13 @@ class _Proposal(Generic[Prepared]):
                     for p in params:
                         grad(p)
             self.prepared, self._tasks = self._prepare(grad)
+            self._look_at_options(teams)
         except Exception as error:  # to be raised when the others know
             self._refusal, self.verdict = error, _REFUSED
+
+    def _look_at_options(self, teams: Mapping[Team, Sequence[Tensor]]) -> None:
+        """Take down the options of all teams before the first of them is told: an option may have no text."""
+        self._facts.update((team, self._options(params)) for team, params in teams.items())
 
     def compare(self, team: Team, params: Sequence[Tensor]) -> _Seen:
         """Exchange one message with a team."""
@@ -281,7 +288,7 @@ class _Proposal(Generic[Prepared]):
         seen = _exchange(
             team,
             self.verdict,
-            0 if refused else _digest(self._options(params)),
+            0 if refused else _digest(self._facts[team]),
             0 if self.prepared is None else _digest(self._plan(team)),
             [0] * len(params) if refused else self._kinds[team],
             local(params[0]).device,
@@ -318,7 +325,7 @@ class _Proposal(Generic[Prepared]):
         refused = self._refusal is not None
         own = _Said(
             f"{type(self._refusal).__name__}: {self._refusal}" if refused else "",
-            [] if refused else self._options(params),
+            [] if refused else self._facts[team],
             [] if refused else [(_kind(p), _described(p)) for p in params],
             [] if refused else self._plan(team),
         )

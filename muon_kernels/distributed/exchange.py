@@ -311,9 +311,8 @@ class _Choice(NamedTuple):
 
 def _chosen(key: LotKey, options: StepOptions, strategy: type[OwnerRound]) -> _Choice:
     param_dtype = torch.float32 if options.master_weights else key.param_dtype
-    name, notes = backends.choose(
-        options.backend, key.device, (key.grad_dtype, param_dtype), options.workspace_dtype, key.shape
-    )
+    dtypes = key.grad_dtype, key.momentum_dtype, param_dtype
+    name, notes = backends.choose(options.backend, key.device, dtypes, options.workspace_dtype, key.shape)
     reason = strategy.refuses(key)
     strategy = OwnerRound if reason else strategy
     if reason and len(holders(key)) > 1:

@@ -79,6 +79,8 @@ class LotKey(NamedTuple):
         team: the ranks that step them.
         shape: (rows, cols) of the whole matrix, rows <= cols.
         shards: what each rank of `team.shards` holds of it.
+        momentum_dtype: what momentum is computed with in, the same on all ranks: of one that a rank alone keeps, as the
+            others can know it.
         rows_held: rows of which each rank keeps the second moment, where every rank keeps those of its own.
         turned: whether they are square and transposed, if stochastic rounding has to know.
     """
@@ -88,6 +90,7 @@ class LotKey(NamedTuple):
     shards: tuple[Rectangle, ...]
     device: torch.device
     grad_dtype: torch.dtype
+    momentum_dtype: torch.dtype
     param_dtype: torch.dtype
     rows_held: second_moment.RowsHeld | None
     turned: bool = False
@@ -166,7 +169,8 @@ def matrices_of(
         by_rows = form == "neuron" and placement.owner is None
         held = second_moment.RowsHeld(tall, row_ranges) if by_rows else None
         turned = options.stochastic_rounding and tall and rows == cols
-        key = LotKey(placement.team, shape, rectangles, p.device, g.dtype, p.dtype, held, turned)
+        dtypes = g.dtype, _momentum_dtype(operand, placement), p.dtype
+        key = LotKey(placement.team, shape, rectangles, p.device, *dtypes, held, turned)
         here = rectangles[placement.team.shard].elements > 0
         ats = [
             layouts(t, flatten, piece, batch, tall) if t is not None and here else [None] * batch
@@ -186,6 +190,12 @@ def matrices_of(
                 for of_p, of_m, of_g, of_lower, view, scale, number in zip(*ats, views, absmax, numbers, strict=True)
             ],
         )
+
+
+def _momentum_dtype(operand: Operand, placement: Placement) -> torch.dtype:
+    kept = None if operand.momentum is None or placement.owner is not None else operand.momentum.dtype
+    dtype = kept or operand.momentum_dtype or operand.grad.dtype
+    return torch.float32 if dtype == torch.int8 else dtype
 
 
 def _absmaxes(operand: Operand, placement: Placement, flatten: bool | None) -> list[list[Tensor | None]]:

@@ -147,7 +147,10 @@ class Ranks:
             group
             for group in groups
             if any_dtensor(group["params"])
-            and any(is_dtensor(p) and self._flatten.get(p, "unseen") is not group["flatten"] for p in group["params"])
+            and any(
+                is_dtensor(p) and self._flatten.get(p, "unseen") is not group.get("flatten", "missing")
+                for p in group["params"]
+            )
         ]
 
     def check(self, group: Mapping[str, Any]) -> None:

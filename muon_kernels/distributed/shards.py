@@ -95,15 +95,17 @@ def layouts(t: Tensor, flatten: bool | None, piece: Piece | None, batch: int, ta
     """Return the layout of every matrix of `t`, this rank's shard; transposed where the whole matrix is `tall`.
 
     Raises:
-        ValueError: `t` is not contiguous, so that no strides describe it.
+        ValueError: no strides describe `t` or its `piece`.
     """
     order = tuple(range(1, t.ndim)) if flattens(t.shape, flatten) else ()
     seen = view(t.shape, t.stride(), flatten, order, piece)
     rows, cols = merged(seen.rows), merged(seen.cols)
     if rows is None or cols is None:
         raise ValueError(
-            f"the part of a sharded parameter, its gradient or state should be contiguous but of size "
-            f"{tuple(t.shape)} one has strides: {t.stride()}"
+            "what several ranks have of a parameter, its gradient or state should be contiguous"
+            + ("" if piece is None else ", and divided by a split to parts that strides describe,")
+            + f" but one of size {tuple(t.shape)} has strides: {t.stride()}"
+            + ("" if piece is None else f", divided to {piece}")
         )
     (m, row_stride), (n, col_stride) = (cols, rows) if tall else (rows, cols)
     places = product(*(range(0, size * stride, stride) if stride else [0] * size for size, stride in seen.batch))

@@ -120,7 +120,9 @@ def prepared(
         of_each = zip(kept, said, given, strict=True)
         return divide(
             [
-                _placed(Operand(p, g, momentum, scale, mantissa, moment, split, turned), whole, first, group["flatten"])
+                _placed(
+                    Operand(p, g, momentum, scale, mantissa, moment, split, turned), whole, first, group["flatten"]
+                )._replace(momentum_dtype=wanted.momentum_dtype(g))
                 for (p, g, momentum, scale, mantissa, moment), (split, turned, first), whole in of_each
             ],
             placements,

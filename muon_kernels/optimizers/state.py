@@ -167,6 +167,10 @@ class StateOfGroups:
             and not (self._others and any(state.get(key) is None for key in self._others))
         )
 
+    def momentum_dtype(self, grad: Tensor) -> torch.dtype:
+        """Return what a momentum that is made for this gradient is of."""
+        return self._dtype or grad.dtype
+
     def completed(self, p: Tensor, grad: Tensor, state: Mapping[str, Any]) -> dict[str, Tensor | None]:
         """Return the state of `p` with what is missing, which goes to `writes`; None for what another rank keeps."""
         elsewhere = self._ranks.elsewhere(p)
@@ -190,7 +194,7 @@ class StateOfGroups:
     def _make_momentum(self, p: Tensor, grad: Tensor, found: dict[str, Tensor | None]) -> None:
         # Contiguous, as blocks are: so packing is fastest.
         format_ = torch.contiguous_format if self.int8 else torch.preserve_format
-        momentum = torch.zeros_like(p, dtype=self._dtype or grad.dtype, memory_format=format_)
+        momentum = torch.zeros_like(p, dtype=self.momentum_dtype(grad), memory_format=format_)
         self._write(p, found, momentum_buffer=momentum)
         if self.int8:
             blocks = scale_size(self._pieces(p))
@@ -206,7 +210,7 @@ class StateOfGroups:
         else:
             check_momentum_scale("momentum_scale", scale, pieces)
             numbers = dequantized(local(momentum), cast(Tensor, scale), self._flatten, pieces)
-            momentum = torch.empty_like(p, dtype=self._dtype or grad.dtype, memory_format=torch.preserve_format)
+            momentum = torch.empty_like(p, dtype=self.momentum_dtype(grad), memory_format=torch.preserve_format)
             local(momentum).copy_(numbers)
             scale = None
         self._write(p, found, momentum_buffer=momentum, momentum_scale=scale)

@@ -63,6 +63,7 @@ class Operand(NamedTuple):
         pieces: what of it is stepped as matrices; None: what `split` says.
         lr_factor: a factor of the learning rate beside that of the shape.
         whole: size of the parameter of which this is a shard; None for the tensor's own.
+        momentum_dtype: what a new momentum would be of, which all ranks know; None where the direction is the gradient.
         first_part: index of the first of `pieces` among the parts that `split` makes of a matrix.
         windows: with stochastic rounding, of each of `pieces`; None where these are whole matrices.
         numbers: with stochastic rounding, of every matrix that is here the number of its first part; see numbers.py.
@@ -79,6 +80,7 @@ class Operand(NamedTuple):
     pieces: Sequence[PieceShape] | None = None
     lr_factor: float = 1.0
     whole: tuple[int, ...] | None = None
+    momentum_dtype: torch.dtype | None = None
     first_part: int = 0
     windows: Sequence[Window] | None = None
     numbers: Sequence[int] = ()

@@ -66,7 +66,7 @@ class StepOptions(NamedTuple):
 _OF_PARAMETERS = ("split", "transposed")
 
 
-_OF_GROUPS = (*(key for key in PREPARED_OPTIONS if key not in _OF_PARAMETERS), "momentum_dtype")
+_OF_GROUPS = [key for key in PREPARED_OPTIONS if key not in _OF_PARAMETERS]
 
 
 def alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -119,6 +119,40 @@ def test_any_option_that_differs_is_named(ranks: World, layout: str) -> None:
             assert " on rank 0, " in said and f"{OTHER[name]!r} on rank 1; nothing has been stepped" in said, said
 
 
+class NoText:
+    """A value of no option, of which nothing can be told."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no text")
+
+
+def beyond_text(strange: str) -> tuple[str, bool, float]:
+    """A `flatten` that rank 1 alone has, which ranks compare before anything else has been looked at."""
+    params, optimizer = build("rows")
+    optimizer.step()
+    if dist.get_rank() == 1:
+        group = optimizer.param_groups[0]
+        values: dict[str, Any] = {
+            "no text": NoText(),
+            "meta": torch.empty(1, device="meta"),
+            "not supported": {1: 2, "a": 3},
+        }
+        if strange == "'flatten'":
+            del group["flatten"]
+        else:
+            group["flatten"] = values[strange]
+    begun = time.monotonic()
+    return *attempt(params, optimizer), time.monotonic() - begun
+
+
+@pytest.mark.parametrize("strange", ["no text", "meta", "not supported", "'flatten'"])
+def test_options_that_have_no_text_or_are_gone(ranks: World, strange: str) -> None:
+    """The other rank is told, and does not wait for its timeout."""
+    (told, unmoved, waited), (said, same, _) = ranks.run(2, beyond_text, strange)
+    assert same and unmoved and waited < 20 and strange in said
+    assert "rank 1 cannot take this step; nothing has been stepped on any rank" in told and strange in told
+
+
 def vector_rates() -> tuple[str, bool]:
     """AdamW's learning rate on rank 1 alone."""
     params = [torch.nn.Parameter(torch.randn(8, 6, generator=torch.Generator().manual_seed(0))) for _ in range(2)]

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from muon_kernels.distributed import lots
 from muon_kernels.distributed.lots import Entry, Kept, in_memory, numbers_for, params_of
+from muon_kernels.distributed.shards import layouts
 from muon_kernels.distributed.slices import Rectangle, gather_slices, scale_of, shift_of, to_half_norms
 from muon_kernels.layout import Layout
+from muon_kernels.split import pieces
 from muon_kernels.stages.sums import sums_of_squares
 
 MARGIN, EPS = 1.02, 1e-7
@@ -123,3 +125,13 @@ def test_masters_in_pieces(tall: bool, monkeypatch: pytest.MonkeyPatch) -> None:
                 matrices.view()[0].copy_(wide)
         assert calls == 3  # of two, of 96 numbers each
     assert torch.equal(upper, numbers.bfloat16())
+
+
+def test_parts_that_no_strides_describe() -> None:
+    """The error names the split where it, and not the parameter, is in the way."""
+    queries = next(iter(pieces((24, 4), None, "qkv(4, 2, interleaved=True)")))
+    with pytest.raises(ValueError, match="contiguous, and divided by a split to parts that strides describe, but one"):
+        layouts(torch.empty(24, 4), None, queries, 1, False)
+    channels_last = torch.empty(4, 3, 2, 2).to(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match=r"should be contiguous but one of size \(4, 3, 2, 2\) has strides"):
+        layouts(channels_last, True, None, 1, False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -46,6 +46,8 @@ class ReplicaRound:
                 momenta is not None and all(momenta[entry.param] is not None for entry in entries) for entries in shares
             ]
             own = [momenta_of(kept, entries if keeps else ()) for entries, keeps in zip(shares, keeps_all, strict=True)]
+            for momenta_here in own:
+                _check(lot, momenta_here)
             self.lots.append(_Copies(lot, start, shares, own))
         # Where in its share each rank has the results of each lot.
         self.places = [
@@ -142,12 +144,12 @@ def _directions(
 ) -> Tensor | None:
     """Update momenta and write the directions to the stack; return their scale, at the same place in every step."""
     ops, norms = backends.get(work.bucket.backend), None if stacks.blend is None else stacks.blend.norms
-    if not isinstance(momenta, Packed):
+    if not isinstance(momenta, Packed) and len(_dtypes(momenta)) < 2:
         return ops.momentum_update(
             scalars.momentum_update(grads, momenta, stacks.X, work.schedule.margin, stacks.scratch, norms)
         )
     found: Tensor | None = None
-    for i, seen in in_memory(momenta, numbers):
+    for i, seen in in_memory(momenta, numbers) if isinstance(momenta, Packed) else _one_by_one(momenta):
         norm = None if norms is None else norms[i]
         update = scalars.momentum_update(grads[i], seen, stacks.X[i], work.schedule.margin, norm=norm)
         if (scale := ops.momentum_update(update)) is not None:
@@ -155,6 +157,28 @@ def _directions(
             found = stacks.derived.setdefault("scale", kept)
             found[i] = scale
     return found
+
+
+def _dtypes(momenta: Bundle | Packed | None) -> set[torch.dtype]:
+    return {matrices.tensor.dtype for matrices in momenta} if isinstance(momenta, Bundle) else set()
+
+
+def _one_by_one(momenta: Bundle | None) -> Iterator[tuple[slice, list[Matrices]]]:
+    """Yield momenta each by itself: those that a checkpoint has brought may be of another dtype than new ones."""
+    for i, matrices in enumerate(momenta or ()):
+        yield slice(i, i + 1), [matrices]
+
+
+def _check(lot: Lot, momenta: Bundle | Packed | None) -> None:
+    """Raise ValueError where the backend that all ranks have chosen cannot take the momenta that this one keeps."""
+    bucket = lot.work.bucket
+    for dtype in _dtypes(momenta) - {lot.key.momentum_dtype}:
+        if reason := backends.get(bucket.backend).refuses(lot.key.device, [dtype], bucket.workspace_dtype):
+            raise ValueError(
+                f"momentum_buffer should be of {lot.key.momentum_dtype}, which the other ranks take it to be of, or of "
+                f"another dtype that backend {bucket.backend!r} takes, but is of {dtype} ({reason.partition(';')[0]}); "
+                f"set momentum_dtype to {dtype}"
+            )
 
 
 class _Copies(NamedTuple):
