@@ -12,7 +12,7 @@ from configs import Result, compute, iterations, tokens
 from experiments import BOTH, MUON, ONE, TAKEN, TWO, Scale, Seeds
 from intervals import Claim, Line, estimate, fit, paired, verdicts
 
-from .shared import BLUE, GREEN, GREY, ORANGE, PINK, Style, band, figure, interval, losses, rates, spread, table
+from .shared import BLUE, GREEN, GREY, ORANGE, PINK, Style, band, figure, interval, legend, losses, rates, spread, table
 
 STYLES: dict[str, Style] = {
     ONE: {"color": GREY, "marker": "s", "linestyle": ":"},
@@ -76,7 +76,10 @@ def show(found: Found, scale: Scale, figures: Path) -> Iterator[str]:
 
 
 def _figure(found: Found, figures: Path) -> str:
+    from matplotlib.ticker import EngFormatter, NullFormatter
+
     def draw(panels: Sequence[Any]) -> None:
+        n = [size[TWO][0]["active_parameters"] for size in found.values()]
         for name, style in STYLES.items():
             x = [compute(size[name][0]["config"]) for size in found.values()]
             band(panels[0], x, [estimate(losses(size[name])) for size in found.values()], name, **style)
@@ -85,13 +88,16 @@ def _figure(found: Found, figures: Path) -> str:
         panels[0].yaxis.set_major_formatter("{x:.1f}")
         panels[0].yaxis.set_minor_formatter("{x:.1f}")
         for name in (ONE, TAKEN, BOTH, MUON):
-            n = [size[name][0]["active_parameters"] for size in found.values()]
             leads = [paired(losses(size[TWO]), losses(size[name])) for size in found.values()]
             band(panels[1], n, leads, name, **STYLES[name])
         panels[1].axhline(0, color="black", linewidth=0.8)
         panels[1].set(xscale="log", xlabel="parameters of the layers, N", ylabel="AdamW's loss less this one's, nats")
+        panels[1].set_xticks(n)
+        panels[1].xaxis.set_major_formatter(EngFormatter(places=1, sep=""))
+        panels[1].xaxis.set_minor_formatter(NullFormatter())
+        legend(panels[0])
 
-    return figure(figures / "scaling.png", ["loss, bands ± sd", "lead on AdamW with two rates"], draw)
+    return figure(figures / "scaling.png", ["loss, bands ± sd", "lead on AdamW with two rates"], draw, legends=False)
 
 
 def _table(found: Found) -> str:
